@@ -1,0 +1,76 @@
+# Everything a newcomer types. Needs python3 (3.11 or newer) and make; g++ makes a CPU faster.
+#   make run ARGS="--port 9000"     flags for `octavo serve`
+#   make install PYTHON=python3.12  another interpreter (then `make clean` first)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The build tools are pinned like the rest, so the project is built without pip's isolated (and
+# unpinned) environment.
+PIP_INSTALL := $(PIP) install --no-build-isolation --constraint constraints.txt
+BUILD_TOOLS := hatchling editables
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check format bench constraints clean
+
+help:  ## what can be typed
+	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: $(VENV)/.installed  ## the environment with pinned dependencies, and the default model
+	@$(BIN)/python -c 'from model.source import octavo_home, resolve; \
+		print(resolve("smollm2", home=octavo_home(), progress=True).path)'
+
+run: $(VENV)/.installed  ## serve the default model on 127.0.0.1:8000
+	@exec $(BIN)/octavo serve $(ARGS)
+
+# Coverage is measured where 100 % is asked for, in a run of its own: it would slow the others down.
+test: check  ## lint, types and all tests
+	$(BIN)/python -m pytest tests/cache tests/scheduler --cov
+	$(BIN)/python -m pytest --ignore=tests/cache --ignore=tests/scheduler
+
+check: $(VENV)/.installed-dev  ## lint and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+
+format: $(VENV)/.installed-dev  ## put the source in order
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed-dev  ## how long the inner loops take on this machine
+	@for script in tests/bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+# The stamps make a second `make run` start at once; a changed pyproject or pin installs anew.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Octavo needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu:" \
+			"apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP_INSTALL) $(BUILD_TOOLS)
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+# From the ranges of pyproject.toml to exact pins, in an environment of its own. A local version
+# (+cpu) is cut off, so that the pin fits every build of the same release.
+constraints:  ## pin the newest versions that fit pyproject.toml
+	$(PYTHON) -m venv --clear .venv-pins
+	.venv-pins/bin/python -m pip install $(BUILD_TOOLS) '.[dev]'
+	{ sed -n '/^#/p' constraints.txt; .venv-pins/bin/python -m pip freeze --all --exclude pip --exclude octavo \
+		| sed 's/+[a-z0-9]*$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+	rm -rf .venv-pins
+
+clean:  ## remove the environment and caches, not the models
+	rm -rf $(VENV) .venv-pins .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* dist build

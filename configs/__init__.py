@@ -1,0 +1,1 @@
+"""What an operator may set; presets and dashboards lie beside the code."""

@@ -1,0 +1,1 @@
+"""Drives any running OpenAI-compatible server and reports; imports nothing of ours."""
