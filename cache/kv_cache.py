@@ -1,0 +1,390 @@
+"""The scheduler's only door to the key/value cache: which page holds what, and for whom.
+
+Every page is in exactly one place: free (in the pool), private (of one allocation) or cached (in
+the prefix tree); of the cached ones those are leased which an allocation reads.
+
+    tokens        |  t0 .. t3  |  t4 .. t7  |  t8 .. t11 |  t12 t13   |
+    page_ids      |     7      |     2      |     5      |     0      |
+                  '---- cached and leased --' '------- private -------'
+                              commit moves this border to the right
+
+Knows page ids, not bytes: no tensors, no clock, no I/O. Knows nothing of steps, slots or requests.
+
+What the runner owes: the copies of one step in the order of admission, before anything that step
+writes. A copy's source is therefore not held: it may be evicted and handed out again within the
+same round of planning, even as the target of a later copy. What the scheduler owes: it commits only
+tokens whose step was launched before the copies of any later admission are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+
+from cache.frontier import Frontier, Frontiers
+from cache.lease import Lease
+from cache.node import Node
+from cache.pages import PagePool
+from cache.policy import EvictionPolicy, lru
+from cache.radix import Prefix, RadixTree
+
+
+class MissReason(StrEnum):
+    """Why no more of a prompt was reused, in a word for the person who asks."""
+
+    #: All was that can be: the last token is always computed, for its logits.
+    COMPLETE = "complete"
+    #: Nothing with this beginning is cached in this namespace.
+    COLD = "cold"
+    #: What is cached goes on with other tokens.
+    DIVERGED = "diverged"
+    #: What is cached ends here: the rest was never cached, or was evicted.
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a prompt would find if it were admitted now."""
+
+    #: Leading tokens that need not be computed: at most all but the last.
+    num_tokens: int
+    reason: MissReason
+    #: A live allocation is computing the very page that this prompt needs next: whoever waits for
+    #: its `commit` (or `free`) does not compute it twice.
+    in_flight: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy the keys and values of the first `num_tokens` tokens of one page into another."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """The pages of one sequence, from `admit` to `free`."""
+
+    #: The block table: page i holds the tokens from `i * page_size` on. Append-only.
+    page_ids: list[int]
+    #: To be done before the sequence's first step; none or one.
+    copies: list[PageCopy]
+    #: Leading tokens that are there already, copies included.
+    num_cached_tokens: int
+    miss_reason: MissReason
+    #: Here and below the cache's own. What the sequence reads or has entered: `lease.nodes[i]`
+    #: holds the same tokens as `page_ids[i]`, and is another page where two computed the same.
+    lease: Lease
+    #: Tokens known when it was admitted: it is foreseeable which pages it will enter.
+    num_known_tokens: int
+    frontier: Frontier | None = None
+
+
+class Pin:
+    """A soft pin on cached pages, from `pin` to `unpin`. Compared by identity."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self.nodes = nodes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """One moment of the cache. Counters (`*_total`) only grow.
+
+    `pages_free + pages_private + pages_cached == pages_total`; leased are those of the cached.
+    """
+
+    pages_total: int
+    pages_free: int
+    pages_private: int
+    pages_cached: int
+    pages_leased: int
+    #: Tokens of the prompts admitted, and those of them that were reused.
+    query_tokens_total: int
+    hit_tokens_total: int
+    evicted_pages_total: int
+    copied_pages_total: int
+    #: Pages committed while the tree had the same: computed side by side, or for a last token.
+    duplicate_pages_total: int
+
+
+class KVCache:
+    """Allocations over a fixed number of pages, with token-exact prefix reuse.
+
+    `tokens` are always those of the whole sequence from its first one on, each in `range(2**32)`;
+    the cache reads the few it needs and keeps no reference to the list. Prefixes are shared only
+    within one namespace.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, policy: EvictionPolicy = lru) -> None:
+        self._pool = PagePool(num_pages)
+        self._tree = RadixTree(page_size, policy)
+        self._page_size = page_size
+        # Dicts, not sets: what is iterated over has an order.
+        self._live: dict[Allocation, None] = {}
+        self._pins: dict[Pin, None] = {}
+        self._frontiers = Frontiers()
+        self._num_query_tokens = 0
+        self._num_hit_tokens = 0
+        self._num_evicted_pages = 0
+        self._num_copied_pages = 0
+        self._num_duplicate_pages = 0
+
+    # ---- queries ---------------------------------------------------------------------------------
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that can be had now: free ones and those that may be evicted."""
+        return self._pool.num_free + self._tree.num_evictable
+
+    def can_ever_fit(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens fits when it is alone."""
+        return self._num_pages(num_tokens) <= self._pool.num_pages
+
+    def match(self, tokens: Sequence[int], namespace: str = "") -> Match:
+        """Tell what a prompt would find. Changes nothing, recency included. O(tokens reused)."""
+        prefix = self._find(tokens, namespace)
+        reason = self._miss_reason(prefix, len(tokens))
+        return Match(self._num_cached_tokens(prefix), reason, self._in_flight(prefix, tokens))
+
+    def stats(self) -> CacheStats:
+        """Take a snapshot. O(1)."""
+        total, free, cached = self._pool.num_pages, self._pool.num_free, self._tree.num_pages
+        return CacheStats(
+            pages_total=total,
+            pages_free=free,
+            # `check` counts them one by one.
+            pages_private=total - free - cached,
+            pages_cached=cached,
+            pages_leased=self._tree.num_leased,
+            query_tokens_total=self._num_query_tokens,
+            hit_tokens_total=self._num_hit_tokens,
+            evicted_pages_total=self._num_evicted_pages,
+            copied_pages_total=self._num_copied_pages,
+            duplicate_pages_total=self._num_duplicate_pages,
+        )
+
+    # ---- the life of an allocation ---------------------------------------------------------------
+
+    def admit(
+        self, tokens: Sequence[int], namespace: str = "", reserve_pages: int = 0
+    ) -> Allocation | None:
+        """Give a sequence pages for all of `tokens`, the longest cached beginning reused.
+
+        Also asks for `reserve_pages` more to be available afterwards; None, and nothing changed,
+        where there are not enough. Raises `ValueError` for no tokens.
+        """
+        prefix = self._find(tokens, namespace)
+        path = prefix.path
+        num_new_pages = self._num_pages(len(tokens)) - len(path)
+        # What it is about to lease cannot be evicted for it.
+        available_pages = self.available_pages - _num_unleased(path)
+        if num_new_pages + reserve_pages > available_pages:
+            return None
+        num_cached_tokens = self._num_cached_tokens(prefix)
+        reason = self._miss_reason(prefix, len(tokens))
+        page_ids = [node.page_id for node in path]
+        lease = Lease(self._tree, prefix.root or self._tree.root(namespace), path)
+        if prefix.source is not None:
+            self._tree.touch(prefix.source)
+        page_ids += self._take_pages(num_new_pages)
+        copies = self._copies(prefix, page_ids)
+        allocation = Allocation(page_ids, copies, num_cached_tokens, reason, lease, len(tokens))
+        self._live[allocation] = None
+        self._move_frontier(allocation, tokens)
+        self._num_query_tokens += len(tokens)
+        self._num_hit_tokens += num_cached_tokens
+        return allocation
+
+    def grow(self, allocation: Allocation, num_tokens: int) -> bool:
+        """Append pages until `num_tokens` tokens fit; False, and nothing changed, if they cannot.
+
+        Raises `ValueError` if the allocation was freed.
+        """
+        num_new_pages = self._num_pages(num_tokens) - len(allocation.page_ids)
+        if num_new_pages <= 0:
+            return True
+        self._require_live(allocation)
+        if num_new_pages > self.available_pages:
+            return False
+        allocation.page_ids += self._take_pages(num_new_pages)
+        return True
+
+    def commit(self, allocation: Allocation, tokens: Sequence[int], num_computed: int) -> None:
+        """Enter the whole pages of `tokens[:num_computed]`, so that others may reuse them.
+
+        O(1) while no page has been filled. Where the tree has the same page from somebody else, the
+        block table keeps its own: a step under way may be reading it. Raises `ValueError` if the
+        allocation was freed.
+        """
+        nodes = allocation.lease.nodes
+        num_whole_pages = num_computed // self._page_size
+        if num_whole_pages <= len(nodes):
+            return
+        self._require_live(allocation)
+        for index in range(len(nodes), num_whole_pages):
+            end, key = allocation.lease.end, self._tree.key(tokens, index)
+            node = end.child(key)
+            if node is None:
+                node = self._tree.insert(end, key, allocation.page_ids[index])
+            else:
+                self._num_duplicate_pages += 1
+            allocation.lease.extend(node)
+        self._move_frontier(allocation, tokens)
+
+    def free(self, allocation: Allocation, tokens: Sequence[int], num_computed: int) -> None:
+        """Commit what is whole, then give everything back. Raises `ValueError` the second time.
+
+        What was committed stays cached until its page is needed. `page_ids` is left as it is.
+        """
+        self._require_live(allocation)
+        self.commit(allocation, tokens, num_computed)
+        self._drop_frontier(allocation)
+        del self._live[allocation]
+        self._pool.give_back(_private_pages(allocation))
+        allocation.lease.release()
+
+    # ---- what outlives allocations ---------------------------------------------------------------
+
+    def pin(self, tokens: Sequence[int], namespace: str = "") -> Pin:
+        """Make the cached whole pages of `tokens` the last to be evicted, until `unpin`.
+
+        Soft: they still are when nothing else can be. Pages cached later are not covered.
+        """
+        pin = Pin(self._tree.find(tokens, namespace, len(tokens)).path)
+        self._pins[pin] = None
+        self._tree.pin(pin.nodes, +1)
+        return pin
+
+    def unpin(self, pin: Pin) -> None:
+        """Take a pin away. Raises `ValueError` the second time."""
+        if pin not in self._pins:
+            raise ValueError("this pin was taken away before")
+        del self._pins[pin]
+        self._tree.pin(pin.nodes, -1)
+
+    def reset(self) -> None:
+        """Forget every cached page which no allocation holds, pinned ones too."""
+        self._pool.give_back(self._tree.evict() for _ in range(self._tree.num_evictable))
+
+    # ---- parts -----------------------------------------------------------------------------------
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_size)
+
+    def _find(self, tokens: Sequence[int], namespace: str) -> Prefix:
+        if not tokens:
+            raise ValueError("tokens must not be empty")
+        return self._tree.find(tokens, namespace, len(tokens) - 1)
+
+    def _num_cached_tokens(self, prefix: Prefix) -> int:
+        return len(prefix.path) * self._page_size + prefix.num_head_tokens
+
+    def _miss_reason(self, prefix: Prefix, num_tokens: int) -> MissReason:
+        num_cached_tokens = self._num_cached_tokens(prefix)
+        if num_cached_tokens == num_tokens - 1:
+            return MissReason.COMPLETE
+        if num_cached_tokens == 0:
+            return MissReason.COLD
+        is_end = prefix.path and not prefix.path[-1].children
+        return MissReason.ENDED if is_end else MissReason.DIVERGED
+
+    def _in_flight(self, prefix: Prefix, tokens: Sequence[int]) -> bool:
+        index = len(prefix.path)
+        if prefix.root is None or (index + 1) * self._page_size > len(tokens):
+            return False
+        end, key = prefix.path[-1] if prefix.path else prefix.root, self._tree.key(tokens, index)
+        # Cached and computed again: of a prompt that ends with this page, only the last token is
+        # wanting, and waiting would not bring it.
+        return (end, key) in self._frontiers and end.child(key) is None
+
+    def _take_pages(self, num_pages: int) -> list[int]:
+        num_missing_pages = max(0, num_pages - self._pool.num_free)
+        self._pool.give_back(self._tree.evict() for _ in range(num_missing_pages))
+        self._num_evicted_pages += num_missing_pages
+        return self._pool.take(num_pages)
+
+    def _copies(self, prefix: Prefix, page_ids: list[int]) -> list[PageCopy]:
+        if prefix.source is None:
+            return []
+        source, target = prefix.source.page_id, page_ids[len(prefix.path)]
+        if source == target:
+            # Evicted a moment ago and handed out again in the very place: its head is there.
+            return []
+        self._num_copied_pages += 1
+        return [PageCopy(source, target, prefix.num_head_tokens)]
+
+    def _require_live(self, allocation: Allocation) -> None:
+        if allocation not in self._live:
+            raise ValueError("this allocation was freed before")
+
+    def _drop_frontier(self, allocation: Allocation) -> None:
+        if allocation.frontier is not None:
+            self._frontiers.remove(allocation.frontier)
+            allocation.frontier = None
+
+    def _move_frontier(self, allocation: Allocation, tokens: Sequence[int]) -> None:
+        self._drop_frontier(allocation)
+        index = len(allocation.lease.nodes)
+        if (index + 1) * self._page_size <= allocation.num_known_tokens:
+            allocation.frontier = (allocation.lease.end, self._tree.key(tokens, index))
+            self._frontiers.add(allocation.frontier)
+
+    # ---- invariants ------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Every page in exactly one place, every count true. O(pages)."""
+        self._pool.check()
+        self._tree.check()
+        nodes = list(self._tree.nodes())
+        live = list(self._live)
+        private = [page_id for allocation in live for page_id in _private_pages(allocation)]
+        cached = [node.page_id for node in nodes]
+        places = sorted([*self._pool.free_ids, *private, *cached])
+        assert places == list(range(self._pool.num_pages)), (
+            f"not every page is in exactly one place: free {self._pool.free_ids}, "
+            f"private {private}, cached {cached}"
+        )
+        leases = Counter(node for allocation in live for node in allocation.lease.nodes)
+        assert leases == {n: n.leases for n in nodes if n.leases}, "leases differ from the counts"
+        leases = Counter(allocation.lease.root for allocation in live)
+        held = {root: root.leases for root in self._tree.roots() if root.leases}
+        assert leases == held, "leases differ from the roots' counts"
+        pins = Counter(node for pin in self._pins for node in pin.nodes)
+        assert all(pins[n] == n.pins for n in nodes), "pins differ from the counts"
+        self._frontiers.check(a.frontier for a in live if a.frontier is not None)
+        for allocation in live:
+            self._check_allocation(allocation)
+
+    def _check_allocation(self, allocation: Allocation) -> None:
+        lease = allocation.lease
+        path = [lease.root, *lease.nodes]
+        linked = all(b.parent is a for a, b in pairwise(path))
+        assert linked, "a lease is not a path"
+        assert len(lease.nodes) <= len(allocation.page_ids), "more pages committed than owned"
+        is_foreseeable = (len(lease.nodes) + 1) * self._page_size <= allocation.num_known_tokens
+        assert (allocation.frontier is not None) == is_foreseeable, "a frontier is out of place"
+        if allocation.frontier is not None:
+            assert allocation.frontier[0] is lease.end, "a frontier is not at the lease's end"
+
+
+def _num_unleased(path: list[Node]) -> int:
+    """Count the nodes of a path that no lease covers: all those below the last covered one."""
+    for count, node in enumerate(reversed(path)):
+        if node.leases:
+            return count
+    return len(path)
+
+
+def _private_pages(allocation: Allocation) -> list[int]:
+    """List the pages which no node has: those not committed, and the duplicates."""
+    nodes, page_ids = allocation.lease.nodes, allocation.page_ids
+    duplicates = [
+        page_id for page_id, node in zip(page_ids, nodes, strict=False) if page_id != node.page_id
+    ]
+    return duplicates + page_ids[len(nodes) :]

@@ -1,0 +1,58 @@
+"""One cached page in the prefix tree.
+
+Knows its place, its holders and its recency; knows nothing of how nodes are found or evicted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+#: Of a root: it stands for the empty prefix and holds no page.
+NO_PAGE = -1
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One whole page of tokens, after the tokens of all its ancestors. Compared by identity."""
+
+    #: Policies may treat tenants differently.
+    namespace: str
+    #: The page's tokens as big-endian 32-bit numbers, so that bytes sort as the tokens do. An
+    #: eighth of the memory of a tuple of ints, and compared by one memcmp.
+    key: bytes
+    page_id: int
+    parent: Node | None
+    #: Pages from the root on: 1 for the first page of a prompt.
+    depth: int
+    #: Sorted, and parallel to `children`. One sorted list answers both "this very page?" and "who
+    #: shares the longest head?", and for few children is as fast as a dict.
+    keys: list[bytes] = field(default_factory=list)
+    children: list[Node] = field(default_factory=list)
+    #: Leases which cover this node; while there are any it is not evicted.
+    leases: int = 0
+    #: Soft pins: a pinned node is evicted only when nothing else is left to evict.
+    pins: int = 0
+    #: The tree's logical time of the last use.
+    last_used: int = 0
+    #: Which entry of the eviction queue is this node's; 0 for none.
+    ticket: int = 0
+
+    def child(self, key: bytes) -> Node | None:
+        """Get the child that holds exactly this page of tokens. O(log children)."""
+        position = bisect_left(self.keys, key)
+        if position < len(self.keys) and self.keys[position] == key:
+            return self.children[position]
+        return None
+
+    def add(self, child: Node) -> None:
+        """Put a child in its sorted place. Its key is not there yet."""
+        position = bisect_left(self.keys, child.key)
+        self.keys.insert(position, child.key)
+        self.children.insert(position, child)
+
+    def remove(self, child: Node) -> None:
+        """Take out a child that is there."""
+        position = bisect_left(self.keys, child.key)
+        del self.keys[position]
+        del self.children[position]

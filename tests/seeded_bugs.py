@@ -1,0 +1,263 @@
+"""Seed one bug after another, and see whether the state machine of that package finds it.
+
+`python tests/seeded_bugs.py cache [NAME ...]`: exits 1 if a bug stays unfound. Not part of the test
+suite: it says how good the suite is. Each bug is a piece of source text replaced in a copy of the
+project, so the checkout is never touched.
+"""
+
+# ruff: noqa: T201 - a script that reports
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TIME_LIMIT_S = 300
+
+#: Search longer than the suite does, remember nothing, and do not simplify what is found.
+PROFILE = """
+from hypothesis import HealthCheck, Phase, settings
+settings.register_profile(
+    "seeded", max_examples=5_000, database=None, derandomize=True, deadline=None,
+    phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+)
+"""
+
+
+class Bug(NamedTuple):
+    """`old`, which stands exactly once in `file`, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+class Suite(NamedTuple):
+    test_file: str
+    bugs: list[Bug]
+
+
+KV, RADIX, POLICY = "cache/kv_cache.py", "cache/radix.py", "cache/policy.py"
+
+CACHE_BUGS = [
+    Bug(
+        "a duplicate page is freed at commit",
+        KV,
+        "self._num_duplicate_pages += 1\n",
+        "self._num_duplicate_pages += 1\n"
+        "                self._pool.give_back([allocation.page_ids[index]])\n",
+    ),
+    Bug(
+        "commit replaces an entry of the block table",
+        KV,
+        "            allocation.lease.extend(node)\n",
+        "            allocation.lease.extend(node)\n"
+        "            allocation.page_ids[index] = node.page_id\n",
+    ),
+    Bug("a duplicate page leaks", KV, "return duplicates + page_ids", "return page_ids"),
+    Bug(
+        "the copy is a token short",
+        KV,
+        "PageCopy(source, target, prefix.num_head_tokens)",
+        "PageCopy(source, target, prefix.num_head_tokens - 1)",
+    ),
+    Bug(
+        "the copy goes to the wrong page",
+        KV,
+        "prefix.source.page_id, page_ids[len(prefix.path)]",
+        "prefix.source.page_id, page_ids[-1]",
+    ),
+    Bug(
+        "the last token is not computed",
+        KV,
+        "self._tree.find(tokens, namespace, len(tokens) - 1)",
+        "self._tree.find(tokens, namespace, len(tokens))",
+    ),
+    Bug(
+        "pages about to be leased count as evictable",
+        KV,
+        "self.available_pages - _num_unleased(path)",
+        "self.available_pages",
+    ),
+    Bug(
+        "pages leased already are subtracted again",
+        KV,
+        "        if node.leases:\n            return count\n",
+        "        if node.leases:\n            continue\n",
+    ),
+    Bug(
+        "a page not quite full is committed",
+        KV,
+        "num_whole_pages = num_computed // self._page_size",
+        "num_whole_pages = (num_computed + 1) // self._page_size",
+    ),
+    Bug(
+        "a frontier outlives its sequence",
+        KV,
+        "        self._drop_frontier(allocation)\n        del self._live[allocation]\n",
+        "        del self._live[allocation]\n",
+    ),
+    Bug(
+        "a cached page is said to be in flight",
+        KV,
+        "(end, key) in self._frontiers and end.child(key) is None",
+        "(end, key) in self._frontiers",
+    ),
+    Bug(
+        "the reserve is forgotten",
+        KV,
+        "num_new_pages + reserve_pages > available_pages",
+        "num_new_pages > available_pages",
+    ),
+    Bug(
+        "growth takes more than there is",
+        KV,
+        "if num_new_pages > self.available_pages:",
+        "if num_new_pages > self.available_pages + 1:",
+    ),
+    Bug(
+        "a use does not make a path recent",
+        RADIX,
+        "            node.leases -= 1\n            node.last_used = self._now\n",
+        "            node.leases -= 1\n",
+    ),
+    Bug(
+        "a copy does not make its source recent",
+        KV,
+        "self._tree.touch(prefix.source)",
+        "pass",
+    ),
+    Bug(
+        "a leased leaf stays evictable",
+        RADIX,
+        "self._queue.discard(nodes[-1])",
+        "pass",
+    ),
+    Bug(
+        "a parent whose last child went is forgotten",
+        RADIX,
+        "            self._queue_if_evictable(parent)\n",
+        "            pass\n",
+    ),
+    Bug(
+        "only the child after the probe is looked at",
+        RADIX,
+        "node.children[max(position - 1, 0) : position + 1]",
+        "node.children[position : position + 1]",
+    ),
+    Bug(
+        "only the child before the probe is looked at",
+        RADIX,
+        "node.children[max(position - 1, 0) : position + 1]",
+        "node.children[max(position - 1, 0) : position]",
+    ),
+    Bug(
+        "a token half shared counts as shared",
+        RADIX,
+        "_num_shared_bytes(child.key[: len(probe)], probe) // TOKEN_BYTES",
+        "-(-_num_shared_bytes(child.key[: len(probe)], probe) // TOKEN_BYTES)",
+    ),
+    Bug(
+        "namespaces share",
+        RADIX,
+        "root = self._roots.get(namespace)\n        if root is None:\n            return",
+        "root = self._roots.get('')\n        if root is None:\n            return",
+    ),
+    Bug(
+        "an empty namespace stays",
+        RADIX,
+        "if not root.leases and not root.children:",
+        "if not root.leases and not root.children and not root.namespace:",
+    ),
+    Bug(
+        "pins do not matter",
+        POLICY,
+        "heappush(self._heap, (node.pins > 0, self._policy(node), node.ticket, node))",
+        "heappush(self._heap, (False, self._policy(node), node.ticket, node))",
+    ),
+    Bug(
+        "the queue serves a dead entry",
+        POLICY,
+        "            if node.ticket == ticket:\n                node.ticket = 0\n",
+        "            if node.ticket:\n                node.ticket = 0\n",
+    ),
+]
+
+SUITES = {"cache": Suite("tests/cache/test_machine.py", CACHE_BUGS)}
+
+
+def copy_project(folder: Path) -> None:
+    """Copy what the tests import; not the checkout's history, models and environments."""
+    for package in ("cache", "configs", "model", "scheduler", "server", "tests"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "seeded_profile.py").write_text(PROFILE)
+
+
+def seed(folder: Path, bug: Bug) -> str:
+    """Put a bug in; the file's text as it was."""
+    path = folder / bug.file
+    text = path.read_text()
+    if text.count(bug.old) != 1 or bug.old == bug.new:
+        raise SystemExit(f"{bug.name}: the text to replace must stand exactly once in {bug.file}")
+    path.write_text(text.replace(bug.old, bug.new))
+    return text
+
+
+def is_found(folder: Path, test_file: str, profile: str = "seeded") -> bool:
+    """Run the state machine: whether it failed. A run that could not start ends the script."""
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "seeded_profile"]
+    command = [sys.executable, "-B", "-m", "pytest", *options, "--hypothesis-profile", profile]
+    try:
+        run = subprocess.run(
+            [*command, test_file],
+            cwd=folder,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    if run.returncode not in {0, 1}:
+        raise SystemExit(run.stdout + run.stderr)
+    return run.returncode == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("package", choices=sorted(SUITES))
+    parser.add_argument("names", nargs="*", help="only bugs whose name contains one of these")
+    options = parser.parse_args()
+    suite = SUITES[options.package]
+    names = options.names or [""]
+    missed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        copy_project(folder)
+        if is_found(folder, suite.test_file, profile="default"):
+            raise SystemExit(f"{suite.test_file} fails without any bug seeded")
+        for bug in suite.bugs:
+            if not any(name in bug.name for name in names):
+                continue
+            text = seed(folder, bug)
+            start_s = perf_counter()
+            found = is_found(folder, suite.test_file)
+            duration_s = perf_counter() - start_s
+            (folder / bug.file).write_text(text)
+            missed += not found
+            print(f"{'found' if found else 'MISSED':7}{duration_s:6.1f} s  {bug.name}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
