@@ -1,0 +1,1 @@
+"""How tokens become tokens. The only package that imports torch."""

@@ -1,0 +1,178 @@
+"""What a decoder of the Llama shape is made of: the few switches between Llama and its cousins.
+
+Llama, SmolLM2, Mistral, Qwen2 and Qwen3 are one `ArchSpec` each. Free of torch, so that capacity
+can be planned without it. Knows nothing of files: `model/read_arch.py` finds them,
+`model/arch_hf.py` and `model/arch_gguf.py` read them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+RopeVariant: TypeAlias = Literal["default", "linear", "llama3", "yarn"]
+Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class ArchError(ValueError):
+    """The model is of no supported shape; the message names the key and what is supported."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding and its stretching; `model/rope.py` has the formulas."""
+
+    theta: float
+    #: How many of a head's dimensions are rotated.
+    rotary_dim: int
+    variant: RopeVariant = "default"
+    factor: float = 1.0
+    #: Context length before stretching, in tokens (llama3, yarn).
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    #: Factor on cosines and sines (yarn); None: derived from the factor and the mscales.
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    #: Whether yarn rounds the ends of its ramp to whole dimensions.
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ArchSpec:
+    """One decoder. `*_size` count values, `num_*` things, windows and positions tokens."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_eps: float
+    max_positions: int
+    rope: RopeSpec
+    #: For each layer how many tokens back it sees, itself included; None: all.
+    windows: tuple[int | None, ...]
+    eos_token_ids: tuple[int, ...]
+    is_tied: bool
+    has_qkv_bias: bool = False
+    has_o_bias: bool = False
+    has_mlp_bias: bool = False
+    has_qk_norm: bool = False
+    default_dtype: Dtype = "float32"
+    #: Keys of the config that nobody here knows.
+    unknown_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ArchError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ArchError(
+                f"num_kv_heads must divide num_heads {self.num_heads}, got {self.num_kv_heads}"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ArchError(f"head_dim must be even, got {self.head_dim}")
+        if self.rope.rotary_dim % 2 or not 0 < self.rope.rotary_dim <= self.head_dim:
+            raise ArchError(
+                f"rotary_dim must be even and at most {self.head_dim}, got {self.rope.rotary_dim}"
+            )
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ArchError(f"sliding_window must be at least 1, got {self.windows}")
+        assert len(self.windows) == self.num_layers
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a checkpoint, by `transformers`' names; matrices are `[out, in]`."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden),
+            "model.norm.weight": (hidden,),
+        }
+        if not self.is_tied:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        for layer in range(self.num_layers):
+            at = f"model.layers.{layer}."
+            for part, size_out, size_in, has_bias in (
+                ("self_attn.q_proj", q_size, hidden, self.has_qkv_bias),
+                ("self_attn.k_proj", kv_size, hidden, self.has_qkv_bias),
+                ("self_attn.v_proj", kv_size, hidden, self.has_qkv_bias),
+                ("self_attn.o_proj", hidden, q_size, self.has_o_bias),
+                ("mlp.gate_proj", inner, hidden, self.has_mlp_bias),
+                ("mlp.up_proj", inner, hidden, self.has_mlp_bias),
+                ("mlp.down_proj", hidden, inner, self.has_mlp_bias),
+            ):
+                shapes[f"{at}{part}.weight"] = (size_out, size_in)
+                if has_bias:
+                    shapes[f"{at}{part}.bias"] = (size_out,)
+            shapes[f"{at}input_layernorm.weight"] = (hidden,)
+            shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
+            if self.has_qk_norm:
+                shapes[f"{at}self_attn.q_norm.weight"] = (self.head_dim,)
+                shapes[f"{at}self_attn.k_norm.weight"] = (self.head_dim,)
+        return shapes
+
+
+class ConfigKeys:
+    """A config whose reads are typed and remembered, so that what nobody read can be named."""
+
+    def __init__(self, values: Mapping[str, object], prefix: str = "") -> None:
+        self._values = values
+        self._prefix = prefix
+        self._read: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return self._prefix + key in self._values
+
+    def get(self, key: str) -> object:
+        """Return the value; null and absent are the same."""
+        self._read.add(key)
+        return self._values.get(self._prefix + key)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a number; `default` where the key is absent."""
+        value = self.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            problem = "is missing" if value is None else f"must be a number, got {value!r}"
+            raise ArchError(f"{self._prefix}{key} {problem}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """Return a whole number, likewise."""
+        value = self.number(key, default)
+        if value != int(value):
+            raise ArchError(f"{self._prefix}{key} must be a whole number, got {value!r}")
+        return int(value)
+
+    def maybe_number(self, key: str) -> float | None:
+        """Return a number or None."""
+        return None if self.get(key) is None else self.number(key)
+
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        """Return true or false."""
+        value = self.get(key)
+        if not isinstance(value, bool | None):
+            raise ArchError(f"{self._prefix}{key} must be true or false, got {value!r}")
+        return default if value is None else value
+
+    def refuse_unless(self, key: str, *allowed: object) -> None:
+        """Refuse a value that would change the arithmetic; absent and null are fine."""
+        value = self.get(key)
+        if value is not None and value not in allowed:
+            only = " or ".join(json.dumps(one) for one in allowed) or "nothing"
+            raise ArchError(f"{self._prefix}{key}: {value!r} is not supported, only {only}")
+
+    def unread(self, *, inert: frozenset[str]) -> tuple[str, ...]:
+        """Keys with a say (no null, no false, no zero) that were neither read nor are inert."""
+        names = (key.removeprefix(self._prefix) for key, value in self._values.items() if value)
+        return tuple(sorted(name for name in names if name not in self._read | inert))

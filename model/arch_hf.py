@@ -1,0 +1,189 @@
+"""From a config.json, as `transformers` writes it, to an `ArchSpec`.
+
+An option that would change the arithmetic and is not supported is an error that names its key; a
+key nobody here knows is kept in `unknown_keys`, to be told to the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast, get_args
+
+from model.arch import FAMILIES, ArchError, ArchSpec, ConfigKeys, Dtype, RopeSpec, RopeVariant
+
+#: Keys of config.json that have no say in inference.
+_INERT = frozenset(
+    # A table of words reads best as one text.
+    """_name_or_path architectures attention_dropout attn_implementation auto_map bos_token_id
+    initializer_range is_llama_config pad_token_id pretraining_tp transformers.js_config
+    transformers_version use_cache sep_token_id unsloth_fixed unsloth_version id2label label2id
+    return_dict chunk_size_feed_forward problem_type""".split()  # noqa: SIM905 - see above
+)
+
+#: What `transformers` takes where config.json says nothing.
+_HF_DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_HF_DEFAULT_KV_HEADS = {"mistral": 8}
+
+
+def from_hf_config(
+    config: Mapping[str, object], generation_config: Mapping[str, object] | None = None
+) -> ArchSpec:
+    """Read a config.json, and the generation_config.json beside it for its end-of-sequence ids."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ArchError(f"model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
+    assert isinstance(family, str)
+    keys = ConfigKeys(config)
+    keys.get("model_type")
+    _refuse_hf(keys)
+    hidden_size, num_heads = keys.count("hidden_size"), keys.count("num_attention_heads")
+    default_head_dim = 128 if family == "qwen3" else hidden_size // max(num_heads, 1)
+    head_dim = keys.count("head_dim", default_head_dim)
+    max_positions = keys.count("max_position_embeddings", _HF_DEFAULT_MAX_POSITIONS[family])
+    # Qwen2's bias and Mistral's lack of one are no options.
+    has_bias = keys.flag("attention_bias") if family in {"llama", "qwen3"} else family == "qwen2"
+    num_layers = keys.count("num_hidden_layers")
+    return ArchSpec(
+        family=family,
+        vocab_size=keys.count("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=keys.count("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=keys.count("num_key_value_heads", _HF_DEFAULT_KV_HEADS.get(family, num_heads)),
+        head_dim=head_dim,
+        rms_eps=keys.number("rms_norm_eps", 1e-6),
+        max_positions=max_positions,
+        rope=_hf_rope(keys, head_dim, max_positions),
+        windows=_hf_windows(keys, family, num_layers),
+        eos_token_ids=_token_ids(
+            (generation_config or {}).get("eos_token_id"), keys.get("eos_token_id")
+        ),
+        is_tied=keys.flag("tie_word_embeddings"),
+        has_qkv_bias=has_bias,
+        has_o_bias=has_bias and family != "qwen2",
+        has_mlp_bias=family == "llama" and keys.flag("mlp_bias"),
+        has_qk_norm=family == "qwen3",
+        default_dtype=_hf_dtype(keys),
+        unknown_keys=keys.unread(inert=_INERT),
+    )
+
+
+def _refuse_hf(keys: ConfigKeys) -> None:
+    keys.refuse_unless("hidden_act", "silu", "swish")
+    keys.refuse_unless("rope_interleaved", 0)
+    keys.refuse_unless("quantization_config")
+    keys.refuse_unless("no_rope_layers")
+    keys.refuse_unless("attention_chunk_size")
+    for key in ("num_experts", "num_local_experts", "mlp_only_layers"):
+        keys.refuse_unless(key, 0, [])
+    for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"):
+        keys.refuse_unless(key, 1.0)
+    for key in ("attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping"):
+        keys.refuse_unless(key)
+
+
+def _hf_dtype(keys: ConfigKeys) -> Dtype:
+    # Both are read: newer files say dtype, older ones torch_dtype.
+    dtype, torch_dtype = keys.get("dtype"), keys.get("torch_dtype")
+    found = dtype or torch_dtype or "float32"
+    if found not in get_args(Dtype):
+        raise ArchError(f"dtype {found!r} is not supported, only {', '.join(get_args(Dtype))}")
+    return cast("Dtype", found)
+
+
+def _token_ids(*candidates: object) -> tuple[int, ...]:
+    """Return the first candidate that says something, a number or a list of them."""
+    for found in candidates:
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(isinstance(one, int) for one in ids):
+            raise ArchError(f"eos_token_id must be a number or a list of them, got {found!r}")
+        return tuple(ids)
+    return ()
+
+
+def _hf_windows(keys: ConfigKeys, family: str, num_layers: int) -> tuple[int | None, ...]:
+    if family == "llama":
+        return (None,) * num_layers
+    # Present and null means none; absent means what transformers takes.
+    is_null = "sliding_window" in keys and keys.get("sliding_window") is None
+    window = None if is_null else keys.count("sliding_window", 4096)
+    if family == "mistral":
+        return (window,) * num_layers
+    first = keys.count("max_window_layers", 28)
+    if not keys.flag("use_sliding_window"):
+        window = None
+    types = keys.get("layer_types")
+    if types is None:
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise ArchError(f"layer_types must list {num_layers} layers, got {types!r}")
+    kinds = {"full_attention": None, "sliding_attention": window}
+    if unknown := [kind for kind in types if kind not in kinds]:
+        raise ArchError(f"layer_types: {unknown[0]!r} is not supported, only {', '.join(kinds)}")
+    return tuple(kinds[kind] for kind in types)
+
+
+#: Which keys a rope variant reads, apart from rope_theta and partial_rotary_factor.
+_ROPE_KEYS: dict[RopeVariant, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+
+
+def _hf_rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
+    """`rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    values: dict[str, object] = {}
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if keys.get(key) is not None:
+            values[key] = keys.get(key)
+    for key in ("rope_parameters", "rope_scaling"):
+        found = keys.get(key)
+        if not isinstance(found, dict | None):
+            raise ArchError(f"{key} must be an object, got {found!r}")
+        values |= {name: value for name, value in (found or {}).items() if value is not None}
+    variant = values.pop("rope_type", values.pop("type", "default"))
+    values.pop("type", None)
+    if variant not in _ROPE_KEYS:
+        raise ArchError(f"rope_type {variant!r} is not supported, only {', '.join(_ROPE_KEYS)}")
+    known = {*_ROPE_KEYS[variant], "rope_theta", "partial_rotary_factor"}
+    known.add("original_max_position_embeddings")
+    if unknown := sorted(set(values) - known):
+        raise ArchError(
+            f"rope_parameters: {unknown[0]!r} is not supported with rope_type {variant!r}"
+        )
+    rope = ConfigKeys(values)
+    rotary_dim = int(head_dim * rope.number("partial_rotary_factor", 1.0))
+    return RopeSpec(
+        theta=rope.number("rope_theta", 10000.0),
+        rotary_dim=rotary_dim,
+        variant=variant,
+        factor=rope.number("factor", 1.0 if variant == "default" else None),
+        original_max_positions=rope.count("original_max_position_embeddings", max_positions),
+        low_freq_factor=rope.number("low_freq_factor", None if variant == "llama3" else 1.0),
+        high_freq_factor=rope.number("high_freq_factor", None if variant == "llama3" else 4.0),
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        attention_factor=rope.maybe_number("attention_factor"),
+        mscale=rope.maybe_number("mscale"),
+        mscale_all_dim=rope.maybe_number("mscale_all_dim"),
+        truncate=rope.flag("truncate", default=True),
+    )

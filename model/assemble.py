@@ -1,0 +1,183 @@
+"""Puts a runner together: decoder, attention backend, pages, sampler. Needs torch.
+
+Everything decided here is said: in `ModelInfo`, or as a note in it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from configs.schema import CacheSection, ModelSection, OctavoConfig
+from model.attention.interface import BackendOffer
+from model.attention.registry import choose_backend
+from model.cpu_ops import load_cpu_ops
+from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
+from model.kv_pool import KVPool
+from model.load import build_transformer
+from model.memory import PoolPlan, free_memory_bytes, plan_pool
+from model.ops import Ops, TorchOps
+from model.runner import TorchRunner
+from model.sampler import Sampler
+from model.source import ModelSource
+from model.transformer import Transformer
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    device: torch.device
+    dtype: torch.dtype
+    ops: Ops
+    notes: tuple[str, ...]
+
+
+def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
+    """Build the runner that `config` asks for. Raises `ValueError` naming the setting at fault."""
+    torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
+    where = _device(config.model)
+    transformer = build_transformer(
+        source,
+        quantization=config.model.quantization,
+        dtype=where.dtype,
+        device=where.device,
+        ops=where.ops,
+        progress=True,
+        max_positions=config.model.max_model_len,
+    )
+    kv_dtype = _kv_dtype(config.cache, transformer)
+    spec = transformer.attention_spec(kv_dtype)
+    offer = choose_backend(config.model.attention_backend, spec)
+    plan = _plan_pool(config, transformer, kv_dtype, offer)
+    pool = _pool(transformer, plan, kv_dtype)
+    info = _info(source, config, transformer, plan, pool, offer, where)
+    runner = TorchRunner(
+        info=info,
+        transformer=transformer,
+        attention=offer.build(spec, pool),
+        pool=pool,
+        sampler=Sampler(
+            config.scheduler.max_num_seqs, info.vocab_size, info.eos_token_ids, where.device
+        ),
+        max_num_seqs=config.scheduler.max_num_seqs,
+        device=where.device,
+    )
+    _warm_up(runner)
+    return runner
+
+
+def _device(config: ModelSection) -> _Device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch finds no GPU here")
+    device = torch.device(name)
+    if name == "cuda":
+        dtype = torch.bfloat16 if config.dtype == "auto" else _DTYPES[config.dtype]
+        return _Device(device, dtype, TorchOps(), ())
+    dtype = torch.float32 if config.dtype == "auto" else _DTYPES[config.dtype]
+    ops = load_cpu_ops()
+    if isinstance(ops, str):
+        note = f"compiled CPU operations are not available ({ops}); torch's are slower"
+        return _Device(device, dtype, TorchOps(), (note,))
+    return _Device(device, dtype, ops, ())
+
+
+def _kv_dtype(config: CacheSection, transformer: Transformer) -> torch.dtype:
+    """Say what keys and values are kept in: as exact as the products that make them."""
+    if config.kv_cache_dtype != "auto":
+        return _DTYPES[config.kv_cache_dtype]
+    if transformer.device.type == "cpu" and transformer.format in {"fp16", "int8"}:
+        return torch.float16
+    return transformer.attention_dtype
+
+
+def _plan_pool(
+    config: OctavoConfig, transformer: Transformer, kv_dtype: torch.dtype, offer: BackendOffer
+) -> PoolPlan:
+    arch = transformer.arch
+    if transformer.device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info(transformer.device)[0]
+    else:
+        free_bytes = free_memory_bytes()
+    return plan_pool(
+        stated_bytes=config.cache.kv_cache_memory,
+        free_bytes=free_bytes,
+        bytes_per_token=KVPool.bytes_per_token(
+            arch.num_layers, arch.num_kv_heads, arch.head_dim, kv_dtype
+        ),
+        page_size=offer.page_size(config.cache.page_size),
+        max_num_seqs=config.scheduler.max_num_seqs,
+        stated_max_model_len=config.model.max_model_len,
+        model_max_len=arch.max_positions,
+    )
+
+
+def _pool(transformer: Transformer, plan: PoolPlan, kv_dtype: torch.dtype) -> KVPool:
+    arch = transformer.arch
+    return KVPool(
+        num_layers=arch.num_layers,
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        dtype=kv_dtype,
+        device=transformer.device,
+    )
+
+
+def _info(
+    source: ModelSource,
+    config: OctavoConfig,
+    transformer: Transformer,
+    plan: PoolPlan,
+    pool: KVPool,
+    offer: BackendOffer,
+    where: _Device,
+) -> ModelInfo:
+    arch = transformer.arch
+    unknown = ", ".join(arch.unknown_keys)
+    notes = [transformer.note, *where.notes, *offer.notes, *plan.notes]
+    if unknown:
+        notes.append(f"keys of the model's config that were not understood: {unknown}")
+    return ModelInfo(
+        name=config.model.served_model_name or source.name,
+        max_model_len=plan.max_model_len,
+        vocab_size=arch.vocab_size,
+        eos_token_ids=arch.eos_token_ids,
+        page_size=plan.page_size,
+        num_pages=plan.num_pages,
+        kv_bytes_per_token=plan.bytes_per_token,
+        weights_bytes=transformer.weights_bytes,
+        dtype=str(where.dtype).removeprefix("torch."),
+        quantization=transformer.format,
+        kv_cache_dtype=str(pool.dtype).removeprefix("torch."),
+        device=where.device.type,
+        attention_backend=offer.name,
+        notes=tuple(notes),
+    )
+
+
+def _warm_up(runner: TorchRunner) -> None:
+    """Compute one small prompt: what cannot work fails now, and first uses cost nobody a wait."""
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    num_tokens = min(2, runner.info.max_model_len)
+    runner.launch(
+        StepInput(
+            token_ids=[0] * num_tokens,
+            starts=[0],
+            counts=[num_tokens],
+            slots=[0],
+            page_ids=[list(range(-(-num_tokens // runner.info.page_size)))],
+            sample_rows=[0],
+            started=[SlotStart(0, params, [0] * num_tokens)],
+        )
+    ).wait()

@@ -1,0 +1,127 @@
+"""Attention on a CPU by the compiled operations: pages are read as they lie, nothing is gathered.
+
+Decode is cut along its keys as in flash-decoding (arXiv:2311.01282), prefill is tiled with an
+online softmax (arXiv:2205.14135); both in model/csrc. A row's result never depends on the rows
+beside it or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
+from model.cpu_library import DTYPE_CODES, CpuLibrary, load_cpu_library
+from model.kv_pool import KVPool
+
+#: Of the vectors of the widest instruction set, in floats.
+_HEAD_DIM_MULTIPLE = 16
+_MAX_HEAD_DIM = 1024
+_NO_WINDOW = 2**31 - 1
+
+
+class CpuAttention:
+    """See `AttentionBackend`. Steps are checked as far as the safety of memory needs it."""
+
+    name = "cpu"
+
+    def __init__(self, spec: AttentionSpec, pool: KVPool, library: CpuLibrary) -> None:
+        self._spec = spec
+        self._pool = pool
+        self._functions = library.functions
+        self._attend = library.functions.octavo_attention_attend
+        self._width = spec.num_heads * spec.head_dim
+        self._dtype_code = DTYPE_CODES[spec.dtype]
+        self._session = self._new_session(library)
+        self._batch: AttentionBatch | None = None
+        weakref.finalize(self, library.functions.octavo_attention_free, self._session)
+
+    def _new_session(self, library: CpuLibrary) -> int:
+        spec, pool = self._spec, self._pool
+        layers = range(spec.num_layers)
+        addresses = ctypes.c_int64 * spec.num_layers
+        session: int = library.functions.octavo_attention_new(
+            library.kernels,
+            addresses(*(pool.keys(layer).data_ptr() for layer in layers)),
+            addresses(*(pool.values(layer).data_ptr() for layer in layers)),
+            (ctypes.c_int32 * spec.num_layers)(*(window or _NO_WINDOW for window in spec.windows)),
+            spec.num_layers,
+            DTYPE_CODES[pool.dtype],
+            pool.num_pages,
+            pool.page_size,
+            spec.num_kv_heads,
+            spec.num_heads // spec.num_kv_heads,
+            spec.head_dim,
+            spec.scale,
+        )
+        return session
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend`; ValueError where a page or slot lies outside the pool."""
+        table = batch.block_table
+        for tensor in (batch.query_starts, batch.seq_lens, batch.kv_slots):
+            if not tensor.is_contiguous():
+                raise ValueError("the batch's tensors must be contiguous")
+        if table.stride(1) != 1:
+            raise ValueError("block_table's rows must be contiguous")
+        reason: bytes | None = self._functions.octavo_attention_plan(
+            self._session,
+            batch.query_starts.data_ptr(),
+            batch.seq_lens.data_ptr(),
+            table.data_ptr(),
+            table.stride(0),
+            batch.kv_slots.data_ptr(),
+            batch.seq_lens.shape[0],
+            batch.kv_slots.shape[0],
+            torch.get_num_threads(),
+        )
+        if reason is not None:
+            raise ValueError(reason.decode())
+        # The library reads the tensors in place.
+        self._batch = batch
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionBackend`."""
+        tokens = q.shape[0]
+        assert self._batch is not None, "attend before plan"
+        assert tokens == len(self._batch.kv_slots), "other tokens than were planned"
+        assert q.dtype == k.dtype == v.dtype == self._spec.dtype, "not the dtype of the spec"
+        out = torch.empty((tokens, self._width), dtype=q.dtype)
+        self._attend(
+            self._session,
+            layer,
+            self._dtype_code,
+            q.data_ptr(),
+            q.stride(0),
+            q.stride(1),
+            k.data_ptr(),
+            k.stride(0),
+            k.stride(1),
+            v.data_ptr(),
+            v.stride(0),
+            v.stride(1),
+            out.data_ptr(),
+        )
+        return out
+
+
+def offer(spec: AttentionSpec) -> BackendOffer | str:
+    """Offer this backend, or say in a line why it cannot serve the model here."""
+    if spec.device.type != "cpu":
+        return f"the model is on {spec.device.type}, not on the CPU"
+    if spec.head_dim % _HEAD_DIM_MULTIPLE or spec.head_dim > _MAX_HEAD_DIM:
+        return (
+            f"head_dim must be a multiple of {_HEAD_DIM_MULTIPLE} up to {_MAX_HEAD_DIM}, "
+            f"got {spec.head_dim}"
+        )
+    for dtype in (spec.dtype, spec.kv_dtype):
+        if dtype not in DTYPE_CODES:
+            return f"{dtype} is not among float32, float16 and bfloat16"
+    library = load_cpu_library()
+    if isinstance(library, str):
+        return library
+    return BackendOffer("cpu", 1, 16, partial(CpuAttention, library=library))

@@ -1,0 +1,249 @@
+"""Attention on CUDA by FlashAttention's paged kernels: whichever of three is installed.
+
+NEVER RUN YET: the machine this was written on has no GPU. What is bookkeeping is tested on a CPU;
+the three calls are written from the kernels' sources and documentation. In order of preference:
+
+- FlashAttention-3 (`flash_attn_interface`, Hopper): any page size that is a multiple of 16;
+- FlashAttention-2 (`flash_attn`, Ampere and later): pages of a multiple of 256 tokens;
+- the FlashAttention-2 inside torch >= 2.13 (`torch.nn.attention.varlen`): likewise 256.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
+from model.kv_pool import KVPool
+
+_MAX_HEAD_DIM = 256
+_HOPPER = (9, 0)
+_AMPERE = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class FlashBatch:
+    """A step as the kernels want it: int32 throughout."""
+
+    #: `[rows + 1]` each.
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    #: `[rows]`.
+    seq_lens: Tensor
+    #: `[rows, pages of the longest row]`, contiguous: FA3 decides from its width how to split.
+    block_table: Tensor
+    max_query_len: int
+    max_seq_len: int
+
+
+def flash_batch(batch: AttentionBatch, page_size: int) -> FlashBatch:
+    """Derive what the kernels want from what the runner has."""
+    cu_seqlens_k = torch.zeros_like(batch.query_starts)
+    torch.cumsum(batch.seq_lens, 0, out=cu_seqlens_k[1:])
+    num_pages = -(-batch.max_seq_len // page_size)
+    return FlashBatch(
+        cu_seqlens_q=batch.query_starts,
+        cu_seqlens_k=cu_seqlens_k,
+        seq_lens=batch.seq_lens,
+        block_table=batch.block_table[:, :num_pages].contiguous(),
+        max_query_len=batch.max_query_len,
+        max_seq_len=batch.max_seq_len,
+    )
+
+
+#: (q `[tokens, heads, head_dim]`, keys, values (a layer's pages), step, scale, window or None)
+#: to `[tokens, heads, head_dim]`, causal.
+FlashKernel = Callable[[Tensor, Tensor, Tensor, FlashBatch, float, int | None], Tensor]
+
+
+class FlashAttention:
+    """See `AttentionBackend`; `kernel` does the arithmetic."""
+
+    name = "flash"
+
+    def __init__(self, spec: AttentionSpec, pool: KVPool, kernel: FlashKernel) -> None:
+        self._spec = spec
+        self._pool = pool
+        self._kernel = kernel
+        self._kv_slots: Tensor | None = None
+        self._batch: FlashBatch | None = None
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend`."""
+        self._kv_slots = batch.kv_slots
+        self._batch = flash_batch(batch, self._pool.page_size)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionBackend`."""
+        assert self._batch is not None, "attend before plan"
+        assert self._kv_slots is not None, "attend before plan"
+        keys, values = self._pool.keys(layer), self._pool.values(layer)
+        keys.flatten(0, 1).index_copy_(0, self._kv_slots, k)
+        values.flatten(0, 1).index_copy_(0, self._kv_slots, v)
+        window = self._spec.windows[layer]
+        return self._kernel(q, keys, values, self._batch, self._spec.scale, window).flatten(1)
+
+
+def offer(spec: AttentionSpec) -> BackendOffer | str:
+    """Offer the best kernel installed, or say in a line why none can serve the model here."""
+    if reason := _why_not(spec):
+        return reason
+    is_hopper = torch.cuda.get_device_capability(spec.device) == _HOPPER
+    if is_hopper and (module := _installed("flash_attn_interface")):
+        return _offer("FlashAttention-3", 16, 64, partial(_flash_attention_3, module))
+    if module := _installed("flash_attn"):
+        return _offer("FlashAttention-2", 256, 256, partial(_flash_attention_2, module))
+    if module := _torch_with_paging():
+        return _offer("torch's own FlashAttention-2", 256, 256, partial(_torch_varlen, module))
+    return "neither flash_attn_interface nor flash_attn is installed, nor a torch that has paging"
+
+
+def _why_not(spec: AttentionSpec) -> str | None:
+    """Say what of the model or the machine is in the way, whatever is installed."""
+    if spec.device.type != "cuda":
+        return f"the model is on {spec.device.type}, not on a CUDA GPU"
+    if spec.dtype not in {torch.float16, torch.bfloat16} or spec.kv_dtype != spec.dtype:
+        return f"dtype must be float16 or bfloat16, also of the pages; got {spec.dtype}"
+    if spec.head_dim > _MAX_HEAD_DIM or spec.head_dim % 8:
+        return f"head_dim must be a multiple of 8 up to {_MAX_HEAD_DIM}, got {spec.head_dim}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    major, minor = torch.cuda.get_device_capability(spec.device)
+    if (major, minor) < _AMPERE:
+        return f"compute capability must be 8.0 or more, got {major}.{minor}"
+    return None
+
+
+def _torch_with_paging() -> ModuleType | None:
+    module = importlib.import_module("torch.nn.attention.varlen")
+    function = getattr(module, "varlen_attn_out", None)
+    takes_pages = function and "block_table" in inspect.signature(function).parameters
+    return module if takes_pages else None
+
+
+def _offer(
+    what: str, page_multiple: int, default_page_size: int, kernel: FlashKernel
+) -> BackendOffer:
+    return BackendOffer(
+        name=FlashAttention.name,
+        page_multiple=page_multiple,
+        default_page_size=default_page_size,
+        build=partial(FlashAttention, kernel=kernel),
+        notes=(f"attention by {what}",),
+    )
+
+
+def _installed(name: str) -> ModuleType | None:
+    """Import a package that is there; one that is there and broken fails loudly."""
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def _left_window(window: int | None) -> int:
+    """Tokens back from the query's own, which the kernels do not count; -1: all."""
+    return -1 if window is None else window - 1
+
+
+def _flash_attention_3(
+    module: ModuleType,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: FlashBatch,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    attended: Tensor = module.flash_attn_with_kvcache(
+        q,
+        keys,
+        values,
+        cache_seqlens=batch.seq_lens,
+        page_table=batch.block_table,
+        cu_seqlens_q=batch.cu_seqlens_q,
+        max_seqlen_q=batch.max_query_len,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(_left_window(window), -1 if window is None else 0),
+        # 0: the kernel's own heuristic.
+        num_splits=0,
+    )
+    return attended
+
+
+def _flash_attention_2(
+    module: ModuleType,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: FlashBatch,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    window_size = (_left_window(window), -1 if window is None else 0)
+    if batch.max_query_len == 1 and len(q) == len(batch.seq_lens):
+        # The only one of its two functions that splits along the keys.
+        decoded: Tensor = module.flash_attn_with_kvcache(
+            q.unsqueeze(1),
+            keys,
+            values,
+            cache_seqlens=batch.seq_lens,
+            block_table=batch.block_table,
+            softmax_scale=scale,
+            causal=True,
+            window_size=window_size,
+        )
+        return decoded.squeeze(1)
+    attended: Tensor = module.flash_attn_varlen_func(
+        q,
+        keys,
+        values,
+        cu_seqlens_q=batch.cu_seqlens_q,
+        cu_seqlens_k=batch.cu_seqlens_k,
+        max_seqlen_q=batch.max_query_len,
+        max_seqlen_k=batch.max_seq_len,
+        softmax_scale=scale,
+        causal=True,
+        window_size=window_size,
+        block_table=batch.block_table,
+    )
+    return attended
+
+
+def _torch_varlen(
+    module: ModuleType,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: FlashBatch,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    is_decode = batch.max_query_len == 1
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    module.varlen_attn_out(
+        out,
+        q,
+        keys,
+        values,
+        batch.cu_seqlens_q,
+        # Must not be None, though seqused_k says the same.
+        batch.cu_seqlens_k,
+        batch.max_query_len,
+        batch.max_seq_len,
+        scale=scale,
+        # A lone last token sees all there is: no mask needed.
+        window_size=(-1, -1) if is_decode and window is None else (_left_window(window), 0),
+        enable_gqa=True,
+        seqused_k=batch.seq_lens,
+        block_table=batch.block_table,
+        # Paged with several splits writes wrong or NaN rows (pytorch#194167).
+        num_splits=1,
+    )
+    return out

@@ -1,0 +1,71 @@
+"""Attention as its definition says, row by row in plain torch: what other backends are held to.
+
+Runs on any device and is in no hurry.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
+from model.kv_pool import KVPool
+
+
+class ReferenceAttention:
+    """See `AttentionBackend`. `softmax_dtype` is that of everything between loads and result."""
+
+    name = "reference"
+
+    def __init__(
+        self, spec: AttentionSpec, pool: KVPool, softmax_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._spec = spec
+        self._pool = pool
+        self._dtype = softmax_dtype
+        self._batch: AttentionBatch | None = None
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend`."""
+        self._batch = batch
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionBackend`."""
+        batch = self._batch
+        assert batch is not None, "attend before plan"
+        keys = self._pool.keys(layer).flatten(0, 1)
+        values = self._pool.values(layer).flatten(0, 1)
+        keys[batch.kv_slots] = k.to(keys.dtype)
+        values[batch.kv_slots] = v.to(values.dtype)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        starts, ends = batch.query_starts.tolist(), batch.seq_lens.tolist()
+        for row, num_keys in enumerate(ends):
+            mine = slice(starts[row], starts[row + 1])
+            slots = self._slots(batch.block_table[row], num_keys)
+            out[mine] = self._attend_row(q[mine], keys[slots], values[slots], layer)
+        return out.flatten(1)
+
+    def _slots(self, pages: Tensor, num_keys: int) -> Tensor:
+        position = torch.arange(num_keys, device=pages.device)
+        page_size = self._pool.page_size
+        return pages[position // page_size].long() * page_size + position % page_size
+
+    def _attend_row(self, q: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
+        """Attend the last of `[keys, kv_heads, head_dim]`; returns `[queries, heads, head_dim]`."""
+        spec = self._spec
+        group = spec.num_heads // spec.num_kv_heads
+        wide_keys = keys.to(self._dtype).repeat_interleave(group, dim=1)
+        wide_values = values.to(self._dtype).repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q.to(self._dtype), wide_keys) * spec.scale
+        key_at = torch.arange(len(keys), device=q.device)
+        back = key_at[len(keys) - len(q) :, None] - key_at
+        window = spec.windows[layer]
+        hidden = (back < 0) if window is None else (back < 0) | (back >= window)
+        weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+        return torch.einsum("hqk,khd->qhd", weights, wide_values).to(q.dtype)
+
+
+def offer(spec: AttentionSpec) -> BackendOffer:
+    """Serve any model, anywhere."""
+    del spec
+    return BackendOffer("reference", 1, 16, ReferenceAttention)

@@ -1,0 +1,126 @@
+"""Attention by gathering pages and calling torch's own: on any device, where nothing better runs.
+
+Decodes go in one batched call; each prefill chunk in one of its own. Several times slower than a
+backend that reads the pages in place, and far faster than `model/attention/reference.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
+from model.kv_pool import KVPool
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that are attended in one call: all have as many queries."""
+
+    #: `[rows * queries]`: the tokens of the flat batch.
+    tokens: Tensor
+    #: `[rows * keys]`: where their keys lie; past a row's end its last key again.
+    slots: Tensor
+    #: `[rows, queries, keys]`: how many tokens back a key lies; negative past the query.
+    back: Tensor
+
+
+class TorchAttention:
+    """See `AttentionBackend`."""
+
+    name = "torch"
+
+    def __init__(self, spec: AttentionSpec, pool: KVPool) -> None:
+        self._spec = spec
+        self._pool = pool
+        self._kv_slots: Tensor | None = None
+        self._groups: list[_Group] = []
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend`."""
+        self._kv_slots = batch.kv_slots
+        starts = batch.query_starts.tolist()
+        counts = [end - start for start, end in pairwise(starts)]
+        decodes = [row for row, count in enumerate(counts) if count == 1]
+        rows_of_groups = [[row] for row, count in enumerate(counts) if count > 1]
+        if decodes:
+            rows_of_groups.append(decodes)
+        self._groups = [self._group(batch, rows, counts[rows[0]]) for rows in rows_of_groups]
+
+    def _group(self, batch: AttentionBatch, rows: list[int], num_queries: int) -> _Group:
+        device, page_size = batch.seq_lens.device, self._pool.page_size
+        index = torch.tensor(rows, device=device)
+        seq_lens = batch.seq_lens[index].long()
+        key_at = torch.arange(int(seq_lens.max()), device=device)
+        # Not beyond its end: what lies there may be NaN, which no mask takes away.
+        real_at = torch.minimum(key_at, seq_lens[:, None] - 1)
+        pages = batch.block_table[index].long().gather(1, real_at // page_size)
+        query = torch.arange(num_queries, device=device)
+        query_at = seq_lens[:, None] - num_queries + query
+        return _Group(
+            tokens=(batch.query_starts[index].long()[:, None] + query).flatten(),
+            slots=(pages * page_size + real_at % page_size).flatten(),
+            back=query_at[:, :, None] - key_at,
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionBackend`."""
+        assert self._kv_slots is not None, "attend before plan"
+        keys = self._pool.keys(layer).flatten(0, 1)
+        values = self._pool.values(layer).flatten(0, 1)
+        keys.index_copy_(0, self._kv_slots, k.to(keys.dtype))
+        values.index_copy_(0, self._kv_slots, v.to(values.dtype))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for group in self._groups:
+            out.index_copy_(0, group.tokens, self._attend_group(group, layer, q, keys, values))
+        return out.flatten(1)
+
+    def _attend_group(
+        self, group: _Group, layer: int, q: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Return `[rows * queries, heads, head_dim]`."""
+        spec = self._spec
+        rows, num_queries, num_keys = group.back.shape
+        heads_each = spec.num_heads // spec.num_kv_heads
+        # The query heads of a KV head go in as more queries to it: nothing is repeated.
+        packed = (
+            q.index_select(0, group.tokens)
+            .view(rows, num_queries, spec.num_kv_heads, heads_each, spec.head_dim)
+            .permute(0, 2, 3, 1, 4)
+            .reshape(rows, spec.num_kv_heads, heads_each * num_queries, spec.head_dim)
+        )
+        seen = group.back >= 0
+        window = spec.windows[layer]
+        if window is not None:
+            seen &= group.back < window
+        attended = functional.scaled_dot_product_attention(
+            packed,
+            self._gathered(keys, group, rows, num_keys, q.dtype),
+            self._gathered(values, group, rows, num_keys, q.dtype),
+            attn_mask=seen.repeat(1, heads_each, 1).unsqueeze(1),
+            scale=spec.scale,
+        )
+        return (
+            attended.view(rows, spec.num_kv_heads, heads_each, num_queries, spec.head_dim)
+            .permute(0, 3, 1, 2, 4)
+            .reshape(rows * num_queries, spec.num_heads, spec.head_dim)
+        )
+
+    @staticmethod
+    def _gathered(
+        cache: Tensor, group: _Group, rows: int, num_keys: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Return `[rows, kv_heads, keys, head_dim]`."""
+        # index_select: two to ten times faster than indexing, measured on a CPU.
+        chosen = cache.index_select(0, group.slots).to(dtype)
+        return chosen.view(rows, num_keys, *cache.shape[1:]).transpose(1, 2)
+
+
+def offer(spec: AttentionSpec) -> BackendOffer:
+    """Serve any model, anywhere."""
+    del spec
+    return BackendOffer("torch", 1, 16, TorchAttention)

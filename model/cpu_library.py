@@ -1,0 +1,216 @@
+"""The compiled CPU operations as a shared library: finding it, building it, loading it.
+
+The library (model/csrc) has a C interface and is not linked against torch, so a build needs no
+more than a C++ compiler and a few seconds, and a binary outlives updates of torch. It holds code
+for several instruction sets and asks the CPU which to use. Nothing here knows what the operations
+do: see `model/cpu_ops.py` and `model/attention/cpu.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+# Also brings OpenMP's runtime into the process, which the library takes its threads from.
+import torch
+
+from model.source import octavo_home
+
+SOURCES = Path(__file__).parent / "csrc"
+#: Best first.
+ISAS = ("avx512", "avx2", "scalar")
+#: The `DType` of csrc/kernels.h.
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+_ISA_FLAGS = {
+    "scalar": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ),
+}
+_BUILD_TIMEOUT_S = 300
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_MATRIX, _ROWS = (_POINTER, _INT), (_POINTER, _LONG, _LONG)
+#: Result and parameters of each function of csrc/octavo_cpu.cpp.
+_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "octavo_sources": (ctypes.c_char_p, ()),
+    "octavo_supports": (ctypes.c_bool, (ctypes.c_char_p,)),
+    "octavo_kernels": (_POINTER, (ctypes.c_char_p,)),
+    "octavo_attention_new": (
+        _POINTER,
+        (*(_POINTER,) * 4, _INT, _INT, _LONG, *(_INT,) * 4, _FLOAT),
+    ),
+    "octavo_attention_free": (None, (_POINTER,)),
+    "octavo_attention_plan": (
+        ctypes.c_char_p,
+        (*(_POINTER,) * 4, _LONG, _POINTER, _INT, _LONG, _INT),
+    ),
+    "octavo_attention_attend": (None, (_POINTER, _INT, _INT, *_ROWS, *_ROWS, *_ROWS, _POINTER)),
+    "octavo_norm": (
+        None,
+        (_POINTER, _LONG, _LONG, *_MATRIX, _LONG, _POINTER, *_MATRIX, _FLOAT, *_MATRIX),
+    ),
+    "octavo_rope": (
+        None,
+        (_POINTER, _LONG, _INT, *_ROWS, _INT, *_ROWS, _INT, _POINTER, _POINTER, _INT),
+    ),
+    "octavo_silu_mul": (None, (_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _POINTER)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CpuLibrary:
+    """The loaded library, and which of its instruction sets is in use."""
+
+    path: Path
+    isa: str
+    functions: ctypes.CDLL
+    #: Address of the table of this instruction set's functions.
+    kernels: int
+
+
+def load_cpu_library(
+    *, isa: str | None = None, environ: Mapping[str, str] | None = None
+) -> CpuLibrary | str:
+    """Load the compiled operations, building them if need be; or say in a line why not.
+
+    Looked for: the file that `OCTAVO_CPU_OPS` names; `_cpu_ops.so` beside this file (a container
+    has no compiler); the build of an earlier start under `octavo_home()`; a new build there.
+    `isa`, else `OCTAVO_CPU_ISA`, asks for an instruction set other than the best.
+    """
+    variables = os.environ if environ is None else environ
+    if named := variables.get("OCTAVO_CPU_OPS"):
+        found: Path | str = Path(named)
+    else:
+        shipped = Path(__file__).with_name("_cpu_ops.so")
+        found = shipped if shipped.exists() else _cached_build(variables)
+    if isinstance(found, str):
+        return found
+    return _load(found, isa or variables.get("OCTAVO_CPU_ISA"))
+
+
+def _load(path: Path, isa: str | None) -> CpuLibrary | str:
+    try:
+        functions = ctypes.CDLL(str(path.resolve()))
+        for name, (result, parameters) in _SIGNATURES.items():
+            function = getattr(functions, name)
+            function.restype, function.argtypes = result, parameters
+    except (OSError, AttributeError) as error:
+        return f"{path} cannot be loaded: {error}"
+    if functions.octavo_sources().decode() != _digest_of_sources():
+        return f"{path} was built from other sources; build it anew with python -m model.cpu_ops"
+    if isa is not None and (isa not in ISAS or not functions.octavo_supports(isa.encode())):
+        return f"instruction set {isa!r} is not one of {', '.join(ISAS)}, or not this CPU's"
+    isa = isa or next(name for name in ISAS if functions.octavo_supports(name.encode()))
+    return CpuLibrary(path, isa, functions, functions.octavo_kernels(isa.encode()))
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def build(output: Path, compiler: str | None = None) -> str | None:
+    """Compile the library to `output`, all or nothing; returns why it could not be, or None.
+
+    Portable: it runs on any CPU of this machine's architecture.
+    """
+    compiler = compiler or _find_compiler(os.environ)
+    if compiler is None:
+        return "no C++ compiler found"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as folder:
+            _compile(compiler, Path(folder), Path(folder) / output.name)
+            (Path(folder) / output.name).replace(output)
+    except subprocess.CalledProcessError as error:
+        return f"the C++ compiler failed: {_first_error(error.stderr)}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"the build failed: {error}"
+    return None
+
+
+def _compile(compiler: str, folder: Path, output: Path) -> None:
+    is_x86 = platform.machine() in {"x86_64", "AMD64"}
+    flags = (*_BASE_FLAGS, f'-DOCTAVO_SOURCES="{_digest_of_sources()}"')
+    commands = [[compiler, *flags, "-fopenmp", "-c", str(SOURCES / "octavo_cpu.cpp")]]
+    for isa in ISAS if is_x86 else ("scalar",):
+        kernels = ["-c", str(SOURCES / "kernels.cpp"), f"-DOCTAVO_ISA={isa}"]
+        commands.append([compiler, *flags, *_ISA_FLAGS[isa], *kernels])
+    objects = [str(folder / f"{i}.o") for i in range(len(commands))]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for job in [
+            pool.submit(_run, [*command, "-o", to])
+            for command, to in zip(commands, objects, strict=True)
+        ]:
+            job.result()
+    # Without -fopenmp: its symbols come from the runtime that torch has loaded already.
+    _run([compiler, "-shared", "-o", str(output), *objects])
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(  # noqa: S603 - the operator's compiler on our own sources
+        command, check=True, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S
+    )
+
+
+def _first_error(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+
+
+def _cached_build(variables: Mapping[str, str]) -> Path | str:
+    """Path of this machine's build of these sources, built now if it is not there."""
+    compiler = _find_compiler(variables)
+    # The flags follow from this file and the architecture. Whichever compiler built it will do:
+    # a machine that has lost its compiler keeps what it has.
+    key = hashlib.sha256((_digest_of_sources() + platform.machine()).encode())
+    key.update(Path(__file__).read_bytes())
+    folder = octavo_home(variables) / "build" / key.hexdigest()[:16]
+    output = folder / "cpu_ops.so"
+    if output.exists():
+        return output
+    if compiler is None:
+        return "no C++ compiler found"
+    try:
+        with _locked(folder):
+            reason = None if output.exists() else build(output, compiler)
+    except OSError as error:
+        return f"the build folder cannot be used: {error}"
+    return reason or output
+
+
+def _find_compiler(variables: Mapping[str, str]) -> str | None:
+    names = [variables["CXX"]] if variables.get("CXX") else ["g++", "c++"]
+    found = (shutil.which(name, path=variables.get("PATH", "")) for name in names)
+    return next((path for path in found if path), None)
+
+
+def _digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in {".cpp", ".h"}:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock of this folder's against other processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,28 @@
+// The arithmetic, compiled once per instruction set: OCTAVO_KERNELS names this one's table.
+
+#include "kernels.h"
+
+#include "attention_decode.h"
+#include "attention_prefill.h"
+#include "elementwise.h"
+
+#define OCTAVO_TEXT_OF(x) #x
+#define OCTAVO_TEXT(x) OCTAVO_TEXT_OF(x)
+#define OCTAVO_JOIN_OF(a, b) a##b
+#define OCTAVO_JOIN(a, b) OCTAVO_JOIN_OF(a, b)
+
+namespace {
+
+int64_t scratch_floats(int head_dim) { return PrefillScratch::floats(head_dim); }
+
+const octavo::Kernels table = {
+    OCTAVO_TEXT(OCTAVO_ISA), scratch_floats, decode, prefill, merge, write, norm, rope, silu_mul,
+};
+
+}  // namespace
+
+namespace octavo {
+
+const Kernels& OCTAVO_JOIN(kernels_, OCTAVO_ISA)() { return table; }
+
+}  // namespace octavo

@@ -1,0 +1,209 @@
+// Vectors of floats as wide as the instruction set of this translation unit.
+//
+// GCC's vector extensions (clang has them too) and a few intrinsics where those have no word for
+// it. Everything is in an anonymous namespace, and nothing of the C++ library is used: see kernels.h.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace {
+
+using octavo::DType;
+using octavo::kBFloat16;
+using octavo::kFloat16;
+using octavo::kFloat32;
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t WordVec __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline int smaller(int a, int b) { return a < b ? a : b; }
+inline int larger(int a, int b) { return a > b ? a : b; }
+
+// x - 0 folds away, 0 + x does not (the sign of zero).
+inline Vec broadcast(float x) { return x - Vec{}; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+inline float sum(Vec v) {
+  float total = 0.0f;
+  for (int i = 0; i < kWidth; ++i) total += v[i];
+  return total;
+}
+
+// ---- loads and stores with conversion ----------------------------------------------------------
+
+inline Vec load(const float* from) {
+  Vec v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+inline Vec load(const BFloat16* from) {
+  HalfVec half;
+  __builtin_memcpy(&half, from, sizeof(half));
+  return bit_cast<Vec>(__builtin_convertvector(half, WordVec) << 16);
+}
+
+inline Vec load(const Float16* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)));
+#elif defined(__F16C__)
+  return bit_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)));
+#else
+  HalfVec half;
+  __builtin_memcpy(&half, from, sizeof(half));
+  const WordVec word = __builtin_convertvector(half, WordVec);
+  // The exponent's bias differs by 112; the product is right for subnormals too.
+  const Vec magnitude = bit_cast<Vec>((word & 0x7fff) << 13) * 0x1p112f;
+  const WordVec special = bit_cast<WordVec>((word & 0x7c00) == 0x7c00) & 0x7f800000;
+  return bit_cast<Vec>(bit_cast<WordVec>(magnitude) | special | ((word & 0x8000) << 16));
+#endif
+}
+
+inline void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof(v)); }
+
+inline void store(BFloat16* to, Vec v) {
+  const WordVec word = bit_cast<WordVec>(v);
+  const WordVec rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+  // Rounding would carry a NaN into infinity: keep it quiet instead.
+  const HalfVec half =
+      __builtin_convertvector(v == v ? rounded : ((word >> 16) | 0x40), HalfVec);
+  __builtin_memcpy(to, &half, sizeof(half));
+}
+
+inline void store(Float16* to, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const WordVec word = bit_cast<WordVec>(v);
+  const WordVec sign = (word >> 16) & 0x8000;
+  const Vec magnitude = bit_cast<Vec>(word & 0x7fffffff);
+  // Normal: move the exponent's bias, round to even at bit 13. Subnormal: let the adder round.
+  const WordVec bits = bit_cast<WordVec>(magnitude);
+  const WordVec normal = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+  const WordVec subnormal = bit_cast<WordVec>(magnitude + 0.5f) - 0x3f000000;
+  const WordVec finite = magnitude < 0x1p-14f ? subnormal : normal;
+  const WordVec bounded = magnitude < 65520.0f ? finite : WordVec{} + 0x7c00;
+  const HalfVec half =
+      __builtin_convertvector((magnitude == magnitude ? bounded : WordVec{} + 0x7e00) | sign, HalfVec);
+  __builtin_memcpy(to, &half, sizeof(half));
+#endif
+}
+
+// Up to kWidth elements; the vector's other lanes are zero.
+template <class T>
+inline Vec load_some(const T* from, int64_t count) {
+  if (count >= kWidth) return load(from);
+  T full[kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) full[i] = from[i];
+  return load(full);
+}
+
+template <class T>
+inline void store_some(T* to, Vec v, int64_t count) {
+  if (count >= kWidth) return store(to, v);
+  T full[kWidth];
+  store(full, v);
+  for (int64_t i = 0; i < count; ++i) to[i] = full[i];
+}
+
+// The same for a dtype known at run time; `at` counts elements.
+inline Vec load_some(const void* from, DType dtype, int64_t at, int64_t count) {
+  switch (dtype) {
+    case kFloat16: return load_some((const Float16*)from + at, count);
+    case kBFloat16: return load_some((const BFloat16*)from + at, count);
+    default: return load_some((const float*)from + at, count);
+  }
+}
+
+inline void store_some(void* to, DType dtype, int64_t at, Vec v, int64_t count) {
+  switch (dtype) {
+    case kFloat16: return store_some((Float16*)to + at, v, count);
+    case kBFloat16: return store_some((BFloat16*)to + at, v, count);
+    default: return store_some((float*)to + at, v, count);
+  }
+}
+
+inline int64_t bytes_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// ---- arithmetic --------------------------------------------------------------------------------
+
+// 2 to the power of x, to 2e-7 relative; zero below -126, no more than 2^127 above, NaN of NaN.
+inline Vec exp2(Vec x) {
+  const Vec bounded = min(broadcast(127.0f), max(broadcast(-126.0f), x));
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const Vec magic = broadcast(12582912.0f);
+  const Vec shifted = bounded + magic;
+  const IntVec exponent = bit_cast<IntVec>(shifted) << 23;
+  const Vec r = bounded - (shifted - magic);
+  // Chebyshev fit of 2^r on [-1/2, 1/2], 2.5e-9 relative before rounding.
+  Vec p = broadcast(1.546144472e-4f);
+  p = p * r + 1.340042818e-3f;
+  p = p * r + 9.618056678e-3f;
+  p = p * r + 5.550327227e-2f;
+  p = p * r + 2.402265092e-1f;
+  p = p * r + 6.931472067e-1f;
+  p = p * r + 1.0f;
+  const Vec power = bit_cast<Vec>(bit_cast<IntVec>(p) + exponent);
+  return bit_cast<Vec>(bit_cast<IntVec>(power) & ~(x < -126.0f));
+}
+
+// The sums of four vectors, to out[0..3].
+inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+#if defined(__AVX512F__)
+  const __m512 A = bit_cast<__m512>(a), B = bit_cast<__m512>(b);
+  const __m512 C = bit_cast<__m512>(c), D = bit_cast<__m512>(d);
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(A, B), _mm512_unpackhi_ps(A, B));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(C, D), _mm512_unpackhi_ps(C, D));
+  const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(__AVX2__)
+  const __m256 A = bit_cast<__m256>(a), B = bit_cast<__m256>(b);
+  const __m256 C = bit_cast<__m256>(c), D = bit_cast<__m256>(d);
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(A, B), _mm256_unpackhi_ps(A, B));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(C, D), _mm256_unpackhi_ps(C, D));
+  const __m256 half = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+  out[0] = sum(a);
+  out[1] = sum(b);
+  out[2] = sum(c);
+  out[3] = sum(d);
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,151 @@
+"""A model that can be computed by hand, for tests of everything around a model. No torch.
+
+Its "keys and values" are what really matters about them: which prefix they belong to. Each place in
+a page holds the token written there and a digest of the whole prefix up to it; the next token is a
+function of the digest. So a page shared wrongly, freed too early or copied short changes tokens.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from model.interface import (
+    ModelInfo,
+    PageCopy,
+    SamplingParams,
+    SlotStart,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+)
+
+FAKE_EOS_TOKEN_ID = 0
+_EMPTY = 0xFFFF
+
+
+def fake_next_token(token_ids: Sequence[int], vocab_size: int, *, may_end: bool = True) -> int:
+    """Return the token a `FakeRunner` gives after these."""
+    digest = _EMPTY
+    for token_id in token_ids:
+        digest = _extend(digest, token_id)
+    return _choose(digest, vocab_size, may_end=may_end)
+
+
+def _extend(digest: int, token_id: int) -> int:
+    return zlib.crc32(token_id.to_bytes(4, "little"), digest)
+
+
+def _choose(digest: int, vocab_size: int, *, may_end: bool) -> int:
+    if may_end and digest % 61 == 0:
+        return FAKE_EOS_TOKEN_ID
+    return 1 + digest // 61 % (vocab_size - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Landed:
+    output: StepOutput
+
+    def wait(self) -> StepOutput:
+        return self.output
+
+
+@dataclass(slots=True)
+class FakeRunner:
+    """See `ModelRunner`. Checks with every step that it reads back the very prefix it is given."""
+
+    vocab_size: int = 64
+    max_model_len: int = 256
+    page_size: int = 4
+    num_pages: int = 64
+    #: Steps so far, and tokens computed in them: what was recomputed shows here.
+    num_steps: int = 0
+    num_tokens: int = 0
+    #: Raise in these steps, counted from 0.
+    faulty_steps: frozenset[int] = frozenset()
+    #: Read every row back from its first token in every step; off for benchmarks.
+    is_strict: bool = True
+    #: page * page_size + offset -> the token there, and the digest of the prefix it ends.
+    _written: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _params: dict[int, SamplingParams] = field(default_factory=dict)
+
+    @property
+    def info(self) -> ModelInfo:
+        """See `ModelRunner`."""
+        return ModelInfo(
+            name="fake",
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            eos_token_ids=(FAKE_EOS_TOKEN_ID,),
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            kv_bytes_per_token=4,
+            weights_bytes=0,
+            dtype="int",
+            quantization="none",
+            kv_cache_dtype="int",
+            device="none",
+            attention_backend="fake",
+        )
+
+    def launch(self, step: StepInput) -> _Landed:
+        """See `ModelRunner`. Raises RuntimeError in the steps named in `faulty_steps`."""
+        self.num_steps += 1
+        if self.num_steps - 1 in self.faulty_steps:
+            raise RuntimeError("this step was told to fail")
+        for start in step.started:
+            self._start(start)
+        for copy in step.copies:
+            self._copy(copy)
+        digests, first = [], 0
+        for row, count in enumerate(step.counts):
+            digests.append(self._write(step, row, step.token_ids[first : first + count]))
+            first += count
+        assert first == len(step.token_ids), "rows and tokens do not add up"
+        self.num_tokens += first
+        rows = step.sample_rows
+        token_ids = [self._sample(step.slots[row], digests[row]) for row in rows]
+        logprobs = [
+            None if self._params[step.slots[row]].logprobs is None else TokenLogprobs(token, 0.0, 1)
+            for row, token in zip(rows, token_ids, strict=True)
+        ]
+        return _Landed(StepOutput(token_ids, logprobs if any(logprobs) else []))
+
+    def _start(self, start: SlotStart) -> None:
+        self._params[start.slot] = start.params
+
+    def _copy(self, copy: PageCopy) -> None:
+        source, target = copy.source * self.page_size, copy.target * self.page_size
+        for offset in range(copy.num_tokens):
+            self._written[target + offset] = self._written[source + offset]
+
+    def _write(self, step: StepInput, row: int, token_ids: list[int]) -> int:
+        start, pages = step.starts[row], step.page_ids[row]
+        digest = self._read(pages, start)
+        for position, token_id in enumerate(token_ids, start):
+            digest = _extend(digest, token_id)
+            self._written[self._place(pages, position)] = (token_id, digest)
+        return digest
+
+    def _read(self, pages: list[int], num_tokens: int) -> int:
+        if num_tokens == 0:
+            return _EMPTY
+        _, digest = self._written[self._place(pages, num_tokens - 1)]
+        if self.is_strict:
+            expected = _EMPTY
+            for position in range(num_tokens):
+                token_id, here = self._written[self._place(pages, position)]
+                expected = _extend(expected, token_id)
+                assert here == expected, f"page {pages[position // self.page_size]} was overwritten"
+        return digest
+
+    def _place(self, pages: list[int], position: int) -> int:
+        return pages[position // self.page_size] * self.page_size + position % self.page_size
+
+    def _sample(self, slot: int, digest: int) -> int:
+        return _choose(digest, self.vocab_size, may_end=not self._params[slot].ignore_eos)
+
+    def close(self) -> None:
+        """See `ModelRunner`."""
+        self._written.clear()

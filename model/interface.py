@@ -1,0 +1,186 @@
+"""What the scheduler and the model say to each other: plain types and two Protocols.
+
+Knows nothing of torch, of pages' contents, of text or of HTTP. Everything here is plain data, so
+that `scheduler/` can import it in a process (or a test) that has no torch at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+#: In `StepInput.token_ids`: "the token which the flight before this one samples for this slot".
+#: It lets step n+1 be launched before the tokens of step n are known on the host.
+PENDING_TOKEN = -1
+
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are chosen, and when it has enough of them.
+
+    Randomness is a function of `(seed, position)` alone, so the same request gives the same tokens
+    whatever else is in the batch. Raises `ValueError` whose message begins with the field's name.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    #: 0 means no limit.
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    #: None: none wanted; 0: of the sampled token alone; n: also of the n likeliest.
+    logprobs: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, holds, allowed in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2"),
+            ("top_k", self.top_k >= 0, "0 (no limit) or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty <= 10.0, "above 0, at most 10"),
+            ("seed", 0 <= self.seed < 2**64, "an unsigned 64-bit number"),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+                f"between 0 and {MAX_TOP_LOGPROBS}",
+            ),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
+            (
+                "logit_bias",
+                all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias),
+                "between -100 and 100 for each token",
+            ),
+        ):
+            if not holds:
+                message = f"{name} must be {allowed}, got {getattr(self, name)!r}"
+                raise ValueError(message)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one position, before temperature and filters (OpenAI's)."""
+
+    token_id: int
+    logprob: float
+    #: 1 for the likeliest token of the vocabulary.
+    rank: int
+    #: (token id, logprob), likeliest first.
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy the keys and values of the first `num_tokens` tokens of one page into another."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStart:
+    """A sequence takes a slot: all the runner must remember of it from here on."""
+
+    slot: int
+    params: SamplingParams
+    #: The prompt, for the repetition penalty.
+    prompt_token_ids: Sequence[int]
+    #: What was generated before (the sequence was preempted, or is resumed), for the penalties.
+    output_token_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step, row by row: row i computes `counts[i]` tokens from position `starts[i]` on.
+
+    The runner does, in this order: `started`, then `copies` one after another as listed (a page
+    may be the source of one copy and the target of a later one), then the forward pass, which
+    writes the rows' keys and values into their pages and reads all tokens before.
+    """
+
+    #: Flat, `[sum(counts)]`.
+    token_ids: list[int]
+    #: Each `[rows]`.
+    starts: list[int]
+    counts: list[int]
+    #: In `range(max_num_seqs)`; a slot belongs to one sequence at a time.
+    slots: list[int]
+    #: The block table of each row. Append-only while a slot keeps its sequence, and borrowed: the
+    #: scheduler goes on appending to these very lists after `launch` has returned.
+    page_ids: list[list[int]]
+    #: Rows that reach the end of their known tokens and so sample one, ascending.
+    sample_rows: list[int]
+    copies: list[PageCopy] = field(default_factory=list)
+    started: list[SlotStart] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step sampled: parallel to `StepInput.sample_rows`."""
+
+    token_ids: list[int]
+    #: None where the row's request asked for none; the whole list is empty where nobody did.
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a built model is: fixed from start to end."""
+
+    name: str
+    #: Longest sequence, prompt and output together, in tokens.
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    page_size: int
+    num_pages: int
+    kv_bytes_per_token: int
+    weights_bytes: int
+    #: Of the activations, the weights, the keys and values, as a person would say them.
+    dtype: str
+    quantization: str
+    kv_cache_dtype: str
+    device: str
+    attention_backend: str
+    #: Decisions an operator should know: "compiled CPU op not available: no g++; using torch".
+    notes: tuple[str, ...] = ()
+
+
+class Flight(Protocol):
+    """A step under way."""
+
+    def wait(self) -> StepOutput:
+        """Block until the step is done. Called exactly once."""
+
+
+class ModelRunner(Protocol):
+    """Turns steps into tokens. One step's `launch` may precede the `wait` of the step before."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was built."""
+
+    def launch(self, step: StepInput) -> Flight:
+        """Start computing a step; flights are waited for in the order they were launched."""
+
+    def close(self) -> None:
+        """Give back what the runner holds. The runner is not used afterwards."""

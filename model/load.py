@@ -1,0 +1,198 @@
+"""From files to a decoder: reads, packs and drops tensor after tensor, the largest first.
+
+Peak memory is what is kept plus, for each worker, one product in the dtype its packing wants; the
+largest products are packed while little else is there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.arch import ArchSpec
+from model.gguf_weights import ROPE_FACTORS
+from model.linear import (
+    Format,
+    Linear,
+    PlainLinear,
+    choose_format,
+    head_format,
+    pack,
+    staging_dtype,
+)
+from model.open_weights import open_weights
+from model.ops import Ops
+from model.rope import cos_sin_table
+from model.source import ModelSource
+from model.transformer import DecoderLayer, Transformer, TransformerWeights
+from model.weights import WeightSource, read_into
+
+
+def build_transformer(
+    source: ModelSource,
+    *,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
+    progress: bool,
+    max_positions: int | None = None,
+) -> Transformer:
+    """Load a model onto `device`.
+
+    `dtype` is that of the activations, on a CPU float32; `max_positions` (default: the model's
+    own) bounds the table of angles. With `progress`, a bar on stderr where that is a terminal.
+    Raises `ValueError` (`WeightsError`, `ArchError`, `GgufError` are ones) or `OSError`.
+    """
+    fmt, note = choose_format(quantization, device, dtype)
+    arch, weights = open_weights(source)
+    loader = _Loader(arch, weights, device, fmt, dtype)
+    bar = tqdm(
+        total=arch.num_layers + 1,
+        desc=f"loading {source.name}",
+        unit="layer",
+        # None: only where stderr is a terminal.
+        disable=None if progress else True,
+    )
+    with _without_holes(), closing(bar):
+        loaded = _load(loader, max_positions or arch.max_positions, bar)
+    return Transformer(arch, loaded, ops, fmt, note)
+
+
+def _load(loader: _Loader, max_positions: int, bar: tqdm) -> TransformerWeights:
+    """Load the vocabulary and the layers side by side.
+
+    Decoding and packing release the interpreter's lock, and each is single-threaded or too short
+    to share out, so threads by layer are what makes loading fast.
+    """
+    num_layers = loader.arch.num_layers
+    num_workers = min(torch.get_num_threads(), _MAX_WORKERS)
+    with ThreadPoolExecutor(num_workers, "load", torch.set_num_threads, (1,)) as pool:
+        vocabulary = pool.submit(loader.vocabulary)
+        layers = [pool.submit(loader.layer, index) for index in range(num_layers)]
+        vocabulary.add_done_callback(lambda _done: bar.update())
+        for layer in layers:
+            layer.add_done_callback(lambda _done: bar.update())
+        try:
+            embedding, lm_head = vocabulary.result()
+            decoder_layers = tuple(layer.result() for layer in layers)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return TransformerWeights(
+        embedding=embedding,
+        layers=decoder_layers,
+        final_norm=loader.kept("model.norm.weight"),
+        lm_head=lm_head,
+        cos_sin=loader.cos_sin(max_positions),
+        is_head_shared=loader.is_head_shared,
+    )
+
+
+#: Each has a layer's product in hand, so many of them would cost peak memory.
+_MAX_WORKERS = 4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+@contextmanager
+def _without_holes() -> Iterator[None]:
+    """Have malloc take large blocks from the system one by one, and give them back one by one.
+
+    Otherwise weights that are kept settle in the room of temporaries that are not, and the next
+    temporary takes new room: half as much again as the weights, measured. Afterwards malloc has
+    the limits it would have found by itself; where it is not glibc's, nothing is done.
+    """
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**17)
+    try:
+        yield
+    finally:
+        libc.malloc_trim(0)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
+
+
+class _Loader:
+    """Reads and packs parts of a model; its methods may run side by side."""
+
+    def __init__(
+        self,
+        arch: ArchSpec,
+        weights: WeightSource,
+        device: torch.device,
+        fmt: Format,
+        dtype: torch.dtype,
+    ) -> None:
+        self.arch = arch
+        #: Whether the embedding is also the product that gives the logits.
+        self.is_head_shared = arch.is_tied and fmt == "none"
+        self._weights = weights
+        self._device = device
+        self._fmt = fmt
+        self._dtype = dtype
+
+    def vocabulary(self) -> tuple[Tensor, Linear]:
+        """Load the two largest: the product first, since its packing needs the most room."""
+        name = "model.embed_tokens.weight"
+        # 16 bits hold any embedding closely enough; looked-up rows are made float32 again.
+        kept_dtype = self._dtype if self._fmt == "none" else torch.float16
+        if self.is_head_shared:
+            embedding = self.kept(name, kept_dtype)
+            return embedding, PlainLinear(embedding, None)
+        head = "model.embed_tokens" if self.arch.is_tied else "lm_head"
+        lm_head = self._linear([head], head_format(self._fmt))
+        return self.kept(name, kept_dtype), lm_head
+
+    def layer(self, index: int) -> DecoderLayer:
+        """Load a layer, its largest product first."""
+        at = f"model.layers.{index}."
+        attention, mlp = f"{at}self_attn.", f"{at}mlp."
+        has_qk_norm, fmt = self.arch.has_qk_norm, self._fmt
+        return DecoderLayer(
+            gate_up=self._linear([f"{mlp}gate_proj", f"{mlp}up_proj"], fmt),
+            down=self._linear([f"{mlp}down_proj"], fmt),
+            qkv=self._linear([f"{attention}{one}_proj" for one in "qkv"], fmt),
+            o=self._linear([f"{attention}o_proj"], fmt),
+            input_norm=self.kept(f"{at}input_layernorm.weight"),
+            post_norm=self.kept(f"{at}post_attention_layernorm.weight"),
+            q_norm=self.kept(f"{attention}q_norm.weight") if has_qk_norm else None,
+            k_norm=self.kept(f"{attention}k_norm.weight") if has_qk_norm else None,
+        )
+
+    def kept(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Read a tensor that stays as it is; norms in float32, since they are small."""
+        return self._stacked([name], dtype)
+
+    def cos_sin(self, max_positions: int) -> Tensor:
+        """Make the table of angles, with the file's own factors where it has some."""
+        factors = None
+        if ROPE_FACTORS in self._weights.shapes:
+            factors = torch.empty(self._weights.shapes[ROPE_FACTORS])
+            read_into(self._weights, ROPE_FACTORS, factors)
+        return cos_sin_table(self.arch.rope, max_positions, factors).to(self._device)
+
+    def _linear(self, parts: Sequence[str], fmt: Format) -> Linear:
+        """Pack products that share their input as one, their rows one after another."""
+        staging = staging_dtype(fmt, self._dtype)
+        biases = [f"{part}.bias" for part in parts]
+        bias = self._stacked(biases, staging) if biases[0] in self._weights.shapes else None
+        return pack(self._stacked([f"{part}.weight" for part in parts], staging), bias, fmt)
+
+    def _stacked(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+        shapes = [self._weights.shapes[name] for name in names]
+        num_rows = sum(shape[0] for shape in shapes)
+        stacked = torch.empty(num_rows, *shapes[0][1:], dtype=dtype, device=self._device)
+        start = 0
+        for name, shape in zip(names, shapes, strict=True):
+            read_into(self._weights, name, stacked[start : start + shape[0]])
+            start += shape[0]
+        return stacked

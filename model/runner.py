@@ -1,0 +1,135 @@
+"""Steps into tokens with torch: packs rows into tensors, runs the decoder, samples.
+
+Knows nothing of why a row is in a step, of requests or of how pages came to be shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.attention.interface import AttentionBackend, AttentionBatch
+from model.interface import ModelInfo, StepInput, StepOutput
+from model.kv_pool import KVPool
+from model.sampler import Sampler
+from model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class _Landed:
+    """A flight that was over when it was launched: a CPU computes while it is asked to."""
+
+    output: StepOutput
+
+    def wait(self) -> StepOutput:
+        return self.output
+
+
+class BlockTables:
+    """Every slot's block table as one array, so that a step copies only what is new in it."""
+
+    def __init__(self, max_num_seqs: int, max_pages: int) -> None:
+        self._pages = np.zeros((max_num_seqs, max_pages), dtype=np.int32)
+        self._num_pages = [0] * max_num_seqs
+
+    def forget(self, slot: int) -> None:
+        """Let the slot begin anew: another sequence has it now."""
+        self._num_pages[slot] = 0
+
+    def gather(self, slots: list[int], page_ids: list[list[int]], width: int) -> np.ndarray:
+        """Return `[rows, width]` page ids; past a row's end stand ids of earlier sequences."""
+        for slot, pages in zip(slots, page_ids, strict=True):
+            known = self._num_pages[slot]
+            if known != len(pages):
+                self._pages[slot, known : len(pages)] = pages[known:]
+                self._num_pages[slot] = len(pages)
+        table: np.ndarray = self._pages[np.asarray(slots), :width]
+        return table
+
+
+class TorchRunner:
+    """See `ModelRunner`: one decoder, one pool of pages, one attention backend, one sampler."""
+
+    def __init__(
+        self,
+        *,
+        info: ModelInfo,
+        transformer: Transformer,
+        attention: AttentionBackend,
+        pool: KVPool,
+        sampler: Sampler,
+        max_num_seqs: int,
+        device: torch.device,
+    ) -> None:
+        self._info = info
+        self._transformer = transformer
+        self._attention = attention
+        self._pool = pool
+        self._sampler = sampler
+        self._device = device
+        max_pages = -(-info.max_model_len // info.page_size)
+        self._tables = BlockTables(max_num_seqs, max_pages)
+
+    @property
+    def info(self) -> ModelInfo:
+        """See `ModelRunner`."""
+        return self._info
+
+    @torch.inference_mode()
+    def launch(self, step: StepInput) -> _Landed:
+        """See `ModelRunner`."""
+        for start in step.started:
+            self._tables.forget(start.slot)
+            self._sampler.start(start)
+        if step.copies:
+            self._pool.copy_pages(step.copies)
+        batch = self._pack(step)
+        self._attention.plan(batch)
+        token_ids = torch.tensor(step.token_ids, dtype=torch.int64).to(self._device)
+        hidden = self._transformer.forward(token_ids, batch.positions, self._attention)
+        if not step.sample_rows:
+            return _Landed(StepOutput([]))
+        return _Landed(self._sample(step, batch, hidden))
+
+    def _pack(self, step: StepInput) -> AttentionBatch:
+        starts = np.asarray(step.starts, dtype=np.int64)
+        counts = np.asarray(step.counts, dtype=np.int64)
+        page_size = self._info.page_size
+        ends = starts + counts
+        query_starts = np.zeros(len(counts) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        rows = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(query_starts[-1]) - query_starts[rows] + starts[rows]
+        max_seq_len = int(ends.max())
+        table = self._tables.gather(step.slots, step.page_ids, -(-max_seq_len // page_size))
+        kv_slots = table[rows, positions // page_size].astype(np.int64) * page_size
+        kv_slots += positions % page_size
+        return AttentionBatch(
+            query_starts=self._tensor(query_starts),
+            seq_lens=self._tensor(ends.astype(np.int32)),
+            block_table=self._tensor(table),
+            positions=self._tensor(positions),
+            kv_slots=self._tensor(kv_slots),
+            max_query_len=int(counts.max()),
+            max_seq_len=max_seq_len,
+        )
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def _sample(self, step: StepInput, batch: AttentionBatch, hidden: Tensor) -> StepOutput:
+        rows = step.sample_rows
+        if len(rows) < hidden.shape[0]:
+            last = batch.query_starts[1:].to(torch.int64) - 1
+            hidden = hidden[last[torch.tensor(rows, device=self._device)]]
+        return self._sampler.sample(
+            self._transformer.logits(hidden),
+            [step.slots[row] for row in rows],
+            [step.starts[row] + step.counts[row] for row in rows],
+        )
+
+    def close(self) -> None:
+        """See `ModelRunner`. Memory goes with the process."""

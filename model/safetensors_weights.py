@@ -1,0 +1,129 @@
+"""Weights out of safetensors files, one or many with an index.
+
+The format is an 8-byte length, a JSON header and the bytes, so it is read here rather than
+through the library, whose memory map would count into peak memory. Knows nothing of layers.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.weights import WeightsError, read_bytes, row_blocks
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_INDEX = "model.safetensors.index.json"
+#: Frequencies that early Llama checkpoints carry along; they follow from the config.
+_DERIVED = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    path: Path
+    shape: tuple[int, ...]
+    dtype_name: str
+    offset_bytes: int
+
+
+class SafetensorsWeights:
+    """See `WeightSource`: a folder's safetensors. Raises `WeightsError` or `OSError`."""
+
+    def __init__(self, folder: Path, *, is_tied: bool) -> None:
+        self._folder = folder
+        self._entries: dict[str, _Entry] = {}
+        #: From the index: which file should have a tensor.
+        self._placed: dict[str, str] = {}
+        for path in self._paths():
+            self._entries |= _read_header(path)
+        unused = [name for name in self._entries if name.endswith(_DERIVED)]
+        # Some checkpoints repeat the tied embedding.
+        for name in [*unused, "lm_head.weight"] if is_tied else unused:
+            self._entries.pop(name, None)
+        self._shapes = {name: entry.shape for name, entry in self._entries.items()}
+
+    def _paths(self) -> list[Path]:
+        index = self._folder / _INDEX
+        if not index.is_file():
+            return sorted(self._folder.glob("*.safetensors"))
+        try:
+            self._placed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"{index} is damaged: {error}") from error
+        paths = [self._folder / name for name in sorted(set(self._placed.values()))]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise WeightsError(f"{missing[0]} is missing, but {_INDEX} lists it")
+        return paths
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See `WeightSource`."""
+        return self._shapes
+
+    def describe(self, name: str) -> str:
+        """See `WeightSource`."""
+        entry = self._entries.get(name)
+        where = entry.path if entry else self._folder / self._placed.get(name, "")
+        return f"tensor {name} in {where}"
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """See `WeightSource`."""
+        entry = self._entries[name]
+        dtype = _DTYPES.get(entry.dtype_name)
+        if dtype is None:
+            raise WeightsError(
+                f"{self.describe(name)} is of type {entry.dtype_name}; "
+                f"supported are {', '.join(_DTYPES)}"
+            )
+        row_bytes = math.prod(entry.shape[1:]) * dtype.itemsize
+        with entry.path.open("rb") as file:
+            for start, count in row_blocks(entry.shape):
+                offset_bytes = entry.offset_bytes + start * row_bytes
+                raw = read_bytes(file, offset_bytes, count * row_bytes)
+                yield raw.view(dtype).view(count, *entry.shape[1:])
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start_bytes = 8 + int.from_bytes(file.read(8), "little")
+        if not 8 < start_bytes <= size_bytes:
+            raise WeightsError(f"{path} is cut off, or no safetensors file")
+        text = file.read(start_bytes - 8)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, fields, start_bytes) for name, fields in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is damaged: its header: {error!r}") from error
+    for name, fields in header.items():
+        end = start_bytes + fields["data_offsets"][1]
+        if end > size_bytes:
+            raise WeightsError(
+                f"{path} is cut off: tensor {name} of shape {fields['shape']} ends at byte "
+                f"{end}, the file at {size_bytes}"
+            )
+    return entries
+
+
+def _entry(path: Path, fields: Mapping[str, object], start_bytes: int) -> _Entry:
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    if not (isinstance(shape, list) and isinstance(offsets, list)):
+        raise TypeError("shape and data_offsets must be lists")
+    begin, end = offsets
+    dtype = _DTYPES.get(str(fields["dtype"]))
+    if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes for shape {shape}")
+    return _Entry(path, tuple(shape), str(fields["dtype"]), start_bytes + begin)

@@ -1,0 +1,268 @@
+"""From logits to tokens: the next token of each row, each by its own request's parameters.
+
+Remembers what each slot's request asked for and, for those with penalties, which tokens it has
+had. Knows nothing of pages, of the model, or of when a sequence ends. The arithmetic is in
+`model/draw.py`.
+
+Order, as in vLLM: log-probabilities are of the raw logits; then logit_bias, min_tokens, penalties,
+temperature, min-p, top-k, top-p. Rows are grouped by what they need, and no group pays for what
+another one needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.draw import (
+    ONE,
+    draw_plain,
+    draw_ranked,
+    leaders,
+    penalize,
+    stream_of,
+    uniform,
+    weights,
+)
+from model.interface import SlotStart, StepOutput, TokenLogprobs
+from model.sampling_plan import Penalized, Plan, Planner, SlotRequest
+from model.token_counts import TokenCounts
+
+#: How many of the likeliest tokens top-k and top-p look at first; then at these many more, then at
+#: the whole vocabulary. A `topk` of 256 costs a twentieth of a sort of 49,152 on a CPU, one of
+#: 4,096 a sixth.
+CANDIDATES = (256, 4096)
+
+#: Said instead of minus infinity, which JSON does not have (OpenAI's value for "very unlikely").
+MIN_LOGPROB = -9999.0
+
+_NOT_DECIDED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerStats:
+    """One moment of a sampler. `*_total` only grow."""
+
+    num_penalty_slots: int
+    penalty_bytes: int
+    rows_total: int
+    #: Rows whose first candidates were not enough.
+    widened_rows_total: int
+
+
+class Sampler:
+    """Chooses the next tokens.
+
+    Which token a row gets depends on its logits, its request and its position alone: never on the
+    other rows of this step or of earlier ones, nor on a restart in between.
+
+    A row with NaN, with plus infinity or with nothing but minus infinity gets some token of the
+    vocabulary, and harms no other row: raising would end all requests of a step for one of them.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device,
+        *,
+        candidates: tuple[int, ...] = CANDIDATES,
+    ) -> None:
+        self._max_num_seqs = max_num_seqs
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._device = device
+        self._candidates = (*candidates, vocab_size)
+        self._slots: dict[int, SlotRequest] = {}
+        self._counts = TokenCounts(vocab_size, device)
+        self._planner = Planner(vocab_size, device)
+        self._last_plan: Plan | None = None
+        self._rows_total = 0
+        self._widened_rows_total = 0
+
+    def start(self, start: SlotStart) -> None:
+        """Give a slot a sequence: new, or preempted or resumed with what it had generated.
+
+        Raises `ValueError` naming logit_bias where it names a token that does not exist.
+        """
+        params = start.params
+        assert 0 <= start.slot < self._max_num_seqs, f"slot {start.slot} of {self._max_num_seqs}"
+        for token, _ in params.logit_bias:
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(
+                    f"logit_bias names token {token}; the vocabulary ends at {self._vocab_size - 1}"
+                )
+        ends = {*self._eos_token_ids, *params.stop_token_ids}
+        slot = SlotRequest(
+            params=params,
+            stream=stream_of(params.seed),
+            free_from=len(start.prompt_token_ids) + params.min_tokens,
+            # A stop token which does not exist is never generated: nothing to ban.
+            banned=tuple(sorted(token for token in ends if 0 <= token < self._vocab_size)),
+        )
+        self._slots[start.slot] = slot
+        self._last_plan = None
+        if slot.is_penalized:
+            self._counts.take(start.slot, start.prompt_token_ids, start.output_token_ids)
+        else:
+            self._counts.drop(start.slot)
+
+    def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> StepOutput:
+        """Choose a token for each row of float32 `[rows, vocab]` logits, which it may overwrite.
+
+        `positions[i]` is where the token will stand in row i's sequence: the number of tokens
+        before it. One transfer to the host, but for rows with logprobs and for those (rare) whose
+        candidates were not enough.
+        """
+        assert logits.shape == (len(slots), self._vocab_size), f"logits of {tuple(logits.shape)}"
+        plan = self._plan(slots)
+        self._rows_total += len(slots)
+        if plan.is_only_greedy:
+            return StepOutput(logits.max(dim=-1).indices.tolist())
+        # Indexed, so a copy: the rows are about to be changed.
+        raw = logits[plan.wants_logprobs.index] if plan.wants_logprobs.rows else None
+        self._edit(plan, logits, positions)
+        tokens, token_ids = self._choose(plan, logits, positions)
+        if plan.penalized is not None:
+            counts = plan.penalized.counts
+            self._counts.add(counts.rows, counts.index, tokens[plan.penalized.group.index])
+        if raw is None:
+            return StepOutput(token_ids)
+        return StepOutput(token_ids, self._logprobs(plan, raw, token_ids))
+
+    def stats(self) -> SamplerStats:
+        """Count what is held and what was done."""
+        return SamplerStats(
+            num_penalty_slots=len(self._counts.row_of_slot),
+            penalty_bytes=self._counts.num_bytes,
+            rows_total=self._rows_total,
+            widened_rows_total=self._widened_rows_total,
+        )
+
+    def check(self) -> None:
+        """Assert that exactly the slots which use penalties hold a row of counts."""
+        self._counts.check()
+        penalized = {slot for slot, held in self._slots.items() if held.is_penalized}
+        assert penalized == self._counts.row_of_slot.keys(), (
+            f"slots {penalized} use penalties, {set(self._counts.row_of_slot)} hold counts"
+        )
+
+    def _plan(self, slots: list[int]) -> Plan:
+        """Return the plan for these slots: the last one, while neither they nor it changed."""
+        if self._last_plan is None or self._last_plan.slots != slots:
+            held = [self._slots[slot] for slot in slots]
+            self._last_plan = self._planner.plan(list(slots), held, self._counts.row_of_slot)
+        return self._last_plan
+
+    def _edit(self, plan: Plan, logits: Tensor, positions: list[int]) -> None:
+        """Apply, in place, what changes which token is the likeliest."""
+        if plan.bias is not None:
+            rows, tokens, biases = plan.bias
+            logits.index_put_((rows, tokens), biases, accumulate=True)
+        banned = [
+            (row, token)
+            for row in plan.guarded
+            if positions[row] < (slot := self._slots[plan.slots[row]]).free_from
+            for token in slot.banned
+        ]
+        if banned:
+            banned_rows, banned_tokens = zip(*banned, strict=True)
+            index = self._planner.index(banned_rows), self._planner.index(banned_tokens)
+            logits[index] = -torch.inf
+        if plan.penalized is not None:
+            self._penalize(plan.penalized, logits)
+
+    def _penalize(self, penalized: Penalized, logits: Tensor) -> None:
+        """Touch the tokens alone that the sequences have had: a few hundred, not the vocabulary."""
+        held = penalized.counts
+        token_ids = self._counts.tokens_of(held.rows, held.index)
+        counts = held.index.unsqueeze(-1), token_ids
+        # Where an id stands twice in a row, the same value is written twice.
+        place = penalized.group.index.unsqueeze(-1), token_ids
+        logits[place] = penalize(
+            logits[place],
+            self._counts.generated[counts],
+            self._counts.in_prompt[counts],
+            penalized.penalties,
+        )
+
+    def _choose(self, plan: Plan, logits: Tensor, positions: list[int]) -> tuple[Tensor, list[int]]:
+        """Return the tokens of all rows, on the device and on the host."""
+        tokens = torch.empty(len(plan.slots), dtype=torch.int64, device=self._device)
+        if plan.greedy.rows:
+            tokens[plan.greedy.index] = logits[plan.greedy.place].max(dim=-1).indices
+        for draw in plan.draws:
+            u = self._uniforms(plan, draw.group.rows, positions)
+            some = logits[draw.group.place]
+            if draw.is_ranked:
+                drawn, is_decided = draw_ranked(some, draw.filters, u, self._candidates[0])
+                drawn = torch.where(is_decided, drawn, _NOT_DECIDED)
+            else:
+                drawn = draw_plain(some, draw.filters, u)
+            tokens[draw.group.index] = drawn
+        token_ids: list[int] = tokens.tolist()
+        if _NOT_DECIDED in token_ids:
+            for row in [row for row, token in enumerate(token_ids) if token == _NOT_DECIDED]:
+                token_ids[row] = self._widen(plan, logits, row, positions)
+            tokens = self._planner.index(token_ids)
+        return tokens, token_ids
+
+    def _uniforms(self, plan: Plan, rows: list[int], positions: list[int]) -> Tensor:
+        return self._planner.column(
+            (uniform(self._slots[plan.slots[row]].stream, positions[row]) for row in rows),
+            torch.float64,
+        )
+
+    def _widen(self, plan: Plan, logits: Tensor, row: int, positions: list[int]) -> int:
+        """Draw again, from more candidates."""
+        self._widened_rows_total += 1
+        filters = self._planner.filters([self._slots[plan.slots[row]].params])
+        u = self._uniforms(plan, [row], positions)
+        for num_candidates in self._candidates[1:]:
+            drawn, is_decided = draw_ranked(logits[row : row + 1], filters, u, num_candidates)
+            if is_decided.item():
+                return int(drawn.item())
+        raise AssertionError("the whole vocabulary did not decide")
+
+    def _logprobs(
+        self, plan: Plan, raw: Tensor, token_ids: list[int]
+    ) -> list[TokenLogprobs | None]:
+        """Describe the tokens by the raw logits `[rows that want it, vocab]`."""
+        rows = plan.wants_logprobs.rows
+        wanted = [self._slots[plan.slots[row]].params.logprobs or 0 for row in rows]
+        chosen = self._planner.index(token_ids[row] for row in rows).unsqueeze(-1)
+        value = raw.gather(-1, chosen)
+        peak = raw.amax(-1, keepdim=True)
+        # By whole-number weights, so that this too does not depend on the batch.
+        total = weights(raw, peak, torch.ones_like(peak)).sum(-1, keepdim=True)
+        norm = peak + (total.double() / ONE).log()
+        before = torch.arange(self._vocab_size, device=self._device) < chosen
+        ranks: list[int] = ((raw > value) | ((raw == value) & before)).sum(-1).tolist()
+        logprobs = _finite(value - norm)
+        tops = self._tops(raw, norm, max(wanted))
+        found: list[TokenLogprobs | None] = [None] * len(token_ids)
+        for i, row in enumerate(rows):
+            found[row] = TokenLogprobs(
+                token_ids[row], logprobs[i][0], ranks[i] + 1, tops[i][: wanted[i]]
+            )
+        return found
+
+    def _tops(self, raw: Tensor, norm: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+        """Return the likeliest tokens of each row with their log-probabilities."""
+        if count == 0:
+            return [()] * len(raw)
+        found = leaders(raw, 2 * count)
+        if int(found.num_sure.min()) < min(count, self._vocab_size):
+            found = leaders(raw, self._vocab_size)
+        logprobs = _finite(found.values[:, :count] - norm)
+        ids: list[list[int]] = found.ids[:, :count].tolist()
+        return [tuple(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+
+
+def _finite(logprobs: Tensor) -> list[list[float]]:
+    """Bring log-probabilities `[rows, n]` to the host, with no value JSON cannot say."""
+    values: list[list[float]] = logprobs.nan_to_num(MIN_LOGPROB, 0.0, MIN_LOGPROB).tolist()
+    return values

@@ -1,0 +1,144 @@
+"""The decoder stack of the Llama shape: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
+
+A pre-norm residual stream kept in float32 whatever the matrix products run in. Knows nothing of
+pages (`AttentionBackend`), of packed layouts (`Linear`), of files (`model/load.py` builds it) or
+of sampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.arch import ArchSpec
+from model.attention.interface import AttentionBackend, AttentionSpec
+from model.linear import Format, Linear
+from model.ops import Ops
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One layer's weights: q, k and v are one product, gate and up another."""
+
+    input_norm: Tensor
+    qkv: Linear
+    #: Both None, or both `[head_dim]`.
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerWeights:
+    """All a decoder multiplies with."""
+
+    #: `[vocab, hidden]`, in any floating dtype.
+    embedding: Tensor
+    layers: tuple[DecoderLayer, ...]
+    final_norm: Tensor
+    lm_head: Linear
+    #: float32 `[max_positions, rotary_dim]`.
+    cos_sin: Tensor
+    #: Whether `lm_head` multiplies with the embedding itself.
+    is_head_shared: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """All of it but the table of angles."""
+        kept = [self.embedding, self.final_norm]
+        packed = [] if self.is_head_shared else [self.lm_head]
+        for layer in self.layers:
+            norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
+            kept += [norm for norm in norms if norm is not None]
+            packed += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        return sum(one.nbytes for one in kept) + sum(one.weight_bytes for one in packed)
+
+
+class Transformer:
+    """Token ids and positions in, hidden states and logits out.
+
+    Call it under `torch.inference_mode()`.
+    """
+
+    def __init__(
+        self, arch: ArchSpec, weights: TransformerWeights, ops: Ops, fmt: Format, note: str
+    ) -> None:
+        self.arch = arch
+        #: Format of the linear layers, and why it is this one, for the operator.
+        self.format = fmt
+        self.note = note
+        self.weights_bytes = weights.num_bytes
+        #: Positions that `forward` takes are below this.
+        self.max_positions = weights.cos_sin.shape[0]
+        #: Dtype of q, k, v and of what attention returns.
+        self.attention_dtype = weights.layers[0].qkv.out_dtype
+        self.device = weights.embedding.device
+        self._weights = weights
+        self._ops = ops
+
+    def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
+        """Say what an attention backend has to know of this model."""
+        arch = self.arch
+        return AttentionSpec(
+            num_layers=arch.num_layers,
+            num_heads=arch.num_heads,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            scale=arch.head_dim**-0.5,
+            windows=arch.windows,
+            dtype=self.attention_dtype,
+            kv_dtype=kv_dtype,
+            device=self.device,
+        )
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """Run the layers over a planned batch.
+
+        Both inputs are int64 `[tokens]`. Returns float32 `[tokens, hidden]`, before the final
+        norm: `logits` applies it to the rows that are wanted.
+        """
+        ops, eps = self._ops, self.arch.rms_eps
+        residual = functional.embedding(token_ids, self._weights.embedding).float()
+        update: Tensor | None = None
+        for index, layer in enumerate(self._weights.layers):
+            dtype = layer.qkv.in_dtype
+            if update is None:
+                x = ops.rms_norm(residual, layer.input_norm, eps, dtype)
+            else:
+                x = ops.add_rms_norm(update, residual, layer.input_norm, eps, dtype)
+            x = self._attend(index, layer, x, positions, attention)
+            x = ops.add_rms_norm(x, residual, layer.post_norm, eps, layer.gate_up.in_dtype)
+            update = layer.down(ops.silu_and_mul(layer.gate_up(x)))
+        assert update is not None
+        return residual.add_(update)
+
+    def _attend(
+        self,
+        index: int,
+        layer: DecoderLayer,
+        x: Tensor,
+        positions: Tensor,
+        attention: AttentionBackend,
+    ) -> Tensor:
+        arch, ops = self.arch, self._ops
+        num_heads, num_kv_heads = arch.num_heads, arch.num_kv_heads
+        qkv = layer.qkv(x).view(-1, num_heads + 2 * num_kv_heads, arch.head_dim)
+        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)  # type: ignore[no-untyped-call] # torch's
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = ops.rms_norm(q, layer.q_norm, arch.rms_eps, q.dtype)
+            k = ops.rms_norm(k, layer.k_norm, arch.rms_eps, k.dtype)
+        ops.apply_rope(q, k, positions, self._weights.cos_sin)
+        return layer.o(attention.attend(index, q, k, v))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 `[rows, vocab]` for rows of what `forward` returned."""
+        weights = self._weights
+        head = weights.lm_head
+        x = self._ops.rms_norm(hidden, weights.final_norm, self.arch.rms_eps, head.in_dtype)
+        return head(x).float()

@@ -1,0 +1,87 @@
+"""How weights come in, whatever the file: by canonical name, in blocks of rows.
+
+The canonical names are those of `transformers`' checkpoints. Tensors are read with plain reads
+into memory of ours, a block at a time: peak memory is what is kept plus one block, where a mapped
+file would also count every page of it that was touched, and a file cut short while it is read is
+an error, not a bus error. Knows nothing of formats on either side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from io import BufferedReader
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: Rows are read in blocks of about so many values: small enough to stay in a cache while they
+#: are decoded, large enough that Python costs nothing.
+BLOCK_VALUES = 2**15
+
+
+class WeightsError(ValueError):
+    """The files do not hold what the config promises; the message names tensor, file and shapes."""
+
+
+class WeightSource(Protocol):
+    """Tensors by canonical name. Threads may read side by side; nothing is open between reads."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """What there is, without what no decoder needs (old checkpoints' rope buffers)."""
+
+    def describe(self, name: str) -> str:
+        """Name a tensor, present or not, for an error: its name in the file, and the file."""
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield consecutive rows of a tensor in any floating dtype, on the CPU."""
+
+
+def read_bytes(file: BufferedReader, offset_bytes: int, num_bytes: int) -> Tensor:
+    """Return uint8 `[num_bytes]`. Raises `WeightsError` where the file ends before."""
+    found = torch.empty(num_bytes, dtype=torch.uint8)
+    file.seek(offset_bytes)
+    if file.readinto(found.numpy().data) != num_bytes:
+        raise WeightsError(f"{file.name} is cut off")
+    return found
+
+
+def row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield (first row, number of rows) of blocks of about `BLOCK_VALUES` values.
+
+    Each begins at a multiple of `multiple` rows. A scalar counts as one row.
+    """
+    num_rows = shape[0] if shape else 1
+    values_per_row = max(math.prod(shape[1:]), 1)
+    step = max(BLOCK_VALUES // values_per_row // multiple, 1) * multiple
+    for start in range(0, num_rows, step):
+        yield start, min(step, num_rows - start)
+
+
+def check_shapes(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare all that is there with all that should be. Raises `WeightsError`."""
+    found = source.shapes
+    for name, shape in expected.items():
+        if name not in found:
+            raise WeightsError(f"{source.describe(name)} is missing; it should be {list(shape)}")
+        if found[name] != shape:
+            raise WeightsError(
+                f"{source.describe(name)} has shape {list(found[name])}, "
+                f"the config asks for {list(shape)}"
+            )
+    if left := [name for name in found if name not in expected]:
+        raise WeightsError(
+            f"{source.describe(left[0])} of shape {list(found[left[0]])} has no place in this "
+            f"architecture ({len(left)} such tensors)"
+        )
+
+
+def read_into(source: WeightSource, name: str, target: Tensor) -> None:
+    """Fill `target`, of any dtype and device, with a tensor of its shape."""
+    start = 0
+    for block in source.blocks(name):
+        target[start : start + len(block)].copy_(block)
+        start += len(block)
+    assert start == len(target), f"{name}: {start} of {len(target)} rows"

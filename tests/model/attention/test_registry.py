@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.attention.interface import AttentionSpec
+from model.attention.registry import BACKENDS, choose_backend
+from model.cpu_library import load_cpu_library
+from model.kv_pool import KVPool
+
+SPEC = AttentionSpec(
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    scale=0.125,
+    windows=(None, 8),
+    dtype=torch.float32,
+    kv_dtype=torch.float32,
+    device=torch.device("cpu"),
+)
+
+
+@pytest.fixture
+def _no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OCTAVO_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("OCTAVO_CPU_OPS", raising=False)
+
+
+def test_auto_takes_the_compiled_operations() -> None:
+    if isinstance(reason := load_cpu_library(), str):
+        pytest.skip(reason)
+    offer = choose_backend("auto", SPEC)
+    assert offer.name == "cpu"
+    assert offer.notes == ()
+
+
+@pytest.mark.usefixtures("_no_compiler")
+def test_without_a_compiler_torch_serves_and_says_why() -> None:
+    offer = choose_backend("auto", SPEC)
+    assert offer.name == "torch"
+    note = "cpu not available: no C++ compiler found; using torch, several times slower"
+    assert offer.notes == (f"attention backend {note}",)
+
+
+@pytest.mark.usefixtures("_no_compiler")
+def test_a_backend_asked_for_by_name_is_not_replaced() -> None:
+    with pytest.raises(ValueError, match=r"attention_backend cpu .* no C\+\+ compiler found"):
+        choose_backend("cpu", SPEC)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="attention_backend must be auto or one of cpu, flash"):
+        choose_backend("xformers", SPEC)
+
+
+def test_a_cuda_model_without_flash_attention_falls_back() -> None:
+    offer = choose_backend("auto", replace(SPEC, device=torch.device("cuda")))
+    assert offer.name == "torch"
+    assert "attention backend flash not available: dtype must be" in offer.notes[0]
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "auto"])
+def test_an_offer_builds_what_it_is_named_for(name: str) -> None:
+    offer = choose_backend(name, SPEC)
+    pool = KVPool(
+        num_layers=2,
+        num_pages=4,
+        page_size=offer.page_size(None),
+        num_kv_heads=2,
+        head_dim=64,
+        dtype=SPEC.kv_dtype,
+        device=SPEC.device,
+    )
+    assert offer.build(SPEC, pool).name == offer.name
+    assert offer.name in BACKENDS
+
+
+def test_a_page_size_is_a_multiple_of_what_the_backend_asks_for() -> None:
+    offer = replace(choose_backend("reference", SPEC), page_multiple=16, default_page_size=64)
+    assert offer.page_size(None) == 64
+    assert offer.page_size(32) == 32
+    with pytest.raises(ValueError, match=r"page_size must be a multiple of 16 .*, got 24"):
+        offer.page_size(24)

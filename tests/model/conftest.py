@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention.interface import AttentionBatch
+from model.attention.reference import ReferenceAttention
+from model.kv_pool import KVPool
+from model.load import build_transformer
+from model.ops import Ops, TorchOps
+from model.source import ModelSource
+from model.transformer import Transformer
+
+CPU = torch.device("cpu")
+
+#: Small, and no two sizes alike, so that a swapped pair shows.
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    # Far from the default, so that attention and the gates have something to say.
+    "initializer_range": 0.2,
+}
+
+
+class Checkpoint:
+    """A random model of `transformers`, and the folder it was saved to."""
+
+    def __init__(self, folder: Path, model: Any) -> None:
+        self.folder = folder
+        self.source = ModelSource("safetensors", folder, folder.name)
+        self._model = model
+
+    def config(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: one.detach().clone() for name, one in self._model.state_dict().items()}
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = self._model(token_ids.unsqueeze(0)).logits[0]
+        return found
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
+    def make(family: str, *, shard_size: str = "1GB", **changes: Any) -> Checkpoint:
+        # Takes seconds, and only some tests want it.
+        import transformers  # noqa: PLC0415 - see above
+
+        config = transformers.AutoConfig.for_model(family, **{**TINY, **changes})
+        config._attn_implementation = "eager"
+        torch.manual_seed(1)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        for name, value in model.named_parameters():
+            # As made, norms are all ones and biases all zeros: forgotten ones would not show.
+            if value.dim() == 1:
+                torch.nn.init.uniform_(value, 0.5, 1.5) if "norm" in name else value.data.normal_()
+        folder = tmp_path / family
+        model.save_pretrained(folder, max_shard_size=shard_size)
+        return Checkpoint(folder, model)
+
+    return make
+
+
+@pytest.fixture
+def build() -> Callable[..., Transformer]:
+    def build_on_cpu(
+        source: ModelSource, quantization: str = "none", ops: Ops | None = None
+    ) -> Transformer:
+        return build_transformer(
+            source,
+            quantization=quantization,
+            dtype=torch.float32,
+            device=CPU,
+            ops=ops or TorchOps(),
+            progress=False,
+        )
+
+    return build_on_cpu
+
+
+class Session:
+    """One sequence on a transformer: pages, positions and attention looked after."""
+
+    def __init__(self, transformer: Transformer, num_pages: int = 16, page_size: int = 4) -> None:
+        arch = transformer.arch
+        self._transformer = transformer
+        pool = KVPool(
+            num_layers=arch.num_layers,
+            num_pages=num_pages,
+            page_size=page_size,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            dtype=transformer.attention_dtype,
+            device=CPU,
+        )
+        spec = transformer.attention_spec(transformer.attention_dtype)
+        self._attention = ReferenceAttention(spec, pool)
+        self._table = torch.arange(num_pages, dtype=torch.int32).unsqueeze(0)
+        self._length = 0
+
+    def feed(self, token_ids: Tensor) -> Tensor:
+        """Compute the tokens that come next; returns the logits of each."""
+        count, start = len(token_ids), self._length
+        self._length += count
+        positions = torch.arange(start, self._length)
+        batch = AttentionBatch(
+            query_starts=torch.tensor([0, count], dtype=torch.int32),
+            seq_lens=torch.tensor([self._length], dtype=torch.int32),
+            block_table=self._table,
+            positions=positions,
+            # The table is the identity, so a slot is a position.
+            kv_slots=positions.clone(),
+            max_query_len=count,
+            max_seq_len=self._length,
+        )
+        with torch.inference_mode():
+            self._attention.plan(batch)
+            hidden = self._transformer.forward(token_ids, positions, self._attention)
+            return self._transformer.logits(hidden)
+
+
+@pytest.fixture
+def session() -> type[Session]:
+    """For tests to make: nothing under tests/ can be imported."""
+    return Session
