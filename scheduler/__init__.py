@@ -1,0 +1,1 @@
+"""What to compute next: the scheduler, the engine around it and the clients to it."""

@@ -1,0 +1,107 @@
+"""What the API holds in its hand: an engine, wherever it runs.
+
+Knows nothing of HTTP or text. `scheduler/process.py` implements this over a pipe,
+`scheduler/inline.py` in the same process for tests; one contract suite runs over both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from model.interface import ModelInfo, SamplingParams, TokenLogprobs
+from scheduler.messages import EngineStats, FinishReason, RejectKind, Started
+
+#: The types a caller needs in order to speak to an engine, so that it imports them from one place.
+__all__ = [
+    "Delta",
+    "EngineClient",
+    "EngineError",
+    "EngineFaultError",
+    "EngineStats",
+    "EngineUnavailableError",
+    "FinishReason",
+    "GenerateRequest",
+    "ModelInfo",
+    "RejectKind",
+    "RequestRefusedError",
+    "SamplingParams",
+    "Started",
+    "TokenLogprobs",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """What a caller wants generated; `scheduler.messages` tells the fields' meaning."""
+
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+    namespace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What became known of a request since its last delta; several tokens if the reader is slow."""
+
+    token_ids: tuple[int, ...] = ()
+    #: Parallel to `token_ids`, or empty where none were asked for.
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    #: In the first delta that follows admission.
+    started: Started | None = None
+    #: In the last delta, and only there.
+    finish_reason: FinishReason | None = None
+
+
+class EngineError(Exception):
+    """Anything that keeps a request from its tokens. The message is meant for the caller."""
+
+
+class RequestRefusedError(EngineError):
+    """The engine will not run this request, never or not now (see `kind`)."""
+
+    def __init__(self, message: str, kind: RejectKind, param: str | None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.param = param
+
+
+class EngineFaultError(EngineError):
+    """A bug on our side ended this request; others live."""
+
+
+class EngineUnavailableError(EngineError):
+    """The engine is gone, or not there yet."""
+
+
+class EngineClient(Protocol):
+    """One engine. All methods are for the one event loop the client was started on."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model served. Raises `EngineUnavailableError` before `start` has returned."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a request sent now would be served."""
+
+    async def start(self) -> None:
+        """Bring the engine up. Raises `EngineUnavailableError` with the reason if it can't."""
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        """Deltas until one carries a `finish_reason`. Closing the generator cancels the request.
+
+        Raises (from the first iteration on) `RequestRefusedError`, `EngineFaultError`,
+        `EngineUnavailableError`.
+        """
+
+    def stats(self) -> EngineStats:
+        """Return the newest snapshot the engine sent."""
+
+    def on_step(self, observer: Callable[[int], None]) -> None:
+        """Call `observer(num_step_tokens)` after each step: for a histogram of step sizes."""
+
+    async def close(self) -> None:
+        """End the engine. What still runs is aborted; draining is the caller's business."""

@@ -1,0 +1,157 @@
+"""The engine: a scheduler, a model and a clock, and a step that joins them.
+
+Knows nothing of processes or pipes (`scheduler/process.py`), of HTTP or of text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from cache.kv_cache import KVCache
+from configs.schema import SchedulerSection
+from model.interface import ModelRunner
+from scheduler.messages import (
+    Cancel,
+    EngineStats,
+    FinishReason,
+    Rejected,
+    Started,
+    StepResult,
+    Submit,
+)
+from scheduler.scheduler import Scheduler, StepPlan
+
+_log = logging.getLogger(__name__)
+
+#: Faults in a row, without a good step between them, after which the engine gives up.
+MAX_CONSECUTIVE_FAULTS = 3
+
+
+class Engine:
+    """Takes messages between steps; each step gives one message back."""
+
+    def __init__(
+        self, runner: ModelRunner, config: SchedulerSection, clock_s: Callable[[], float]
+    ) -> None:
+        info = runner.info
+        self._runner = runner
+        self._clock_s = clock_s
+        self._is_debug = config.debug
+        self._cache = KVCache(info.num_pages, info.page_size)
+        self._scheduler = Scheduler(self._cache, config, info)
+        #: When each request that waits for its first admission arrived.
+        self._arrived_s: dict[int, float] = {}
+        self._rejected: list[Rejected] = []
+        self._has_news = False
+        self._num_faults = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to tell."""
+        return self._has_news or self._scheduler.has_work
+
+    def handle(self, message: Submit | Cancel) -> None:
+        """Take in one message; refusals are told by the next step."""
+        self._has_news = True
+        if isinstance(message, Cancel):
+            self._arrived_s.pop(message.request_id, None)
+            self._scheduler.cancel(message.request_id)
+            return
+        rejected = self._scheduler.submit(message)
+        if rejected is None:
+            self._arrived_s[message.request_id] = self._clock_s()
+        else:
+            self._rejected.append(rejected)
+
+    def step(self) -> StepResult:
+        """Compute one step, if there is one to compute, and tell all there is to tell.
+
+        A step that raises ends the requests in it, each with an error; others live on. Raises the
+        fault itself once `MAX_CONSECUTIVE_FAULTS` steps in a row have failed.
+        """
+        plan = self._scheduler.plan()
+        result = self._tell() if plan is None else self._run(plan)
+        if self._is_debug:
+            self._scheduler.check()
+        return result
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        began_s = self._clock_s()
+        started = self._started(plan, began_s)
+        try:
+            output = self._runner.launch(plan.step).wait()
+        except Exception as fault:
+            failed = self._scheduler.fail(plan)
+            self._num_faults += 1
+            _log.exception("a step failed; it ends %d requests", len(failed))
+            if self._num_faults >= MAX_CONSECUTIVE_FAULTS:
+                raise
+            message = f"the model failed: {type(fault).__name__}"
+            return self._tell(
+                started, finished=tuple((id_, FinishReason.ERROR, message) for id_ in failed)
+            )
+        self._num_faults = 0
+        outcome = self._scheduler.apply(plan, output, self._clock_s() - began_s)
+        return StepResult(
+            stats=self.stats(),
+            request_ids=tuple(outcome.request_ids),
+            token_ids=tuple(outcome.token_ids),
+            logprobs=tuple(outcome.logprobs),
+            started=started,
+            rejected=self._take_rejected(),
+            finished=tuple((id_, reason, "") for id_, reason in outcome.finished),
+            num_step_tokens=plan.num_tokens,
+        )
+
+    def _started(self, plan: StepPlan, now_s: float) -> tuple[Started, ...]:
+        return tuple(
+            Started(id_, now_s - self._arrived_s.pop(id_), num_cached, why)
+            for id_, num_cached, why in plan.started
+        )
+
+    def _tell(
+        self,
+        started: tuple[Started, ...] = (),
+        finished: tuple[tuple[int, FinishReason, str], ...] = (),
+    ) -> StepResult:
+        return StepResult(
+            stats=self.stats(),
+            started=started,
+            rejected=self._take_rejected(),
+            finished=finished,
+        )
+
+    def _take_rejected(self) -> tuple[Rejected, ...]:
+        rejected, self._rejected, self._has_news = tuple(self._rejected), [], False
+        return rejected
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot of scheduler and cache together."""
+        pages, steps = self._cache.stats(), self._scheduler.stats()
+        return EngineStats(
+            num_running=steps.num_running,
+            num_waiting=steps.num_waiting,
+            pages_total=pages.pages_total,
+            pages_free=pages.pages_free,
+            pages_private=pages.pages_private,
+            pages_cached=pages.pages_cached,
+            pages_leased=pages.pages_leased,
+            prefix_queries_tokens_total=steps.prefix_queries_tokens_total,
+            prefix_hits_tokens_total=steps.prefix_hits_tokens_total,
+            prompt_tokens_computed_total=steps.prompt_tokens_computed_total,
+            evicted_pages_total=pages.evicted_pages_total,
+            copied_pages_total=pages.copied_pages_total,
+            preemptions_total=steps.preemptions_total,
+            steps_total=steps.steps_total,
+        )
+
+    def check(self) -> None:
+        """Assert every invariant below."""
+        self._scheduler.check()
+        waiting = self._scheduler.stats().num_waiting
+        assert len(self._arrived_s) <= waiting, "an arrival time of a request that is gone"
+
+    def close(self) -> None:
+        """Give back what the model holds."""
+        self._runner.close()

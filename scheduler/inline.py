@@ -1,0 +1,90 @@
+"""An engine in this very process, behind the client's interface: for tests and embedding.
+
+Steps block the event loop while they compute; with a fake model that is microseconds, and the
+order of everything is deterministic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+
+from configs.schema import SchedulerSection
+from model.interface import ModelInfo, ModelRunner
+from scheduler.client import Delta, EngineFaultError, EngineUnavailableError, GenerateRequest
+from scheduler.engine import Engine
+from scheduler.messages import Cancel, EngineStats, Submit
+from scheduler.streams import Streams
+
+_log = logging.getLogger(__name__)
+
+
+class InlineClient:
+    """See `EngineClient`."""
+
+    def __init__(
+        self, runner: ModelRunner, config: SchedulerSection, clock_s: Callable[[], float]
+    ) -> None:
+        self._runner = runner
+        self._engine = Engine(runner, config, clock_s)
+        self._streams = Streams()
+        self._wakes = asyncio.Event()
+        self._pump: asyncio.Task[None] | None = None
+
+    @property
+    def info(self) -> ModelInfo:
+        """See `EngineClient`."""
+        return self._runner.info
+
+    @property
+    def is_alive(self) -> bool:
+        """See `EngineClient`."""
+        return self._pump is not None and not self._pump.done()
+
+    async def start(self) -> None:
+        """See `EngineClient`."""
+        self._pump = asyncio.create_task(self._run())
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        """See `EngineClient`."""
+        if not self.is_alive:
+            raise EngineUnavailableError("the engine is not running")
+        return self._streams.generate(request, self._send)
+
+    def _send(self, message: Submit | Cancel) -> None:
+        self._engine.handle(message)
+        self._wakes.set()
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._wakes.wait()
+                self._wakes.clear()
+                while self._engine.has_work:
+                    self._streams.dispatch(self._engine.step())
+                    await asyncio.sleep(0)
+        except Exception as fault:  # noqa: BLE001 - whatever it was, no stream may wait for ever
+            _log.exception("the engine gives up")
+            self._streams.fail_all(EngineFaultError, f"the engine failed: {fault}")
+
+    def stats(self) -> EngineStats:
+        """See `EngineClient`."""
+        return self._streams.engine_stats
+
+    def on_step(self, observer: Callable[[int], None]) -> None:
+        """See `EngineClient`."""
+        self._streams.on_step(observer)
+
+    def check(self) -> None:
+        """Assert every invariant of streams and engine."""
+        self._streams.check()
+        self._engine.check()
+
+    async def close(self) -> None:
+        """See `EngineClient`."""
+        if self._pump is not None:
+            self._pump.cancel()
+            await asyncio.wait([self._pump])
+        self._streams.fail_all(EngineUnavailableError, "the engine was closed")
+        self._engine.close()

@@ -1,0 +1,59 @@
+"""Who waits, in order of precedence, with every operation O(1) in the number that waits.
+
+Knows nothing of why somebody waits or of who is let in.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from scheduler.sequence import Sequence
+
+
+class WaitingQueue:
+    """First come, first served within a priority; smaller priorities first."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[int, OrderedDict[int, Sequence]] = {}
+        #: Ascending; there are as many lanes as priorities in use, which is few.
+        self._priorities: list[int] = []
+        self._num_waiting = 0
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In order of precedence. The queue must not change meanwhile."""
+        for priority in self._priorities:
+            yield from self._lanes[priority].values()
+
+    def append(self, sequence: Sequence) -> None:
+        """Let a newcomer stand at the end of its priority."""
+        lane = self._lanes.get(sequence.priority)
+        if lane is None:
+            lane = self._lanes[sequence.priority] = OrderedDict()
+            insort(self._priorities, sequence.priority)
+        lane[sequence.request_id] = sequence
+        self._num_waiting += 1
+
+    def append_first(self, sequence: Sequence) -> None:
+        """Let one who had been served already stand before the others of its priority."""
+        self.append(sequence)
+        self._lanes[sequence.priority].move_to_end(sequence.request_id, last=False)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence that waits."""
+        lane = self._lanes[sequence.priority]
+        del lane[sequence.request_id]
+        self._num_waiting -= 1
+        if not lane:
+            del self._lanes[sequence.priority]
+            self._priorities.remove(sequence.priority)
+
+    def check(self) -> None:
+        """Assert that lanes, priorities and the count agree."""
+        assert self._priorities == sorted(self._lanes), "a lane without a priority, or unsorted"
+        assert all(self._lanes.values()), "an empty lane was kept"
+        assert self._num_waiting == sum(map(len, self._lanes.values())), "miscounted queue"

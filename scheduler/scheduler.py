@@ -1,0 +1,369 @@
+"""What to compute next: requests and results in, plans and outcomes out.
+
+Knows nothing of time, tensors, text, processes or HTTP. The same inputs give the same plans: no
+clock, no chance, no sets where order matters.
+
+One token budget a step, no phases (as in vLLM v1): sequences that lack one token (decodes) come
+first, chunks of prompts fill what is left, newcomers come last.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from cache.kv_cache import KVCache
+from configs.schema import SchedulerSection
+from model.interface import ModelInfo, PageCopy, SlotStart, StepInput, StepOutput, TokenLogprobs
+from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
+from scheduler.pacing import Pacing
+from scheduler.queue import WaitingQueue
+from scheduler.sequence import Sequence, State
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: row i of `step` belongs to `sequences[i]`."""
+
+    step: StepInput
+    sequences: list[Sequence]
+    #: Those that left the queue for the first time: (request id, cached tokens, miss reason).
+    started: list[tuple[int, int, str]]
+    num_decodes: int
+    num_prompt_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the step computes."""
+        return len(self.step.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step brought; columns are parallel, `logprobs` may be empty."""
+
+    request_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    finished: list[tuple[int, FinishReason]]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """One moment. Counters (`*_total`) only grow."""
+
+    num_running: int
+    num_waiting: int
+    prefix_queries_tokens_total: int
+    prefix_hits_tokens_total: int
+    prompt_tokens_computed_total: int
+    preemptions_total: int
+    steps_total: int
+
+
+class Scheduler:
+    """Decides, for one cache and one model, what each step computes."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        config: SchedulerSection,
+        info: ModelInfo,
+    ) -> None:
+        self._cache = cache
+        self._config = config
+        self._page_size = info.page_size
+        # The newest token of a sequence needs no place: its keys are never read.
+        self._max_model_len = min(info.max_model_len, info.num_pages * info.page_size + 1)
+        self._eos_token_ids = info.eos_token_ids
+        self._pacing = Pacing(config.max_decode_slowdown)
+        self._waiting = WaitingQueue()
+        #: In order of precedence: the last is the first to be preempted.
+        self._running: list[Sequence] = []
+        self._requests: dict[int, Sequence] = {}
+        self._free_slots = deque(range(config.max_num_seqs))
+        self._num_arrivals = 0
+        self._prefix_queries_tokens = 0
+        self._prefix_hits_tokens = 0
+        self._prompt_tokens_computed = 0
+        self._num_preemptions = 0
+        self._num_steps = 0
+
+    # ---- requests in and out ---------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a plan would have something in it, now or once others have gone on."""
+        return bool(self._requests)
+
+    def submit(self, submit: Submit) -> Rejected | None:
+        """Queue a request, or say at once why it will not run."""
+        rejected = self._refusal(submit)
+        if rejected is None:
+            sequence = Sequence(
+                submit,
+                arrival=self._num_arrivals,
+                eos_token_ids=self._eos_token_ids,
+                max_model_len=self._max_model_len,
+            )
+            self._num_arrivals += 1
+            self._requests[submit.request_id] = sequence
+            self._waiting.append(sequence)
+        return rejected
+
+    def _refusal(self, submit: Submit) -> Rejected | None:
+        num_tokens = len(submit.prompt_token_ids) + len(submit.output_token_ids)
+        request_id, invalid = submit.request_id, RejectKind.INVALID
+        if request_id in self._requests:
+            return Rejected(request_id, invalid, f"request id {request_id} is in use", "request_id")
+        if not submit.prompt_token_ids:
+            return Rejected(request_id, invalid, "the prompt has no tokens", "prompt")
+        if num_tokens >= self._max_model_len:
+            message = (
+                f"the prompt has {num_tokens} tokens, which leaves no room for an answer: "
+                f"at most {self._max_model_len} tokens fit, prompt and answer together"
+            )
+            return Rejected(request_id, invalid, message, "prompt")
+        if len(self._waiting) >= self._config.max_queue and not submit.output_token_ids:
+            message = f"{len(self._waiting)} requests are waiting already, which is the limit"
+            return Rejected(request_id, RejectKind.BUSY, message)
+        return None
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request and give its pages back, at once. Unknown ids are fine."""
+        sequence = self._requests.get(request_id)
+        if sequence is not None:
+            self._finish(sequence, FinishReason.ABORT)
+
+    # ---- planning --------------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan | None:
+        """Choose the next step, or None where there is nothing to do.
+
+        Every plan is followed by one `apply` or `fail` of it before the next `plan`.
+        """
+        plan = _new_plan()
+        num_preemptions = self._num_preemptions
+        self._plan_decodes(plan)
+        num_decodes = len(plan.sequences)
+        budget = self._config.max_num_batched_tokens - num_decodes
+        left = budget = self._pacing.prompt_tokens(budget, num_decodes=num_decodes)
+        left = self._plan_prompts(plan, left)
+        if self._num_preemptions == num_preemptions:
+            left = self._admit(plan, left)
+        if not plan.sequences:
+            return None
+        return StepPlan(plan.step, plan.sequences, plan.started, num_decodes, budget - left)
+
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        running, page_size = self._running, self._page_size
+        row = 0
+        while row < len(running):
+            sequence = running[row]
+            num_tokens = len(sequence.token_ids)
+            if num_tokens - sequence.num_computed == 1:
+                allocation = sequence.allocation
+                assert allocation is not None, "a running sequence without pages"
+                if num_tokens > len(allocation.page_ids) * page_size and not self._grow(sequence):
+                    continue
+                _add_row(plan, sequence, 1)
+            row += 1
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for the sequence's newest token, at the cost of those of least precedence."""
+        assert sequence.allocation is not None, "a running sequence without pages"
+        while not self._cache.grow(sequence.allocation, len(sequence.token_ids)):
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _plan_prompts(self, plan: StepPlan, budget_tokens: int) -> int:
+        for sequence in self._running:
+            missing = len(sequence.token_ids) - sequence.num_computed
+            if budget_tokens == 0:
+                break
+            if missing > 1:
+                count = min(missing, budget_tokens)
+                _add_row(plan, sequence, count)
+                budget_tokens -= count
+        return budget_tokens
+
+    def _admit(self, plan: StepPlan, budget_tokens: int) -> int:
+        """Let in who fits, in order of precedence; who does not fit holds up those behind.
+
+        A request whose next page a running sequence is computing right now waits for that page
+        instead of computing it twice, and holds up nobody.
+        """
+        if budget_tokens == 0 or not self._free_slots or not self._waiting:
+            return budget_tokens
+        for sequence in list(self._waiting):
+            if self._cache.match(sequence.token_ids, sequence.namespace).in_flight:
+                continue
+            # One page for each that runs: nobody is let in only to be preempted soon after.
+            allocation = self._cache.admit(
+                sequence.token_ids, sequence.namespace, reserve_pages=len(self._running)
+            )
+            if allocation is None:
+                break
+            sequence.allocation = allocation
+            self._start(plan, sequence, allocation.num_cached_tokens, allocation.miss_reason)
+            plan.step.copies.extend(
+                PageCopy(copy.source, copy.target, copy.num_tokens) for copy in allocation.copies
+            )
+            count = min(len(sequence.token_ids) - sequence.num_computed, budget_tokens)
+            _add_row(plan, sequence, count)
+            budget_tokens -= count
+            if budget_tokens == 0 or not self._free_slots:
+                break
+        return budget_tokens
+
+    def _start(self, plan: StepPlan, sequence: Sequence, num_cached: int, why: str) -> None:
+        sequence.move(State.RUNNING, f"admitted with {num_cached} cached tokens")
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=lambda running: running.precedence)
+        sequence.num_computed = num_cached
+        sequence.slot = self._free_slots.popleft()
+        tokens, num_prompt = sequence.token_ids, sequence.num_prompt
+        plan.step.started.append(
+            SlotStart(sequence.slot, sequence.params, tokens[:num_prompt], tokens[num_prompt:])
+        )
+        if not sequence.is_started:
+            sequence.is_started = True
+            self._prefix_queries_tokens += len(tokens)
+            self._prefix_hits_tokens += num_cached
+            plan.started.append((sequence.request_id, num_cached, why))
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def apply(self, plan: StepPlan, output: StepOutput, elapsed_s: float = 0.0) -> StepOutcome:
+        """Take in what a plan's step sampled, and how long it took (0: not measured)."""
+        self._num_steps += 1
+        self._prompt_tokens_computed += plan.num_prompt_tokens
+        if elapsed_s:
+            self._pacing.observe(
+                elapsed_s,
+                num_decodes=plan.num_decodes,
+                num_prompt_tokens=plan.num_prompt_tokens,
+            )
+        self._advance(plan)
+        outcome = StepOutcome([], [], [], [])
+        logprobs = output.logprobs
+        for index, row in enumerate(plan.step.sample_rows):
+            sequence = plan.sequences[row]
+            if sequence.state is State.FINISHED:
+                continue
+            token_id = output.token_ids[index]
+            sequence.token_ids.append(token_id)
+            outcome.request_ids.append(sequence.request_id)
+            outcome.token_ids.append(token_id)
+            if logprobs:
+                outcome.logprobs.append(logprobs[index])
+            reason = sequence.stop_reason()
+            if reason is not None:
+                self._finish(sequence, reason)
+                outcome.finished.append((sequence.request_id, reason))
+        return outcome
+
+    def _advance(self, plan: StepPlan) -> None:
+        page_size = self._page_size
+        for sequence, count in zip(plan.sequences, plan.step.counts, strict=True):
+            if sequence.state is State.FINISHED:
+                continue
+            before = sequence.num_computed
+            sequence.num_computed = before + count
+            if sequence.num_computed // page_size != before // page_size:
+                assert sequence.allocation is not None, "a running sequence without pages"
+                self._cache.commit(sequence.allocation, sequence.token_ids, sequence.num_computed)
+
+    def fail(self, plan: StepPlan) -> list[int]:
+        """End every request of a step that raised; the ids of those that ended by it."""
+        failed = [s for s in plan.sequences if s.state is not State.FINISHED]
+        for sequence in failed:
+            self._finish(sequence, FinishReason.ERROR)
+        return [sequence.request_id for sequence in failed]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take the pages back; what they hold stays in the tree, so coming back is nearly free."""
+        self._num_preemptions += 1
+        self._leave(sequence, State.WAITING, "preempted")
+        self._waiting.append_first(sequence)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.state is State.RUNNING:
+            self._leave(sequence, State.FINISHED, reason)
+        else:
+            self._waiting.remove(sequence)
+            sequence.move(State.FINISHED, reason)
+        sequence.finish_reason = reason
+        del self._requests[sequence.request_id]
+
+    def _leave(self, sequence: Sequence, to: State, why: str) -> None:
+        assert sequence.allocation is not None, "a running sequence without pages"
+        sequence.move(to, why)
+        self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_computed)
+        sequence.allocation = None
+        sequence.num_computed = 0
+        self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+
+    # ---- looking in ------------------------------------------------------------------------------
+
+    def stats(self) -> SchedulerStats:
+        """Return a snapshot."""
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            prefix_queries_tokens_total=self._prefix_queries_tokens,
+            prefix_hits_tokens_total=self._prefix_hits_tokens,
+            prompt_tokens_computed_total=self._prompt_tokens_computed,
+            preemptions_total=self._num_preemptions,
+            steps_total=self._num_steps,
+        )
+
+    def check(self) -> None:
+        """Assert every invariant, the cache's too."""
+        self._cache.check()
+        self._waiting.check()
+        self._pacing.check()
+        running, waiting = self._running, list(self._waiting)
+        assert running == sorted(running, key=lambda s: s.precedence), "running is out of order"
+        assert all(s.state is State.RUNNING for s in running), "running in name only"
+        assert all(s.state is State.WAITING for s in waiting), "waiting in name only"
+        assert all(s.allocation is None for s in waiting), "a waiting sequence holds pages"
+        slots = sorted([*self._free_slots, *(s.slot for s in running)])
+        assert slots == list(range(self._config.max_num_seqs)), "a slot is lost or doubly used"
+        live = sorted(s.request_id for s in [*running, *waiting])
+        assert live == sorted(self._requests), "a request is neither running nor waiting"
+        for sequence in running:
+            assert sequence.allocation is not None, "a running sequence without pages"
+            held = len(sequence.allocation.page_ids) * self._page_size
+            assert sequence.num_computed <= held, "computed more than its pages hold"
+            assert sequence.num_computed < len(sequence.token_ids), "nothing left to compute"
+        cache = self._cache.stats()
+        assert running or cache.pages_private == cache.pages_leased == 0, "nothing runs, pages held"
+
+
+def _new_plan() -> StepPlan:
+    return StepPlan(StepInput([], [], [], [], [], []), [], [], 0, 0)
+
+
+def _add_row(plan: StepPlan, sequence: Sequence, count: int) -> None:
+    step, start = plan.step, sequence.num_computed
+    end = start + count
+    allocation = sequence.allocation
+    assert allocation is not None, "a running sequence without pages"
+    if count == 1:
+        step.token_ids.append(sequence.token_ids[start])
+    else:
+        step.token_ids.extend(sequence.token_ids[start:end])
+    if end == len(sequence.token_ids):
+        step.sample_rows.append(len(plan.sequences))
+    step.starts.append(start)
+    step.counts.append(count)
+    step.slots.append(sequence.slot)
+    step.page_ids.append(allocation.page_ids)
+    plan.sequences.append(sequence)

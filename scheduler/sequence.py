@@ -1,0 +1,110 @@
+"""One request as the scheduler sees it, and the table of states it may pass through.
+
+Knows nothing of pages (an allocation is held for the cache, unread but for its block table) nor of
+what tokens mean.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import StrEnum
+
+from cache.kv_cache import Allocation
+from scheduler.messages import FinishReason, Submit
+
+_HISTORY_MOVES = 8
+
+
+class State(StrEnum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+#: All moves there are: admitted, preempted, ended; whatever else is a bug.
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.RUNNING, State.FINISHED}),
+    State.RUNNING: frozenset({State.WAITING, State.FINISHED}),
+    State.FINISHED: frozenset(),
+}
+
+
+class InvalidTransitionError(Exception):
+    """A move that is not in the table; the message holds the sequence's last moves."""
+
+
+class Sequence:
+    """`len(token_ids)` tokens are known, `num_computed` of them have keys and values in pages.
+
+    Prefill, decode, a prefix hit and the way back from preemption are all the same: each step
+    computes some of `len(token_ids) - num_computed` tokens, and a step that reaches the end
+    samples one more.
+    """
+
+    __slots__ = (
+        "allocation",
+        "arrival",
+        "finish_reason",
+        "history",
+        "is_started",
+        "max_len_tokens",
+        "min_len_tokens",
+        "namespace",
+        "num_computed",
+        "num_prompt",
+        "params",
+        "priority",
+        "request_id",
+        "slot",
+        "state",
+        "stop_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self, submit: Submit, *, arrival: int, eos_token_ids: tuple[int, ...], max_model_len: int
+    ) -> None:
+        params = submit.params
+        self.request_id = submit.request_id
+        self.token_ids: list[int] = [*submit.prompt_token_ids, *submit.output_token_ids]
+        self.num_prompt = len(submit.prompt_token_ids)
+        self.num_computed = 0
+        self.params = params
+        self.priority = submit.priority
+        self.namespace = submit.namespace
+        #: Order of submission: with the priority, the order of precedence.
+        self.arrival = arrival
+        self.stop_ids = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        )
+        self.min_len_tokens = self.num_prompt + params.min_tokens
+        self.max_len_tokens = min(self.num_prompt + params.max_tokens, max_model_len)
+        self.allocation: Allocation | None = None
+        self.slot = -1
+        self.is_started = False
+        self.finish_reason: FinishReason | None = None
+        self.state = State.WAITING
+        self.history: deque[str] = deque(["submitted"], maxlen=_HISTORY_MOVES)
+
+    @property
+    def precedence(self) -> tuple[int, int]:
+        """Smaller runs first and is preempted last."""
+        return self.priority, self.arrival
+
+    def move(self, to: State, why: str) -> None:
+        """Change state. Raises `InvalidTransitionError` for a move the table does not have."""
+        if to not in TRANSITIONS[self.state]:
+            past = ", ".join(self.history)
+            message = f"request {self.request_id}: {self.state} -> {to} ({why}) after: {past}"
+            raise InvalidTransitionError(message)
+        self.state = to
+        self.history.append(why)
+
+    def stop_reason(self) -> FinishReason | None:
+        """Why the sequence ends with its newest token, or None if it goes on."""
+        length = len(self.token_ids)
+        if self.token_ids[-1] in self.stop_ids and length > self.min_len_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if length >= self.max_len_tokens else None

@@ -1,0 +1,72 @@
+"""A scheduler on a small cache, driven step by step with the model that can be computed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from cache.kv_cache import KVCache
+from configs.schema import SchedulerSection
+from model.fake import FakeRunner, fake_next_token
+from model.interface import SamplingParams
+from scheduler.messages import FinishReason, Rejected, Submit
+from scheduler.scheduler import Scheduler, StepPlan
+
+
+class Drive:
+    """A scheduler, its cache and its model, and all that came out of them."""
+
+    def __init__(self, *, num_pages: int = 64, page_size: int = 4, **config: Any) -> None:
+        self.runner = FakeRunner(num_pages=num_pages, page_size=page_size)
+        self.cache = KVCache(num_pages, page_size)
+        info = self.runner.info
+        self.scheduler = Scheduler(
+            self.cache,
+            SchedulerSection(**{"max_num_seqs": 8, "max_num_batched_tokens": 32} | config),
+            info,
+        )
+        self.outputs: dict[int, list[int]] = {}
+        self.finished: dict[int, FinishReason] = {}
+        self.plans: list[StepPlan] = []
+
+    def submit(
+        self, request_id: int, prompt: Sequence[int], *, max_tokens: int = 8, **submit: Any
+    ) -> Rejected | None:
+        params = submit.pop("params", None) or SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True
+        )
+        self.outputs[request_id] = []
+        return self.scheduler.submit(Submit(request_id, tuple(prompt), params, **submit))
+
+    def step(self, elapsed_s: float = 0.0) -> StepPlan | None:
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self.plans.append(plan)
+            outcome = self.scheduler.apply(plan, self.runner.launch(plan.step).wait(), elapsed_s)
+            for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
+                self.outputs[request_id].append(token_id)
+            self.finished.update(outcome.finished)
+        self.scheduler.check()
+        return plan
+
+    def run(self, max_steps: int = 2000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        message = f"not done after {max_steps} steps"
+        raise AssertionError(message)
+
+    def expected(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """What the model gives alone, uncached, unchunked."""
+        tokens = list(prompt)
+        for _ in range(num_tokens):
+            tokens.append(fake_next_token(tokens, self.runner.vocab_size, may_end=False))
+        return tokens[len(prompt) :]
+
+
+@pytest.fixture
+def make_drive() -> Callable[..., Drive]:
+    return Drive

@@ -1,0 +1,198 @@
+"""One contract over both clients: the engine in this process and the one in its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+
+from configs.schema import SchedulerSection
+from model.fake import FakeRunner, fake_next_token
+from model.interface import ModelRunner, SamplingParams
+from scheduler.client import (
+    EngineClient,
+    EngineFaultError,
+    EngineUnavailableError,
+    GenerateRequest,
+    RejectKind,
+    RequestRefusedError,
+)
+from scheduler.inline import InlineClient
+from scheduler.process import ProcessClient
+
+MakeClient = Callable[..., EngineClient]
+_CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32, debug=True)
+
+
+def _inline(make_runner: Callable[[], ModelRunner], config: SchedulerSection) -> EngineClient:
+    return InlineClient(make_runner(), config, time.monotonic)
+
+
+@pytest.fixture(params=["inline", "process"])
+def make_client(request: pytest.FixtureRequest) -> MakeClient:
+    return _inline if request.param == "inline" else ProcessClient
+
+
+def _expected(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(fake_next_token(tokens, 64, may_end=False))
+    return tokens[len(prompt) :]
+
+
+def _request(prompt: tuple[int, ...], max_tokens: int = 10, **params: Any) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
+    return GenerateRequest(prompt, sampling)
+
+
+async def _collect(client: EngineClient, request: GenerateRequest) -> list[int]:
+    return [token async for delta in client.generate(request) for token in delta.token_ids]
+
+
+@asynccontextmanager
+async def _running(client: EngineClient) -> AsyncIterator[EngineClient]:
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - the engine next door sets no event of ours
+            await asyncio.sleep(0.001)
+
+
+def _run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await test()
+
+    asyncio.run(bounded())
+
+
+def test_streams_side_by_side_each_get_their_own(make_client: MakeClient) -> None:
+    async def test() -> None:
+        async with _running(make_client(FakeRunner, _CONFIG)) as client:
+            assert client.is_alive
+            assert client.info.name == "fake"
+            sizes: list[int] = []
+            client.on_step(sizes.append)
+            prompts = [tuple(range(i, i + 9)) for i in range(20)]
+            outputs = await asyncio.gather(*(_collect(client, _request(p)) for p in prompts))
+            assert outputs == [_expected(prompt, 10) for prompt in prompts]
+            assert sum(sizes) >= 20 * 10
+            await _until(lambda: client.stats().num_running == 0)
+            assert client.stats().pages_private == client.stats().pages_leased == 0
+        assert not client.is_alive
+
+    _run(test)
+
+
+def test_first_delta_tells_of_the_start_and_the_last_of_the_end(make_client: MakeClient) -> None:
+    async def test() -> None:
+        async with _running(make_client(FakeRunner, _CONFIG)) as client:
+            prompt = tuple(range(12))
+            for cached in (0, 11):
+                deltas = [d async for d in client.generate(_request(prompt, 3, logprobs=0))]
+                assert [d.finish_reason for d in deltas[:-1]] == [None] * (len(deltas) - 1)
+                assert deltas[-1].finish_reason == "length"
+                started = [d.started for d in deltas if d.started]
+                assert [s.cached_tokens for s in started] == [cached]
+                assert started[0].queue_s >= 0
+                logprobs = [logprob for d in deltas for logprob in d.logprobs]
+                assert [x.token_id for x in logprobs if x] == _expected(prompt, 3)
+
+    _run(test)
+
+
+def test_leaving_the_iterator_cancels(make_client: MakeClient) -> None:
+    async def test() -> None:
+        async with _running(make_client(FakeRunner, _CONFIG)) as client:
+            for _ in range(30):
+                stream = client.generate(_request((1, 2, 3), 200))
+                await anext(stream)
+                await stream.aclose()
+            await _until(lambda: client.stats().num_running + client.stats().num_waiting == 0)
+            assert client.stats().pages_private == 0
+
+    _run(test)
+
+
+def test_refusals_reach_their_caller_alone(make_client: MakeClient) -> None:
+    async def test() -> None:
+        async with _running(make_client(FakeRunner, _CONFIG)) as client:
+            good = asyncio.create_task(_collect(client, _request((1, 2, 3))))
+            with pytest.raises(RequestRefusedError, match="300 tokens") as refused:
+                await _collect(client, _request(tuple(range(300))))
+            assert refused.value.kind is RejectKind.INVALID
+            assert refused.value.param == "prompt"
+            assert await good == _expected((1, 2, 3), 10)
+
+    _run(test)
+
+
+def test_a_fault_ends_the_requests_in_it_and_the_engine_lives(make_client: MakeClient) -> None:
+    async def test() -> None:
+        runner = partial(FakeRunner, faulty_steps=frozenset({2}))
+        async with _running(make_client(runner, _CONFIG)) as client:
+            with pytest.raises(EngineFaultError, match="RuntimeError"):
+                await _collect(client, _request((1, 2, 3)))
+            assert await _collect(client, _request((1, 2, 3))) == _expected((1, 2, 3), 10)
+
+    _run(test)
+
+
+def test_a_client_that_is_not_running_says_so(make_client: MakeClient) -> None:
+    async def test() -> None:
+        client = make_client(FakeRunner, _CONFIG)
+        with pytest.raises(EngineUnavailableError):
+            await _collect(client, _request((1, 2)))
+        async with _running(client):
+            pass
+        with pytest.raises(EngineUnavailableError):
+            await _collect(client, _request((1, 2)))
+
+    _run(test)
+
+
+def test_closing_ends_what_runs_with_an_error(make_client: MakeClient) -> None:
+    async def test() -> None:
+        async with _running(make_client(FakeRunner, _CONFIG)) as client:
+            stream = client.generate(_request((1, 2, 3), 200))
+            await anext(stream)
+        with pytest.raises(EngineUnavailableError):
+            [delta async for delta in stream]
+
+    _run(test)
+
+
+def test_faults_without_end_end_an_inline_engine() -> None:
+    async def test() -> None:
+        runner = FakeRunner(faulty_steps=frozenset(range(10)))
+        client = InlineClient(runner, _CONFIG, time.monotonic)
+        await client.start()
+        for _ in range(3):
+            with pytest.raises(EngineFaultError):
+                await _collect(client, _request((1, 2, 3)))
+        await _until(lambda: not client.is_alive)
+        await client.close()
+
+    _run(test)
+
+
+def test_an_inline_engine_checks_itself_and_closes_unstarted() -> None:
+    async def test() -> None:
+        config = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
+        async with _running(client := InlineClient(FakeRunner(), config, time.monotonic)):
+            assert await _collect(client, _request((1, 2, 3))) == _expected((1, 2, 3), 10)
+            client.check()
+        await InlineClient(FakeRunner(), config, time.monotonic).close()
+
+    _run(test)

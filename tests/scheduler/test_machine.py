@@ -1,0 +1,155 @@
+"""Any order of submit, cancel, step and fault leaves every invariant whole and every token right.
+
+The model's keys and values are digests of the prefix they belong to (`model/fake.py`), so a page
+shared wrongly, freed too early or evicted in use shows as a wrong token or a failed read-back.
+"""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cache.kv_cache import KVCache
+from configs.schema import SchedulerSection
+from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_next_token
+from model.interface import SamplingParams
+from scheduler.messages import FinishReason, Submit
+from scheduler.scheduler import Scheduler
+
+_VOCAB = 3
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.submits: dict[int, Submit] = {}
+        self.outputs: dict[int, list[int]] = {}
+        self.num_submits = 0
+        self.build(4, 2, 2, 4)
+
+    def build(self, num_pages: int, page_size: int, max_num_seqs: int, budget: int) -> None:
+        self.runner = FakeRunner(
+            vocab_size=_VOCAB, max_model_len=12, num_pages=num_pages, page_size=page_size
+        )
+        self.cache = KVCache(num_pages, page_size)
+        self.scheduler = Scheduler(
+            self.cache,
+            SchedulerSection(
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=max(budget, max_num_seqs)
+            ),
+            self.runner.info,
+        )
+
+    @precondition(lambda self: self.num_submits == 0)
+    @rule(
+        num_pages=st.integers(1, 8),
+        page_size=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 4),
+        budget=st.integers(1, 8),
+    )
+    def rebuild(self, num_pages: int, page_size: int, max_num_seqs: int, budget: int) -> None:
+        self.build(num_pages, page_size, max_num_seqs, budget)
+
+    @rule(
+        prompt=st.lists(st.integers(1, 2), max_size=9),
+        max_tokens=st.integers(1, 8),
+        priority=st.integers(0, 1),
+        namespace=st.sampled_from(["", "salt"]),
+        ignore_eos=st.booleans(),
+        num_resumed=st.integers(0, 2),
+    )
+    def submit(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        priority: int,
+        namespace: str,
+        ignore_eos: bool,
+        num_resumed: int,
+    ) -> None:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+        submit = Submit(
+            self.num_submits, tuple(prompt), params, priority=priority, namespace=namespace
+        )
+        self.num_submits += 1
+        resumed = self.expected(submit)[:num_resumed]
+        if len(resumed) == num_resumed < max_tokens and FAKE_EOS_TOKEN_ID not in resumed:
+            submit = Submit(
+                submit.request_id,
+                submit.prompt_token_ids,
+                params,
+                tuple(resumed),
+                priority,
+                namespace,
+            )
+        fits = bool(prompt) and len(prompt) + len(submit.output_token_ids) < self.max_len()
+        assert (self.scheduler.submit(submit) is None) == fits
+        if fits:
+            self.submits[submit.request_id] = submit
+            self.outputs[submit.request_id] = list(submit.output_token_ids)
+
+    def max_len(self) -> int:
+        return min(12, self.runner.num_pages * self.runner.page_size + 1)
+
+    def expected(self, submit: Submit) -> list[int]:
+        tokens = list(submit.prompt_token_ids)
+        end = min(len(tokens) + submit.params.max_tokens, self.max_len())
+        while tokens and len(tokens) < end:
+            tokens.append(fake_next_token(tokens, _VOCAB, may_end=not submit.params.ignore_eos))
+            if tokens[-1] == FAKE_EOS_TOKEN_ID and not submit.params.ignore_eos:
+                break
+        return tokens[len(submit.prompt_token_ids) :]
+
+    @rule(pick=st.integers(0, 100))
+    @precondition(lambda self: self.submits)
+    def cancel(self, pick: int) -> None:
+        request_id = sorted(self.submits)[pick % len(self.submits)]
+        self.scheduler.cancel(request_id)
+        del self.submits[request_id]
+
+    @rule()
+    def step(self) -> None:
+        plan = self.scheduler.plan()
+        if plan is None:
+            return
+        assert plan.num_tokens <= self.scheduler._config.max_num_batched_tokens
+        assert plan.num_decodes + plan.num_prompt_tokens == plan.num_tokens
+        outcome = self.scheduler.apply(plan, self.runner.launch(plan.step).wait())
+        for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
+            self.outputs[request_id].append(token_id)
+        for request_id, reason in outcome.finished:
+            submit = self.submits.pop(request_id)
+            assert self.outputs[request_id] == self.expected(submit)
+            assert (reason is FinishReason.STOP) == (
+                self.outputs[request_id][-1] == FAKE_EOS_TOKEN_ID and not submit.params.ignore_eos
+            )
+
+    @rule()
+    def fault(self) -> None:
+        plan = self.scheduler.plan()
+        if plan is not None:
+            # Copies and writes may or may not have happened when a real step raises.
+            self.runner.launch(plan.step)
+            for request_id in self.scheduler.fail(plan):
+                del self.submits[request_id]
+
+    @invariant()
+    def everything_holds(self) -> None:
+        self.scheduler.check()
+        assert self.scheduler.has_work == bool(self.submits)
+
+    def teardown(self) -> None:
+        """Whatever was going on, all of it ends, and nothing stays held."""
+        for _ in range(400):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert not self.submits
+        stats = self.cache.stats()
+        assert stats.pages_private == stats.pages_leased == 0
+        assert self.scheduler.stats().num_running == self.scheduler.stats().num_waiting == 0
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

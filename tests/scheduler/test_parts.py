@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+
+from model.interface import SamplingParams
+from scheduler.messages import Submit
+from scheduler.pacing import Pacing
+from scheduler.queue import WaitingQueue
+from scheduler.sequence import TRANSITIONS, InvalidTransitionError, Sequence, State
+
+
+def _sequence(request_id: int, priority: int = 0) -> Sequence:
+    submit = Submit(request_id, (1, 2), SamplingParams(max_tokens=4), priority=priority)
+    return Sequence(submit, arrival=request_id, eos_token_ids=(0,), max_model_len=100)
+
+
+def test_every_move_is_in_the_table_or_raises() -> None:
+    for first in (State.RUNNING, State.FINISHED, State.WAITING):
+        for second in State:
+            sequence = _sequence(7)
+            if first is not State.WAITING:
+                sequence.move(first, "first")
+            if second in TRANSITIONS[first]:
+                sequence.move(second, "second")
+                assert sequence.state is second
+            else:
+                with pytest.raises(InvalidTransitionError, match=r"request 7.*submitted"):
+                    sequence.move(second, "second")
+
+
+def test_the_history_in_the_error_is_bounded() -> None:
+    sequence = _sequence(1)
+    for _ in range(50):
+        sequence.move(State.RUNNING, "admitted")
+        sequence.move(State.WAITING, "preempted")
+    with pytest.raises(InvalidTransitionError) as error:
+        sequence.move(State.WAITING, "again")
+    assert len(str(error.value)) < 200
+
+
+def test_queue_order_and_bookkeeping() -> None:
+    queue = WaitingQueue()
+    sequences = {i: _sequence(i, priority) for i, priority in enumerate([1, 0, 1, 0, -3])}
+    for sequence in sequences.values():
+        queue.append(sequence)
+        queue.check()
+    assert [s.request_id for s in queue] == [4, 1, 3, 0, 2]
+    queue.remove(sequences[4])
+    queue.remove(sequences[1])
+    queue.append_first(sequences[1])
+    queue.check()
+    assert [s.request_id for s in queue] == [1, 3, 0, 2]
+    assert len(queue) == 4
+
+
+def test_pacing_gives_all_where_nobody_decodes() -> None:
+    assert Pacing(3.0).prompt_tokens(512, num_decodes=0) == 512
+
+
+def test_pacing_begins_carefully_and_never_below_the_least() -> None:
+    pacing = Pacing(3.0)
+    assert pacing.prompt_tokens(512, num_decodes=4) == 16
+    pacing.observe(1.0, num_decodes=0, num_prompt_tokens=10)
+    pacing.observe(0.01, num_decodes=4, num_prompt_tokens=0)
+    assert pacing.prompt_tokens(512, num_decodes=4) == 16
+    assert pacing.prompt_tokens(5, num_decodes=4) == 5
+    pacing.check()
+
+
+def test_pacing_learns_from_mixed_steps() -> None:
+    pacing = Pacing(2.0)
+    for _ in range(100):
+        pacing.observe(0.010, num_decodes=4, num_prompt_tokens=0)
+        pacing.observe(0.015, num_decodes=4, num_prompt_tokens=50)
+    stats = pacing.stats()
+    assert stats.decode_s == pytest.approx(0.010)
+    assert stats.token_s == pytest.approx(0.0001)
+    assert pacing.prompt_tokens(512, num_decodes=4) == pytest.approx(100, abs=1)

@@ -1,0 +1,257 @@
+"""What only an engine in a process of its own can do: die, hang, fail to start, come back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import SchedulerSection
+from model.fake import FakeRunner, fake_next_token
+from model.interface import ModelRunner, SamplingParams, StepInput
+from scheduler.client import EngineFaultError, EngineUnavailableError, GenerateRequest
+from scheduler.process import ProcessClient
+
+_CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
+
+
+def _expected(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(fake_next_token(tokens, 64, may_end=False))
+    return tokens[len(prompt) :]
+
+
+def _request(prompt: tuple[int, ...], max_tokens: int = 10) -> GenerateRequest:
+    return GenerateRequest(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+
+
+async def _collect(client: ProcessClient, request: GenerateRequest) -> list[int]:
+    return [token async for delta in client.generate(request) for token in delta.token_ids]
+
+
+@asynccontextmanager
+async def _running(client: ProcessClient) -> AsyncIterator[ProcessClient]:
+    await client.start()
+    try:
+        yield client
+        client.check()
+    finally:
+        await client.close()
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - the engine next door sets no event of ours
+            await asyncio.sleep(0.001)
+
+
+def _run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await test()
+
+    asyncio.run(bounded())
+
+
+def _kill(client: ProcessClient) -> None:
+    """Kill the engine and wait for its end, before the event loop can hear of it."""
+    assert client._process is not None
+    client._process.kill()
+    client._process.join()
+
+
+def test_a_killed_engine_is_replaced_and_streams_go_on_exactly() -> None:
+    async def test() -> None:
+        client = ProcessClient(FakeRunner, _CONFIG)
+        async with _running(client):
+            prompts = [tuple(range(i, i + 5)) for i in range(6)]
+            tasks = [
+                asyncio.create_task(_collect(client, _request(prompt, 240))) for prompt in prompts
+            ]
+            await _until(lambda: client.stats().steps_total > 20)
+            assert client.engine_pid is not None
+            os.kill(client.engine_pid, signal.SIGKILL)
+            assert await asyncio.gather(*tasks) == [_expected(p, 240) for p in prompts]
+            assert client.num_restarts == 1
+            assert client.is_alive
+
+    _run(test)
+
+
+class _DeadlyRunner(FakeRunner):
+    """Takes the whole process with it when it meets token 13."""
+
+    def launch(self, step: StepInput) -> Any:
+        if 13 in step.token_ids:
+            os._exit(3)
+        return super().launch(step)
+
+
+def test_a_request_that_kills_engines_is_blamed_and_others_live() -> None:
+    async def test() -> None:
+        client = ProcessClient(_DeadlyRunner, _CONFIG)
+        async with _running(client):
+            with pytest.raises(EngineFaultError, match="twice"):
+                await _collect(client, _request((13, 14)))
+            await _until(lambda: client.is_alive)
+            assert await _collect(client, _request((1, 2, 3), 2)) == _expected((1, 2, 3), 2)
+
+    _run(test)
+
+
+def _cannot_build() -> ModelRunner:
+    raise ValueError("kv_cache_memory: 1 KiB is too little")
+
+
+def test_an_engine_that_cannot_start_says_why() -> None:
+    async def test() -> None:
+        client = ProcessClient(_cannot_build, _CONFIG)
+        with pytest.raises(EngineUnavailableError, match="1 KiB is too little"):
+            await client.start()
+        assert not client.is_alive
+        await client.close()
+
+    _run(test)
+
+
+class _DiesOnceReady(FakeRunner):
+    def launch(self, step: StepInput) -> Any:
+        os._exit(len(step.counts))
+
+
+def test_engines_that_die_at_once_are_given_up_after_a_few() -> None:
+    async def test() -> None:
+        client = ProcessClient(_DiesOnceReady, _CONFIG)
+        lost = asyncio.Event()
+        client.on_lost = lost.set
+        await client.start()
+        while not lost.is_set():
+            try:
+                await _collect(client, _request((1, 2)))
+            except (EngineFaultError, EngineUnavailableError):
+                await asyncio.sleep(0.01)
+        assert not client.is_alive
+        await client.close()
+
+    _run(test)
+
+
+def test_a_client_that_never_started_knows_nothing_and_closes() -> None:
+    async def test() -> None:
+        client = ProcessClient(FakeRunner, _CONFIG)
+        assert client.engine_pid is None
+        with pytest.raises(EngineUnavailableError):
+            _ = client.info
+        await client.close()
+
+    _run(test)
+
+
+def _die_building() -> ModelRunner:
+    os._exit(4)
+
+
+def test_an_engine_that_dies_while_it_starts_tells_its_exit_code() -> None:
+    async def test() -> None:
+        client = ProcessClient(_die_building, _CONFIG)
+        with pytest.raises(EngineUnavailableError, match="exit code 4"):
+            await client.start()
+
+    _run(test)
+
+
+def test_a_request_sent_into_a_dead_engines_pipe_is_served_by_the_next() -> None:
+    async def test() -> None:
+        async with _running(ProcessClient(FakeRunner, _CONFIG)) as client:
+            _kill(client)
+            assert await _collect(client, _request((1, 2, 3))) == _expected((1, 2, 3), 10)
+
+    _run(test)
+
+
+def test_an_engine_found_dead_when_closing_is_not_replaced() -> None:
+    async def test() -> None:
+        async with _running(ProcessClient(FakeRunner, _CONFIG)) as client:
+            _kill(client)
+        assert client.num_restarts == 0
+
+    _run(test)
+
+
+def test_an_engine_that_gives_up_is_replaced_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        runner = partial(FakeRunner, faulty_steps=frozenset({1, 2, 3}))
+        async with _running(ProcessClient(runner, _CONFIG)) as client:
+            for _ in range(3):
+                with pytest.raises(EngineFaultError):
+                    await _collect(client, _request((1, 2, 3)))
+            await _until(lambda: client.num_restarts == 1 and client.is_alive)
+        assert "told to fail" in caplog.text
+
+    _run(test)
+
+
+def _build_once(marker: Path) -> ModelRunner:
+    if marker.exists():
+        raise ValueError("only once")
+    marker.touch()
+    return FakeRunner()
+
+
+def test_an_engine_that_does_not_come_back_ends_its_streams(tmp_path: Path) -> None:
+    async def test() -> None:
+        lost = asyncio.Event()
+        client = ProcessClient(partial(_build_once, tmp_path / "built"), _CONFIG)
+        client.on_lost = lost.set
+        async with _running(client):
+            stream = client.generate(_request((1, 2, 3), 240))
+            await anext(stream)
+            _kill(client)
+            with pytest.raises(EngineUnavailableError, match="did not come back"):
+                [delta async for delta in stream]
+            await lost.wait()
+
+    _run(test)
+
+
+class _HangingRunner(FakeRunner):
+    def launch(self, step: StepInput) -> Any:
+        Path(os.environ["HANGING_MARKER"]).touch()
+        time.sleep(1000 * len(step.counts))
+
+
+def test_an_engine_that_hangs_is_killed_when_closing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "stuck"
+    monkeypatch.setenv("HANGING_MARKER", str(marker))
+
+    async def test() -> None:
+        client = ProcessClient(_HangingRunner, _CONFIG, stop_timeout_s=0.2)
+        async with _running(client):
+            task = asyncio.create_task(_collect(client, _request((1, 2))))
+            await _until(marker.exists)
+        with pytest.raises(EngineUnavailableError, match="closed"):
+            await task
+        assert client._process is not None
+        assert client._process.exitcode == -signal.SIGKILL
+
+    _run(test)
+
+
+def test_closing_while_an_engine_is_being_replaced() -> None:
+    async def test() -> None:
+        async with _running(ProcessClient(FakeRunner, _CONFIG)) as client:
+            _kill(client)
+            await _until(lambda: not client.is_alive)
+
+    _run(test)

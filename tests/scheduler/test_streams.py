@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from model.interface import SamplingParams, TokenLogprobs
+from scheduler.client import EngineFaultError, GenerateRequest, RequestRefusedError
+from scheduler.messages import (
+    Cancel,
+    EngineStats,
+    FinishReason,
+    Rejected,
+    RejectKind,
+    Started,
+    StepResult,
+    Submit,
+)
+from scheduler.streams import Streams
+
+_REQUEST = GenerateRequest((1, 2), SamplingParams(max_tokens=9))
+
+
+def test_news_of_requests_nobody_reads_is_dropped() -> None:
+    streams = Streams()
+    stats = EngineStats(num_running=3)
+    streams.dispatch(
+        StepResult(
+            stats,
+            request_ids=(5,),
+            token_ids=(1,),
+            logprobs=(TokenLogprobs(1, 0.0, 1),),
+            started=(Started(5, 0.0, 0, "cold"),),
+            rejected=(Rejected(6, RejectKind.BUSY, "full"),),
+            finished=((7, FinishReason.STOP, ""),),
+        )
+    )
+    streams.check()
+    assert streams.engine_stats is stats
+    assert streams.stats().num_open == 0
+
+
+def test_tokens_that_came_before_an_error_are_read_first() -> None:
+    async def test() -> None:
+        streams = Streams()
+        sent: list[Submit | Cancel] = []
+        stream = streams.generate(_REQUEST, sent.append)
+        reading = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        streams.check()
+        assert streams.stats().num_open == 1
+        streams.dispatch(
+            StepResult(
+                EngineStats(),
+                request_ids=(0, 0),
+                token_ids=(4, 5),
+                finished=((0, FinishReason.ERROR, "a fault"),),
+            )
+        )
+        assert (await reading).token_ids == (4, 5)
+        with pytest.raises(EngineFaultError, match="a fault"):
+            await anext(stream)
+        # It was over already: nothing is left to cancel.
+        assert [type(message) for message in sent] == [Submit]
+
+    asyncio.run(test())
+
+
+def test_a_refusal_is_raised_and_a_reader_who_leaves_cancels() -> None:
+    async def test() -> None:
+        streams = Streams()
+        sent: list[Submit | Cancel] = []
+        stream = streams.generate(_REQUEST, sent.append)
+        reading = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        refused = Rejected(0, RejectKind.INVALID, "too long", "prompt")
+        streams.dispatch(StepResult(EngineStats(), rejected=(refused,)))
+        with pytest.raises(RequestRefusedError, match="too long"):
+            await reading
+        left = asyncio.create_task(anext(streams.generate(_REQUEST, sent.append)))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.wait([left])
+        assert sent[-1] == Cancel(1)
+
+    asyncio.run(test())
