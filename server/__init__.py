@@ -1,0 +1,1 @@
+"""HTTP, text, processes and metrics."""

@@ -1,0 +1,203 @@
+"""The `octavo` command: the composition root, the only module that knows everyone.
+
+Also the only one that knows of signals, exit codes and sockets. Exit codes: 0 stopped, 1 failed,
+2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+
+import uvicorn
+import uvloop
+
+from configs.load import ConfigError, describe, load_config
+from configs.schema import OctavoConfig
+from configs.sizes import format_size
+from model import build
+from scheduler.client import EngineUnavailableError, ModelInfo
+from scheduler.process import ProcessClient
+from server import cli
+from server.app import create_app
+from server.lifecycle import Lifecycle
+from server.logs import LOGGER_NAME, configure, fields
+from server.text.load import load_text
+from server.text.pieces import TextError
+
+_log = logging.getLogger(LOGGER_NAME)
+
+_BACKLOG = 2048
+
+
+class StartError(Exception):
+    """The daemon cannot start; the message is one line for the operator."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    command = cli.parse(sys.argv[1:] if argv is None else argv)
+    if command.command == "version":
+        print(f"octavo {version('octavo')}")  # noqa: T201 - what was asked for
+        return 0
+    try:
+        config = load_config(command.flags, os.environ, command.config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - before there is a log
+        return 2
+    configure(config.server.log_format)
+    try:
+        uvloop.run(_serve(config))
+    except (StartError, EngineUnavailableError) as error:
+        print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - also where logs are JSON
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+async def _serve(config: OctavoConfig) -> None:
+    # The port first: if it is taken, that is known before seconds go into loading a model.
+    listener = _listen(config.server.host, config.server.port)
+    _log.info("starting", extra=fields(version=version("octavo"), **describe(config)))
+    try:
+        source = await asyncio.to_thread(build.resolve_source, config.model.model)
+        text = await asyncio.to_thread(load_text, source.path)
+    except (build.ModelSourceError, TextError, OSError) as error:
+        raise StartError(str(error)) from error
+    client = ProcessClient(partial(build.make_runner, source, config), config.scheduler)
+    lifecycle = Lifecycle()
+    try:
+        app = create_app(config, client, text, version=version("octavo"), lifecycle=lifecycle)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+    server = _Server(
+        uvicorn.Config(
+            app,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+        )
+    )
+    try:
+        await _run(config, client, lifecycle, server, listener)
+    finally:
+        await client.close()
+
+
+async def _run(
+    config: OctavoConfig,
+    client: ProcessClient,
+    lifecycle: Lifecycle,
+    server: uvicorn.Server,
+    listener: socket.socket,
+) -> None:
+    stop = asyncio.Event()
+    lost = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stop, server)
+
+    def on_lost() -> None:
+        lost.set()
+        stop.set()
+
+    client.on_lost = on_lost
+    starting = asyncio.create_task(client.start())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        return
+    await starting
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    _announce(client.info, _url(listener))
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not lost.is_set():
+        _log.info("draining", extra=fields(timeout_s=config.server.drain_timeout_s))
+        await lifecycle.drain(config.server.drain_timeout_s)
+    server.should_exit = True
+    await serving
+    if lost.is_set():
+        raise StartError("the engine died again and again; the log above says why")
+    _log.info("stopped")
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: the first one drains, and uvicorn would cut streams off."""
+
+    def install_signal_handlers(self) -> None:
+        """Leave them as they are."""
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve without capturing signals."""
+        await self._serve(sockets)
+
+
+def _on_signal(stop: asyncio.Event, server: uvicorn.Server) -> None:
+    if stop.is_set():
+        # Asked twice: do not wait for anybody.
+        server.force_exit = True
+        os._exit(0)
+    stop.set()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        # Named, so that asyncio knows it is TCP and turns Nagle off.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)  # noqa: FBT003 - the standard library's signature
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartError(f"cannot listen on {host}:{port}: {reason} (--host, --port)") from error
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(info: ModelInfo, url: str) -> None:
+    """Say once, in one line, that it is ready, and what fits."""
+    for note in info.notes:
+        _log.info("note", extra=fields(note=note))
+    num_tokens = info.num_pages * info.page_size
+    kv_bytes = num_tokens * info.kv_bytes_per_token
+    _log.info(
+        "ready",
+        extra=fields(
+            url=url,
+            model=info.name,
+            device=info.device,
+            weights=format_size(info.weights_bytes),
+            quantization=info.quantization,
+            attention=info.attention_backend,
+            kv_cache=format_size(kv_bytes),
+            pages=info.num_pages,
+            page_size=info.page_size,
+            tokens=num_tokens,
+            max_model_len=info.max_model_len,
+            full_length_requests=num_tokens // info.max_model_len,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

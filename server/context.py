@@ -1,0 +1,138 @@
+"""What is known of one HTTP request while it is answered, and how it is ended from outside.
+
+Knows nothing of what the request asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope
+
+from server.errors import ClientGoneError
+
+_SCOPE_KEY = "octavo.request"
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """The two times a server needs, both in seconds: one to measure with, one to tell."""
+
+    monotonic_s: Callable[[], float] = time.monotonic
+    wall_s: Callable[[], float] = time.time
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What the log line, the metrics and the response's `octavo` object tell of a request."""
+
+    request_id: str
+    method: str
+    path: str
+    client: str
+    #: On the monotonic clock, like every `*_at_s` here.
+    arrived_at_s: float
+    status: int = 0
+    #: Empty where the request never asked a model for tokens.
+    model: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    miss_reason: str = ""
+    queue_s: float | None = None
+    first_token_at_s: float | None = None
+    last_token_at_s: float | None = None
+    finish_reason: str = ""
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From the request's arrival to its first token."""
+        first = self.first_token_at_s
+        return None if first is None else first - self.arrived_at_s
+
+    @property
+    def prefill_s(self) -> float | None:
+        """From admission to the first token."""
+        if self.ttft_s is None or self.queue_s is None:
+            return None
+        return max(0.0, self.ttft_s - self.queue_s)
+
+    @property
+    def decode_s(self) -> float | None:
+        """From the first token to the last."""
+        if self.first_token_at_s is None or self.last_token_at_s is None:
+            return None
+        return self.last_token_at_s - self.first_token_at_s
+
+
+class Interruption:
+    """Ends the task that answers a request, with a reason; as `asyncio.timeout` does.
+
+    The task is cancelled and finds its `CancelledError` turned into the reason where it leaves
+    `reasoned()`. Only the first reason counts.
+    """
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a request is answered in a task"
+        self._task = task
+        self._num_cancels_before = task.cancelling()
+        self._reason: Exception | None = None
+        self._is_closed = False
+
+    def interrupt(self, reason: Exception) -> None:
+        """Let the request fail with `reason`, unless it is over or interrupted already."""
+        if self._reason is None and not self._is_closed:
+            self._reason = reason
+            self._task.cancel()
+
+    @asynccontextmanager
+    async def reasoned(self) -> AsyncIterator[None]:
+        """Raise the reason in place of the cancellation it caused."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._reason is None or self._task.uncancel() > self._num_cancels_before:
+                raise
+            raise self._reason from None
+        finally:
+            self._is_closed = True
+
+    @asynccontextmanager
+    async def on_disconnect(self, receive: Receive) -> AsyncIterator[None]:
+        """Interrupt as soon as the client is gone. The body must have been read."""
+        watcher = asyncio.create_task(self._watch(receive))
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.interrupt(ClientGoneError())
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """Travels in the ASGI scope from the boundary to the routes."""
+
+    record: RequestRecord
+    interruption: Interruption = field(repr=False)
+
+    def attach(self, scope: Scope) -> None:
+        """Put it where `of` finds it."""
+        scope[_SCOPE_KEY] = self
+
+    @staticmethod
+    def of(scope: Scope) -> RequestContext:
+        """Return the context of the request in hand."""
+        context = scope[_SCOPE_KEY]
+        assert isinstance(context, RequestContext), "the boundary puts it there"
+        return context

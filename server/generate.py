@@ -1,0 +1,132 @@
+"""One understood request, run: the engine's deltas become pieces, and what happened is noted.
+
+Knows nothing of JSON or of how pieces are sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from scheduler.client import (
+    Delta,
+    EngineError,
+    EngineFaultError,
+    FinishReason,
+    GenerateRequest,
+    RequestRefusedError,
+)
+from server.context import RequestRecord
+from server.errors import ApiError, from_engine, unavailable
+from server.logs import milliseconds
+from server.output import OutputOptions, OutputText, Piece
+from server.params import Warned
+from server.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the engine is asked, and what its answer becomes."""
+
+    request: GenerateRequest
+    output: OutputOptions
+    warnings: tuple[Warned, ...] = ()
+    is_stream: bool = False
+    has_usage_chunk: bool = False
+
+
+async def generate(
+    service: Service, job: Job, record: RequestRecord
+) -> AsyncGenerator[Piece, None]:
+    """Yield pieces up to the one with a `finish_reason`. Closing it cancels the request.
+
+    Raises `ApiError`. Whatever the end, `record` and the metrics tell it, once.
+    """
+    output = OutputText(service.text.tokenizer, job.output)
+    record.model = service.model_name
+    record.prompt_tokens = len(job.request.prompt_token_ids)
+    record.finish_reason = "abort"
+    try:
+        async with aclosing(service.client.generate(job.request)) as deltas:
+            async for delta in deltas:
+                _require_sound(delta)
+                piece = output.push(delta)
+                _note(service, record, delta, piece)
+                yield piece
+                if piece.finish_reason is not None:
+                    break
+        _require_reason(record)
+    except RequestRefusedError as error:
+        record.finish_reason = ""
+        raise from_engine(error) from error
+    except EngineError as error:
+        record.finish_reason = "error"
+        raise from_engine(error) from error
+    except ApiError:
+        raise
+    except Exception:
+        record.finish_reason = "error"
+        raise
+    finally:
+        if record.finish_reason:
+            service.metrics.on_finished(record, service.clock.monotonic_s())
+
+
+def usage(record: RequestRecord) -> dict[str, Any]:
+    """Return OpenAI's `usage`."""
+    return {
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.output_tokens,
+        "total_tokens": record.prompt_tokens + record.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
+    }
+
+
+def octavo(job: Job, record: RequestRecord, now_s: float) -> dict[str, Any]:
+    """Return our own object of the response: warnings, timings, and what the cache did."""
+    decode_s, num_decoded = record.decode_s, record.output_tokens - 1
+    return {
+        "warnings": list(job.warnings),
+        "timings": {
+            "queue_ms": milliseconds(record.queue_s),
+            "ttft_ms": milliseconds(record.ttft_s),
+            "total_ms": milliseconds(now_s - record.arrived_at_s),
+            "decode_tokens_per_s": round(num_decoded / decode_s, 2) if decode_s else None,
+        },
+        "cache": {"reused_tokens": record.cached_tokens, "miss_reason": record.miss_reason or None},
+    }
+
+
+def _require_sound(delta: Delta) -> None:
+    if delta.finish_reason is FinishReason.ABORT:
+        raise unavailable("the engine was stopped and ended this request")
+    if delta.finish_reason is FinishReason.ERROR:
+        raise EngineFaultError("the engine failed on this request")
+
+
+def _require_reason(record: RequestRecord) -> None:
+    if record.finish_reason == "abort":
+        raise EngineFaultError("the engine's stream ended without a reason")
+
+
+def _note(service: Service, record: RequestRecord, delta: Delta, piece: Piece) -> None:
+    started = delta.started
+    if started is not None:
+        record.queue_s = started.queue_s
+        record.cached_tokens = started.cached_tokens
+        record.miss_reason = started.miss_reason
+        service.metrics.on_started(record)
+    if piece.num_tokens:
+        now_s = service.clock.monotonic_s()
+        last_s = record.last_token_at_s
+        record.last_token_at_s = now_s
+        record.output_tokens += piece.num_tokens
+        if last_s is None:
+            record.first_token_at_s = now_s
+            service.metrics.on_first_token(record)
+        since_last_s = None if last_s is None else now_s - last_s
+        service.metrics.on_tokens(piece.num_tokens, since_last_s)
+    if piece.finish_reason is not None:
+        record.finish_reason = piece.finish_reason

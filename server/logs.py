@@ -1,0 +1,106 @@
+"""Log lines with fields, as `key=value` text or as JSON. Contents and keys never come near it.
+
+A caller logs an event and its fields: `logger.info("request", extra=fields(status=200))`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Literal, TextIO
+
+from server.context import RequestRecord
+
+LOGGER_NAME = "octavo"
+_ATTRIBUTE = "octavo_fields"
+
+
+def fields(**values: object) -> dict[str, object]:
+    """Return the `extra` argument that carries `values`; None values are left out."""
+    return {_ATTRIBUTE: {name: value for name, value in values.items() if value is not None}}
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-01-01T00:00:00.000Z INFO request id=… status=200`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one line; a traceback follows on lines of its own."""
+        pairs = (f"{name}={_plain(value)}" for name, value in _fields_of(record).items())
+        line = " ".join((_time_of(record), record.levelname, record.getMessage(), *pairs))
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, event, then the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one line, a traceback in it as a string."""
+        told: dict[str, object] = {
+            "time": _time_of(record),
+            "level": record.levelname,
+            "event": record.getMessage(),
+        }
+        told |= _fields_of(record)
+        if record.exc_info:
+            told["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(told, default=str)
+
+
+def configure(log_format: Literal["text", "json"], stream: TextIO | None = None) -> None:
+    """Send every log record of the process to `stream` (default: stderr) in this format."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger(LOGGER_NAME).setLevel(logging.INFO)
+
+
+def log_request(record: RequestRecord, now_s: float, *, is_probe: bool) -> None:
+    """Write the one line of a request; probes and scrapes only where debug lines are wanted."""
+    has_generated = bool(record.model)
+    logging.getLogger(LOGGER_NAME).log(
+        logging.DEBUG if is_probe else logging.INFO,
+        "request",
+        extra=fields(
+            id=record.request_id,
+            method=record.method,
+            route=record.path,
+            model=record.model or None,
+            status=record.status,
+            prompt_tokens=record.prompt_tokens if has_generated else None,
+            cached_tokens=record.cached_tokens if has_generated else None,
+            output_tokens=record.output_tokens if has_generated else None,
+            queue_ms=milliseconds(record.queue_s),
+            ttft_ms=milliseconds(record.ttft_s),
+            total_ms=milliseconds(now_s - record.arrived_at_s),
+            finish_reason=record.finish_reason or None,
+            client=record.client,
+        ),
+    )
+
+
+def milliseconds(duration_s: float | None) -> float | None:
+    """Return a duration as people read it."""
+    return None if duration_s is None else round(duration_s * 1000, 2)
+
+
+def _fields_of(record: logging.LogRecord) -> dict[str, object]:
+    found: dict[str, object] = getattr(record, _ATTRIBUTE, {})
+    return found
+
+
+def _time_of(record: logging.LogRecord) -> str:
+    moment = datetime.fromtimestamp(record.created, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _plain(value: object) -> str:
+    """Quote what would break a line or a `key=value` pair; ASCII, so that no terminal obeys it."""
+    text = str(value)
+    is_plain = text.isprintable() and not set(text) & set(" \"='")
+    return text if is_plain and text else json.dumps(text)

@@ -1,0 +1,280 @@
+"""What Prometheus reads: the only file that knows it.
+
+Every series stands in the first scrape. Stems are vLLM's, buckets finer. Counts are kept in plain
+numbers (one event loop, no locks: an observation is a bisection and two additions) and become
+metric families only when somebody scrapes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from scheduler.client import EngineClient, EngineStats, EngineUnavailableError, ModelInfo
+from server.context import RequestRecord
+from server.memory import resident_bytes
+
+FINISHED_REASONS = ("stop", "length", "abort", "error")
+#: 499 is a client that closed its connection before its answer.
+STATUSES = (200, 400, 401, 404, 405, 413, 429, 499, 500, 503)
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_LONG_SECONDS = (*_SECONDS[1:], 20.0, 60.0, 120.0, 300.0)
+_STEP_TOKENS = tuple(float(2**power) for power in range(15))
+
+_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token_seconds": ("from a request's arrival to its first token", _LONG_SECONDS),
+    "inter_token_latency_seconds": ("between two tokens of a request", _SECONDS),
+    "e2e_request_latency_seconds": ("from a request's arrival to its end", _LONG_SECONDS),
+    "request_queue_time_seconds": ("from submission to admission", _LONG_SECONDS),
+    "request_prefill_time_seconds": ("from admission to the first token", _LONG_SECONDS),
+    "request_decode_time_seconds": ("from the first token to the last", _LONG_SECONDS),
+    "iteration_tokens_total": ("tokens, prompt and decode together, a step", _STEP_TOKENS),
+}
+#: Counters the engine keeps: our name, its field, help.
+_ENGINE_COUNTERS = (
+    ("prefix_cache_queries", "prefix_queries_tokens_total", "prompt tokens looked up"),
+    ("prefix_cache_hits", "prefix_hits_tokens_total", "prompt tokens found in the cache"),
+    ("prompt_tokens_computed", "prompt_tokens_computed_total", "prompt tokens not reused"),
+    ("num_preemptions", "preemptions_total", "sequences put back into the queue"),
+    ("evicted_pages", "evicted_pages_total", "cached pages given up"),
+    ("copied_pages", "copied_pages_total", "pages copied to share a part of them"),
+    ("steps", "steps_total", "steps of the engine"),
+)
+
+
+class Histogram:
+    """Counts of observations by upper bound."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Take in `value`, seen `count` times."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Return Prometheus' cumulative buckets, and the sum."""
+        total = 0
+        cumulative: list[tuple[str, float]] = []
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
+            total += count
+            cumulative.append((str(bound), total))
+        return cumulative, self._sum
+
+
+class GrowingCount:
+    """A counter read from a process that may be replaced: it goes on where the old one ended."""
+
+    __slots__ = ("_before", "_last")
+
+    def __init__(self) -> None:
+        self._before = 0
+        self._last = 0
+
+    def read(self, value: int) -> int:
+        """Return the count over all processes, of which the newest says `value`."""
+        if value < self._last:
+            self._before += self._last
+        self._last = value
+        return self._before + value
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsStats:
+    """One moment of what the API process itself counts."""
+
+    prompt_tokens: int
+    generation_tokens: int
+    finished: dict[str, int]
+    responses: dict[int, int]
+
+
+class Metrics(Collector):
+    """Collects from the engine's newest snapshot and from what requests report."""
+
+    def __init__(self, client: EngineClient, model_name: Callable[[], str], alias: str) -> None:
+        self._client = client
+        self._model_name = model_name
+        self._prefixes = ("octavo_", "vllm:") if alias == "vllm" else ("octavo_",)
+        self._histograms = {name: Histogram(of[1]) for name, of in _HISTOGRAMS.items()}
+        self._inter_token = self._histograms["inter_token_latency_seconds"]
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._finished = dict.fromkeys(FINISHED_REASONS, 0)
+        self._responses = dict.fromkeys(STATUSES, 0)
+        self._engine_counts = {field: GrowingCount() for _, field, _ in _ENGINE_COUNTERS}
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+        client.on_step(self._histograms["iteration_tokens_total"].observe)
+
+    # ---- what requests report
+
+    def on_started(self, record: RequestRecord) -> None:
+        """Count an admission."""
+        self._prompt_tokens += record.prompt_tokens
+        if record.queue_s is not None:
+            self._histograms["request_queue_time_seconds"].observe(record.queue_s)
+
+    def on_first_token(self, record: RequestRecord) -> None:
+        """Take in how long a request waited for it."""
+        for name, duration_s in (
+            ("time_to_first_token_seconds", record.ttft_s),
+            ("request_prefill_time_seconds", record.prefill_s),
+        ):
+            if duration_s is not None:
+                self._histograms[name].observe(duration_s)
+
+    def on_tokens(self, count: int, since_last_token_s: float | None) -> None:
+        """Count new tokens of one request; None: its first ones."""
+        self._generation_tokens += count
+        if since_last_token_s is not None:
+            self._inter_token.observe(since_last_token_s / count, count)
+
+    def on_finished(self, record: RequestRecord, now_s: float) -> None:
+        """Count the end of a request that the engine had."""
+        self._finished[record.finish_reason] += 1
+        for name, duration_s in (
+            ("request_decode_time_seconds", record.decode_s),
+            ("e2e_request_latency_seconds", now_s - record.arrived_at_s),
+        ):
+            if duration_s is not None:
+                self._histograms[name].observe(duration_s)
+
+    def on_response(self, status: int) -> None:
+        """Count an answer, to whatever route."""
+        self._responses[status] = self._responses.get(status, 0) + 1
+
+    def stats(self) -> MetricsStats:
+        """Return a snapshot."""
+        return MetricsStats(
+            self._prompt_tokens,
+            self._generation_tokens,
+            dict(self._finished),
+            dict(self._responses),
+        )
+
+    # ---- what Prometheus asks
+
+    def exposition(self) -> tuple[bytes, str]:
+        """Return the page and its content type: plain text, which every scraper reads."""
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family, once for each prefix."""
+        stats = self._client.stats()
+        try:
+            info = self._client.info
+        except EngineUnavailableError:
+            info = None
+        engine_counts = {
+            field: counts.read(getattr(stats, field))
+            for field, counts in self._engine_counts.items()
+        }
+        for prefix in self._prefixes:
+            page = _Page(prefix, self._model_name())
+            yield from self._counters(page, engine_counts)
+            yield from _gauges(page, stats, info)
+            for name, histogram in self._histograms.items():
+                yield page.histogram(name, _HISTOGRAMS[name][0], histogram)
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield nothing: the registry is ours alone, nobody else's names can collide."""
+        return iter(())
+
+    def _counters(self, page: _Page, engine_counts: dict[str, int]) -> Iterator[Metric]:
+        for name, field, text in _ENGINE_COUNTERS:
+            yield page.counter(name, text, {(): engine_counts[field]})
+        yield page.counter("prompt_tokens", "of admitted requests", {(): self._prompt_tokens})
+        yield page.counter("generation_tokens", "sent to clients", {(): self._generation_tokens})
+        yield page.counter(
+            "request_success",
+            "requests the engine ended, by reason",
+            {(reason,): count for reason, count in self._finished.items()},
+            "finished_reason",
+        )
+        yield page.counter(
+            "http_responses",
+            "answers on every route, by status; 499: the client left first",
+            {(str(status),): count for status, count in self._responses.items()},
+            "status",
+        )
+
+
+class _Page:
+    """Builds families under one prefix, each with the model's name as its first label."""
+
+    def __init__(self, prefix: str, model_name: str) -> None:
+        self._prefix = prefix
+        self._model_name = model_name
+
+    def counter(
+        self, name: str, text: str, values: dict[tuple[str, ...], float], *labels: str
+    ) -> Metric:
+        """Return the counter `name` + `_total`."""
+        family = CounterMetricFamily(self._prefix + name, text, labels=["model_name", *labels])
+        for label_values, value in values.items():
+            family.add_metric([self._model_name, *label_values], value)
+        return family
+
+    def gauge(
+        self, name: str, text: str, values: dict[tuple[str, ...], float], *labels: str
+    ) -> Metric:
+        """Return the gauge `name`."""
+        family = GaugeMetricFamily(self._prefix + name, text, labels=["model_name", *labels])
+        for label_values, value in values.items():
+            family.add_metric([self._model_name, *label_values], value)
+        return family
+
+    def histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
+        """Return the histogram `name`."""
+        family = HistogramMetricFamily(self._prefix + name, text, labels=["model_name"])
+        buckets, total = histogram.buckets()
+        family.add_metric([self._model_name], buckets, total)
+        return family
+
+
+def _gauges(page: _Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[Metric]:
+    pages: dict[tuple[str, ...], float] = {
+        ("free",): stats.pages_free,
+        ("private",): stats.pages_private,
+        ("cached",): stats.pages_cached,
+        ("leased",): stats.pages_leased,
+    }
+    page_bytes = info.page_size * info.kv_bytes_per_token if info else 0
+    used = (stats.pages_private + stats.pages_leased) / max(1, stats.pages_total)
+    memory = resident_bytes()
+    yield page.gauge("num_requests_running", "in the batch", {(): stats.num_running})
+    yield page.gauge("num_requests_waiting", "in the queue", {(): stats.num_waiting})
+    yield page.gauge("kv_cache_usage_perc", "pages in use by requests, 0 to 1", {(): used})
+    yield page.gauge("kv_cache_pages", "leased pages are cached ones too", pages, "state")
+    yield page.gauge(
+        "kv_cache_bytes",
+        "the same in bytes",
+        {state: count * page_bytes for state, count in pages.items()},
+        "state",
+    )
+    weights_bytes = info.weights_bytes if info else 0
+    yield page.gauge("model_weights_bytes", "the model's weights", {(): weights_bytes})
+    yield page.gauge(
+        "process_resident_memory_bytes",
+        "resident memory; engine: all child processes together",
+        {("api",): memory.own_bytes, ("engine",): memory.children_bytes},
+        "process",
+    )

@@ -1,0 +1,86 @@
+"""/openapi.json: the routes' requests and every way they answer.
+
+Bodies are read and validated by the routes themselves, so FastAPI has to be told of them here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from server.documents import ErrorBody
+
+_REF = "#/components/schemas/{model}"
+_MEANINGS = {
+    400: "the request is wrong; `param` names the field",
+    401: "no accepted API key",
+    404: "no such model or route",
+    413: "the body is too large",
+    429: "the queue is full; see Retry-After",
+    500: "a bug of ours, in this request alone",
+    503: "not ready, or shutting down; see Retry-After",
+}
+
+
+Responses: TypeAlias = dict[int | str, dict[str, Any]]
+
+
+def answers(model: type[BaseModel] | None, *error_statuses: int) -> Responses:
+    """Return a route's responses for FastAPI: success holds `model`; None: it is plain text."""
+    success: dict[str, Any] = {"model": model}
+    if model is None:
+        success = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+    responses: Responses = {200: success}
+    for status in sorted({401, 500, *error_statuses}):
+        responses[status] = {"model": ErrorBody, "description": _MEANINGS[status]}
+    return responses
+
+
+def generation_answers(model: type[BaseModel], chunk: type[BaseModel]) -> Responses:
+    """Return the responses of a route that generates; a stream's events hold `chunk`s."""
+    responses = answers(model, 400, 404, 413, 429, 503)
+    schema = {"$ref": _REF.format(model=chunk.__name__)}
+    responses[200]["content"] = {"text/event-stream": {"schema": schema}}
+    return responses
+
+
+def body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the request body of a route, for FastAPI's `openapi_extra`."""
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+class DocumentedApp(FastAPI):
+    """FastAPI, whose document has also what the routes read by themselves."""
+
+    def __init__(self, version: str, documented: tuple[type[BaseModel], ...]) -> None:
+        # No documentation pages: theirs load scripts from elsewhere. No redirect for a trailing
+        # slash: it would answer for a path that does not exist.
+        super().__init__(
+            title="Octavo", version=version, docs_url=None, redoc_url=None, redirect_slashes=False
+        )
+        self._documented = documented
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the document, built once."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            components = document.setdefault("components", {})
+            schemas = components.setdefault("schemas", {})
+            for model in self._documented:
+                schema = model.model_json_schema(ref_template=_REF)
+                schemas.update(schema.pop("$defs", {}))
+                schemas[model.__name__] = schema
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}, {}]
+            for path in document["paths"].values():
+                for operation in path.values():
+                    # FastAPI's own shape of a validation error is never sent.
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+        assert self.openapi_schema is not None
+        return self.openapi_schema

@@ -1,0 +1,161 @@
+"""One request's tokens in, its text out: decoding, stop strings, and which token made which text.
+
+Knows nothing of engines, time or HTTP: the same deltas always give the same text, however they
+were split.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from scheduler.client import Delta, FinishReason, TokenLogprobs
+from server.text.detokenize import StreamDecoder
+from server.text.stop import StopMatcher
+from server.text.tokenizer import Tokenizer
+
+FinishWord = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """What becomes of the tokens."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    #: Tokens that end the output; their own text is shown only with `include_stop`.
+    end_token_ids: frozenset[int] = frozenset()
+    #: Stop strings are looked for behind this many tokens.
+    min_tokens: int = 0
+    #: The output goes on where the prompt's text ended.
+    continues: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAt:
+    """A token whose probabilities were asked for, and where its text stands in the output."""
+
+    logprobs: TokenLogprobs
+    start_char: int
+    end_char: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a client may be sent now."""
+
+    text: str
+    tokens: tuple[TokenAt, ...]
+    #: Generated since the last piece, whether or not their text is shown.
+    num_tokens: int
+    finish_reason: FinishWord | None = None
+
+
+class OutputText:
+    """Turns deltas into pieces; nothing in a piece is ever taken back.
+
+    The token that completes a stop string is the last one counted. Probabilities of a token are
+    given out with the last character of its text, so they cannot tell what text holds back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, options: OutputOptions) -> None:
+        """Raise `ValueError` for stop strings that are not allowed."""
+        self._options = options
+        self._decoder = StreamDecoder(
+            tokenizer,
+            skip_special_tokens=options.skip_special_tokens,
+            continues=options.continues,
+        )
+        self._matcher = StopMatcher(options.stops, include=options.include_stop)
+        self._num_tokens = 0
+        self._num_decoded_chars = 0
+        self._num_sent_chars = 0
+        #: Tokens with text that is still held back.
+        self._held: deque[TokenAt] = deque()
+
+    def push(self, delta: Delta) -> Piece:
+        """Take in what the engine told. Not called again once a piece has a `finish_reason`."""
+        reason = delta.finish_reason
+        num_shown = len(delta.token_ids)
+        if reason is FinishReason.STOP and not self._options.include_stop:
+            num_shown -= delta.token_ids[-1:] != () and self._is_end(delta.token_ids[-1])
+        if not self._options.stops and not delta.logprobs:
+            text, num_tokens, has_matched = self._push_many(delta.token_ids[:num_shown])
+        else:
+            text, num_tokens, has_matched = self._push_singly(delta, num_shown)
+        if has_matched:
+            return Piece(text, self._taken(is_last=True, is_cut=True), num_tokens, "stop")
+        num_tokens += len(delta.token_ids) - num_shown
+        if reason is None:
+            return Piece(text, self._taken(), num_tokens)
+        tail, has_matched = self._finish()
+        word: FinishWord = "stop" if has_matched or reason is FinishReason.STOP else "length"
+        tokens = self._taken(is_last=True, is_cut=has_matched)
+        return Piece(text + tail, tokens, num_tokens, word)
+
+    def check(self) -> None:
+        """Assert that text is neither sent twice nor before it is known."""
+        self._decoder.check()
+        self._matcher.check()
+        assert self._num_sent_chars <= self._num_decoded_chars, "text was sent before it was known"
+        ends = [token.end_char for token in self._held]
+        assert ends == sorted(ends), "held tokens are out of order"
+
+    def _is_end(self, token_id: int) -> bool:
+        return token_id in self._options.end_token_ids
+
+    def _push_many(self, token_ids: tuple[int, ...]) -> tuple[str, int, bool]:
+        text = self._decoder.push(token_ids)
+        self._num_tokens += len(token_ids)
+        self._num_decoded_chars += len(text)
+        self._num_sent_chars += len(text)
+        return text, len(token_ids), False
+
+    def _push_singly(self, delta: Delta, num_shown: int) -> tuple[str, int, bool]:
+        texts = []
+        for index, token_id in enumerate(delta.token_ids[:num_shown]):
+            start = self._num_decoded_chars
+            decoded = self._decoder.push((token_id,))
+            self._num_decoded_chars += len(decoded)
+            logprobs = delta.logprobs[index] if delta.logprobs else None
+            if logprobs is not None:
+                self._held.append(TokenAt(logprobs, start, self._num_decoded_chars))
+            self._num_tokens += 1
+            text, has_matched = self._match(decoded)
+            texts.append(text)
+            if has_matched:
+                return "".join(texts), index + 1, True
+        return "".join(texts), num_shown, False
+
+    def _match(self, decoded: str) -> tuple[str, bool]:
+        matched = None
+        if self._num_tokens > self._options.min_tokens:
+            decoded, matched = self._matcher.push(decoded)
+        self._num_sent_chars += len(decoded)
+        return decoded, matched is not None
+
+    def _finish(self) -> tuple[str, bool]:
+        """Return what was held back, now that nothing follows it."""
+        rest = self._decoder.finish()
+        self._num_decoded_chars += len(rest)
+        text, has_matched = self._match(rest)
+        if not has_matched:
+            held = self._matcher.finish()
+            self._num_sent_chars += len(held)
+            text += held
+        return text, has_matched
+
+    def _taken(self, *, is_last: bool = False, is_cut: bool = False) -> tuple[TokenAt, ...]:
+        """Take the tokens whose text has been sent; `is_cut`: the rest never will be."""
+        taken = []
+        while self._held:
+            token = self._held[0]
+            is_sent = token.end_char <= self._num_sent_chars
+            if is_cut:
+                is_sent = token.start_char < self._num_sent_chars
+            if not is_sent and (is_cut or not is_last):
+                break
+            taken.append(self._held.popleft())
+        return tuple(taken)

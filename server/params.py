@@ -1,0 +1,140 @@
+"""What becomes of each parameter we do not honour: one table, so that nothing is ignored silently.
+
+Fields of the models in `server/schemas.py` are honoured. Anything else in a request is looked up
+here: refused by name unless its value asks for nothing, or answered in `octavo.warnings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from server.errors import invalid, shortened
+
+_MAX_WARNINGS = 64
+
+
+class Warned(TypedDict):
+    """One entry of `octavo.warnings`."""
+
+    param: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A known parameter without effect here; harmless with one of the `neutral` values."""
+
+    neutral: tuple[object, ...]
+    #: Whether other values are refused; else they are warned of.
+    is_refused: bool
+    reason: str
+
+
+#: Named, for the table below holds them as values, not as switches.
+_TRUE, _FALSE = True, False
+
+
+def _refused(*neutral: object, because: str = "is not supported") -> Unsupported:
+    return Unsupported(neutral, is_refused=True, reason=because)
+
+
+def _warned(because: str, *neutral: object) -> Unsupported:
+    return Unsupported(neutral, is_refused=False, reason=because)
+
+
+_COMMON = {
+    "n": _refused(1, because="must be 1: several answers to one request are not supported"),
+    "use_beam_search": _refused(_FALSE),
+    "length_penalty": _refused(1.0),
+    "early_stopping": _refused(_FALSE),
+    "bad_words": _refused([]),
+    "allowed_token_ids": _refused([]),
+    "prompt_logprobs": _refused(),
+    "truncate_prompt_tokens": _refused(),
+    "logits_processors": _refused([]),
+    "guided_json": _refused(),
+    "guided_regex": _refused(),
+    "guided_choice": _refused(),
+    "guided_grammar": _refused(),
+    "structured_outputs": _refused(),
+    "response_format": _refused(
+        {"type": "text"}, because="can only be of type 'text': structured output is not supported"
+    ),
+    "kv_transfer_params": _refused(),
+    "return_token_ids": _refused(_FALSE),
+    "return_tokens_as_token_ids": _refused(_FALSE),
+    "spaces_between_special_tokens": _refused(_TRUE),
+    "detokenize": _refused(_TRUE),
+    "user": _warned("callers are not told apart by it"),
+    "metadata": _warned("is not stored", {}),
+    "store": _warned("nothing is stored here", _FALSE),
+    "service_tier": _warned("there is one tier", "auto", "default"),
+    "safety_identifier": _warned("is not used"),
+    "prompt_cache_key": _warned("equal prefixes are shared without it; cache_salt keeps apart"),
+    "prompt_cache_retention": _warned("prefixes are kept as long as there is room"),
+    "request_id": _warned("send the header X-Request-Id instead"),
+}
+CHAT = {
+    **_COMMON,
+    "tools": _refused([], because="are not supported"),
+    "tool_choice": _refused("none"),
+    "parallel_tool_calls": _refused(_TRUE, _FALSE),
+    "functions": _refused([], because="are not supported"),
+    "function_call": _refused("none"),
+    "audio": _refused(),
+    "modalities": _refused(["text"], because="can only be ['text']"),
+    "web_search_options": _refused(),
+    "chat_template": _refused(because="of a request is not used: the model's own is"),
+    "continue_final_message": _refused(_FALSE),
+    "documents": _refused([]),
+    "mm_processor_kwargs": _refused({}),
+    "echo": _refused(_FALSE),
+    "prediction": _warned("predicted output does not speed anything up here"),
+    "reasoning_effort": _warned("has no effect on this model", "none"),
+    "include_reasoning": _warned("there is no separate reasoning here", _TRUE, _FALSE),
+    "verbosity": _warned("has no effect on this model", "medium"),
+}
+COMPLETION = {
+    **_COMMON,
+    "best_of": _refused(1, because="must be 1"),
+    "echo": _refused(_FALSE),
+    "suffix": _refused("", because="is not supported: text cannot be inserted"),
+    "prompt_embeds": _refused(),
+}
+STREAM_OPTIONS = {
+    "continuous_usage_stats": _refused(_FALSE),
+    "include_obfuscation": _warned("chunks are not padded", _FALSE),
+}
+
+
+def judge(
+    extras: Mapping[str, Any] | None, table: Mapping[str, Unsupported], prefix: str = ""
+) -> list[Warned]:
+    """Return a warning for each parameter without effect. Raises `ApiError` for a refused one."""
+    warnings: list[Warned] = []
+    for name, value in (extras or {}).items():
+        known = table.get(name)
+        if value is None or (known and _is_neutral(value, known.neutral)):
+            continue
+        param = prefix + shortened(name)
+        if known is None:
+            warnings.append({"param": param, "message": f"{param} is unknown here and was ignored"})
+        elif known.is_refused:
+            raise invalid(f"{param} {known.reason}", param, code="unsupported_parameter")
+        else:
+            warnings.append({"param": param, "message": f"{param} was ignored: {known.reason}"})
+    left = len(warnings) - _MAX_WARNINGS
+    if left > 0:
+        told = f"and {left} more parameters were ignored"
+        warnings[_MAX_WARNINGS:] = [{"param": "*", "message": told}]
+    return warnings
+
+
+def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+    """Compare types too: `True` is no 1."""
+    return any(
+        value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+        for allowed in neutral
+    )

@@ -1,0 +1,265 @@
+"""From a parsed body to a `Job`: prompt to tokens, parameters to `SamplingParams`, lengths checked.
+
+So a client hears at once what is wrong with its request. Knows nothing of responses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from scheduler.client import GenerateRequest, ModelInfo, SamplingParams
+from server import params
+from server.errors import invalid
+from server.generate import Job
+from server.output import OutputOptions
+from server.params import Warned
+from server.schemas import ChatRequest, CompletionRequest, GenerateFields, Message
+from server.service import Service
+from server.text.pieces import TextError
+from server.text.template import TemplateError
+
+#: From here on a prompt is encoded in a thread: 10,000 characters take about 3 ms.
+LONG_PROMPT_CHARS = 10_000
+#: OpenAI's, for completions.
+DEFAULT_COMPLETION_TOKENS = 16
+
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "ignore_eos",
+)
+#: What `ChatTemplate.render` takes itself.
+_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt")
+
+
+async def chat_job(service: Service, request: ChatRequest) -> Job:
+    """Return what a chat asks for. Raises `ApiError` that names the field at fault."""
+    service.require_model(request.model)
+    warnings = params.judge(request.model_extra, params.CHAT)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+    max_tokens, name = request.max_tokens, "max_tokens"
+    if request.max_completion_tokens is not None:
+        if max_tokens not in {None, request.max_completion_tokens}:
+            raise invalid("max_tokens and max_completion_tokens disagree", "max_tokens")
+        max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
+    token_ids = await chat_tokens(
+        service,
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt,
+        add_special_tokens=request.add_special_tokens,
+        variables=request.chat_template_kwargs,
+    )
+    room = _room(service.client.info, token_ids, max_tokens, ("messages", name))
+    sampling = _sampling(
+        service,
+        request,
+        max_tokens=room if max_tokens is None else max_tokens,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        names={"max_tokens": name, "logprobs": "top_logprobs"},
+    )
+    return _job(service, request, (token_ids, sampling), warnings, continues=False)
+
+
+async def completion_job(service: Service, request: CompletionRequest) -> Job:
+    """Return what a completion asks for. Raises `ApiError` that names the field at fault."""
+    service.require_model(request.model)
+    warnings = params.judge(request.model_extra, params.COMPLETION)
+    token_ids = request.prompt
+    if isinstance(token_ids, str):
+        adds = request.add_special_tokens is not False
+        token_ids = await prompt_tokens(service, token_ids, add_special_tokens=adds)
+    info = service.client.info
+    require_tokens(token_ids, info.vocab_size, "prompt")
+    if not token_ids:
+        raise invalid("prompt must not be empty", "prompt")
+    room = _room(info, token_ids, request.max_tokens, ("prompt", "max_tokens"))
+    max_tokens = request.max_tokens
+    sampling = _sampling(
+        service,
+        request,
+        max_tokens=min(DEFAULT_COMPLETION_TOKENS, room) if max_tokens is None else max_tokens,
+        logprobs=request.logprobs,
+        names={},
+    )
+    return _job(service, request, (token_ids, sampling), warnings, continues=True)
+
+
+async def chat_tokens(
+    service: Service,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool | None,
+    add_special_tokens: bool | None,
+    variables: dict[str, Any] | None,
+) -> list[int]:
+    """Return the prompt that the model's template makes of a chat; null flags mean the default.
+
+    Raises `ApiError`.
+    """
+    template, tokenizer = service.text.template, service.text.tokenizer
+    if template is None:
+        raise invalid("this model has no chat template; use /v1/completions", "messages")
+    for name in _RESERVED_VARIABLES:
+        if name in (variables or {}):
+            message = f"chat_template_kwargs: the variable {name!r} is the server's own"
+            raise invalid(message, "chat_template_kwargs")
+
+    def encode() -> list[int]:
+        text = template.render(
+            [message.for_template() for message in messages],
+            add_generation_prompt=add_generation_prompt is not False,
+            **(variables or {}),
+        )
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
+
+    try:
+        return await _off_loop(encode, sum(message.num_chars for message in messages))
+    except TemplateError as error:
+        at = "" if error.message_index is None else f".{error.message_index}"
+        raise invalid(str(error), "messages" + at) from error
+    except TextError as error:
+        raise invalid(str(error), "messages") from error
+
+
+async def prompt_tokens(service: Service, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Return `text` in tokens. Raises `ApiError`."""
+    tokenizer = service.text.tokenizer
+    try:
+        return await _off_loop(
+            lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text)
+        )
+    except TextError as error:
+        raise invalid(str(error), "prompt") from error
+
+
+def require_tokens(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raise `ApiError` (400) for a token id outside the vocabulary."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        index = next(i for i, token in enumerate(token_ids) if not 0 <= token < vocab_size)
+        message = (
+            f"{param}.{index} is no token id: the vocabulary has the ids 0 to {vocab_size - 1}"
+        )
+        raise invalid(message, param)
+
+
+async def _off_loop(encode: Callable[[], list[int]], num_chars: int) -> list[int]:
+    return encode() if num_chars < LONG_PROMPT_CHARS else await asyncio.to_thread(encode)
+
+
+def _room(
+    info: ModelInfo, token_ids: Sequence[int], max_tokens: int | None, names: tuple[str, str]
+) -> int:
+    """Return how many tokens fit behind the prompt; raise `ApiError` if too few do.
+
+    `names`: of the prompt's field and of the one `max_tokens` came in.
+    """
+    limit, num_prompt, (prompt_name, max_name) = info.max_model_len, len(token_ids), names
+    code = "context_length_exceeded"
+    if num_prompt >= limit:
+        message = (
+            f"{prompt_name}: {num_prompt} tokens leave no room to answer:"
+            f" the model takes {limit} tokens, prompt and answer together"
+        )
+        raise invalid(message, prompt_name, code)
+    if max_tokens is not None and num_prompt + max_tokens > limit:
+        message = (
+            f"{prompt_name} has {num_prompt} tokens and {max_name} is {max_tokens}:"
+            f" together more than the {limit} tokens the model takes"
+        )
+        raise invalid(message, max_name, code)
+    return limit - num_prompt
+
+
+def _sampling(
+    service: Service,
+    request: GenerateFields,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    names: dict[str, str],
+) -> SamplingParams:
+    """Build the parameters; `names`: what the client calls a field otherwise than we do."""
+    vocab_size = service.client.info.vocab_size
+    given = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
+    stop_token_ids = request.stop_token_ids or []
+    require_tokens(stop_token_ids, vocab_size, "stop_token_ids")
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            top_k=_top_k(request.top_k, vocab_size),
+            seed=_seed(service, request.seed),
+            logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
+            logprobs=logprobs,
+            stop_token_ids=tuple(stop_token_ids),
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        param = names.get(name, name)
+        raise invalid(f"{param} {rest}", param) from error
+
+
+def _top_k(top_k: int | None, vocab_size: int) -> int:
+    """-1 is vLLM's word for no limit."""
+    return 0 if top_k in {None, -1} else min(top_k or 0, vocab_size)
+
+
+def _seed(service: Service, seed: int | None) -> int:
+    if seed is None:
+        return service.chance.getrandbits(63)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError("seed must fit 64 bits")
+    return seed % 2**64
+
+
+def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    for key in biases:
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < vocab_size):
+            raise invalid(
+                f"logit_bias: its keys are token ids, 0 to {vocab_size - 1}, in strings",
+                "logit_bias",
+            )
+    return tuple((int(key), bias) for key, bias in biases.items())
+
+
+def _job(
+    service: Service,
+    request: GenerateFields,
+    asked: tuple[list[int], SamplingParams],
+    warnings: list[Warned],
+    *,
+    continues: bool,
+) -> Job:
+    token_ids, sampling = asked
+    options = request.stream_options
+    if options is not None:
+        if not request.stream:
+            raise invalid("stream_options needs stream to be true", "stream_options")
+        warnings += params.judge(options.model_extra, params.STREAM_OPTIONS, "stream_options.")
+    ends = set(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        ends.update(service.client.info.eos_token_ids)
+    return Job(
+        request=GenerateRequest(
+            tuple(token_ids), sampling, request.priority or 0, request.cache_salt or ""
+        ),
+        output=OutputOptions(
+            stops=tuple(request.stop or ()),
+            include_stop=request.include_stop_str_in_output is True,
+            skip_special_tokens=request.skip_special_tokens is not False,
+            end_token_ids=frozenset(ends),
+            min_tokens=sampling.min_tokens,
+            continues=continues,
+        ),
+        warnings=tuple(warnings),
+        is_stream=request.stream is True,
+        has_usage_chunk=options is not None and options.include_usage is True,
+    )

@@ -1,0 +1,58 @@
+"""The routes that probes, load balancers and scrapers ask for."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from server import documents
+from server.errors import unavailable
+from server.openapi import answers
+from server.respond import JsonResponse
+from server.service import Service
+
+
+def probe_routes(service: Service, version: str) -> APIRouter:
+    """Return health, readiness, metrics and version."""
+    router = APIRouter()
+
+    @router.get(
+        "/health", summary="Whether the process answers", responses=answers(documents.Health)
+    )
+    async def health() -> Response:
+        return JsonResponse({"status": "ok"})
+
+    @router.get(
+        "/ready",
+        summary="Whether a request would be served now",
+        responses=answers(documents.Health, 503),
+    )
+    async def is_ready() -> Response:
+        if service.lifecycle.is_draining:
+            raise unavailable("the server is shutting down")
+        if not service.client.is_alive:
+            raise unavailable("the engine is not running")
+        return JsonResponse({"status": "ready"})
+
+    @router.get(
+        "/metrics",
+        summary="Counts and times for Prometheus",
+        responses=answers(None),
+        response_class=Response,
+    )
+    async def metrics() -> Response:
+        body, content_type = service.metrics.exposition()
+        return Response(body, headers={"Content-Type": content_type})
+
+    @router.get(
+        "/version",
+        summary="What is running",
+        responses=answers(documents.Version),
+    )
+    async def get_version() -> Response:
+        return JsonResponse({"version": version})
+
+    # Probes that only want the status, such as `wget --spider`.
+    router.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
+    router.add_api_route("/ready", is_ready, methods=["HEAD"], include_in_schema=False)
+    return router

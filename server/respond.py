@@ -1,0 +1,167 @@
+"""Sends what is generated, whole or as a stream, as long as the client is there.
+
+Knows nothing of the shapes of chats and completions: a `Dialect` does. Errors are left to the
+boundary (`server/boundary.py`), before the first byte and after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server import sse
+from server.context import RequestContext, RequestRecord
+from server.errors import ApiError, ClientGoneError
+from server.generate import Job, generate, octavo, usage
+from server.output import Piece
+from server.service import Service
+
+#: Of a body that is too large, this many times the limit is read and thrown away, so that a client
+#: that writes before it reads gets to see the answer.
+_DISCARD_FACTOR = 4
+
+
+class Dialect(Protocol):
+    """How one route's responses look. Chunks are whole events; text is all that varies in them."""
+
+    def opening(self) -> bytes:
+        """Events before the first piece."""
+
+    def piece(self, piece: Piece) -> bytes:
+        """Events with a piece's text."""
+
+    def closing(self, finish_reason: str, told: dict[str, Any]) -> bytes:
+        """Events after the last piece; `told` has `octavo`, and `usage` if it was asked for."""
+
+    def answer(self, pieces: Sequence[Piece], told: dict[str, Any]) -> dict[str, Any]:
+        """Return the whole body, for a request that wants no stream."""
+
+
+class Understood(Protocol):
+    """Gives the dialect once the job is known."""
+
+    def __call__(self, job: Job, record: RequestRecord) -> Dialect:
+        """Return the dialect of one response."""
+
+
+class GenerationResponse(Response):
+    """Runs a job while the client listens; a client that leaves cancels it."""
+
+    def __init__(
+        self, service: Service, prepare: Callable[[], Awaitable[Job]], understood: Understood
+    ) -> None:
+        super().__init__()
+        self._service = service
+        self._prepare = prepare
+        self._understood = understood
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer. Raises `ApiError` for the boundary, `ClientGoneError` when nobody listens."""
+        context = RequestContext.of(scope)
+        async with context.interruption.on_disconnect(receive):
+            job = await self._prepare()
+            dialect = self._understood(job, context.record)
+            async with aclosing(generate(self._service, job, context.record)) as pieces:
+                if job.is_stream:
+                    await self._stream(pieces, job, dialect, context.record, send)
+                else:
+                    await self._whole(pieces, job, dialect, context.record, send)
+
+    async def _stream(
+        self,
+        pieces: AsyncGenerator[Piece, None],
+        job: Job,
+        dialect: Dialect,
+        record: RequestRecord,
+        send: Send,
+    ) -> None:
+        """One write a step. Awaiting it is the backpressure: unread deltas become one."""
+        has_begun = False
+        async for piece in pieces:
+            events = dialect.piece(piece) if piece.text or piece.tokens else b""
+            if not has_begun:
+                has_begun = True
+                events = dialect.opening() + events
+                start = {"type": "http.response.start", "status": 200, "headers": [*sse.HEADERS]}
+                await send(start)
+            if piece.finish_reason is not None:
+                told = self._told(job, record, has_usage=job.has_usage_chunk)
+                events += dialect.closing(piece.finish_reason, told) + sse.DONE
+            if events:
+                is_last = piece.finish_reason is not None
+                body = {"type": "http.response.body", "body": events, "more_body": not is_last}
+                await send(body)
+
+    async def _whole(
+        self,
+        pieces: AsyncGenerator[Piece, None],
+        job: Job,
+        dialect: Dialect,
+        record: RequestRecord,
+        send: Send,
+    ) -> None:
+        collected = [piece async for piece in pieces]
+        answer = dialect.answer(collected, self._told(job, record, has_usage=True))
+        await send_json(send, 200, orjson.dumps(answer))
+
+    def _told(self, job: Job, record: RequestRecord, *, has_usage: bool) -> dict[str, Any]:
+        told = {"octavo": octavo(job, record, self._service.clock.monotonic_s())}
+        return {"usage": usage(record)} | told if has_usage else told
+
+
+class JsonResponse(Response):
+    """`content` as JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """See `Response`."""
+        return orjson.dumps(content)
+
+
+async def send_json(
+    send: Send, status: int, body: bytes, headers: dict[str, str] | None = None
+) -> None:
+    """Send a whole response."""
+    listed = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    listed += [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": listed})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """Return the request's JSON, unparsed, never holding more than `limit_bytes` of it.
+
+    Raises `ApiError`: 413 if it is larger, whatever its headers say; 400 if it is not said to be
+    JSON. Raises `ClientGoneError`.
+    """
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0]
+    if media_type.strip().lower() != "application/json":
+        raise ApiError(
+            400, "the body must be JSON: send Content-Type: application/json", code="content_type"
+        )
+    chunks: list[bytes] = []
+    num_bytes, has_more = 0, True
+    while has_more and num_bytes <= limit_bytes * _DISCARD_FACTOR:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        num_bytes += len(message.get("body", b""))
+        chunks.append(message.get("body", b""))
+        if num_bytes > limit_bytes:
+            chunks.clear()
+        has_more = message.get("more_body", False)
+    if num_bytes > limit_bytes:
+        raise ApiError(
+            413,
+            f"the body is larger than the {limit_bytes} bytes that are allowed",
+            code="request_too_large",
+            headers={"Connection": "close"},
+        )
+    return b"".join(chunks)

@@ -1,0 +1,141 @@
+"""The routes that answer with generated text, and those about the model.
+
+Each reads its own body (`server/respond.py`): size, JSON and errors are the same everywhere.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server import documents, params, schemas
+from server.chat import ChatDialect
+from server.completions import CompletionDialect
+from server.context import RequestRecord
+from server.errors import invalid
+from server.generate import Job
+from server.openapi import answers, body_of, generation_answers
+from server.prepare import chat_job, chat_tokens, completion_job, prompt_tokens, require_tokens
+from server.respond import Dialect, GenerationResponse, JsonResponse, read_body
+from server.service import Service
+
+
+def generation_routes(service: Service) -> APIRouter:
+    """Return chat and text completions."""
+    router = APIRouter()
+    limit_bytes = service.config.server.max_request_bytes
+
+    def chat(job: Job, record: RequestRecord) -> Dialect:
+        return ChatDialect(service, job, record)
+
+    def completion(job: Job, record: RequestRecord) -> Dialect:
+        return CompletionDialect(service, job, record)
+
+    @router.post(
+        "/v1/chat/completions",
+        summary="Answer a conversation",
+        openapi_extra=body_of(schemas.ChatRequest),
+        responses=generation_answers(documents.ChatCompletion, documents.ChatChunk),
+    )
+    async def create_chat_completion(request: Request) -> Response:
+        asked = schemas.parse(schemas.ChatRequest, await read_body(request, limit_bytes))
+        return GenerationResponse(service, lambda: chat_job(service, asked), chat)
+
+    @router.post(
+        "/v1/completions",
+        summary="Go on with a text",
+        openapi_extra=body_of(schemas.CompletionRequest),
+        responses=generation_answers(documents.Completion, documents.Completion),
+    )
+    async def create_completion(request: Request) -> Response:
+        asked = schemas.parse(schemas.CompletionRequest, await read_body(request, limit_bytes))
+        return GenerationResponse(service, lambda: completion_job(service, asked), completion)
+
+    return router
+
+
+def model_routes(service: Service) -> APIRouter:
+    """Return the list of models, and the model's words."""
+    router = APIRouter()
+    limit_bytes = service.config.server.max_request_bytes
+    created = int(service.clock.wall_s())
+
+    def card() -> dict[str, object]:
+        return {
+            "id": service.model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "octavo",
+            "max_model_len": service.client.info.max_model_len,
+        }
+
+    @router.get(
+        "/v1/models",
+        summary="What is served",
+        responses=answers(documents.ModelList, 503),
+    )
+    async def list_models() -> Response:
+        return JsonResponse({"object": "list", "data": [card()]})
+
+    @router.get(
+        "/v1/models/{model_id:path}",
+        summary="One model",
+        responses=answers(documents.ModelCard, 404, 503),
+    )
+    async def get_model(model_id: str) -> Response:
+        service.require_model(model_id)
+        return JsonResponse(card())
+
+    @router.post(
+        "/tokenize",
+        summary="Text or a conversation to token ids",
+        openapi_extra=body_of(schemas.TokenizeRequest),
+        responses=answers(documents.Tokenized, 400, 404, 413, 503),
+    )
+    async def tokenize(request: Request) -> Response:
+        asked = schemas.parse(schemas.TokenizeRequest, await read_body(request, limit_bytes))
+        token_ids = await _tokens_of(service, asked)
+        max_model_len = service.client.info.max_model_len
+        return JsonResponse(
+            {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
+        )
+
+    @router.post(
+        "/detokenize",
+        summary="Token ids to text",
+        openapi_extra=body_of(schemas.DetokenizeRequest),
+        responses=answers(documents.Detokenized, 400, 404, 413, 503),
+    )
+    async def detokenize(request: Request) -> Response:
+        asked = schemas.parse(schemas.DetokenizeRequest, await read_body(request, limit_bytes))
+        service.require_model(asked.model)
+        _refuse_unknown(asked)
+        require_tokens(asked.tokens, service.client.info.vocab_size, "tokens")
+        text = service.text.tokenizer.decode(asked.tokens, skip_special_tokens=False)
+        return JsonResponse({"prompt": text})
+
+    return router
+
+
+async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[int]:
+    service.require_model(asked.model)
+    _refuse_unknown(asked)
+    if (asked.prompt is None) == (asked.messages is None):
+        raise invalid("either prompt or messages must be given", "prompt")
+    if asked.messages is not None:
+        return await chat_tokens(
+            service,
+            asked.messages,
+            add_generation_prompt=asked.add_generation_prompt,
+            add_special_tokens=asked.add_special_tokens,
+            variables=asked.chat_template_kwargs,
+        )
+    assert asked.prompt is not None
+    adds = asked.add_special_tokens is not False
+    return await prompt_tokens(service, asked.prompt, add_special_tokens=adds)
+
+
+def _refuse_unknown(asked: schemas.Request) -> None:
+    """There is no place for warnings in these answers, so what is unknown is refused."""
+    for unknown in params.judge(asked.model_extra, {}):
+        raise invalid(f"{unknown['param']} is unknown here", unknown["param"])

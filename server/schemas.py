@@ -1,0 +1,187 @@
+"""The requests as OpenAI and vLLM name their fields: every field here is honoured.
+
+What is not a field here is judged by `server/params.py`. Types are strict (`"5"` is no number);
+ranges are checked by `SamplingParams`, lengths and the vocabulary where the model is known.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
+
+from server.errors import from_validation
+from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
+
+RequestT = TypeVar("RequestT", bound=BaseModel)
+
+
+def parse(model: type[RequestT], body: bytes) -> RequestT:
+    """Return the request that `body` holds. Raises `ApiError` (400) that names what is wrong."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise from_validation(error) from error
+
+
+class Request(BaseModel):
+    """Strict types; unknown fields are kept aside, for the warnings."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+def _as_stops(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_one_prompt(value: object) -> object:
+    """Unpack a batch of one: `["text"]`, `[[1, 2]]`."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > 1:
+            raise ValueError("several prompts in one request are not supported; send them apart")
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        return value
+    raise ValueError("must be a string or a list of token ids")
+
+
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] | None,
+    BeforeValidator(_as_stops, json_schema_input_type=str | list[str] | None),
+    Field(max_length=MAX_STOPS),
+]
+Prompt = Annotated[
+    Any, BeforeValidator(_as_one_prompt, json_schema_input_type=str | list[int] | list[str])
+]
+
+
+class StreamOptions(Request):
+    """What a stream tells besides its text."""
+
+    include_usage: bool | None = None
+
+
+class GenerateFields(Request):
+    """What both ways of asking for tokens have in common."""
+
+    model: str | None = Field(default=None, description="default: the one that is served")
+    max_tokens: int | None = None
+    temperature: float | None = Field(default=None, description="0 to 2; default 1")
+    top_p: float | None = Field(default=None, description="above 0, at most 1; default 1")
+    top_k: int | None = Field(default=None, description="-1, 0 and null: no limit")
+    min_p: float | None = None
+    seed: int | None = Field(default=None, description="default: drawn for each request")
+    presence_penalty: float | None = Field(default=None, description="-2 to 2; default 0")
+    frequency_penalty: float | None = Field(default=None, description="-2 to 2; default 0")
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(
+        default=None, description="token id (in a string) to -100 ... 100"
+    )
+    stop: Stops = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = Field(default=None, description="default true")
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="prefixes are shared only with requests of the same salt"
+    )
+    priority: int | None = Field(default=None, description="smaller goes first; default 0")
+    add_special_tokens: bool | None = Field(
+        default=None, description="default: false for chats (the template has them), else true"
+    )
+
+    @field_validator("priority")
+    @classmethod
+    def _fits_a_machine_word(cls, value: int | None) -> int | None:
+        if value is not None and not -(2**31) <= value < 2**31:
+            raise ValueError("must fit 32 bits")
+        return value
+
+
+class TextPart(BaseModel):
+    """A piece of a message. Pictures and sounds are not supported."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+def _as_parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class Message(BaseModel):
+    """One message; further fields (`name`, `tool_calls`, ...) reach the template as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: Annotated[
+        list[TextPart] | None,
+        BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart] | None),
+    ] = None
+
+    @property
+    def num_chars(self) -> int:
+        """Length of the text in it."""
+        return sum(len(part.text) for part in self.content or ())
+
+    def for_template(self) -> dict[str, Any]:
+        """Return it as templates know it: OpenAI's `developer` is their `system`, null is ""."""
+        parts = [part.model_dump() for part in self.content or ()]
+        return {
+            **(self.model_extra or {}),
+            "role": "system" if self.role == "developer" else self.role,
+            "content": parts if len(parts) > 1 else "".join(part["text"] for part in parts),
+        }
+
+
+class ChatRequest(GenerateFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(
+        default=None, description="default: as many as the context has room for"
+    )
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, description="0 to 20; needs logprobs")
+    add_generation_prompt: bool | None = Field(default=None, description="default true")
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(GenerateFields):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Prompt
+    logprobs: int | None = Field(default=None, description="0 to 20")
+
+
+class TokenizeRequest(Request):
+    """Body of `POST /tokenize`: either `prompt` or `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(Request):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]

@@ -1,0 +1,48 @@
+"""What every route needs, handed over once: no globals, no application state."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from configs.schema import OctavoConfig
+from scheduler.client import EngineClient, EngineUnavailableError
+from server.context import Clock
+from server.errors import model_not_found
+from server.lifecycle import Lifecycle
+from server.metrics import Metrics
+from server.text.load import ModelText
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The engine, the words of its model, and what watches over both."""
+
+    config: OctavoConfig
+    client: EngineClient
+    text: ModelText
+    lifecycle: Lifecycle
+    metrics: Metrics
+    clock: Clock
+    #: For seeds and ids.
+    chance: random.Random
+
+    @property
+    def model_name(self) -> str:
+        """The name clients ask for."""
+        return served_name(self.config, self.client)
+
+    def require_model(self, name: str | None) -> None:
+        """Raise `ApiError` (404) if another model than the one served is asked for."""
+        if name is not None and name != self.model_name:
+            raise model_not_found(name)
+
+
+def served_name(config: OctavoConfig, client: EngineClient) -> str:
+    """Return the configured name, else the model's own; before the engine is up, its path."""
+    if config.model.served_model_name is not None:
+        return config.model.served_model_name
+    try:
+        return client.info.name
+    except EngineUnavailableError:
+        return config.model.model

@@ -1,0 +1,50 @@
+"""A vocabulary for models of random weights: the ids 0 to 255 are the bytes.
+
+So any text can be sent to a benchmark, and what comes back can be told apart token by token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Core
+
+from server.text.folder import eos_token_ids, read_json
+from server.text.pieces import BYTE_LEVEL_ALPHABET, TextError
+from server.text.tokenizer import SpecialIds, Tokenizer
+
+DUMMY_TEMPLATE = """\
+{% for message in messages %}
+<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+"""
+
+_NUM_BYTES = 256
+
+
+def dummy_tokenizer(config_path: Path) -> Tokenizer:
+    """Tokenizer for `dummy:CONFIG.json`: an id above 255 is a space and its number.
+
+    Raises `TextError` that names the key if the config's `vocab_size` cannot hold the bytes.
+    """
+    config = read_json(config_path)
+    vocab_size = config.get("vocab_size")
+    if not isinstance(vocab_size, int) or vocab_size < _NUM_BYTES:
+        raise TextError(
+            f"{config_path}: vocab_size must be at least {_NUM_BYTES} for text, got {vocab_size!r}"
+        )
+    ends = eos_token_ids(config)
+    tokens = [*BYTE_LEVEL_ALPHABET, *(f"Ġ{i}" for i in range(_NUM_BYTES, vocab_size))]
+    special = {end: f"<|end{end}|>" for end in ends if _NUM_BYTES <= end < vocab_size}
+    for end, text in special.items():
+        tokens[end] = text
+    core = Core(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(text, normalized=False) for text in special.values()])
+    return Tokenizer(core, SpecialIds(eos_token_ids=tuple(ends)))

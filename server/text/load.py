@@ -1,0 +1,84 @@
+"""From a model's path to all that is needed to turn its text into tokens and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from server.text.dummy import DUMMY_TEMPLATE, dummy_tokenizer
+from server.text.folder import ModelFolder
+from server.text.gguf_metadata import GGUFMetadata
+from server.text.gguf_tokenizer import gguf_tokenizer
+from server.text.pieces import TextError
+from server.text.template import ChatTemplate, TemplateError
+from server.text.tokenizer import Tokenizer
+
+Clock = Callable[[], datetime]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """A model's words: how text becomes tokens, and messages become text."""
+
+    tokenizer: Tokenizer
+    #: None where the model has none: it completes text, it does not chat.
+    template: ChatTemplate | None
+
+
+def local_time() -> datetime:
+    """Now, in the server's time zone: what templates mean by `strftime_now`."""
+    return datetime.now(tz=UTC).astimezone()
+
+
+def load_text(path: Path, *, now: Clock = local_time) -> ModelText:
+    """Load the text side of a model: a folder, a .gguf file, or a dummy's CONFIG.json.
+
+    A tokenizer.json beside CONFIG.json is used, else the dummy's own bytes. Takes 0.1 s for a
+    vocabulary of 49k tokens, 0.4 s for 128k, so nothing is cached on disk.
+    Raises `TextError` that names the file at fault.
+    """
+    if path.is_dir():
+        return _from_folder(ModelFolder(path), path, now)
+    if path.suffix == ".gguf":
+        return _from_gguf(path, now)
+    if path.suffix != ".json" or not path.is_file():
+        raise TextError(f"{path} is neither a model folder, nor a .gguf file, nor a CONFIG.json")
+    if (path.parent / "tokenizer.json").is_file():
+        return _from_folder(ModelFolder(path.parent, config=path), path, now)
+    template = _template({"default": DUMMY_TEMPLATE}, {}, path, now)
+    return ModelText(dummy_tokenizer(path), template)
+
+
+def _from_folder(folder: ModelFolder, path: Path, now: Clock) -> ModelText:
+    template = _template(folder.template_sources(), folder.special_tokens(), path, now)
+    return ModelText(folder.tokenizer(), template)
+
+
+def _from_gguf(path: Path, now: Clock) -> ModelText:
+    metadata = GGUFMetadata(path)
+    tokenizer = gguf_tokenizer(metadata)
+    tokens = metadata.texts("tokenizer.ggml.tokens")
+    special = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token_id = metadata.integer(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None and token_id < len(tokens):
+            special[f"{name}_token"] = tokens[token_id]
+    names = metadata.texts("tokenizer.chat_templates")
+    keys = {"default": "tokenizer.chat_template"}
+    keys |= {name: f"tokenizer.chat_template.{name}" for name in names}
+    found = {name: metadata.text(key) for name, key in keys.items()}
+    sources = {name: source for name, source in found.items() if source is not None}
+    return ModelText(tokenizer, _template(sources, special, path, now))
+
+
+def _template(
+    sources: Mapping[str, str], special_tokens: Mapping[str, str], path: Path, now: Clock
+) -> ChatTemplate | None:
+    if not sources:
+        return None
+    try:
+        return ChatTemplate(sources, special_tokens=special_tokens, now=now)
+    except TemplateError as error:
+        raise TextError(f"{path}: chat template: {error}") from error

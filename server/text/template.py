@@ -1,0 +1,233 @@
+"""Chat messages to the text of a prompt, by the model's own Jinja template.
+
+The environment is the one `transformers` gives templates, so that every template written for it
+works. Templates come with the model and run in a sandbox; what clients send is only ever data.
+Knows nothing of tokens or of HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+#: What a template, being a program, may raise on messages it did not expect.
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_PROBE = "octavo"
+
+
+class _RefusedError(jinja2.TemplateError):
+    """The template called `raise_exception`: these are words for the client."""
+
+
+class TemplateError(ValueError):
+    """Messages that the template refuses, in its own words, or a template that is no Jinja."""
+
+    def __init__(self, message: str, message_index: int | None = None) -> None:
+        super().__init__(message)
+        #: Position of the message at fault, if known.
+        self.message_index = message_index
+
+
+class ChatTemplate:
+    """A model's chat template, compiled once. Immutable; may be used from any thread.
+
+    A message's content may be a string or a list of text parts. Most templates can only do with
+    strings: they get the parts' texts joined by a newline (as vLLM does). Templates that only
+    read parts get a string as one text part. Which kind a template is, is tried out once.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        *,
+        special_tokens: Mapping[str, str],
+        now: Callable[[], datetime],
+    ) -> None:
+        """Compile `sources`: one is named `default`; `tool_use`, if any, is for calls with tools.
+
+        `special_tokens`: variables such as `bos_token`. Raises `TemplateError` with the template's
+        name and line if one is not valid Jinja.
+        """
+        environment = _environment(now)
+        environment.globals.update(special_tokens)
+        self._templates = {
+            name: _compile(environment, name, source) for name, source in sources.items()
+        }
+        if "default" not in self._templates:
+            names = ", ".join(sorted(sources))
+            raise TemplateError(f"there is no template named default among: {names}")
+        self._wants_parts = {name: self._reads_only_parts(name) for name in self._templates}
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        **kwargs: object,
+    ) -> str:
+        """Return the prompt, to be encoded without adding special tokens: it holds its own.
+
+        `kwargs` are further variables for the template. Raises `TemplateError` for messages the
+        template refuses or a part of content that is no text.
+        """
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        wants_parts = self._wants_parts[name]
+        reading = _Reading()
+        tracked = [
+            _Message(_prepared(message, index, wants_parts=wants_parts), index, reading)
+            for index, message in enumerate(messages)
+        ]
+        try:
+            return self._templates[name].render(
+                {"documents": None, **kwargs},
+                messages=tracked,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except _RefusedError as error:
+            raise TemplateError(str(error), reading.index) from error
+        except _TEMPLATE_FAULTS as error:
+            message = f"the chat template failed: {type(error).__name__}: {error}"
+            raise TemplateError(message, reading.index) from error
+
+    def _reads_only_parts(self, name: str) -> bool:
+        """Whether content is seen as a list of parts, but not as a string."""
+
+        def shows(content: object) -> bool:
+            try:
+                text = self._templates[name].render(
+                    messages=[{"role": "user", "content": content}], add_generation_prompt=True
+                )
+            except _TEMPLATE_FAULTS:
+                return False
+            return _PROBE in text
+
+        return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
+
+
+class _Reading:
+    """Which message the template looked at last: the one at fault if it stops."""
+
+    def __init__(self) -> None:
+        self.index: int | None = None
+
+
+class _Message(dict[str, object]):
+    """A message that notes when it is looked at, however the template came to it."""
+
+    def __init__(self, message: Mapping[str, object], index: int, reading: _Reading) -> None:
+        super().__init__(message)
+        self._index = index
+        self._reading = reading
+
+    def __getitem__(self, key: str) -> object:
+        self._reading.index = self._index
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: object = None) -> object:
+        self._reading.index = self._index
+        return super().get(key, default)
+
+
+class _Generation(Extension):
+    """`{% generation %}`, which marks text for training and changes nothing here."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+        extensions=[_Generation, loopcontrols],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
+    return environment
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _RefusedError(message)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,  # noqa: FBT001, FBT002 - the filter's signature in transformers
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,  # noqa: FBT001, FBT002 - likewise
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _compile(environment: jinja2.Environment, name: str, source: str) -> jinja2.Template:
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"template {name}, line {error.lineno}: {error}") from error
+
+
+def _prepared(
+    message: Mapping[str, object], index: int, *, wants_parts: bool
+) -> Mapping[str, object]:
+    """`message` as templates expect it: content in their kind, arguments of calls as objects."""
+    prepared = dict(message)
+    content = message.get("content")
+    if isinstance(content, str) and wants_parts:
+        prepared["content"] = [{"type": "text", "text": content}]
+    elif isinstance(content, list):
+        texts = [_part_text(part, index) for part in content]
+        joined = "\n".join(texts)
+        parts = [{"type": "text", "text": text} for text in texts]
+        prepared["content"] = parts if wants_parts else joined
+    calls = message.get("tool_calls")
+    if isinstance(calls, list):
+        prepared["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+    return prepared
+
+
+def _part_text(part: object, index: int) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if kind != "text" or not isinstance(text, str):
+        shown = kind if isinstance(kind, str) else type(part).__name__
+        raise TemplateError(f"content part {shown!r} is not supported; only 'text' is", index)
+    return text
+
+
+def _with_parsed_arguments(call: object) -> object:
+    """Arguments arrive as a string of JSON, and templates write them as JSON themselves."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        return call
+    try:
+        arguments = json.loads(function.get("arguments", ""))
+    except (TypeError, ValueError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,0 +1,116 @@
+"""Text to token ids and back, exactly.
+
+Wraps a `tokenizers.Tokenizer` for encoding; decoding is our own, from the tokens' bytes, so that
+a stream of tokens and the whole of them give the same text. Knows nothing of files or templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tokenizers
+
+from server.text.pieces import Pieces, TextError, read_form
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialIds:
+    """What a model's files say about its special tokens."""
+
+    bos_token_id: int | None = None
+    #: Each of them ends a text; the first is the one a template calls `eos_token`.
+    eos_token_ids: tuple[int, ...] = ()
+    #: Whether encoding puts bos in front and eos behind; None: as the tokenizer itself does.
+    adds_bos: bool | None = None
+    adds_eos: bool | None = None
+
+
+class Tokenizer:
+    """One model's vocabulary. Immutable; every method may be called from any thread.
+
+    `decode` gives the tokens' bytes read as UTF-8, each broken sequence as one U+FFFD. That is
+    what `tokenizers` does too, except for `<0xNN>` tokens that are no valid UTF-8 in a row, where
+    it throws away the valid ones among them (and so cannot know a character before the row ends).
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, ids: SpecialIds) -> None:
+        """Raise `TextError` if `core` decodes in a way that cannot be streamed."""
+        core.no_truncation()
+        core.no_padding()
+        self._core = core
+        self._form = read_form(core.decoder)
+        vocabulary = core.get_vocab(with_added_tokens=True)
+        #: Largest id and one: ids may have holes.
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.bos_token_id = ids.bos_token_id
+        self.eos_token_ids = ids.eos_token_ids
+        added = core.get_added_tokens_decoder()
+        named = {*ids.eos_token_ids, *(() if ids.bos_token_id is None else (ids.bos_token_id,))}
+        self.special_token_ids = frozenset(
+            named | {token_id for token_id, token in added.items() if token.special}
+        )
+        self._prefix, self._suffix, self._is_core_adding = _frame(ids)
+        omitted = sorted(self.special_token_ids)
+        self._pieces = Pieces(core, self._form, self.vocab_size, ())
+        self._plain_pieces = Pieces(core, self._form, self.vocab_size, omitted)
+
+    @property
+    def leading_spaces(self) -> int:
+        """How many spaces, if there are any, the start of a decoded text loses (SentencePiece)."""
+        return self._form.leading_spaces
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`; special tokens written in it are recognised as such.
+
+        `add_special_tokens`: bos and eos around it, as the model wants a plain prompt to have; not
+        for what a chat template rendered, which writes its own. Lets other Python threads run.
+        Raises `TextError` if `text` is not valid Unicode.
+        """
+        try:
+            # Unlike `encode`, this one releases the GIL, and computes no offsets.
+            encoding = self._core.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens and self._is_core_adding
+            )[0]
+        except TypeError as error:
+            raise TextError("text holds a lone surrogate: it is not valid Unicode") from error
+        token_ids: list[int] = encoding.ids
+        if not add_special_tokens:
+            return token_ids
+        return [*self._prefix, *token_ids, *self._suffix]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of `token_ids`. Ids outside the vocabulary stand for nothing."""
+        pieces = self.pieces(skip_special_tokens=skip_special_tokens)
+        data = b"".join(map(pieces.__getitem__, token_ids))
+        return drop_spaces(data, self.leading_spaces).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Exact bytes of a token, whether or not they are whole characters."""
+        return self._pieces[token_id]
+
+    def token_text(self, token_id: int) -> str:
+        r"""Text of one token as OpenAI shows it: `bytes:\xe2\x80` where it is not valid UTF-8."""
+        data = self._pieces[token_id]
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def pieces(self, *, skip_special_tokens: bool) -> Pieces:
+        """Bytes by token id; where special tokens are skipped, theirs are empty."""
+        return self._plain_pieces if skip_special_tokens else self._pieces
+
+
+def _frame(ids: SpecialIds) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    """Ids put in front, ids put behind, and whether the core does it instead."""
+    if ids.adds_bos is None and ids.adds_eos is None:
+        return (), (), True
+    bos = ids.bos_token_id
+    prefix = (bos,) if ids.adds_bos and bos is not None else ()
+    return prefix, ids.eos_token_ids[:1] if ids.adds_eos else (), False
+
+
+def drop_spaces(data: bytes, count: int) -> bytes:
+    """Return `data` without up to `count` of the spaces it begins with."""
+    return data[min(count, len(data) - len(data.lstrip(b" "))) :] if count else data

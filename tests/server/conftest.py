@@ -1,0 +1,258 @@
+"""The real HTTP side on a real socket, in a thread of this process, around an engine of choice."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import random
+import re
+import socket
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+import uvicorn
+
+from configs.schema import OctavoConfig, SchedulerSection
+from model.fake import FakeRunner
+from scheduler.client import (
+    Delta,
+    EngineClient,
+    EngineStats,
+    EngineUnavailableError,
+    GenerateRequest,
+    ModelInfo,
+)
+from scheduler.inline import InlineClient
+from server import logs
+from server.app import create_app
+from server.lifecycle import Lifecycle
+from server.text.load import ModelText, load_text
+
+VOCAB_SIZE = 300
+PATIENCE_S = 20.0
+
+ValueT = TypeVar("ValueT")
+Script = Callable[["ScriptedClient", GenerateRequest], AsyncGenerator[Delta, None]]
+
+
+class ScriptedClient:
+    """An engine that does as a test says: faults of a real one cannot be provoked at will."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self.info: ModelInfo = FakeRunner(vocab_size=VOCAB_SIZE).info
+        self.is_alive = True
+        self.engine_stats = EngineStats()
+        self.requests: list[GenerateRequest] = []
+        self.observers: list[Callable[[int], None]] = []
+        #: Set from the server's loop; tests wait for them in their own thread.
+        self.was_asked = threading.Event()
+        self.was_closed = threading.Event()
+
+    async def start(self) -> None:
+        """Nothing to bring up."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        self.requests.append(request)
+        self.was_asked.set()
+        try:
+            async for delta in self._script(self, request):
+                yield delta
+        finally:
+            self.was_closed.set()
+
+    def stats(self) -> EngineStats:
+        return self.engine_stats
+
+    def on_step(self, observer: Callable[[int], None]) -> None:
+        self.observers.append(observer)
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+
+class AbsentClient(ScriptedClient):
+    """An engine that has not come up."""
+
+    def __init__(self) -> None:
+        super().__init__(_absence)
+        del self.info
+        self.is_alive = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "info":
+            raise EngineUnavailableError("the model is still being loaded")
+        raise AttributeError(name)
+
+
+async def _absence(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    if request.prompt_token_ids:
+        raise EngineUnavailableError("the model is still being loaded")
+    yield Delta()
+
+
+class LiveServer:
+    """A served application; everything in it runs on the loop of its thread."""
+
+    def __init__(self, client: EngineClient, text: ModelText, server: dict[str, Any]) -> None:
+        self.client = client
+        self.text = text
+        self.config = OctavoConfig.model_validate({"server": server})
+        self.log = io.StringIO()
+        # asyncio switches Nagle's algorithm off only for a socket that says it is TCP.
+        self._socket = socket.socket(proto=socket.IPPROTO_TCP)
+        self._socket.bind(("127.0.0.1", 0))
+        self.port: int = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.loop = asyncio.new_event_loop()
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        self._ready.result(PATIENCE_S)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self.lifecycle = Lifecycle()
+        await self.client.start()
+        app = create_app(
+            self.config,
+            self.client,
+            self.text,
+            version="0.0.test",
+            lifecycle=self.lifecycle,
+            chance=random.Random(7),
+        )
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, access_log=False, ws="none", lifespan="off")
+        )
+        serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started and not serving.done():  # noqa: ASYNC110 - uvicorn has no event
+            await asyncio.sleep(0)
+        self._ready.set_result(None)
+        await serving
+        await self.client.close()
+
+    def call(self, work: Coroutine[Any, Any, ValueT]) -> ValueT:
+        """Do `work` on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE_S)
+
+    def wait_idle(self) -> None:
+        assert self.call(self.lifecycle.wait_idle(PATIENCE_S)), "a request does not end"
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def chat(self, content: str = "hello", **body: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": content}]
+        return self.post("/v1/chat/completions", messages=messages, **body)
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        self.wait_idle()
+        return [json.loads(line) for line in self.log.getvalue().splitlines()]
+
+    def metric(self, series: str) -> float:
+        """Value of a series, written as in the exposition, without the model's name."""
+        found = [
+            float(line.rpartition(" ")[2])
+            for line in self.http.get("/metrics").text.splitlines()
+            if re.sub(r'\{model_name="fake"\}|,?model_name="fake",?', "", line).startswith(
+                series + " "
+            )
+        ]
+        assert len(found) == 1, f"{series}: {found}"
+        return found[0]
+
+    def close(self) -> None:
+        self.http.close()
+        self._server.should_exit = True
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive(), "the server does not stop"
+        self.lifecycle.check()
+
+
+StartServer = Callable[..., LiveServer]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> ModelText:
+    """Ids below 256 are bytes, those above a space and their number."""
+    path: Path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps({"vocab_size": VOCAB_SIZE, "eos_token_id": 0}))
+    return load_text(path)
+
+
+@contextmanager
+def _starting(text: ModelText) -> Iterator[StartServer]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    with ExitStack() as stack:
+
+        def start(
+            client: EngineClient | None = None,
+            *,
+            words: ModelText | None = None,
+            scheduler: dict[str, Any] | None = None,
+            runner: FakeRunner | None = None,
+            **section: Any,
+        ) -> LiveServer:
+            if client is None:
+                runner = runner or FakeRunner(vocab_size=VOCAB_SIZE)
+                client = InlineClient(runner, SchedulerSection(**(scheduler or {})), lambda: 0.0)
+            live = LiveServer(client, words or text, section)
+            stack.callback(live.close)
+            logs.configure("json", live.log)
+            return live
+
+        yield start
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def start_server(text: ModelText) -> Iterator[StartServer]:
+    """Start servers: `start_server(client=None, scheduler={}, **server_section)`."""
+    with _starting(text) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_shared(text: ModelText) -> Iterator[StartServer]:
+    """Start servers for the many tests of a file that leave nothing behind."""
+    with _starting(text) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared(start_shared: StartServer) -> LiveServer:
+    """One such server, open to all, with a small limit on bodies."""
+    return start_shared(max_request_bytes=4096)
+
+
+@pytest.fixture
+def live(start_server: StartServer) -> LiveServer:
+    """The real scheduler around the model that can be computed by hand."""
+    return start_server()
+
+
+@pytest.fixture
+def scripted(start_server: StartServer) -> Callable[..., LiveServer]:
+    """A server around an engine that follows a script."""
+    return lambda script, **section: start_server(ScriptedClient(script), **section)
+
+
+@pytest.fixture
+def absent(start_server: StartServer) -> LiveServer:
+    """A server whose engine has not come up."""
+    return start_server(AbsentClient())

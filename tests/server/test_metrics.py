@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from scheduler.client import Delta, EngineStats, FinishReason, GenerateRequest, Started
+from server.memory import resident_bytes
+from server.metrics import GrowingCount, Histogram
+
+#: Series of the first scrape, without the model's name: what dashboards may count on.
+SERIES = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "num_preemptions_total",
+    'request_success_total{finished_reason="stop"}',
+    'request_success_total{finished_reason="length"}',
+    'request_success_total{finished_reason="abort"}',
+    'request_success_total{finished_reason="error"}',
+    "time_to_first_token_seconds_count",
+    "inter_token_latency_seconds_count",
+    "e2e_request_latency_seconds_count",
+    "request_queue_time_seconds_count",
+    "request_prefill_time_seconds_count",
+    "request_decode_time_seconds_count",
+    "iteration_tokens_total_count",
+    'time_to_first_token_seconds_bucket{le="0.001"}',
+    'inter_token_latency_seconds_bucket{le="0.0005"}',
+    'kv_cache_bytes{state="free"}',
+    'kv_cache_bytes{state="private"}',
+    'kv_cache_bytes{state="cached"}',
+    'kv_cache_bytes{state="leased"}',
+    'kv_cache_pages{state="free"}',
+    'kv_cache_pages{state="private"}',
+    'kv_cache_pages{state="cached"}',
+    'kv_cache_pages{state="leased"}',
+    "model_weights_bytes",
+    'process_resident_memory_bytes{process="api"}',
+    'process_resident_memory_bytes{process="engine"}',
+]
+
+
+def test_every_series_stands_in_the_first_scrape(absent: Any) -> None:
+    page = absent.http.get("/metrics").text.splitlines()
+    names = [line.rpartition(" ")[0] for line in page]
+    bare = [re.sub(r'\{model_name="smollm2"\}|,?model_name="smollm2",?', "", n) for n in names]
+    assert {series: bare.count("octavo_" + series) for series in SERIES} == dict.fromkeys(SERIES, 1)
+
+
+def test_the_page_is_valid_and_under_one_name(live: Any) -> None:
+    live.chat(max_tokens=3)
+    answer = live.http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = list(text_string_to_metric_families(answer.text))
+    assert len({family.name for family in families}) == len(families)
+    for family in families:
+        assert family.name.startswith("octavo_")
+        assert family.documentation
+        assert all(sample.labels["model_name"] == "fake" for sample in family.samples)
+
+
+def test_vllms_names_are_repeated_if_wanted(start_server: Callable[..., Any]) -> None:
+    live = start_server(metrics_alias="vllm")
+    live.chat(max_tokens=3)
+    page = live.http.get("/metrics").text
+    assert 'vllm:generation_tokens_total{model_name="fake"} 3.0' in page
+    assert 'octavo_generation_tokens_total{model_name="fake"} 3.0' in page
+    assert 'vllm:time_to_first_token_seconds_count{model_name="fake"} 1.0' in page
+
+
+def test_requests_are_counted(live: Any) -> None:
+    for _ in range(2):
+        live.chat(max_tokens=4)
+    live.chat(max_tokens=0)
+    live.http.get("/nothing")
+    live.wait_idle()
+    num_prompt = live.chat(max_tokens=1).json()["usage"]["prompt_tokens"]
+    assert live.metric("octavo_prompt_tokens_total") == 3 * num_prompt
+    assert live.metric("octavo_generation_tokens_total") == 9
+    assert live.metric('octavo_request_success_total{finished_reason="length"}') == 3
+    assert live.metric("octavo_time_to_first_token_seconds_count") == 3
+    assert live.metric("octavo_inter_token_latency_seconds_count") == 6
+    assert live.metric("octavo_e2e_request_latency_seconds_count") == 3
+    assert live.metric("octavo_request_queue_time_seconds_count") == 3
+    assert live.metric("octavo_prefix_cache_hits_total") > 0
+    assert live.metric("octavo_iteration_tokens_total_sum") > 0
+    assert live.metric('octavo_http_responses_total{status="400"}') == 1
+    assert live.metric('octavo_http_responses_total{status="404"}') == 1
+
+
+def test_the_engines_snapshot_is_shown(scripted: Callable[..., Any]) -> None:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        del request
+        yield Delta(started=Started(1, 0.25, 0, ""), finish_reason=FinishReason.STOP)
+
+    live = scripted(script)
+    live.client.engine_stats = EngineStats(
+        num_running=3,
+        num_waiting=2,
+        pages_total=10,
+        pages_free=4,
+        pages_private=1,
+        pages_cached=5,
+        pages_leased=2,
+        preemptions_total=7,
+    )
+    live.client.observers[0](100)
+    live.chat()
+    assert live.metric("octavo_num_requests_running") == 3
+    assert live.metric("octavo_num_requests_waiting") == 2
+    assert live.metric("octavo_kv_cache_usage_perc") == pytest.approx(0.3)
+    assert live.metric('octavo_kv_cache_pages{state="leased"}') == 2
+    assert live.metric('octavo_kv_cache_bytes{state="cached"}') == 5 * 4 * 4
+    assert live.metric("octavo_iteration_tokens_total_sum") == 100
+    assert live.metric("octavo_request_queue_time_seconds_sum") == 0.25
+    live.client.engine_stats = replace(live.client.engine_stats, preemptions_total=2)
+    assert live.metric("octavo_num_preemptions_total") == 9, "another engine counts on"
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.integers(1, 5)), max_size=20))
+def test_a_histogram_counts_what_it_is_shown(observations: list[tuple[float, int]]) -> None:
+    histogram = Histogram([0.5, 1.0, 10.0])
+    for value, count in observations:
+        histogram.observe(value, count)
+    buckets, total = histogram.buckets()
+    for bound, cumulative in buckets:
+        assert cumulative == sum(count for value, count in observations if value <= float(bound))
+    assert total == pytest.approx(sum(value * count for value, count in observations))
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1), max_size=5))
+def test_a_count_goes_on_over_restarts(lives: list[list[int]]) -> None:
+    """Each life of an engine counts from 0; a scrape reads whatever it has come to."""
+    count, shown, finished = GrowingCount(), 0, 0
+    for grows in lives:
+        value = 0
+        for growth in grows:
+            value += growth
+            read = count.read(value)
+            assert shown <= read <= finished + value
+            shown = read
+        finished += value
+
+
+def test_memory_is_read_from_the_system() -> None:
+    memory = resident_bytes()
+    assert memory.own_bytes > 10 * 2**20
+    assert memory.children_bytes >= 0

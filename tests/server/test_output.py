@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scheduler.client import Delta, FinishReason, TokenLogprobs
+from server.output import OutputOptions, OutputText, Piece
+from server.text.load import ModelText
+
+#: Letters that make stop strings likely, bytes of "é" and "€", a special token, and the end.
+TOKENS = [97, 98, 99, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 260, 0]
+STOPS = ["ab", "ba", "aab", "é", "c a", "bb"]
+
+
+def run(text: ModelText, options: OutputOptions, deltas: list[Delta]) -> list[Piece]:
+    output = OutputText(text.tokenizer, options)
+    pieces = []
+    for delta in deltas:
+        pieces.append(output.push(delta))
+        output.check()
+        if pieces[-1].finish_reason is not None:
+            return pieces
+    message = "no delta was the last"
+    raise AssertionError(message)
+
+
+def deltas_of(token_ids: list[int], cuts: list[int], *, has_logprobs: bool) -> list[Delta]:
+    """Split tokens at `cuts`; the end comes with the last of them."""
+    bounds = sorted({0, len(token_ids), *(cut % (len(token_ids) + 1) for cut in cuts)})
+    parts = [token_ids[a:b] for a, b in pairwise(bounds)] or [[]]
+    deltas = [
+        Delta(
+            tuple(part),
+            tuple(TokenLogprobs(token, -1.0, 1) for token in part) if has_logprobs else (),
+        )
+        for part in parts
+    ]
+    deltas[-1] = replace(deltas[-1], finish_reason=FinishReason.LENGTH)
+    return deltas
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    token_ids=st.lists(st.sampled_from(TOKENS), max_size=30),
+    cuts=st.lists(st.integers(0, 30), max_size=6),
+    stops=st.lists(st.sampled_from(STOPS), max_size=3),
+    include_stop=st.booleans(),
+    has_logprobs=st.booleans(),
+)
+def test_the_text_ends_before_the_first_stop_string(
+    text: ModelText,
+    token_ids: list[int],
+    cuts: list[int],
+    stops: list[str],
+    include_stop: bool,
+    has_logprobs: bool,
+) -> None:
+    options = OutputOptions(stops=tuple(stops), include_stop=include_stop)
+    pieces = run(text, options, deltas_of(token_ids, cuts, has_logprobs=has_logprobs))
+    shown = "".join(piece.text for piece in pieces)
+    whole = text.tokenizer.decode(token_ids, skip_special_tokens=True)
+    assert whole.startswith(shown)
+    ends = [whole.index(stop) + len(stop) for stop in stops if stop in whole]
+    if not ends:
+        assert shown == whole
+        assert pieces[-1].finish_reason == "length"
+        assert sum(piece.num_tokens for piece in pieces) == len(token_ids)
+        if has_logprobs:
+            told = [token.logprobs.token_id for piece in pieces for token in piece.tokens]
+            assert told == token_ids
+        return
+    found = max((stop for stop in stops if whole[: min(ends)].endswith(stop)), key=len)
+    end = min(ends) if include_stop else min(ends) - len(found)
+    assert shown == whole[:end]
+    assert pieces[-1].finish_reason == "stop"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    token_ids=st.lists(st.sampled_from(TOKENS), max_size=20),
+    cuts=st.lists(st.integers(0, 20), max_size=6),
+    stops=st.lists(st.sampled_from(STOPS), max_size=2),
+)
+def test_how_tokens_arrive_changes_nothing(
+    text: ModelText, token_ids: list[int], cuts: list[int], stops: list[str]
+) -> None:
+    options = OutputOptions(stops=tuple(stops))
+    together = run(text, options, deltas_of(token_ids, [], has_logprobs=True))
+    apart = run(text, options, deltas_of(token_ids, cuts, has_logprobs=True))
+    for pieces in (together, apart):
+        assert pieces[-1].finish_reason == together[-1].finish_reason
+    assert "".join(p.text for p in apart) == "".join(p.text for p in together)
+    assert sum(p.num_tokens for p in apart) == sum(p.num_tokens for p in together)
+    assert [t for p in apart for t in p.tokens] == [t for p in together for t in p.tokens]
+
+
+def test_probabilities_do_not_tell_what_text_holds_back(text: ModelText) -> None:
+    options = OutputOptions(stops=("abc",))
+    output = OutputText(text.tokenizer, options)
+
+    def push(token: int) -> Piece:
+        return output.push(Delta((token,), (TokenLogprobs(token, -1.0, 1),)))
+
+    def told(piece: Piece) -> list[int]:
+        return [token.logprobs.token_id for token in piece.tokens]
+
+    assert [told(push(ord(letter))) for letter in "xab"] == [[120], [], []]
+    assert told(push(ord("a"))) == [97, 98]
+    assert told(push(ord("b"))) == []
+    last = push(ord("c"))
+    assert (last.text, told(last), last.finish_reason) == ("", [], "stop")
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (OutputOptions(end_token_ids=frozenset({97})), "b"),
+        (OutputOptions(end_token_ids=frozenset({97}), include_stop=True), "ba"),
+        (OutputOptions(end_token_ids=frozenset({99})), "ba"),
+    ],
+)
+def test_the_text_of_an_end_token(text: ModelText, options: OutputOptions, shown: str) -> None:
+    [piece] = run(text, options, [Delta((98, 97), finish_reason=FinishReason.STOP)])
+    assert piece.text == shown
+    assert piece.num_tokens == 2, "it was generated all the same"
+    assert piece.finish_reason == "stop"
+
+
+def test_an_end_token_is_text_where_the_length_ended_the_output(text: ModelText) -> None:
+    options = OutputOptions(end_token_ids=frozenset({97}))
+    [piece] = run(text, options, [Delta((97,), finish_reason=FinishReason.LENGTH)])
+    assert piece.text == "a"
+
+
+def test_stop_strings_count_from_min_tokens_on(text: ModelText) -> None:
+    options = OutputOptions(stops=("a",), min_tokens=2)
+    pieces = run(text, options, [Delta((97, 97, 98)), Delta((97, 97))])
+    assert "".join(piece.text for piece in pieces) == "aab"
+    assert sum(piece.num_tokens for piece in pieces) == 4
+
+
+def test_tokens_behind_a_stop_string_are_not_counted(text: ModelText) -> None:
+    options = OutputOptions(stops=("b",))
+    [piece] = run(text, options, [Delta((97, 98, 99, 99))])
+    assert (piece.text, piece.num_tokens) == ("a", 2)
+
+
+def test_a_broken_character_at_the_end_is_shown_as_such(text: ModelText) -> None:
+    [piece] = run(text, OutputOptions(), [Delta((0xC3,), finish_reason=FinishReason.LENGTH)])
+    assert piece.text == "\ufffd"

@@ -1,0 +1,184 @@
+"""The model's routes, what responses say of parameters, and the document that describes it all."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from server import documents, params, schemas
+
+USER = {"role": "user", "content": "x"}
+
+
+def test_the_model_is_listed(shared: Any) -> None:
+    listed = shared.http.get("/v1/models").json()
+    assert [model["id"] for model in listed["data"]] == ["fake"]
+    assert shared.http.get("/v1/models/fake").json() == listed["data"][0]
+
+
+def test_tokenize_and_detokenize_are_each_others_inverse(shared: Any) -> None:
+    told = shared.post("/tokenize", prompt="häß 260").json()
+    assert told["count"] == len(told["tokens"])
+    assert told["max_model_len"] == 256
+    assert shared.post("/detokenize", tokens=told["tokens"]).json() == {"prompt": "häß 260"}
+
+
+def test_a_conversation_is_tokenized_as_a_chat_is(shared: Any) -> None:
+    told = shared.post("/tokenize", messages=[USER]).json()
+    usage = shared.post("/v1/chat/completions", messages=[USER], max_tokens=1).json()["usage"]
+    assert told["count"] == usage["prompt_tokens"]
+    shorter = shared.post("/tokenize", messages=[USER], add_generation_prompt=False).json()
+    assert shorter["count"] < told["count"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": [USER]}, "prompt"),
+        ("/tokenize", {"prompt": 3}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
+        ("/tokenize", {"prompt": "x", "unknown": 1}, "unknown"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [300]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [2**80]}, "tokens"),
+        ("/detokenize", {"tokens": ["1"]}, "tokens.0"),
+        ("/detokenize", {"tokens": [1.5]}, "tokens.0"),
+    ],
+)
+def test_wrong_words_are_refused(shared: Any, path: str, asked: dict[str, Any], param: str) -> None:
+    answer = shared.post(path, **asked)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_the_version_is_told(shared: Any) -> None:
+    assert shared.http.get("/version").json() == {"version": "0.0.test"}
+
+
+def test_probes_may_ask_for_the_status_alone(shared: Any) -> None:
+    answer = shared.http.head("/health")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_what_is_not_honoured_is_told(shared: Any) -> None:
+    asked = {"user": "me", "metadata": {"a": 1}, "store": True, "tempurature": 0.5, "seed": None}
+    body = shared.chat(max_tokens=1, **asked).json()
+    told = {warning["param"]: warning["message"] for warning in body["octavo"]["warnings"]}
+    assert set(told) == {"user", "metadata", "store", "tempurature"}
+    assert "unknown" in told["tempurature"]
+
+
+def test_values_that_ask_for_nothing_are_no_trouble(shared: Any) -> None:
+    asked = {
+        "n": 1,
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "store": False,
+        "logprobs": False,
+        "modalities": ["text"],
+        "parallel_tool_calls": True,
+        "audio": None,
+        "nonsense": None,
+    }
+    assert shared.chat(max_tokens=1, **asked).json()["octavo"]["warnings"] == []
+
+
+def test_a_flood_of_unknown_parameters_is_summed_up(shared: Any) -> None:
+    asked = {f"x{index}": index for index in range(100)}
+    warnings = shared.chat(max_tokens=1, **asked).json()["octavo"]["warnings"]
+    assert len(warnings) == 65
+    assert "36 more" in warnings[-1]["message"]
+
+
+@pytest.mark.parametrize(
+    ("table", "request_type"),
+    [(params.CHAT, schemas.ChatRequest), (params.COMPLETION, schemas.CompletionRequest)],
+)
+def test_a_parameter_is_honoured_or_judged_but_not_both(
+    table: dict[str, params.Unsupported], request_type: type[schemas.Request]
+) -> None:
+    assert not table.keys() & request_type.model_fields.keys()
+    for name, known in table.items():
+        [neutral, *_] = [*known.neutral, None]
+        assert params.judge({name: neutral}, table) == []
+
+
+def streamed(answer: Any) -> list[str]:
+    return [line.removeprefix("data: ") for line in answer.text.splitlines() if line][:-1]
+
+
+@pytest.mark.parametrize("has_logprobs", [False, True])
+@pytest.mark.parametrize("has_usage", [False, True])
+def test_responses_are_as_documented(shared: Any, has_logprobs: bool, has_usage: bool) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": has_usage}}
+    chat = {"max_tokens": 9, "logprobs": has_logprobs}
+    documents.ChatCompletion.model_validate_json(shared.chat(**chat).content)
+    for chunk in streamed(shared.chat(**chat, **options)):
+        documents.ChatChunk.model_validate_json(chunk)
+    text = {"prompt": "x", "logprobs": 1 if has_logprobs else None}
+    documents.Completion.model_validate_json(shared.post("/v1/completions", **text).content)
+    for chunk in streamed(shared.post("/v1/completions", **text, **options)):
+        documents.Completion.model_validate_json(chunk)
+
+
+def test_the_other_answers_are_as_documented(shared: Any) -> None:
+    for path, document in (
+        ("/v1/models", documents.ModelList),
+        ("/v1/models/fake", documents.ModelCard),
+        ("/v1/models/other", documents.ErrorBody),
+        ("/health", documents.Health),
+        ("/ready", documents.Health),
+        ("/version", documents.Version),
+    ):
+        document.model_validate_json(shared.http.get(path).content)
+    documents.Tokenized.model_validate_json(shared.post("/tokenize", prompt="x").content)
+    documents.Detokenized.model_validate_json(shared.post("/detokenize", tokens=[1]).content)
+
+
+def test_openapi_knows_every_route_its_body_and_its_errors(shared: Any) -> None:
+    document = shared.http.get("/openapi.json").json()
+    assert set(document["paths"]) == {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+        "/ready",
+        "/metrics",
+        "/version",
+    }
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert ("requestBody" in operation) == (method == "post"), path
+            assert "422" not in operation["responses"], path
+    chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert set(chat) == {"200", "400", "401", "404", "413", "429", "500", "503"}
+    assert set(chat["200"]["content"]) == {"application/json", "text/event-stream"}
+    text = json.dumps(document)
+    for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
+        assert name in document["components"]["schemas"], f"{name} is not defined"
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "types"),
+    [
+        ("ChatRequest", "stop", {"string", "array", "null"}),
+        ("ChatRequest", "temperature", {"number", "null"}),
+        ("Message", "content", {"string", "array", "null"}),
+        ("CompletionRequest", "prompt", {"string", "array"}),
+        ("TokenizeRequest", "messages", {"array", "null"}),
+    ],
+)
+def test_openapi_tells_the_types_that_are_taken(
+    shared: Any, model: str, field: str, types: set[str]
+) -> None:
+    document = shared.http.get("/openapi.json").json()
+    schema = document["components"]["schemas"][model]
+    assert {kind["type"] for kind in schema["properties"][field]["anyOf"]} == types

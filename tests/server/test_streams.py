@@ -1,0 +1,225 @@
+"""What a client that comes, reads slowly, or leaves does to the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import pytest
+
+from scheduler.client import (
+    Delta,
+    EngineFaultError,
+    EngineUnavailableError,
+    FinishReason,
+    GenerateRequest,
+    Started,
+)
+
+STARTED = Started(1, 0.0, 0, "")
+PATIENCE_S = 20.0
+
+
+async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    """One token, then nothing for ever."""
+    del request
+    yield Delta((72,), started=STARTED)
+    await asyncio.Event().wait()
+
+
+def request_bytes(path: str, body: dict[str, Any]) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def events(text: str) -> list[str]:
+    return [line.removeprefix("data: ") for line in text.splitlines() if line]
+
+
+def test_a_streams_headers_keep_proxies_from_buffering(live: Any) -> None:
+    answer = live.chat(max_tokens=1, stream=True)
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
+
+
+def test_a_stream_ends_with_done_and_tells_octavos_own_once(live: Any) -> None:
+    told = events(live.chat(max_tokens=3, stream=True, nonsense=1).text)
+    assert told[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in told[:-1]]
+    assert all("usage" not in chunk for chunk in chunks)
+    assert ["octavo" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert chunks[-1]["octavo"]["warnings"][0]["param"] == "nonsense"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_leaves_cancels_its_request(
+    scripted: Callable[..., Any], path: str, is_stream: bool
+) -> None:
+    live = scripted(endless)
+    body = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "stream": is_stream}
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(request_bytes(path, body))
+        assert live.client.was_asked.wait(PATIENCE_S)
+        if is_stream:
+            assert connection.recv(1) == b"H", "the answer begins with HTTP"
+    assert live.client.was_closed.wait(PATIENCE_S)
+    live.wait_idle()
+    assert live.metric('octavo_request_success_total{finished_reason="abort"}') == 1
+    line = live.log_lines()[-1]
+    assert line["finish_reason"] == "abort"
+    assert line["status"] == 499
+
+
+def test_a_client_that_leaves_gives_the_real_engines_pages_back(live: Any) -> None:
+    body = {"prompt": "x", "stream": True, "max_tokens": 250, "ignore_eos": True}
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(request_bytes("/v1/completions", body))
+        assert connection.recv(1) == b"H"
+    live.wait_idle()
+    live.post("/v1/completions", prompt="y", max_tokens=1)
+    stats = live.client.stats()
+    assert (stats.num_running, stats.pages_private, stats.pages_leased) == (0, 0, 0)
+    live.client.check()
+
+
+class Flood:
+    """A script that gives text as fast as it is taken, until it is not taken any more."""
+
+    def __init__(self) -> None:
+        self.num_deltas = 0
+        self.is_stuck = threading.Event()
+
+    async def __call__(self, _: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        del request
+        watch = asyncio.create_task(self._tell_when_stuck())
+        try:
+            yield Delta((72,), started=STARTED)
+            while not self.is_stuck.is_set():
+                self.num_deltas += 1
+                yield Delta((72,) * 4096)
+            yield Delta(finish_reason=FinishReason.LENGTH)
+        finally:
+            watch.cancel()
+
+    async def _tell_when_stuck(self) -> None:
+        """Stuck: the loop runs dry again and again, and nothing more is asked for."""
+        last, num_same = -1, 0
+        while num_same < 2000:
+            num_same = num_same + 1 if self.num_deltas == last else 0
+            last = self.num_deltas
+            await asyncio.sleep(0)
+        self.is_stuck.set()
+
+
+def test_a_slow_reader_stops_the_engines_generator(scripted: Callable[..., Any]) -> None:
+    """The engine's client goes on collecting; that becomes one delta, and one event."""
+    flood = Flood()
+    live = scripted(flood)
+    body = {"prompt": "x", "stream": True, "max_tokens": 200}
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(request_bytes("/v1/completions", body))
+        assert flood.is_stuck.wait(PATIENCE_S), "memory grows with what is not read"
+        received = bytearray()
+        while b"[DONE]" not in received:
+            received += connection.recv(1 << 20)
+    live.wait_idle()
+    assert received.count(b"H") >= 4096 * flood.num_deltas
+
+
+def test_a_reader_that_stopped_does_not_hold_up_a_drain(scripted: Callable[..., Any]) -> None:
+    flood = Flood()
+    live = scripted(flood)
+    body = {"prompt": "x", "stream": True, "max_tokens": 200}
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(request_bytes("/v1/completions", body))
+        assert flood.is_stuck.wait(PATIENCE_S)
+        assert not live.call(live.lifecycle.drain(0))
+        assert live.client.was_closed.is_set()
+
+
+def test_deltas_of_many_tokens_are_one_write(scripted: Callable[..., Any]) -> None:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        del request
+        yield Delta((72, 101, 108), started=STARTED)
+        yield Delta((108, 111), finish_reason=FinishReason.LENGTH)
+
+    told = events(scripted(script).chat(stream=True).text)
+    texts = [json.loads(event)["choices"][0]["delta"].get("content") for event in told[:-1]]
+    assert texts == ["", "Hel", "lo", None]
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "kind"),
+    [
+        (EngineFaultError("step failed"), 500, "server_error"),
+        (EngineUnavailableError("the engine died"), 503, "service_unavailable_error"),
+        (KeyError("a bug"), 500, "server_error"),
+    ],
+)
+@pytest.mark.parametrize("is_begun", [False, True], ids=["before", "after"])
+def test_a_failure_reaches_the_client_of_a_stream(
+    scripted: Callable[..., Any], fault: Exception, status: int, kind: str, is_begun: bool
+) -> None:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        del request
+        if is_begun:
+            yield Delta((72,), started=STARTED)
+        raise fault
+
+    live = scripted(script)
+    answer = live.chat(stream=True)
+    if is_begun:
+        assert answer.status_code == 200
+        told = events(answer.text)
+        assert told[-1] == "[DONE]"
+        error = json.loads(told[-2])["error"]
+    else:
+        assert answer.status_code == status
+        error = answer.json()["error"]
+    assert error["type"] == kind
+    assert "a bug" not in error["message"]
+    assert "Traceback" not in answer.text
+    assert live.log_lines()[-1]["status"] == status
+    assert live.metric('octavo_request_success_total{finished_reason="error"}') == 1
+    assert live.http.get("/ready").status_code == 200, "others live"
+
+
+@pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.ERROR, None])
+def test_a_request_the_engine_gave_up_is_no_success(
+    scripted: Callable[..., Any], reason: FinishReason | None
+) -> None:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        del request
+        yield Delta((72,), started=STARTED, finish_reason=reason)
+
+    answer = scripted(script).chat()
+    assert answer.status_code in {500, 503}
+    assert answer.json()["error"]["message"]
+
+
+def test_many_streams_at_once_get_their_own_text(live: Any) -> None:
+    alone = {
+        word: live.post("/v1/completions", prompt=word, max_tokens=30).json()["choices"][0]["text"]
+        for word in map(str, range(12))
+    }
+    together: dict[str, str] = {}
+
+    def ask(word: str) -> None:
+        told = events(live.post("/v1/completions", prompt=word, max_tokens=30, stream=True).text)
+        chunks = [json.loads(event) for event in told[:-1]]
+        together[word] = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+    threads = [threading.Thread(target=ask, args=(word,)) for word in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert together == alone

@@ -1,0 +1,119 @@
+"""Vocabularies the text tests share: the real one, and tiny ones of each family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Core
+
+from model.source import octavo_home, resolve
+from server.text.load import ModelText, load_text
+from server.text.pieces import BYTE_LEVEL_ALPHABET
+from server.text.tokenizer import SpecialIds, Tokenizer
+
+WriteGGUF = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    return resolve("smollm2", home=octavo_home(), progress=False).path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path) -> ModelText:
+    return load_text(smollm2_gguf)
+
+
+def _sentencepiece_core() -> Core:
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = ["▁", *"helowrdé", "he", "ll", "hell", "hello", "▁hello", "▁▁", "▁w", "or", "▁wor"]
+    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *words]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "hello"), ("▁", "▁")]
+    merges += [("▁", "w"), ("o", "r"), ("▁w", "or")]
+    core = Core(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=merges,
+            unk_token="<unk>",  # noqa: S106 - no password
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    special = [AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")]
+    core.add_special_tokens(special)
+    return core
+
+
+@pytest.fixture(scope="session")
+def sentencepiece() -> Tokenizer:
+    """As in Llama 2: a space in front of the text, lost again when decoding."""
+    core = _sentencepiece_core()
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return Tokenizer(core, SpecialIds(bos_token_id=1, eos_token_ids=(2,), adds_bos=True))
+
+
+@pytest.fixture(scope="session")
+def metaspace() -> Tokenizer:
+    core = _sentencepiece_core()
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return Tokenizer(core, SpecialIds())
+
+
+@pytest.fixture(params=["smollm2", "sentencepiece", "metaspace"], scope="session")
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    found = request.getfixturevalue(request.param)
+    return found.tokenizer if isinstance(found, ModelText) else found
+
+
+@pytest.fixture
+def byte_level_core() -> Core:
+    """Bytes, and `he` and `<|end|>` (257), which is special."""
+    tokens = [*BYTE_LEVEL_ALPHABET, "he"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    core = Core(models.BPE(vocab=vocab, merges=[("h", "e")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken("<|end|>", normalized=False)])
+    return core
+
+
+@pytest.fixture
+def write_gguf(tmp_path: Path) -> WriteGGUF:
+    """Write a GGUF file of `tokenizer.ggml.*` keys alone (a dot in a name stands for itself)."""
+
+    def write(**keys: object) -> Path:
+        path = tmp_path / "model.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        for name, value in keys.items():
+            key = f"tokenizer.{name}" if name.startswith("chat_") else f"tokenizer.ggml.{name}"
+            key = key.replace("chat_template_", "chat_template.")
+            match value:
+                case bool():
+                    writer.add_bool(key, value)
+                case int():
+                    writer.add_uint32(key, value)
+                case str():
+                    writer.add_string(key, value)
+                case _:
+                    writer.add_array(key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return path
+
+    return write

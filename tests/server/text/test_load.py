@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Core
+
+from server.text.load import load_text
+from server.text.pieces import TextError
+
+USER = [{"role": "user", "content": "Hi"}]
+TEMPLATE = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, byte_level_core: Core) -> Path:
+    """Hold a tokenizer.json with `<s>` 258 besides the bytes, `he` and `<|end|>` 257."""
+    byte_level_core.add_special_tokens([AddedToken("<s>", normalized=False)])
+    byte_level_core.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(text, encoding="utf-8")
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_alone_completes_but_does_not_chat(folder: Path) -> None:
+    text = load_text(folder)
+    assert text.template is None
+    assert text.tokenizer.encode("he", add_special_tokens=True) == [256]
+    assert (text.tokenizer.bos_token_id, text.tokenizer.eos_token_ids) == (None, ())
+    assert text.tokenizer.vocab_size == 259
+
+
+def test_special_tokens_are_strings_or_objects(folder: Path) -> None:
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "<|end|>", "pad_token": None}
+    write(folder / "tokenizer_config.json", config | {"chat_template": TEMPLATE})
+    text = load_text(folder)
+    assert (text.tokenizer.bos_token_id, text.tokenizer.eos_token_ids) == (258, (257,))
+    assert text.template is not None
+    assert text.template.render(USER) == "<s>Hi<|end|>"
+
+
+def test_special_tokens_may_stand_in_their_own_file(folder: Path) -> None:
+    write(folder / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "<|end|>"})
+    assert load_text(folder).tokenizer.bos_token_id == 258
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, [256]),
+        ({"add_bos_token": True}, [258, 256]),
+        ({"add_bos_token": True, "add_eos_token": True}, [258, 256, 257]),
+        ({"add_bos_token": False}, [256]),
+    ],
+)
+def test_bos_and_eos_are_added_as_the_config_says(
+    folder: Path, flags: dict[str, bool], expected: list[int]
+) -> None:
+    config = {"bos_token": "<s>", "eos_token": "<|end|>"}
+    write(folder / "tokenizer_config.json", config | flags)
+    assert load_text(folder).tokenizer.encode("he", add_special_tokens=True) == expected
+
+
+def test_the_ends_of_a_text_come_from_all_files(folder: Path) -> None:
+    write(folder / "tokenizer_config.json", {"eos_token": "<|end|>"})
+    write(folder / "generation_config.json", {"eos_token_id": [257, 5]})
+    write(folder / "config.json", {"eos_token_id": 6})
+    assert load_text(folder).tokenizer.eos_token_ids == (257, 5, 6)
+
+
+def rendered(folder: Path, *, has_tools: bool = False) -> str:
+    template = load_text(folder).template
+    assert template is not None
+    return template.render(USER, tools=[{"type": "function"}] if has_tools else None)
+
+
+def test_templates_may_be_named(folder: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    write(folder / "tokenizer_config.json", {"chat_template": named})
+    assert rendered(folder) == "plain"
+    assert rendered(folder, has_tools=True) == "tools"
+
+
+def test_template_files_go_before_the_config(folder: Path) -> None:
+    write(folder / "tokenizer_config.json", {"chat_template": "old"})
+    write(folder / "chat_template.jinja", "new")
+    assert rendered(folder) == "new"
+    write(folder / "additional_chat_templates" / "tool_use.jinja", "tools")
+    assert rendered(folder, has_tools=True) == "tools"
+
+
+def test_the_processors_template_is_read_where_there_is_no_other(folder: Path) -> None:
+    write(folder / "chat_template.json", {"chat_template": "legacy"})
+    assert rendered(folder) == "legacy"
+
+
+def test_a_template_knows_the_time_it_is_given(folder: Path) -> None:
+    write(folder / "chat_template.jinja", "{{ strftime_now('%d %b %Y') }}")
+    template = load_text(folder, now=lambda: datetime(2031, 2, 3, tzinfo=UTC)).template
+    assert template is not None
+    assert template.render(USER) == "03 Feb 2031"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+        ("config.json", [], "config.json must hold a JSON object"),
+        ("tokenizer.json", {}, "tokenizer.json is not a readable tokenizer"),
+        ("chat_template.jinja", "\n{% if %}", "chat template: template default, line 2"),
+        ("tokenizer_config.json", {"chat_template": [1]}, "must have name and template"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "rag", "template": "x"}]},
+            "no template named default among: rag",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(
+    folder: Path, name: str, content: object, problem: str
+) -> None:
+    write(folder / name, content)
+    with pytest.raises(TextError, match=problem):
+        load_text(folder)
+
+
+def test_without_a_tokenizer_the_files_looked_for_are_told(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match=r"looked for .*tokenizer\.json and found no such file$"):
+        load_text(tmp_path)
+    write(tmp_path / "tokenizer.model", "")
+    with pytest.raises(TextError, match=r"found no such file \(there is tokenizer\.model; convert"):
+        load_text(tmp_path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match=r"neither a model folder, nor a \.gguf file, nor"):
+        load_text(tmp_path / "model.bin")
+
+
+# ---- dummy models --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    def write_to(**config: object) -> Path:
+        write(tmp_path / "CONFIG.json", config)
+        return tmp_path / "CONFIG.json"
+
+    return write_to
+
+
+def test_a_dummys_first_tokens_are_bytes(write_config: Callable[..., Path]) -> None:
+    tokenizer = load_text(write_config(vocab_size=1000, eos_token_id=2)).tokenizer
+    assert tokenizer.vocab_size == 1000
+    assert tokenizer.encode("Hé 300", add_special_tokens=True) == list("Hé 300".encode())
+    assert tokenizer.decode([0x48, 0xC3, 0xA9, 300, 999], skip_special_tokens=True) == "Hé 300 999"
+    assert tokenizer.eos_token_ids == (2,)
+    assert tokenizer.decode([2, 65], skip_special_tokens=True) == "A"
+
+
+def test_a_dummys_end_may_lie_above_the_bytes(write_config: Callable[..., Path]) -> None:
+    path = write_config(vocab_size=300, eos_token_id=[299, 0, 400])
+    tokenizer = load_text(path).tokenizer
+    assert tokenizer.eos_token_ids == (299, 0, 400)
+    assert tokenizer.decode([65, 299], skip_special_tokens=True) == "A"
+    assert tokenizer.encode("<|end299|>", add_special_tokens=False) == [299]
+
+
+def test_a_dummy_can_chat(write_config: Callable[..., Path]) -> None:
+    template = load_text(write_config(vocab_size=256)).template
+    assert template is not None
+    assert template.render(USER) == ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("vocab_size", [255, None, "many"])
+def test_a_dummy_too_small_for_bytes_is_refused(
+    write_config: Callable[..., Path], vocab_size: object
+) -> None:
+    with pytest.raises(TextError, match=r"CONFIG\.json: vocab_size must be at least 256"):
+        load_text(write_config(vocab_size=vocab_size))
+
+
+def test_a_tokenizer_beside_the_config_is_used(
+    folder: Path, write_config: Callable[..., Path]
+) -> None:
+    path = write_config(vocab_size=1000, eos_token_id=77)
+    assert path.parent == folder
+    tokenizer = load_text(path).tokenizer
+    assert tokenizer.encode("he", add_special_tokens=False) == [256]
+    assert tokenizer.eos_token_ids == (77,)
