@@ -1,0 +1,85 @@
+# Two images of one program:
+#   docker build --target cpu --tag octavo:cpu --build-arg PIP_EXTRA_INDEX_URL=... .
+#   docker build --target cuda --tag octavo:cuda .
+#   docker run --publish 8000:8000 --volume octavo:/var/lib/octavo octavo:cpu serve smollm2
+# The build argument is the address of PyTorch's own index of CPU builds. Without it pip takes the
+# usual build, with gigabytes of CUDA libraries that a CPU has no use for.
+# No model is inside: it is downloaded once, into the volume.
+
+# ---- wheel: Octavo itself ------------------------------------------------------------------------
+FROM python:3.11-bookworm AS wheel
+WORKDIR /build
+COPY constraints.txt ./
+RUN python -m pip install --no-cache-dir --constraint constraints.txt hatchling
+COPY pyproject.toml README.md LICENSE ./
+# The dependencies' ranges in a file of their own: the layers that install them, by far the
+# largest, then outlive changes of the source.
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt
+COPY cache cache
+COPY configs configs
+COPY model model
+COPY scheduler scheduler
+COPY server server
+RUN python -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist .
+
+# ---- dependencies, one environment a target ------------------------------------------------------
+FROM python:3.11-bookworm AS build-cuda
+WORKDIR /build
+RUN python -m venv /opt/octavo
+COPY --from=wheel /build/requirements.txt /build/constraints.txt ./
+RUN /opt/octavo/bin/python -m pip install --no-cache-dir \
+    --requirement requirements.txt --constraint constraints.txt
+COPY --from=wheel /build/dist dist
+RUN /opt/octavo/bin/python -m pip install --no-cache-dir --no-deps dist/*.whl
+
+FROM python:3.11-bookworm AS build-cpu
+# pip reads it from the environment.
+ARG PIP_EXTRA_INDEX_URL
+WORKDIR /build
+RUN python -m venv /opt/octavo
+COPY --from=wheel /build/requirements.txt /build/constraints.txt ./
+RUN /opt/octavo/bin/python -m pip install --no-cache-dir \
+    --requirement requirements.txt --constraint constraints.txt
+COPY --from=wheel /build/dist dist
+# The final image has no compiler, so the CPU op is built here, for every instruction set it knows.
+RUN /opt/octavo/bin/python -m pip install --no-cache-dir --no-deps dist/*.whl \
+    && /opt/octavo/bin/python -m model.cpu_ops
+
+# ---- runtime: no compiler, not root --------------------------------------------------------------
+FROM python:3.11-slim-bookworm AS runtime
+RUN groupadd --gid 10001 octavo \
+    && useradd --uid 10001 --gid octavo --no-create-home --home-dir /var/lib/octavo octavo \
+    && install --directory --owner=octavo --group=octavo /var/lib/octavo
+ENV PATH=/opt/octavo/bin:$PATH \
+    HOME=/var/lib/octavo \
+    OCTAVO_HOME=/var/lib/octavo \
+    OCTAVO_HOST=0.0.0.0 \
+    OCTAVO_PORT=8000
+WORKDIR /var/lib/octavo
+VOLUME /var/lib/octavo
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+USER 10001:10001
+# /ready, so that a container counts as healthy once it serves; a 401 (protect_metrics) is an answer
+# too. The first start downloads a model. Move the port with OCTAVO_PORT, which this reads as well.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 CMD ["python", "-c", "\
+import http.client, os, sys; \
+connection = http.client.HTTPConnection('127.0.0.1', int(os.environ['OCTAVO_PORT']), timeout=4); \
+connection.request('GET', '/ready'); \
+sys.exit(connection.getresponse().status not in (200, 401))"]
+ENTRYPOINT ["octavo"]
+CMD ["serve"]
+
+# PyTorch brings the CUDA libraries; the host's container runtime adds the driver.
+FROM runtime AS cuda
+COPY --from=build-cuda /opt/octavo /opt/octavo
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    OCTAVO_DEVICE=cuda
+
+FROM runtime AS cpu
+COPY --from=build-cpu /opt/octavo /opt/octavo
+ENV OCTAVO_DEVICE=cpu
+# An op that cannot be loaded would only show as a slow server.
+RUN ["python", "-c", "import sys; from model.cpu_ops import load_cpu_ops; \
+ops = load_cpu_ops(); sys.exit(ops if isinstance(ops, str) else 0)"]

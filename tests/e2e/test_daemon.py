@@ -1,0 +1,191 @@
+"""What a user and an operator see of the real daemon, through the real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+_QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def test_a_chat_streams_and_says_the_same_as_unstreamed(daemon: Any) -> None:
+    client = daemon.client()
+    model = client.models.list().data[0].id
+    asked = {"model": model, "messages": _QUESTION, "temperature": 0, "max_tokens": 24}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert "Paris" in text
+    assert text == whole.choices[0].message.content
+    assert whole.choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    # Asked a second time, all of the prompt but its last token was there already.
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
+
+
+def test_seeds_repeat_and_differ(daemon: Any) -> None:
+    client = daemon.client()
+
+    def said(seed: int) -> str:
+        answer = client.completions.create(
+            model="SmolLM2-135M-Instruct",
+            prompt="A story:",
+            max_tokens=24,
+            seed=seed,
+            temperature=1,
+        )
+        text: str = answer.choices[0].text
+        return text
+
+    assert said(1) == said(1)
+    assert len({said(seed) for seed in range(4)}) > 1
+
+
+def test_errors_name_the_field(daemon: Any) -> None:
+    client = daemon.client()
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="x", messages=_QUESTION, temperature=9)
+    assert error.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError, match="x"):
+        client.chat.completions.create(model="x", messages=_QUESTION)
+    long = [{"role": "user", "content": "word " * 9000}]
+    with pytest.raises(openai.BadRequestError, match="8192"):
+        client.chat.completions.create(model="SmolLM2-135M-Instruct", messages=long)
+
+
+def _stream(url: str, prompt: str, max_tokens: int) -> list[float]:
+    """The moments at which tokens came."""
+    body = {
+        "model": "SmolLM2-135M-Instruct",
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
+        assert answer.status_code == 200, answer.read()
+        return [time.monotonic() for line in answer.iter_lines() if line.startswith("data: {")]
+
+
+def test_a_long_prompt_is_served_beside_streams(daemon: Any) -> None:
+    ends: list[list[float]] = []
+    streams = [
+        threading.Thread(target=lambda i=i: ends.append(_stream(daemon.url, f"{i} is", 40)))
+        for i in range(4)
+    ]
+    for stream in streams:
+        stream.start()
+    long = _stream(daemon.url, "word " * 3000, 2)
+    for stream in streams:
+        stream.join()
+    assert len(long) >= 2
+    assert all(len(moments) >= 40 for moments in ends)
+
+
+def test_thirty_two_with_one_system_prompt_compute_it_once(daemon: Any) -> None:
+    system = "You are a patient librarian who answers in few words. " * 90
+    before = daemon.metric("octavo_prefix_cache_hits_total")
+    asked_before = daemon.metric("octavo_prefix_cache_queries_total")
+
+    async def ask_all() -> list[int]:
+        async with openai.AsyncOpenAI(base_url=f"{daemon.url}/v1", api_key="none") as client:
+            answers = await asyncio.gather(
+                *(
+                    client.chat.completions.create(
+                        model="SmolLM2-135M-Instruct",
+                        messages=[
+                            {"role": "system", "content": system},
+                            {"role": "user", "content": f"{i}: where are the atlases?"},
+                        ],
+                        max_tokens=4,
+                    )
+                    for i in range(32)
+                )
+            )
+        return [answer.usage.prompt_tokens for answer in answers if answer.usage]
+
+    prompt_tokens = asyncio.run(ask_all())
+    assert min(prompt_tokens) > 1000
+    hits = daemon.metric("octavo_prefix_cache_hits_total") - before
+    asked = daemon.metric("octavo_prefix_cache_queries_total") - asked_before
+    assert asked == sum(prompt_tokens)
+    # One computes it all; of the 31 others each computes the question, and a page at the most.
+    assert asked - hits < prompt_tokens[0] + 31 * (16 + 40)
+
+
+def test_clients_that_go_away_leave_nothing_behind(daemon: Any) -> None:
+    host, port = daemon.url.removeprefix("http://").split(":")
+    body = (
+        b'{"model": "SmolLM2-135M-Instruct", "prompt": "Once", "max_tokens": 900, '
+        b'"ignore_eos": true, "stream": true}'
+    )
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    for i in range(100):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(head + body)
+            if i % 2:
+                assert connection.recv(16)
+    for _ in range(2000):
+        busy = daemon.metric("octavo_num_requests_running")
+        if busy + daemon.metric("octavo_num_requests_waiting") == 0:
+            break
+    pages = httpx.get(f"{daemon.url}/metrics", timeout=30).text
+    assert "octavo_kv_cache_pages{" in pages
+    for state in ("private", "leased"):
+        line = next(x for x in pages.splitlines() if f'state="{state}"' in x and "_pages{" in x)
+        assert float(line.split()[-1]) == 0
+
+
+def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(
+    start_daemon: Callable[..., Any],
+) -> None:
+    with start_daemon("--kv-cache-memory", "64MiB", "--log-format", "text") as daemon:
+        moments: list[float] = []
+        stream = threading.Thread(
+            target=lambda: moments.extend(_stream(daemon.url, "Once upon a time", 200))
+        )
+        stream.start()
+        while daemon.metric("octavo_generation_tokens_total") < 3:
+            pass
+        with httpx.Client() as kept:
+            assert kept.get(f"{daemon.url}/ready").status_code == 200
+            assert daemon.stop() == 0
+        stream.join()
+        assert len(moments) >= 200
+
+
+def test_a_port_in_use_and_a_missing_model_are_one_line(daemon: Any) -> None:
+    import subprocess  # noqa: PLC0415 - only here
+    import sys  # noqa: PLC0415 - only here
+
+    port = daemon.url.rsplit(":", 1)[1]
+    for flags, said in (
+        (["--port", port], f"cannot listen on 127.0.0.1:{port}"),
+        (["--port", "0", "./no-such-model"], "no such file or folder"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "server", "serve", *flags],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert said in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,134 @@
+"""Greedy tokens of the real model equal transformers' float32, whatever the circumstances."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import warnings
+from collections.abc import Coroutine
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
+from model import build
+from model.interface import SamplingParams
+from scheduler.client import EngineStats, GenerateRequest
+from scheduler.process import ProcessClient
+from server.text.load import load_text
+
+pytestmark = pytest.mark.e2e
+
+_NUM_TOKENS = 64
+_PAGE_BYTES = 2 * 30 * 3 * 64 * 4 * 16
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2_file: Path) -> list[tuple[int, ...]]:
+    texts = json.loads((Path(__file__).parent / "data" / "prompts.json").read_text())
+    text = load_text(smollm2_file)
+    assert text.template is not None
+    chats = [text.template.render([{"role": "user", "content": one}]) for one in texts[::2]]
+    return [
+        tuple(text.tokenizer.encode(one, add_special_tokens=False))
+        for one in [*chats, *texts[1::2]]
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2_file: Path, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    """What transformers' own GGUF reader and own decoder give, one prompt after another."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own deprecations are not ours to mend.
+        from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds, and only here
+
+        model = AutoModelForCausalLM.from_pretrained(
+            smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
+        ).eval()
+        return [_generate(model, prompt) for prompt in prompts]
+
+
+def _generate(model: Any, prompt: tuple[int, ...]) -> list[int]:
+    token_ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        output = model.generate(
+            token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=_NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    generated: list[int] = output[0, len(prompt) :].tolist()
+    return generated
+
+
+def _serve(
+    prompts: list[tuple[int, ...]], *, at_once: int, num_rounds: int = 1, num_pages: int = 2048
+) -> tuple[list[list[list[int]]], EngineStats]:
+    """Every round's tokens from an engine process without quantisation, and its last stats."""
+    config = OctavoConfig(
+        model=ModelSection(quantization="none"),
+        cache=CacheSection(kv_cache_memory=num_pages * _PAGE_BYTES, page_size=16),
+        scheduler=SchedulerSection(max_num_seqs=32, max_num_batched_tokens=256, debug=True),
+    )
+
+    async def run() -> tuple[list[list[list[int]]], EngineStats]:
+        source = build.resolve_source("smollm2")
+        client = ProcessClient(partial(build.make_runner, source, config), config.scheduler)
+        await client.start()
+        try:
+            gate = asyncio.Semaphore(at_once)
+            rounds = [
+                await asyncio.gather(*(_tokens(client, gate, prompt) for prompt in prompts))
+                for _ in range(num_rounds)
+            ]
+            return rounds, client.stats()
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+def _tokens(
+    client: ProcessClient, gate: asyncio.Semaphore, prompt: tuple[int, ...]
+) -> Coroutine[Any, Any, list[int]]:
+    params = SamplingParams(max_tokens=_NUM_TOKENS, temperature=0.0, ignore_eos=True)
+
+    async def collect() -> list[int]:
+        async with gate:
+            request = GenerateRequest(prompt, params)
+            return [t async for delta in client.generate(request) for t in delta.token_ids]
+
+    return collect()
+
+
+def test_alone_cold_and_warm(prompts: list[tuple[int, ...]], expected: list[list[int]]) -> None:
+    rounds, stats = _serve(prompts, at_once=1, num_rounds=2)
+    assert len(prompts) >= 30
+    assert rounds[0] == expected
+    assert rounds[1] == expected
+    # In the second round everything but each prompt's last token was cached.
+    assert stats.prefix_hits_tokens_total >= sum(len(prompt) - 1 for prompt in prompts)
+
+
+def test_sixteen_at_a_time_cold_and_warm(
+    prompts: list[tuple[int, ...]], expected: list[list[int]]
+) -> None:
+    rounds, _ = _serve(prompts, at_once=16, num_rounds=2)
+    assert rounds[0] == expected
+    assert rounds[1] == expected
+
+
+def test_all_at_once_in_a_pool_for_twelve(
+    prompts: list[tuple[int, ...]], expected: list[list[int]]
+) -> None:
+    longest = max(map(len, prompts)) + _NUM_TOKENS
+    rounds, stats = _serve(prompts, at_once=32, num_pages=12 * -(-longest // 16))
+    assert rounds[0] == expected
+    assert stats.preemptions_total > 0
+    assert stats.pages_private == stats.pages_leased == 0
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
