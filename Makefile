@@ -13,10 +13,10 @@ BUILD_TOOLS := hatchling editables
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format bench constraints clean
+.PHONY: help install run test test-slow check format bench constraints clean
 
 help:  ## what can be typed
-	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(VENV)/.installed  ## the environment with pinned dependencies, and the default model
 	@$(BIN)/python -c 'from model.source import octavo_home, resolve; \
@@ -29,6 +29,12 @@ run: $(VENV)/.installed  ## serve the default model on 127.0.0.1:8000
 test: check  ## lint, types and all tests
 	$(BIN)/python -m pytest tests/cache tests/scheduler --cov
 	$(BIN)/python -m pytest --ignore=tests/cache --ignore=tests/scheduler
+
+# What takes minutes: everything that `make test` only samples, and the bugs that were put in on purpose.
+test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python tests/seeded_bugs.py cache
+	$(BIN)/python tests/seeded_bugs.py scheduler
 
 check: $(VENV)/.installed-dev  ## lint and types
 	$(BIN)/ruff check

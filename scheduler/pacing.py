@@ -40,9 +40,16 @@ class Pacing:
         return min(budget_tokens, max(_LEAST_CHUNK_TOKENS, int(spare_s / self._token_s)))
 
     def observe(self, elapsed_s: float, *, num_decodes: int, num_prompt_tokens: int) -> None:
-        """Learn from a step that took `elapsed_s`."""
+        """Learn from a step that took `elapsed_s`.
+
+        A mixed step tells one of the two costs once the other is known; of the first it gets, it
+        tells the decodes' share if prompts alone have been timed, so that a burst of arrivals does
+        not have to wait for a step of decodes alone before its chunks can grow.
+        """
         if num_prompt_tokens == 0:
             self._decode_s = _mean(self._decode_s, elapsed_s)
+        elif num_decodes and self._decode_s is None and self._token_s is not None:
+            self._decode_s = max(elapsed_s - num_prompt_tokens * self._token_s, 0.0)
         else:
             base_s = (self._decode_s or 0.0) if num_decodes else 0.0
             token_s = max(elapsed_s - base_s, 1e-9) / num_prompt_tokens

@@ -191,7 +191,87 @@ CACHE_BUGS = [
     ),
 ]
 
-SUITES = {"cache": Suite("tests/cache/test_machine.py", CACHE_BUGS)}
+SCHEDULER, SEQUENCE = "scheduler/scheduler.py", "scheduler/sequence.py"
+
+SCHEDULER_BUGS = [
+    Bug(
+        "a preempted sequence keeps its count of computed tokens",
+        SCHEDULER,
+        "        sequence.num_computed = 0\n",
+        "",
+    ),
+    Bug(
+        "cached tokens are computed again, over shared pages",
+        SCHEDULER,
+        "        sequence.num_computed = num_cached\n",
+        "        sequence.num_computed = 0\n",
+    ),
+    Bug(
+        "page copies are forgotten",
+        SCHEDULER,
+        "            plan.step.copies.extend(\n",
+        "            list(\n",
+    ),
+    Bug(
+        "a slot is not given back",
+        SCHEDULER,
+        "        self._free_slots.append(sequence.slot)\n",
+        "",
+    ),
+    Bug(
+        "a request that was cancelled while it waited stays in the queue",
+        SCHEDULER,
+        "            self._waiting.remove(sequence)\n            sequence.move(",
+        "            sequence.move(",
+    ),
+    Bug(
+        "tokens count as computed although their step failed",
+        SCHEDULER,
+        "        for sequence in failed:\n",
+        "        self._advance(plan)\n        for sequence in failed:\n",
+    ),
+    Bug(
+        "one preemption is believed to be enough room",
+        SCHEDULER,
+        "        while not self._cache.grow(",
+        "        if not self._cache.grow(",
+    ),
+    Bug(
+        "the oldest is preempted",
+        SCHEDULER,
+        "            victim = self._running[-1]\n",
+        "            victim = self._running[0]\n",
+    ),
+    Bug(
+        "a chunk may be longer than what is left of the budget",
+        SCHEDULER,
+        "                count = min(missing, budget_tokens)\n",
+        "                count = missing\n",
+    ),
+    Bug(
+        "a prompt that can never fit is let into the queue",
+        SCHEDULER,
+        "        if num_tokens >= self._max_model_len:\n",
+        "        if num_tokens > self._max_model_len:\n",
+    ),
+    Bug(
+        "a request ends a token late",
+        SEQUENCE,
+        "if length >= self.max_len_tokens",
+        "if length > self.max_len_tokens",
+    ),
+    Bug(
+        "a chunk that does not reach the end samples all the same",
+        SCHEDULER,
+        "    if end == len(sequence.token_ids):\n",
+        "    if True:\n",
+    ),
+]
+
+SUITES = {
+    "cache": Suite("tests/cache/test_machine.py", CACHE_BUGS),
+    "scheduler": Suite("tests/scheduler/test_machine.py", SCHEDULER_BUGS),
+}
 
 
 def copy_project(folder: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from openai import OpenAI
 
 from model.source import octavo_home, resolve
 
@@ -51,9 +50,6 @@ class Daemon:
     def wait_ready(self) -> None:
         assert self._has_said.wait(_START_TIMEOUT_S), "neither ready nor dead"
         assert self.url, "".join(self.log)
-
-    def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def metric(self, name: str) -> float:
         """The sum over all label sets of one series."""

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -15,13 +15,24 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 
-_QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+_MODEL = "SmolLM2-135M-Instruct"
+_QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def test_a_chat_streams_and_says_the_same_as_unstreamed(daemon: Any) -> None:
-    client = daemon.client()
+@pytest.fixture
+def client(daemon: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def test_a_chat_streams_and_says_the_same_as_unstreamed(client: openai.OpenAI) -> None:
     model = client.models.list().data[0].id
-    asked = {"model": model, "messages": _QUESTION, "temperature": 0, "max_tokens": 24}
+    asked: dict[str, Any] = {
+        "model": model,
+        "messages": _QUESTION,
+        "temperature": 0,
+        "max_tokens": 24,
+    }
     whole = client.chat.completions.create(**asked)
     chunks = list(
         client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
@@ -31,16 +42,15 @@ def test_a_chat_streams_and_says_the_same_as_unstreamed(daemon: Any) -> None:
     assert text == whole.choices[0].message.content
     assert whole.choices[0].finish_reason == "stop"
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
-    # Asked a second time, all of the prompt but its last token was there already.
-    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
+    # Asked a second time, every whole page of the prompt was there already.
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > whole.usage.prompt_tokens - 17
 
 
-def test_seeds_repeat_and_differ(daemon: Any) -> None:
-    client = daemon.client()
+def test_seeds_repeat_and_differ(client: openai.OpenAI) -> None:
 
     def said(seed: int) -> str:
         answer = client.completions.create(
-            model="SmolLM2-135M-Instruct",
+            model=_MODEL,
             prompt="A story:",
             max_tokens=24,
             seed=seed,
@@ -53,22 +63,21 @@ def test_seeds_repeat_and_differ(daemon: Any) -> None:
     assert len({said(seed) for seed in range(4)}) > 1
 
 
-def test_errors_name_the_field(daemon: Any) -> None:
-    client = daemon.client()
+def test_errors_name_the_field(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(model="x", messages=_QUESTION, temperature=9)
+        client.chat.completions.create(model=_MODEL, messages=_QUESTION, temperature=9)
     assert error.value.param == "temperature"
     with pytest.raises(openai.NotFoundError, match="x"):
         client.chat.completions.create(model="x", messages=_QUESTION)
-    long = [{"role": "user", "content": "word " * 9000}]
+    long: list[Any] = [{"role": "user", "content": "word " * 9000}]
     with pytest.raises(openai.BadRequestError, match="8192"):
-        client.chat.completions.create(model="SmolLM2-135M-Instruct", messages=long)
+        client.chat.completions.create(model=_MODEL, messages=long)
 
 
 def _stream(url: str, prompt: str, max_tokens: int) -> list[float]:
     """The moments at which tokens came."""
     body = {
-        "model": "SmolLM2-135M-Instruct",
+        "model": _MODEL,
         "prompt": prompt,
         "max_tokens": max_tokens,
         "temperature": 0,
@@ -105,7 +114,7 @@ def test_thirty_two_with_one_system_prompt_compute_it_once(daemon: Any) -> None:
             answers = await asyncio.gather(
                 *(
                     client.chat.completions.create(
-                        model="SmolLM2-135M-Instruct",
+                        model=_MODEL,
                         messages=[
                             {"role": "system", "content": system},
                             {"role": "user", "content": f"{i}: where are the atlases?"},
@@ -136,7 +145,7 @@ def test_clients_that_go_away_leave_nothing_behind(daemon: Any) -> None:
         f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
-    for i in range(100):
+    for i in range(1000):
         with socket.create_connection((host, int(port)), timeout=30) as connection:
             connection.sendall(head + body)
             if i % 2:

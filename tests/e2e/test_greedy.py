@@ -23,6 +23,7 @@ from server.text.load import load_text
 pytestmark = pytest.mark.e2e
 
 _NUM_TOKENS = 64
+_RECORD = Path(__file__).parent / "data" / "greedy.json"
 _PAGE_BYTES = 2 * 30 * 3 * 64 * 4 * 16
 
 
@@ -39,7 +40,14 @@ def prompts(smollm2_file: Path) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2_file: Path, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+def expected(prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    """What transformers gave for them, as recorded; two tests below check the record itself."""
+    recorded = json.loads(_RECORD.read_text())
+    assert [tuple(one["prompt"]) for one in recorded] == prompts, "record anew: see _record"
+    return [one["tokens"] for one in recorded]
+
+
+def _record(smollm2_file: Path, prompts: list[tuple[int, ...]]) -> list[list[int]]:
     """What transformers' own GGUF reader and own decoder give, one prompt after another."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' own deprecations are not ours to mend.
@@ -64,6 +72,21 @@ def _generate(model: Any, prompt: tuple[int, ...]) -> list[int]:
         )
     generated: list[int] = output[0, len(prompt) :].tolist()
     return generated
+
+
+@pytest.mark.parametrize(
+    "step", [16, pytest.param(1, marks=pytest.mark.slow)], ids=["two prompts", "all prompts"]
+)
+def test_the_record_is_what_transformers_gives(
+    smollm2_file: Path, prompts: list[tuple[int, ...]], step: int, request: pytest.FixtureRequest
+) -> None:
+    tokens = _record(smollm2_file, prompts[::step])
+    if request.config.getoption("--record"):
+        assert step == 1, "recording needs --record -m slow"
+        both = zip(prompts, tokens, strict=True)
+        _RECORD.write_text(json.dumps([{"prompt": p, "tokens": t} for p, t in both]))
+    expected: list[list[int]] = request.getfixturevalue("expected")
+    assert tokens == expected[::step]
 
 
 def _serve(
@@ -106,9 +129,14 @@ def _tokens(
     return collect()
 
 
-def test_alone_cold_and_warm(prompts: list[tuple[int, ...]], expected: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    "step", [8, pytest.param(1, marks=pytest.mark.slow)], ids=["four prompts", "all prompts"]
+)
+def test_alone_cold_and_warm(
+    prompts: list[tuple[int, ...]], expected: list[list[int]], step: int
+) -> None:
+    prompts, expected = prompts[::step], expected[::step]
     rounds, stats = _serve(prompts, at_once=1, num_rounds=2)
-    assert len(prompts) >= 30
     assert rounds[0] == expected
     assert rounds[1] == expected
     # In the second round everything but each prompt's last token was cached.

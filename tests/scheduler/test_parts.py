@@ -76,3 +76,12 @@ def test_pacing_learns_from_mixed_steps() -> None:
     assert stats.decode_s == pytest.approx(0.010)
     assert stats.token_s == pytest.approx(0.0001)
     assert pacing.prompt_tokens(512, num_decodes=4) == pytest.approx(100, abs=1)
+
+
+def test_a_burst_of_arrivals_need_not_see_decodes_alone_to_get_its_chunks() -> None:
+    pacing = Pacing(3.0)
+    pacing.observe(0.100, num_decodes=0, num_prompt_tokens=500)
+    pacing.observe(0.0232, num_decodes=4, num_prompt_tokens=16)
+    assert pacing.stats().decode_s == pytest.approx(0.020)
+    assert pacing.prompt_tokens(512, num_decodes=4) == pytest.approx(200, abs=1)
+    pacing.check()

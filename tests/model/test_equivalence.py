@@ -1,0 +1,143 @@
+"""The property worth most: a request's tokens do not depend on what happens around it.
+
+A tiny model with random weights, the real scheduler, cache, decoder, attention and sampler: every
+request alone, batched, chunked, preempted, warm and cold gives the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from cache.kv_cache import KVCache
+from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
+from model import build
+from model.interface import SamplingParams
+from model.runner import TorchRunner
+from scheduler.messages import Submit
+from scheduler.scheduler import Scheduler
+
+_PAGE_SIZE = 4
+_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.5,
+}
+_BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
+
+MakeRunner = Callable[[int], TorchRunner]
+
+
+@pytest.fixture(scope="module", params=["cpu", "torch"])
+def make_runner(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> MakeRunner:
+    """Runners on the same weights, with as many pages as wanted."""
+    path: Path = tmp_path_factory.mktemp("tiny") / "config.json"
+    path.write_text(json.dumps(_CONFIG))
+    source = build.resolve_source(f"dummy:{path}")
+    runners: dict[int, TorchRunner] = {}
+
+    def make(num_pages: int) -> TorchRunner:
+        if num_pages not in runners:
+            memory = num_pages * _PAGE_SIZE * _BYTES_PER_TOKEN
+            runners[num_pages] = build.make_runner(
+                source,
+                OctavoConfig(
+                    model=ModelSection(
+                        quantization="none", attention_backend=request.param, threads=1
+                    ),
+                    cache=CacheSection(kv_cache_memory=memory, page_size=_PAGE_SIZE),
+                    scheduler=SchedulerSection(max_num_seqs=6, max_num_batched_tokens=64),
+                ),
+            )
+        return runners[num_pages]
+
+    return make
+
+
+class _Engine:
+    def __init__(self, runner: TorchRunner, budget: int, max_num_seqs: int = 6) -> None:
+        self.runner = runner
+        self.cache = KVCache(runner.info.num_pages, _PAGE_SIZE)
+        config = SchedulerSection(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        self.scheduler = Scheduler(self.cache, config, runner.info)
+
+    def run(self, requests: list[Submit]) -> dict[int, list[int]]:
+        outputs: dict[int, list[int]] = {request.request_id: [] for request in requests}
+        for request in requests:
+            assert self.scheduler.submit(request) is None
+        while self.scheduler.has_work:
+            plan = self.scheduler.plan()
+            if plan is None:
+                continue
+            outcome = self.scheduler.apply(plan, self.runner.launch(plan.step).wait())
+            for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
+                outputs[request_id].append(token_id)
+            self.scheduler.check()
+        return outputs
+
+
+@st.composite
+def _requests(draw: Any) -> list[Submit]:
+    """A few requests whose prompts often share their beginnings."""
+    stems = draw(st.lists(st.lists(st.integers(3, 255), max_size=14), min_size=1, max_size=2))
+    requests = []
+    for request_id in range(draw(st.integers(1, 6))):
+        tail = draw(st.lists(st.integers(3, 255), min_size=1, max_size=6))
+        params = SamplingParams(
+            max_tokens=draw(st.integers(1, 10)),
+            temperature=draw(st.sampled_from([0.0, 0.0, 1.0])),
+            seed=draw(st.integers(0, 3)),
+            repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3])),
+            ignore_eos=True,
+        )
+        prompt = (*draw(st.sampled_from(stems)), *tail)
+        requests.append(Submit(request_id, prompt, params))
+    return requests
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(requests=_requests(), budget=st.integers(6, 40), num_pages=st.sampled_from([9, 12, 60]))
+def test_alone_batched_chunked_preempted_warm_and_cold_are_the_same(
+    make_runner: MakeRunner, requests: list[Submit], budget: int, num_pages: int
+) -> None:
+    roomy = make_runner(60)
+    alone: dict[int, list[int]] = {}
+    for request in requests:
+        alone |= _Engine(roomy, budget=64).run([request])
+    engine = _Engine(make_runner(num_pages), budget)
+    assert engine.run(requests) == alone, "cold"
+    assert engine.run(requests) == alone, "warm"
+    stats = engine.cache.stats()
+    assert stats.pages_private == stats.pages_leased == 0
+
+
+def test_the_property_is_about_something(make_runner: MakeRunner) -> None:
+    """Preemption, chunks and shared pages do happen in runs like the above."""
+    params = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
+    stem = tuple(range(40, 50))
+    requests = [Submit(i, (*stem, 100 + i), params) for i in range(6)]
+    engine = _Engine(make_runner(9), budget=6)
+    tokens = engine.run(requests)
+    stats = engine.scheduler.stats()
+    assert stats.preemptions_total > 0
+    assert engine.cache.stats().copied_pages_total > 0
+    assert stats.prefix_hits_tokens_total > 0
+    assert len(set(map(tuple, tokens.values()))) > 1
