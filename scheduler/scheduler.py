@@ -334,6 +334,7 @@ class Scheduler:
         assert all(s.state is State.RUNNING for s in running), "running in name only"
         assert all(s.state is State.WAITING for s in waiting), "waiting in name only"
         assert all(s.allocation is None for s in waiting), "a waiting sequence holds pages"
+        assert all(s.num_computed == 0 for s in waiting), "a waiting sequence has computed tokens"
         slots = sorted([*self._free_slots, *(s.slot for s in running)])
         assert slots == list(range(self._config.max_num_seqs)), "a slot is lost or doubly used"
         live = sorted(s.request_id for s in [*running, *waiting])
@@ -342,6 +343,8 @@ class Scheduler:
             assert sequence.allocation is not None, "a running sequence without pages"
             held = len(sequence.allocation.page_ids) * self._page_size
             assert sequence.num_computed <= held, "computed more than its pages hold"
+            cached = sequence.allocation.num_cached_tokens
+            assert sequence.num_computed >= cached, "shared pages would be written again"
             assert sequence.num_computed < len(sequence.token_ids), "nothing left to compute"
         cache = self._cache.stats()
         assert running or cache.pages_private == cache.pages_leased == 0, "nothing runs, pages held"

@@ -7,7 +7,6 @@ shared wrongly, freed too early or evicted in use shows as a wrong token or a fa
 from __future__ import annotations
 
 import hypothesis.strategies as st
-from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cache.kv_cache import KVCache
@@ -16,6 +15,7 @@ from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_next_token
 from model.interface import SamplingParams
 from scheduler.messages import FinishReason, Submit
 from scheduler.scheduler import Scheduler
+from scheduler.sequence import State
 
 _VOCAB = 3
 
@@ -110,7 +110,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
+        running = list(self.scheduler._running)
         plan = self.scheduler.plan()
+        preempted = [sequence.state is State.WAITING for sequence in running]
+        assert preempted == sorted(preempted), "preempted one that had precedence"
         if plan is None:
             return
         assert plan.num_tokens <= self.scheduler._config.max_num_batched_tokens
@@ -125,12 +128,13 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.outputs[request_id][-1] == FAKE_EOS_TOKEN_ID and not submit.params.ignore_eos
             )
 
-    @rule()
-    def fault(self) -> None:
+    @rule(has_written=st.booleans())
+    def fault(self, has_written: bool) -> None:
+        """Copies and writes may or may not have happened when a real step raises."""
         plan = self.scheduler.plan()
         if plan is not None:
-            # Copies and writes may or may not have happened when a real step raises.
-            self.runner.launch(plan.step)
+            if has_written:
+                self.runner.launch(plan.step)
             for request_id in self.scheduler.fail(plan):
                 del self.submits[request_id]
 
@@ -152,4 +156,3 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
