@@ -58,6 +58,8 @@ def configure(log_format: Literal["text", "json"], stream: TextIO | None = None)
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger(LOGGER_NAME).setLevel(logging.INFO)
+    # Its warnings are for clients' nonsense: three lines for each request that is no HTTP.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
 def log_request(record: RequestRecord, now_s: float, *, is_probe: bool) -> None:

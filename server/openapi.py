@@ -17,6 +17,7 @@ _MEANINGS = {
     400: "the request is wrong; `param` names the field",
     401: "no accepted API key",
     404: "no such model or route",
+    408: "the body stopped coming",
     413: "the body is too large",
     429: "the queue is full; see Retry-After",
     500: "a bug of ours, in this request alone",
@@ -40,7 +41,7 @@ def answers(model: type[BaseModel] | None, *error_statuses: int) -> Responses:
 
 def generation_answers(model: type[BaseModel], chunk: type[BaseModel]) -> Responses:
     """Return the responses of a route that generates; a stream's events hold `chunk`s."""
-    responses = answers(model, 400, 404, 413, 429, 503)
+    responses = answers(model, 400, 404, 408, 413, 429, 503)
     schema = {"$ref": _REF.format(model=chunk.__name__)}
     responses[200]["content"] = {"text/event-stream": {"schema": schema}}
     return responses

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 from server.errors import invalid, shortened
 
 _MAX_WARNINGS = 64
+_MAX_EXTRAS = 1024
 
 
 class Warned(TypedDict):
@@ -113,8 +114,11 @@ def judge(
     extras: Mapping[str, Any] | None, table: Mapping[str, Unsupported], prefix: str = ""
 ) -> list[Warned]:
     """Return a warning for each parameter without effect. Raises `ApiError` for a refused one."""
+    extras = extras or {}
+    if len(extras) > _MAX_EXTRAS:
+        raise invalid(f"{len(extras)} parameters are unknown here", prefix.rstrip(".") or None)
     warnings: list[Warned] = []
-    for name, value in (extras or {}).items():
+    for name, value in extras.items():
         known = table.get(name)
         if value is None or (known and _is_neutral(value, known.neutral)):
             continue

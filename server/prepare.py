@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from scheduler.client import GenerateRequest, ModelInfo, SamplingParams
 from server import params
@@ -20,8 +20,12 @@ from server.service import Service
 from server.text.pieces import TextError
 from server.text.template import TemplateError
 
+ConvertedT = TypeVar("ConvertedT")
+
 #: From here on a prompt is encoded in a thread: 10,000 characters take about 3 ms.
 LONG_PROMPT_CHARS = 10_000
+#: To render a message takes as long as to encode this many characters, some 25 µs.
+_MESSAGE_CHARS = 80
 #: OpenAI's, for completions.
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -77,10 +81,11 @@ async def completion_job(service: Service, request: CompletionRequest) -> Job:
         adds = request.add_special_tokens is not False
         token_ids = await prompt_tokens(service, token_ids, add_special_tokens=adds)
     info = service.client.info
-    require_tokens(token_ids, info.vocab_size, "prompt")
     if not token_ids:
         raise invalid("prompt must not be empty", "prompt")
+    # The length first: it costs nothing, however many there are.
     room = _room(info, token_ids, request.max_tokens, ("prompt", "max_tokens"))
+    require_tokens(token_ids, info.vocab_size, "prompt")
     max_tokens = request.max_tokens
     sampling = _sampling(
         service,
@@ -121,7 +126,8 @@ async def chat_tokens(
         return tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
 
     try:
-        return await _off_loop(encode, sum(message.num_chars for message in messages))
+        num_chars = sum(message.num_chars for message in messages)
+        return await _off_loop(encode, num_chars + len(messages) * _MESSAGE_CHARS)
     except TemplateError as error:
         at = "" if error.message_index is None else f".{error.message_index}"
         raise invalid(str(error), "messages" + at) from error
@@ -150,8 +156,16 @@ def require_tokens(token_ids: Sequence[int], vocab_size: int, param: str) -> Non
         raise invalid(message, param)
 
 
-async def _off_loop(encode: Callable[[], list[int]], num_chars: int) -> list[int]:
-    return encode() if num_chars < LONG_PROMPT_CHARS else await asyncio.to_thread(encode)
+async def token_text(service: Service, token_ids: Sequence[int]) -> str:
+    """Return the text of `token_ids`, special tokens and all."""
+    tokenizer = service.text.tokenizer
+    return await _off_loop(
+        lambda: tokenizer.decode(token_ids, skip_special_tokens=False), len(token_ids)
+    )
+
+
+async def _off_loop(convert: Callable[[], ConvertedT], length: int) -> ConvertedT:
+    return convert() if length < LONG_PROMPT_CHARS else await asyncio.to_thread(convert)
 
 
 def _room(

@@ -6,6 +6,7 @@ boundary (`server/boundary.py`), before the first byte and after it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server import sse
 from server.context import RequestContext, RequestRecord
@@ -25,6 +26,8 @@ from server.service import Service
 #: Of a body that is too large, this many times the limit is read and thrown away, so that a client
 #: that writes before it reads gets to see the answer.
 _DISCARD_FACTOR = 4
+#: A body may come slowly, but not stand still for longer.
+BODY_PATIENCE_S = 30.0
 
 
 class Dialect(Protocol):
@@ -138,20 +141,22 @@ async def send_json(
 async def read_body(request: Request, limit_bytes: int) -> bytes:
     """Return the request's JSON, unparsed, never holding more than `limit_bytes` of it.
 
-    Raises `ApiError`: 413 if it is larger, whatever its headers say; 400 if it is not said to be
-    JSON. Raises `ClientGoneError`.
+    Raises `ApiError`: 413 if it is larger, whatever its headers say; 408 if it stops coming; 400
+    if it is not said to be JSON. Raises `ClientGoneError`.
     """
     media_type = request.headers.get("content-type", "application/json").partition(";")[0]
     if media_type.strip().lower() != "application/json":
         raise ApiError(
             400, "the body must be JSON: send Content-Type: application/json", code="content_type"
         )
+    # A client that asks before it sends (RFC 9110, 10.1.1) is told before it has sent.
+    most_bytes = limit_bytes if "expect" in request.headers else limit_bytes * _DISCARD_FACTOR
     chunks: list[bytes] = []
     num_bytes, has_more = 0, True
-    while has_more and num_bytes <= limit_bytes * _DISCARD_FACTOR:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
+    if (announced_bytes := int(request.headers.get("content-length", "0"))) > most_bytes:
+        num_bytes, has_more = announced_bytes, False
+    while has_more and num_bytes <= most_bytes:
+        message = await _next_of_body(request)
         num_bytes += len(message.get("body", b""))
         chunks.append(message.get("body", b""))
         if num_bytes > limit_bytes:
@@ -165,3 +170,19 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
             headers={"Connection": "close"},
         )
     return b"".join(chunks)
+
+
+async def _next_of_body(request: Request) -> Message:
+    try:
+        async with asyncio.timeout(BODY_PATIENCE_S):
+            message = await request.receive()
+    except TimeoutError as error:
+        raise ApiError(
+            408,
+            f"nothing came of the body for {BODY_PATIENCE_S:g} seconds",
+            code="request_timeout",
+            headers={"Connection": "close"},
+        ) from error
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError
+    return message

@@ -8,14 +8,21 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server import documents, params, schemas
+from server import documents, schemas
 from server.chat import ChatDialect
 from server.completions import CompletionDialect
 from server.context import RequestRecord
 from server.errors import invalid
 from server.generate import Job
 from server.openapi import answers, body_of, generation_answers
-from server.prepare import chat_job, chat_tokens, completion_job, prompt_tokens, require_tokens
+from server.prepare import (
+    chat_job,
+    chat_tokens,
+    completion_job,
+    prompt_tokens,
+    require_tokens,
+    token_text,
+)
 from server.respond import Dialect, GenerationResponse, JsonResponse, read_body
 from server.service import Service
 
@@ -38,7 +45,7 @@ def generation_routes(service: Service) -> APIRouter:
         responses=generation_answers(documents.ChatCompletion, documents.ChatChunk),
     )
     async def create_chat_completion(request: Request) -> Response:
-        asked = schemas.parse(schemas.ChatRequest, await read_body(request, limit_bytes))
+        asked = await schemas.parse(schemas.ChatRequest, await read_body(request, limit_bytes))
         return GenerationResponse(service, lambda: chat_job(service, asked), chat)
 
     @router.post(
@@ -48,7 +55,9 @@ def generation_routes(service: Service) -> APIRouter:
         responses=generation_answers(documents.Completion, documents.Completion),
     )
     async def create_completion(request: Request) -> Response:
-        asked = schemas.parse(schemas.CompletionRequest, await read_body(request, limit_bytes))
+        asked = await schemas.parse(
+            schemas.CompletionRequest, await read_body(request, limit_bytes)
+        )
         return GenerationResponse(service, lambda: completion_job(service, asked), completion)
 
     return router
@@ -90,10 +99,10 @@ def model_routes(service: Service) -> APIRouter:
         "/tokenize",
         summary="Text or a conversation to token ids",
         openapi_extra=body_of(schemas.TokenizeRequest),
-        responses=answers(documents.Tokenized, 400, 404, 413, 503),
+        responses=answers(documents.Tokenized, 400, 404, 408, 413, 503),
     )
     async def tokenize(request: Request) -> Response:
-        asked = schemas.parse(schemas.TokenizeRequest, await read_body(request, limit_bytes))
+        asked = await schemas.parse(schemas.TokenizeRequest, await read_body(request, limit_bytes))
         token_ids = await _tokens_of(service, asked)
         max_model_len = service.client.info.max_model_len
         return JsonResponse(
@@ -104,22 +113,21 @@ def model_routes(service: Service) -> APIRouter:
         "/detokenize",
         summary="Token ids to text",
         openapi_extra=body_of(schemas.DetokenizeRequest),
-        responses=answers(documents.Detokenized, 400, 404, 413, 503),
+        responses=answers(documents.Detokenized, 400, 404, 408, 413, 503),
     )
     async def detokenize(request: Request) -> Response:
-        asked = schemas.parse(schemas.DetokenizeRequest, await read_body(request, limit_bytes))
+        asked = await schemas.parse(
+            schemas.DetokenizeRequest, await read_body(request, limit_bytes)
+        )
         service.require_model(asked.model)
-        _refuse_unknown(asked)
         require_tokens(asked.tokens, service.client.info.vocab_size, "tokens")
-        text = service.text.tokenizer.decode(asked.tokens, skip_special_tokens=False)
-        return JsonResponse({"prompt": text})
+        return JsonResponse({"prompt": await token_text(service, asked.tokens)})
 
     return router
 
 
 async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[int]:
     service.require_model(asked.model)
-    _refuse_unknown(asked)
     if (asked.prompt is None) == (asked.messages is None):
         raise invalid("either prompt or messages must be given", "prompt")
     if asked.messages is not None:
@@ -133,9 +141,3 @@ async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[i
     assert asked.prompt is not None
     adds = asked.add_special_tokens is not False
     return await prompt_tokens(service, asked.prompt, add_special_tokens=adds)
-
-
-def _refuse_unknown(asked: schemas.Request) -> None:
-    """There is no place for warnings in these answers, so what is unknown is refused."""
-    for unknown in params.judge(asked.model_extra, {}):
-        raise invalid(f"{unknown['param']} is unknown here", unknown["param"])

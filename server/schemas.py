@@ -2,10 +2,12 @@
 
 What is not a field here is judged by `server/params.py`. Types are strict (`"5"` is no number);
 ranges are checked by `SamplingParams`, lengths and the vocabulary where the model is known.
+Lists end at their first fault: a body of four million of them is not worth ten seconds.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -22,9 +24,23 @@ from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
+#: More of these in one request are a mistake or an attack; each costs time and the engine memory.
+MAX_MESSAGES = 16_384
+MAX_PARTS = 4096
+MAX_LISTED_TOKENS = 4096
+MAX_TEMPLATE_VARIABLES = 64
+#: From here on a body is parsed in a thread: it takes more than a millisecond.
+_LONG_BODY_BYTES = 64 * 1024
 
-def parse(model: type[RequestT], body: bytes) -> RequestT:
+
+async def parse(model: type[RequestT], body: bytes) -> RequestT:
     """Return the request that `body` holds. Raises `ApiError` (400) that names what is wrong."""
+    if len(body) < _LONG_BODY_BYTES:
+        return _parsed(model, body)
+    return await asyncio.to_thread(_parsed, model, body)
+
+
+def _parsed(model: type[RequestT], body: bytes) -> RequestT:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -54,11 +70,24 @@ def _as_one_prompt(value: object) -> object:
     raise ValueError("must be a string or a list of token ids")
 
 
+def _as_biases(value: object) -> object:
+    """Count first: pydantic would look at every bias before it finds that they are too many."""
+    if isinstance(value, dict) and len(value) > MAX_LISTED_TOKENS:
+        raise ValueError(f"must have at most {MAX_LISTED_TOKENS} entries")
+    return value
+
+
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] | None,
+    Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+        Field(max_length=MAX_STOPS, fail_fast=True),
+    ]
+    | None,
     BeforeValidator(_as_stops, json_schema_input_type=str | list[str] | None),
-    Field(max_length=MAX_STOPS),
 ]
+Biases = Annotated[dict[str, float] | None, BeforeValidator(_as_biases)]
+TemplateVariables = Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)]
+StopTokens = Annotated[list[int], Field(max_length=MAX_LISTED_TOKENS, fail_fast=True)]
 Prompt = Annotated[
     Any, BeforeValidator(_as_one_prompt, json_schema_input_type=str | list[int] | list[str])
 ]
@@ -83,11 +112,9 @@ class GenerateFields(Request):
     presence_penalty: float | None = Field(default=None, description="-2 to 2; default 0")
     frequency_penalty: float | None = Field(default=None, description="-2 to 2; default 0")
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(
-        default=None, description="token id (in a string) to -100 ... 100"
-    )
+    logit_bias: Biases = Field(default=None, description="token id (in a string) to -100 ... 100")
     stop: Stops = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: StopTokens | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = Field(default=None, description="default true")
     min_tokens: int | None = None
@@ -130,7 +157,7 @@ class Message(BaseModel):
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Annotated[
-        list[TextPart] | None,
+        Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None,
         BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart] | None),
     ] = None
 
@@ -149,17 +176,20 @@ class Message(BaseModel):
         }
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatRequest(GenerateFields):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(
         default=None, description="default: as many as the context has room for"
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, description="0 to 20; needs logprobs")
     add_generation_prompt: bool | None = Field(default=None, description="default true")
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
 
 class CompletionRequest(GenerateFields):
@@ -169,19 +199,25 @@ class CompletionRequest(GenerateFields):
     logprobs: int | None = Field(default=None, description="0 to 20")
 
 
-class TokenizeRequest(Request):
+class Closed(Request):
+    """Its answer has no place for warnings, so what is unknown is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TokenizeRequest(Closed):
     """Body of `POST /tokenize`: either `prompt` or `messages`."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1)
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
 
-class DetokenizeRequest(Request):
+class DetokenizeRequest(Closed):
     """Body of `POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]

@@ -1,0 +1,175 @@
+"""Requests made to cost much: each is refused early, and nobody else waits for it meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pytest
+from pydantic import BeforeValidator
+
+from server import respond, schemas
+from server.prepare import LONG_PROMPT_CHARS
+from server.text.template import ChatTemplate
+from server.text.tokenizer import Tokenizer
+
+USER = {"role": "user", "content": "x"}
+CHAT = "/v1/chat/completions"
+COMPLETION = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def roomy(start_shared: Callable[..., Any]) -> Any:
+    """A server that takes bodies of the usual size."""
+    return start_shared()
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "needed"),
+    [
+        (CHAT, schemas.ChatRequest, {"messages": [USER]}),
+        (COMPLETION, schemas.CompletionRequest, {"prompt": "x"}),
+        ("/tokenize", schemas.TokenizeRequest, {"prompt": "x"}),
+        ("/detokenize", schemas.DetokenizeRequest, {"tokens": [1]}),
+    ],
+)
+def test_null_is_the_default_of_every_field(
+    shared: Any, path: str, model: type[schemas.Request], needed: dict[str, Any]
+) -> None:
+    asked = dict.fromkeys(model.model_fields) | needed
+    answer = shared.post(path, **asked)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "param"),
+    [
+        (CHAT, {"messages": [1] * 9}, "messages.0"),
+        (CHAT, {"messages": [{"role": "user", "content": [1] * 9}]}, "messages.0.content.0"),
+        (COMPLETION, {"prompt": "x", "stop": [1] * 9}, "stop.0"),
+        (COMPLETION, {"prompt": "x", "stop_token_ids": ["1"] * 9}, "stop_token_ids.0"),
+        ("/detokenize", {"tokens": ["1"] * 9}, "tokens.0"),
+    ],
+)
+def test_a_list_ends_at_its_first_fault(
+    shared: Any, path: str, asked: dict[str, Any], param: str
+) -> None:
+    error = shared.post(path, **asked).json()["error"]
+    assert error["param"] == param
+    assert ";" not in error["message"]
+
+
+_TOKENS = schemas.MAX_LISTED_TOKENS + 1
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "param"),
+    [
+        (CHAT, {"messages": [USER] * (schemas.MAX_MESSAGES + 1)}, "messages"),
+        ("/tokenize", {"messages": [USER] * (schemas.MAX_MESSAGES + 1)}, "messages"),
+        (
+            CHAT,
+            {"messages": [USER | {"content": [{"type": "text", "text": ""}] * 4097}]},
+            "messages.0.content",
+        ),
+        (COMPLETION, {"prompt": "x", "stop_token_ids": [1] * _TOKENS}, "stop_token_ids"),
+        (
+            COMPLETION,
+            {"prompt": "x", "logit_bias": {str(i): "wrong too" for i in range(_TOKENS)}},
+            "logit_bias",
+        ),
+        (
+            CHAT,
+            {"messages": [USER], "chat_template_kwargs": {f"v{i}": 1 for i in range(65)}},
+            "chat_template_kwargs",
+        ),
+        (COMPLETION, {"prompt": "x", **{f"unknown{i}": 1 for i in range(1025)}}, None),
+    ],
+)
+def test_too_many_of_anything_is_refused(
+    roomy: Any, path: str, asked: dict[str, Any], param: str | None
+) -> None:
+    answer = roomy.post(path, **asked)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_the_length_of_a_prompt_is_judged_before_its_tokens(roomy: Any) -> None:
+    error = roomy.post(COMPLETION, prompt=[99_999] * 300).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+
+
+def test_a_long_body_is_parsed_beside_the_event_loop() -> None:
+    threads = []
+
+    def noted(value: object) -> object:
+        threads.append(threading.get_ident())
+        return value
+
+    class Noting(schemas.Request):
+        text: Annotated[str, BeforeValidator(noted)]
+
+    for num_chars in (1, 100_000):
+        asyncio.run(schemas.parse(Noting, json.dumps({"text": "x" * num_chars}).encode()))
+    assert threads[0] == threading.get_ident() != threads[1]
+
+
+@pytest.mark.parametrize(
+    ("converter", "name", "path", "asked"),
+    [
+        (Tokenizer, "decode", "/detokenize", {"tokens": [1] * LONG_PROMPT_CHARS}),
+        (ChatTemplate, "render", "/tokenize", {"messages": [USER | {"content": ""}] * 200}),
+    ],
+)
+def test_long_conversions_run_beside_the_event_loop(
+    roomy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    converter: type[object],
+    name: str,
+    path: str,
+    asked: dict[str, Any],
+) -> None:
+    convert = getattr(converter, name)
+    threads = []
+
+    def noted(*args: object, **kwargs: object) -> object:
+        threads.append(threading.get_ident())
+        return convert(*args, **kwargs)
+
+    async def loop_thread() -> int:
+        return threading.get_ident()
+
+    monkeypatch.setattr(converter, name, noted)
+    assert roomy.post(path, **asked).status_code == 200
+    assert threads
+    assert roomy.call(loop_thread()) not in threads
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"Content-Length: 99999999\r\n", b"Content-Length: 4097\r\nExpect: 100-continue\r\n"],
+    ids=["far-too-large", "asks-first"],
+)
+def test_a_body_that_is_announced_too_large_is_refused_unread(shared: Any, head: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as connection:
+        connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 413"
+
+
+def test_a_body_that_stops_coming_is_given_up(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(respond, "BODY_PATIENCE_S", 0.05)
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as connection:
+        connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+
+
+def test_a_client_that_wants_a_web_socket_fills_no_log(live: Any) -> None:
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    assert live.http.get("/version", headers=upgrade).status_code == 200
+    assert [line["event"] for line in live.log_lines()] == ["request"]
