@@ -50,7 +50,12 @@ def free_memory_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
     free = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = cgroup / "memory.max", cgroup / "memory.current"
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
+        # What of the page cache was not used lately is given up when asked for; after a model was
+        # read it is most of what counts as used.
+        stat = cgroup / "memory.stat"
+        counts = dict(map(str.split, stat.read_text().splitlines())) if stat.exists() else {}
+        unused_cache = int(counts.get("inactive_file", 0))
+        free = min(free, int(text) - int(used.read_text()) + unused_cache)
     return max(free, 0)
 
 

@@ -35,16 +35,19 @@ class RejectKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A request for tokens, new or resumed (`output_token_ids`: what its client has already)."""
+    """A request for tokens, new or resumed by another engine than the one that took it in."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    #: What its client has already.
     output_token_ids: tuple[int, ...] = ()
     #: Smaller goes first (vLLM's meaning); first come, first served within one priority.
     priority: int = 0
     #: Prefixes are shared only within one namespace (`cache_salt`).
     namespace: str = ""
+    #: Taken in before, so that a full queue is no reason to refuse it.
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,10 @@
 
 A step takes about `decode_s + prompt_tokens * token_s`. Both are learnt from the steps as they are
 timed by whoever runs them; this module has no clock. Knows nothing of sequences.
+
+A mixed step cannot tell the two apart, and under steady load there is no other: so once in a while
+decodes are given a step to themselves. Without it a cost learnt with one stream open would be
+believed when there are sixty, each prompt token would seem dear, and prompts would crawl for ever.
 """
 
 from __future__ import annotations
@@ -10,8 +14,12 @@ from dataclasses import dataclass
 
 #: Weight of the newest step in each running mean.
 _NEWEST = 0.2
+#: One step counts for no more than so many times the mean: the machine may have been asleep.
+_OUTLIER = 5.0
 #: Before anything was measured, and never less than this: a prompt must get on, too.
 _LEAST_CHUNK_TOKENS = 16
+#: Mixed steps in a row before one of decodes alone, which is the shortest there is.
+_MOST_MIXED_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +37,14 @@ class Pacing:
         self._max_slowdown = max_slowdown
         self._decode_s: float | None = None
         self._token_s: float | None = None
+        self._num_mixed_steps = 0
 
     def prompt_tokens(self, budget_tokens: int, *, num_decodes: int) -> int:
         """Prompt tokens the next step may compute, at most `budget_tokens`."""
         if num_decodes == 0:
             return budget_tokens
+        if self._num_mixed_steps >= _MOST_MIXED_STEPS:
+            return 0
         if self._decode_s is None or self._token_s is None:
             return min(budget_tokens, _LEAST_CHUNK_TOKENS)
         spare_s = (self._max_slowdown - 1.0) * self._decode_s
@@ -47,13 +58,19 @@ class Pacing:
         not have to wait for a step of decodes alone before its chunks can grow.
         """
         if num_prompt_tokens == 0:
+            self._num_mixed_steps = 0
             self._decode_s = _mean(self._decode_s, elapsed_s)
-        elif num_decodes and self._decode_s is None and self._token_s is not None:
-            self._decode_s = max(elapsed_s - num_prompt_tokens * self._token_s, 0.0)
-        else:
-            base_s = (self._decode_s or 0.0) if num_decodes else 0.0
-            token_s = max(elapsed_s - base_s, 1e-9) / num_prompt_tokens
-            self._token_s = _mean(self._token_s, token_s)
+            return
+        if num_decodes:
+            self._num_mixed_steps += 1
+            if self._decode_s is None and self._token_s is not None:
+                # None left for the decodes: prompts alone were timed wrongly, or hardly at all.
+                rest_s = elapsed_s - num_prompt_tokens * self._token_s
+                self._decode_s = rest_s if rest_s > 0.0 else None
+                return
+        base_s = (self._decode_s or 0.0) if num_decodes else 0.0
+        token_s = max(elapsed_s - base_s, 1e-9) / num_prompt_tokens
+        self._token_s = _mean(self._token_s, token_s)
 
     def stats(self) -> PacingStats:
         """Return what was learnt so far."""
@@ -61,9 +78,12 @@ class Pacing:
 
     def check(self) -> None:
         """Assert that what was learnt can be a time."""
-        assert self._decode_s is None or self._decode_s >= 0.0, "a step took negative time"
+        assert self._decode_s is None or self._decode_s > 0.0, "a step took no time"
         assert self._token_s is None or self._token_s > 0.0, "a token took no time"
+        assert self._num_mixed_steps <= _MOST_MIXED_STEPS, "decodes had no step of their own"
 
 
 def _mean(mean: float | None, newest: float) -> float:
-    return newest if mean is None else mean + _NEWEST * (newest - mean)
+    if mean is None:
+        return newest
+    return mean + _NEWEST * (min(newest, _OUTLIER * mean) - mean)

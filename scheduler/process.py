@@ -11,6 +11,7 @@ import asyncio
 import gc
 import logging
 import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -27,6 +28,7 @@ from scheduler.engine import Engine
 from scheduler.messages import (
     EngineStats,
     Failed,
+    FinishReason,
     FromEngine,
     Ready,
     Shutdown,
@@ -54,13 +56,19 @@ def engine_main(pipe: Connection, make_runner: MakeRunner, config: SchedulerSect
     # A terminal's Ctrl-C reaches the whole group; when to stop is for the API to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    is_built = threading.Event()
+    # Before the model is built: that may take minutes, and nobody may be left to want it.
+    args = pipe, inbox, is_built
+    threading.Thread(target=_drain, args=args, name="inbox", daemon=True).start()
     try:
         engine = Engine(runner := make_runner(), config, time.monotonic)
+        is_built.set()
         # What is there now stays to the end: collections need not walk it between two tokens.
         gc.collect()
         gc.freeze()
         pipe.send(Ready(runner.info))
-        _serve(engine, pipe)
+        _serve(engine, pipe, inbox)
     except (BrokenPipeError, ConnectionResetError):
         return  # The API is gone, and with it everybody who could want a token.
     except Exception as fault:
@@ -70,9 +78,7 @@ def engine_main(pipe: Connection, make_runner: MakeRunner, config: SchedulerSect
     engine.close()
 
 
-def _serve(engine: Engine, pipe: Connection) -> None:
-    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
-    threading.Thread(target=_drain, args=(pipe, inbox), name="inbox", daemon=True).start()
+def _serve(engine: Engine, pipe: Connection, inbox: queue.SimpleQueue[ToEngine]) -> None:
     while True:
         # With nothing to do, sleep until a message comes; else only take what is there.
         is_idle = not engine.has_work
@@ -85,11 +91,14 @@ def _serve(engine: Engine, pipe: Connection) -> None:
         pipe.send(engine.step())
 
 
-def _drain(pipe: Connection, inbox: queue.SimpleQueue[ToEngine]) -> None:
+def _drain(pipe: Connection, inbox: queue.SimpleQueue[ToEngine], is_built: threading.Event) -> None:
     try:
         while True:
             inbox.put(pipe.recv())
     except (EOFError, OSError):
+        if not is_built.is_set():
+            # The main thread is deep in somebody's C++ and hears nothing.
+            os._exit(1)
         inbox.put(Shutdown())
 
 
@@ -99,8 +108,9 @@ def _drain(pipe: Connection, inbox: queue.SimpleQueue[ToEngine]) -> None:
 class ProcessClient:
     """See `EngineClient`. An engine that dies is replaced, and its streams go on where they were.
 
-    That is exact, not approximate: a token is a function of the tokens before it and of (seed,
-    position). The reader sees a pause.
+    A token is a function of the tokens before it and of (seed, position), so a stream goes on as it
+    would have, as far as arithmetic repeats itself: exactly with float32 weights but for the last
+    bits, up to rounding with 16 bits and fewer. The reader sees a pause.
     """
 
     def __init__(
@@ -150,19 +160,20 @@ class ProcessClient:
         """See `EngineClient`."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self._process = context.Process(
+        process = context.Process(
             target=engine_main,
             args=(theirs, self._make_runner, self._config),
             name="octavo-engine",
             daemon=True,
         )
-        self._process.start()
+        process.start()
+        self._process = process
         theirs.close()
         try:
             first: FromEngine = await asyncio.to_thread(ours.recv)
-        except EOFError:
-            await asyncio.to_thread(self._process.join, self._stop_timeout_s)
-            message = f"the engine died while it started, exit code {self._process.exitcode}"
+        except (EOFError, OSError):
+            await asyncio.to_thread(process.join, self._stop_timeout_s)
+            message = f"the engine died while it started, exit code {process.exitcode}"
             raise EngineUnavailableError(message) from None
         if not isinstance(first, Ready):
             ours.close()
@@ -171,6 +182,9 @@ class ProcessClient:
         self._info = first.info
         self._pipe = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
+        # uvloop turns what it watches non-blocking, and a message larger than the socket's buffer
+        # would then fail half sent. The engine's inbox is always drained, so no send blocks long.
+        os.set_blocking(ours.fileno(), True)
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `EngineClient`."""
@@ -191,7 +205,7 @@ class ProcessClient:
             while self._pipe is not None and self._pipe.poll():
                 message: FromEngine = self._pipe.recv()
                 if isinstance(message, StepResult):
-                    if message.finished:
+                    if any(reason is not FinishReason.ERROR for _, reason, _ in message.finished):
                         self._num_fruitless = 0
                     self._streams.dispatch(message)
                 else:
@@ -202,6 +216,7 @@ class ProcessClient:
     def _lose(self) -> None:
         """Note that the engine is gone, and see to another."""
         self._drop_pipe()
+        self._streams.engine_stats = EngineStats()
         if self._is_closing:
             return
         _log.error("the engine died; %d streams wait for another", len(self._streams.unfinished()))
@@ -220,11 +235,12 @@ class ProcessClient:
             self._num_restarts += 1
             try:
                 await self.start()
-            except EngineUnavailableError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, no stream may wait for ever
                 _log.error("the engine did not come back: %s", error)
                 continue
             for stream in self._streams.unfinished():
-                self._send(replace(stream.submit, output_token_ids=tuple(stream.sent_token_ids)))
+                sent = tuple(stream.sent_token_ids)
+                self._send(replace(stream.submit, output_token_ids=sent, is_resumed=True))
             return
         self._streams.fail_all(EngineUnavailableError, "the engine died and did not come back")
         self.on_lost()
@@ -261,6 +277,9 @@ class ProcessClient:
         if self._restart is not None:
             self._restart.cancel()
             await asyncio.wait([self._restart])
+        if self._pipe is None and self._process is not None:
+            # Dead, or building a model for nobody.
+            self._process.kill()
         self._send(Shutdown())
         self._drop_pipe()
         await self._reap()

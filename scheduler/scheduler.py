@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
@@ -20,6 +21,10 @@ from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
 from scheduler.pacing import Pacing
 from scheduler.queue import WaitingQueue
 from scheduler.sequence import Sequence, State
+
+#: Those that wait for a page under computation and are looked at in one step all the same: each
+#: look is a search as long as its prefix, and a thousand of them would stall those who decode.
+_MOST_HELD_BACK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ class Scheduler:
                 f"at most {self._max_model_len} tokens fit, prompt and answer together"
             )
             return Rejected(request_id, invalid, message, "prompt")
-        if len(self._waiting) >= self._config.max_queue and not submit.output_token_ids:
+        if len(self._waiting) >= self._config.max_queue and not submit.is_resumed:
             message = f"{len(self._waiting)} requests are waiting already, which is the limit"
             return Rejected(request_id, RejectKind.BUSY, message)
         return None
@@ -195,11 +200,12 @@ class Scheduler:
         """Let in who fits, in order of precedence; who does not fit holds up those behind.
 
         A request whose next page a running sequence is computing right now waits for that page
-        instead of computing it twice, and holds up nobody.
+        instead of computing it twice, and holds up nobody (unless `_MOST_HELD_BACK` such wait).
         """
         if budget_tokens == 0 or not self._free_slots or not self._waiting:
             return budget_tokens
-        for sequence in list(self._waiting):
+        num_looked_at = len(self._free_slots) + _MOST_HELD_BACK
+        for sequence in list(islice(self._waiting, num_looked_at)):
             if self._cache.match(sequence.token_ids, sequence.namespace).in_flight:
                 continue
             # One page for each that runs: nobody is let in only to be preempted soon after.

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _serve(config: OctavoConfig) -> None:
     # The port first: if it is taken, that is known before seconds go into loading a model.
     listener = _listen(config.server.host, config.server.port)
+    _on_signals(os._exit, 0)  # Until there is an engine, nothing has to be put in order.
     _log.info("starting", extra=fields(version=version("octavo"), **describe(config)))
     try:
         source = await asyncio.to_thread(build.resolve_source, config.model.model)
@@ -106,9 +107,7 @@ async def _run(
 ) -> None:
     stop = asyncio.Event()
     lost = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stop, server)
+    _on_signals(_stop, stop, server)
 
     def on_lost() -> None:
         lost.set()
@@ -146,7 +145,12 @@ class _Server(uvicorn.Server):
         await self._serve(sockets)
 
 
-def _on_signal(stop: asyncio.Event, server: uvicorn.Server) -> None:
+def _on_signals(call: Callable[..., object], *args: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, call, *args)
+
+
+def _stop(stop: asyncio.Event, server: uvicorn.Server) -> None:
     if stop.is_set():
         # Asked twice: do not wait for anybody.
         server.force_exit = True

@@ -70,6 +70,9 @@ def test_free_memory_is_the_containers_if_that_is_less(tmp_path: Path) -> None:
     assert free_memory_bytes(meminfo, tmp_path) == 50 * 1024
     (tmp_path / "memory.max").write_text("5000\n")
     assert free_memory_bytes(meminfo, tmp_path) == 4000
+    # Regression: the file of the model itself, just read, was taken for memory in use.
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 700\ninactive_file 600\n")
+    assert free_memory_bytes(meminfo, tmp_path) == 4600
 
 
 def test_this_machine_has_memory() -> None:

@@ -85,3 +85,38 @@ def test_a_burst_of_arrivals_need_not_see_decodes_alone_to_get_its_chunks() -> N
     assert pacing.stats().decode_s == pytest.approx(0.020)
     assert pacing.prompt_tokens(512, num_decodes=4) == pytest.approx(200, abs=1)
     pacing.check()
+
+
+def test_costs_are_learnt_anew_where_every_step_is_mixed() -> None:
+    """Regression: what one stream cost was believed with sixty, and prompts crawled for ever."""
+    pacing = Pacing(3.0)
+    pacing.observe(0.100, num_decodes=0, num_prompt_tokens=500)
+    pacing.observe(0.010, num_decodes=1, num_prompt_tokens=0)
+    for _ in range(500):
+        chunk = pacing.prompt_tokens(512, num_decodes=60)
+        pacing.observe(0.060 + 0.0005 * chunk, num_decodes=60, num_prompt_tokens=chunk)
+        pacing.check()
+    assert pacing.stats().decode_s == pytest.approx(0.060, rel=0.1)
+    chunk = max(pacing.prompt_tokens(512, num_decodes=60), chunk)
+    assert chunk == pytest.approx(2 * 0.060 / 0.0005, rel=0.1)
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [0, 100])
+def test_an_hour_asleep_does_not_outweigh_what_was_learnt(num_prompt_tokens: int) -> None:
+    pacing = Pacing(3.0)
+    for _ in range(10):
+        pacing.observe(0.010, num_decodes=4, num_prompt_tokens=0)
+        pacing.observe(0.020, num_decodes=4, num_prompt_tokens=100)
+    before = pacing.prompt_tokens(10_000, num_decodes=4)
+    pacing.observe(3600.0, num_decodes=4, num_prompt_tokens=num_prompt_tokens)
+    after = pacing.prompt_tokens(10_000, num_decodes=4)
+    assert before / 2 < after < before * 2
+
+
+def test_decodes_are_never_said_to_cost_nothing() -> None:
+    """Regression: a slow first prompt left nothing for the decodes, and zero allows no prompt."""
+    pacing = Pacing(3.0)
+    pacing.observe(5.0, num_decodes=0, num_prompt_tokens=100)
+    pacing.observe(0.030, num_decodes=4, num_prompt_tokens=16)
+    assert pacing.stats().decode_s is None
+    pacing.check()

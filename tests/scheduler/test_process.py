@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import time
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_next_token
 from model.interface import ModelRunner, SamplingParams, StepInput
 from scheduler.client import EngineFaultError, EngineUnavailableError, GenerateRequest
-from scheduler.process import ProcessClient
+from scheduler.process import ProcessClient, engine_main
 
 _CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
 
@@ -178,6 +180,30 @@ def test_a_request_sent_into_a_dead_engines_pipe_is_served_by_the_next() -> None
     _run(test)
 
 
+def test_more_than_the_pipe_holds_is_sent_whole_under_uvloop_too() -> None:
+    """uvloop makes the pipe non-blocking; half a message would have ended the engine."""
+
+    async def test() -> None:
+        runner = partial(FakeRunner, max_model_len=200_000, num_pages=50_000, is_strict=False)
+        async with _running(ProcessClient(runner, _CONFIG)) as client:
+            prompts = [tuple(range(i, i + 100_000)) for i in range(4)]
+            tasks = [asyncio.create_task(_collect(client, _request(p, 1))) for p in prompts]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert client.is_alive
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            assert await _collect(client, _request((1, 2, 3))) == _expected((1, 2, 3), 10)
+        assert client.num_restarts == 0
+
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await test()
+
+    uvloop.run(bounded())
+
+
 def test_an_engine_found_dead_when_closing_is_not_replaced() -> None:
     async def test() -> None:
         async with _running(ProcessClient(FakeRunner, _CONFIG)) as client:
@@ -253,5 +279,103 @@ def test_closing_while_an_engine_is_being_replaced() -> None:
         async with _running(ProcessClient(FakeRunner, _CONFIG)) as client:
             _kill(client)
             await _until(lambda: not client.is_alive)
+
+    _run(test)
+
+
+def _build_for_ever(marker: Path) -> ModelRunner:
+    marker.touch()
+    time.sleep(1000)
+    return FakeRunner()
+
+
+def test_closing_does_not_wait_for_a_model_that_is_being_built(tmp_path: Path) -> None:
+    async def test() -> None:
+        marker = tmp_path / "building"
+        build = partial(_build_for_ever, marker)
+        client = ProcessClient(build, _CONFIG, stop_timeout_s=1000.0)
+        starting = asyncio.create_task(client.start())
+        await _until(marker.exists)
+        starting.cancel()
+        await client.close()
+        assert client._process is not None
+        assert client._process.exitcode == -signal.SIGKILL
+
+    _run(test)
+
+
+def test_an_engine_whose_api_is_gone_does_not_go_on_building(tmp_path: Path) -> None:
+    async def test() -> None:
+        marker = tmp_path / "building"
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        args = theirs, partial(_build_for_ever, marker), _CONFIG
+        process = context.Process(target=engine_main, args=args, daemon=True)
+        process.start()
+        theirs.close()
+        await _until(marker.exists)
+        ours.close()
+        try:
+            await _until(lambda: not process.is_alive())
+        finally:
+            process.kill()
+
+    _run(test)
+
+
+class _StartsOnce:
+    """Makes a runner, and cannot be sent to a second process."""
+
+    is_sent = False
+
+    def __call__(self) -> ModelRunner:
+        return FakeRunner()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.is_sent:
+            raise OSError("no memory for another process")
+        self.is_sent = True
+        return {}
+
+
+def test_streams_end_also_where_no_process_can_be_started() -> None:
+    async def test() -> None:
+        client = ProcessClient(_StartsOnce(), _CONFIG)
+        async with _running(client):
+            stream = client.generate(_request((1, 2, 3), 240))
+            await anext(stream)
+            _kill(client)
+            with pytest.raises(EngineUnavailableError, match="did not come back"):
+                [delta async for delta in stream]
+
+    _run(test)
+
+
+def test_engines_that_only_fail_requests_are_given_up() -> None:
+    async def test() -> None:
+        runner = partial(FakeRunner, faulty_steps=frozenset(range(100)))
+        client = ProcessClient(runner, _CONFIG)
+        lost = asyncio.Event()
+        client.on_lost = lost.set
+        async with _running(client):
+            while not lost.is_set():
+                try:
+                    await _collect(client, _request((1, 2)))
+                except (EngineFaultError, EngineUnavailableError):
+                    await asyncio.sleep(0.01)
+
+    _run(test)
+
+
+def test_engines_that_come_and_go_leave_no_file_descriptors() -> None:
+    async def test() -> None:
+        async with _running(ProcessClient(FakeRunner, _CONFIG)) as client:
+            held = []
+            for _ in range(3):
+                _kill(client)
+                await _collect(client, _request((1, 2)))
+                held.append(len(os.listdir("/proc/self/fd")))  # noqa: PTH208 - no disk
+            assert held[0] == held[-1]
+            assert client.num_restarts == 3
 
     _run(test)

@@ -253,6 +253,39 @@ def test_a_resumed_request_goes_on_where_it_was(make_drive: MakeDrive) -> None:
     assert drive.outputs[1] == expected[4:]
 
 
+def test_a_full_queue_does_not_refuse_what_another_engine_had_taken_in(
+    make_drive: MakeDrive,
+) -> None:
+    """Regression: after a crash those who ran filled the queue, and those who waited got a 429."""
+    drive = make_drive(max_queue=1)
+    for request_id in range(3):
+        assert drive.submit(request_id, range(request_id, 5), is_resumed=True) is None
+    assert drive.submit(3, range(5)).kind is RejectKind.BUSY
+    drive.run()
+    assert len(drive.finished) == 3
+
+
+def test_a_long_queue_for_one_prefix_is_not_searched_whole_in_each_step(
+    make_drive: MakeDrive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive = make_drive(num_pages=256, max_num_batched_tokens=64)
+    prefix = list(range(1, 41))
+    for request_id in range(200):
+        drive.submit(request_id, [*prefix, 50, request_id], max_tokens=2)
+    searches, match = [0], drive.cache.match
+
+    def counted(*args: Any) -> Any:
+        searches[-1] += 1
+        return match(*args)
+
+    monkeypatch.setattr(drive.cache, "match", counted)
+    while drive.scheduler.has_work:
+        drive.step()
+        searches.append(0)
+    assert max(searches) <= 8 + 32
+    assert drive.scheduler.stats().prefix_hits_tokens_total >= 199 * 40
+
+
 def test_namespaces_share_nothing(make_drive: MakeDrive) -> None:
     drive = make_drive()
     for request_id, namespace in enumerate(["", "a", "b", "a"]):
