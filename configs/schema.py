@@ -81,7 +81,9 @@ class SchedulerSection(Section):
         gt=1,
         description="prompts beside decodes may lengthen a step to this many times its own",
     )
-    max_queue: int = Field(default=1024, ge=0, description="requests waiting at most, then 429; 0 refuses all")
+    max_queue: int = Field(
+        default=1024, ge=0, description="requests waiting at most, then 429; 0 refuses all"
+    )
     debug: bool = Field(default=False, description="check every invariant after every step")
 
     @model_validator(mode="after")
