@@ -241,3 +241,18 @@ def test_check_sees(damage: Callable[[KVCache], None]) -> None:
     damage(cache)
     with pytest.raises(AssertionError):
         cache.check()
+
+
+def test_two_who_compute_one_page_are_both_counted() -> None:
+    cache = KVCache(num_pages=8, page_size=2)
+    first, second = cache.admit([1, 2, 3]), cache.admit([1, 2, 4])
+    assert first is not None
+    assert second is not None
+    assert cache.match([1, 2, 5]).in_flight
+    cache.free(first, [1, 2, 3], 0)
+    assert cache.match([1, 2, 5]).in_flight
+    cache.check()
+    cache.free(second, [1, 2, 4], 0)
+    assert not cache.match([1, 2, 5]).in_flight
+    assert len(cache._frontiers) == 0
+    cache.check()

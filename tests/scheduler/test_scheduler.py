@@ -117,6 +117,20 @@ def test_the_newest_gives_way_itself_when_it_is_the_one_to_grow(make_drive: Make
     assert drive.outputs[2] == drive.expected(range(20, 23), 10)
 
 
+def test_a_prompt_that_takes_the_whole_budget_leaves_decodes_behind_it_their_token(
+    make_drive: MakeDrive,
+) -> None:
+    drive = make_drive(max_num_batched_tokens=8, max_num_seqs=2)
+    drive.submit(1, range(5), max_tokens=12, priority=9)
+    drive.step()
+    drive.submit(2, range(20, 60), max_tokens=2, priority=0)
+    drive.step()
+    assert drive.step().step.counts == [1, 7]
+    drive.run()
+    assert drive.outputs[1] == drive.expected(range(5), 12)
+    assert drive.outputs[2] == drive.expected(range(20, 60), 2)
+
+
 def test_smaller_priority_goes_first(make_drive: MakeDrive) -> None:
     drive = make_drive(max_num_seqs=1, max_num_batched_tokens=32)
     for request_id, priority in enumerate([5, 0, 0, -1]):
