@@ -10,61 +10,86 @@ import orjson
 from scheduler.client import TokenLogprobs
 from server.chunks import Envelope
 from server.context import RequestRecord
-from server.generate import Job
+from server.generate import Job, usage_so_far
 from server.output import Piece, TokenAt
 from server.service import Service
 from server.text.tokenizer import Tokenizer
 
-_DELTA = b'{"index":0,"delta":{"content":'
-_ROLE = b'{"index":0,"delta":{"role":"assistant","content":'
+_DELTA = b'{"index":%d,"delta":{"content":'
 _NO_LOGPROBS = b'},"logprobs":null,"finish_reason":null}'
 #: What OpenAI writes for a probability of 0, which JSON cannot say.
 LOWEST_LOGPROB = -9999.0
 
 
 class ChatDialect:
-    """One chat's response; see `Dialect`."""
+    """One choice of a chat's response; see `Dialect`."""
 
-    def __init__(self, service: Service, job: Job, record: RequestRecord) -> None:
+    def __init__(self, service: Service, job: Job, record: RequestRecord, index: int) -> None:
         self._tokenizer = service.text.tokenizer
         self._common = {
             "id": f"chatcmpl-{record.request_id}",
             "object": "chat.completion",
-            "created": int(service.clock.wall_s()),
+            "created": job.created_s,
             "model": service.model_name,
         }
         chunk = self._common | {"object": "chat.completion.chunk"}
-        self._envelope = Envelope(chunk, has_usage=job.has_usage_chunk)
-        self._has_logprobs = job.request.params.logprobs is not None
+        self._envelope = Envelope(
+            chunk, has_usage=job.has_usage_chunk, usage_so_far=usage_so_far(job, record)
+        )
+        self._index = index
+        self._delta = _DELTA % index
+        self._has_logprobs = job.has_logprobs
+        self._has_token_ids = job.has_token_ids
+        # Of a chat they stand beside the choices (vLLM's way), once.
+        self._beside = {"prompt_token_ids": job.prompts[0]} if job.has_token_ids else {}
 
     def opening(self) -> bytes:
         """See `Dialect`."""
-        return self._envelope.text(_ROLE, "", _NO_LOGPROBS)
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._envelope.choice(choice, {} if self._index else self._beside)
 
     def piece(self, piece: Piece) -> bytes:
         """See `Dialect`."""
-        if not self._has_logprobs:
-            return self._envelope.text(_DELTA, piece.text, _NO_LOGPROBS)
-        logprobs = orjson.dumps(_logprobs(self._tokenizer, piece.tokens))
-        after = b'},"logprobs":' + logprobs + b',"finish_reason":null}'
-        return self._envelope.text(_DELTA, piece.text, after)
+        if not self._has_logprobs and not self._has_token_ids:
+            return self._envelope.text(self._delta, piece.text, _NO_LOGPROBS)
+        rest = {"logprobs": None, "finish_reason": None, **self._details([piece])}
+        return self._envelope.text(self._delta, piece.text, b"}," + orjson.dumps(rest)[1:])
 
     def closing(self, finish_reason: str, told: dict[str, Any]) -> bytes:
         """See `Dialect`."""
-        choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
+        choice = {
+            "index": self._index,
+            "delta": {},
+            "logprobs": None,
+            "finish_reason": finish_reason,
+        }
         return self._envelope.closing(choice, told)
 
-    def answer(self, pieces: Sequence[Piece], told: dict[str, Any]) -> dict[str, Any]:
+    def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """See `Dialect`."""
-        tokens = [token for piece in pieces for token in piece.tokens]
         text = "".join(piece.text for piece in pieces)
-        choice = {
-            "index": 0,
+        return {
+            "index": self._index,
             "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": _logprobs(self._tokenizer, tokens) if self._has_logprobs else None,
+            "logprobs": None,
             "finish_reason": pieces[-1].finish_reason,
+            **self._details(pieces),
         }
-        return {**self._common, "choices": [choice], **told}
+
+    def answer(self, choices: list[dict[str, Any]], told: dict[str, Any]) -> dict[str, Any]:
+        """See `Dialect`."""
+        return {**self._common, "choices": choices, **self._beside, **told}
+
+    def _details(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Return what was asked for of the tokens."""
+        details: dict[str, Any] = {}
+        if self._has_logprobs:
+            tokens = [token for piece in pieces for token in piece.tokens]
+            details["logprobs"] = _logprobs(self._tokenizer, tokens)
+        if self._has_token_ids:
+            details["token_ids"] = [token for piece in pieces for token in piece.token_ids]
+        return details
 
 
 def _logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenAt]) -> dict[str, Any]:

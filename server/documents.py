@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Document(BaseModel):
@@ -100,21 +101,54 @@ class ChatLogprobs(Document):
     refusal: None
 
 
+class CalledFunction(Document):
+    """A tool and its arguments, a string of JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Document):
+    """A call of a tool; `index` stands in streams."""
+
+    index: int | None = None
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class LeftOut(Document):
+    """What the model wrote and the message does not hold."""
+
+    num_tool_calls: int | None = None
+    cut_tool_call: str | None = None
+
+
+class ChoiceReport(Document):
+    """Our own object of a choice, where there is something to tell."""
+
+    left_out: LeftOut
+
+
 class AssistantMessage(Document):
     """The answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Document):
-    """The only one."""
+    """One of `n`."""
 
-    index: Literal[0]
+    index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
+    octavo: ChoiceReport | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(Document):
@@ -125,6 +159,7 @@ class ChatCompletion(Document):
     created: int
     model: str
     choices: list[ChatChoice]
+    prompt_token_ids: list[int] | None = None
     usage: Usage
     octavo: Octavo
 
@@ -134,15 +169,19 @@ class MessageDelta(Document):
 
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChunkChoice(Document):
-    """The only one."""
+    """What comes to one of `n`."""
 
-    index: Literal[0]
+    index: int
     delta: MessageDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
+    octavo: ChoiceReport | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(Document):
@@ -153,6 +192,7 @@ class ChatChunk(Document):
     created: int
     model: str
     choices: list[ChatChunkChoice]
+    prompt_token_ids: list[int] | None = None
     usage: Usage | None = None
     octavo: Octavo | None = None
 
@@ -167,12 +207,14 @@ class CompletionLogprobs(Document):
 
 
 class CompletionChoice(Document):
-    """The only one; in a stream, what comes to it."""
+    """Answer `index % n` to prompt `index // n`; in a stream, what comes to it."""
 
-    index: Literal[0]
+    index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Completion(Document):

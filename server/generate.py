@@ -5,9 +5,9 @@ Knows nothing of JSON or of how pieces are sent.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scheduler.client import (
@@ -24,32 +24,63 @@ from server.logs import milliseconds
 from server.output import OutputOptions, OutputText, Piece
 from server.params import Warned
 from server.service import Service
+from server.tooling import Spoken
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What the engine is asked, and what its answer becomes."""
 
-    request: GenerateRequest
+    #: Prompt by prompt, `num_tries` each.
+    requests: tuple[GenerateRequest, ...]
     output: OutputOptions
+    #: By the wall clock: what responses call `created`.
+    created_s: int
     warnings: tuple[Warned, ...] = ()
     is_stream: bool = False
     has_usage_chunk: bool = False
+    #: Every chunk tells the usage so far.
+    has_continuous_usage: bool = False
+    #: Not only wanted by us, to rank the tries.
+    has_logprobs: bool = False
+    has_token_ids: bool = False
+    #: Answers given to each prompt, and those generated to choose them from.
+    num_choices: int = 1
+    num_tries: int = 1
+    #: Prompt by prompt; empty where they are not repeated.
+    echoes: tuple[str, ...] = ()
+    #: None: the output is plain text.
+    spoken: Spoken | None = None
+
+    def read_as(self, spoken: Spoken | None) -> Job:
+        """Return this job with its output read for reasoning and calls."""
+        if spoken is None or not spoken.speech.has_special_marks:
+            return replace(self, spoken=spoken)
+        return replace(self, spoken=spoken, output=replace(self.output, skip_special_tokens=False))
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The prompts' tokens, each prompt once."""
+        return [request.prompt_token_ids for request in self.requests[:: self.num_tries]]
+
+    @property
+    def num_answers(self) -> int:
+        """The choices of the response."""
+        return len(self.requests) // self.num_tries * self.num_choices
 
 
 async def generate(
-    service: Service, job: Job, record: RequestRecord
+    service: Service, job: Job, index: int, record: RequestRecord
 ) -> AsyncGenerator[Piece, None]:
-    """Yield pieces up to the one with a `finish_reason`. Closing it cancels the request.
+    """Yield pieces of one of the job's requests, up to the one with a `finish_reason`.
 
-    Raises `ApiError`. Whatever the end, `record` and the metrics tell it, once.
+    Closing it cancels the request. Raises `ApiError`. Whatever the end, `record` and the metrics
+    tell it, once.
     """
     output = OutputText(service.text.tokenizer, job.output)
-    record.model = service.model_name
-    record.prompt_tokens = len(job.request.prompt_token_ids)
     record.finish_reason = "abort"
     try:
-        async with aclosing(service.client.generate(job.request)) as deltas:
+        async with aclosing(service.client.generate(job.requests[index])) as deltas:
             async for delta in deltas:
                 _require_sound(delta)
                 piece = output.push(delta)
@@ -84,9 +115,14 @@ def usage(record: RequestRecord) -> dict[str, Any]:
     }
 
 
+def usage_so_far(job: Job, record: RequestRecord) -> Callable[[], dict[str, Any]] | None:
+    """Return what tells it, if every chunk is to tell it."""
+    return (lambda: usage(record)) if job.has_continuous_usage else None
+
+
 def octavo(job: Job, record: RequestRecord, now_s: float) -> dict[str, Any]:
     """Return our own object of the response: warnings, timings, and what the cache did."""
-    decode_s, num_decoded = record.decode_s, record.output_tokens - 1
+    decode_s, num_decoded = record.decode_s, record.output_tokens - len(job.requests)
     return {
         "warnings": list(job.warnings),
         "timings": {

@@ -51,6 +51,8 @@ class Piece:
     #: Generated since the last piece, whether or not their text is shown.
     num_tokens: int
     finish_reason: FinishWord | None = None
+    #: Those `num_tokens`.
+    token_ids: tuple[int, ...] = ()
 
 
 class OutputText:
@@ -86,14 +88,15 @@ class OutputText:
         else:
             text, num_tokens, has_matched = self._push_singly(delta, num_shown)
         if has_matched:
-            return Piece(text, self._taken(is_last=True, is_cut=True), num_tokens, "stop")
+            tokens, token_ids = self._taken(is_last=True, is_cut=True), delta.token_ids[:num_tokens]
+            return Piece(text, tokens, num_tokens, "stop", token_ids)
         num_tokens += len(delta.token_ids) - num_shown
         if reason is None:
-            return Piece(text, self._taken(), num_tokens)
+            return Piece(text, self._taken(), num_tokens, None, delta.token_ids)
         tail, has_matched = self._finish()
         word: FinishWord = "stop" if has_matched or reason is FinishReason.STOP else "length"
         tokens = self._taken(is_last=True, is_cut=has_matched)
-        return Piece(text + tail, tokens, num_tokens, word)
+        return Piece(text + tail, tokens, num_tokens, word, delta.token_ids)
 
     def check(self) -> None:
         """Assert that text is neither sent twice nor before it is known."""

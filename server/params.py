@@ -46,14 +46,12 @@ def _warned(because: str, *neutral: object) -> Unsupported:
 
 
 _COMMON = {
-    "n": _refused(1, because="must be 1: several answers to one request are not supported"),
     "use_beam_search": _refused(_FALSE),
     "length_penalty": _refused(1.0),
     "early_stopping": _refused(_FALSE),
     "bad_words": _refused([]),
     "allowed_token_ids": _refused([]),
     "prompt_logprobs": _refused(),
-    "truncate_prompt_tokens": _refused(),
     "logits_processors": _refused([]),
     "guided_json": _refused(),
     "guided_regex": _refused(),
@@ -64,7 +62,6 @@ _COMMON = {
         {"type": "text"}, because="can only be of type 'text': structured output is not supported"
     ),
     "kv_transfer_params": _refused(),
-    "return_token_ids": _refused(_FALSE),
     "return_tokens_as_token_ids": _refused(_FALSE),
     "spaces_between_special_tokens": _refused(_TRUE),
     "detokenize": _refused(_TRUE),
@@ -79,33 +76,25 @@ _COMMON = {
 }
 CHAT = {
     **_COMMON,
-    "tools": _refused([], because="are not supported"),
-    "tool_choice": _refused("none"),
-    "parallel_tool_calls": _refused(_TRUE, _FALSE),
     "functions": _refused([], because="are not supported"),
     "function_call": _refused("none"),
     "audio": _refused(),
     "modalities": _refused(["text"], because="can only be ['text']"),
     "web_search_options": _refused(),
     "chat_template": _refused(because="of a request is not used: the model's own is"),
-    "continue_final_message": _refused(_FALSE),
     "documents": _refused([]),
     "mm_processor_kwargs": _refused({}),
     "echo": _refused(_FALSE),
     "prediction": _warned("predicted output does not speed anything up here"),
     "reasoning_effort": _warned("has no effect on this model", "none"),
-    "include_reasoning": _warned("there is no separate reasoning here", _TRUE, _FALSE),
     "verbosity": _warned("has no effect on this model", "medium"),
 }
 COMPLETION = {
     **_COMMON,
-    "best_of": _refused(1, because="must be 1"),
-    "echo": _refused(_FALSE),
     "suffix": _refused("", because="is not supported: text cannot be inserted"),
     "prompt_embeds": _refused(),
 }
 STREAM_OPTIONS = {
-    "continuous_usage_stats": _refused(_FALSE),
     "include_obfuscation": _warned("chunks are not padded", _FALSE),
 }
 

@@ -5,30 +5,40 @@ So a client hears at once what is wrong with its request. Knows nothing of respo
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
 
 from scheduler.client import GenerateRequest, ModelInfo, SamplingParams
 from server import params
+from server.choices import params_of_try
 from server.errors import invalid
 from server.generate import Job
 from server.output import OutputOptions
 from server.params import Warned
-from server.schemas import ChatRequest, CompletionRequest, GenerateFields, Message
+from server.prompts import (
+    DEFAULT_COMPLETION_TOKENS,
+    completion_prompts,
+    echoes,
+    off_loop,
+    require_tokens,
+    truncated,
+)
+from server.schemas import (
+    MAX_CHOICES_IN_ALL,
+    ChatRequest,
+    CompletionRequest,
+    GenerateFields,
+    Message,
+)
 from server.service import Service
 from server.text.pieces import TextError
 from server.text.template import TemplateError
+from server.tooling import callable_tools, spoken, tool_warnings
 
-ConvertedT = TypeVar("ConvertedT")
-
-#: From here on a prompt is encoded in a thread: 10,000 characters take about 3 ms.
-LONG_PROMPT_CHARS = 10_000
 #: To render a message takes as long as to encode this many characters, some 25 µs.
 _MESSAGE_CHARS = 80
-#: OpenAI's, for completions.
-DEFAULT_COMPLETION_TOKENS = 16
-
 _SAMPLING_FIELDS = (
     "temperature",
     "top_p",
@@ -40,7 +50,7 @@ _SAMPLING_FIELDS = (
     "ignore_eos",
 )
 #: What `ChatTemplate.render` takes itself.
-_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt")
+_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt", "continues_final")
 
 
 async def chat_job(service: Service, request: ChatRequest) -> Job:
@@ -54,13 +64,18 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         if max_tokens not in {None, request.max_completion_tokens}:
             raise invalid("max_tokens and max_completion_tokens disagree", "max_tokens")
         max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
+    tools = callable_tools(service, request)
+    warnings += tool_warnings(tools)
     token_ids = await chat_tokens(
         service,
         request.messages,
         add_generation_prompt=request.add_generation_prompt,
         add_special_tokens=request.add_special_tokens,
         variables=request.chat_template_kwargs,
+        tools=[tool.for_template() for tool in tools],
+        continues_final=request.continue_final_message is True,
     )
+    token_ids = truncated(service.client.info, request, token_ids, max_tokens)
     room = _room(service.client.info, token_ids, max_tokens, ("messages", name))
     sampling = _sampling(
         service,
@@ -69,32 +84,82 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         names={"max_tokens": name, "logprobs": "top_logprobs"},
     )
-    return _job(service, request, (token_ids, sampling), warnings, continues=False)
+    job = _job(
+        service,
+        request,
+        [(token_ids, sampling)],
+        warnings,
+        continues=request.continue_final_message is True,
+        has_logprobs=request.logprobs is True,
+    )
+    return job.read_as(spoken(service, request, tools, token_ids))
 
 
 async def completion_job(service: Service, request: CompletionRequest) -> Job:
     """Return what a completion asks for. Raises `ApiError` that names the field at fault."""
     service.require_model(request.model)
     warnings = params.judge(request.model_extra, params.COMPLETION)
-    token_ids = request.prompt
-    if isinstance(token_ids, str):
-        adds = request.add_special_tokens is not False
-        token_ids = await prompt_tokens(service, token_ids, add_special_tokens=adds)
+    num_tries = _tries(request)
+    if request.echo and request.logprobs is not None:
+        message = "echo with logprobs is not supported: of a prompt there are no probabilities"
+        raise invalid(message, "echo", code="unsupported_parameter")
+    prompts = await completion_prompts(service, request)
+    is_one = len(prompts) == 1
+    asked = [
+        (prompt, _completion_sampling(service, request, prompt, "prompt" if is_one else name))
+        for prompt, name in ((prompt, f"prompt.{i}") for i, prompt in enumerate(prompts))
+    ]
+    return _job(
+        service,
+        request,
+        asked,
+        warnings,
+        continues=True,
+        has_logprobs=request.logprobs is not None,
+        num_tries=num_tries,
+        prompt_texts=await echoes(service, request, prompts) if request.echo else (),
+    )
+
+
+def _tries(request: CompletionRequest) -> int:
+    """Return how many answers to generate to each prompt. Raises `ApiError`."""
+    num_choices = request.n or 1
+    num_tries = num_choices if request.best_of is None else request.best_of
+    if num_tries < num_choices:
+        raise invalid(f"best_of must be at least n, which is {num_choices}", "best_of")
+    if request.stream and num_tries > num_choices:
+        raise invalid("best_of cannot be streamed: which is best shows at the end", "best_of")
+    num_in_all = num_tries * len(request.prompt)
+    if num_in_all > MAX_CHOICES_IN_ALL:
+        name = "n" if request.best_of is None else "best_of"
+        message = (
+            f"{name} is {num_tries} for each of {len(request.prompt)} prompts:"
+            f" together more than the {MAX_CHOICES_IN_ALL} answers one request may have"
+        )
+        raise invalid(message, name)
+    return num_tries
+
+
+def _completion_sampling(
+    service: Service, request: CompletionRequest, token_ids: list[int], name: str
+) -> SamplingParams:
+    """Return the parameters for one prompt, which came in the field `name`. Raises `ApiError`."""
     info = service.client.info
     if not token_ids:
-        raise invalid("prompt must not be empty", "prompt")
+        raise invalid(f"{name} must not be empty", name)
     # The length first: it costs nothing, however many there are.
-    room = _room(info, token_ids, request.max_tokens, ("prompt", "max_tokens"))
-    require_tokens(token_ids, info.vocab_size, "prompt")
+    room = _room(info, token_ids, request.max_tokens, (name, "max_tokens"))
+    require_tokens(token_ids, info.vocab_size, name)
     max_tokens = request.max_tokens
-    sampling = _sampling(
+    # The tries are ranked by them, if there are more than choices.
+    is_ranked = (request.best_of or 1) > (request.n or 1)
+    return _sampling(
         service,
         request,
         max_tokens=min(DEFAULT_COMPLETION_TOKENS, room) if max_tokens is None else max_tokens,
-        logprobs=request.logprobs,
+        logprobs=0 if is_ranked and request.logprobs is None else request.logprobs,
         names={},
     )
-    return _job(service, request, (token_ids, sampling), warnings, continues=True)
 
 
 async def chat_tokens(
@@ -104,6 +169,8 @@ async def chat_tokens(
     add_generation_prompt: bool | None,
     add_special_tokens: bool | None,
     variables: dict[str, Any] | None,
+    tools: Sequence[dict[str, Any]] = (),
+    continues_final: bool = False,
 ) -> list[int]:
     """Return the prompt that the model's template makes of a chat; null flags mean the default.
 
@@ -117,55 +184,28 @@ async def chat_tokens(
             message = f"chat_template_kwargs: the variable {name!r} is the server's own"
             raise invalid(message, "chat_template_kwargs")
 
+    if continues_final and add_generation_prompt:
+        message = "continue_final_message and add_generation_prompt exclude each other"
+        raise invalid(message, "continue_final_message")
+
     def encode() -> list[int]:
         text = template.render(
             [message.for_template() for message in messages],
             add_generation_prompt=add_generation_prompt is not False,
+            tools=tools or None,
+            continues_final=continues_final,
             **(variables or {}),
         )
         return tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
 
     try:
-        num_chars = sum(message.num_chars for message in messages)
-        return await _off_loop(encode, num_chars + len(messages) * _MESSAGE_CHARS)
+        num_chars = sum(message.num_chars for message in messages) + len(orjson.dumps(tools))
+        return await off_loop(encode, num_chars + len(messages) * _MESSAGE_CHARS)
     except TemplateError as error:
         at = "" if error.message_index is None else f".{error.message_index}"
         raise invalid(str(error), "messages" + at) from error
     except TextError as error:
         raise invalid(str(error), "messages") from error
-
-
-async def prompt_tokens(service: Service, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Return `text` in tokens. Raises `ApiError`."""
-    tokenizer = service.text.tokenizer
-    try:
-        return await _off_loop(
-            lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text)
-        )
-    except TextError as error:
-        raise invalid(str(error), "prompt") from error
-
-
-def require_tokens(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raise `ApiError` (400) for a token id outside the vocabulary."""
-    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
-        index = next(i for i, token in enumerate(token_ids) if not 0 <= token < vocab_size)
-        message = (
-            f"{param}.{index} is no token id: the vocabulary has the ids 0 to {vocab_size - 1}"
-        )
-        raise invalid(message, param)
-
-
-async def token_text(service: Service, token_ids: Sequence[int]) -> str:
-    """Return the text of `token_ids`, special tokens and all."""
-    tokenizer = service.text.tokenizer
-    return await _off_loop(
-        lambda: tokenizer.decode(token_ids, skip_special_tokens=False), len(token_ids)
-    )
-
-
-async def _off_loop(convert: Callable[[], ConvertedT], length: int) -> ConvertedT:
-    return convert() if length < LONG_PROMPT_CHARS else await asyncio.to_thread(convert)
 
 
 def _room(
@@ -247,12 +287,17 @@ def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, f
 def _job(
     service: Service,
     request: GenerateFields,
-    asked: tuple[list[int], SamplingParams],
+    asked: Sequence[tuple[list[int], SamplingParams]],
     warnings: list[Warned],
     *,
     continues: bool,
+    has_logprobs: bool,
+    num_tries: int | None = None,
+    prompt_texts: tuple[str, ...] = (),
 ) -> Job:
-    token_ids, sampling = asked
+    """Build the job; `asked`: prompt by prompt; `num_tries` of each, default n."""
+    [(_, sampling), *_] = asked
+    num_choices = request.n or 1
     options = request.stream_options
     if options is not None:
         if not request.stream:
@@ -262,8 +307,15 @@ def _job(
     if not sampling.ignore_eos:
         ends.update(service.client.info.eos_token_ids)
     return Job(
-        request=GenerateRequest(
-            tuple(token_ids), sampling, request.priority or 0, request.cache_salt or ""
+        requests=tuple(
+            GenerateRequest(
+                prompt,
+                params_of_try(own, index),
+                request.priority or 0,
+                request.cache_salt or "",
+            )
+            for prompt, own in ((tuple(token_ids), own) for token_ids, own in asked)
+            for index in range(num_tries or num_choices)
         ),
         output=OutputOptions(
             stops=tuple(request.stop or ()),
@@ -273,7 +325,14 @@ def _job(
             min_tokens=sampling.min_tokens,
             continues=continues,
         ),
+        created_s=int(service.clock.wall_s()),
         warnings=tuple(warnings),
         is_stream=request.stream is True,
         has_usage_chunk=options is not None and options.include_usage is True,
+        has_continuous_usage=options is not None and options.continuous_usage_stats is True,
+        has_logprobs=has_logprobs,
+        has_token_ids=request.return_token_ids is True,
+        echoes=prompt_texts,
+        num_choices=num_choices,
+        num_tries=num_tries or num_choices,
     )

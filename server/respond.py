@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import orjson
 from starlette.requests import Request
@@ -17,11 +17,15 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from server import sse
+from server.choices import best, generate_choices
 from server.context import RequestContext, RequestRecord
 from server.errors import ApiError, ClientGoneError
-from server.generate import Job, generate, octavo, usage
+from server.generate import Job, octavo, usage
 from server.output import Piece
 from server.service import Service
+
+#: What `generate_choices` yields.
+Batches: TypeAlias = AsyncGenerator[Sequence[tuple[int, Piece]], None]
 
 #: Of a body that is too large, this many times the limit is read and thrown away, so that a client
 #: that writes before it reads gets to see the answer.
@@ -31,26 +35,32 @@ BODY_PATIENCE_S = 30.0
 
 
 class Dialect(Protocol):
-    """How one route's responses look. Chunks are whole events; text is all that varies in them."""
+    """How one choice looks in one route's responses. Chunks are whole events."""
 
     def opening(self) -> bytes:
-        """Events before the first piece."""
+        """Events before the first piece of any choice."""
 
     def piece(self, piece: Piece) -> bytes:
         """Events with a piece's text."""
 
     def closing(self, finish_reason: str, told: dict[str, Any]) -> bytes:
-        """Events after the last piece; `told` has `octavo`, and `usage` if it was asked for."""
+        """Events after the last piece.
 
-    def answer(self, pieces: Sequence[Piece], told: dict[str, Any]) -> dict[str, Any]:
-        """Return the whole body, for a request that wants no stream."""
+        `told` has `octavo`, and `usage` if it was asked for; it is empty while others go on.
+        """
+
+    def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Return the whole choice, for a request that wants no stream."""
+
+    def answer(self, choices: list[dict[str, Any]], told: dict[str, Any]) -> dict[str, Any]:
+        """Return the whole body around all choices."""
 
 
 class Understood(Protocol):
-    """Gives the dialect once the job is known."""
+    """Gives a dialect once the job is known."""
 
-    def __call__(self, job: Job, record: RequestRecord) -> Dialect:
-        """Return the dialect of one response."""
+    def __call__(self, job: Job, record: RequestRecord, index: int) -> Dialect:
+        """Return the dialect of one choice."""
 
 
 class GenerationResponse(Response):
@@ -69,48 +79,61 @@ class GenerationResponse(Response):
         context = RequestContext.of(scope)
         async with context.interruption.on_disconnect(receive):
             job = await self._prepare()
-            dialect = self._understood(job, context.record)
-            async with aclosing(generate(self._service, job, context.record)) as pieces:
+            record = context.record
+            dialects = [self._understood(job, record, i) for i in range(job.num_answers)]
+            async with aclosing(generate_choices(self._service, job, record)) as batches:
                 if job.is_stream:
-                    await self._stream(pieces, job, dialect, context.record, send)
+                    await self._stream(batches, job, dialects, record, send)
                 else:
-                    await self._whole(pieces, job, dialect, context.record, send)
+                    await self._whole(batches, job, dialects, record, send)
 
     async def _stream(
         self,
-        pieces: AsyncGenerator[Piece, None],
+        batches: Batches,
         job: Job,
-        dialect: Dialect,
+        dialects: Sequence[Dialect],
         record: RequestRecord,
         send: Send,
     ) -> None:
         """One write a step. Awaiting it is the backpressure: unread deltas become one."""
-        has_begun = False
-        async for piece in pieces:
-            events = dialect.piece(piece) if piece.text or piece.tokens else b""
+        num_left, has_begun = len(dialects), False
+        async for batch in batches:
+            events = b""
             if not has_begun:
                 has_begun = True
-                events = dialect.opening() + events
+                events = b"".join(dialect.opening() for dialect in dialects)
                 start = {"type": "http.response.start", "status": 200, "headers": [*sse.HEADERS]}
                 await send(start)
-            if piece.finish_reason is not None:
-                told = self._told(job, record, has_usage=job.has_usage_chunk)
-                events += dialect.closing(piece.finish_reason, told) + sse.DONE
+            for index, piece in batch:
+                dialect = dialects[index]
+                if piece.text or piece.tokens or (job.has_token_ids and piece.token_ids):
+                    events += dialect.piece(piece)
+                if piece.finish_reason is not None:
+                    num_left -= 1
+                    has_usage = job.has_usage_chunk
+                    told = {} if num_left else self._told(job, record, has_usage=has_usage)
+                    events += dialect.closing(piece.finish_reason, told)
+            if not num_left:
+                events += sse.DONE
             if events:
-                is_last = piece.finish_reason is not None
-                body = {"type": "http.response.body", "body": events, "more_body": not is_last}
+                body = {"type": "http.response.body", "body": events, "more_body": num_left > 0}
                 await send(body)
 
     async def _whole(
         self,
-        pieces: AsyncGenerator[Piece, None],
+        batches: Batches,
         job: Job,
-        dialect: Dialect,
+        dialects: Sequence[Dialect],
         record: RequestRecord,
         send: Send,
     ) -> None:
-        collected = [piece async for piece in pieces]
-        answer = dialect.answer(collected, self._told(job, record, has_usage=True))
+        collected: list[list[Piece]] = [[] for _ in job.requests]
+        async for batch in batches:
+            for index, piece in batch:
+                collected[index].append(piece)
+        answers = best(job, collected)
+        choices = [dialect.choice(own) for dialect, own in zip(dialects, answers, strict=True)]
+        answer = dialects[0].answer(choices, self._told(job, record, has_usage=True))
         await send_json(send, 200, orjson.dumps(answer))
 
     def _told(self, job: Job, record: RequestRecord, *, has_usage: bool) -> dict[str, Any]:

@@ -15,16 +15,11 @@ from server.context import RequestRecord
 from server.errors import invalid
 from server.generate import Job
 from server.openapi import answers, body_of, generation_answers
-from server.prepare import (
-    chat_job,
-    chat_tokens,
-    completion_job,
-    prompt_tokens,
-    require_tokens,
-    token_text,
-)
+from server.prepare import chat_job, chat_tokens, completion_job
+from server.prompts import prompt_tokens, require_tokens, token_text
 from server.respond import Dialect, GenerationResponse, JsonResponse, read_body
 from server.service import Service
+from server.spoken import SpokenDialect
 
 
 def generation_routes(service: Service) -> APIRouter:
@@ -32,11 +27,13 @@ def generation_routes(service: Service) -> APIRouter:
     router = APIRouter()
     limit_bytes = service.config.server.max_request_bytes
 
-    def chat(job: Job, record: RequestRecord) -> Dialect:
-        return ChatDialect(service, job, record)
+    def chat(job: Job, record: RequestRecord, index: int) -> Dialect:
+        if job.spoken is not None:
+            return SpokenDialect(service, job, record, index, job.spoken)
+        return ChatDialect(service, job, record, index)
 
-    def completion(job: Job, record: RequestRecord) -> Dialect:
-        return CompletionDialect(service, job, record)
+    def completion(job: Job, record: RequestRecord, index: int) -> Dialect:
+        return CompletionDialect(service, job, record, index)
 
     @router.post(
         "/v1/chat/completions",

@@ -8,7 +8,7 @@ Lists end at their first fault: a body of four million of them is not worth ten 
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -17,10 +17,12 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from server.errors import from_validation
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
+from server.tools.schemas import Choice, ToolCalls, Tools
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
@@ -29,6 +31,9 @@ MAX_MESSAGES = 16_384
 MAX_PARTS = 4096
 MAX_LISTED_TOKENS = 4096
 MAX_TEMPLATE_VARIABLES = 64
+#: Answers to one prompt, and to all prompts of one request: each is a request to the engine.
+MAX_CHOICES = 16
+MAX_CHOICES_IN_ALL = 64
 #: From here on a body is parsed in a thread: it takes more than a millisecond.
 _LONG_BODY_BYTES = 64 * 1024
 
@@ -57,17 +62,18 @@ def _as_stops(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _as_one_prompt(value: object) -> object:
-    """Unpack a batch of one: `["text"]`, `[[1, 2]]`."""
+def _as_prompts(value: object) -> object:
+    """One prompt becomes a list of one."""
+    prompts = [value]
     if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
-            raise ValueError("several prompts in one request are not supported; send them apart")
-        value = value[0]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(type(token) is int for token in value):
-        return value
-    raise ValueError("must be a string or a list of token ids")
+        prompts = value
+    if len(prompts) > MAX_CHOICES_IN_ALL:
+        raise ValueError(f"must be at most {MAX_CHOICES_IN_ALL} prompts")
+    for prompt in prompts:
+        is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+        if not is_ids and not isinstance(prompt, str):
+            raise ValueError("must be a string or a list of token ids, or a list of such")
+    return prompts
 
 
 def _as_biases(value: object) -> object:
@@ -88,8 +94,12 @@ Stops = Annotated[
 Biases = Annotated[dict[str, float] | None, BeforeValidator(_as_biases)]
 TemplateVariables = Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)]
 StopTokens = Annotated[list[int], Field(max_length=MAX_LISTED_TOKENS, fail_fast=True)]
-Prompt = Annotated[
-    Any, BeforeValidator(_as_one_prompt, json_schema_input_type=str | list[int] | list[str])
+Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+Prompts = Annotated[
+    Any,
+    BeforeValidator(
+        _as_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]
+    ),
 ]
 
 
@@ -97,12 +107,16 @@ class StreamOptions(Request):
     """What a stream tells besides its text."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="every chunk tells the usage so far, of all choices together"
+    )
 
 
 class GenerateFields(Request):
     """What both ways of asking for tokens have in common."""
 
     model: str | None = Field(default=None, description="default: the one that is served")
+    n: Choices | None = Field(default=None, description="answers to each prompt; default 1")
     max_tokens: int | None = None
     temperature: float | None = Field(default=None, description="0 to 2; default 1")
     top_p: float | None = Field(default=None, description="above 0, at most 1; default 1")
@@ -128,6 +142,12 @@ class GenerateFields(Request):
     add_special_tokens: bool | None = Field(
         default=None, description="default: false for chats (the template has them), else true"
     )
+    truncate_prompt_tokens: int | None = Field(
+        default=None, description="keep as many from the prompt's end; -1: what fits"
+    )
+    return_token_ids: bool | None = Field(
+        default=None, description="tell the prompt's and the answer's tokens too"
+    )
 
     @field_validator("priority")
     @classmethod
@@ -151,7 +171,7 @@ def _as_parts(value: object) -> object:
 
 
 class Message(BaseModel):
-    """One message; further fields (`name`, `tool_calls`, ...) reach the template as they are."""
+    """One message; further fields (`name`, ...) reach the template as they are."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -160,6 +180,14 @@ class Message(BaseModel):
         Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None,
         BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart] | None),
     ] = None
+    tool_calls: ToolCalls | None = Field(default=None, description="what the assistant called")
+    tool_call_id: str | None = Field(default=None, description="needed by the role tool")
+
+    @model_validator(mode="after")
+    def _answers_a_call(self) -> Self:
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of the role tool needs a tool_call_id")
+        return self
 
     @property
     def num_chars(self) -> int:
@@ -169,8 +197,14 @@ class Message(BaseModel):
     def for_template(self) -> dict[str, Any]:
         """Return it as templates know it: OpenAI's `developer` is their `system`, null is ""."""
         parts = [part.model_dump() for part in self.content or ()]
+        calls: dict[str, Any] = {}
+        if self.tool_calls is not None:
+            calls["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            calls["tool_call_id"] = self.tool_call_id
         return {
             **(self.model_extra or {}),
+            **calls,
             "role": "system" if self.role == "developer" else self.role,
             "content": parts if len(parts) > 1 else "".join(part["text"] for part in parts),
         }
@@ -188,15 +222,34 @@ class ChatRequest(GenerateFields):
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, description="0 to 20; needs logprobs")
-    add_generation_prompt: bool | None = Field(default=None, description="default true")
+    add_generation_prompt: bool | None = Field(
+        default=None, description="default true, or false with continue_final_message"
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="go on with the last message instead of answering it"
+    )
     chat_template_kwargs: TemplateVariables | None = None
+    tools: Tools | None = None
+    tool_choice: Choice | None = Field(
+        default=None, description="none or auto; default: auto if there are tools"
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="false: only the first call is told; default true"
+    )
+    include_reasoning: bool | None = Field(default=None, description="default true")
 
 
 class CompletionRequest(GenerateFields):
     """Body of `POST /v1/completions`."""
 
-    prompt: Prompt
+    prompt: Prompts
+    best_of: Choices | None = Field(
+        default=None, description="generate as many, give the n likeliest (by mean logprob)"
+    )
     logprobs: int | None = Field(default=None, description="0 to 20")
+    echo: bool | None = Field(
+        default=None, description="put the prompt before the answer; not with logprobs"
+    )
 
 
 class Closed(Request):

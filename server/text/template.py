@@ -29,6 +29,8 @@ _TEMPLATE_FAULTS = (
     ValueError,
 )
 _PROBE = "octavo"
+#: Where a final message that goes on ends: private characters, and a tab that trimming takes away.
+_MARK, _MARK_SPACE = "\ue000octavo\ue001", "\t"
 
 
 class _RefusedError(jinja2.TemplateError):
@@ -64,6 +66,8 @@ class ChatTemplate:
         `special_tokens`: variables such as `bos_token`. Raises `TemplateError` with the template's
         name and line if one is not valid Jinja.
         """
+        #: As they were given, by name.
+        self.sources = dict(sources)
         environment = _environment(now)
         environment.globals.update(special_tokens)
         self._templates = {
@@ -80,14 +84,20 @@ class ChatTemplate:
         /,
         *,
         add_generation_prompt: bool = True,
+        continues_final: bool = False,
         tools: Sequence[Mapping[str, object]] | None = None,
         **kwargs: object,
     ) -> str:
         """Return the prompt, to be encoded without adding special tokens: it holds its own.
 
+        `continues_final`: it ends with the last message's content, to be gone on with (what
+        `continue_final_message` means in transformers); no generation prompt then.
         `kwargs` are further variables for the template. Raises `TemplateError` for messages the
         template refuses or a part of content that is no text.
         """
+        if continues_final:
+            messages = [*messages[:-1], _marked(messages[-1])]
+            add_generation_prompt = False
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         wants_parts = self._wants_parts[name]
         reading = _Reading()
@@ -96,7 +106,7 @@ class ChatTemplate:
             for index, message in enumerate(messages)
         ]
         try:
-            return self._templates[name].render(
+            text = self._templates[name].render(
                 {"documents": None, **kwargs},
                 messages=tracked,
                 tools=tools,
@@ -107,6 +117,7 @@ class ChatTemplate:
         except _TEMPLATE_FAULTS as error:
             message = f"the chat template failed: {type(error).__name__}: {error}"
             raise TemplateError(message, reading.index) from error
+        return _up_to_mark(text, len(messages) - 1) if continues_final else text
 
     def _reads_only_parts(self, name: str) -> bool:
         """Whether content is seen as a list of parts, but not as a string."""
@@ -210,6 +221,23 @@ def _prepared(
     if isinstance(calls, list):
         prepared["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     return prepared
+
+
+def _marked(message: Mapping[str, object]) -> Mapping[str, object]:
+    """Return `message` with the mark behind its content."""
+    content, mark = message.get("content"), _MARK + _MARK_SPACE
+    if isinstance(content, list) and content and isinstance(content[-1], Mapping):
+        last = content[-1]
+        return {**message, "content": [*content[:-1], {**last, "text": f"{last['text']}{mark}"}]}
+    return {**message, "content": f"{content or ''}{mark}"}
+
+
+def _up_to_mark(text: str, index: int) -> str:
+    """Cut the mark and what is behind it; a template that trims trims the content before it too."""
+    before, mark, behind = text.rpartition(_MARK)
+    if not mark:
+        raise TemplateError("the template does not show this message: it cannot go on", index)
+    return before if behind.startswith(_MARK_SPACE) else before.rstrip()
 
 
 def _part_text(part: object, index: int) -> str:

@@ -13,7 +13,7 @@ import pytest
 from pydantic import BeforeValidator
 
 from server import respond, schemas
-from server.prepare import LONG_PROMPT_CHARS
+from server.prompts import LONG_PROMPT_CHARS
 from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 

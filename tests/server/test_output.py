@@ -96,6 +96,10 @@ def test_how_tokens_arrive_changes_nothing(
     assert "".join(p.text for p in apart) == "".join(p.text for p in together)
     assert sum(p.num_tokens for p in apart) == sum(p.num_tokens for p in together)
     assert [t for p in apart for t in p.tokens] == [t for p in together for t in p.tokens]
+    for pieces in (together, apart):
+        assert all(len(piece.token_ids) == piece.num_tokens for piece in pieces)
+        told = [token_id for piece in pieces for token_id in piece.token_ids]
+        assert told == token_ids[: len(told)]
 
 
 def test_probabilities_do_not_tell_what_text_holds_back(text: ModelText) -> None:

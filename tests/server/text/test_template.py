@@ -104,6 +104,31 @@ def test_tools_are_written_as_json_without_escapes(smollm2: ModelText) -> None:
     assert rendered == expected
 
 
+@pytest.mark.parametrize("source", [CHATML, HEADERS, ALTERNATING])
+@pytest.mark.parametrize("content", ["1, 2,", " <|im_end|>\n ", "a", ""])
+def test_a_message_that_goes_on_ends_the_prompt_as_in_transformers(
+    smollm2: ModelText, source: str, content: str
+) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+    expected = reference(smollm2, source, messages, continue_final_message=True)
+    assert template_of(source).render(messages, continues_final=True) == expected
+
+
+def test_a_message_the_template_does_not_show_cannot_go_on() -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(TemplateError) as caught:
+        template_of("{{ messages[0].content }}").render(messages, continues_final=True)
+    assert caught.value.message_index == 1
+
+
+def test_the_last_part_of_a_message_goes_on() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b "}]
+    messages = [{"role": "assistant", "content": parts}]
+    assert template_of(CHATML).render(messages, continues_final=True) == (
+        "<|im_start|>assistant\na\nb "
+    )
+
+
 def test_smollm2_prompts_are_those_of_transformers(smollm2: ModelText, smollm2_gguf: Path) -> None:
     source = GGUFMetadata(smollm2_gguf).text("tokenizer.chat_template")
     assert source is not None

@@ -1,0 +1,114 @@
+"""Plain text to token ids and back; what is long is done in a thread, off the event loop.
+
+Knows nothing of chats or of what the tokens are for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from scheduler.client import ModelInfo
+from server.errors import invalid
+from server.schemas import CompletionRequest, GenerateFields
+from server.service import Service
+from server.text.pieces import TextError
+
+ConvertedT = TypeVar("ConvertedT")
+
+#: From here on a prompt is encoded in a thread: 10,000 characters take about 3 ms.
+LONG_PROMPT_CHARS = 10_000
+#: OpenAI's, for completions; and what a prompt that is cut to what fits leaves room for.
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+async def prompt_tokens(service: Service, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Return `text` in tokens. Raises `ApiError`."""
+    [token_ids] = await _encoded(service, [text], add_special_tokens=add_special_tokens)
+    return token_ids
+
+
+async def completion_prompts(service: Service, request: CompletionRequest) -> list[list[int]]:
+    """Return each prompt's tokens. Raises `ApiError`."""
+    info = service.client.info
+    adds = request.add_special_tokens is not False
+    encoded = await _encoded(service, request.prompt, add_special_tokens=adds)
+    return [truncated(info, request, token_ids, request.max_tokens) for token_ids in encoded]
+
+
+async def echoes(
+    service: Service, request: CompletionRequest, prompts: Sequence[Sequence[int]]
+) -> tuple[str, ...]:
+    """Return each prompt's text: as it was given, or what its tokens say."""
+    decode, is_cut = service.text.tokenizer.decode, request.truncate_prompt_tokens is not None
+    skips = request.skip_special_tokens is not False
+
+    def decode_all() -> tuple[str, ...]:
+        return tuple(
+            given
+            if isinstance(given, str) and not is_cut
+            else decode(token_ids, skip_special_tokens=skips)
+            for given, token_ids in zip(request.prompt, prompts, strict=True)
+        )
+
+    return await off_loop(decode_all, sum(map(len, prompts)))
+
+
+def truncated(
+    info: ModelInfo, request: GenerateFields, token_ids: list[int], max_tokens: int | None
+) -> list[int]:
+    """Return the end of the prompt that `truncate_prompt_tokens` keeps. Raises `ApiError`."""
+    num_kept = request.truncate_prompt_tokens
+    if num_kept is None:
+        return token_ids
+    if num_kept == -1:
+        num_kept = max(1, info.max_model_len - (max_tokens or DEFAULT_COMPLETION_TOKENS))
+    if num_kept < 1:
+        message = "truncate_prompt_tokens must be at least 1, or -1 for what fits"
+        raise invalid(message, "truncate_prompt_tokens")
+    return token_ids[-num_kept:]
+
+
+def require_tokens(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raise `ApiError` (400) for a token id outside the vocabulary."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        index = next(i for i, token in enumerate(token_ids) if not 0 <= token < vocab_size)
+        message = (
+            f"{param}.{index} is no token id: the vocabulary has the ids 0 to {vocab_size - 1}"
+        )
+        raise invalid(message, param)
+
+
+async def token_text(service: Service, token_ids: Sequence[int]) -> str:
+    """Return the text of `token_ids`, special tokens and all."""
+    tokenizer = service.text.tokenizer
+    return await off_loop(
+        lambda: tokenizer.decode(token_ids, skip_special_tokens=False), len(token_ids)
+    )
+
+
+async def off_loop(convert: Callable[[], ConvertedT], length: int) -> ConvertedT:
+    """Return what `convert` gives for a text of `length` characters (or tokens)."""
+    return convert() if length < LONG_PROMPT_CHARS else await asyncio.to_thread(convert)
+
+
+async def _encoded(
+    service: Service, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+) -> list[list[int]]:
+    """Return the prompts in tokens, all in one go; raise `ApiError` if one is no text."""
+    encode = service.text.tokenizer.encode
+
+    def encode_all() -> list[list[int]]:
+        return [
+            encode(prompt, add_special_tokens=add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
+            for prompt in prompts
+        ]
+
+    try:
+        num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        return await off_loop(encode_all, num_chars)
+    except TextError as error:
+        raise invalid(str(error), "prompt") from error

@@ -1,0 +1,98 @@
+"""What a chat's tools ask for: what the template is shown, and how the answer is to be read.
+
+Knows nothing of how answers are sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server import params
+from server.errors import ApiError, invalid
+from server.params import Warned
+from server.schemas import ChatRequest
+from server.service import Service
+from server.tools.declared import call_syntax, opens_reasoning, think_tags
+from server.tools.schemas import Tool
+from server.tools.speech import Speech
+
+#: Enough of a prompt's end to hold a tag that opens reasoning and the lines behind it.
+_TAIL_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """How the answer to a chat is read and told."""
+
+    speech: Speech
+    has_parallel_calls: bool = True
+    has_reasoning: bool = True
+
+
+def callable_tools(service: Service, request: ChatRequest) -> list[Tool]:
+    """Return the tools that the model may call. Raises `ApiError`."""
+    tools, choice = request.tools or [], request.tool_choice
+    if choice not in (None, "none", "auto"):
+        shown = repr(choice) if isinstance(choice, str) else "a named tool"
+        message = f"tool_choice can be 'none' or 'auto'; {shown} is not supported"
+        raise invalid(message, "tool_choice", code="unsupported_parameter")
+    if choice == "auto" and not tools:
+        raise invalid("tool_choice 'auto' needs tools", "tool_choice")
+    if choice == "none":
+        return []
+    seen: set[str] = set()
+    for index, tool in enumerate(tools):
+        if tool.function.name in seen:
+            param = f"tools.{index}.function.name"
+            raise invalid(f"{param}: two tools have this name", param)
+        seen.add(tool.function.name)
+    template = service.text.template
+    if tools and template is not None and call_syntax(template.sources) is None:
+        raise _no_tools()
+    return tools
+
+
+def tool_warnings(tools: Sequence[Tool]) -> list[Warned]:
+    """Return what of the tools has no effect."""
+    warnings: list[Warned] = []
+    for index, tool in enumerate(tools):
+        at = f"tools.{index}."
+        warnings += params.judge(tool.model_extra, {}, at)
+        warnings += params.judge(tool.function.model_extra, {}, at + "function.")
+        if tool.function.strict:
+            param = at + "function.strict"
+            told = f"{param} was ignored: arguments are not checked against the schema"
+            warnings.append({"param": param, "message": told})
+    return warnings
+
+
+def spoken(
+    service: Service, request: ChatRequest, tools: Sequence[Tool], prompt: Sequence[int]
+) -> Spoken | None:
+    """Return how the answer is read; None: it is plain text. `tools`: the callable ones."""
+    template = service.text.template
+    assert template is not None, "a chat was rendered without a template"
+    tags = think_tags(template.sources)
+    calls = call_syntax(template.sources) if tools else None
+    if tags is None and calls is None:
+        return None
+    end = service.text.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False)
+    return Spoken(
+        Speech(
+            calls,
+            tags,
+            is_thinking=tags is not None and opens_reasoning(end, tags),
+            tool_names=frozenset(tool.function.name for tool in tools),
+        ),
+        has_parallel_calls=request.parallel_tool_calls is not False,
+        has_reasoning=request.include_reasoning is not False,
+    )
+
+
+def _no_tools() -> ApiError:
+    message = (
+        "tools are not supported by this model: its chat template has none,"
+        " or a format of calls that is not read here"
+    )
+    return invalid(message, "tools", code="unsupported_parameter")

@@ -1,0 +1,1 @@
+"""What a model's words mean: reasoning, tool calls, and the text that is neither."""

@@ -1,0 +1,38 @@
+"""What a parser tells of a model's output, in the order in which it was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Text for the reader."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Text the model wrote for itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A whole call: it is told once its JSON is complete, so that none is ever taken back."""
+
+    name: str
+    #: An object of JSON, as the model wrote it.
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class CutCall:
+    """The output ended within a call; this is all there is of it."""
+
+    text: str
+
+
+Event = Content | Reasoning | Call | CutCall

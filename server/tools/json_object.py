@@ -1,0 +1,173 @@
+"""Reads one JSON object as its text grows: the first wrong character is noticed at once.
+
+RFC 8259, with one liberty: models put newlines and tabs into strings as they are. Every character
+is looked at once, however the text is cut. Knows nothing of calls.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import Enum, auto
+
+#: Deeper ones are refused: what clients parse with has its limits too.
+MAX_DEPTH = 100
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_IN_STRING = re.compile(r'[^"\\]*')
+_CONTROL = re.compile(r"[\x00-\x1f]")
+_ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+_ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
+_IN_LITERAL = re.compile(r"[A-Za-z0-9+.\-]*")
+_LITERAL = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
+
+
+class Status(Enum):
+    """How far an object has been read."""
+
+    OPEN = auto()
+    DONE = auto()
+    BROKEN = auto()
+
+
+class _Next(Enum):
+    """What may stand at the present place."""
+
+    VALUE = auto()
+    VALUE_OR_END = auto()
+    KEY = auto()
+    KEY_OR_END = auto()
+    COLON = auto()
+    COMMA_OR_END = auto()
+
+
+_VALUE_PLACES = (_Next.VALUE, _Next.VALUE_OR_END)
+_KEY_PLACES = (_Next.KEY, _Next.KEY_OR_END)
+_END_PLACES = (_Next.VALUE_OR_END, _Next.KEY_OR_END, _Next.COMMA_OR_END)
+
+
+class JsonObject:
+    """An object that begins at `start` of a text."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        #: Up to here the text has been read; the object's end once it is done.
+        self.pos = start
+        self.status = Status.OPEN
+        #: Where the values of its own keys stand in the text, by key.
+        self.members: dict[str, tuple[int, int]] = {}
+        #: Own keys read so far, one without its value included.
+        self.keys: list[str] = []
+        #: Whether a string holds a character that strict JSON would escape.
+        self.has_control = False
+        self._closers: list[str] = []
+        self._next = _Next.VALUE
+        self._is_in_string = False
+        self._is_in_literal = False
+        self._lexeme_start = start
+        self._value_start = start
+
+    def advance(self, text: str) -> Status:
+        """Read on in `text`, which begins with all that was read before."""
+        while self.status is Status.OPEN and self._step(text):
+            pass
+        return self.status
+
+    def _step(self, text: str) -> bool:
+        """Read a lexeme; False: more text is needed."""
+        if self._is_in_string:
+            return self._read_string(text)
+        if self._is_in_literal:
+            return self._read_literal(text)
+        self.pos = _end(_SPACE, text, self.pos)
+        if self.pos == len(text):
+            return False
+        self._begin(text[self.pos])
+        return True
+
+    def _begin(self, char: str) -> None:
+        is_value = self._next in _VALUE_PLACES
+        if not self._closers and char != "{":
+            self.status = Status.BROKEN
+        elif is_value and char in "{[" and len(self._closers) < MAX_DEPTH:
+            self._note_value_start()
+            self._closers.append("}" if char == "{" else "]")
+            self._next = _Next.KEY_OR_END if char == "{" else _Next.VALUE_OR_END
+            self.pos += 1
+        elif char == '"' and (is_value or self._next in _KEY_PLACES):
+            self._note_value_start()
+            self._is_in_string = True
+            self._lexeme_start = self.pos
+            self.pos += 1
+        elif self._next in _END_PLACES and char == self._closers[-1]:
+            self.pos += 1
+            self._closers.pop()
+            self._end_value()
+        elif self._next is _Next.COMMA_OR_END and char == ",":
+            self.pos += 1
+            self._next = _Next.KEY if self._closers[-1] == "}" else _Next.VALUE
+        elif self._next is _Next.COLON and char == ":":
+            self.pos += 1
+            self._next = _Next.VALUE
+        elif is_value and (char == "-" or (char.isascii() and char.isalnum())):
+            self._note_value_start()
+            self._is_in_literal = True
+            self._lexeme_start = self.pos
+        else:
+            self.status = Status.BROKEN
+
+    def _read_string(self, text: str) -> bool:
+        end = _end(_IN_STRING, text, self.pos)
+        self.has_control = self.has_control or bool(_CONTROL.search(text, self.pos, end))
+        self.pos = end
+        if end == len(text):
+            return False
+        if text[end] == '"':
+            self.pos += 1
+            self._is_in_string = False
+            self._end_string(text[self._lexeme_start : self.pos])
+            return True
+        escape = _ESCAPE.match(text, end)
+        if escape is not None:
+            self.pos = escape.end()
+            return True
+        if _ESCAPE_BEGUN.fullmatch(text, end):
+            return False
+        self.status = Status.BROKEN
+        return True
+
+    def _read_literal(self, text: str) -> bool:
+        self.pos = _end(_IN_LITERAL, text, self.pos)
+        if self.pos == len(text):
+            return False
+        self._is_in_literal = False
+        if _LITERAL.fullmatch(text, self._lexeme_start, self.pos):
+            self._end_value()
+        else:
+            self.status = Status.BROKEN
+        return True
+
+    def _note_value_start(self) -> None:
+        if len(self._closers) == 1:
+            self._value_start = self.pos
+
+    def _end_string(self, quoted: str) -> None:
+        if self._next not in _KEY_PLACES:
+            self._end_value()
+            return
+        if len(self._closers) == 1:
+            self.keys.append(json.loads(quoted, strict=False))
+        self._next = _Next.COLON
+
+    def _end_value(self) -> None:
+        self._next = _Next.COMMA_OR_END
+        if len(self._closers) == 1:
+            self.members[self.keys[-1]] = (self._value_start, self.pos)
+        elif not self._closers:
+            self.status = Status.DONE
+
+
+def _end(pattern: re.Pattern[str], text: str, pos: int) -> int:
+    """Return where the run of `pattern`, which may be empty, ends."""
+    found = pattern.match(text, pos)
+    return pos if found is None else found.end()

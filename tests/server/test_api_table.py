@@ -1,0 +1,41 @@
+"""docs/api.md says what the server does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server import api_table
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
+USER = {"role": "user", "content": "x"}
+
+
+def test_the_committed_page_is_the_generated_one() -> None:
+    assert DOCUMENT.read_text() == api_table.page(), "run: python -m server.api_table > docs/api.md"
+
+
+def test_other_servers_are_told_of_under_names_there_are() -> None:
+    assert {name for name, *_ in api_table.entries()} == api_table.PEERS.keys()
+
+
+@pytest.mark.parametrize(("path", "column"), [("/v1/chat/completions", 0), ("/v1/completions", 1)])
+def test_what_the_page_says_is_refused_or_warned_of_is(shared: Any, path: str, column: int) -> None:
+    """With a value that no parameter takes as neutral."""
+    body = {"messages": [USER], "prompt": "x", "max_tokens": 1}
+    names = {"honoured": 0, "refused": 0, "warned": 0, "-": 0}
+    for name, *said, _ in api_table.entries():
+        names[said[column]] += 1
+        if name.startswith("stream_options.") or said[column] == "honoured":
+            continue
+        answer = shared.post(path, **(body | {name: ["no", {"such": "value"}]}))
+        if said[column] == "refused":
+            assert answer.status_code == 400, name
+            assert answer.json()["error"]["param"] == name
+            assert answer.json()["error"]["code"] == "unsupported_parameter"
+        else:
+            warned = [entry["param"] for entry in answer.json()["octavo"]["warnings"]]
+            assert name in warned
+    assert all(names.values()), names

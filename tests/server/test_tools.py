@@ -1,0 +1,279 @@
+"""Tools and reasoning through the HTTP side, with the official client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import openai
+import pytest
+
+from scheduler.client import Delta, FinishReason, GenerateRequest, TokenLogprobs
+from server import documents
+from server.text.load import ModelText
+from server.text.template import ChatTemplate
+
+HERMES = """\
+{%- if tools %}{{ tools | tojson }} <tool_call>{% endif %}
+{%- for m in messages %}[{{ m.role }}]{{ m.content }}
+{%- for call in m.tool_calls or [] %}{{ call.function.arguments.a }}{% endfor %}
+{{- m.tool_call_id }}{% endfor %}"""
+THINKING = HERMES + "{# </think> #}<think>\n"
+MISTRAL = HERMES.replace("<tool_call>", "[TOOL_CALLS]")
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+USER = {"role": "user", "content": "1+1?"}
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+TWO_CALLS = f"Let me see.\n{CALL}\n{CALL}"
+
+Chatting = Callable[..., Any]
+
+
+def _script(output: str, width: int, reason: FinishReason) -> Any:
+    async def tell(_: Any, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        token_ids = tuple(output.encode())
+        for start in range(0, len(token_ids), width):
+            some = token_ids[start : start + width]
+            logprobs: tuple[TokenLogprobs, ...] = ()
+            if request.params.logprobs is not None:
+                logprobs = tuple(TokenLogprobs(token, -1.0, 1, ()) for token in some)
+            yield Delta(some, logprobs)
+        yield Delta(finish_reason=reason)
+
+    return tell
+
+
+@pytest.fixture
+def chatting(scripted: Callable[..., Any], text: ModelText) -> Chatting:
+    """Start a server whose model says `output`, `width` tokens at a time."""
+
+    def start(
+        output: str,
+        template: str = HERMES,
+        width: int = 1,
+        reason: FinishReason = FinishReason.STOP,
+    ) -> Any:
+        words = ChatTemplate(
+            {"default": template}, special_tokens={}, now=lambda: datetime.now(tz=UTC)
+        )
+        script = _script(output, width, reason)
+        return scripted(script, words=replace(text, template=words))
+
+    return start
+
+
+@contextmanager
+def api_of(live: Any) -> Iterator[Any]:
+    with openai.OpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0) as api:
+        yield api
+
+
+def prompt_of(live: Any) -> str:
+    text: str = live.text.tokenizer.decode(
+        live.client.requests[0].prompt_token_ids, skip_special_tokens=False
+    )
+    return text
+
+
+def test_calls_reach_the_client(chatting: Chatting) -> None:
+    live = chatting(TWO_CALLS)
+    with api_of(live) as api:
+        raw = api.chat.completions.with_raw_response.create(
+            model="fake", messages=[USER], tools=[TOOL]
+        )
+    documents.ChatCompletion.model_validate_json(raw.content)
+    [choice] = raw.parse().choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "Let me see."
+    first, second = choice.message.tool_calls
+    assert first.id != second.id
+    assert first.function.name == second.function.name == "add"
+    assert json.loads(second.function.arguments) == {"a": 1}
+    assert '"name": "add"' in prompt_of(live)
+
+
+@pytest.mark.parametrize("width", [1, 7, 1000])
+def test_a_stream_of_calls_adds_up(chatting: Chatting, width: int) -> None:
+    live = chatting(TWO_CALLS, width=width)
+    content = ""
+    calls: list[Any] = []
+    reasons: list[str | None] = []
+    with api_of(live) as api:
+        for chunk in api.chat.completions.create(
+            model="fake", messages=[USER], tools=[TOOL], stream=True
+        ):
+            documents.ChatChunk.model_validate_json(chunk.model_dump_json(exclude_unset=True))
+            [choice] = chunk.choices
+            content += choice.delta.content or ""
+            calls += choice.delta.tool_calls or []
+            reasons.append(choice.finish_reason)
+    assert content == "Let me see."
+    assert [call.index for call in calls] == [0, 1]
+    assert [(call.type, call.function.name) for call in calls] == [("function", "add")] * 2
+    assert [json.loads(call.function.arguments) for call in calls] == [{"a": 1}] * 2
+    assert reasons == [*[None] * (len(reasons) - 1), "tool_calls"]
+
+
+def test_the_openai_clients_own_stream_helper_reads_it(chatting: Chatting) -> None:
+    live = chatting(TWO_CALLS, width=3)
+    with (
+        api_of(live) as api,
+        api.chat.completions.stream(model="fake", messages=[USER], tools=[TOOL]) as stream,
+    ):
+        message = stream.get_final_completion().choices[0].message
+    assert [call.function.arguments for call in message.tool_calls] == ['{"a": 1}'] * 2
+
+
+def test_a_message_that_only_calls_has_no_content(chatting: Chatting) -> None:
+    body = chatting(CALL).post("/v1/chat/completions", messages=[USER], tools=[TOOL]).json()
+    assert body["choices"][0]["message"]["content"] is None
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_each_of_several_choices_is_read_on_its_own(chatting: Chatting, is_stream: bool) -> None:
+    live = chatting(CALL, width=5)
+    asked = {"messages": [USER], "tools": [TOOL], "n": 2, "stream": is_stream}
+    answer = live.post("/v1/chat/completions", **asked)
+    bodies = [answer.json()] if not is_stream else _events(answer.text)
+    choices = [choice for body in bodies for choice in body["choices"]]
+    parts = [choice.get("message") or choice.get("delta") for choice in choices]
+    told = [
+        (choice["index"], call["function"]["arguments"])
+        for choice, part in zip(choices, parts, strict=True)
+        for call in part.get("tool_calls", [])
+    ]
+    assert sorted(told) == [(0, '{"a": 1}'), (1, '{"a": 1}')]
+
+
+def _events(text: str) -> list[dict[str, Any]]:
+    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data")]
+    return [json.loads(line) for line in data if line != "[DONE]"]
+
+
+def test_tool_choice_none_hides_the_tools(chatting: Chatting) -> None:
+    live = chatting(CALL)
+    asked = {"messages": [USER], "tools": [TOOL], "tool_choice": "none"}
+    [choice] = live.post("/v1/chat/completions", **asked).json()["choices"]
+    assert choice["message"]["content"] == CALL
+    assert choice["finish_reason"] == "stop"
+    assert "add" not in prompt_of(live)
+
+
+def test_without_parallel_calls_the_first_is_told(chatting: Chatting) -> None:
+    live = chatting(TWO_CALLS)
+    asked = {"messages": [USER], "tools": [TOOL], "parallel_tool_calls": False}
+    [choice] = live.post("/v1/chat/completions", **asked).json()["choices"]
+    assert len(choice["message"]["tool_calls"]) == 1
+    assert choice["octavo"] == {"left_out": {"num_tool_calls": 1}}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_call_cut_by_the_limit_is_told_apart(chatting: Chatting, is_stream: bool) -> None:
+    live = chatting("Hm.\n" + CALL[:20], reason=FinishReason.LENGTH)
+    asked = {"messages": [USER], "tools": [TOOL], "stream": is_stream}
+    answer = live.post("/v1/chat/completions", **asked)
+    [choice] = (_events(answer.text)[-1] if is_stream else answer.json())["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["octavo"] == {"left_out": {"cut_tool_call": CALL[:20]}}
+
+
+def test_mistral_calls_have_ids_its_template_accepts(chatting: Chatting) -> None:
+    live = chatting('[TOOL_CALLS]add[ARGS]{"a": 1}', MISTRAL)
+    [choice] = live.post("/v1/chat/completions", messages=[USER], tools=[TOOL]).json()["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert len(call["id"]) == 9
+    assert call["id"].isalnum()
+
+
+def test_history_of_calls_reaches_the_template(chatting: Chatting) -> None:
+    live = chatting("2")
+    called = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 7}'}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "c1", "content": "2"},
+    ]
+    with api_of(live) as api:
+        answer = api.chat.completions.create(model="fake", messages=messages, tools=[TOOL])
+    assert answer.choices[0].message.content == "2"
+    assert prompt_of(live).endswith("[user]1+1?[assistant]7[tool]2c1")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_reasoning_stands_apart(chatting: Chatting, is_stream: bool) -> None:
+    live = chatting("One and one.\n</think>\n\nTwo.", THINKING)
+    answer = live.post("/v1/chat/completions", messages=[USER], stream=is_stream)
+    bodies = _events(answer.text) if is_stream else [answer.json()]
+    parts = [
+        choice.get("delta") or choice.get("message") or {}
+        for body in bodies
+        for choice in body["choices"]
+    ]
+    assert "".join(part.get("reasoning_content") or "" for part in parts) == "One and one."
+    assert "".join(part.get("content") or "" for part in parts) == "Two."
+
+
+def test_reasoning_may_be_left_out(chatting: Chatting) -> None:
+    live = chatting("One.</think>Two.", THINKING)
+    asked = {"messages": [USER], "include_reasoning": False}
+    message = live.post("/v1/chat/completions", **asked).json()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "Two.", "refusal": None}
+
+
+def test_each_token_of_a_call_tells_its_probability_once(chatting: Chatting) -> None:
+    live = chatting(CALL, width=4)
+    asked = {"messages": [USER], "tools": [TOOL], "logprobs": True, "stream": True}
+    events = _events(live.post("/v1/chat/completions", **asked).text)
+    listed = [choice["logprobs"] for event in events for choice in event["choices"]]
+    tokens = [entry["token"] for one in listed if one for entry in one["content"]]
+    assert "".join(tokens) == CALL
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [TOOL, {"type": "web_search"}]}, "tools.1.type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools.1.function.name"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {"type": "function", "function": {"name": "add"}},
+            },
+            "tool_choice",
+        ),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "perhaps"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"messages": [USER, {"role": "tool", "content": "2"}]}, "messages.1"),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "x"}]}]},
+            "messages.1.tool_calls.0.type",
+        ),
+    ],
+)
+def test_what_is_wrong_with_tools_is_named(
+    chatting: Chatting, asked: dict[str, Any], param: str
+) -> None:
+    answer = chatting("").post("/v1/chat/completions", **({"messages": [USER]} | asked))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_model_whose_template_has_no_tools_refuses_them(shared: Any) -> None:
+    error = shared.chat(tools=[TOOL]).json()["error"]
+    assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
+    assert "template" in error["message"]
+
+
+def test_what_of_a_tool_has_no_effect_is_told(chatting: Chatting) -> None:
+    tool = {"type": "function", "x": 1, "function": {"name": "add", "strict": True, "y": 2}}
+    body = chatting("2").post("/v1/chat/completions", messages=[USER], tools=[tool]).json()
+    told = {warning["param"] for warning in body["octavo"]["warnings"]}
+    assert told == {"tools.0.x", "tools.0.function.y", "tools.0.function.strict"}

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.tools.declared import THINK
+from server.tools.events import Call, Content, CutCall, Reasoning
+from server.tools.speech import Speech, SpeechParser
+from server.tools.syntaxes import HERMES, LLAMA, MISTRAL
+
+TOOLS = frozenset({"add", "get_time"})
+SPEECHES = {
+    "hermes": Speech(HERMES, THINK, tool_names=TOOLS),
+    "prefilled": Speech(HERMES, THINK, is_thinking=True, tool_names=TOOLS),
+    "llama": Speech(LLAMA, None, tool_names=TOOLS),
+    "mistral": Speech(MISTRAL, None, tool_names=TOOLS),
+    "thinking": Speech(None, THINK),
+}
+
+
+@dataclass(frozen=True)
+class Heard:
+    content: str
+    reasoning: str
+    calls: tuple[tuple[str, str], ...]
+    cut: str
+
+
+def heard(speech: Speech, *pieces: str) -> Heard:
+    parser = SpeechParser(speech)
+    events = []
+    for piece in pieces:
+        events += parser.push(piece)
+        parser.check()
+    events += parser.finish()
+    parser.check()
+    return Heard(
+        "".join(event.text for event in events if isinstance(event, Content)),
+        "".join(event.text for event in events if isinstance(event, Reasoning)),
+        tuple((event.name, event.arguments) for event in events if isinstance(event, Call)),
+        "".join(event.text for event in events if isinstance(event, CutCall)),
+    )
+
+
+FRAGMENTS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<think>",
+    "</think>",
+    "<|python_tag|>",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "[CALL_ID]",
+    "add",
+    "123456789",
+    '{"name": "add", "arguments": {"a": [1, 2.5e-3]}}',
+    '{"name": "get_time"}',
+    '{"name": "add", "parameters": {"t": "a\\"}<tool_call>\\u00e9\\n"}}',
+    '{"a": null}',
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    ":",
+    ",",
+    ";",
+    "\\",
+    "tru",
+    "true",
+    "-1",
+    "\n",
+    "  ",
+    "é🌸",
+    "text",
+    '{"name": "add", "arguments": "{\\"a\\": 1}"}',
+    '{"name": "add", "arguments": 3}',
+    '{"name": "add", "arguments": {"s": "raw\nline"}}',
+    "<tool",
+    "[TOOL",
+    '{"name": "add", "par',
+)  # fmt: skip - one a line would hide how few they are
+
+
+@st.composite
+def cut_outputs(draw: st.DrawFn) -> tuple[str, ...]:
+    text = "".join(draw(st.lists(st.sampled_from(FRAGMENTS), max_size=12)))
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=20)))
+    return tuple(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True))
+
+
+@pytest.mark.parametrize("speech", SPEECHES.values(), ids=SPEECHES)
+@given(pieces=cut_outputs())
+def test_every_way_to_cut_an_output_gives_the_same(speech: Speech, pieces: tuple[str, ...]) -> None:
+    whole = "".join(pieces)
+    expected = heard(speech, whole)
+    assert heard(speech, *pieces) == expected
+    assert heard(speech, *whole) == expected
+    for _, arguments in expected.calls:
+        assert isinstance(json.loads(arguments), dict)
+
+
+@pytest.mark.parametrize("speech", SPEECHES.values(), ids=SPEECHES)
+@given(pieces=cut_outputs())
+def test_no_word_is_lost(speech: Speech, pieces: tuple[str, ...]) -> None:
+    """Where there is neither call nor reasoning, the content is the output, to the letter."""
+    whole = "".join(pieces)
+    told = heard(speech, whole)
+    if not told.calls and not told.cut and "<think>" not in whole and "</think>" not in whole:
+        expected = whole.strip() if speech.is_thinking else whole
+        assert told.content + told.reasoning == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_calls_with_text_before_between_and_after(count: int) -> None:
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    told = heard(SPEECHES["hermes"], "First.\n" + f"{call}\nNext.\n" * count)
+    assert told.calls == (("add", '{"a": 1}'),) * count
+    assert told.content == "First." + "\nNext." * count
+
+
+def test_what_cannot_be_a_call_is_let_out_at_once() -> None:
+    parser = SpeechParser(SPEECHES["hermes"])
+    assert parser.push("a <tool") == [Content("a")]
+    assert parser.push("box>") == [Content(" <toolbox>")]
+    assert parser.push(' <tool_call>{"name"') == []
+    assert parser.push(" 3") == [Content(" <tool_call>"), Content('{"name" 3')]
+
+
+def test_a_json_answer_is_held_back_to_its_first_key_only() -> None:
+    parser = SpeechParser(SPEECHES["llama"])
+    assert parser.push('{"capital') == []
+    assert parser.push('": ') == [Content("{"), Content('"capital":')]
+
+
+def test_a_json_answer_that_names_no_offered_tool_is_content() -> None:
+    answer = '{"name": "Ada", "parameters": {}}'
+    assert heard(SPEECHES["llama"], answer) == Heard(answer, "", (), "")
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        (
+            "llama",
+            '{"name": "add", "parameters": {"a": 1}}; {"name": "get_time", "parameters": {}}',
+        ),
+        (
+            "llama",
+            '<|python_tag|>{"name":"add","parameters":{"a": 1}}<|python_tag|>{"name":"get_time"}',
+        ),
+        ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "get_time"}]'),
+        ("mistral", '[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]get_time[CALL_ID]abcdefghi[ARGS]{}'),
+        ("mistral", '[TOOL_CALLS]add{"a": 1}[TOOL_CALLS]get_time{}'),
+        (
+            "hermes",
+            '<tool_call>{"arguments": {"a": 1}, "name": "add"}<tool_call>{"name":"get_time"}',
+        ),
+    ],
+)
+def test_two_calls(name: str, output: str) -> None:
+    assert heard(SPEECHES[name], output).calls == (("add", '{"a": 1}'), ("get_time", "{}"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "{'a': 1}",
+        '{"a": 01}',
+        '{"a": True}',
+        '{"a": NaN}',
+        '{"a": "\\x"}',
+        "{,}",
+        '{"a": 1,}',
+        "[1]",
+        '"3"',
+        "3",
+        '{"a": [}]',
+        "[" * 200 + "]" * 200,
+    ],
+)  # fmt: skip - faults read best side by side
+def test_a_malformed_call_is_given_back_as_it_was(arguments: str) -> None:
+    output = f'<tool_call>{{"name": "add", "arguments": {arguments}}}</tool_call>'
+    assert heard(SPEECHES["hermes"], output) == Heard(output, "", (), "")
+
+
+def test_a_good_call_behind_a_malformed_one_is_found() -> None:
+    told = heard(SPEECHES["hermes"], '<tool_call>{add}<tool_call>{"name": "add"}</tool_call>')
+    assert told == Heard("<tool_call>{add}", "", (("add", "{}"),), "")
+
+
+def test_newlines_in_strings_become_strict_json() -> None:
+    told = heard(SPEECHES["hermes"], '<tool_call>{"name": "add", "arguments": {"a": "x\ny"}}')
+    assert json.loads(told.calls[0][1]) == {"a": "x\ny"}
+
+
+@pytest.mark.parametrize(
+    "end", ["", '{"name": "add", "argu', '{"name": "add", "arguments": {"a": "']
+)
+def test_a_call_that_the_end_cuts_is_told_apart(end: str) -> None:
+    told = heard(SPEECHES["hermes"], "Well.\n<tool_call>" + end)
+    assert told == Heard("Well.", "", (), "<tool_call>" + end)
+
+
+def test_calls_within_reasoning_are_reasoning() -> None:
+    told = heard(
+        SPEECHES["prefilled"], 'so <tool_call>{"name": "add"}</tool_call>\n</think>\n\nYes'
+    )
+    assert told == Heard("Yes", 'so <tool_call>{"name": "add"}</tool_call>', (), "")
+
+
+def test_reasoning_the_model_opens_itself_though_the_prompt_did() -> None:
+    assert heard(SPEECHES["prefilled"], "<think>\nhm</think>ok") == Heard("ok", "hm", (), "")
