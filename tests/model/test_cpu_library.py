@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -105,3 +106,11 @@ def test_it_can_be_built_ahead(tmp_path: Path, library: CpuLibrary) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert isinstance(load_cpu_library(environ={"OCTAVO_CPU_OPS": str(output)}), CpuLibrary)
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_where_there_is_a_compiler_there_is_the_library() -> None:
+    """Elsewhere tests of compiled code are skipped without it; here its loss must not be silent."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler here")
+    found = load_cpu_library()
+    assert isinstance(found, CpuLibrary), found
