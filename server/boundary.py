@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +19,14 @@ from scheduler.client import EngineError
 from server import sse
 from server.auth import PROBE_PATHS
 from server.context import Clock, RequestContext, RequestRecord
-from server.errors import ApiError, ClientGoneError, from_engine, shortened
+from server.errors import (
+    ApiError,
+    ClientGoneError,
+    ErrorForm,
+    OpenAIErrors,
+    from_engine,
+    shortened,
+)
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, fields, log_request
 from server.metrics import Metrics
@@ -44,8 +52,11 @@ class BoundaryMiddleware:
         metrics: Metrics,
         clock: Clock,
         chance: random.Random,
+        error_forms: Mapping[str, ErrorForm] | None = None,
     ) -> None:
+        """`error_forms`: of the paths whose errors do not look like OpenAI's."""
         self._app = app
+        self._error_forms = error_forms or {}
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._clock = clock
@@ -60,7 +71,8 @@ class BoundaryMiddleware:
             await send({"type": "websocket.close", "code": 1008})
             return
         record = self._record(scope)
-        reply = _Reply(send, record)
+        form = self._error_forms.get(scope["path"]) or OpenAIErrors()
+        reply = _Reply(send, record, form)
         is_probe = scope["path"] in PROBE_PATHS
         with self._lifecycle.request(is_counted=not is_probe) as interruption:
             RequestContext(record, interruption).attach(scope)
@@ -92,9 +104,10 @@ class BoundaryMiddleware:
 class _Reply:
     """What has been sent of one response."""
 
-    def __init__(self, send: Send, record: RequestRecord) -> None:
+    def __init__(self, send: Send, record: RequestRecord, form: ErrorForm) -> None:
         self._send = send
         self._record = record
+        self._form = form
         self._has_started = False
         self._is_stream = False
         self._is_complete = False
@@ -118,10 +131,11 @@ class _Reply:
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
                 if not self._has_started:
-                    await send_json(self.send, error.status, error.body(), error.headers)
+                    body = self._form.body(error)
+                    await send_json(self.send, error.status, body, error.headers)
                 elif self._is_stream and not self._is_complete:
                     self._record.status = error.status
-                    body = sse.event(error.body()) + sse.DONE
+                    body = self._form.stream_end(error)
                     await self.send({"type": "http.response.body", "body": body})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from scheduler.client import TokenLogprobs
+from server import sse
 from server.chunks import Envelope
 from server.context import RequestRecord
 from server.generate import Job, usage_so_far
@@ -65,6 +66,10 @@ class ChatDialect:
             "finish_reason": finish_reason,
         }
         return self._envelope.closing(choice, told)
+
+    def ending(self) -> bytes:
+        """See `Dialect`."""
+        return sse.DONE
 
     def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """See `Dialect`."""

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from scheduler.client import TokenLogprobs
+from server import sse
 from server.chat import LOWEST_LOGPROB
 from server.chunks import Envelope
 from server.context import RequestRecord
@@ -71,6 +72,10 @@ class CompletionDialect:
             "finish_reason": finish_reason,
         }
         return self._envelope.closing(choice, told)
+
+    def ending(self) -> bytes:
+        """See `Dialect`."""
+        return sse.DONE
 
     def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """See `Dialect`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from pydantic import ValidationError
@@ -19,6 +19,7 @@ from scheduler.client import (
     RejectKind,
     RequestRefusedError,
 )
+from server import sse
 
 #: OpenAI's `error.type` of each status we answer with.
 ERROR_TYPES = {
@@ -70,6 +71,28 @@ class ApiError(Exception):
                 }
             }
         )
+
+
+class ErrorForm(Protocol):
+    """How the errors of one API look. All of them have OpenAI's `error` object."""
+
+    def body(self, error: ApiError) -> bytes:
+        """Return the JSON of an answer that is an error."""
+
+    def stream_end(self, error: ApiError) -> bytes:
+        """Return the events that end a stream which failed on its way."""
+
+
+class OpenAIErrors:
+    """See `ErrorForm`: OpenAI's, which is what every route has unless it says otherwise."""
+
+    def body(self, error: ApiError) -> bytes:
+        """See `ErrorForm`."""
+        return error.body()
+
+    def stream_end(self, error: ApiError) -> bytes:
+        """See `ErrorForm`."""
+        return sse.event(error.body()) + sse.DONE
 
 
 class ClientGoneError(Exception):

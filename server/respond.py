@@ -49,6 +49,9 @@ class Dialect(Protocol):
         `told` has `octavo`, and `usage` if it was asked for; it is empty while others go on.
         """
 
+    def ending(self) -> bytes:
+        """Return what ends the whole stream; only the first choice's is sent."""
+
     def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Return the whole choice, for a request that wants no stream."""
 
@@ -114,7 +117,7 @@ class GenerationResponse(Response):
                     told = {} if num_left else self._told(job, record, has_usage=has_usage)
                     events += dialect.closing(piece.finish_reason, told)
             if not num_left:
-                events += sse.DONE
+                events += dialects[0].ending()
             if events:
                 body = {"type": "http.response.body", "body": events, "more_body": num_left > 0}
                 await send(body)
