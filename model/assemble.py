@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
-from model.attention.interface import BackendOffer
+from model.attention.interface import AttentionBackend, BackendOffer
 from model.attention.registry import choose_backend
-from model.cpu_ops import load_cpu_ops
+from model.cpu_decoder import CpuDecoder, why_not
+from model.cpu_library import CpuLibrary, load_cpu_library
+from model.cpu_ops import CpuOps
 from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
 from model.kv_pool import KVPool
 from model.load import build_transformer
@@ -22,7 +24,7 @@ from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
 from model.sampler import Sampler
 from model.source import ModelSource
-from model.transformer import Transformer
+from model.transformer import Decoder, Transformer
 
 _DTYPES = {
     "float32": torch.float32,
@@ -36,7 +38,9 @@ class _Device:
     device: torch.device
     dtype: torch.dtype
     ops: Ops
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    #: The library whose products are the fastest here, if any are.
+    tiles: CpuLibrary | None = None
 
 
 def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
@@ -51,6 +55,7 @@ def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
         ops=where.ops,
         progress=True,
         max_positions=config.model.max_model_len,
+        tiles=where.tiles,
     )
     kv_dtype = _kv_dtype(config.cache, transformer)
     spec = transformer.attention_spec(kv_dtype)
@@ -58,10 +63,11 @@ def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
     plan = _plan_pool(config, transformer, kv_dtype, offer)
     pool = _pool(transformer, plan, kv_dtype)
     info = _info(source, config, transformer, plan, pool, offer, where)
+    attention = offer.build(spec, pool)
     runner = TorchRunner(
         info=info,
-        transformer=transformer,
-        attention=offer.build(spec, pool),
+        decoder=_decoder(transformer, attention, where.tiles),
+        attention=attention,
         pool=pool,
         sampler=Sampler(
             config.scheduler.max_num_seqs, info.vocab_size, info.eos_token_ids, where.device
@@ -82,20 +88,29 @@ def _device(config: ModelSection) -> _Device:
     device = torch.device(name)
     if name == "cuda":
         dtype = torch.bfloat16 if config.dtype == "auto" else _DTYPES[config.dtype]
-        return _Device(device, dtype, TorchOps(), ())
+        return _Device(device, dtype, TorchOps())
     dtype = torch.float32 if config.dtype == "auto" else _DTYPES[config.dtype]
-    ops = load_cpu_ops()
-    if isinstance(ops, str):
-        note = f"compiled CPU operations are not available ({ops}); torch's are slower"
+    library = load_cpu_library()
+    if isinstance(library, str):
+        note = f"compiled CPU operations are not available ({library}); torch's are slower"
         return _Device(device, dtype, TorchOps(), (note,))
-    return _Device(device, dtype, ops, ())
+    return _Device(device, dtype, CpuOps(library), (), library if library.isa == "amx" else None)
+
+
+def _decoder(
+    transformer: Transformer, attention: AttentionBackend, tiles: CpuLibrary | None
+) -> Decoder:
+    if tiles is None or why_not(transformer, attention):
+        return transformer
+    return CpuDecoder(transformer, tiles)
 
 
 def _kv_dtype(config: CacheSection, transformer: Transformer) -> torch.dtype:
     """Say what keys and values are kept in: as exact as the products that make them."""
     if config.kv_cache_dtype != "auto":
         return _DTYPES[config.kv_cache_dtype]
-    if transformer.device.type == "cpu" and transformer.format in {"fp16", "int8"}:
+    is_rounded = transformer.format != "none"
+    if is_rounded and transformer.attention_dtype == torch.float32:
         return torch.float16
     return transformer.attention_dtype
 

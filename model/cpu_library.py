@@ -29,18 +29,20 @@ from model.source import octavo_home
 
 SOURCES = Path(__file__).parent / "csrc"
 #: Best first.
-ISAS = ("avx512", "avx2", "scalar")
+ISAS = ("amx", "avx512", "avx2", "scalar")
 #: The `DType` of csrc/kernels.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+_AVX512_FLAGS = (
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "-mprefer-vector-width=512",
+)
 _ISA_FLAGS = {
     "scalar": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": (
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ),
+    "avx512": _AVX512_FLAGS,
+    "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 _BUILD_TIMEOUT_S = 300
 
@@ -70,6 +72,13 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (_POINTER, _LONG, _INT, *_ROWS, _INT, *_ROWS, _INT, _POINTER, _POINTER, _INT),
     ),
     "octavo_silu_mul": (None, (_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _POINTER)),
+    "octavo_product": (
+        None,
+        (*(_POINTER,) * 2, _LONG, _LONG, *(_POINTER,) * 3, _LONG, _POINTER, _INT),
+    ),
+    "octavo_decoder_new": (_POINTER, (*(_POINTER,) * 2, _FLOAT, _POINTER, _LONG, _POINTER)),
+    "octavo_decoder_free": (None, (_POINTER,)),
+    "octavo_decoder_forward": (None, (_POINTER,) * 4),
 }
 
 
@@ -146,7 +155,10 @@ def build(output: Path, compiler: str | None = None) -> str | None:
 def _compile(compiler: str, folder: Path, output: Path) -> None:
     is_x86 = platform.machine() in {"x86_64", "AMD64"}
     flags = (*_BASE_FLAGS, f'-DOCTAVO_SOURCES="{_digest_of_sources()}"')
-    commands = [[compiler, *flags, "-fopenmp", "-c", str(SOURCES / "octavo_cpu.cpp")]]
+    commands = [
+        [compiler, *flags, "-fopenmp", "-c", str(SOURCES / name)]
+        for name in ("octavo_cpu.cpp", "attention.cpp", "decoder.cpp")
+    ]
     for isa in ISAS if is_x86 else ("scalar",):
         kernels = ["-c", str(SOURCES / "kernels.cpp"), f"-DOCTAVO_ISA={isa}"]
         commands.append([compiler, *flags, *_ISA_FLAGS[isa], *kernels])

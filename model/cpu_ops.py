@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.cpu_library import DTYPE_CODES, CpuLibrary, build, load_cpu_library
+from model.cpu_library import DTYPE_CODES, CpuLibrary, build
 
 _CODES = DTYPE_CODES
 
@@ -100,12 +100,6 @@ class CpuOps:
             out.data_ptr(),
         )
         return out
-
-
-def load_cpu_ops() -> CpuOps | str:
-    """Return the compiled operations, or in a line why they are not to be had."""
-    library = load_cpu_library()
-    return library if isinstance(library, str) else CpuOps(library)
 
 
 def main() -> int:

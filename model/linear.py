@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.tiled_linear import TILED_FORMATS
+
 Format: TypeAlias = Literal["none", "fp16", "bf16", "int8"]
 
 _ONEDNN = torch.ops.mkldnn
@@ -159,10 +161,11 @@ def head_format(fmt: Format) -> Format:
 
 
 def choose_format(
-    quantization: str, device: torch.device, dtype: torch.dtype
+    quantization: str, device: torch.device, dtype: torch.dtype, *, has_tiles: bool = False
 ) -> tuple[Format, str]:
     """Settle the format of the linear layers, and say why in words for the operator.
 
+    `has_tiles`: bf16 and int8 will be packed for products of our own, which run on any CPU.
     Raises `ValueError` where the device or the CPU cannot do what is asked.
     """
     if quantization not in {"auto", *get_args(Format)}:
@@ -179,7 +182,7 @@ def choose_format(
     if quantization == "auto":
         return _fastest_format()
     fmt = cast("Format", quantization)
-    if reason := _why_not(fmt):
+    if (reason := _why_not(fmt)) and not (has_tiles and fmt in TILED_FORMATS):
         raise ValueError(f"quantization {fmt} does not run here: {reason}")
     return fmt, f"quantization {fmt} as asked"
 

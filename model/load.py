@@ -16,6 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.arch import ArchSpec
+from model.arena import Arena
+from model.cpu_library import CpuLibrary
 from model.gguf_weights import ROPE_FACTORS
 from model.linear import (
     Format,
@@ -30,7 +32,14 @@ from model.open_weights import open_weights
 from model.ops import Ops
 from model.rope import cos_sin_table
 from model.source import ModelSource
-from model.transformer import DecoderLayer, Transformer, TransformerWeights
+from model.tiled_linear import TILED_FORMATS, TiledEmbedding, TiledLinear, Tiles
+from model.transformer import (
+    DecoderLayer,
+    Embedding,
+    PlainEmbedding,
+    Transformer,
+    TransformerWeights,
+)
 from model.weights import WeightSource, read_into
 
 
@@ -43,16 +52,19 @@ def build_transformer(
     ops: Ops,
     progress: bool,
     max_positions: int | None = None,
+    tiles: CpuLibrary | None = None,
 ) -> Transformer:
     """Load a model onto `device`.
 
+    `tiles`: pack bf16 and int8 weights for this library's products instead of torch's.
     `dtype` is that of the activations, on a CPU float32; `max_positions` (default: the model's
     own) bounds the table of angles. With `progress`, a bar on stderr where that is a terminal.
     Raises `ValueError` (`WeightsError`, `ArchError`, `GgufError` are ones) or `OSError`.
     """
-    fmt, note = choose_format(quantization, device, dtype)
+    fmt, note = choose_format(quantization, device, dtype, has_tiles=tiles is not None)
     arch, weights = open_weights(source)
-    loader = _Loader(arch, weights, device, fmt, dtype)
+    packs_tiles = fmt in TILED_FORMATS
+    loader = _Loader(arch, weights, device, fmt, dtype, tiles if packs_tiles else None)
     bar = tqdm(
         total=arch.num_layers + 1,
         desc=f"loading {source.name}",
@@ -131,26 +143,33 @@ class _Loader:
         device: torch.device,
         fmt: Format,
         dtype: torch.dtype,
+        tiles: CpuLibrary | None,
     ) -> None:
         self.arch = arch
         #: Whether the embedding is also the product that gives the logits.
-        self.is_head_shared = arch.is_tied and fmt == "none"
+        self.is_head_shared = arch.is_tied and (fmt == "none" or tiles is not None)
+        #: None: the weights are not packed in tiles.
+        self._tiles = tiles
+        self._arena = Arena()
         self._weights = weights
         self._device = device
         self._fmt = fmt
         self._dtype = dtype
 
-    def vocabulary(self) -> tuple[Tensor, Linear]:
+    def vocabulary(self) -> tuple[Embedding, Linear]:
         """Load the two largest: the product first, since its packing needs the most room."""
         name = "model.embed_tokens.weight"
         # 16 bits hold any embedding closely enough; looked-up rows are made float32 again.
         kept_dtype = self._dtype if self._fmt == "none" else torch.float16
-        if self.is_head_shared:
+        if self.is_head_shared and self._tiles is None:
             embedding = self.kept(name, kept_dtype)
-            return embedding, PlainLinear(embedding, None)
+            return PlainEmbedding(embedding), PlainLinear(embedding, None)
         head = "model.embed_tokens" if self.arch.is_tied else "lm_head"
         lm_head = self._linear([head], head_format(self._fmt))
-        return self.kept(name, kept_dtype), lm_head
+        if self.is_head_shared:
+            assert isinstance(lm_head, TiledLinear), "packed in tiles"
+            return TiledEmbedding(lm_head.tiles), lm_head
+        return PlainEmbedding(self.kept(name, kept_dtype)), lm_head
 
     def layer(self, index: int) -> DecoderLayer:
         """Load a layer, its largest product first."""
@@ -185,7 +204,11 @@ class _Loader:
         staging = staging_dtype(fmt, self._dtype)
         biases = [f"{part}.bias" for part in parts]
         bias = self._stacked(biases, staging) if biases[0] in self._weights.shapes else None
-        return pack(self._stacked([f"{part}.weight" for part in parts], staging), bias, fmt)
+        weight = self._stacked([f"{part}.weight" for part in parts], staging)
+        if self._tiles is None:
+            return pack(weight, bias, fmt)
+        tiles = Tiles(weight, bias, is_int8=self._fmt == "int8", arena=self._arena)
+        return TiledLinear(tiles, self._tiles)
 
     def _stacked(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
         shapes = [self._weights.shapes[name] for name in names]

@@ -15,7 +15,7 @@ from model.attention.interface import AttentionBackend, AttentionBatch
 from model.interface import ModelInfo, StepInput, StepOutput
 from model.kv_pool import KVPool
 from model.sampler import Sampler
-from model.transformer import Transformer
+from model.transformer import Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class TorchRunner:
         self,
         *,
         info: ModelInfo,
-        transformer: Transformer,
+        decoder: Decoder,
         attention: AttentionBackend,
         pool: KVPool,
         sampler: Sampler,
@@ -65,7 +65,7 @@ class TorchRunner:
         device: torch.device,
     ) -> None:
         self._info = info
-        self._transformer = transformer
+        self._decoder = decoder
         self._attention = attention
         self._pool = pool
         self._sampler = sampler
@@ -89,7 +89,7 @@ class TorchRunner:
         batch = self._pack(step)
         self._attention.plan(batch)
         token_ids = torch.tensor(step.token_ids, dtype=torch.int64).to(self._device)
-        hidden = self._transformer.forward(token_ids, batch.positions, self._attention)
+        hidden = self._decoder.forward(token_ids, batch.positions, self._attention)
         if not step.sample_rows:
             return _Landed(StepOutput([]))
         return _Landed(self._sample(step, batch, hidden))
@@ -126,7 +126,7 @@ class TorchRunner:
             last = batch.query_starts[1:].to(torch.int64) - 1
             hidden = hidden[last[torch.tensor(rows, device=self._device)]]
         return self._sampler.sample(
-            self._transformer.logits(hidden),
+            self._decoder.logits(hidden),
             [step.slots[row] for row in rows],
             [step.starts[row] + step.counts[row] for row in rows],
         )

@@ -8,6 +8,7 @@ of sampling.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,41 @@ from model.arch import ArchSpec
 from model.attention.interface import AttentionBackend, AttentionSpec
 from model.linear import Format, Linear
 from model.ops import Ops
+
+
+class Decoder(Protocol):
+    """Token ids and positions in, hidden states and logits out; called in inference mode."""
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """Run the layers over a planned batch.
+
+        Both inputs are int64 `[tokens]`. Returns float32 `[tokens, hidden]`, before the final
+        norm: `logits` applies it to the rows that are wanted.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 `[rows, vocab]` for rows of what `forward` returned."""
+
+
+class Embedding(Protocol):
+    """What each token of the vocabulary begins as."""
+
+    num_bytes: int
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Return new float32 `[tokens, hidden]` for int64 `[tokens]`."""
+
+
+class PlainEmbedding:
+    """See `Embedding`: a `[vocab, hidden]` table in any floating dtype."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.num_bytes = table.nbytes
+        self._table = table
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """See `Embedding`."""
+        return functional.embedding(token_ids, self._table).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +74,7 @@ class DecoderLayer:
 class TransformerWeights:
     """All a decoder multiplies with."""
 
-    #: `[vocab, hidden]`, in any floating dtype.
-    embedding: Tensor
+    embedding: Embedding
     layers: tuple[DecoderLayer, ...]
     final_norm: Tensor
     lm_head: Linear
@@ -51,20 +86,18 @@ class TransformerWeights:
     @property
     def num_bytes(self) -> int:
         """All of it but the table of angles."""
-        kept = [self.embedding, self.final_norm]
+        kept = [self.final_norm]
         packed = [] if self.is_head_shared else [self.lm_head]
         for layer in self.layers:
             norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
             kept += [norm for norm in norms if norm is not None]
             packed += [layer.qkv, layer.o, layer.gate_up, layer.down]
-        return sum(one.nbytes for one in kept) + sum(one.weight_bytes for one in packed)
+        others = sum(one.nbytes for one in kept) + sum(one.weight_bytes for one in packed)
+        return self.embedding.num_bytes + others
 
 
 class Transformer:
-    """Token ids and positions in, hidden states and logits out.
-
-    Call it under `torch.inference_mode()`.
-    """
+    """See `Decoder`: with torch, on any device, for any packed format."""
 
     def __init__(
         self, arch: ArchSpec, weights: TransformerWeights, ops: Ops, fmt: Format, note: str
@@ -78,8 +111,8 @@ class Transformer:
         self.max_positions = weights.cos_sin.shape[0]
         #: Dtype of q, k, v and of what attention returns.
         self.attention_dtype = weights.layers[0].qkv.out_dtype
-        self.device = weights.embedding.device
-        self._weights = weights
+        self.device = weights.final_norm.device
+        self.weights = weights
         self._ops = ops
 
     def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
@@ -98,15 +131,11 @@ class Transformer:
         )
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """Run the layers over a planned batch.
-
-        Both inputs are int64 `[tokens]`. Returns float32 `[tokens, hidden]`, before the final
-        norm: `logits` applies it to the rows that are wanted.
-        """
+        """See `Decoder`."""
         ops, eps = self._ops, self.arch.rms_eps
-        residual = functional.embedding(token_ids, self._weights.embedding).float()
+        residual = self.weights.embedding(token_ids)
         update: Tensor | None = None
-        for index, layer in enumerate(self._weights.layers):
+        for index, layer in enumerate(self.weights.layers):
             dtype = layer.qkv.in_dtype
             if update is None:
                 x = ops.rms_norm(residual, layer.input_norm, eps, dtype)
@@ -133,12 +162,12 @@ class Transformer:
         if layer.q_norm is not None and layer.k_norm is not None:
             q = ops.rms_norm(q, layer.q_norm, arch.rms_eps, q.dtype)
             k = ops.rms_norm(k, layer.k_norm, arch.rms_eps, k.dtype)
-        ops.apply_rope(q, k, positions, self._weights.cos_sin)
+        ops.apply_rope(q, k, positions, self.weights.cos_sin)
         return layer.o(attention.attend(index, q, k, v))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 `[rows, vocab]` for rows of what `forward` returned."""
-        weights = self._weights
+        """See `Decoder`."""
+        weights = self.weights
         head = weights.lm_head
         x = self._ops.rms_norm(hidden, weights.final_norm, self.arch.rms_eps, head.in_dtype)
         return head(x).float()

@@ -36,9 +36,10 @@ class CpuAttention:
         self._attend = library.functions.octavo_attention_attend
         self._width = spec.num_heads * spec.head_dim
         self._dtype_code = DTYPE_CODES[spec.dtype]
-        self._session = self._new_session(library)
+        #: For the compiled decoder, which attends without leaving its own code.
+        self.session = self._new_session(library)
         self._batch: AttentionBatch | None = None
-        weakref.finalize(self, library.functions.octavo_attention_free, self._session)
+        weakref.finalize(self, library.functions.octavo_attention_free, self.session)
 
     def _new_session(self, library: CpuLibrary) -> int:
         spec, pool = self._spec, self._pool
@@ -69,7 +70,7 @@ class CpuAttention:
         if table.stride(1) != 1:
             raise ValueError("block_table's rows must be contiguous")
         reason: bytes | None = self._functions.octavo_attention_plan(
-            self._session,
+            self.session,
             batch.query_starts.data_ptr(),
             batch.seq_lens.data_ptr(),
             table.data_ptr(),
@@ -92,7 +93,7 @@ class CpuAttention:
         assert q.dtype == k.dtype == v.dtype == self._spec.dtype, "not the dtype of the spec"
         out = torch.empty((tokens, self._width), dtype=q.dtype)
         self._attend(
-            self._session,
+            self.session,
             layer,
             self._dtype_code,
             q.data_ptr(),

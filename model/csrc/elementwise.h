@@ -13,8 +13,8 @@ using octavo::Write;
 // Root-mean-square norm (arXiv:1910.07467) of rows begin to end.
 void norm(const Norm& n, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t from = row * n.x_stride, to = row * n.dim;
-    float* residual = n.residual ? n.residual + to : nullptr;
+    const int64_t from = row * n.x_stride, to = row * n.out_stride;
+    float* residual = n.residual ? n.residual + row * n.dim : nullptr;
     Vec squares = {};
     for (int64_t i = 0; i < n.dim; i += kWidth) {
       Vec x = load_some(n.x, n.x_dtype, from + i, n.dim - i);

@@ -5,6 +5,7 @@
 #include "attention_decode.h"
 #include "attention_prefill.h"
 #include "elementwise.h"
+#include "products.h"
 
 #define OCTAVO_TEXT_OF(x) #x
 #define OCTAVO_TEXT(x) OCTAVO_TEXT_OF(x)
@@ -16,7 +17,21 @@ namespace {
 int64_t scratch_floats(int head_dim) { return PrefillScratch::floats(head_dim); }
 
 const octavo::Kernels table = {
-    OCTAVO_TEXT(OCTAVO_ISA), scratch_floats, decode, prefill, merge, write, norm, rope, silu_mul,
+    OCTAVO_TEXT(OCTAVO_ISA),
+    scratch_floats,
+    decode,
+    prefill,
+    merge,
+    write,
+    norm,
+    rope,
+    silu_mul,
+    panel_dtype,
+    product_scratch_floats,
+    configure_tiles,
+    release_tiles,
+    pack_rows,
+    product,
 };
 
 }  // namespace

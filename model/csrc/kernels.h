@@ -84,6 +84,7 @@ struct Norm {
   DType out_dtype;
   int64_t dim;
   int64_t x_stride;
+  int64_t out_stride;
   float eps;
 };
 
@@ -113,6 +114,33 @@ struct Write {
   int32_t head_dim;
 };
 
+// A tile of packed weights; see products.h. Eight-bit weights share a scale in groups.
+constexpr int kTileOutputs = 16;
+constexpr int kTileInputs = 32;
+constexpr int kGroupInputs = 64;
+
+// Rows of a panel times packed weights [outputs, inputs].
+struct Product {
+  // [num_rows rounded up to 16, panel_stride] of the kernels' panel dtype.
+  const void* panel;
+  int64_t panel_stride;
+  int64_t num_rows;
+  // Output groups of 16, each of `num_tiles` tiles: bfloat16, or with scales eight-bit.
+  const void* weights;
+  // [output groups, num_tiles / 2, 16], or null.
+  const float* scales;
+  // Padded to whole groups, or null.
+  const float* bias;
+  int64_t num_outputs;
+  int32_t num_tiles;
+  // The outputs' halves become silu(first) * second, in out_dtype; otherwise out is float32.
+  bool is_gated;
+  bool is_added;
+  void* out;
+  int64_t out_stride;
+  DType out_dtype;
+};
+
 struct Kernels {
   const char* name;
   // Floats of scratch memory one thread needs.
@@ -125,12 +153,24 @@ struct Kernels {
   void (*norm)(const Norm&, int64_t begin, int64_t end);
   void (*rope)(const Rope&, int64_t begin, int64_t end);
   void (*silu_mul)(const SiluMul&, int64_t begin, int64_t end);
+  // What the rows of a product are given in, and the floats of scratch memory one thread needs.
+  DType (*panel_dtype)();
+  int64_t (*product_scratch_floats)(int num_tiles);
+  // Around a thread's products, for instruction sets that have a state.
+  void (*configure_tiles)();
+  void (*release_tiles)();
+  // Float32 rows begin to end, [rows, width], into a panel.
+  void (*pack_rows)(const float* x, int64_t width, void* panel, int64_t stride, int64_t begin,
+                    int64_t end);
+  // Output groups begin to end, of all rows; pairs of groups where they are gated.
+  void (*product)(const Product&, int64_t begin, int64_t end, float* scratch);
 };
 
 const Kernels& kernels_scalar();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_amx();
 #endif
 
 }  // namespace octavo

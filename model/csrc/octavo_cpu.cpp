@@ -1,24 +1,35 @@
-// The C interface that model/cpu_ops.py calls: choosing the instruction set, cutting a step into
-// units of work, and the threads. It knows nothing of torch, so one binary serves every torch.
-//
-// OpenMP's runtime is the one torch has brought into the process (the library is linked without
-// one of its own): a second pool of spinning threads would fight the first.
+// The C interface of the small operations (model/cpu_ops.py), and the choice of instruction set.
+// It knows nothing of torch, so one binary serves every torch.
 
-#include <omp.h>
-
-#include <algorithm>
 #include <cstring>
-#include <map>
-#include <memory>
-#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace octavo {
 namespace {
 
-// Elements below which a second thread costs more than it saves.
-constexpr int64_t kGrainElements = 32768;
+#if defined(__x86_64__)
+// Linux keeps a process from the tiles until it asks; later threads inherit the answer.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const unsigned bf16_and_tile = 1u << 22 | 1u << 24;
+  return (d & bf16_and_tile) == bf16_and_tile && may_use_tiles();
+}
+#endif
 
 bool supports(const char* isa) {
   if (!std::strcmp(isa, "scalar")) return true;
@@ -30,6 +41,8 @@ bool supports(const char* isa) {
     return supports("avx2") && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
+  // Everything else that the compiler may use with it.
+  if (!std::strcmp(isa, "amx")) return supports("avx512") && has_amx();
 #endif
   return false;
 }
@@ -39,158 +52,9 @@ const Kernels* kernels_of(const char* isa) {
 #if defined(__x86_64__)
   if (!std::strcmp(isa, "avx2")) return &kernels_avx2();
   if (!std::strcmp(isa, "avx512")) return &kernels_avx512();
+  if (!std::strcmp(isa, "amx")) return &kernels_amx();
 #endif
   return &kernels_scalar();
-}
-
-// Runs function(begin, end) over [0, count), in one thread where that is quicker.
-template <class Function>
-void in_parallel(int64_t count, int64_t elements_each, const Function& function) {
-  const int64_t wanted = count * elements_each / kGrainElements;
-  const int threads = int(std::min<int64_t>({omp_get_max_threads(), count, wanted}));
-  if (threads <= 1) return function(0, count);
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t thread = omp_get_thread_num(), of = omp_get_num_threads();
-    function(count * thread / of, count * (thread + 1) / of);
-  }
-}
-
-// The work of a step in layers of one window.
-struct Schedule {
-  std::vector<Unit> units;
-  std::vector<Merge> merges;
-  int32_t num_partials = 0;
-  // Keys and values read, for weighing whether threads are worth waking.
-  int64_t elements = 0;
-};
-
-// Attention over one pool for one model; see `CpuAttention` in model/attention/cpu.py.
-struct Session {
-  const Kernels* kernels;
-  Attention common;
-  std::vector<const void*> keys, values;
-  // One for each layer; the largest int where the layer sees everything.
-  std::vector<int32_t> windows;
-  int64_t num_pages;
-  std::map<int32_t, Schedule> schedules;
-  std::vector<float> partials;
-  // One piece a thread, on boundaries of cache lines: see `scratch_of`.
-  std::vector<float> scratch;
-  const int64_t* slots = nullptr;
-  int64_t num_tokens = 0;
-  int32_t num_rows = 0;
-  int threads = 1;
-};
-
-constexpr int64_t kLineFloats = 16;
-
-int64_t scratch_floats(const Session& s) {
-  const int64_t floats = s.kernels->scratch_floats(s.common.head_dim);
-  return (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
-}
-
-float* scratch_of(Session& s, int64_t thread) {
-  const auto start = reinterpret_cast<uintptr_t>(s.scratch.data());
-  const uintptr_t line = kLineFloats * sizeof(float);
-  return reinterpret_cast<float*>((start + line - 1) / line * line) + thread * scratch_floats(s);
-}
-
-int64_t cost(const Unit& unit) {
-  // A decode unit's keys are read for all its heads; a prefill tile multiplies, which costs less a key.
-  const int64_t lanes = unit.lane_end - unit.lane_begin;
-  return int64_t(unit.key_end - unit.key_begin) *
-         (lanes ? lanes : 4 * (unit.head_end - unit.head_begin));
-}
-
-void add_decode(const Session& s, int32_t row, int32_t begin, int32_t end, int32_t heads_each,
-                Schedule& schedule) {
-  const int32_t first = begin / kDecodeKeys, last = (end - 1) / kDecodeKeys;
-  const int32_t num_partials = last - first + 1;
-  for (int32_t chunk = first; chunk <= last; ++chunk)
-    for (int32_t head = 0; head < s.common.num_kv_heads; head += heads_each) {
-      Unit unit = {};
-      unit.row = row;
-      unit.head_begin = head;
-      unit.head_end = std::min(head + heads_each, s.common.num_kv_heads);
-      unit.key_begin = std::max(begin, chunk * kDecodeKeys);
-      unit.key_end = std::min(end, (chunk + 1) * kDecodeKeys);
-      unit.partial = num_partials == 1 ? -1 : schedule.num_partials + chunk - first;
-      schedule.units.push_back(unit);
-    }
-  if (num_partials == 1) return;
-  schedule.merges.push_back({row, schedule.num_partials, num_partials});
-  schedule.num_partials += num_partials;
-}
-
-void add_prefill(const Session& s, int32_t row, int32_t num_tokens, int32_t window,
-                 Schedule& schedule) {
-  const int32_t first_position = s.common.seq_lens[row] - num_tokens;
-  const int32_t num_lanes = num_tokens * s.common.group;
-  for (int32_t head = 0; head < s.common.num_kv_heads; ++head)
-    for (int32_t lane = 0; lane < num_lanes; lane += kPrefillLanes) {
-      Unit unit = {};
-      unit.row = row;
-      unit.head_begin = head;
-      unit.head_end = head + 1;
-      unit.lane_begin = lane;
-      unit.lane_end = std::min(lane + kPrefillLanes, num_lanes);
-      const int32_t oldest = first_position + lane / s.common.group;
-      unit.key_begin = oldest >= window ? oldest - window + 1 : 0;
-      unit.key_end = first_position + (unit.lane_end - 1) / s.common.group + 1;
-      unit.partial = -1;
-      schedule.units.push_back(unit);
-    }
-}
-
-void fill(const Session& s, int32_t window, Schedule& schedule) {
-  schedule.units.clear();
-  schedule.merges.clear();
-  schedule.num_partials = 0;
-  const Attention& a = s.common;
-  int64_t num_chunks = 0;
-  for (int32_t row = 0; row < s.num_rows; ++row)
-    num_chunks += (std::min(a.seq_lens[row], window) + kDecodeKeys - 1) / kDecodeKeys;
-  // One unit for all heads reads memory in order; too few units leave threads idle.
-  const int32_t heads_each = num_chunks >= 4 * s.threads ? a.num_kv_heads : 1;
-  for (int32_t row = 0; row < s.num_rows; ++row) {
-    const int32_t num_tokens = a.query_starts[row + 1] - a.query_starts[row];
-    if (num_tokens > 1) {
-      add_prefill(s, row, num_tokens, window, schedule);
-    } else if (num_tokens == 1) {
-      const int32_t end = a.seq_lens[row];
-      add_decode(s, row, end > window ? end - window : 0, end, heads_each, schedule);
-    }
-  }
-  schedule.elements = 0;
-  for (const Unit& unit : schedule.units)
-    schedule.elements += int64_t(unit.key_end - unit.key_begin) * a.head_dim * 2 *
-                         (unit.head_end - unit.head_begin) * (unit.lane_end ? 4 : 1);
-  // Longest first: what is left for the end is small enough to share out evenly.
-  std::stable_sort(schedule.units.begin(), schedule.units.end(),
-                   [](const Unit& x, const Unit& y) { return cost(x) > cost(y); });
-}
-
-// Why a step cannot be run, or null. Wrong numbers here would write into foreign memory.
-const char* fault(const Session& s) {
-  const Attention& a = s.common;
-  if (s.num_rows && (a.query_starts[0] != 0 || a.query_starts[s.num_rows] != s.num_tokens))
-    return "query_starts must run from 0 to the number of tokens";
-  for (int32_t row = 0; row < s.num_rows; ++row) {
-    const int32_t num_tokens = a.query_starts[row + 1] - a.query_starts[row];
-    if (num_tokens < 0 || a.seq_lens[row] < num_tokens)
-      return "seq_lens must count the row's own tokens too";
-    const int64_t pages = (int64_t(a.seq_lens[row]) + a.page_size - 1) / a.page_size;
-    if (pages > a.table_stride) return "block_table has too few pages for a row";
-    for (int64_t i = 0; i < pages; ++i) {
-      const int32_t page = a.block_table[row * a.table_stride + i];
-      if (page < 0 || page >= s.num_pages) return "block_table has a page outside the pool";
-    }
-  }
-  for (int64_t token = 0; token < s.num_tokens; ++token)
-    if (s.slots[token] < 0 || s.slots[token] >= s.num_pages * a.page_size)
-      return "kv_slots has a slot outside the pool";
-  return nullptr;
 }
 
 }  // namespace
@@ -207,105 +71,11 @@ bool octavo_supports(const char* isa) { return supports(isa); }
 
 const Kernels* octavo_kernels(const char* isa) { return kernels_of(isa); }
 
-Session* octavo_attention_new(const Kernels* kernels, const int64_t* keys, const int64_t* values,
-                              const int32_t* windows, int32_t num_layers, int32_t kv_dtype,
-                              int64_t num_pages, int32_t page_size, int32_t num_kv_heads,
-                              int32_t group, int32_t head_dim, float scale) {
-  auto session = std::make_unique<Session>();
-  session->kernels = kernels;
-  session->num_pages = num_pages;
-  for (int32_t layer = 0; layer < num_layers; ++layer) {
-    session->keys.push_back(reinterpret_cast<const void*>(keys[layer]));
-    session->values.push_back(reinterpret_cast<const void*>(values[layer]));
-    session->windows.push_back(windows[layer]);
-    session->schedules[windows[layer]];
-  }
-  Attention& a = session->common;
-  a = {};
-  a.kv_dtype = DType(kv_dtype);
-  a.page_size = page_size;
-  a.num_kv_heads = num_kv_heads;
-  a.group = group;
-  a.head_dim = head_dim;
-  a.scale_log2e = scale * 1.44269504f;
-  return session.release();
-}
-
-void octavo_attention_free(Session* session) { delete session; }
-
-// Takes in a step. The arrays stay the caller's, and must stay alive until the next plan.
-const char* octavo_attention_plan(Session* session, const int32_t* query_starts,
-                                  const int32_t* seq_lens, const int32_t* block_table,
-                                  int64_t table_stride, const int64_t* slots, int32_t num_rows,
-                                  int64_t num_tokens, int32_t threads) {
-  Session& s = *session;
-  s.common.query_starts = query_starts;
-  s.common.seq_lens = seq_lens;
-  s.common.block_table = block_table;
-  s.common.table_stride = table_stride;
-  s.slots = slots;
-  s.num_rows = num_rows;
-  s.num_tokens = num_tokens;
-  s.threads = threads;
-  if (const char* message = fault(s)) return message;
-  const Attention& a = s.common;
-  size_t partials = 0;
-  for (auto& [window, schedule] : s.schedules) {
-    fill(s, window, schedule);
-    partials = std::max(partials, size_t(schedule.num_partials) * a.num_kv_heads * a.group *
-                                      (a.head_dim + 2));
-  }
-  if (s.partials.size() < partials) s.partials.resize(partials);
-  s.scratch.resize(scratch_floats(s) * threads + kLineFloats);
-  return nullptr;
-}
-
-// Strides in elements: tokens, then heads. `out` is [tokens, heads, head_dim], contiguous.
-void octavo_attention_attend(Session* session, int32_t layer, int32_t dtype, void* q,
-                             int64_t q_token_stride, int64_t q_head_stride, void* k,
-                             int64_t k_token_stride, int64_t k_head_stride, void* v,
-                             int64_t v_token_stride, int64_t v_head_stride, void* out) {
-  Session& s = *session;
-  const Kernels& kernels = *s.kernels;
-  Attention a = s.common;
-  const DType type = DType(dtype);
-  a.q = {q, q_token_stride, q_head_stride, type};
-  a.out = {out, int64_t(a.num_kv_heads) * a.group * a.head_dim, a.head_dim, type};
-  a.keys = s.keys[layer];
-  a.values = s.values[layer];
-  a.window = s.windows[layer];
-  a.partials = s.partials.data();
-  const Schedule& schedule = s.schedules.find(a.window)->second;
-  const Write key_write = {{k, k_token_stride, k_head_stride, type}, const_cast<void*>(a.keys),
-                           a.kv_dtype, s.slots, a.num_kv_heads, a.head_dim};
-  const Write value_write = {{v, v_token_stride, v_head_stride, type}, const_cast<void*>(a.values),
-                             a.kv_dtype, s.slots, a.num_kv_heads, a.head_dim};
-  const int64_t num_units = schedule.units.size(), num_merges = schedule.merges.size();
-  in_parallel(s.num_tokens, 2 * a.num_kv_heads * a.head_dim, [&](int64_t begin, int64_t end) {
-    kernels.write(key_write, begin, end);
-    kernels.write(value_write, begin, end);
-  });
-#pragma omp parallel num_threads(s.threads) if (schedule.elements > 2 * kGrainElements)
-  {
-    float* scratch = scratch_of(s, omp_get_thread_num());
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t i = 0; i < num_units; ++i) {
-      const Unit& unit = schedule.units[i];
-      (unit.lane_end ? kernels.prefill : kernels.decode)(a, unit, scratch);
-    }
-    if (num_merges) {
-#pragma omp barrier
-#pragma omp for nowait
-      for (int64_t i = 0; i < num_merges; ++i) kernels.merge(a, schedule.merges[i]);
-    }
-  }
-}
-
 void octavo_norm(const Kernels* kernels, int64_t rows, int64_t dim, const void* x, int32_t x_dtype,
                  int64_t x_stride, float* residual, const void* weight, int32_t weight_dtype,
                  float eps, void* out, int32_t out_dtype) {
   const Norm n = {x,   DType(x_dtype),   residual, weight,   DType(weight_dtype),
-                  out, DType(out_dtype), dim,      x_stride, eps};
+                  out, DType(out_dtype), dim,      x_stride, dim,    eps};
   in_parallel(rows, dim, [&](int64_t begin, int64_t end) { kernels->norm(n, begin, end); });
 }
 

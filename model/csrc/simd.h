@@ -94,12 +94,16 @@ inline Vec load(const Float16* from) {
 inline void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof(v)); }
 
 inline void store(BFloat16* to, Vec v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)to, bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))));
+#else
   const WordVec word = bit_cast<WordVec>(v);
   const WordVec rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
   // Rounding would carry a NaN into infinity: keep it quiet instead.
   const HalfVec half =
       __builtin_convertvector(v == v ? rounded : ((word >> 16) | 0x40), HalfVec);
   __builtin_memcpy(to, &half, sizeof(half));
+#endif
 }
 
 inline void store(Float16* to, Vec v) {

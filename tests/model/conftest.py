@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.attention.interface import AttentionBatch
 from model.attention.reference import ReferenceAttention
+from model.cpu_library import CpuLibrary
 from model.kv_pool import KVPool
 from model.load import build_transformer
 from model.ops import Ops, TorchOps
@@ -78,7 +79,10 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
 @pytest.fixture
 def build() -> Callable[..., Transformer]:
     def build_on_cpu(
-        source: ModelSource, quantization: str = "none", ops: Ops | None = None
+        source: ModelSource,
+        quantization: str = "none",
+        ops: Ops | None = None,
+        tiles: CpuLibrary | None = None,
     ) -> Transformer:
         return build_transformer(
             source,
@@ -87,6 +91,7 @@ def build() -> Callable[..., Transformer]:
             device=CPU,
             ops=ops or TorchOps(),
             progress=False,
+            tiles=tiles,
         )
 
     return build_on_cpu

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.cpu_library import load_cpu_library
-from model.cpu_ops import CpuOps, load_cpu_ops
+from model.cpu_library import ISAS, load_cpu_library
+from model.cpu_ops import CpuOps
 from model.ops import Ops, TorchOps
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {F32: 2e-6, F16: 1e-3, BF16: 8e-3}
 
 
-@pytest.fixture(params=["torch", "avx512", "avx2", "scalar"])
+@pytest.fixture(params=["torch", *ISAS])
 def ops(request: pytest.FixtureRequest) -> Ops:
     if request.param == "torch":
         return TorchOps()
@@ -123,9 +123,10 @@ def test_half_precision_is_rounded_as_torch_rounds(ops: Ops, dtype: torch.dtype)
 
 
 def test_a_residual_of_another_kind_is_refused() -> None:
-    ops = load_cpu_ops()
-    if isinstance(ops, str):
-        pytest.skip(ops)
+    library = load_cpu_library()
+    if isinstance(library, str):
+        pytest.skip(library)
+    ops = CpuOps(library)
     with pytest.raises(ValueError, match="residual must be float32"):
         ops.add_rms_norm(random(2, 8), random(2, 8, dtype=BF16), random(8), 1e-5, F32)
     assert "compiled" in ops.name

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.cpu_ops import load_cpu_ops
+from model.cpu_library import load_cpu_library
+from model.cpu_ops import CpuOps
 from model.ops import Ops, TorchOps
 
 PROMPT = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(3))
@@ -72,10 +73,10 @@ ROPES: dict[str, dict[str, Any]] = {
 def ops(request: pytest.FixtureRequest) -> Ops:
     if request.param == "torch":
         return TorchOps()
-    found = load_cpu_ops()
+    found = load_cpu_library()
     if isinstance(found, str):
         pytest.skip(found)
-    return found
+    return CpuOps(found)
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -19,7 +19,7 @@ from model.attention.flash import FlashAttention, FlashBatch
 from model.attention.interface import AttentionBackend, AttentionBatch, AttentionSpec
 from model.attention.reference import ReferenceAttention
 from model.attention.torch_sdpa import TorchAttention
-from model.cpu_library import load_cpu_library
+from model.cpu_library import ISAS, load_cpu_library
 from model.kv_pool import KVPool
 
 CPU = torch.device("cpu")
@@ -61,9 +61,7 @@ BACKENDS: dict[str, Build] = {
     "reference": ReferenceAttention,
     "torch": TorchAttention,
     "flash": lambda spec, pool: FlashAttention(spec, pool, dense_kernel),
-    "cpu-avx512": cpu("avx512"),
-    "cpu-avx2": cpu("avx2"),
-    "cpu-scalar": cpu("scalar"),
+    **{f"cpu-{isa}": cpu(isa) for isa in ISAS},
 }
 
 
@@ -294,7 +292,7 @@ def test_any_ragged_batch(
     window: int | None,
     seed: int,
 ) -> None:
-    isas = [isa for isa in ("avx512", "avx2") if not isinstance(load_cpu_library(isa=isa), str)]
+    isas = [isa for isa in ISAS[:-1] if not isinstance(load_cpu_library(isa=isa), str)]
     for name in ("torch", *(f"cpu-{isa}" for isa in isas)):
         scene = make_scene(
             tuple(rows),
