@@ -63,7 +63,8 @@ differs:
 - A call is told when it is complete: its input is one `input_json_delta`. What the model wrote of
   a call that the limit cut is in `octavo.left_out`.
 - Errors are `{"type": "error", "error": {...}, "request_id": ...}`, with `param` and `code` in
-  `error`. `octavo` stands in the message, and in a stream in `message_delta`.
+  `error`; the header `request-id` has the id too. `octavo` stands in the message, and in a
+  stream in `message_delta`.
 
 | parameter | | |
 |---|---|---|

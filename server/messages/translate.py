@@ -193,5 +193,7 @@ def _name(param: str, origins: tuple[str, ...]) -> str:
         return origins[int(index)] if int(index) < len(origins) else head
     if head == "tools" and index is not None:
         rest = rest.removeprefix(".function").replace(".parameters", ".input_schema", 1)
+    if head == "response_format":
+        rest = rest.removeprefix(".json_schema")
     place = "" if index is None else f".{index}"
     return _RENAMED.get(head, head) + place + rest

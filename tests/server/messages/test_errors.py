@@ -90,7 +90,6 @@ def said(role: str, *blocks: Any) -> dict[str, Any]:
         ({"tools": [TOOL], "tool_choice": {"type": "x"}}, "tool_choice.type"),
         ({"thinking": {"type": "perhaps"}}, "thinking.type"),
         ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
-        ({"output_config": {"format": {"type": "other"}}}, "output_config.format"),
         ({"cache_control": {"type": "x"}}, "cache_control.type"),
     ],
 )

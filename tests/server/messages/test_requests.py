@@ -208,7 +208,7 @@ def test_thinking_is_the_templates_switch_if_it_has_one(
 
 
 def test_what_has_no_effect_is_told_by_its_own_name(saying: Saying) -> None:
-    tool = TOOL | {"strict": True, "input_examples": [{}], "x": 1}
+    tool = TOOL | {"input_examples": [{}], "x": 1}
     asked = {
         "messages": [
             turn("user", text("a", citations=[{"x": 1}], y=2)),
@@ -228,7 +228,6 @@ def test_what_has_no_effect_is_told_by_its_own_name(saying: Saying) -> None:
         "messages.0.content.0.y",
         "messages.1.content.1",
         "messages.2.content.0.content.0.z",
-        "tools.0.strict",
         "tools.0.input_examples",
         "tools.0.x",
         "tool_choice.q",
