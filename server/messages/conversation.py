@@ -35,7 +35,7 @@ class Conversation:
     """Collects messages."""
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
+        self._messages: list[dict[str, Any]] = []
         #: By message: where it stands in the request.
         self.origins: list[str] = []
         self.warnings: list[Warned] = []
@@ -57,9 +57,17 @@ class Conversation:
                 raise invalid(said, path)
             self._add_block(turn.role, block, at, f"{at}.content.{index}")
 
+    def messages(self) -> list[dict[str, Any]]:
+        """Return them all."""
+        thoughts = "reasoning_content"
+        return [
+            message | {thoughts: "".join(message[thoughts])} if thoughts in message else message
+            for message in self._messages
+        ]
+
     def require_answerable(self) -> bool:
         """Return whether the last message is gone on with. Raises `ApiError` if it cannot be."""
-        last = self.messages[-1]
+        last = self._messages[-1]
         if last["role"] == "assistant" and "tool_calls" in last:
             at = self.origins[-1]
             raise invalid(f"{at}: a tool_use block must be followed by its tool_result", at)
@@ -75,8 +83,7 @@ class Conversation:
             case ToolResultBlock():
                 self._append_result(block, at)
             case ThinkingBlock():
-                message = self._open(role, at)
-                message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
+                self._open(role, at).setdefault("reasoning_content", []).append(block.thinking)
             case RedactedThinkingBlock():
                 self._open(role, at)
                 told = f"{path} was ignored: only its maker can read it"
@@ -95,12 +102,12 @@ class Conversation:
 
     def _open(self, role: str, at: str) -> dict[str, Any]:
         """Return the message that a block of `role` belongs to: the last one if it is its own."""
-        if not self.messages or self.messages[-1]["role"] != role:
+        if not self._messages or self._messages[-1]["role"] != role:
             self._append(role, at)
-        return self.messages[-1]
+        return self._messages[-1]
 
     def _append(self, role: str, at: str, **fields: Any) -> None:  # noqa: ANN401 - what a message has
-        self.messages.append({"role": role, **fields})
+        self._messages.append({"role": role, **fields})
         self.origins.append(at)
 
 

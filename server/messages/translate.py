@@ -76,7 +76,7 @@ def translate(request: CountTokensRequest, template: ChatTemplate | None) -> Tra
     fields = {
         **passed(request),
         "model": request.model,
-        "messages": conversation.messages,
+        "messages": conversation.messages(),
         "continue_final_message": conversation.require_answerable(),
         **_tools(request.tools, request.tool_choice),
         **_output(request),
