@@ -12,6 +12,8 @@ import orjson
 from pydantic import BaseModel
 
 from server import params, schemas
+from server.messages import params as message_params
+from server.messages.schemas import MessagesRequest
 from server.params import Unsupported
 
 _HEAD = """\
@@ -34,6 +36,38 @@ Several answers (`n`, `best_of`, a list of prompts) are at most 16 to a prompt a
 The prompt is computed once and counted once in `usage`; its completion tokens are those of all
 answers, `best_of`'s unseen ones too. Answer `k` of a prompt has a seed made from (`seed`, `k`), and
 the first has `seed` itself, so it is the answer that `n: 1` gives. `index` is prompt * n + k.
+"""
+
+_MESSAGES = """
+## Anthropic's Messages
+
+`POST /v1/messages` and `POST /v1/messages/count_tokens` (which takes the fields that make the
+prompt, and counts also what does not fit). The same templates, samplers and parsers answer; what
+differs:
+
+- A field named in an error or a warning is named as here, by its path: `messages.2.content.0`.
+- Content is text, `tool_use`, `tool_result` (of text), `thinking` and `redacted_thinking` (warned
+  of: only its maker can read it). Pictures and documents are refused.
+- Neighbours of one role become one message, their blocks joined by a line break. A last message
+  of the assistant is gone on with.
+- The result of a failed tool (`is_error`) is shown to the model behind a line `Error:`.
+- `thinking` of the types `enabled` and `disabled`, and `output_config.effort`, are what the
+  model's template calls `enable_thinking` and `reasoning_effort`; where it has no such switch,
+  they are warned of, and `thinking.budget_tokens` always. What a model thinks comes as a
+  `thinking` block, whose signature is empty; with the `display` `omitted` the block is too.
+- `max_tokens` above what the context has room for is cut, with a warning; an answer that reaches
+  the context's end has the `stop_reason` `model_context_window_exceeded`.
+- `usage`: `cache_read_input_tokens` were found in the cache; `cache_creation_input_tokens` were
+  computed and are in it from then on, in whole pages; `input_tokens` are the few behind the last
+  whole page. Together they are the prompt.
+- A call is told when it is complete: its input is one `input_json_delta`. What the model wrote of
+  a call that the limit cut is in `octavo.left_out`.
+- Errors are `{"type": "error", "error": {...}, "request_id": ...}`, with `param` and `code` in
+  `error`; the header `request-id` has the id too. `octavo` stands in the message, and in a
+  stream in `message_delta`.
+
+| parameter | | |
+|---|---|---|
 """
 
 #: What vLLM does with a parameter, and SGLang.
@@ -111,7 +145,8 @@ def page() -> str:
     for name, chat, completion, note in entries():
         vllm, sglang = PEERS.get(name, _UNSURE)
         rows.append(f"| `{name}` | {chat} | {completion} | {vllm} | {sglang} | {note} |")
-    return _HEAD + "\n" + "\n".join(rows) + "\n"
+    rows_of_messages = [f"| `{name}` | {said} | {note} |" for name, said, note in message_entries()]
+    return _HEAD + "\n" + "\n".join(rows) + "\n" + _MESSAGES + "\n".join(rows_of_messages) + "\n"
 
 
 def entries() -> Iterator[tuple[str, str, str, str]]:
@@ -126,6 +161,15 @@ def entries() -> Iterator[tuple[str, str, str, str]]:
         found.append((name, in_chat[0], in_completion[0], _note(in_chat, in_completion)))
     order = ("honoured", "refused", "warned", _NOT_HERE)
     yield from sorted(found, key=lambda entry: min(map(order.index, entry[1:3])))
+
+
+def message_entries() -> Iterator[tuple[str, str, str]]:
+    """Yield (name, what Messages do with it, a note): honoured ones first."""
+    said = _said(MessagesRequest, message_params.MESSAGES)
+    passed = dict.fromkeys(message_params.PASSED, ("honoured", "as in chats"))
+    order = ("honoured", "refused", "warned")
+    entries = [(name, what, note) for name, (what, note) in (said | passed).items()]
+    yield from sorted(entries, key=lambda entry: order.index(entry[1]))
 
 
 def _said(request: type[BaseModel], table: Mapping[str, Unsupported]) -> dict[str, tuple[str, str]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
+from typing import NoReturn
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
 
 from configs.schema import OctavoConfig
 from scheduler.client import EngineClient
@@ -19,6 +19,8 @@ from server.documents import ChatChunk
 from server.errors import from_status, shortened
 from server.gate import DrainGate
 from server.lifecycle import Lifecycle
+from server.messages.routes import DOCUMENTED as MESSAGES_DOCUMENTED
+from server.messages.routes import ERROR_FORMS, message_routes
 from server.metrics import Metrics
 from server.openapi import DocumentedApp
 from server.probes import probe_routes
@@ -32,6 +34,7 @@ _DOCUMENTED = (
     schemas.TokenizeRequest,
     schemas.DetokenizeRequest,
     ChatChunk,
+    *MESSAGES_DOCUMENTED,
 )
 
 
@@ -58,6 +61,7 @@ def create_app(
     app = DocumentedApp(version, _DOCUMENTED)
     for router in (
         generation_routes(service),
+        message_routes(service),
         model_routes(service),
         probe_routes(service, version),
     ):
@@ -71,17 +75,22 @@ def create_app(
         open_paths=frozenset() if config.server.protect_metrics else PROBE_PATHS,
     )
     app.add_middleware(
-        BoundaryMiddleware, lifecycle=lifecycle, metrics=metrics, clock=clock, chance=chance
+        BoundaryMiddleware,
+        lifecycle=lifecycle,
+        metrics=metrics,
+        clock=clock,
+        chance=chance,
+        error_forms=ERROR_FORMS,
     )
     return app
 
 
-async def _tell_router_error(request: Request, error: Exception) -> Response:
+async def _tell_router_error(request: Request, error: Exception) -> NoReturn:
+    """Raise it for the boundary, which knows how this path's errors look."""
     assert isinstance(error, HTTPException)
     method, path = request.method, shortened(request.url.path)
     message = {
         404: f"there is no route {path}; /openapi.json lists them",
         405: f"{method} is not allowed on {path}",
     }.get(error.status_code, error.detail)
-    told = from_status(error.status_code, message, dict(error.headers or {}))
-    return Response(told.body(), told.status, headers=told.headers, media_type="application/json")
+    raise from_status(error.status_code, message, dict(error.headers or {})) from error

@@ -33,6 +33,8 @@ from server.metrics import Metrics
 from server.respond import send_json
 
 REQUEST_ID_HEADER = "X-Request-Id"
+#: What Anthropic's clients look for; OpenAI's look for the other.
+_REQUEST_ID_HEADERS = (REQUEST_ID_HEADER.lower().encode(), b"request-id")
 #: What the log and the metrics call a client that left before its answer (nginx' word).
 CLIENT_GONE_STATUS = 499
 #: A client that does not read does not hear why its request was ended either.
@@ -120,7 +122,7 @@ class _Reply:
             self._is_stream = any(header in sse.HEADERS[:1] for header in headers)
             self._record.status = message["status"]
             request_id = self._record.request_id.encode()
-            headers.append((REQUEST_ID_HEADER.lower().encode(), request_id))
+            headers += [(name, request_id) for name in _REQUEST_ID_HEADERS]
             message = {**message, "headers": headers}
         else:
             self._is_complete = not message.get("more_body", False)
@@ -128,6 +130,7 @@ class _Reply:
 
     async def fail(self, error: ApiError) -> None:
         """Tell the client, in whatever way is left."""
+        error.request_id = self._record.request_id
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
                 if not self._has_started:
@@ -140,8 +143,7 @@ class _Reply:
 
 
 def _given_id(scope: Scope) -> str | None:
-    name = REQUEST_ID_HEADER.lower().encode()
-    values = [value for key, value in scope["headers"] if key == name]
+    values = [value for key, value in scope["headers"] if key == _REQUEST_ID_HEADERS[0]]
     given = values[0].decode("latin-1") if len(values) == 1 else ""
     return given if _REQUEST_ID.fullmatch(given) else None
 

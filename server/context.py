@@ -47,6 +47,8 @@ class RequestRecord:
     first_token_at_s: float | None = None
     last_token_at_s: float | None = None
     finish_reason: str = ""
+    #: The stop string that ended the output.
+    stop_text: str | None = None
 
     @property
     def ttft_s(self) -> float | None:

@@ -58,6 +58,8 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = headers or {}
+        #: Of the request it answers; the boundary knows it.
+        self.request_id = ""
 
     def body(self) -> bytes:
         """Return the JSON that tells it, the same in a response and in a stream."""

@@ -166,3 +166,4 @@ def _note(service: Service, record: RequestRecord, delta: Delta, piece: Piece) -
         service.metrics.on_tokens(piece.num_tokens, since_last_s)
     if piece.finish_reason is not None:
         record.finish_reason = piece.finish_reason
+        record.stop_text = piece.stop_text

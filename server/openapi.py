@@ -28,20 +28,24 @@ _MEANINGS = {
 Responses: TypeAlias = dict[int | str, dict[str, Any]]
 
 
-def answers(model: type[BaseModel] | None, *error_statuses: int) -> Responses:
+def answers(
+    model: type[BaseModel] | None, *error_statuses: int, error: type[BaseModel] = ErrorBody
+) -> Responses:
     """Return a route's responses for FastAPI: success holds `model`; None: it is plain text."""
     success: dict[str, Any] = {"model": model}
     if model is None:
         success = {"content": {"text/plain": {"schema": {"type": "string"}}}}
     responses: Responses = {200: success}
     for status in sorted({401, 500, *error_statuses}):
-        responses[status] = {"model": ErrorBody, "description": _MEANINGS[status]}
+        responses[status] = {"model": error, "description": _MEANINGS[status]}
     return responses
 
 
-def generation_answers(model: type[BaseModel], chunk: type[BaseModel]) -> Responses:
+def generation_answers(
+    model: type[BaseModel], chunk: type[BaseModel], error: type[BaseModel] = ErrorBody
+) -> Responses:
     """Return the responses of a route that generates; a stream's events hold `chunk`s."""
-    responses = answers(model, 400, 404, 408, 413, 429, 503)
+    responses = answers(model, 400, 404, 408, 413, 429, 503, error=error)
     schema = {"$ref": _REF.format(model=chunk.__name__)}
     responses[200]["content"] = {"text/event-stream": {"schema": schema}}
     return responses

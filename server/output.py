@@ -53,6 +53,8 @@ class Piece:
     finish_reason: FinishWord | None = None
     #: Those `num_tokens`.
     token_ids: tuple[int, ...] = ()
+    #: The stop string that ended the output.
+    stop_text: str | None = None
 
 
 class OutputText:
@@ -84,19 +86,20 @@ class OutputText:
         if reason is FinishReason.STOP and not self._options.include_stop:
             num_shown -= delta.token_ids[-1:] != () and self._is_end(delta.token_ids[-1])
         if not self._options.stops and not delta.logprobs:
-            text, num_tokens, has_matched = self._push_many(delta.token_ids[:num_shown])
+            text, num_tokens, stop_text = self._push_many(delta.token_ids[:num_shown])
         else:
-            text, num_tokens, has_matched = self._push_singly(delta, num_shown)
-        if has_matched:
+            text, num_tokens, stop_text = self._push_singly(delta, num_shown)
+        if stop_text is not None:
             tokens, token_ids = self._taken(is_last=True, is_cut=True), delta.token_ids[:num_tokens]
-            return Piece(text, tokens, num_tokens, "stop", token_ids)
+            return Piece(text, tokens, num_tokens, "stop", token_ids, stop_text)
         num_tokens += len(delta.token_ids) - num_shown
         if reason is None:
             return Piece(text, self._taken(), num_tokens, None, delta.token_ids)
-        tail, has_matched = self._finish()
+        tail, stop_text = self._finish()
+        has_matched = stop_text is not None
         word: FinishWord = "stop" if has_matched or reason is FinishReason.STOP else "length"
         tokens = self._taken(is_last=True, is_cut=has_matched)
-        return Piece(text + tail, tokens, num_tokens, word, delta.token_ids)
+        return Piece(text + tail, tokens, num_tokens, word, delta.token_ids, stop_text)
 
     def check(self) -> None:
         """Assert that text is neither sent twice nor before it is known."""
@@ -109,14 +112,14 @@ class OutputText:
     def _is_end(self, token_id: int) -> bool:
         return token_id in self._options.end_token_ids
 
-    def _push_many(self, token_ids: tuple[int, ...]) -> tuple[str, int, bool]:
+    def _push_many(self, token_ids: tuple[int, ...]) -> tuple[str, int, None]:
         text = self._decoder.push(token_ids)
         self._num_tokens += len(token_ids)
         self._num_decoded_chars += len(text)
         self._num_sent_chars += len(text)
-        return text, len(token_ids), False
+        return text, len(token_ids), None
 
-    def _push_singly(self, delta: Delta, num_shown: int) -> tuple[str, int, bool]:
+    def _push_singly(self, delta: Delta, num_shown: int) -> tuple[str, int, str | None]:
         texts = []
         for index, token_id in enumerate(delta.token_ids[:num_shown]):
             start = self._num_decoded_chars
@@ -126,29 +129,30 @@ class OutputText:
             if logprobs is not None:
                 self._held.append(TokenAt(logprobs, start, self._num_decoded_chars))
             self._num_tokens += 1
-            text, has_matched = self._match(decoded)
+            text, stop_text = self._match(decoded)
             texts.append(text)
-            if has_matched:
-                return "".join(texts), index + 1, True
-        return "".join(texts), num_shown, False
+            if stop_text is not None:
+                return "".join(texts), index + 1, stop_text
+        return "".join(texts), num_shown, None
 
-    def _match(self, decoded: str) -> tuple[str, bool]:
+    def _match(self, decoded: str) -> tuple[str, str | None]:
+        """Return what may be sent, and the stop string that ends it."""
         matched = None
         if self._num_tokens > self._options.min_tokens:
             decoded, matched = self._matcher.push(decoded)
         self._num_sent_chars += len(decoded)
-        return decoded, matched is not None
+        return decoded, matched
 
-    def _finish(self) -> tuple[str, bool]:
+    def _finish(self) -> tuple[str, str | None]:
         """Return what was held back, now that nothing follows it."""
         rest = self._decoder.finish()
         self._num_decoded_chars += len(rest)
-        text, has_matched = self._match(rest)
-        if not has_matched:
+        text, stop_text = self._match(rest)
+        if stop_text is None:
             held = self._matcher.finish()
             self._num_sent_chars += len(held)
             text += held
-        return text, has_matched
+        return text, stop_text
 
     def _taken(self, *, is_last: bool = False, is_cut: bool = False) -> tuple[TokenAt, ...]:
         """Take the tokens whose text has been sent; `is_cut`: the rest never will be."""

@@ -5,10 +5,9 @@ So a client hears at once what is wrong with its request. Knows nothing of respo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
-
-import orjson
 
 from scheduler.client import GenerateRequest, ModelInfo, SamplingParams
 from server import params
@@ -36,6 +35,7 @@ from server.service import Service
 from server.text.pieces import TextError
 from server.text.template import TemplateError
 from server.tooling import callable_tools, spoken, tool_warnings
+from server.tools.schemas import Tool
 
 #: To render a message takes as long as to encode this many characters, some 25 µs.
 _MESSAGE_CHARS = 80
@@ -66,15 +66,7 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
     tools = callable_tools(service, request)
     warnings += tool_warnings(tools)
-    token_ids = await chat_tokens(
-        service,
-        request.messages,
-        add_generation_prompt=request.add_generation_prompt,
-        add_special_tokens=request.add_special_tokens,
-        variables=request.chat_template_kwargs,
-        tools=[tool.for_template() for tool in tools],
-        continues_final=request.continue_final_message is True,
-    )
+    token_ids = await prompt_of_chat(service, request, tools)
     token_ids = truncated(service.client.info, request, token_ids, max_tokens)
     room = _room(service.client.info, token_ids, max_tokens, ("messages", name))
     sampling = _sampling(
@@ -162,6 +154,21 @@ def _completion_sampling(
     )
 
 
+async def prompt_of_chat(
+    service: Service, request: ChatRequest, tools: Sequence[Tool]
+) -> list[int]:
+    """Return a chat's prompt, however long; `tools`: the callable ones. Raises `ApiError`."""
+    return await chat_tokens(
+        service,
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt,
+        add_special_tokens=request.add_special_tokens,
+        variables=request.chat_template_kwargs,
+        tools=[tool.for_template() for tool in tools],
+        continues_final=request.continue_final_message is True,
+    )
+
+
 async def chat_tokens(
     service: Service,
     messages: Sequence[Message],
@@ -199,7 +206,7 @@ async def chat_tokens(
         return tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
 
     try:
-        num_chars = sum(message.num_chars for message in messages) + len(orjson.dumps(tools))
+        num_chars = sum(message.num_chars for message in messages) + len(json.dumps(tools))
         return await off_loop(encode, num_chars + len(messages) * _MESSAGE_CHARS)
     except TemplateError as error:
         at = "" if error.message_index is None else f".{error.message_index}"

@@ -77,6 +77,7 @@ def test_the_text_ends_before_the_first_stop_string(
     end = min(ends) if include_stop else min(ends) - len(found)
     assert shown == whole[:end]
     assert pieces[-1].finish_reason == "stop"
+    assert pieces[-1].stop_text == found
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -132,6 +133,7 @@ def test_the_text_of_an_end_token(text: ModelText, options: OutputOptions, shown
     assert piece.text == shown
     assert piece.num_tokens == 2, "it was generated all the same"
     assert piece.finish_reason == "stop"
+    assert piece.stop_text is None
 
 
 def test_an_end_token_is_text_where_the_length_ended_the_output(text: ModelText) -> None:

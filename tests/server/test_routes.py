@@ -145,6 +145,8 @@ def test_openapi_knows_every_route_its_body_and_its_errors(shared: Any) -> None:
     assert set(document["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
         "/v1/models",
         "/v1/models/{model_id}",
         "/tokenize",

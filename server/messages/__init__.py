@@ -1,0 +1,1 @@
+"""Anthropic's Messages: their shapes around the same chats, templates and answers."""

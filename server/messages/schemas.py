@@ -1,0 +1,230 @@
+"""Bodies of Anthropic's Messages, by their names: what is a field here is honoured.
+
+What is not a field is judged by `server/messages/params.py`. As everywhere, types are strict, and
+lists end at their first fault. Knows nothing of chats or of templates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from server import schemas
+from server.errors import ApiError, invalid, shortened
+from server.schemas import MAX_MESSAGES, MAX_PARTS, Request
+from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
+from server.tools.schemas import MAX_TOOLS, ToolName
+
+RequestT = TypeVar("RequestT", bound=BaseModel)
+
+#: Pydantic puts the kind of a block into the path to what is wrong in it; clients do not know it.
+_KIND_IN_PATH = re.compile(
+    r"\b(content\.\d+)\.(?:text|tool_use|tool_result|thinking|redacted_thinking)\b"
+)
+
+
+async def parse(model: type[RequestT], body: bytes) -> RequestT:
+    """Return the request that `body` holds. Raises `ApiError` (400) that names what is wrong."""
+    try:
+        return await schemas.parse(model, body)
+    except ApiError as error:
+        param = None if error.param is None else _KIND_IN_PATH.sub(r"\1", error.param)
+        raise invalid(_KIND_IN_PATH.sub(r"\1", error.message), param, error.code) from error
+
+
+def _known_kinds(*kinds: str) -> Callable[[object], object]:
+    """Return a validator that names the kind of a block nobody here can read."""
+
+    def require_known(value: object) -> object:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind not in kinds:
+            told = f"blocks of the type {shortened(kind)!r} are not supported here; "
+            raise ValueError(told + " and ".join(kinds) + (" are" if len(kinds) > 1 else " is"))
+        return value
+
+    return require_known
+
+
+def _as_blocks(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_custom(value: object) -> object:
+    if isinstance(value, str) and value != "custom":
+        raise ValueError(f"{shortened(value)!r} is a tool of Anthropic's servers, not of this one")
+    return value
+
+
+class CacheControl(Request):
+    """Where a prefix ends that is asked to be kept. Here every prefix is."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
+class TextBlock(Request):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: CacheControl | None = None
+
+
+TextBlocks = Annotated[
+    Annotated[
+        list[Annotated[TextBlock, BeforeValidator(_known_kinds("text"))]],
+        Field(max_length=MAX_PARTS, fail_fast=True),
+    ],
+    BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock]),
+]
+
+
+class ToolUseBlock(Request):
+    """A call that the assistant made."""
+
+    type: Literal["tool_use"]
+    id: Annotated[str, Field(min_length=1)]
+    name: str
+    input: dict[str, Any]
+    cache_control: CacheControl | None = None
+
+
+class ToolResultBlock(Request):
+    """What a tool gave."""
+
+    type: Literal["tool_result"]
+    tool_use_id: Annotated[str, Field(min_length=1)]
+    content: TextBlocks | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+class ThinkingBlock(Request):
+    """What the assistant thought; templates that know reasoning are shown it."""
+
+    type: Literal["thinking"]
+    thinking: str
+    #: There is nothing to verify: what one can write into a block can be written as text too.
+    signature: str | None = None
+
+
+class RedactedThinkingBlock(Request):
+    """Thoughts that only their maker can read."""
+
+    type: Literal["redacted_thinking"]
+    data: str
+
+
+Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock
+_KINDS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
+Blocks = Annotated[
+    Annotated[
+        list[Annotated[Block, Field(discriminator="type"), BeforeValidator(_known_kinds(*_KINDS))]],
+        Field(max_length=MAX_PARTS, fail_fast=True),
+    ],
+    BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block]),
+]
+
+
+class Turn(Request):
+    """A message. Neighbours of one role are one message."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Blocks
+
+
+class InputTool(Request):
+    """A tool that the client runs."""
+
+    type: Annotated[Literal["custom"] | None, BeforeValidator(_as_custom)] = None
+    name: ToolName
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+class InputToolChoice(Request):
+    """Which tools may or must be called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: ToolName | None = Field(default=None, description="of the type tool")
+    disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _names_a_tool(self) -> Self:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("the type tool needs the tool's name, and no other type has one")
+        return self
+
+
+class ThinkingConfig(Request):
+    """Whether the model is to think before it answers."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class OutputConfig(Request):
+    """How the answer is to be."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: dict[str, Any] | None = None
+
+
+class RequestMetadata(Request):
+    """About the request."""
+
+    user_id: str | None = None
+
+
+Turns = Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+StopSequences = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+    Field(max_length=MAX_STOPS, fail_fast=True),
+]
+
+
+class CountTokensRequest(Request):
+    """Body of `POST /v1/messages/count_tokens`."""
+
+    model: str | None = Field(default=None, description="default: the one that is served")
+    messages: Turns = Field(
+        description="texts, calls, results, thoughts; a last one of the assistant is gone on with"
+    )
+    system: TextBlocks | None = None
+    tools: Annotated[list[InputTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        default=None, description="those the client runs; Anthropic's own are refused"
+    )
+    tool_choice: InputToolChoice | None = Field(
+        default=None, description="default: auto if there are tools"
+    )
+    thinking: ThinkingConfig | None = Field(
+        default=None, description="default: as the model's template has it"
+    )
+    output_config: OutputConfig | None = None
+    cache_control: CacheControl | None = Field(
+        default=None, description="here and in blocks; all prefixes are kept as room allows"
+    )
+
+
+class MessagesRequest(CountTokensRequest):
+    """Body of `POST /v1/messages`."""
+
+    max_tokens: Annotated[int, Field(ge=1)] = Field(
+        description="required; what the context has no room for is cut, and warned of"
+    )
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="0 to 1; default 1"
+    )
+    top_p: float | None = Field(default=None, description="above 0, at most 1; default 1")
+    top_k: int | None = Field(default=None, description="-1, 0 and null: no limit")
+    stop_sequences: StopSequences | None = None
+    stream: bool | None = None
+    metadata: RequestMetadata | None = Field(
+        default=None, description="its `user_id` is warned of: callers are not told apart by it"
+    )
