@@ -32,6 +32,8 @@ class CpuAttention:
     def __init__(self, spec: AttentionSpec, pool: KVPool, library: CpuLibrary) -> None:
         self._spec = spec
         self._pool = pool
+        #: Prefill rounds its operands to bfloat16, unless keys and values are kept in float32.
+        self.is_rounded = library.isa == "amx" and pool.dtype != torch.float32
         self._functions = library.functions
         self._attend = library.functions.octavo_attention_attend
         self._width = spec.num_heads * spec.head_dim

@@ -227,7 +227,10 @@ void octavo_attention_attend(Session* session, int32_t layer, int32_t dtype, voi
     kernels.write(value_write, begin, end);
   });
 #pragma omp parallel num_threads(s.threads) if (schedule.elements > 2 * kGrainElements)
-  attend(s, a, scratch_of(s, omp_get_thread_num()));
+  {
+    attend(s, a, scratch_of(s, omp_get_thread_num()));
+    kernels.release_tiles();
+  }
 }
 
 }  // extern "C"

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_decode.h"
+#include "attention_tiles.h"
 #include "simd.h"
 
 namespace {
@@ -30,7 +31,12 @@ struct PrefillScratch {
         values(keys + int64_t(kPrefillKeys) * head_dim) {}
 
   static int64_t floats(int head_dim) {
-    return 2 * int64_t(head_dim) * (kPrefillLanes + kPrefillKeys) + kPrefillKeys * kPrefillLanes;
+    int64_t rows = 2 * int64_t(head_dim) * kPrefillKeys;
+#if defined(__AMX_BF16__)
+    // Matrix instructions have their own keys and values, in the same place.
+    rows = rows > TileScratch::floats(head_dim) ? rows : TileScratch::floats(head_dim);
+#endif
+    return 2 * int64_t(head_dim) * kPrefillLanes + kPrefillKeys * kPrefillLanes + rows;
   }
 };
 
@@ -192,36 +198,89 @@ inline void store_lanes(const Attention& a, const Unit& unit, const PrefillScrat
   }
 }
 
+// Whether a tile of keys is not seen in full by every lane: past the first token's position, or out
+// of the last one's window.
+inline bool is_masked(const Attention& a, const Unit& unit, const LaneStats& stats, int key,
+                      int last_key) {
+  const float last_position = stats.position[unit.lane_end - unit.lane_begin - 1];
+  return last_key > stats.position[0] || last_position - key >= float(a.window);
+}
+
+#if defined(__AMX_BF16__)
+
+// All lanes at once: a tile is as wide as they are, however few of them count.
+void attend_by_tiles(const Attention& a, const Unit& unit, const PrefillScratch& s, int num_vectors,
+                 LaneStats& stats) {
+  const TileScratch t(s.keys, a.head_dim);
+  const int depth = TileScratch::padded(a.head_dim);
+  const int64_t head_offset = int64_t(unit.head_begin) * a.head_dim;
+  int64_t offsets[kPrefillKeys];
+  configure_tiles();
+  pack_lanes(s.queries, a.head_dim, depth, t.queries);
+  for (int key = unit.key_begin; key < unit.key_end; key += kPrefillKeys) {
+    const int num_keys = smaller(kPrefillKeys, unit.key_end - key);
+    locate_keys(a, unit.row, key, key + num_keys, offsets);
+    load_keys(a.keys, a.kv_dtype, offsets, num_keys, head_offset, a.head_dim, t.keys);
+    load_values(a.values, a.kv_dtype, offsets, num_keys, head_offset, a.head_dim, t.values);
+    for (int at = 0; at < num_keys; at += kTileOutputs)
+      multiply_lanes(t.keys + at * depth, depth, t.queries, depth, false,
+                     s.scores + at * kPrefillLanes);
+    const bool masked = is_masked(a, unit, stats, key, key + num_keys - 1);
+    for (int j = 0; j < num_vectors; ++j) {
+      weigh_lanes(s.scores, key, num_keys, j * kWidth, float(a.window), masked, stats);
+      const Vec rescale = load(stats.rescale + j * kWidth);
+      for (int d = 0; d < a.head_dim; ++d) {
+        float* sums = s.sums + d * kPrefillLanes + j * kWidth;
+        store(sums, load(sums) * rescale);
+      }
+    }
+    pack_lanes(s.scores, num_keys, kPrefillKeys, t.weights);
+    for (int d = 0; d < a.head_dim; d += kTileOutputs)
+      multiply_lanes(t.values + d * kPrefillKeys, kPrefillKeys, t.weights, kPrefillKeys, true,
+                     s.sums + d * kPrefillLanes);
+  }
+}
+
+#endif
+
+void attend_by_vectors(const Attention& a, const Unit& unit, const PrefillScratch& s, int num_vectors,
+                 LaneStats& stats) {
+  const int64_t head_offset = int64_t(unit.head_begin) * a.head_dim;
+  int64_t offsets[kPrefillKeys];
+  const float* keys[kPrefillKeys];
+  const float* values[kPrefillKeys];
+  const float window = float(a.window);
+  for (int key = unit.key_begin; key < unit.key_end; key += kPrefillKeys) {
+    const int num_keys = smaller(kPrefillKeys, unit.key_end - key);
+    locate_keys(a, unit.row, key, key + num_keys, offsets);
+    load_rows(a.keys, a.kv_dtype, offsets, num_keys, head_offset, a.head_dim, s.keys, keys);
+    load_rows(a.values, a.kv_dtype, offsets, num_keys, head_offset, a.head_dim, s.values, values);
+    const bool masked = is_masked(a, unit, stats, key, key + num_keys - 1);
+    int done = 0;
+    for (; done + 4 <= num_vectors && kWidth == 16; done += 4)
+      attend_tile<4>(s, keys, values, key, num_keys, done * kWidth, a.head_dim, window, masked,
+                     stats);
+    for (; done + 2 <= num_vectors; done += 2)
+      attend_tile<2>(s, keys, values, key, num_keys, done * kWidth, a.head_dim, window, masked,
+                     stats);
+    for (; done < num_vectors; ++done)
+      attend_tile<1>(s, keys, values, key, num_keys, done * kWidth, a.head_dim, window, masked,
+                     stats);
+  }
+}
+
 void prefill(const Attention& a, const Unit& unit, float* scratch) {
   PrefillScratch s(scratch, a.head_dim);
   LaneStats stats;
   const int num_vectors = (unit.lane_end - unit.lane_begin + kWidth - 1) / kWidth;
   load_lanes(a, unit, num_vectors * kWidth, s, stats);
-  const int64_t head_offset = int64_t(unit.head_begin) * a.head_dim;
-  const float first_position = stats.position[0];
-  int64_t offsets[kPrefillKeys];
-  const float* keys[kPrefillKeys];
-  const float* values[kPrefillKeys];
-  for (int key = unit.key_begin; key < unit.key_end; key += kPrefillKeys) {
-    const int num_keys = smaller(kPrefillKeys, unit.key_end - key);
-    const int last_key = key + num_keys - 1;
-    locate_keys(a, unit.row, key, last_key + 1, offsets);
-    load_rows(a.keys, a.kv_dtype, offsets, num_keys, head_offset, a.head_dim, s.keys, keys);
-    load_rows(a.values, a.kv_dtype, offsets, num_keys, head_offset, a.head_dim, s.values, values);
-    // Seen in full by every lane: up to the first token's position, and within the last one's window.
-    const float last_position = stats.position[unit.lane_end - unit.lane_begin - 1];
-    const bool masked = last_key > first_position || last_position - key >= float(a.window);
-    int done = 0;
-    for (; done + 4 <= num_vectors && kWidth == 16; done += 4)
-      attend_tile<4>(s, keys, values, key, num_keys, done * kWidth, a.head_dim, float(a.window),
-                     masked, stats);
-    for (; done + 2 <= num_vectors; done += 2)
-      attend_tile<2>(s, keys, values, key, num_keys, done * kWidth, a.head_dim, float(a.window),
-                     masked, stats);
-    for (; done < num_vectors; ++done)
-      attend_tile<1>(s, keys, values, key, num_keys, done * kWidth, a.head_dim, float(a.window),
-                     masked, stats);
-  }
+#if defined(__AMX_BF16__)
+  // What is kept in float32 is meant to stay exact.
+  if (a.kv_dtype != kFloat32)
+    attend_by_tiles(a, unit, s, num_vectors, stats);
+  else
+#endif
+    attend_by_vectors(a, unit, s, num_vectors, stats);
   store_lanes(a, unit, s, stats);
 }
 

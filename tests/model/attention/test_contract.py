@@ -27,6 +27,8 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 MIXED = ((1, 1), (1, 700), (40, 40), (37, 300), (1, 17), (2, 130), (1, 256), (1, 257))
 #: Relative to the largest value of the result.
 TOLERANCE = {F32: 1e-5, F16: 2e-3, BF16: 1.6e-2}
+#: Where operands enter as bfloat16, and sums are float32.
+ROUNDED_TOLERANCE = 6e-3
 
 Build = Callable[[AttentionSpec, KVPool], AttentionBackend]
 
@@ -199,7 +201,10 @@ def check(build: Build, scene: Scene) -> None:
         assert result.shape == expected.shape
         assert result.isfinite().all(), "read what is not its own"
         error = (result.double() - expected).abs().max() / expected.abs().max()
-        assert error < TOLERANCE[scene.spec.dtype], f"off by {error:.2g}"
+        allowed = TOLERANCE[scene.spec.dtype]
+        if isinstance(backend, CpuAttention) and backend.is_rounded:
+            allowed = max(allowed, ROUNDED_TOLERANCE)
+        assert error < allowed, f"off by {error:.2g}"
 
 
 @pytest.fixture(autouse=True)
