@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope
 
-from server.errors import ClientGoneError
+from server.errors import ApiError, ClientGoneError
 
 _SCOPE_KEY = "octavo.request"
 
@@ -47,6 +47,8 @@ class RequestRecord:
     first_token_at_s: float | None = None
     last_token_at_s: float | None = None
     finish_reason: str = ""
+    #: What ends the stream in hand if it fails; None: what the route's errors look like says it.
+    stream_end: Callable[[ApiError], bytes] | None = field(default=None, repr=False)
 
     @property
     def ttft_s(self) -> float | None:

@@ -111,7 +111,7 @@ class SpokenDialect(ChatDialect):
         num_chars = syntax.id_chars if syntax is not None else None
         return {
             "index": index,
-            "id": _call_id(self._chance, num_chars),
+            "id": call_id(self._chance, num_chars),
             "type": "function",
             "function": {"name": call.name, "arguments": call.arguments},
         }
@@ -123,7 +123,7 @@ class SpokenDialect(ChatDialect):
         return {"octavo": {"left_out": self._left_out}} if self._left_out else {}
 
 
-def _call_id(chance: random.Random, num_chars: int | None) -> str:
-    """`num_chars`: of an id without a prefix, for templates that insist on it."""
+def call_id(chance: random.Random, num_chars: int | None, prefix: str = "call_") -> str:
+    """Return a new id; `num_chars`: of one without a prefix, for templates that insist on it."""
     drawn = "".join(chance.choices(_ID_CHARS, k=num_chars or _NUM_ID_CHARS))
-    return drawn if num_chars else "call_" + drawn
+    return drawn if num_chars else prefix + drawn
