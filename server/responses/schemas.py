@@ -17,6 +17,8 @@ from server.tools.schemas import MAX_TOOLS, ToolName
 
 MAX_INCLUDED = 64
 MAX_METADATA = 16
+#: Of the fields that all routes have, those that can only be neutral here.
+WITHOUT_MEANING = frozenset({"n", "max_tokens", "return_token_ids"})
 
 
 def _only_functions(value: object) -> object:
@@ -141,7 +143,7 @@ class ResponsesRequest(GenerateFields):
     stream_options: ResponseStreamOptions | None = None
     chat_template_kwargs: TemplateVariables | None = None
     include_reasoning: bool | None = Field(default=None, description="default true")
-    #: Inherited, and without a meaning here.
+    # Inherited, and without a meaning here.
     n: Literal[1] | None = Field(default=None, description="one answer; more: ask again")
     max_tokens: None = Field(default=None, description="is called max_output_tokens here")
     return_token_ids: Literal[False] | None = Field(

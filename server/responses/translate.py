@@ -15,13 +15,17 @@ from server import params
 from server.errors import ApiError, from_validation, invalid
 from server.params import Warned
 from server.responses.params import INCLUDABLE, LOGPROBS, REASONING, RESPONSES
-from server.responses.schemas import FunctionTool, NamedFunction, ResponsesRequest, TextFormat
+from server.responses.schemas import (
+    WITHOUT_MEANING,
+    FunctionTool,
+    NamedFunction,
+    ResponsesRequest,
+    TextFormat,
+)
 from server.schemas import ChatRequest, GenerateFields, Message
 
-#: Of the fields that all routes have, those without a meaning here.
-_NOT_PASSED = {"n", "max_tokens", "return_token_ids"}
 _PASSED = (
-    *(name for name in GenerateFields.model_fields if name not in _NOT_PASSED),
+    *(name for name in GenerateFields.model_fields if name not in WITHOUT_MEANING),
     "parallel_tool_calls",
     "chat_template_kwargs",
     "include_reasoning",

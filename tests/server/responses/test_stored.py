@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
 
-from server.responses import documents
+from server.responses import documents, exchange
+from server.responses.conversation import read_conversation
 
 PATH = "/v1/responses"
 TOOL = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": False}
@@ -224,3 +226,24 @@ def test_a_server_may_keep_nothing(speaking: Any) -> None:
     wanted = live.post(PATH, input="x", store=True).json()
     assert [warning["param"] for warning in wanted["octavo"]["warnings"]] == ["store"]
     assert live.http.get(f"{PATH}/{body['id']}").status_code == 404
+
+
+def test_a_long_conversation_is_read_beside_the_event_loop(
+    speaking: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = speaking("one")
+    threads = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        threads.append(threading.get_ident())
+        return read_conversation(*args, **kwargs)
+
+    async def loop_thread() -> int:
+        return threading.get_ident()
+
+    monkeypatch.setattr(exchange, "read_conversation", noted)
+    asked = {"input": "x" * 20_000, "truncation": "auto"}
+    first = live.post(PATH, **asked).json()["id"]
+    assert live.post(PATH, previous_response_id=first, **asked).status_code == 200
+    assert len(threads) == 2
+    assert live.call(loop_thread()) not in threads[1:]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from server.errors import ApiError
-from server.responses.schemas import ResponsesRequest
+from server.responses.params import RESPONSES
+from server.responses.schemas import WITHOUT_MEANING, ResponsesRequest
 from server.responses.translate import chat_request, renamed_error
 from server.schemas import ChatRequest, GenerateFields, Message
 
@@ -35,10 +36,6 @@ def test_tools_and_choices_are_a_chats() -> None:
     assert (function.name, function.parameters, function.strict) == ("add", parameters, True)
     assert told.model_dump()["tool_choice"]["function"]["name"] == "add"
     assert chat(tools=[tool], tool_choice="required").tool_choice == "required"
-
-
-#: What the other routes do with it has no meaning for a response.
-WITHOUT_MEANING = {"n", "max_tokens", "return_token_ids"}
 
 
 @pytest.mark.parametrize(
@@ -95,3 +92,9 @@ def test_names_are_ours_in_param_and_message(theirs: str, ours: str) -> None:
     error = renamed_error(told, ["instructions", "input.0"])
     assert (error.param, error.message) == (ours, f"{ours}: bad, see {ours}")
     assert (error.status, error.code, error.headers) == (400, "c", {"A": "b"})
+
+
+def test_every_field_of_a_chat_is_taken_or_judged() -> None:
+    """A new one must be decided on here too."""
+    assert ChatRequest.model_fields.keys() <= ResponsesRequest.model_fields.keys() | RESPONSES
+    assert not RESPONSES.keys() & ResponsesRequest.model_fields.keys()
