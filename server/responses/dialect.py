@@ -49,6 +49,9 @@ class ResponseDialect:
         tags = spoken.speech.tags if spoken is not None else None
         self._thinking = ReasoningTokens(self._tokenizer, tags) if tags is not None else None
         self._has_reasoning = False
+        #: Nothing but text is told, event by event alike but for the text and the number.
+        self._is_plain = spoken is None and not job.has_logprobs
+        self._delta_head = b""
         #: Of tokens whose text is not told yet.
         self._logprobs: list[Fields] = []
         #: What the reader is not given otherwise.
@@ -67,7 +70,16 @@ class ResponseDialect:
 
     def piece(self, piece: Piece) -> bytes:
         """See `Dialect`."""
-        return self._told(self._advance(piece))
+        if self._delta_head and piece.text:
+            self._output.grow(piece.text)
+            number = b"%d" % self._num_events
+            self._num_events += 1
+            text = orjson.dumps(piece.text)
+            return b"".join((self._delta_head, number, b',"delta":', text, b"}\n\n"))
+        told = self._told(self._advance(piece))
+        if self._is_plain and self._output.is_message_open:
+            self._delta_head = self._output.delta_head()
+        return told
 
     def closing(self, finish_reason: str, told: dict[str, Any]) -> bytes:
         """See `Dialect`."""

@@ -1,13 +1,15 @@
 """The items of a response in the making, and the events that tell of each change.
 
 Events are dictionaries without their number. At any moment at most one item is open, the last.
-Knows nothing of tokens, of JSON or of how events are sent.
+Knows nothing of tokens or of how events are sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Literal
+
+import orjson
 
 from server.responses.conversation import item_id
 from server.tools.events import Call
@@ -56,6 +58,17 @@ class OutputItems:
         events = [] if self.is_message_open else self._begin("message", {"role": "assistant"})
         self._logprobs += logprobs
         return [*events, self._delta(text) | {"logprobs": logprobs}]
+
+    def grow(self, text: str) -> None:
+        """Go on with the message, which is open, without an event."""
+        self._texts.append(text)
+
+    def delta_head(self) -> bytes:
+        """Return the event of a text that follows, up to its number: `grow` and this are `text`."""
+        kind = "response.output_text.delta"
+        event = {"type": kind, **self._at(), "content_index": 0, "logprobs": []}
+        head = orjson.dumps(event)[:-1] + b',"sequence_number":'
+        return b"event: %b\ndata: %b" % (kind.encode(), head)
 
     def reasoning(self, text: str) -> list[Fields]:
         """Go on with the reasoning, or begin it."""

@@ -117,8 +117,12 @@ def test_what_is_not_used_is_forgotten() -> None:
 
 @pytest.mark.parametrize(
     "large",
-    [lambda: turn_of(size=MAX_BYTES), lambda: turn_of(turn_of(turn_of(turn_of(turn_of()))))],
-    ids=["bytes", "turns"],
+    [
+        lambda: turn_of(size=MAX_BYTES),
+        lambda: turn_of(turn_of(size=MAX_BYTES // 2), size=MAX_BYTES // 2),
+        lambda: turn_of(turn_of(turn_of(turn_of(turn_of())))),
+    ],
+    ids=["bytes", "bytes of the chain", "turns"],
 )
 def test_what_alone_would_be_too_much_is_not_kept(large: Callable[[], Turn]) -> None:
     store = store_of(max_count=4, max_bytes=MAX_BYTES)
@@ -156,7 +160,7 @@ class StoreMachine(RuleBasedStateMachine):
         self._put(owner, turn_of(size=size), b"x" * shell)
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), size=st.integers(0, 1000))
+    @rule(data=st.data(), size=st.integers(0, 4000))
     def go_on(self, data: st.DataObject, size: int) -> None:
         owner, parent = data.draw(st.sampled_from(self.held))
         self._put(owner, turn_of(parent, size), b"{}")
