@@ -144,8 +144,8 @@ def responses_entries() -> Iterator[tuple[str, str, str]]:
     request = responses_schemas.ResponsesRequest
     chat = _said(schemas.ChatRequest, params.CHAT)
     said = _said(request, responses_params.RESPONSES)
-    for name in responses_schemas.WITHOUT_MEANING:
-        said[name] = ("refused", request.model_fields[name].description or "")
+    for name, reason in responses_schemas.WITHOUT_MEANING.items():
+        said[name] = ("refused", reason)
     for name in ("text", "reasoning"):
         del said[name]
     said |= {

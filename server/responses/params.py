@@ -33,7 +33,6 @@ _OWN = {
     "max_completion_tokens": _refused(
         because="is not supported; it is called max_output_tokens here"
     ),
-    "response_format": _refused(because="is not supported; it is text.format here"),
     "logprobs": _refused(_FALSE, because="is not supported; see include"),
     "reasoning_effort": _refused(because="is not supported; it is reasoning.effort here"),
     "verbosity": _refused(because="is not supported; it is text.verbosity here"),

@@ -164,7 +164,8 @@ def _owner(service: Service, request: Request) -> str:
     """Return whose responses are meant: those of the key in use, of which a digest will do."""
     if not (service.config.server.api_key or service.config.server.api_key_file):
         return ""
-    _, _, key = request.headers.get("authorization", "").partition(" ")
+    _, _, bearer = request.headers.get("authorization", "").partition(" ")
+    key = bearer or request.headers.get("x-api-key", "")
     return hashlib.sha256(key.strip().encode()).hexdigest()
 
 

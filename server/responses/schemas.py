@@ -6,9 +6,10 @@ those that all our routes have (`GenerateFields`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from server.errors import shortened
 from server.responses.items import Items, Name
@@ -17,8 +18,16 @@ from server.tools.schemas import MAX_TOOLS, ToolName
 
 MAX_INCLUDED = 64
 MAX_METADATA = 16
-#: Of the fields that all routes have, those that can only be neutral here.
-WITHOUT_MEANING = frozenset({"n", "max_tokens", "return_token_ids"})
+#: Of what other routes take, what can only be neutral here, and why: where fields are inherited
+#: that have no meaning here, leaving them alone would be to ignore them.
+WITHOUT_MEANING: Mapping[str, str] = {
+    "n": "a response is one answer; for more, ask again",
+    "max_tokens": "it is called max_output_tokens here",
+    "response_format": "it is text.format here",
+    "return_token_ids": "token ids have no place in a response",
+    "prompt_logprobs": "the prompt's probabilities have no place in a response",
+}
+_NEUTRAL: Mapping[str, object] = {"n": 1, "return_token_ids": False}
 
 
 def _only_functions(value: object) -> object:
@@ -143,9 +152,17 @@ class ResponsesRequest(GenerateFields):
     stream_options: ResponseStreamOptions | None = None
     chat_template_kwargs: TemplateVariables | None = None
     include_reasoning: bool | None = Field(default=None, description="default true")
-    # Inherited, and without a meaning here.
-    n: Literal[1] | None = Field(default=None, description="one answer; more: ask again")
-    max_tokens: None = Field(default=None, description="is called max_output_tokens here")
-    return_token_ids: Literal[False] | None = Field(
-        default=None, description="token ids have no place in a response"
-    )
+    n: Literal[1] | None = None
+    max_tokens: None = None
+    response_format: None = None
+    return_token_ids: Literal[False] | None = None
+    prompt_logprobs: None = None
+
+    @field_validator(*WITHOUT_MEANING, mode="before")
+    @classmethod
+    def _is_neutral(cls, value: object, info: ValidationInfo) -> object:
+        name = info.field_name or ""
+        neutral = _NEUTRAL.get(name)
+        if value is None or (value == neutral and type(value) is type(neutral)):
+            return value
+        raise ValueError(f"is not supported: {WITHOUT_MEANING[name]}")

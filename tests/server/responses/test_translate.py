@@ -62,9 +62,7 @@ def test_what_all_routes_have_is_passed_on(name: str, value: object) -> None:
 
 def test_every_field_of_all_routes_is_one_here_too() -> None:
     assert GenerateFields.model_fields.keys() <= ResponsesRequest.model_fields.keys()
-    assert GenerateFields.model_fields.keys() >= WITHOUT_MEANING
-    for name in WITHOUT_MEANING:
-        assert getattr(chat(), name) is None
+    assert ResponsesRequest.model_fields.keys() >= WITHOUT_MEANING.keys()
 
 
 @pytest.mark.parametrize(
