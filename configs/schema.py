@@ -113,6 +113,15 @@ class ServerSection(Section):
     max_request_bytes: SizeBytes = Field(
         default=8 * 2**20, ge=1024, description="largest body of a request; more is answered 413"
     )
+    responses_max_count: int = Field(
+        default=4096, ge=0, description="responses of /v1/responses that are kept; 0: none"
+    )
+    responses_max_bytes: SizeBytes = Field(
+        default=64 * 2**20, ge=0, description="memory that kept responses may take together"
+    )
+    responses_ttl_s: float = Field(
+        default=86_400.0, gt=0, description="kept responses are forgotten when unused for so long"
+    )
     log_format: Literal["text", "json"] = Field(
         default="text", description="how log lines are written"
     )

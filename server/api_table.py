@@ -15,6 +15,8 @@ from server import params, schemas
 from server.messages import params as message_params
 from server.messages.schemas import MessagesRequest
 from server.params import Unsupported
+from server.responses import params as responses_params
+from server.responses import schemas as responses_schemas
 
 _HEAD = """\
 # Parameters
@@ -65,6 +67,28 @@ differs:
 - Errors are `{"type": "error", "error": {...}, "request_id": ...}`, with `param` and `code` in
   `error`; the header `request-id` has the id too. `octavo` stands in the message, and in a
   stream in `message_delta`.
+
+| parameter | | |
+|---|---|---|
+"""
+_RESPONSES_HEAD = """\
+## Responses
+
+`POST /v1/responses` is the chat behind other names: what is said of a parameter above holds here
+too. Made from `server/responses/schemas.py` and `server/responses/params.py`.
+
+- `input`: a string, or items of the types `message` (parts `input_text`, `output_text`, `refusal`),
+  `function_call`, `function_call_output`, `reasoning` and `item_reference`. Any other type of item,
+  part or tool is a 400 that names it.
+- `output`: items of the types `reasoning` (as `reasoning_text`), `message` and `function_call`.
+- A stream ends with `response.completed`, or with `response.incomplete` where `max_output_tokens`
+  or the context cut it; there is no `[DONE]`. One that fails ends with `response.failed` and an
+  `error` event, at which OpenAI's client raises.
+- `GET` and `DELETE /v1/responses/{id}` and `GET /v1/responses/{id}/input_items` know the responses
+  that are stored: those of the API key in use, until the memory for them is needed, they were not
+  used for a day, or the server restarts ([operations](operations.md)). One that failed, or whose
+  client left, is not stored. A deleted one may have been gone on from: that keeps its text.
+- `input_items` are those of the whole conversation.
 
 | parameter | | |
 |---|---|---|
@@ -146,7 +170,34 @@ def page() -> str:
         vllm, sglang = PEERS.get(name, _UNSURE)
         rows.append(f"| `{name}` | {chat} | {completion} | {vllm} | {sglang} | {note} |")
     rows_of_messages = [f"| `{name}` | {said} | {note} |" for name, said, note in message_entries()]
-    return _HEAD + "\n" + "\n".join(rows) + "\n" + _MESSAGES + "\n".join(rows_of_messages) + "\n"
+    messages = _MESSAGES + "\n".join(rows_of_messages) + "\n"
+    return _HEAD + "\n" + "\n".join(rows) + "\n" + messages + "\n" + _responses_section()
+
+
+def responses_entries() -> Iterator[tuple[str, str, str]]:
+    """Yield (name, what `/v1/responses` does with it, a note): honoured ones first."""
+    request = responses_schemas.ResponsesRequest
+    chat = _said(schemas.ChatRequest, params.CHAT)
+    said = _said(request, responses_params.RESPONSES)
+    for name, reason in responses_schemas.WITHOUT_MEANING.items():
+        said[name] = ("refused", reason)
+    for name in ("text", "reasoning"):
+        del said[name]
+    said |= {
+        "text.format": ("honoured", "as `response_format` of a chat"),
+        "text.verbosity": chat["verbosity"],
+        "reasoning.effort": chat["reasoning_effort"],
+    }
+    for name, known in responses_params.REASONING.items():
+        said[f"reasoning.{name}"] = ("warned", known.reason)
+    order = ("honoured", "refused", "warned")
+    for name, (what, note) in sorted(said.items(), key=lambda item: order.index(item[1][0])):
+        yield name, what, note.replace("|", "\\|")
+
+
+def _responses_section() -> str:
+    rows = [f"| `{name}` | {what} | {note} |" for name, what, note in responses_entries()]
+    return _RESPONSES_HEAD + "\n".join(rows) + "\n"
 
 
 def entries() -> Iterator[tuple[str, str, str, str]]:

@@ -24,6 +24,10 @@ from server.messages.routes import ERROR_FORMS, message_routes
 from server.metrics import Metrics
 from server.openapi import DocumentedApp
 from server.probes import probe_routes
+from server.responses.documents import ResponseEvent
+from server.responses.routes import response_routes
+from server.responses.schemas import ResponsesRequest
+from server.responses.store import ResponseStore, StoreStats
 from server.routes import generation_routes, model_routes
 from server.service import Service, served_name
 from server.text.load import ModelText
@@ -35,6 +39,8 @@ _DOCUMENTED = (
     schemas.DetokenizeRequest,
     ChatChunk,
     *MESSAGES_DOCUMENTED,
+    ResponsesRequest,
+    ResponseEvent,
 )
 
 
@@ -58,10 +64,17 @@ def create_app(
     lifecycle = lifecycle or Lifecycle()
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
     service = Service(config, client, text, lifecycle, metrics, clock, chance)
+    store = ResponseStore(
+        max_count=config.server.responses_max_count,
+        max_bytes=config.server.responses_max_bytes,
+        ttl_s=config.server.responses_ttl_s,
+    )
+    _show_store(metrics, store, clock)
     app = DocumentedApp(version, _DOCUMENTED)
     for router in (
         generation_routes(service),
         message_routes(service),
+        response_routes(service, store),
         model_routes(service),
         probe_routes(service, version),
     ):
@@ -83,6 +96,15 @@ def create_app(
         error_forms=ERROR_FORMS,
     )
     return app
+
+
+def _show_store(metrics: Metrics, store: ResponseStore, clock: Clock) -> None:
+    def kept() -> StoreStats:
+        store.expire(clock.monotonic_s())
+        return store.stats()
+
+    metrics.add_gauge("stored_responses", "turns that are kept", lambda: kept().num_turns)
+    metrics.add_gauge("stored_responses_bytes", "what they take", lambda: kept().num_bytes)
 
 
 async def _tell_router_error(request: Request, error: Exception) -> NoReturn:

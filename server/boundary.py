@@ -138,7 +138,7 @@ class _Reply:
                     await send_json(self.send, error.status, body, error.headers)
                 elif self._is_stream and not self._is_complete:
                     self._record.status = error.status
-                    body = self._form.stream_end(error)
+                    body = (self._record.stream_end or self._form.stream_end)(error)
                     await self.send({"type": "http.response.body", "body": body})
 
 

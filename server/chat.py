@@ -98,11 +98,12 @@ class ChatDialect:
 
 
 def _logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenAt]) -> dict[str, Any]:
-    content = [_entry(tokenizer, token.logprobs) for token in tokens]
+    content = [logprobs_entry(tokenizer, token.logprobs) for token in tokens]
     return {"content": content, "refusal": None}
 
 
-def _entry(tokenizer: Tokenizer, logprobs: TokenLogprobs) -> dict[str, Any]:
+def logprobs_entry(tokenizer: Tokenizer, logprobs: TokenLogprobs) -> dict[str, Any]:
+    """Return what OpenAI says of one token."""
     sampled = _of_token(tokenizer, logprobs.token_id, logprobs.logprob)
     return {**sampled, "top_logprobs": [_of_token(tokenizer, *top) for top in logprobs.top]}
 

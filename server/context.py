@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope
 
-from server.errors import ClientGoneError
+from server.errors import ApiError, ClientGoneError
 
 _SCOPE_KEY = "octavo.request"
 
@@ -49,6 +49,8 @@ class RequestRecord:
     finish_reason: str = ""
     #: The stop string that ended the output.
     stop_text: str | None = None
+    #: What ends the stream in hand if it fails; None: what the route's errors look like says it.
+    stream_end: Callable[[ApiError], bytes] | None = field(default=None, repr=False)
 
     @property
     def ttft_s(self) -> float | None:

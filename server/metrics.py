@@ -120,6 +120,7 @@ class Metrics(Collector):
         self._finished = dict.fromkeys(FINISHED_REASONS, 0)
         self._responses = dict.fromkeys(STATUSES, 0)
         self._engine_counts = {field: GrowingCount() for _, field, _ in _ENGINE_COUNTERS}
+        self._own_gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         client.on_step(self._histograms["iteration_tokens_total"].observe)
@@ -161,6 +162,10 @@ class Metrics(Collector):
         """Count an answer, to whatever route."""
         self._responses[status] = self._responses.get(status, 0) + 1
 
+    def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Show what `read` says with each scrape."""
+        self._own_gauges.append((name, text, read))
+
     def stats(self) -> MetricsStats:
         """Return a snapshot."""
         return MetricsStats(
@@ -191,6 +196,8 @@ class Metrics(Collector):
             page = _Page(prefix, self._model_name())
             yield from self._counters(page, engine_counts)
             yield from _gauges(page, stats, info)
+            for name, text, read in self._own_gauges:
+                yield page.gauge(name, text, {(): read()})
             for name, histogram in self._histograms.items():
                 yield page.histogram(name, _HISTOGRAMS[name][0], histogram)
 

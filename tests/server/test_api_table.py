@@ -39,3 +39,22 @@ def test_what_the_page_says_is_refused_or_warned_of_is(shared: Any, path: str, c
             warned = [entry["param"] for entry in answer.json()["octavo"]["warnings"]]
             assert name in warned
     assert all(names.values()), names
+
+
+def test_what_the_page_says_of_responses_is_so(shared: Any) -> None:
+    names = {"honoured": 0, "refused": 0, "warned": 0}
+    for name, said, _ in api_table.responses_entries():
+        names[said] += 1
+        outer, _, inner = name.partition(".")
+        if said == "honoured" or inner in {"effort", "verbosity"}:
+            continue
+        value: Any = ["no", {"such": "value"}]
+        asked = {outer: {inner: value} if inner else value}
+        answer = shared.post("/v1/responses", input="x", max_output_tokens=1, **asked)
+        if said == "refused":
+            assert answer.status_code == 400, name
+            assert answer.json()["error"]["param"] == name
+        else:
+            warned = [entry["param"] for entry in answer.json()["octavo"]["warnings"]]
+            assert name in warned
+    assert all(names.values()), names

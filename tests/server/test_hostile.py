@@ -14,6 +14,7 @@ from pydantic import BeforeValidator
 
 from server import respond, schemas
 from server.prompts import LONG_PROMPT_CHARS
+from server.responses.schemas import ResponsesRequest
 from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
 
@@ -33,6 +34,7 @@ def roomy(start_shared: Callable[..., Any]) -> Any:
     [
         (CHAT, schemas.ChatRequest, {"messages": [USER]}),
         (COMPLETION, schemas.CompletionRequest, {"prompt": "x"}),
+        ("/v1/responses", ResponsesRequest, {"input": "x"}),
         ("/tokenize", schemas.TokenizeRequest, {"prompt": "x"}),
         ("/detokenize", schemas.DetokenizeRequest, {"tokens": [1]}),
     ],
@@ -53,6 +55,8 @@ def test_null_is_the_default_of_every_field(
         (COMPLETION, {"prompt": "x", "stop": [1] * 9}, "stop.0"),
         (COMPLETION, {"prompt": "x", "stop_token_ids": ["1"] * 9}, "stop_token_ids.0"),
         ("/detokenize", {"tokens": ["1"] * 9}, "tokens.0"),
+        ("/v1/responses", {"input": [1] * 9}, "input.0"),
+        ("/v1/responses", {"input": [{"role": "user", "content": [1] * 9}]}, "input.0.content.0"),
     ],
 )
 def test_a_list_ends_at_its_first_fault(

@@ -149,6 +149,9 @@ def test_openapi_knows_every_route_its_body_and_its_errors(shared: Any) -> None:
         "/v1/messages/count_tokens",
         "/v1/models",
         "/v1/models/{model_id}",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/input_items",
         "/tokenize",
         "/detokenize",
         "/health",
@@ -175,6 +178,7 @@ def test_openapi_knows_every_route_its_body_and_its_errors(shared: Any) -> None:
         ("ChatRequest", "temperature", {"number", "null"}),
         ("Message", "content", {"string", "array", "null"}),
         ("CompletionRequest", "prompt", {"string", "array"}),
+        ("ResponsesRequest", "input", {"string", "array"}),
         ("TokenizeRequest", "messages", {"array", "null"}),
     ],
 )

@@ -1,0 +1,216 @@
+"""`POST /v1/responses`: how responses look, whole and as a stream of numbered events.
+
+Knows nothing of how they are generated or kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from server import sse
+from server.chat import logprobs_entry
+from server.context import RequestRecord
+from server.errors import ApiError
+from server.generate import Job
+from server.output import Piece
+from server.responses.exchange import Exchange
+from server.responses.output import Fields, OutputItems
+from server.responses.thinking import ReasoningTokens
+from server.service import Service
+from server.spoken import call_id
+from server.tools.events import Call, Content, CutCall, Event, Reasoning
+from server.tools.speech import SpeechParser
+
+#: OpenAI's `error.code` of a response that failed.
+_ERROR_CODES = {429: "rate_limit_exceeded", 400: "invalid_prompt"}
+
+
+class ResponseDialect:
+    """The one choice of a response; see `Dialect`."""
+
+    def __init__(
+        self, service: Service, job: Job, record: RequestRecord, exchange: Exchange
+    ) -> None:
+        self._tokenizer = service.text.tokenizer
+        self._clock = service.clock
+        self._job = job
+        self._record = record
+        self._exchange = exchange
+        self._shell = exchange.shell(job)
+        self._num_events = 0
+        spoken = job.spoken
+        calls = spoken.speech.calls if spoken is not None else None
+        num_id_chars = calls.id_chars if calls is not None else None
+        self._output = OutputItems(exchange.key, lambda: call_id(service.chance, num_id_chars))
+        self._parser = SpeechParser(spoken.speech) if spoken is not None else None
+        tags = spoken.speech.tags if spoken is not None else None
+        self._thinking = ReasoningTokens(self._tokenizer, tags) if tags is not None else None
+        self._has_reasoning = False
+        #: Nothing but text is told, event by event alike but for the text and the number.
+        self._is_plain = spoken is None and not job.has_logprobs
+        self._delta_head = b""
+        #: Of tokens whose text is not told yet.
+        self._logprobs: list[Fields] = []
+        #: What the reader is not given otherwise.
+        self._left_out: Fields = {}
+
+    def opening(self) -> bytes:
+        """See `Dialect`."""
+        self._record.stream_end = self._failed
+        begun = {**self._shell, "output": []}
+        return self._told(
+            [
+                {"type": "response.created", "response": begun},
+                {"type": "response.in_progress", "response": begun},
+            ]
+        )
+
+    def piece(self, piece: Piece) -> bytes:
+        """See `Dialect`."""
+        if self._delta_head and piece.text:
+            self._output.grow(piece.text)
+            number = b"%d" % self._num_events
+            self._num_events += 1
+            text = orjson.dumps(piece.text)
+            return b"".join((self._delta_head, number, b',"delta":', text, b"}\n\n"))
+        told = self._told(self._advance(piece))
+        if self._is_plain and self._output.is_message_open:
+            self._delta_head = self._output.delta_head()
+        return told
+
+    def closing(self, finish_reason: str, told: dict[str, Any]) -> bytes:
+        """See `Dialect`."""
+        events = self._finish(finish_reason)
+        response = self._finished(finish_reason, told)
+        ended = {"type": f"response.{response['status']}", "response": response}
+        return self._told([*events, ended])
+
+    def ending(self) -> bytes:
+        """See `Dialect`: the response itself is the last event."""
+        return b""
+
+    def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """See `Dialect`."""
+        for piece in pieces:
+            self._advance(piece)
+        reason = pieces[-1].finish_reason or ""
+        self._finish(reason)
+        return {"finish_reason": reason}
+
+    def answer(self, choices: list[dict[str, Any]], told: dict[str, Any]) -> dict[str, Any]:
+        """See `Dialect`."""
+        return self._finished(choices[0]["finish_reason"], told)
+
+    def _advance(self, piece: Piece) -> list[Fields]:
+        num_thought = self._thinking.push(piece.token_ids) if self._thinking is not None else 0
+        if self._parser is not None:
+            said = self._parser.push(piece.text)
+        else:
+            said = [Content(piece.text)] if piece.text else []
+        if not self._has_reasoning and any(isinstance(event, Reasoning) for event in said):
+            self._has_reasoning = True
+            self._logprobs.clear()
+        if self._job.has_logprobs:
+            tokens = piece.tokens[num_thought if self._has_reasoning else 0 :]
+            self._logprobs += [logprobs_entry(self._tokenizer, at.logprobs) for at in tokens]
+        return self._said(said)
+
+    def _finish(self, finish_reason: str) -> list[Fields]:
+        events = self._said(self._parser.finish()) if self._parser is not None else []
+        if self._logprobs and self._output.is_message_open:
+            events += self._output.text("", self._taken_logprobs())
+        is_cut = finish_reason == "length"
+        if not self._output.items():
+            events += self._output.text("", [])
+        return events + self._output.end("incomplete" if is_cut else "completed")
+
+    def _said(self, said: Sequence[Event]) -> list[Fields]:
+        events: list[Fields] = []
+        for event in said:
+            match event:
+                case Content(text):
+                    events += self._output.text(text, self._taken_logprobs())
+                case Reasoning(text):
+                    self._has_reasoning = True
+                    is_told = self._job.spoken is None or self._job.spoken.has_reasoning
+                    events += self._output.reasoning(text) if is_told else []
+                case Call():
+                    events += self._called(event)
+                case CutCall(text):
+                    self._left_out["cut_tool_call"] = text
+        return events
+
+    def _called(self, call: Call) -> list[Fields]:
+        self._logprobs.clear()
+        is_told = self._job.spoken is None or self._job.spoken.has_parallel_calls
+        if is_told or not self._output.num_calls:
+            return self._output.call(call)
+        self._left_out["num_tool_calls"] = self._left_out.get("num_tool_calls", 0) + 1
+        return []
+
+    def _taken_logprobs(self) -> list[Fields]:
+        taken, self._logprobs = self._logprobs, []
+        return taken
+
+    def _finished(self, finish_reason: str, told: dict[str, Any]) -> Fields:
+        """Return the whole response, and have it kept."""
+        is_cut = finish_reason == "length"
+        left_out = {"left_out": self._left_out} if self._left_out else {}
+        shell = self._shell | {
+            "status": "incomplete" if is_cut else "completed",
+            "completed_at": None if is_cut else int(self._clock.wall_s()),
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "usage": self._usage(told["usage"]),
+            "octavo": told["octavo"] | left_out,
+        }
+        items = self._output.items()
+        return {**self._exchange.keep(shell, items), "output": items}
+
+    def _usage(self, usage: dict[str, Any]) -> Fields:
+        num_prompt, num_output = usage["prompt_tokens"], usage["completion_tokens"]
+        num_cached = usage["prompt_tokens_details"]["cached_tokens"]
+        num_reasoning = self._thinking.count if self._thinking and self._has_reasoning else 0
+        return {
+            "input_tokens": num_prompt,
+            "input_tokens_details": {
+                "cached_tokens": num_cached,
+                # What was computed is in the cache from then on.
+                "cache_write_tokens": num_prompt - num_cached,
+            },
+            "output_tokens": num_output,
+            "output_tokens_details": {"reasoning_tokens": num_reasoning},
+            "total_tokens": num_prompt + num_output,
+        }
+
+    def _failed(self, error: ApiError) -> bytes:
+        """Return what ends the stream instead: the response as far as it came, then the error.
+
+        OpenAI's client raises at the second, because it has an `error`. Nothing is kept.
+        """
+        detail = orjson.loads(error.body())["error"]
+        code = _ERROR_CODES.get(error.status, "server_error")
+        response = self._shell | {
+            "status": "failed",
+            "store": False,
+            "error": {"code": code, "message": error.message},
+            "output": self._output.items(),
+        }
+        flat = {name: detail[name] for name in ("code", "message", "param")}
+        return self._told(
+            [
+                {"type": "response.failed", "response": response},
+                {"type": "error", **flat, "error": detail},
+            ]
+        )
+
+    def _told(self, events: Sequence[Fields]) -> bytes:
+        parts = []
+        for event in events:
+            numbered = {"type": event["type"], "sequence_number": self._num_events, **event}
+            self._num_events += 1
+            parts.append(b"event: %b\n" % event["type"].encode())
+            parts.append(sse.event(orjson.dumps(numbered)))
+        return b"".join(parts)

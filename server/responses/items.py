@@ -1,0 +1,170 @@
+"""What a conversation is made of, as the Responses API holds it: items, with strict types.
+
+Only what is text is taken; anything else is refused by the name of its type. Knows nothing of
+chats or of what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from server.errors import shortened
+from server.schemas import MAX_MESSAGES, MAX_PARTS, Request
+from server.tools.schemas import ToolName
+
+#: Of ids and the like that are only kept.
+MAX_NAME_CHARS = 256
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+class _Typed(Request):
+    #: What `type` may be; else it is named, and refused.
+    types: ClassVar[tuple[str, ...]] = ()
+
+    type: str
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _is_known(cls, value: object) -> object:
+        if value not in cls.types:
+            shown = repr(shortened(value)) if isinstance(value, str) else "this"
+            known = ", ".join(cls.types)
+            raise ValueError(f"{shown} is not supported; it can be one of: {known}")
+        return value
+
+
+class ContentPart(_Typed):
+    """A piece of a message or of a tool's output. Pictures, files and sounds are not supported."""
+
+    types = ("input_text", "output_text", "refusal", "text")
+
+    text: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _has_words(self) -> Self:
+        name = "refusal" if self.type == "refusal" else "text"
+        if getattr(self, name) is None:
+            raise ValueError(f"a part of the type {self.type} needs {name}")
+        return self
+
+    @property
+    def words(self) -> str:
+        """The text of it, whatever its type."""
+        return (self.refusal if self.type == "refusal" else self.text) or ""
+
+
+class ReasoningPart(_Typed):
+    """A piece of reasoning, or of its summary."""
+
+    types = ("reasoning_text", "summary_text")
+
+    text: str
+
+
+def _as_parts(value: object) -> object:
+    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
+
+
+Content = Annotated[
+    Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)],
+    BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart]),
+]
+ReasoningParts = Annotated[list[ReasoningPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
+class MessageItem(Request):
+    """Somebody's words."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+    id: Name | None = None
+    status: Status | None = None
+
+
+class FunctionCallItem(Request):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
+    call_id: Name
+    name: ToolName
+    arguments: str
+    id: Name | None = None
+    status: Status | None = None
+
+
+class FunctionOutputItem(Request):
+    """What a called function gave."""
+
+    type: Literal["function_call_output"]
+    call_id: Name
+    output: Content
+    id: Name | None = None
+    status: Status | None = None
+
+
+class ReasoningItem(Request):
+    """What the model wrote for itself; the model's template decides whether it sees it again."""
+
+    type: Literal["reasoning"]
+    summary: ReasoningParts | None = None
+    content: ReasoningParts | None = None
+    encrypted_content: str | None = Field(default=None, description="is not read")
+    id: Name | None = None
+    status: Status | None = None
+
+    @property
+    def words(self) -> str:
+        """The text of it; of the summary if there is nothing else."""
+        return "".join(part.text for part in self.content or self.summary or ())
+
+
+class ItemReference(Request):
+    """An item of a response that is stored."""
+
+    type: Literal["item_reference"]
+    id: Name
+
+
+Item = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem | ItemReference
+
+ITEMS: Mapping[str, type[Item]] = {
+    "message": MessageItem,
+    "function_call": FunctionCallItem,
+    "function_call_output": FunctionOutputItem,
+    "reasoning": ReasoningItem,
+    "item_reference": ItemReference,
+}
+
+
+class _ItemType(_Typed):
+    types = tuple(ITEMS)
+
+
+def _as_item(value: object) -> object:
+    """Read it as its type says, so that a fault is one of that type alone."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")  # noqa: TRY004 - pydantic tells a ValueError
+    # Both may be left out; then it is plain which is meant.
+    implied = "item_reference" if "id" in value and "role" not in value else "message"
+    typed = value if value.get("type") is not None else {**value, "type": implied}
+    return ITEMS[_ItemType.model_validate(typed).type].model_validate(typed)
+
+
+def _as_items(value: object) -> object:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+AnyItem = Annotated[Any, BeforeValidator(_as_item, json_schema_input_type=Item)]
+Items = Annotated[
+    Annotated[list[AnyItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)],
+    BeforeValidator(_as_items, json_schema_input_type=str | list[Item]),
+]

@@ -1,0 +1,174 @@
+"""The routes of the Responses API."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server import schemas
+from server.context import RequestRecord
+from server.errors import ApiError, invalid, shortened
+from server.generate import Job
+from server.openapi import answers, body_of, generation_answers
+from server.prompts import off_loop
+from server.respond import Dialect, GenerationResponse, JsonResponse, Understood, read_body
+from server.responses import documents
+from server.responses.dialect import ResponseDialect
+from server.responses.exchange import Exchange
+from server.responses.schemas import ResponsesRequest
+from server.responses.store import ResponseStore, Stored
+from server.service import Service
+
+_PATH = "/v1/responses"
+_DEFAULT_LIMIT = 20
+_MAX_LIMIT = 100
+
+
+def response_routes(service: Service, store: ResponseStore) -> APIRouter:
+    """Return the one that generates, and those about what is kept of it."""
+    router = APIRouter()
+    limit_bytes = service.config.server.max_request_bytes
+
+    @router.post(
+        _PATH,
+        summary="Answer a conversation, or go on with one that is stored",
+        openapi_extra=body_of(ResponsesRequest),
+        responses=generation_answers(documents.ResponseBody, documents.ResponseEvent),
+    )
+    async def create_response(request: Request) -> Response:
+        body = await read_body(request, limit_bytes)
+        asked = await schemas.parse(ResponsesRequest, body)
+        exchange = Exchange(service, store, _owner(service, request), asked)
+
+        def dialect(job: Job, record: RequestRecord, index: int) -> Dialect:
+            assert index == 0, "a response has one answer"
+            return ResponseDialect(service, job, record, exchange)
+
+        return _Reply(service, exchange, dialect)
+
+    _add_stored_routes(router, service, store)
+    return router
+
+
+class _Reply(GenerationResponse):
+    """Says in the words of this API what is wrong with the chat behind it."""
+
+    def __init__(self, service: Service, exchange: Exchange, understood: Understood) -> None:
+        super().__init__(service, exchange.prepare, understood)
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `GenerationResponse`."""
+        try:
+            await super().__call__(scope, receive, send)
+        except ApiError as error:
+            raise self._exchange.as_told_here(error) from error
+
+
+def _add_stored_routes(router: APIRouter, service: Service, store: ResponseStore) -> None:
+    def found(request: Request, response_id: str) -> Stored:
+        now_s = service.clock.monotonic_s()
+        stored = store.recall(_owner(service, request), response_id, now_s)
+        if stored is None:
+            raise _not_found(response_id)
+        return stored
+
+    @router.get(
+        _PATH + "/{response_id}",
+        summary="A response that is stored",
+        responses=answers(documents.ResponseBody, 400, 404, 503),
+    )
+    async def get_response(request: Request, response_id: str) -> Response:
+        _query(request, ())
+        body = found(request, response_id).body()
+        return Response(body, media_type="application/json")
+
+    @router.delete(
+        _PATH + "/{response_id}",
+        summary="Forget a response; what goes on from it keeps what it needs",
+        responses=answers(documents.DeletedResponse, 400, 404, 503),
+    )
+    async def delete_response(request: Request, response_id: str) -> Response:
+        _query(request, ())
+        if not store.forget(_owner(service, request), response_id, service.clock.monotonic_s()):
+            raise _not_found(response_id)
+        return JsonResponse({"id": response_id, "object": "response", "deleted": True})
+
+    @router.get(
+        _PATH + "/{response_id}/input_items",
+        summary="What a response answers, the whole conversation, newest first",
+        responses=answers(documents.InputItems, 400, 404, 503),
+    )
+    async def list_input_items(request: Request, response_id: str) -> Response:
+        query = _query(request, ("after", "limit", "order"))
+        order = query.get("order", "desc")
+        if order not in {"asc", "desc"}:
+            raise invalid("order can be 'asc' or 'desc'", "order")
+        limit = _limit(query.get("limit", str(_DEFAULT_LIMIT)))
+        stored = found(request, response_id)
+        items = await off_loop(lambda: _conversation(stored), stored.turn.chain_bytes)
+        if order == "desc":
+            items.reverse()
+        return JsonResponse(_page(items, query.get("after"), limit))
+
+
+def _conversation(stored: Stored) -> list[dict[str, Any]]:
+    turn = stored.turn
+    items: list[dict[str, Any]] = []
+    for earlier in turn.chain()[:-1]:
+        items += orjson.loads(earlier.input_json) + orjson.loads(earlier.output_json)
+    items += orjson.loads(turn.input_json)
+    return items
+
+
+def _page(items: list[dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
+    start = 0
+    if after is not None:
+        indexes = [index for index, item in enumerate(items) if item["id"] == after]
+        if not indexes:
+            raise invalid(f"after: there is no item {shortened(after)!r}", "after")
+        start = indexes[0] + 1
+    page = items[start : start + limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": start + limit < len(items),
+    }
+
+
+def _limit(text: str) -> int:
+    limit = int(text) if text.isascii() and text.isdecimal() and len(text) < 4 else 0
+    if not 1 <= limit <= _MAX_LIMIT:
+        raise invalid(f"limit must be a number from 1 to {_MAX_LIMIT}", "limit")
+    return limit
+
+
+def _query(request: Request, known: Collection[str]) -> dict[str, str]:
+    """Return the query's parameters. Raises `ApiError` for one that would be ignored."""
+    for name, value in request.query_params.multi_items():
+        if name not in known and (name, value) != ("stream", "false"):
+            param = shortened(name)
+            raise invalid(f"{param} is not supported here", param, code="unsupported_parameter")
+    return dict(request.query_params)
+
+
+def _owner(service: Service, request: Request) -> str:
+    """Return whose responses are meant: those of the key in use, of which a digest will do."""
+    if not (service.config.server.api_key or service.config.server.api_key_file):
+        return ""
+    _, _, bearer = request.headers.get("authorization", "").partition(" ")
+    key = bearer or request.headers.get("x-api-key", "")
+    return hashlib.sha256(key.strip().encode()).hexdigest()
+
+
+def _not_found(response_id: str) -> ApiError:
+    message = f"response {shortened(response_id)!r} is not stored (any more)"
+    return ApiError(404, message, param="response_id", code="response_not_found")

@@ -1,0 +1,168 @@
+"""Body of `POST /v1/responses`: every field here is honoured, or can only be neutral.
+
+What is not a field here is judged by `server/responses/params.py`. Beside OpenAI's fields stand
+those that all our routes have (`GenerateFields`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
+
+from server.errors import shortened
+from server.responses.items import Items, Name
+from server.schemas import GenerateFields, Request, StreamOptions, TemplateVariables
+from server.tools.schemas import MAX_TOOLS, ToolName
+
+MAX_INCLUDED = 64
+MAX_METADATA = 16
+#: Of what other routes take, what can only be neutral here, and why: where fields are inherited
+#: that have no meaning here, leaving them alone would be to ignore them.
+WITHOUT_MEANING: Mapping[str, str] = {
+    "n": "a response is one answer; for more, ask again",
+    "max_tokens": "it is called max_output_tokens here",
+    "response_format": "it is text.format here",
+    "return_token_ids": "token ids have no place in a response",
+    "prompt_logprobs": "the prompt's probabilities have no place in a response",
+}
+_NEUTRAL: Mapping[str, object] = {"n": 1, "return_token_ids": False}
+
+
+def _only_functions(value: object) -> object:
+    if isinstance(value, str) and value != "function":
+        raise ValueError(f"{shortened(value)!r} is not supported; the only kind is 'function'")
+    return value
+
+
+class FunctionTool(Request):
+    """A function that the model may call: the only kind of tool."""
+
+    type: Annotated[Literal["function"], BeforeValidator(_only_functions)]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(
+        default=None, description="a JSON Schema of the arguments; default: none are taken"
+    )
+    strict: bool | None = None
+
+
+class NamedFunction(Request):
+    """The one tool to be called."""
+
+    type: Literal["function"]
+    name: ToolName
+
+
+def _as_choice(value: object) -> object:
+    """One fault of the field, not one of each shape it could have had."""
+    if isinstance(value, str) and value in {"none", "auto", "required"}:
+        return value
+    if isinstance(value, dict):
+        try:
+            return NamedFunction.model_validate(value)
+        except ValidationError:
+            pass
+    raise ValueError("must be 'none', 'auto', 'required' or a function by its name")
+
+
+class TextFormat(Request):
+    """How the text is built; what is behind the type is `response_format` of a chat."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class TextOptions(Request):
+    """About the text of the answer."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ReasoningOptions(Request):
+    """About the reasoning before the answer."""
+
+    effort: Annotated[str, Field(max_length=64)] | None = None
+
+
+class ResponseStreamOptions(StreamOptions):
+    """What a stream tells besides its events; the usage is always told, at the end."""
+
+    continuous_usage_stats: Literal[False] | None = None
+
+
+Metadata = Annotated[
+    dict[
+        Annotated[str, Field(max_length=64)],
+        Annotated[str, Field(max_length=512)],
+    ],
+    Field(max_length=MAX_METADATA),
+]
+
+
+class ResponsesRequest(GenerateFields):
+    """Body of `POST /v1/responses`."""
+
+    input: Items
+    instructions: str | None = Field(
+        default=None, description="a system message before everything; of this response only"
+    )
+    previous_response_id: Name | None = Field(
+        default=None, description="go on behind this one, which must be stored"
+    )
+    store: bool | None = Field(
+        default=None, description="default true: kept in memory for a while, see operations.md"
+    )
+    metadata: Metadata | None = Field(default=None, description="16 texts, told back")
+    max_output_tokens: int | None = Field(
+        default=None, description="default: as many as the context has room for"
+    )
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: (
+        Annotated[
+            Any,
+            BeforeValidator(
+                _as_choice,
+                json_schema_input_type=Literal["none", "auto", "required"] | NamedFunction,
+            ),
+        ]
+        | None
+    ) = Field(default=None, description="default auto")
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="false: only the first call is told; default true"
+    )
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    include: (
+        Annotated[
+            list[Annotated[str, Field(max_length=64)]],
+            Field(max_length=MAX_INCLUDED, fail_fast=True),
+        ]
+        | None
+    ) = Field(default=None, description="`message.output_text.logprobs`; others are warned of")
+    top_logprobs: int | None = Field(
+        default=None, description="0 to 20; needs include to have message.output_text.logprobs"
+    )
+    truncation: Literal["auto", "disabled"] | None = Field(
+        default=None,
+        description="auto: what does not fit is cut from the beginning, as by"
+        " truncate_prompt_tokens -1; default disabled",
+    )
+    stream_options: ResponseStreamOptions | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+    include_reasoning: bool | None = Field(default=None, description="default true")
+    n: Literal[1] | None = None
+    max_tokens: None = None
+    response_format: None = None
+    return_token_ids: Literal[False] | None = None
+    prompt_logprobs: None = None
+
+    @field_validator(*WITHOUT_MEANING, mode="before")
+    @classmethod
+    def _is_neutral(cls, value: object, info: ValidationInfo) -> object:
+        name = info.field_name or ""
+        neutral = _NEUTRAL.get(name)
+        if value is None or (value == neutral and type(value) is type(neutral)):
+            return value
+        raise ValueError(f"is not supported: {WITHOUT_MEANING[name]}")
