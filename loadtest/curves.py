@@ -9,7 +9,7 @@ from loadtest.plot import Point
 from loadtest.records import Record
 
 _MOST_POINTS = 240
-_NUM_BINS = 80
+_MOST_BINS = 80
 
 
 def cumulative(values: Sequence[float]) -> list[Point]:
@@ -19,7 +19,7 @@ def cumulative(values: Sequence[float]) -> list[Point]:
         return []
     stride = max(1, math.ceil(len(ordered) / _MOST_POINTS))
     ranks = [*range(0, len(ordered) - 1, stride), len(ordered) - 1]
-    return [(ordered[rank], (rank + 1) / len(ordered)) for rank in ranks]
+    return [(ordered[0], 0.0), *((ordered[rank], (rank + 1) / len(ordered)) for rank in ranks)]
 
 
 def running(records: Sequence[Record]) -> list[Point]:
@@ -46,9 +46,12 @@ def token_rate(records: Sequence[Record]) -> list[Point]:
     end_s = max((one.ended_s for one in records), default=0.0)
     if not end_s:
         return []
-    width_s = end_s / _NUM_BINS
-    bins = [0.0] * _NUM_BINS
+    # Wide enough that a bin holds several arrivals: else it shows nothing but their beat.
+    num_arrivals = sum(len(one.arrival_s) for one in records)
+    num_bins = max(8, min(_MOST_BINS, num_arrivals // 12))
+    width_s = end_s / num_bins
+    bins = [0.0] * num_bins
     for one in records:
         for moment_s, tokens in zip(one.arrival_s, one.arrival_tokens, strict=True):
-            bins[min(_NUM_BINS - 1, int(moment_s / width_s))] += tokens
+            bins[min(num_bins - 1, int(moment_s / width_s))] += tokens
     return [*((i * width_s, tokens / width_s) for i, tokens in enumerate(bins)), (end_s, 0.0)]

@@ -149,7 +149,10 @@ def _dots(series: Series, x: Axis, y: Axis, colour: str) -> Iterator[str]:
         at_x, at_y = _x(x, px), _y(y, py)
         told = _told(f"{series.name}, {label}: {px:.4g}, {py:.4g}")
         yield f'<circle class="dot {colour}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="4">{told}</circle>'
-        yield f'<text class="tick" x="{at_x + 6:.1f}" y="{at_y - 6:.1f}">{escape(label)}</text>'
+        # Towards the middle, or it would be cut off at the edge.
+        is_left = at_x < WIDTH * 0.7
+        side, beside = ("tick", at_x + 6) if is_left else ("tick end", at_x - 6)
+        yield f'<text class="{side}" x="{beside:.1f}" y="{at_y - 6:.1f}">{escape(label)}</text>'
 
 
 def _told(text: str) -> str:

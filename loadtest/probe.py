@@ -97,7 +97,8 @@ def _manners(wanted: Manner, workload: Workload) -> Iterator[Manner]:
 async def _ask(
     target: Target, composer: Composer, num_tokens: int
 ) -> tuple[Answer, Failure | None]:
-    turn, answer = Turn(Drawn(draws(num_tokens, "probe", num_tokens)), max_tokens=1), Answer()
+    # The longer begins like the shorter: how the first word is spelt differs from all others.
+    turn, answer = Turn(Drawn(draws(num_tokens, "probe")), max_tokens=1), Answer()
     body = composer.body(turn, [])
     outcome = await target.stream(composer.path, body, _TIMEOUT_S, answer)
     return answer, outcome.failure

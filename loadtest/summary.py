@@ -51,15 +51,15 @@ def lines(run: Run, found: Figures) -> Iterator[str]:
 
 
 def _table(found: Figures) -> Iterator[str]:
-    heads = ["mean", *(f"p{percent}" for percent in PERCENTILES), "max"]
-    yield f"{'ms':24}" + "".join(f"{head:>9}" for head in heads)
+    rows = [["ms", "mean", *(f"p{percent}" for percent in PERCENTILES), "max"]]
     groups = {"": found.latencies} if not found.lanes else found.lanes
     for lane, latencies in groups.items():
         for key, name in LATENCY_NAMES.items():
             spread = spread_of(latencies, key)
             if spread.count:
                 label = f"{lane}: {name}" if lane else name
-                yield f"{label:24}" + "".join(f"{value * 1e3:9.1f}" for value in values(spread))
+                rows.append([label, *(number(value * 1e3) for value in values(spread))])
+    yield from table(rows)
 
 
 def spread_of(latencies: Latencies, key: str) -> Spread:

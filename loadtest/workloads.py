@@ -112,7 +112,7 @@ def draws(num_tokens: int, *key: object) -> tuple[int, ...]:
     return tuple(chance.randrange(DRAW_RANGE) for _ in range(num_tokens))
 
 
-def _fixed(name: str, shape: Shape, concurrency: int, prompt: int, out: int) -> Workload:
+def _fixed(shape: Shape, concurrency: int, prompt: int, out: int, name: str = "fixed") -> Workload:
     prompt = shape.prompt_tokens or prompt
     out = shape.max_tokens or out
 
@@ -228,9 +228,9 @@ def _of_one_lane(
 
 #: Name to what it is and how it is made.
 PRESETS: dict[str, tuple[str, Callable[[Shape], Workload]]] = {
-    "c1": ("one at a time, 129 tokens in, 128 out", lambda s: _fixed("c1", s, 1, 129, 128)),
-    "c8": ("eight at a time, 129 in, 128 out", lambda s: _fixed("c8", s, 8, 129, 128)),
-    "c32": ("32 at a time, 129 in, 128 out", lambda s: _fixed("c32", s, 32, 129, 128)),
+    "c1": ("one at a time, 129 tokens in, 128 out", lambda s: _fixed(s, 1, 129, 128)),
+    "c8": ("eight at a time, 129 in, 128 out", lambda s: _fixed(s, 8, 129, 128)),
+    "c32": ("32 at a time, 129 in, 128 out", lambda s: _fixed(s, 32, 129, 128)),
     "shared-prefix": (
         "eight at a time share 1,000 tokens, 64 of their own, 32 out",
         _shared_prefix,
@@ -238,7 +238,7 @@ PRESETS: dict[str, tuple[str, Callable[[Shape], Workload]]] = {
     "multi-turn": ("eight conversations of five turns, as chats", _multi_turn),
     "long-prompts": (
         "two at a time, 1,800 tokens in, 32 out",
-        lambda s: _fixed("long-prompts", s, 2, 1800, 32),
+        lambda s: _fixed(s, 2, 1800, 32, "long-prompts"),
     ),
     "long-among-decodes": ("eight streams, and long prompts beside them", _long_among_decodes),
     "mixed": ("16 to 1,024 tokens in, 8 to 256 out", _mixed),
