@@ -43,7 +43,9 @@ class Answer:
         return len(self._moments)
 
     def take(self, payload: bytes, now_s: float) -> None:
-        """Take in the data of one event."""
+        """Take in the data of one event; an empty one only keeps the connection alive."""
+        if not payload:
+            return
         if payload == _DONE:
             self._is_done = True
             return
