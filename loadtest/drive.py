@@ -135,10 +135,11 @@ class Driver:
         history: list[dict[str, Any]] = []
         pause_s = 0.0
         for index, turn in enumerate(lane.make(number)):
-            at_s = self._now_s() if due_s is None or index else due_s
-            place = Record(lane.name, number, index, at_s, at_s, at_s, turn.max_tokens)
-            answer = Answer()
-            outcome = await self._ask(place, self.composer.body(turn, history), answer)
+            body, answer, sent_s = self.composer.body(turn, history), Answer(), self._now_s()
+            # A timer may be a little early: then it was due when it was sent.
+            at_s = sent_s if due_s is None or index else min(due_s, sent_s)
+            place = Record(lane.name, number, index, at_s, sent_s, sent_s, turn.max_tokens)
+            outcome = await self._ask(place, body, answer)
             if outcome.failure is not None:
                 pause_s = min(outcome.retry_after_s or _AFTER_FAILURE_S, _LONGEST_WAIT_S)
                 break
@@ -149,8 +150,7 @@ class Driver:
         return pause_s
 
     async def _ask(self, place: Record, body: dict[str, Any], answer: Answer) -> Outcome:
-        sent_s = self._now_s()
-        self.worst_lateness_s = max(self.worst_lateness_s, sent_s - place.due_s)
+        self.worst_lateness_s = max(self.worst_lateness_s, place.sent_s - place.due_s)
         self.live.running[id(answer)] = answer
         outcome = Outcome(Failure("interrupted", "cut off by us", is_ours=True))
         try:
@@ -159,7 +159,7 @@ class Driver:
             )
         finally:
             del self.live.running[id(answer)]
-            self._keep(replace(place, sent_s=sent_s, ended_s=self._now_s()), outcome, answer)
+            self._keep(replace(place, ended_s=self._now_s()), outcome, answer)
         return outcome
 
     def _keep(self, place: Record, outcome: Outcome, answer: Answer) -> None:
