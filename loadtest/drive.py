@@ -91,15 +91,15 @@ class Driver:
     async def run_open(self, due_s: Iterator[float]) -> None:
         """Begin conversations of the first lane when they are due."""
         self._began_s = self.target.clock_s()
-        lane = self.composer.workload.lanes[0]
+        self._start(self._dispatch(self.composer.workload.lanes[0], due_s))
+        await self._all_done()
+
+    async def _dispatch(self, lane: Lane, due_s: Iterator[float]) -> None:
         for number, due in zip(range(self.bounds.num_conversations), due_s, strict=False):
             if due >= self.bounds.duration_s:
-                break
+                return
             await asyncio.sleep(max(0.0, due - self._now_s()))
-            if self._is_stopped:
-                break
             self._start(self._converse(lane, number, due))
-        await self._all_done()
 
     def stop(self) -> None:
         """End now: what runs is recorded as cut off by us."""
@@ -108,7 +108,8 @@ class Driver:
             task.cancel()
 
     async def _all_done(self) -> None:
-        await asyncio.wait(self._tasks)
+        while running := [task for task in self._tasks if not task.done()]:
+            await asyncio.wait(running)
         for task in self._tasks:
             if not task.cancelled():
                 task.result()  # A bug of ours is not to pass as an idle server.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import os
 import signal
@@ -14,9 +16,16 @@ from typing import Any
 import httpx
 import pytest
 
+from loadtest import cli
 from loadtest.__main__ import main
+from loadtest.compare import Conditions, Contestant, compete
+from loadtest.drive import Bounds, Driver
 from loadtest.figures import figures
+from loadtest.measure import Interruption
+from loadtest.prompts import Composer, Manner, Spelling
 from loadtest.records import Run, read
+from loadtest.target import Target
+from loadtest.workloads import PRESETS, Shape
 
 _FAST = ("--no-progress", "--requests", "6", "--concurrency", "3", "--max-tokens", "5")
 
@@ -226,6 +235,42 @@ def test_an_interruption_keeps_what_there_is(app: Any, tmp_path: Path) -> None:
     assert found.num_answered > 10
     assert found.num_interrupted <= 3
     assert not found.failures
+
+
+def test_progress_is_drawn_while_it_runs(app: Any) -> None:
+    screen = io.StringIO()
+    (plan,) = cli.parse(["run", "--requests", "300", "--max-tokens", "40"], {}).plans  # type: ignore[union-attr] # of `run`
+    conditions = Conditions((plan,), 1, None, "", Path(), 1.0, screen)
+
+    async def work() -> list[Run]:
+        return [
+            run async for run in compete([Contestant("ours", app.url)], conditions, Interruption())
+        ]
+
+    (run,) = asyncio.run(work())
+    assert len(run.records) == 300
+    drawn = screen.getvalue()
+    assert "ours fixed" in drawn
+    assert "/300" in drawn
+    assert "tokens/s" in drawn
+
+
+def test_an_open_loop_is_cut_off_while_it_waits(app: Any) -> None:
+    """The next request is due in a day."""
+    workload = PRESETS["c8"][1](Shape(max_tokens=2))
+    composer = Composer("fake", workload, Spelling(token_ids=(1, 2)), Manner())
+
+    async def work() -> Driver:
+        driver = Driver(Target("ours", app.url), composer, Bounds(9))
+        running = asyncio.create_task(driver.run_open(iter([0.0, 86400.0])))
+        while not driver.records:  # noqa: ASYNC110 - the driver has no event for it
+            await asyncio.sleep(0)
+        driver.stop()
+        await running
+        driver.target.close()
+        return driver
+
+    assert len(asyncio.run(work()).records) == 1
 
 
 def test_a_duration_ends_it(app: Any, tmp_path: Path) -> None:
