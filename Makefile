@@ -1,5 +1,6 @@
 # Everything a newcomer types. Needs python3 (3.11 or newer) and make; g++ makes a CPU faster.
 #   make run ARGS="--port 9000"     flags for `octavo serve`
+#   make bench ARGS="--concurrency 1,8 --html report.html"    flags for `python -m loadtest run`
 #   make install PYTHON=python3.12  another interpreter (then `make clean` first)
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BUILD_TOOLS := hatchling editables
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow check format bench constraints clean
+.PHONY: help install run test test-slow check format bench microbench constraints clean
 
 help:  ## what can be typed
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,7 +47,10 @@ format: $(VENV)/.installed-dev  ## put the source in order
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.installed-dev  ## how long the inner loops take on this machine
+bench: $(VENV)/.installed-dev  ## put a running server under load (ARGS="--help" says how)
+	@$(BIN)/python -m loadtest run $(ARGS)
+
+microbench: $(VENV)/.installed-dev  ## how long the inner loops take on this machine
 	@for script in tests/bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 # The stamps make a second `make run` start at once; a changed pyproject or pin installs anew.
