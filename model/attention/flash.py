@@ -65,7 +65,7 @@ FlashKernel = Callable[[Tensor, Tensor, Tensor, FlashBatch, float, int | None], 
 
 
 class FlashAttention:
-    """See `AttentionBackend`; `kernel` does the arithmetic."""
+    """See `PagedAttention`; `kernel` does the arithmetic."""
 
     name = "flash"
 
@@ -81,13 +81,27 @@ class FlashAttention:
         self._kv_slots = batch.kv_slots
         self._batch = flash_batch(batch, self._pool.page_size)
 
+    @property
+    def kv_slots(self) -> Tensor:
+        """See `PagedAttention`."""
+        assert self._kv_slots is not None, "attend before plan"
+        return self._kv_slots
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See `PagedAttention`."""
+        return self._pool.keys(layer), self._pool.values(layer)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `AttentionBackend`."""
+        keys, values = self.pages(layer)
+        keys.flatten(0, 1).index_copy_(0, self.kv_slots, k)
+        values.flatten(0, 1).index_copy_(0, self.kv_slots, v)
+        return self.read(layer, q)
+
+    def read(self, layer: int, q: Tensor) -> Tensor:
+        """See `PagedAttention`."""
         assert self._batch is not None, "attend before plan"
-        assert self._kv_slots is not None, "attend before plan"
-        keys, values = self._pool.keys(layer), self._pool.values(layer)
-        keys.flatten(0, 1).index_copy_(0, self._kv_slots, k)
-        values.flatten(0, 1).index_copy_(0, self._kv_slots, v)
+        keys, values = self.pages(layer)
         window = self._spec.windows[layer]
         return self._kernel(q, keys, values, self._batch, self._spec.scale, window).flatten(1)
 

@@ -71,6 +71,20 @@ class AttentionBackend(Protocol):
         """
 
 
+class PagedAttention(AttentionBackend, Protocol):
+    """A backend whose `attend` has a second half of its own: reading what somebody else wrote."""
+
+    @property
+    def kv_slots(self) -> Tensor:
+        """Where the planned step's keys and values go, as in `AttentionBatch`."""
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values of a layer, as in `KVPool`."""
+
+    def read(self, layer: int, q: Tensor) -> Tensor:
+        """Attend, the step's own keys and values being in their pages; as `attend` otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackendOffer:
     """A backend that can serve a model on this machine, before there is a pool to serve it from."""

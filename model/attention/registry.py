@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from model.attention import cpu, flash, reference, torch_sdpa
+from model.attention import cpu, flash, reference, torch_sdpa, triton_attention
 from model.attention.interface import AttentionSpec, BackendOffer
 
 #: By name on the command line; each offers itself or says why not.
@@ -17,6 +17,7 @@ BACKENDS: Mapping[str, Callable[[AttentionSpec], BackendOffer | str]] = MappingP
     {
         "cpu": cpu.offer,
         "flash": flash.offer,
+        "triton": triton_attention.offer,
         "torch": torch_sdpa.offer,
         "reference": reference.offer,
     }
@@ -40,10 +41,12 @@ def choose_backend(name: str, spec: AttentionSpec) -> BackendOffer:
 
 
 def _best(spec: AttentionSpec) -> BackendOffer:
-    fast = "flash" if spec.device.type == "cuda" else "cpu"
-    offer = BACKENDS[fast](spec)
-    if not isinstance(offer, str):
-        return offer
+    notes: list[str] = []
+    for name in ("flash", "triton") if spec.device.type == "cuda" else ("cpu",):
+        offer = BACKENDS[name](spec)
+        if not isinstance(offer, str):
+            return dataclasses.replace(offer, notes=(*notes, *offer.notes))
+        notes.append(f"attention backend {name} not available: {offer}")
+    notes[-1] += "; using torch, several times slower"
     fallback = torch_sdpa.offer(spec)
-    note = f"attention backend {fast} not available: {offer}; using torch, several times slower"
-    return dataclasses.replace(fallback, notes=(*fallback.notes, note))
+    return dataclasses.replace(fallback, notes=(*fallback.notes, *notes))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from model.source import ModelSource
 from model.transformer import Transformer
 
 CPU = torch.device("cpu")
+
+if not torch.cuda.is_available():
+    # Our own kernels are interpreted. Read when they are first imported, which is by a test.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 #: Small, and no two sizes alike, so that a swapped pair shows.
 TINY = {

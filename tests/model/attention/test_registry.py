@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.attention import triton_attention
 from model.attention.interface import AttentionSpec
 from model.attention.registry import BACKENDS, choose_backend
 from model.cpu_library import load_cpu_library
@@ -65,7 +66,7 @@ def test_a_cuda_model_without_flash_attention_falls_back() -> None:
     assert "attention backend flash not available: dtype must be" in offer.notes[0]
 
 
-@pytest.mark.parametrize("name", ["reference", "torch", "auto"])
+@pytest.mark.parametrize("name", ["reference", "torch", "triton", "auto"])
 def test_an_offer_builds_what_it_is_named_for(name: str) -> None:
     offer = choose_backend(name, SPEC)
     pool = KVPool(
@@ -87,3 +88,18 @@ def test_a_page_size_is_a_multiple_of_what_the_backend_asks_for() -> None:
     assert offer.page_size(32) == 32
     with pytest.raises(ValueError, match=r"page_size must be a multiple of 16 .*, got 24"):
         offer.page_size(24)
+
+
+def test_without_triton_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"attention_backend triton .* triton is not installed"):
+        choose_backend("triton", SPEC)
+
+
+def test_splits_fill_the_gpu_and_no_more_than_there_is_to_read() -> None:
+    # One row of 8 KV heads leaves most of 132 multiprocessors idle; 64 rows leave none.
+    assert triton_attention.num_splits(8, 132, 8192) == 64
+    assert triton_attention.num_splits(512, 132, 8192) == 1
+    assert triton_attention.num_splits(64, 132, 8192) == 8
+    assert triton_attention.num_splits(8, 132, 200) == 4
+    assert triton_attention.num_splits(8, 132, 1) == 1
