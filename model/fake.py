@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from model.interface import (
+    PENDING_TOKEN,
     ModelInfo,
     PageCopy,
     SamplingParams,
@@ -43,11 +44,14 @@ def _choose(digest: int, vocab_size: int, *, may_end: bool) -> int:
     return 1 + digest // 61 % (vocab_size - 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Landed:
+@dataclass(slots=True)
+class _FakeFlight:
+    runner: FakeRunner
+    number: int
     output: StepOutput
 
     def wait(self) -> StepOutput:
+        self.runner.land(self.number)
         return self.output
 
 
@@ -62,13 +66,20 @@ class FakeRunner:
     #: Steps so far, and tokens computed in them: what was recomputed shows here.
     num_steps: int = 0
     num_tokens: int = 0
-    #: Raise in these steps, counted from 0.
+    #: See `ModelRunner`.
+    max_flights: int = 1
+    #: Raise when these steps, counted from 0, are launched, or when they are waited for.
     faulty_steps: frozenset[int] = frozenset()
+    faulty_flights: frozenset[int] = frozenset()
     #: Read every row back from its first token in every step; off for benchmarks.
     is_strict: bool = True
     #: page * page_size + offset -> the token there, and the digest of the prefix it ends.
     _written: dict[int, tuple[int, int]] = field(default_factory=dict)
     _params: dict[int, SamplingParams] = field(default_factory=dict)
+    #: By slot, what the last step sampled.
+    _sampled: dict[int, int] = field(default_factory=dict)
+    #: Steps that were launched and not waited for.
+    _in_flight: list[int] = field(default_factory=list)
 
     @property
     def info(self) -> ModelInfo:
@@ -89,10 +100,12 @@ class FakeRunner:
             attention_backend="fake",
         )
 
-    def launch(self, step: StepInput) -> _Landed:
+    def launch(self, step: StepInput) -> _FakeFlight:
         """See `ModelRunner`. Raises RuntimeError in the steps named in `faulty_steps`."""
+        number = self.num_steps
         self.num_steps += 1
-        if self.num_steps - 1 in self.faulty_steps:
+        assert len(self._in_flight) < self.max_flights, "more flights than there may be"
+        if number in self.faulty_steps:
             raise RuntimeError("this step was told to fail")
         for start in step.started:
             self._start(start)
@@ -100,7 +113,10 @@ class FakeRunner:
             self._copy(copy)
         digests, first = [], 0
         for row, count in enumerate(step.counts):
-            digests.append(self._write(step, row, step.token_ids[first : first + count]))
+            token_ids = step.token_ids[first : first + count]
+            if token_ids[-1] == PENDING_TOKEN:
+                token_ids[-1] = self._sampled[step.slots[row]]
+            digests.append(self._write(step, row, token_ids))
             first += count
         assert first == len(step.token_ids), "rows and tokens do not add up"
         self.num_tokens += first
@@ -110,7 +126,17 @@ class FakeRunner:
             None if self._params[step.slots[row]].logprobs is None else TokenLogprobs(token, 0.0, 1)
             for row, token in zip(rows, token_ids, strict=True)
         ]
-        return _Landed(StepOutput(token_ids, logprobs if any(logprobs) else []))
+        self._sampled = {step.slots[row]: t for row, t in zip(rows, token_ids, strict=True)}
+        self._in_flight.append(number)
+        output = StepOutput(token_ids, logprobs if any(logprobs) else [])
+        return _FakeFlight(self, number, output)
+
+    def land(self, number: int) -> None:
+        """Note that a flight was waited for; RuntimeError for those in `faulty_flights`."""
+        assert self._in_flight[0] == number, "waited for out of order, or twice"
+        del self._in_flight[0]
+        if number in self.faulty_flights:
+            raise RuntimeError("this flight was told to fail")
 
     def _start(self, start: SlotStart) -> None:
         self._params[start.slot] = start.params

@@ -179,8 +179,15 @@ class ModelRunner(Protocol):
     def info(self) -> ModelInfo:
         """What was built."""
 
+    @property
+    def max_flights(self) -> int:
+        """Steps that may be under way at a time: launched and not yet waited for."""
+
     def launch(self, step: StepInput) -> Flight:
-        """Start computing a step; flights are waited for in the order they were launched."""
+        """Start computing a step; flights are waited for in the order they were launched.
+
+        Nothing of it is seen by a step launched before, all of it by those after.
+        """
 
     def close(self) -> None:
         """Give back what the runner holds. The runner is not used afterwards."""

@@ -78,6 +78,11 @@ class TorchRunner:
         """See `ModelRunner`."""
         return self._info
 
+    @property
+    def max_flights(self) -> int:
+        """See `ModelRunner`: a CPU computes while it is asked to."""
+        return 1
+
     @torch.inference_mode()
     def launch(self, step: StepInput) -> _Landed:
         """See `ModelRunner`."""

@@ -6,11 +6,13 @@ Knows nothing of processes or pipes (`scheduler/process.py`), of HTTP or of text
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.interface import ModelRunner
+from model.interface import Flight, ModelRunner
 from scheduler.messages import (
     Cancel,
     EngineStats,
@@ -20,7 +22,7 @@ from scheduler.messages import (
     StepResult,
     Submit,
 )
-from scheduler.scheduler import Scheduler, StepPlan
+from scheduler.scheduler import Scheduler, StepOutcome, StepPlan
 
 _log = logging.getLogger(__name__)
 
@@ -28,8 +30,19 @@ _log = logging.getLogger(__name__)
 MAX_CONSECUTIVE_FAULTS = 3
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    plan: StepPlan
+    flight: Flight
+    began_s: float
+
+
 class Engine:
-    """Takes messages between steps; each step gives one message back."""
+    """Takes messages between steps; each step gives one message back.
+
+    Where the runner can have several steps under way, the next one is planned, packed and launched
+    before the tokens of the one before are known, so that the device never waits for the host.
+    """
 
     def __init__(
         self, runner: ModelRunner, config: SchedulerSection, clock_s: Callable[[], float]
@@ -42,6 +55,13 @@ class Engine:
         self._scheduler = Scheduler(self._cache, config, info)
         #: When each request that waits for its first admission arrived.
         self._arrived_s: dict[int, float] = {}
+        #: Steps under way, the oldest first.
+        self._launched: deque[_Launched] = deque()
+        #: When the last of those that are over ended.
+        self._landed_s = 0.0
+        #: Not yet told.
+        self._started: list[Started] = []
+        self._failed: list[tuple[int, FinishReason, str]] = []
         self._rejected: list[Rejected] = []
         self._has_news = False
         self._num_faults = 0
@@ -49,7 +69,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to tell."""
-        return self._has_news or self._scheduler.has_work
+        return self._has_news or self._scheduler.has_work or bool(self._launched)
 
     def handle(self, message: Submit | Cancel) -> None:
         """Take in one message; refusals are told by the next step."""
@@ -65,34 +85,62 @@ class Engine:
             self._rejected.append(rejected)
 
     def step(self) -> StepResult:
-        """Compute one step, if there is one to compute, and tell all there is to tell.
+        """Launch what may be under way, wait for one step if there is one, tell all there is.
 
         A step that raises ends the requests in it, each with an error; others live on. Raises the
         fault itself once `MAX_CONSECUTIVE_FAULTS` steps in a row have failed.
         """
-        plan = self._scheduler.plan()
-        result = self._tell() if plan is None else self._run(plan)
+        while len(self._launched) < self._runner.max_flights:
+            plan = self._scheduler.plan()
+            if plan is None or not self._launch(plan):
+                break
+        result = self._land(self._launched.popleft()) if self._launched else self._tell()
         if self._is_debug:
             self._scheduler.check()
         return result
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _launch(self, plan: StepPlan) -> bool:
         began_s = self._clock_s()
-        started = self._started(plan, began_s)
+        self._started.extend(
+            Started(id_, began_s - self._arrived_s.pop(id_), num_cached, why)
+            for id_, num_cached, why in plan.started
+        )
         try:
-            output = self._runner.launch(plan.step).wait()
+            flight = self._runner.launch(plan.step)
         except Exception as fault:
-            failed = self._scheduler.fail(plan)
-            self._num_faults += 1
-            _log.exception("a step failed; it ends %d requests", len(failed))
-            if self._num_faults >= MAX_CONSECUTIVE_FAULTS:
+            if self._fail(plan, fault):
                 raise
-            message = f"the model failed: {type(fault).__name__}"
-            return self._tell(
-                started, finished=tuple((id_, FinishReason.ERROR, message) for id_ in failed)
-            )
+            return False
+        self._launched.append(_Launched(plan, flight, began_s))
+        return True
+
+    def _land(self, launched: _Launched) -> StepResult:
+        plan = launched.plan
+        try:
+            output = launched.flight.wait()
+        except Exception as fault:
+            if self._fail(plan, fault):
+                raise
+            return self._tell()
         self._num_faults = 0
-        outcome = self._scheduler.apply(plan, output, self._clock_s() - began_s)
+        # A step that was launched early began when the one before it was over.
+        began_s, self._landed_s = max(launched.began_s, self._landed_s), self._clock_s()
+        outcome = self._scheduler.apply(plan, output, self._landed_s - began_s)
+        return self._tell(outcome, plan.num_tokens)
+
+    def _fail(self, plan: StepPlan, fault: Exception) -> bool:
+        """End the requests of a step that raised; whether the engine is to give up."""
+        failed = self._scheduler.fail(plan)
+        self._num_faults += 1
+        _log.exception("a step failed; it ends %d requests", len(failed))
+        message = f"the model failed: {type(fault).__name__}"
+        self._failed.extend((id_, FinishReason.ERROR, message) for id_ in failed)
+        return self._num_faults >= MAX_CONSECUTIVE_FAULTS
+
+    def _tell(self, outcome: StepOutcome | None = None, num_step_tokens: int = 0) -> StepResult:
+        outcome = outcome or StepOutcome([], [], [], [])
+        started, self._started = tuple(self._started), []
+        failed, self._failed = tuple(self._failed), []
         return StepResult(
             stats=self.stats(),
             request_ids=tuple(outcome.request_ids),
@@ -100,26 +148,8 @@ class Engine:
             logprobs=tuple(outcome.logprobs),
             started=started,
             rejected=self._take_rejected(),
-            finished=tuple((id_, reason, "") for id_, reason in outcome.finished),
-            num_step_tokens=plan.num_tokens,
-        )
-
-    def _started(self, plan: StepPlan, now_s: float) -> tuple[Started, ...]:
-        return tuple(
-            Started(id_, now_s - self._arrived_s.pop(id_), num_cached, why)
-            for id_, num_cached, why in plan.started
-        )
-
-    def _tell(
-        self,
-        started: tuple[Started, ...] = (),
-        finished: tuple[tuple[int, FinishReason, str], ...] = (),
-    ) -> StepResult:
-        return StepResult(
-            stats=self.stats(),
-            started=started,
-            rejected=self._take_rejected(),
-            finished=finished,
+            finished=(*((id_, reason, "") for id_, reason in outcome.finished), *failed),
+            num_step_tokens=num_step_tokens,
         )
 
     def _take_rejected(self) -> tuple[Rejected, ...]:

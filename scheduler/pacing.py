@@ -62,7 +62,8 @@ class Pacing:
             self._decode_s = _mean(self._decode_s, elapsed_s)
             return
         if num_decodes:
-            self._num_mixed_steps += 1
+            # Planned before the ones before it were timed, one may come too many.
+            self._num_mixed_steps = min(self._num_mixed_steps + 1, _MOST_MIXED_STEPS)
             if self._decode_s is None and self._token_s is not None:
                 # None left for the decodes: prompts alone were timed wrongly, or hardly at all.
                 rest_s = elapsed_s - num_prompt_tokens * self._token_s

@@ -16,7 +16,15 @@ from itertools import islice
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.interface import ModelInfo, PageCopy, SlotStart, StepInput, StepOutput, TokenLogprobs
+from model.interface import (
+    PENDING_TOKEN,
+    ModelInfo,
+    PageCopy,
+    SlotStart,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+)
 from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
 from scheduler.pacing import Pacing
 from scheduler.queue import WaitingQueue
@@ -144,9 +152,12 @@ class Scheduler:
     # ---- planning --------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan | None:
-        """Choose the next step, or None where there is nothing to do.
+        """Choose the next step, or None where there is nothing to do before one is applied.
 
-        Every plan is followed by one `apply` or `fail` of it before the next `plan`.
+        Every plan is followed by one `apply` or `fail` of it, in the order of the plans; others may
+        be made before. They count on what is under way: its keys and values, and a token of each
+        row that samples, for which `PENDING_TOKEN` stands until `apply` brings it. A sequence that
+        turns out to have ended has computed a token in vain, and nobody hears of it.
         """
         plan = _new_plan()
         num_preemptions = self._num_preemptions
@@ -167,7 +178,7 @@ class Scheduler:
         while row < len(running):
             sequence = running[row]
             num_tokens = len(sequence.token_ids)
-            if num_tokens - sequence.num_computed == 1:
+            if num_tokens - sequence.num_computed == 1 and not sequence.has_last_token_pending:
                 allocation = sequence.allocation
                 assert allocation is not None, "a running sequence without pages"
                 if num_tokens > len(allocation.page_ids) * page_size and not self._grow(sequence):
@@ -206,6 +217,9 @@ class Scheduler:
             return budget_tokens
         num_looked_at = len(self._free_slots) + _MOST_HELD_BACK
         for sequence in list(islice(self._waiting, num_looked_at)):
+            if sequence.token_ids[-1] == PENDING_TOKEN:
+                # Preempted with a step under way, which is to bring its newest token.
+                break
             if self._cache.match(sequence.token_ids, sequence.namespace).in_flight:
                 continue
             # One page for each that runs: nobody is let in only to be preempted soon after.
@@ -230,7 +244,7 @@ class Scheduler:
         sequence.move(State.RUNNING, f"admitted with {num_cached} cached tokens")
         self._waiting.remove(sequence)
         insort(self._running, sequence, key=lambda running: running.precedence)
-        sequence.num_computed = num_cached
+        sequence.num_computed = sequence.num_landed = num_cached
         sequence.slot = self._free_slots.popleft()
         tokens, num_prompt = sequence.token_ids, sequence.num_prompt
         plan.step.started.append(
@@ -262,27 +276,29 @@ class Scheduler:
             if sequence.state is State.FINISHED:
                 continue
             token_id = output.token_ids[index]
-            sequence.token_ids.append(token_id)
+            position = plan.step.starts[row] + plan.step.counts[row]
+            sequence.token_ids[position] = token_id
             outcome.request_ids.append(sequence.request_id)
             outcome.token_ids.append(token_id)
             if logprobs:
                 outcome.logprobs.append(logprobs[index])
-            reason = sequence.stop_reason()
+            reason = sequence.stop_reason(position)
             if reason is not None:
                 self._finish(sequence, reason)
                 outcome.finished.append((sequence.request_id, reason))
         return outcome
 
     def _advance(self, plan: StepPlan) -> None:
-        page_size = self._page_size
-        for sequence, count in zip(plan.sequences, plan.step.counts, strict=True):
-            if sequence.state is State.FINISHED:
+        page_size, step = self._page_size, plan.step
+        for sequence, count, pages in zip(plan.sequences, step.counts, step.page_ids, strict=True):
+            allocation = sequence.allocation
+            # Meanwhile it may have ended or been preempted, or even have come back.
+            if allocation is None or allocation.page_ids is not pages:
                 continue
-            before = sequence.num_computed
-            sequence.num_computed = before + count
-            if sequence.num_computed // page_size != before // page_size:
-                assert sequence.allocation is not None, "a running sequence without pages"
-                self._cache.commit(sequence.allocation, sequence.token_ids, sequence.num_computed)
+            before = sequence.num_landed
+            sequence.num_landed = before + count
+            if sequence.num_landed // page_size != before // page_size:
+                self._cache.commit(allocation, sequence.token_ids, sequence.num_landed)
 
     def fail(self, plan: StepPlan) -> list[int]:
         """End every request of a step that raised; the ids of those that ended by it."""
@@ -309,9 +325,11 @@ class Scheduler:
     def _leave(self, sequence: Sequence, to: State, why: str) -> None:
         assert sequence.allocation is not None, "a running sequence without pages"
         sequence.move(to, why)
-        self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_computed)
+        # A step under way may still write to these pages: before anything that is planned from now
+        # on, so whoever gets them next loses nothing. What it writes is not counted on.
+        self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_landed)
         sequence.allocation = None
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_landed = 0
         self._running.remove(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
@@ -350,7 +368,8 @@ class Scheduler:
             held = len(sequence.allocation.page_ids) * self._page_size
             assert sequence.num_computed <= held, "computed more than its pages hold"
             cached = sequence.allocation.num_cached_tokens
-            assert sequence.num_computed >= cached, "shared pages would be written again"
+            assert cached <= sequence.num_landed, "shared pages would be written again"
+            assert sequence.num_landed <= sequence.num_computed, "more came back than was sent"
             assert sequence.num_computed < len(sequence.token_ids), "nothing left to compute"
         cache = self._cache.stats()
         assert running or cache.pages_private == cache.pages_leased == 0, "nothing runs, pages held"
@@ -369,8 +388,10 @@ def _add_row(plan: StepPlan, sequence: Sequence, count: int) -> None:
         step.token_ids.append(sequence.token_ids[start])
     else:
         step.token_ids.extend(sequence.token_ids[start:end])
+    sequence.num_computed = end
     if end == len(sequence.token_ids):
         step.sample_rows.append(len(plan.sequences))
+        sequence.token_ids.append(PENDING_TOKEN)
     step.starts.append(start)
     step.counts.append(count)
     step.slots.append(sequence.slot)

@@ -10,6 +10,7 @@ from collections import deque
 from enum import StrEnum
 
 from cache.kv_cache import Allocation
+from model.interface import PENDING_TOKEN
 from scheduler.messages import FinishReason, Submit
 
 _HISTORY_MOVES = 8
@@ -40,7 +41,8 @@ class Sequence:
 
     Prefill, decode, a prefix hit and the way back from preemption are all the same: each step
     computes some of `len(token_ids) - num_computed` tokens, and a step that reaches the end
-    samples one more.
+    samples one more. Both count from when the step is planned; until it is over a `PENDING_TOKEN`
+    stands for what it samples, and of the keys and values only `num_landed` are sure.
     """
 
     __slots__ = (
@@ -53,6 +55,7 @@ class Sequence:
         "min_len_tokens",
         "namespace",
         "num_computed",
+        "num_landed",
         "num_prompt",
         "params",
         "priority",
@@ -71,6 +74,7 @@ class Sequence:
         self.token_ids: list[int] = [*submit.prompt_token_ids, *submit.output_token_ids]
         self.num_prompt = len(submit.prompt_token_ids)
         self.num_computed = 0
+        self.num_landed = 0
         self.params = params
         self.priority = submit.priority
         self.namespace = submit.namespace
@@ -102,9 +106,15 @@ class Sequence:
         self.state = to
         self.history.append(why)
 
-    def stop_reason(self) -> FinishReason | None:
-        """Why the sequence ends with its newest token, or None if it goes on."""
-        length = len(self.token_ids)
-        if self.token_ids[-1] in self.stop_ids and length > self.min_len_tokens:
+    @property
+    def has_last_token_pending(self) -> bool:
+        """Whether a step under way samples the last token there is room for."""
+        is_full = len(self.token_ids) >= self.max_len_tokens
+        return is_full and self.token_ids[-1] == PENDING_TOKEN
+
+    def stop_reason(self, position: int) -> FinishReason | None:
+        """Why the sequence ends with the token at `position`, or None if it goes on."""
+        length = position + 1
+        if self.token_ids[position] in self.stop_ids and length > self.min_len_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if length >= self.max_len_tokens else None

@@ -197,14 +197,14 @@ SCHEDULER_BUGS = [
     Bug(
         "a preempted sequence keeps its count of computed tokens",
         SCHEDULER,
-        "        sequence.num_computed = 0\n",
+        "        sequence.num_computed = sequence.num_landed = 0\n",
         "",
     ),
     Bug(
         "cached tokens are computed again, over shared pages",
         SCHEDULER,
-        "        sequence.num_computed = num_cached\n",
-        "        sequence.num_computed = 0\n",
+        "        sequence.num_computed = sequence.num_landed = num_cached\n",
+        "        sequence.num_computed = sequence.num_landed = 0\n",
     ),
     Bug(
         "page copies are forgotten",
@@ -259,6 +259,30 @@ SCHEDULER_BUGS = [
         SEQUENCE,
         "if length >= self.max_len_tokens",
         "if length > self.max_len_tokens",
+    ),
+    Bug(
+        "pages count as computed while their step is under way",
+        SCHEDULER,
+        "self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_landed)",
+        "self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_computed)",
+    ),
+    Bug(
+        "a step counts for a sequence that was preempted and came back meanwhile",
+        SCHEDULER,
+        "if allocation is None or allocation.page_ids is not pages:",
+        "if allocation is None:",
+    ),
+    Bug(
+        "a sequence comes back before its newest token is known",
+        SCHEDULER,
+        "if sequence.token_ids[-1] == PENDING_TOKEN:",
+        "if False:",
+    ),
+    Bug(
+        "a token is computed behind the last one there is room for",
+        SCHEDULER,
+        " and not sequence.has_last_token_pending",
+        "",
     ),
     Bug(
         "a chunk that does not reach the end samples all the same",

@@ -33,9 +33,15 @@ def _inline(make_runner: Callable[[], ModelRunner], config: SchedulerSection) ->
     return InlineClient(make_runner(), config, time.monotonic)
 
 
-@pytest.fixture(params=["inline", "process"])
+def _overlapped(make_runner: Callable[[], FakeRunner], config: SchedulerSection) -> EngineClient:
+    runner = make_runner()
+    runner.max_flights = 2
+    return InlineClient(runner, config, time.monotonic)
+
+
+@pytest.fixture(params=["inline", "overlapped", "process"])
 def make_client(request: pytest.FixtureRequest) -> MakeClient:
-    return _inline if request.param == "inline" else ProcessClient
+    return {"inline": _inline, "overlapped": _overlapped, "process": ProcessClient}[request.param]
 
 
 def _expected(prompt: tuple[int, ...], num_tokens: int) -> list[int]:

@@ -6,15 +6,17 @@ shared wrongly, freed too early or evicted in use shows as a wrong token or a fa
 
 from __future__ import annotations
 
+from collections import deque
+
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_next_token
-from model.interface import SamplingParams
+from model.interface import Flight, SamplingParams
 from scheduler.messages import FinishReason, Submit
-from scheduler.scheduler import Scheduler
+from scheduler.scheduler import Scheduler, StepPlan
 from scheduler.sequence import State
 
 _VOCAB = 3
@@ -26,11 +28,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submits: dict[int, Submit] = {}
         self.outputs: dict[int, list[int]] = {}
         self.num_submits = 0
-        self.build(4, 2, 2, 4)
+        self.build(4, 2, 2, 4, 1)
 
-    def build(self, num_pages: int, page_size: int, max_num_seqs: int, budget: int) -> None:
+    def build(
+        self, num_pages: int, page_size: int, max_num_seqs: int, budget: int, max_flights: int
+    ) -> None:
+        self.in_flight: deque[tuple[StepPlan, Flight]] = deque()
         self.runner = FakeRunner(
-            vocab_size=_VOCAB, max_model_len=12, num_pages=num_pages, page_size=page_size
+            vocab_size=_VOCAB,
+            max_model_len=12,
+            num_pages=num_pages,
+            page_size=page_size,
+            max_flights=max_flights,
         )
         self.cache = KVCache(num_pages, page_size)
         self.scheduler = Scheduler(
@@ -47,9 +56,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 4),
         budget=st.integers(1, 8),
+        max_flights=st.integers(1, 3),
     )
-    def rebuild(self, num_pages: int, page_size: int, max_num_seqs: int, budget: int) -> None:
-        self.build(num_pages, page_size, max_num_seqs, budget)
+    def rebuild(
+        self, num_pages: int, page_size: int, max_num_seqs: int, budget: int, max_flights: int
+    ) -> None:
+        self.build(num_pages, page_size, max_num_seqs, budget, max_flights)
 
     @rule(
         prompt=st.lists(st.integers(1, 2), max_size=9),
@@ -109,16 +121,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         del self.submits[request_id]
 
     @rule()
-    def step(self) -> None:
+    @precondition(lambda self: len(self.in_flight) < self.runner.max_flights)
+    def launch(self) -> None:
+        plan = self.plan()
+        if plan is not None:
+            self.in_flight.append((plan, self.runner.launch(plan.step)))
+
+    def plan(self) -> StepPlan | None:
         running = list(self.scheduler._running)
         plan = self.scheduler.plan()
         preempted = [sequence.state is State.WAITING for sequence in running]
         assert preempted == sorted(preempted), "preempted one that had precedence"
-        if plan is None:
-            return
-        assert plan.num_tokens <= self.scheduler._config.max_num_batched_tokens
-        assert plan.num_decodes + plan.num_prompt_tokens == plan.num_tokens
-        outcome = self.scheduler.apply(plan, self.runner.launch(plan.step).wait())
+        if plan is not None:
+            assert plan.num_tokens <= self.scheduler._config.max_num_batched_tokens
+            assert plan.num_decodes + plan.num_prompt_tokens == plan.num_tokens
+        return plan
+
+    @rule()
+    @precondition(lambda self: self.in_flight)
+    def land(self) -> None:
+        plan, flight = self.in_flight.popleft()
+        outcome = self.scheduler.apply(plan, flight.wait())
         for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
             self.outputs[request_id].append(token_id)
         for request_id, reason in outcome.finished:
@@ -129,14 +152,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
 
     @rule(has_written=st.booleans())
-    def fault(self, has_written: bool) -> None:
+    @precondition(lambda self: len(self.in_flight) < self.runner.max_flights)
+    def fault_at_launch(self, has_written: bool) -> None:
         """Copies and writes may or may not have happened when a real step raises."""
-        plan = self.scheduler.plan()
+        plan = self.plan()
         if plan is not None:
             if has_written:
                 self.runner.launch(plan.step)
-            for request_id in self.scheduler.fail(plan):
-                del self.submits[request_id]
+                self.runner._in_flight.pop()
+            self.fail(plan)
+
+    @rule()
+    @precondition(lambda self: self.in_flight)
+    def fault_while_waited_for(self) -> None:
+        plan, flight = self.in_flight.popleft()
+        flight.wait()
+        self.fail(plan)
+
+    def fail(self, plan: StepPlan) -> None:
+        for request_id in self.scheduler.fail(plan):
+            del self.submits[request_id]
 
     @invariant()
     def everything_holds(self) -> None:
@@ -146,9 +181,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever was going on, all of it ends, and nothing stays held."""
         for _ in range(400):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self.in_flight:
                 break
-            self.step()
+            while len(self.in_flight) < self.runner.max_flights:
+                before = len(self.in_flight)
+                self.launch()
+                if len(self.in_flight) == before:
+                    break
+            if self.in_flight:
+                self.land()
         assert not self.submits
         stats = self.cache.stats()
         assert stats.pages_private == stats.pages_leased == 0

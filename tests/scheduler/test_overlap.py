@@ -1,0 +1,172 @@
+"""Steps that are planned and launched before the tokens of the one before are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+
+from configs.schema import SchedulerSection
+from model.fake import FakeRunner, fake_next_token
+from model.interface import PENDING_TOKEN, SamplingParams, StepInput
+from scheduler.engine import MAX_CONSECUTIVE_FAULTS, Engine
+from scheduler.messages import Cancel, FinishReason, StepResult, Submit
+
+
+class Recorder(FakeRunner):
+    """Keeps what it was asked to compute."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**{"max_flights": 2, "num_pages": 16} | fields)
+        self.steps: list[StepInput] = []
+
+    def launch(self, step: StepInput) -> Any:
+        self.steps.append(step)
+        return FakeRunner.launch(self, step)
+
+
+class Told:
+    """An engine on a clock that ticks once a look, and all that it told."""
+
+    def __init__(self, runner: FakeRunner, **config: Any) -> None:
+        section = SchedulerSection(
+            **{"max_num_seqs": 8, "max_num_batched_tokens": 32, "debug": True} | config
+        )
+        ticks: Iterator[int] = count()
+        self.engine = Engine(runner, section, lambda: float(next(ticks)))
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, FinishReason] = {}
+
+    def submit(self, request_id: int, prompt: tuple[int, ...], **params: Any) -> None:
+        sampling = SamplingParams(**{"max_tokens": 6, "ignore_eos": True} | params)
+        self.engine.handle(Submit(request_id, prompt, sampling))
+        self.tokens[request_id] = []
+
+    def step(self) -> StepResult:
+        result = self.engine.step()
+        self.engine.check()
+        for request_id, token_id in zip(result.request_ids, result.token_ids, strict=True):
+            self.tokens[request_id].append(token_id)
+        self.finished |= {request_id: reason for request_id, reason, _ in result.finished}
+        return result
+
+    def run(self) -> None:
+        for _ in range(500):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError("it does not end")
+
+
+def expected(prompt: tuple[int, ...], num_tokens: int, *, may_end: bool = False) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + num_tokens and not (may_end and tokens[-1] == 0):
+        tokens.append(fake_next_token(tokens, 64, may_end=may_end))
+    return tokens[len(prompt) :]
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_over() -> None:
+    runner = Recorder()
+    told = Told(runner)
+    told.submit(0, (1, 2, 3), max_tokens=4)
+    told.step()
+    assert [step.token_ids for step in runner.steps] == [[1, 2, 3], [PENDING_TOKEN]]
+    assert told.tokens[0] == expected((1, 2, 3), 1)
+    told.run()
+    assert told.tokens[0] == expected((1, 2, 3), 4)
+    # That it is at its end by length is known beforehand: nothing was computed in vain.
+    assert [step.starts for step in runner.steps] == [[0], [3], [4], [5]]
+
+
+def test_a_token_behind_the_end_is_dropped() -> None:
+    prompt = next((n,) for n in range(1, 64) if 3 <= len(expected((n,), 20, may_end=True)) < 15)
+    wanted = expected(prompt, 20, may_end=True)
+    runner = Recorder()
+    told = Told(runner)
+    told.submit(0, prompt, max_tokens=20, ignore_eos=False)
+    told.run()
+    assert told.tokens[0] == wanted
+    assert told.finished == {0: FinishReason.STOP}
+    assert len(runner.steps) == len(wanted) + 1
+
+
+@pytest.mark.parametrize("max_flights", [2, 3])
+def test_preempted_with_steps_under_way(max_flights: int) -> None:
+    """Three sequences outgrow the pool; each still gets the tokens it would get alone."""
+    runner = Recorder(num_pages=7, page_size=2, max_flights=max_flights)
+    told = Told(runner)
+    prompts = {0: (1, 2, 3), 1: (4, 5, 6), 2: (7, 8, 9)}
+    for request_id, prompt in prompts.items():
+        told.submit(request_id, prompt, max_tokens=8)
+    told.run()
+    assert told.engine.stats().preemptions_total > 0
+    assert told.tokens == {id_: expected(prompt, 8) for id_, prompt in prompts.items()}
+
+
+def test_cancelled_with_steps_under_way() -> None:
+    told = Told(Recorder())
+    told.submit(0, (1, 2, 3), max_tokens=30)
+    told.submit(1, (4, 5), max_tokens=30)
+    told.step()
+    told.engine.handle(Cancel(0))
+    told.submit(2, (1, 2, 3), max_tokens=5)
+    told.run()
+    assert len(told.tokens[0]) == 1
+    assert told.tokens[1] == expected((4, 5), 30)
+    assert told.tokens[2] == expected((1, 2, 3), 5)
+
+
+def test_the_last_step_under_way_is_waited_for_though_nobody_wants_it() -> None:
+    told = Told(Recorder())
+    told.submit(0, (1, 2, 3), max_tokens=30)
+    told.step()
+    told.engine.handle(Cancel(0))
+    assert told.engine.has_work
+    told.run()
+    assert told.engine.stats().pages_private == 0
+
+
+def test_a_step_that_fails_while_it_is_waited_for_ends_its_requests() -> None:
+    told = Told(Recorder(faulty_flights=frozenset({1})))
+    told.submit(0, (1, 2, 3))
+    told.step()
+    told.submit(1, (4, 5))
+    told.run()
+    assert told.finished == {0: FinishReason.ERROR, 1: FinishReason.LENGTH}
+    assert told.tokens[1] == expected((4, 5), 6)
+
+
+def test_a_launch_that_fails_is_told_with_the_step_before_it() -> None:
+    told = Told(Recorder(faulty_steps=frozenset({1})))
+    told.submit(0, (1, 2, 3))
+    told.submit(1, (4, 5), max_tokens=1)
+    result = told.step()
+    assert sorted(result.finished) == [
+        (0, FinishReason.ERROR, "the model failed: RuntimeError"),
+        (1, FinishReason.LENGTH, ""),
+    ]
+
+
+@pytest.mark.parametrize("which", ["faulty_steps", "faulty_flights"])
+def test_an_engine_whose_steps_all_fail_gives_up(which: str) -> None:
+    told = Told(Recorder(**{which: frozenset(range(100))}))
+
+    def fail_often() -> None:
+        for request_id in range(2 * MAX_CONSECUTIVE_FAULTS):
+            told.submit(request_id, (1, 2))
+            told.step()
+
+    with pytest.raises(RuntimeError, match="was told to fail"):
+        fail_often()
+
+
+def test_a_step_is_not_timed_while_it_waits_for_the_one_before_it() -> None:
+    told = Told(Recorder())
+    told.submit(0, (1, 2, 3), max_tokens=6)
+    told.run()
+    # Launched at one tick, the step before over at the next, over itself two ticks later.
+    decode_s = told.engine._scheduler._pacing.stats().decode_s
+    assert decode_s is not None
+    assert decode_s <= 2.0
