@@ -36,6 +36,7 @@ test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python tests/seeded_bugs.py cache
 	$(BIN)/python tests/seeded_bugs.py scheduler
+	$(BIN)/python tests/seeded_bugs.py overlap
 
 check: $(VENV)/.installed-dev  ## lint and types
 	$(BIN)/ruff check

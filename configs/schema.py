@@ -47,7 +47,7 @@ class ModelSection(Section):
     max_model_len: int | None = Field(
         default=None, ge=2, description="longest sequence in tokens; default: the model's own"
     )
-    attention_backend: Literal["auto", "reference", "torch", "cpu", "flash"] = Field(
+    attention_backend: Literal["auto", "reference", "torch", "cpu", "flash", "triton"] = Field(
         default="auto", description="attention kernels; auto: the fastest that works here"
     )
     threads: int | None = Field(

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
+from model import gpu_ops
 from model.attention.interface import AttentionBackend, BackendOffer
 from model.attention.registry import choose_backend
 from model.cpu_decoder import CpuDecoder, why_not
 from model.cpu_library import CpuLibrary, load_cpu_library
 from model.cpu_ops import CpuOps
+from model.gpu_assembly import GpuParts, assemble_on_gpu
+from model.gpu_ops import GpuOps
 from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
 from model.kv_pool import KVPool
 from model.load import build_transformer
@@ -60,11 +64,32 @@ def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
     kv_dtype = _kv_dtype(config.cache, transformer)
     spec = transformer.attention_spec(kv_dtype)
     offer = choose_backend(config.model.attention_backend, spec)
-    plan = _plan_pool(config, transformer, kv_dtype, offer)
+    plan_of = partial(_plan_pool, config, transformer, kv_dtype, offer)
+    info_of = partial(_info, source, config, transformer, kv_dtype, offer, where)
+    if where.device.type == "cuda":
+        ops = where.ops if isinstance(where.ops, GpuOps) else None
+        parts = GpuParts(transformer, offer, info_of, kv_dtype, ops, config)
+        runner = assemble_on_gpu(parts, plan_of)
+    else:
+        plan = plan_of(free_memory_bytes())
+        runner = _on_cpu(config, transformer, offer, plan, info_of(plan), where)
+    _warm_up(runner)
+    return runner
+
+
+def _on_cpu(
+    config: OctavoConfig,
+    transformer: Transformer,
+    offer: BackendOffer,
+    plan: PoolPlan,
+    info: ModelInfo,
+    where: _Device,
+) -> TorchRunner:
+    kv_dtype = _kv_dtype(config.cache, transformer)
+    spec = transformer.attention_spec(kv_dtype)
     pool = _pool(transformer, plan, kv_dtype)
-    info = _info(source, config, transformer, plan, pool, offer, where)
     attention = offer.build(spec, pool)
-    runner = TorchRunner(
+    return TorchRunner(
         info=info,
         decoder=_decoder(transformer, attention, where.tiles),
         attention=attention,
@@ -73,10 +98,7 @@ def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
             config.scheduler.max_num_seqs, info.vocab_size, info.eos_token_ids, where.device
         ),
         max_num_seqs=config.scheduler.max_num_seqs,
-        device=where.device,
     )
-    _warm_up(runner)
-    return runner
 
 
 def _device(config: ModelSection) -> _Device:
@@ -88,7 +110,10 @@ def _device(config: ModelSection) -> _Device:
     device = torch.device(name)
     if name == "cuda":
         dtype = torch.bfloat16 if config.dtype == "auto" else _DTYPES[config.dtype]
-        return _Device(device, dtype, TorchOps())
+        if reason := gpu_ops.why_not():
+            note = f"fused operations are not available ({reason}); torch's are slower"
+            return _Device(device, dtype, TorchOps(), (note,))
+        return _Device(device, dtype, GpuOps())
     dtype = torch.float32 if config.dtype == "auto" else _DTYPES[config.dtype]
     library = load_cpu_library()
     if isinstance(library, str):
@@ -116,13 +141,13 @@ def _kv_dtype(config: CacheSection, transformer: Transformer) -> torch.dtype:
 
 
 def _plan_pool(
-    config: OctavoConfig, transformer: Transformer, kv_dtype: torch.dtype, offer: BackendOffer
+    config: OctavoConfig,
+    transformer: Transformer,
+    kv_dtype: torch.dtype,
+    offer: BackendOffer,
+    free_bytes: int,
 ) -> PoolPlan:
     arch = transformer.arch
-    if transformer.device.type == "cuda":
-        free_bytes = torch.cuda.mem_get_info(transformer.device)[0]
-    else:
-        free_bytes = free_memory_bytes()
     return plan_pool(
         stated_bytes=config.cache.kv_cache_memory,
         free_bytes=free_bytes,
@@ -133,6 +158,8 @@ def _plan_pool(
         max_num_seqs=config.scheduler.max_num_seqs,
         stated_max_model_len=config.model.max_model_len,
         model_max_len=arch.max_positions,
+        # On a CPU the same memory is the page cache's and the neighbours'.
+        takes_all=transformer.device.type == "cuda",
     )
 
 
@@ -153,10 +180,10 @@ def _info(
     source: ModelSource,
     config: OctavoConfig,
     transformer: Transformer,
-    plan: PoolPlan,
-    pool: KVPool,
+    kv_dtype: torch.dtype,
     offer: BackendOffer,
     where: _Device,
+    plan: PoolPlan,
 ) -> ModelInfo:
     arch = transformer.arch
     unknown = ", ".join(arch.unknown_keys)
@@ -174,7 +201,7 @@ def _info(
         weights_bytes=transformer.weights_bytes,
         dtype=str(where.dtype).removeprefix("torch."),
         quantization=transformer.format,
-        kv_cache_dtype=str(pool.dtype).removeprefix("torch."),
+        kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         device=where.device.type,
         attention_backend=offer.name,
         notes=tuple(notes),

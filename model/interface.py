@@ -161,6 +161,8 @@ class ModelInfo:
     kv_cache_dtype: str
     device: str
     attention_backend: str
+    #: On a GPU, what its memory is for: (name, bytes).
+    device_bytes: tuple[tuple[str, int], ...] = ()
     #: Decisions an operator should know: "compiled CPU op not available: no g++; using torch".
     notes: tuple[str, ...] = ()
 

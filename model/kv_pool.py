@@ -56,6 +56,11 @@ class KVPool:
             self._layers[:, :, copy.target, : copy.num_tokens] = source
 
     @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self._layers.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the stored keys and values."""
         return self._layers.dtype

@@ -15,6 +15,10 @@ from configs.sizes import format_size
 _SHARE_OF_FREE = 0.5
 _LARGEST_UNSTATED_BYTES = 4 * 2**30
 
+#: Of a GPU's memory, what is left alone: this much, or one part in so many if that is more.
+_LEAST_RESERVE_BYTES = 512 * 2**20
+_RESERVE_SHARE = 50
+
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -68,24 +72,28 @@ def plan_pool(
     max_num_seqs: int,
     stated_max_model_len: int | None,
     model_max_len: int,
+    takes_all: bool = False,
 ) -> PoolPlan:
     """Decide how many pages there are and how long a sequence may be.
 
     A stated amount is taken as it is (but for the rest of a page); otherwise it is what all
-    sequences at their longest need, within half of what is free. Raises `MemoryPlanError`.
+    sequences at their longest need, within half of what is free, or, where it `takes_all`, all of
+    what is free. Raises `MemoryPlanError`.
     """
     if stated_max_model_len is not None and stated_max_model_len > model_max_len:
         message = f"max_model_len: {stated_max_model_len} is over the model's own {model_max_len}"
         raise MemoryPlanError(message)
     wanted_len = stated_max_model_len or model_max_len
     page_bytes = page_size * bytes_per_token
-    if stated_bytes is None:
+    if stated_bytes is None and takes_all:
+        amount = free_bytes
+    elif stated_bytes is None:
         everything = max_num_seqs * -(-wanted_len // page_size) * page_bytes
         amount = min(everything, int(free_bytes * _SHARE_OF_FREE), _LARGEST_UNSTATED_BYTES)
     elif stated_bytes > free_bytes:
         message = (
             f"kv_cache_memory: {format_size(stated_bytes)} were stated but only "
-            f"{format_size(free_bytes)} are free beside the weights; "
+            f"{format_size(free_bytes)} are free for them; "
             f"lower --kv-cache-memory by {format_size(stated_bytes - free_bytes)}"
         )
         raise MemoryPlanError(message)
@@ -101,6 +109,51 @@ def plan_pool(
     return _fit_length(
         PoolPlan(num_pages, page_size, bytes_per_token, wanted_len), stated_max_model_len
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """What of a GPU's memory is spoken for before there are pages; all of it was measured."""
+
+    #: Of the whole device, and of it what nobody has taken: the weights are there already.
+    total_bytes: int
+    free_bytes: int
+    #: The largest step there may be, and what it takes beside the pages.
+    step_tokens: int
+    step_rows: int
+    step_bytes: int
+    #: The recorded decode steps.
+    graph_bytes: int
+
+    @property
+    def reserve_bytes(self) -> int:
+        """What stays unused: for what cannot be foreseen, fragments above all."""
+        return max(_LEAST_RESERVE_BYTES, self.total_bytes // _RESERVE_SHARE)
+
+    @property
+    def page_bytes(self) -> int:
+        """What is left for pages. Raises `MemoryPlanError` where that is nothing."""
+        taken = self.step_bytes + self.graph_bytes + self.reserve_bytes
+        if taken < self.free_bytes:
+            return self.free_bytes - taken
+        raise MemoryPlanError(
+            f"max_num_batched_tokens: beside the weights {format_size(self.free_bytes)} of "
+            f"{format_size(self.total_bytes)} are free, but a step of {self.step_tokens} tokens in "
+            f"{self.step_rows} rows takes {format_size(self.step_bytes)}, its graphs "
+            f"{format_size(self.graph_bytes)} and the reserve {format_size(self.reserve_bytes)}: "
+            f"{format_size(taken - self.free_bytes)} too much even without pages; lower "
+            "--max-num-batched-tokens or --max-num-seqs"
+        )
+
+    def account(self, weights_bytes: int, page_bytes: int) -> tuple[tuple[str, int], ...]:
+        """Name what takes how much, for metrics and for the operator."""
+        return (
+            ("weights", weights_bytes),
+            ("pages", page_bytes),
+            ("step", self.step_bytes),
+            ("graphs", self.graph_bytes),
+            ("reserve", self.reserve_bytes),
+        )
 
 
 def _fit_length(plan: PoolPlan, stated_len: int | None) -> PoolPlan:

@@ -1,53 +1,42 @@
-"""Steps into tokens with torch: packs rows into tensors, runs the decoder, samples.
+"""Steps into tokens with torch: brings rows to the device, runs the decoder, samples.
 
-Knows nothing of why a row is in a step, of requests or of how pages came to be shared.
+Knows nothing of why a row is in a step, of requests or of how pages came to be shared. On CUDA
+nothing here waits for the device but `Flight.wait`, once a step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention.interface import AttentionBackend, AttentionBatch
+from model.attention.interface import AttentionBackend
+from model.graphs import DecodeGraphs
 from model.interface import ModelInfo, StepInput, StepOutput
 from model.kv_pool import KVPool
-from model.sampler import Sampler
+from model.packing import PackedStep, Packer
+from model.sampler import Draft, Sampler
 from model.transformer import Decoder
 
 
 @dataclass(frozen=True, slots=True)
-class _Landed:
-    """A flight that was over when it was launched: a CPU computes while it is asked to."""
+class _Sampling:
+    """A step that samples, on its way."""
 
-    output: StepOutput
+    draft: Draft
+
+    @torch.inference_mode()
+    def wait(self) -> StepOutput:
+        return self.draft.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """A step that samples nothing; on CUDA it may still be under way, and nobody need wait."""
 
     def wait(self) -> StepOutput:
-        return self.output
-
-
-class BlockTables:
-    """Every slot's block table as one array, so that a step copies only what is new in it."""
-
-    def __init__(self, max_num_seqs: int, max_pages: int) -> None:
-        self._pages = np.zeros((max_num_seqs, max_pages), dtype=np.int32)
-        self._num_pages = [0] * max_num_seqs
-
-    def forget(self, slot: int) -> None:
-        """Let the slot begin anew: another sequence has it now."""
-        self._num_pages[slot] = 0
-
-    def gather(self, slots: list[int], page_ids: list[list[int]], width: int) -> np.ndarray:
-        """Return `[rows, width]` page ids; past a row's end stand ids of earlier sequences."""
-        for slot, pages in zip(slots, page_ids, strict=True):
-            known = self._num_pages[slot]
-            if known != len(pages):
-                self._pages[slot, known : len(pages)] = pages[known:]
-                self._num_pages[slot] = len(pages)
-        table: np.ndarray = self._pages[np.asarray(slots), :width]
-        return table
+        return StepOutput([])
 
 
 class TorchRunner:
@@ -62,16 +51,20 @@ class TorchRunner:
         pool: KVPool,
         sampler: Sampler,
         max_num_seqs: int,
-        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+        max_flights: int = 1,
     ) -> None:
         self._info = info
         self._decoder = decoder
         self._attention = attention
         self._pool = pool
         self._sampler = sampler
-        self._device = device
-        max_pages = -(-info.max_model_len // info.page_size)
-        self._tables = BlockTables(max_num_seqs, max_pages)
+        self._device = pool.device
+        self._graphs = graphs
+        self._max_flights = max_flights
+        self._packer = Packer(max_num_seqs, info.max_model_len, info.page_size)
+        #: What the step before sampled, if it did.
+        self._newest: Draft | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -80,61 +73,47 @@ class TorchRunner:
 
     @property
     def max_flights(self) -> int:
-        """See `ModelRunner`: a CPU computes while it is asked to."""
-        return 1
+        """See `ModelRunner`: two on a GPU; a CPU computes while it is asked to."""
+        return self._max_flights
 
     @torch.inference_mode()
-    def launch(self, step: StepInput) -> _Landed:
+    def launch(self, step: StepInput) -> _Sampling | _Prefill:
         """See `ModelRunner`."""
+        if self._newest is not None:
+            self._newest.settle()
         for start in step.started:
-            self._tables.forget(start.slot)
             self._sampler.start(start)
         if step.copies:
             self._pool.copy_pages(step.copies)
-        batch = self._pack(step)
-        self._attention.plan(batch)
-        token_ids = torch.tensor(step.token_ids, dtype=torch.int64).to(self._device)
-        hidden = self._decoder.forward(token_ids, batch.positions, self._attention)
+        hidden = self._compute(self._packer.pack(step))
         if not step.sample_rows:
-            return _Landed(StepOutput([]))
-        return _Landed(self._sample(step, batch, hidden))
-
-    def _pack(self, step: StepInput) -> AttentionBatch:
-        starts = np.asarray(step.starts, dtype=np.int64)
-        counts = np.asarray(step.counts, dtype=np.int64)
-        page_size = self._info.page_size
-        ends = starts + counts
-        query_starts = np.zeros(len(counts) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_starts[1:])
-        rows = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(query_starts[-1]) - query_starts[rows] + starts[rows]
-        max_seq_len = int(ends.max())
-        table = self._tables.gather(step.slots, step.page_ids, -(-max_seq_len // page_size))
-        kv_slots = table[rows, positions // page_size].astype(np.int64) * page_size
-        kv_slots += positions % page_size
-        return AttentionBatch(
-            query_starts=self._tensor(query_starts),
-            seq_lens=self._tensor(ends.astype(np.int32)),
-            block_table=self._tensor(table),
-            positions=self._tensor(positions),
-            kv_slots=self._tensor(kv_slots),
-            max_query_len=int(counts.max()),
-            max_seq_len=max_seq_len,
-        )
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
-
-    def _sample(self, step: StepInput, batch: AttentionBatch, hidden: Tensor) -> StepOutput:
-        rows = step.sample_rows
-        if len(rows) < hidden.shape[0]:
-            last = batch.query_starts[1:].to(torch.int64) - 1
-            hidden = hidden[last[torch.tensor(rows, device=self._device)]]
-        return self._sampler.sample(
+            self._newest = None
+            return _Prefill()
+        self._newest = self._sampler.begin(
             self._decoder.logits(hidden),
-            [step.slots[row] for row in rows],
-            [step.starts[row] + step.counts[row] for row in rows],
+            [step.slots[row] for row in step.sample_rows],
+            [step.starts[row] + step.counts[row] for row in step.sample_rows],
         )
+        return _Sampling(self._newest)
+
+    def _compute(self, packed: PackedStep) -> Tensor:
+        """Return the hidden states of the tokens that are sampled after."""
+        graphs = self._graphs
+        padded = graphs.pad(packed) if graphs is not None else None
+        step = (padded or packed).on(self._device)
+        if len(packed.pending):
+            assert self._newest is not None, "a token is pending that no step samples"
+            newest = self._newest.tokens[step.pending_from]
+            step.token_ids.index_copy_(0, step.pending, newest)
+        if graphs is not None and padded is not None:
+            hidden = graphs.run(step)
+        else:
+            self._attention.plan(step.batch)
+            positions = step.batch.positions
+            hidden = self._decoder.forward(step.token_ids, positions, self._attention)
+        if len(packed.sampled) < hidden.shape[0]:
+            hidden = hidden[step.sampled]
+        return hidden
 
     def close(self) -> None:
         """See `ModelRunner`. Memory goes with the process."""

@@ -11,7 +11,9 @@ another one needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,6 +41,58 @@ CANDIDATES = (256, 4096)
 MIN_LOGPROB = -9999.0
 
 _NOT_DECIDED = -1
+
+
+class Draft:
+    """Tokens on the device, on their way to the host."""
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        widen: Callable[[int], int] | None,
+        describe: Callable[[list[int]], list[TokenLogprobs | None]] | None,
+    ) -> None:
+        #: int64 `[rows]`; once the draft is settled, tokens of the vocabulary.
+        self.tokens = tokens
+        self._widen = widen
+        self._describe = describe
+        self._token_ids: list[int] | None = None
+        self._host, self._is_there = _to_host(tokens)
+
+    def settle(self) -> None:
+        """See that `tokens` are decided, before the next step reads them or changes the slots.
+
+        Waits only for a draft with top-k or top-p, whose first candidates may not have been enough.
+        """
+        if self._widen is not None:
+            self._take()
+
+    def finish(self) -> StepOutput:
+        """Wait for the tokens; the one time the host does."""
+        token_ids = self._take()
+        return StepOutput(token_ids, self._describe(token_ids) if self._describe else [])
+
+    def _take(self) -> list[int]:
+        if self._token_ids is None:
+            self._is_there()
+            self._token_ids = token_ids = self._host.tolist()
+            if self._widen is not None and _NOT_DECIDED in token_ids:
+                for row, token_id in enumerate(token_ids):
+                    if token_id == _NOT_DECIDED:
+                        token_ids[row] = self._widen(row)
+                self.tokens.copy_(torch.tensor(token_ids))
+        return self._token_ids
+
+
+def _to_host(tokens: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """Start a copy to the host; the second result waits until it is there."""
+    if tokens.device.type != "cuda":
+        return tokens, lambda: None
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's
+    event.record()
+    return host, event.synchronize
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,27 +165,40 @@ class Sampler:
             self._counts.drop(start.slot)
 
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> StepOutput:
-        """Choose a token for each row of float32 `[rows, vocab]` logits, which it may overwrite.
+        """Choose a token for each row and wait for it: `begin`, then `Draft.finish`."""
+        return self.begin(logits, slots, positions).finish()
+
+    def begin(self, logits: Tensor, slots: list[int], positions: list[int]) -> Draft:
+        """Begin to choose a token for each row of float32 `[rows, vocab]` logits.
 
         `positions[i]` is where the token will stand in row i's sequence: the number of tokens
-        before it. One transfer to the host, but for rows with logprobs and for those (rare) whose
-        candidates were not enough.
+        before it. The logits may be overwritten, and must stay as they are until the draft is
+        settled. Waits for nothing, unless penalties meet top-k or top-p.
         """
         assert logits.shape == (len(slots), self._vocab_size), f"logits of {tuple(logits.shape)}"
         plan = self._plan(slots)
         self._rows_total += len(slots)
         if plan.is_only_greedy:
-            return StepOutput(logits.max(dim=-1).indices.tolist())
+            return Draft(logits.max(dim=-1).indices, None, None)
         # Indexed, so a copy: the rows are about to be changed.
         raw = logits[plan.wants_logprobs.index] if plan.wants_logprobs.rows else None
         self._edit(plan, logits, positions)
-        tokens, token_ids = self._choose(plan, logits, positions)
+        tokens = self._choose(plan, logits, positions)
+        widen = None
+        if any(draw.is_ranked for draw in plan.draws):
+            widen = partial(self._widen, plan, logits, positions)
+        describe = None
+        if raw is not None:
+            rows = plan.wants_logprobs.rows
+            # Read now: by then the slots may be others'.
+            wanted = [self._slots[plan.slots[row]].params.logprobs or 0 for row in rows]
+            describe = partial(self._logprobs, rows, wanted, raw)
+        draft = Draft(tokens, widen, describe)
         if plan.penalized is not None:
+            draft.settle()
             counts = plan.penalized.counts
             self._counts.add(counts.rows, counts.index, tokens[plan.penalized.group.index])
-        if raw is None:
-            return StepOutput(token_ids)
-        return StepOutput(token_ids, self._logprobs(plan, raw, token_ids))
+        return draft
 
     def stats(self) -> SamplerStats:
         """Count what is held and what was done."""
@@ -189,8 +256,8 @@ class Sampler:
             penalized.penalties,
         )
 
-    def _choose(self, plan: Plan, logits: Tensor, positions: list[int]) -> tuple[Tensor, list[int]]:
-        """Return the tokens of all rows, on the device and on the host."""
+    def _choose(self, plan: Plan, logits: Tensor, positions: list[int]) -> Tensor:
+        """Return the tokens of all rows; `_NOT_DECIDED` where there were too few candidates."""
         tokens = torch.empty(len(plan.slots), dtype=torch.int64, device=self._device)
         if plan.greedy.rows:
             tokens[plan.greedy.index] = logits[plan.greedy.place].max(dim=-1).indices
@@ -203,12 +270,7 @@ class Sampler:
             else:
                 drawn = draw_plain(some, draw.filters, u)
             tokens[draw.group.index] = drawn
-        token_ids: list[int] = tokens.tolist()
-        if _NOT_DECIDED in token_ids:
-            for row in [row for row, token in enumerate(token_ids) if token == _NOT_DECIDED]:
-                token_ids[row] = self._widen(plan, logits, row, positions)
-            tokens = self._planner.index(token_ids)
-        return tokens, token_ids
+        return tokens
 
     def _uniforms(self, plan: Plan, rows: list[int], positions: list[int]) -> Tensor:
         return self._planner.column(
@@ -216,7 +278,7 @@ class Sampler:
             torch.float64,
         )
 
-    def _widen(self, plan: Plan, logits: Tensor, row: int, positions: list[int]) -> int:
+    def _widen(self, plan: Plan, logits: Tensor, positions: list[int], row: int) -> int:
         """Draw again, from more candidates."""
         self._widened_rows_total += 1
         filters = self._planner.filters([self._slots[plan.slots[row]].params])
@@ -228,11 +290,9 @@ class Sampler:
         raise AssertionError("the whole vocabulary did not decide")
 
     def _logprobs(
-        self, plan: Plan, raw: Tensor, token_ids: list[int]
+        self, rows: list[int], wanted: list[int], raw: Tensor, token_ids: list[int]
     ) -> list[TokenLogprobs | None]:
         """Describe the tokens by the raw logits `[rows that want it, vocab]`."""
-        rows = plan.wants_logprobs.rows
-        wanted = [self._slots[plan.slots[row]].params.logprobs or 0 for row in rows]
         chosen = self._planner.index(token_ids[row] for row in rows).unsqueeze(-1)
         value = raw.gather(-1, chosen)
         peak = raw.amax(-1, keepdim=True)

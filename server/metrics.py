@@ -279,6 +279,9 @@ def _gauges(page: _Page, stats: EngineStats, info: ModelInfo | None) -> Iterator
     )
     weights_bytes = info.weights_bytes if info else 0
     yield page.gauge("model_weights_bytes", "the model's weights", {(): weights_bytes})
+    if info and info.device_bytes:
+        states: dict[tuple[str, ...], float] = {(name,): size for name, size in info.device_bytes}
+        yield page.gauge("cuda_memory_bytes", "what the GPU's memory is for", states, "state")
     yield page.gauge(
         "process_resident_memory_bytes",
         "resident memory; engine: all child processes together",

@@ -7,22 +7,29 @@ request alone, batched, chunked, preempted, warm and cold gives the same tokens.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 
 from cache.kv_cache import KVCache
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.interface import SamplingParams
+from model.attention.torch_sdpa import TorchAttention
+from model.graphs import DecodeGraphs, GraphPlan
+from model.interface import Flight, SamplingParams
+from model.kv_pool import KVPool
 from model.runner import TorchRunner
+from model.transformer import Transformer
 from scheduler.messages import Submit
-from scheduler.scheduler import Scheduler
+from scheduler.scheduler import Scheduler, StepPlan
 
+CPU = torch.device("cpu")
 _PAGE_SIZE = 4
 _CONFIG = {
     "model_type": "llama",
@@ -42,7 +49,36 @@ _BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
 MakeRunner = Callable[[int], TorchRunner]
 
 
-@pytest.fixture(scope="module", params=["cpu", "torch"])
+def _overlapped(runner: TorchRunner) -> TorchRunner:
+    """The same with two steps under way, and decodes padded and replayed, as on CUDA."""
+    info, old = runner.info, runner._pool
+    num_layers, _, _, page_size, num_kv_heads, head_dim = old._layers.shape
+    pool = KVPool(
+        num_layers=num_layers,
+        num_pages=info.num_pages + 1,
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=old.dtype,
+        device=CPU,
+    )
+    decoder = runner._decoder
+    assert isinstance(decoder, Transformer)
+    attention = TorchAttention(decoder.attention_spec(old.dtype), pool)
+    plan = GraphPlan((1, 3, 4), info.max_model_len, page_size, scratch_page=info.num_pages)
+    return TorchRunner(
+        info=info,
+        decoder=decoder,
+        attention=attention,
+        pool=pool,
+        sampler=runner._sampler,
+        max_num_seqs=6,
+        graphs=DecodeGraphs(decoder, attention, plan, CPU, lambda compute: compute),
+        max_flights=2,
+    )
+
+
+@pytest.fixture(scope="module", params=["cpu", "torch", "overlapped"])
 def make_runner(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeRunner:
@@ -55,16 +91,17 @@ def make_runner(
     def make(num_pages: int) -> TorchRunner:
         if num_pages not in runners:
             memory = num_pages * _PAGE_SIZE * _BYTES_PER_TOKEN
-            runners[num_pages] = build.make_runner(
+            backend: Any = "torch" if request.param == "overlapped" else request.param
+            runner = build.make_runner(
                 source,
                 OctavoConfig(
-                    model=ModelSection(
-                        quantization="none", attention_backend=request.param, threads=1
-                    ),
+                    model=ModelSection(quantization="none", attention_backend=backend, threads=1),
                     cache=CacheSection(kv_cache_memory=memory, page_size=_PAGE_SIZE),
                     scheduler=SchedulerSection(max_num_seqs=6, max_num_batched_tokens=64),
                 ),
             )
+            is_overlapped = request.param == "overlapped"
+            runners[num_pages] = _overlapped(runner) if is_overlapped else runner
         return runners[num_pages]
 
     return make
@@ -81,11 +118,12 @@ class _Engine:
         outputs: dict[int, list[int]] = {request.request_id: [] for request in requests}
         for request in requests:
             assert self.scheduler.submit(request) is None
-        while self.scheduler.has_work:
-            plan = self.scheduler.plan()
-            if plan is None:
-                continue
-            outcome = self.scheduler.apply(plan, self.runner.launch(plan.step).wait())
+        in_flight: deque[tuple[StepPlan, Flight]] = deque()
+        while self.scheduler.has_work or in_flight:
+            while len(in_flight) < self.runner.max_flights and (plan := self.scheduler.plan()):
+                in_flight.append((plan, self.runner.launch(plan.step)))
+            plan, flight = in_flight.popleft()
+            outcome = self.scheduler.apply(plan, flight.wait())
             for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
                 outputs[request_id].append(token_id)
             self.scheduler.check()
@@ -103,6 +141,7 @@ def _requests(draw: Any) -> list[Submit]:
             max_tokens=draw(st.integers(1, 10)),
             temperature=draw(st.sampled_from([0.0, 0.0, 1.0])),
             seed=draw(st.integers(0, 3)),
+            top_p=draw(st.sampled_from([1.0, 0.9])),
             repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3])),
             ignore_eos=True,
         )

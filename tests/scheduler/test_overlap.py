@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_next_token
 from model.interface import PENDING_TOKEN, SamplingParams, StepInput
 from scheduler.engine import MAX_CONSECUTIVE_FAULTS, Engine
 from scheduler.messages import Cancel, FinishReason, StepResult, Submit
+from scheduler.scheduler import Scheduler
 
 
 class Recorder(FakeRunner):
@@ -103,6 +105,43 @@ def test_preempted_with_steps_under_way(max_flights: int) -> None:
     told.run()
     assert told.engine.stats().preemptions_total > 0
     assert told.tokens == {id_: expected(prompt, 8) for id_, prompt in prompts.items()}
+
+
+def test_a_step_of_an_earlier_stay_does_not_count_for_the_next() -> None:
+    runner = Recorder()
+    config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=4)
+    scheduler = Scheduler(KVCache(16, 4), config, runner.info)
+    scheduler.submit(Submit(0, tuple(range(1, 11)), SamplingParams(max_tokens=2)))
+    first = scheduler.plan()
+    assert first is not None
+    flight = runner.launch(first.step)
+    sequence = first.sequences[0]
+    scheduler._preempt(sequence)
+    second = scheduler.plan()
+    assert second is not None
+    assert second.sequences == [sequence]
+    scheduler.apply(first, flight.wait())
+    assert (sequence.num_landed, sequence.num_computed) == (0, 4)
+    scheduler.apply(second, runner.launch(second.step).wait())
+    assert (sequence.num_landed, sequence.num_computed) == (4, 4)
+    scheduler.check()
+
+
+def test_a_sequence_does_not_come_back_before_its_newest_token_is_known() -> None:
+    runner = Recorder()
+    config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=4)
+    scheduler = Scheduler(KVCache(16, 4), config, runner.info)
+    scheduler.submit(Submit(0, (1, 2, 3), SamplingParams(max_tokens=3, ignore_eos=True)))
+    first = scheduler.plan()
+    assert first is not None
+    flight = runner.launch(first.step)
+    scheduler._preempt(first.sequences[0])
+    assert scheduler.plan() is None
+    scheduler.check()
+    assert scheduler.apply(first, flight.wait()).token_ids == expected((1, 2, 3), 1)
+    second = scheduler.plan()
+    assert second is not None
+    assert second.step.token_ids == [1, 2, 3, *expected((1, 2, 3), 1)]
 
 
 def test_cancelled_with_steps_under_way() -> None:

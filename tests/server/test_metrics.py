@@ -123,6 +123,10 @@ def test_the_engines_snapshot_is_shown(scripted: Callable[..., Any]) -> None:
     assert live.metric('octavo_kv_cache_pages{state="leased"}') == 2
     assert live.metric('octavo_kv_cache_bytes{state="cached"}') == 5 * 4 * 4
     assert live.metric("octavo_iteration_tokens_total_sum") == 100
+
+    assert "cuda_memory_bytes" not in live.http.get("/metrics").text
+    live.client.info = replace(live.client.info, device_bytes=(("weights", 16), ("pages", 50)))
+    assert live.metric('octavo_cuda_memory_bytes{state="pages"}') == 50
     assert live.metric("octavo_request_queue_time_seconds_sum") == 0.25
     live.client.engine_stats = replace(live.client.engine_stats, preemptions_total=2)
     assert live.metric("octavo_num_preemptions_total") == 9, "another engine counts on"

@@ -1,0 +1,188 @@
+"""Puts a runner together on CUDA: measures what a step and its graphs take, the rest is pages.
+
+NEVER RUN ON A GPU YET. What needs none is tested: the step that is measured, and the plan that is
+made from what was (`model/memory.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from configs.schema import OctavoConfig
+from configs.sizes import format_size
+from model.attention.interface import BackendOffer
+from model.gpu_decoder import GpuDecoder, has_pages
+from model.gpu_ops import GpuOps
+from model.graphs import DecodeGraphs, GraphPlan, decode_buckets, record_on_cuda
+from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
+from model.kv_pool import KVPool
+from model.memory import DeviceUse, PoolPlan
+from model.runner import TorchRunner
+from model.sampler import Sampler
+from model.transformer import Transformer
+
+#: Steps under way: while one runs, the next is planned, packed and launched.
+_MAX_FLIGHTS = 2
+
+#: What sampling can ask for at its dearest, one after the other: all of it in all rows.
+_DEAREST = (
+    SamplingParams(max_tokens=9, temperature=1.0, seed=1),
+    SamplingParams(
+        max_tokens=9,
+        top_p=0.9,
+        top_k=50,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        logprobs=20,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuParts:
+    """What is there before there are pages."""
+
+    transformer: Transformer
+    offer: BackendOffer
+    #: Says what is built, from the pages there are.
+    info_of: Callable[[PoolPlan], ModelInfo]
+    kv_dtype: torch.dtype
+    ops: GpuOps | None
+    config: OctavoConfig
+
+
+def assemble_on_gpu(parts: GpuParts, plan_of: Callable[[int], PoolPlan]) -> TorchRunner:
+    """Build the runner; `plan_of` turns free bytes into pages. Raises `MemoryPlanError`."""
+    device = parts.transformer.device
+    use = _measure(parts)
+    page_bytes = use.page_bytes
+    plan = plan_of(page_bytes)
+    account = use.account(parts.transformer.weights_bytes, plan.total_bytes)
+    told = ", ".join(f"{name} {format_size(size)}" for name, size in account)
+    info = parts.info_of(plan)
+    notes = (*info.notes, f"memory of the GPU: {told}")
+    buckets = decode_buckets(parts.config.scheduler.max_num_seqs)
+    runner = _runner(parts, replace(info, device_bytes=account, notes=notes), buckets)
+    torch.cuda.synchronize(device)
+    return runner
+
+
+def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> TorchRunner:
+    """Build a runner with as many pages as `info` says, and graphs for these numbers of rows."""
+    transformer, config = parts.transformer, parts.config
+    arch, device = transformer.arch, transformer.device
+    pool = KVPool(
+        num_layers=arch.num_layers,
+        # One is nobody's: what pads a recorded step writes there.
+        num_pages=info.num_pages + 1,
+        page_size=info.page_size,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        dtype=parts.kv_dtype,
+        device=device,
+    )
+    attention = parts.offer.build(transformer.attention_spec(parts.kv_dtype), pool)
+    is_paged = has_pages(attention)
+    has_ops = parts.ops is not None and is_paged
+    decoder = GpuDecoder(transformer, parts.ops) if has_ops and parts.ops else transformer
+    graphs = None
+    if buckets and is_paged:
+        plan = GraphPlan(buckets, info.max_model_len, info.page_size, scratch_page=info.num_pages)
+        with torch.inference_mode():
+            graphs = DecodeGraphs(decoder, attention, plan, device, record_on_cuda(device))
+    max_num_seqs = config.scheduler.max_num_seqs
+    return TorchRunner(
+        info=info,
+        decoder=decoder,
+        attention=attention,
+        pool=pool,
+        sampler=Sampler(max_num_seqs, info.vocab_size, info.eos_token_ids, device),
+        max_num_seqs=max_num_seqs,
+        graphs=graphs,
+        max_flights=_MAX_FLIGHTS,
+    )
+
+
+def _measure(parts: GpuParts) -> DeviceUse:
+    """Run the largest step there may be and record graphs, on two pages; then drop all of it."""
+    device, config = parts.transformer.device, parts.config
+    arch = parts.transformer.arch
+    page_size = parts.offer.page_size(config.cache.page_size)
+    max_len = config.model.max_model_len or arch.max_positions
+    info = parts.info_of(PoolPlan(2, page_size, 0, max_len))
+    max_num_seqs = config.scheduler.max_num_seqs
+    buckets = decode_buckets(max_num_seqs)
+
+    def free_bytes() -> int:
+        torch.cuda.synchronize(device)
+        return torch.cuda.mem_get_info(device)[0]
+
+    before = free_bytes()
+    runner = _runner(parts, info, ())
+    step = largest_step(
+        config.scheduler.max_num_batched_tokens, max_num_seqs, max_len, page_size, _DEAREST[0]
+    )
+    dry_run(runner, step)
+    after_step = free_bytes()
+    # All share the memory of the largest; each takes some of its own beside.
+    first = _runner(parts, info, buckets[-1:])
+    after_first = free_bytes()
+    both = _runner(parts, info, buckets[-2:])
+    after_both = free_bytes()
+    del runner, first, both
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    each = max((after_first - after_both) - (after_step - after_first), 0)
+    return DeviceUse(
+        total_bytes=total,
+        free_bytes=free,
+        step_tokens=len(step.token_ids),
+        step_rows=len(step.counts),
+        step_bytes=before - after_step,
+        graph_bytes=after_step - after_first + each * (len(buckets) - 1),
+    )
+
+
+def dry_run(runner: TorchRunner, step: StepInput) -> None:
+    """Compute a step with all that sampling can ask for, twice at a time where two may fly."""
+    for params in _DEAREST:
+        starts = [replace(start, params=params) for start in step.started]
+        flights = [runner.launch(replace(step, started=starts)) for _ in range(runner.max_flights)]
+        for flight in flights:
+            flight.wait()
+
+
+def largest_step(
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    page_size: int,
+    params: SamplingParams,
+) -> StepInput:
+    """Return the step that takes most memory: as many tokens as may be, and every row samples.
+
+    All pages are page 0: what is computed is of no use to anybody.
+    """
+    num_rows = min(max_num_seqs, max_num_batched_tokens)
+    counts: list[int] = []
+    left = max_num_batched_tokens
+    for rows_after in reversed(range(num_rows)):
+        counts.append(min(left - rows_after, max_model_len - 1))
+        left -= counts[-1]
+    tokens = sum(counts)
+    rows = list(range(num_rows))
+    return StepInput(
+        token_ids=[0] * tokens,
+        starts=[0] * num_rows,
+        counts=counts,
+        slots=rows,
+        page_ids=[[0] * -(-count // page_size) for count in counts],
+        sample_rows=rows,
+        started=[SlotStart(row, params, [0] * counts[row]) for row in rows],
+    )

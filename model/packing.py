@@ -1,0 +1,179 @@
+"""Steps as arrays: rows side by side, with their places in pages and what the kernels want to know.
+
+Numpy alone: knows nothing of devices. Everything a step brings to the device is two arrays, so that
+it takes two copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.attention.interface import AttentionBatch
+from model.interface import PENDING_TOKEN, StepInput
+
+
+class BlockTables:
+    """Every slot's block table as one array, so that a step copies only what is new in it."""
+
+    def __init__(self, max_num_seqs: int, max_pages: int) -> None:
+        self._pages = np.zeros((max_num_seqs, max_pages), dtype=np.int32)
+        self._num_pages = [0] * max_num_seqs
+
+    def forget(self, slot: int) -> None:
+        """Let the slot begin anew: another sequence has it now."""
+        self._num_pages[slot] = 0
+
+    def gather(self, slots: list[int], page_ids: list[list[int]], width: int) -> np.ndarray:
+        """Return `[rows, width]` page ids; past a row's end stand ids of earlier sequences."""
+        for slot, pages in zip(slots, page_ids, strict=True):
+            known = self._num_pages[slot]
+            if known != len(pages):
+                self._pages[slot, known : len(pages)] = pages[known:]
+                self._num_pages[slot] = len(pages)
+        table: np.ndarray = self._pages[np.asarray(slots), :width]
+        return table
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """A step on the host."""
+
+    #: int64 `[tokens]` each.
+    token_ids: np.ndarray
+    positions: np.ndarray
+    kv_slots: np.ndarray
+    #: int32 `[rows + 1]`, `[rows]`, `[rows, pages of the longest]`.
+    query_starts: np.ndarray
+    seq_lens: np.ndarray
+    block_table: np.ndarray
+    #: int64: the last token of each row that samples.
+    sampled: np.ndarray
+    #: int64: which tokens are not known yet, and which of the flight before sampled them.
+    pending: np.ndarray
+    pending_from: np.ndarray
+    max_query_len: int
+    max_seq_len: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, padding included."""
+        return len(self.seq_lens)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each row has one token."""
+        return self.max_query_len == 1
+
+    def padded(self, num_rows: int, scratch_page: int, page_size: int) -> PackedStep:
+        """Add rows of one token to a decode; they write to `scratch_page` and read it alone."""
+        missing = num_rows - self.num_rows
+        assert self.is_decode, "rows of several tokens are not padded"
+        assert missing >= 0, f"{self.num_rows} rows for a place of {num_rows}"
+        zeros = np.zeros(missing, np.int64)
+        table = np.pad(self.block_table, ((0, missing), (0, 0)), constant_values=scratch_page)
+        return PackedStep(
+            token_ids=np.concatenate([self.token_ids, zeros]),
+            positions=np.concatenate([self.positions, zeros]),
+            kv_slots=np.concatenate([self.kv_slots, zeros + scratch_page * page_size]),
+            query_starts=np.arange(num_rows + 1, dtype=np.int32),
+            seq_lens=np.concatenate([self.seq_lens, np.ones(missing, np.int32)]),
+            block_table=table,
+            sampled=self.sampled,
+            pending=self.pending,
+            pending_from=self.pending_from,
+            max_query_len=1,
+            max_seq_len=self.max_seq_len,
+        )
+
+    def on(self, device: torch.device) -> DeviceStep:
+        """Bring it to the device, without waiting for it."""
+        wide = (self.token_ids, self.positions, self.kv_slots, self.sampled)
+        ends = np.cumsum([len(part) for part in (*wide, self.pending)])[:-1].tolist()
+        numbers = upload(np.concatenate([*wide, self.pending, self.pending_from]), device)
+        token_ids, positions, kv_slots, sampled, pending, pending_from = numbers.tensor_split(
+            [*ends, ends[-1] + len(self.pending)]
+        )
+        narrow = self.query_starts, self.seq_lens, self.block_table.ravel()
+        starts, lens, table = upload(np.concatenate(narrow), device).tensor_split(
+            [self.num_rows + 1, 2 * self.num_rows + 1]
+        )
+        batch = AttentionBatch(
+            query_starts=starts,
+            seq_lens=lens,
+            block_table=table.view(self.block_table.shape),
+            positions=positions,
+            kv_slots=kv_slots,
+            max_query_len=self.max_query_len,
+            max_seq_len=self.max_seq_len,
+        )
+        return DeviceStep(token_ids, batch, sampled, pending, pending_from)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """A step on the device; see `PackedStep`."""
+
+    token_ids: Tensor
+    batch: AttentionBatch
+    sampled: Tensor
+    pending: Tensor
+    pending_from: Tensor
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy to the device; to a GPU from pinned memory, without which the host would wait."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Packer:
+    """Turns steps into arrays. Remembers block tables, and who sampled what in the step before."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
+        self._page_size = page_size
+        self._tables = BlockTables(max_num_seqs, -(-max_model_len // page_size))
+        #: By slot, which of the last step's samples is its newest token.
+        self._sample_of_slot: dict[int, int] = {}
+
+    def pack(self, step: StepInput) -> PackedStep:
+        """Lay out the next step."""
+        for start in step.started:
+            self._tables.forget(start.slot)
+        page_size = self._page_size
+        starts = np.asarray(step.starts, dtype=np.int64)
+        counts = np.asarray(step.counts, dtype=np.int64)
+        ends = starts + counts
+        query_starts = np.zeros(len(counts) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        rows = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(query_starts[-1]) - query_starts[rows] + starts[rows]
+        max_seq_len = int(ends.max())
+        table = self._tables.gather(step.slots, step.page_ids, -(-max_seq_len // page_size))
+        kv_slots = table[rows, positions // page_size].astype(np.int64) * page_size
+        kv_slots += positions % page_size
+        token_ids = np.asarray(step.token_ids, dtype=np.int64)
+        pending = np.flatnonzero(token_ids == PENDING_TOKEN)
+        token_ids[pending] = 0
+        slots = [step.slots[row] for row in rows[pending].tolist()]
+        pending_from = np.asarray([self._sample_of_slot[slot] for slot in slots], dtype=np.int64)
+        self._sample_of_slot = {step.slots[row]: i for i, row in enumerate(step.sample_rows)}
+        sample_rows = np.asarray(step.sample_rows, dtype=np.int64)
+        return PackedStep(
+            token_ids=token_ids,
+            positions=positions,
+            kv_slots=kv_slots,
+            query_starts=query_starts,
+            seq_lens=ends.astype(np.int32),
+            block_table=table,
+            sampled=query_starts[sample_rows + 1].astype(np.int64) - 1,
+            pending=pending,
+            pending_from=pending_from,
+            max_query_len=int(counts.max()),
+            max_seq_len=max_seq_len,
+        )
