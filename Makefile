@@ -14,7 +14,7 @@ BUILD_TOOLS := hatchling editables
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow check format bench microbench constraints clean
+.PHONY: help install run test test-slow check format bench microbench bench-gpu constraints clean
 
 help:  ## what can be typed
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +53,9 @@ bench: $(VENV)/.installed-dev  ## put a running server under load (ARGS="--help"
 
 microbench: $(VENV)/.installed-dev  ## how long the inner loops take on this machine
 	@for script in tests/bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+bench-gpu: $(VENV)/.installed-dev  ## prove and measure what was written for CUDA (needs a GPU)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/bench/gpu/run.sh
 
 # The stamps make a second `make run` start at once; a changed pyproject or pin installs anew.
 $(VENV)/.created:
