@@ -7,8 +7,11 @@ grammar comes, so who uses none pays nothing. Free of torch. Knows nothing of sl
 from __future__ import annotations
 
 import os
+import random
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
 
 #: Compiled grammars kept for the next request with the same text. Each holds up to a few MiB.
 MAX_CACHED = 32
+#: A request whose mask takes longer than this, of a processor's time, is ended.
+MAX_TURN_S = 0.25
+#: See `Compiler.try_out`.
+_MAX_TRIED_TOKENS = 16
 #: As nice as can be: what computes tokens goes first, a grammar takes what is left.
 _NICENESS = 19
 
@@ -53,10 +60,11 @@ class Compiler:
         import llguidance  # noqa: PLC0415 - see the module's header
 
         self._library = llguidance
+        words = _Words(vocabulary)
         self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Words(vocabulary)),
-            eos_token=list(vocabulary.eos_token_ids),
+            llguidance.TokenizerWrapper(words), eos_token=list(vocabulary.eos_token_ids)
         )
+        words.cut = self._tokenizer.greedy_tokenize
         self._limits = llguidance.LLParserLimits(
             step_lexer_fuel=_STEP_LEXER_FUEL,
             step_max_items=_STEP_MAX_ITEMS,
@@ -78,6 +86,27 @@ class Compiler:
         if matcher.is_error():
             raise GrammarError(readable(matcher.get_error()))
         return CompiledGrammar(matcher)
+
+    def try_out(self, grammar: CompiledGrammar, seed: int = 0) -> None:
+        """Write some tokens as chance will have it. Raises `GrammarError` if that does not go well.
+
+        Some grammars compile in no time, and then take forever.
+        """
+        chance, matcher = random.Random(seed), grammar.matcher()  # noqa: S311 - no secret
+        for _ in range(_MAX_TRIED_TOKENS):
+            began_s = time.thread_time()
+            mask = matcher.compute_bitmask()
+            taken_s = time.thread_time() - began_s
+            if matcher.is_stopped() and not matcher.is_error():
+                return
+            if matcher.is_error():
+                raise GrammarError(readable(matcher.get_error()))
+            if taken_s > MAX_TURN_S:
+                raise GrammarError(f"it is too complex: one token took {taken_s * 1e3:.0f} ms")
+            places = [at for at, bits in enumerate(mask) if bits]
+            at = chance.choice(places)
+            allowed = [bit for bit in range(8) if mask[at] >> bit & 1]
+            matcher.consume_token(8 * at + chance.choice(allowed))
 
     def warnings(self, grammar: str) -> list[str]:
         """Return what the library does not do of a grammar that it compiles."""
@@ -137,10 +166,16 @@ class _Words:
         self.tokens = list(vocabulary.tokens())
         self.special_token_ids = list(vocabulary.special_token_ids)
         self.eos_token_id = vocabulary.eos_token_ids[0]
+        self.cut: Callable[[str], list[int]] | None = None
 
-    def __call__(self, text: bytes) -> list[int]:
-        """Never asked where grammars say `no_forcing`: the model chooses how words are cut."""
-        raise NotImplementedError
+    def __call__(self, text: str) -> list[int]:
+        """Cut a text into tokens.
+
+        Asked only by grammars that do not say `no_forcing`, for how to write what they force.
+        """
+        if self.cut is None or isinstance(text, bytes):
+            raise TypeError("text, and only once the tokenizer is made")
+        return self.cut(text)
 
 
 def step_back() -> None:

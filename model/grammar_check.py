@@ -66,7 +66,7 @@ def _judge(compiler: Compiler, number: int, grammar: str) -> None:
     warnings: list[str] = []
     error = ""
     try:
-        compiler.compile(grammar)
+        compiler.try_out(compiler.compile(grammar))
         warnings = [one[:_MAX_WARNING_CHARS] for one in compiler.warnings(grammar)]
     except GrammarError as fault:
         error = str(fault)[:_MAX_ERROR_CHARS] or "it cannot be compiled"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from model.grammar import CompiledGrammar, step_back
+from model.grammar import MAX_TURN_S, CompiledGrammar, step_back
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -29,8 +29,6 @@ _log = logging.getLogger(__name__)
 PATIENCE_S = 0.001
 #: A slot whose mask once took longer is served by the other worker from then on.
 _SLOW_S = 0.004
-#: A request whose mask takes longer than this, of a processor's time, is ended.
-_MAX_TURN_S = 0.25
 #: More tokens than this to catch up with (at 2 µs each) are for the other worker.
 _MAX_REPLAYED_TOKENS = 500
 
@@ -82,7 +80,7 @@ class _Follower:
             error = f"the grammar cannot be followed: {matcher.get_error().partition('<')[0]}"
         taken_s = time.thread_time() - began_s
         self.is_slow = self.is_slow or taken_s > _SLOW_S
-        if taken_s > _MAX_TURN_S and not error:
+        if taken_s > MAX_TURN_S and not error:
             error = f"the grammar is too complex: one token took {taken_s * 1e3:.0f} ms"
         bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._vocab_size]
         is_banned = bits == 0

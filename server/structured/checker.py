@@ -10,6 +10,7 @@ import hashlib
 import pickle
 import sys
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
@@ -142,7 +143,8 @@ class GrammarChecker:
         """End the process, if there is one."""
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
+            with suppress(ProcessLookupError):
+                process.kill()
             await process.wait()
         if self._reading is not None:
             await self._reading

@@ -1,4 +1,4 @@
-"""Every way to ask for a form, through the HTTP side; the model that can be computed honours masks."""
+"""Every way to ask for a form, through the HTTP side; the fake model honours masks."""
 
 from __future__ import annotations
 
