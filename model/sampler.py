@@ -52,6 +52,8 @@ class SamplerStats:
     rows_total: int
     #: Rows whose first candidates were not enough.
     widened_rows_total: int
+    #: Rows that got no token, since what their grammar allows was not known in time.
+    late_rows_total: int
 
 
 class Sampler:
@@ -87,6 +89,7 @@ class Sampler:
         self._last_plan: Plan | None = None
         self._rows_total = 0
         self._widened_rows_total = 0
+        self._late_rows_total = 0
 
     def start(self, start: SlotStart) -> None:
         """Give a slot a sequence: new, or preempted or resumed with what it had generated.
@@ -152,6 +155,7 @@ class Sampler:
             penalty_bytes=self._counts.num_bytes,
             rows_total=self._rows_total,
             widened_rows_total=self._widened_rows_total,
+            late_rows_total=self._late_rows_total,
         )
 
     def close(self) -> None:
@@ -213,6 +217,7 @@ class Sampler:
         for row, turn in turns.items():
             token = token_ids[row]
             if turn is None:
+                self._late_rows_total += 1
                 token_ids[row] = NO_TOKEN
             elif turn.error or turn.is_banned[token]:
                 failures[row] = turn.error or "no token is left that the grammar allows"

@@ -18,6 +18,17 @@ import orjson
 _HEAD = '%llguidance {"no_forcing": true}'
 #: One space, or a line break with indentation: small models write blanks for ever if they may.
 _WHITESPACE = r"[ ]|\n[ ]{0,32}"
+#: How parts of a pattern are written between slashes. Digits and letters are ASCII's, as in the
+#: patterns of JSON Schema: a model that may write a date in Thai digits one day will.
+_IN_SLASHES = {
+    "/": r"\/",
+    "\n": r"\n",
+    "\\\n": r"\n",
+    r"\d": "[0-9]",
+    r"\D": "[^0-9]",
+    r"\w": "[0-9A-Za-z_]",
+    r"\W": "[^0-9A-Za-z_]",
+}
 #: What may stand between the reasoning and the answer, or between the answer's parts.
 _GAP = r"/[ \n]{0,4}/"
 
@@ -112,8 +123,7 @@ def _is_escaped(text: str, at: int) -> bool:
 
 
 def _in_slashes(found: re.Match[str]) -> str:
-    text = found.group()
-    return {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}.get(text, text)
+    return _IN_SLASHES.get(found.group(), found.group())
 
 
 def choice_form(choices: Sequence[str]) -> Form:

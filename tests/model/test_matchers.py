@@ -1,4 +1,4 @@
-"""Grammars through the real sampler: random schemas, random logits, and all that can be in the way."""
+"""Grammars through the real sampler: random schemas and logits, and all that can be in the way."""
 
 from __future__ import annotations
 
@@ -178,17 +178,12 @@ def test_who_comes_back_goes_on_as_undisturbed(rows: Rows, num_had: int, params:
 def test_rows_do_not_know_of_each_other(rows: Rows) -> None:
     rows.start(0, OBJECT, seed=5)
     rows.start(1, None, seed=6)
-    alone = [rows.run(0), [rows.step(1).token_ids for _ in range(20)]]
+    alone = [(rows.step(0).token_ids[0], rows.step(1).token_ids[0]) for _ in range(8)]
     rows.start(0, OBJECT, seed=5)
     rows.start(1, None, seed=6)
     rows.start(2, 'start: "ab"+', temperature=0.0)
-    beside = [rows.step(0, 1, 2).token_ids[:2] for _ in range(10)]
-    assert [first for first, _ in beside] == [*map(int, rows.outputs[0])]
-    assert (
-        b"".join(_PIECES[first] for first, _ in beside)
-        == alone[0][: 0 or None][: len(b"".join(_PIECES[first] for first, _ in beside))]
-    )
-    assert [[second] for _, second in beside] == alone[1][:10]
+    beside = [rows.step(0, 1, 2).token_ids[:2] for _ in range(8)]
+    assert beside == [list(pair) for pair in alone]
 
 
 def test_probabilities_are_of_the_raw_logits(rows: Rows) -> None:
@@ -293,9 +288,10 @@ def test_who_was_slow_once_is_served_by_the_slow_worker(
 
 
 def test_nothing_left_that_is_allowed_is_an_error_not_a_wrong_token(rows: Rows) -> None:
-    rows.start(0, 'start: "a"')
+    rows.start(0, 'start: "a"', temperature=0.0)
     output = rows.step(0, logits=torch.full((1, VOCAB_SIZE), -torch.inf))
-    assert output.token_ids in ([NO_TOKEN], [ord("a")])
+    assert output.token_ids == [NO_TOKEN]
+    assert "no token is left" in output.failures[0]
 
 
 # ---- compiling -----------------------------------------------------------------------------------

@@ -157,7 +157,10 @@ def test_reasoning_comes_first(starting: Starting) -> None:
 
 def test_a_form_and_tools_allow_either(starting: Starting) -> None:
     live = starting(TEMPLATES["mistral"])
-    wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": SIZE}}
+    wanted = {
+        "type": "json_schema",
+        "json_schema": {"name": "it", "schema": {**SIZE, "type": "object"}},
+    }
     kinds = set()
     for content in ("x" * length for length in range(1, 9)):
         [choice] = _ask(live, content, response_format=wanted, max_tokens=1500)["choices"]

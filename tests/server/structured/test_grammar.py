@@ -109,6 +109,8 @@ def test_blanks_do_not_go_on_for_ever(compiler: Compiler, text: str) -> None:
         (r"[/\]]+", "/]", "a"),
         ("a\nb", "a\nb", "ab"),
         ('"\\d+"', '"12"', "12"),
+        (r"\d[\d-]", "1-", "\u06611"),
+        (r"\w\W\D", "a b", "é b"),
         ("", "", "a"),
         ("é{2}", "éé", "é"),
     ],
