@@ -168,7 +168,7 @@ class _Words:
         self.eos_token_id = vocabulary.eos_token_ids[0]
         self.cut: Callable[[str], list[int]] | None = None
 
-    def __call__(self, text: str) -> list[int]:
+    def __call__(self, text: str | bytes) -> list[int]:
         """Cut a text into tokens.
 
         Asked only by grammars that do not say `no_forcing`, for how to write what they force.

@@ -105,7 +105,7 @@ class _Guidance:
 
 class _XGrammar:
     def __init__(self, tokens: list[bytes]) -> None:
-        import xgrammar  # type: ignore[import-not-found] # noqa: PLC0415 - in an environment of its own
+        import xgrammar  # noqa: PLC0415 - in an environment of its own
 
         self._library = xgrammar
         info = xgrammar.TokenizerInfo(tokens, stop_token_ids=[len(tokens) - 1])

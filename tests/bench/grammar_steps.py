@@ -69,7 +69,7 @@ class Rounds:
             )
             self.engine.handle(Submit(self.num_requests, tuple(self.prompt), params))
             self.num_requests += 1
-        taken_s, num_tokens = [], 0
+        taken_s, num_tokens = list[float](), 0
         while len(taken_s) < self.steps:
             if compiles:
                 self.runner.prepare(

@@ -37,8 +37,11 @@ COLOR = {
     "additionalProperties": False,
     "$defs": {"color": {"enum": ["red", "blue"]}},
 }
-SIZE = {"properties": {"size": {"enum": ["s", "l"]}}, "required": ["size"]}
-SIZE = {**SIZE, "additionalProperties": False}
+SIZE: dict[str, Any] = {
+    "properties": {"size": {"enum": ["s", "l"]}},
+    "required": ["size"],
+    "additionalProperties": False,
+}
 NONE = {"type": "object", "properties": {}, "additionalProperties": False}
 TOOLS = [_tool("paint", COLOR, strict=True), _tool("cut", SIZE), _tool("stop", None)]
 SCHEMAS = {"paint": COLOR, "cut": SIZE, "stop": NONE}

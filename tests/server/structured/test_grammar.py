@@ -23,6 +23,7 @@ from server.structured.grammar import (
     special,
     whole,
 )
+from server.tools.events import Call
 from server.tools.forms import call_form
 from server.tools.speech import Speech, SpeechParser
 from server.tools.syntaxes import BARE, HERMES, LLAMA, MISTRAL
@@ -170,7 +171,7 @@ def test_calls_are_written_as_they_are_read(
     assert not accepts(compiler, whole(None, calls=rules), text.replace("f", "g"))
     parser = SpeechParser(Speech(syntax, tool_names=frozenset({"f"})))
     events = parser.push(text) + parser.finish()
-    assert [(call.name, call.arguments) for call in events] == [("f", '{"a": 1}')] * num_calls
+    assert events == [Call("f", '{"a": 1}')] * num_calls
 
 
 def test_a_special_mark_is_a_token(compiler: Compiler) -> None:
