@@ -9,7 +9,7 @@ from typing import Any
 
 from server.errors import invalid
 from server.params import Warned
-from server.prompts import off_loop
+from server.prompts import LONG_PROMPT_CHARS, off_loop
 from server.schemas import ChatRequest, GenerateFields
 from server.service import Service
 from server.structured.calls import call_rules
@@ -90,7 +90,6 @@ async def _asked(request: GenerateFields) -> _Asked | None:
         raise invalid(f"{first} and {second} exclude each other", second)
     [(name, read)] = named.items()
     try:
-        # Grammars of llama.cpp are translated in Python, which takes a while.
         return await off_loop(read, _num_chars(request))
     except ValueError as error:
         raise invalid(f"{name} {error}", name) from error
@@ -113,9 +112,10 @@ def _readers(request: GenerateFields) -> dict[str, Callable[[], _Asked]]:
 
 
 def _num_chars(request: GenerateFields) -> int:
+    """Return how long it takes to read, as `off_loop` counts: grammars of llama.cpp take long."""
     outputs = request.structured_outputs
     grammar = request.guided_grammar or (outputs.grammar if outputs is not None else None)
-    return len(grammar or "")
+    return LONG_PROMPT_CHARS if grammar is not None and "::=" in grammar else 0
 
 
 def _response_format(wanted: ResponseFormat) -> _Asked:
