@@ -29,8 +29,8 @@ _MAX_TRIED_TOKENS = 16
 #: As nice as can be: what computes tokens goes first, a grammar takes what is left.
 _NICENESS = 19
 
-#: At most a quarter or so of the library's own limits. The schemas of `tests/data/schemas.json` need
-#: a fifth of that; what needs more takes tens of milliseconds for each token.
+#: Well below the library's own limits. The schemas of `tests/data/schemas.json` need a fifth of it;
+#: what needs more takes tens of milliseconds for each token.
 _STEP_LEXER_FUEL = 50_000
 _STEP_MAX_ITEMS = 20_000
 #: At 1 to 2 kB each.
