@@ -3,15 +3,22 @@
 Its "keys and values" are what really matters about them: which prefix they belong to. Each place in
 a page holds the token written there and a digest of the whole prefix up to it; the next token is a
 function of the digest. So a page shared wrongly, freed too early or copied short changes tokens.
+Of what a grammar allows, the digest picks one.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from model.grammar import CompiledGrammar, Grammars
 from model.interface import (
+    NO_TOKEN,
+    Constraint,
     ModelInfo,
     PageCopy,
     SamplingParams,
@@ -19,7 +26,9 @@ from model.interface import (
     StepInput,
     StepOutput,
     TokenLogprobs,
+    Vocabulary,
 )
+from model.matchers import Matchers
 
 FAKE_EOS_TOKEN_ID = 0
 _EMPTY = 0xFFFF
@@ -69,6 +78,11 @@ class FakeRunner:
     #: page * page_size + offset -> the token there, and the digest of the prefix it ends.
     _written: dict[int, tuple[int, int]] = field(default_factory=dict)
     _params: dict[int, SamplingParams] = field(default_factory=dict)
+    _grammars: Grammars = field(default_factory=Grammars)
+    _matchers: Matchers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._matchers = Matchers(self.vocab_size)
 
     @property
     def info(self) -> ModelInfo:
@@ -105,15 +119,23 @@ class FakeRunner:
         assert first == len(step.token_ids), "rows and tokens do not add up"
         self.num_tokens += first
         rows = step.sample_rows
-        token_ids = [self._sample(step.slots[row], digests[row]) for row in rows]
+        failures: dict[int, str] = {}
+        token_ids = [
+            self._sample(step.slots[row], digests[row], index, failures)
+            for index, row in enumerate(rows)
+        ]
         logprobs = [
             None if self._params[step.slots[row]].logprobs is None else TokenLogprobs(token, 0.0, 1)
             for row, token in zip(rows, token_ids, strict=True)
         ]
-        return _Landed(StepOutput(token_ids, logprobs if any(logprobs) else []))
+        return _Landed(StepOutput(token_ids, logprobs if any(logprobs) else [], failures))
 
     def _start(self, start: SlotStart) -> None:
         self._params[start.slot] = start.params
+        self._matchers.drop(start.slot)
+        if start.constraint is not None:
+            assert isinstance(start.constraint, CompiledGrammar), "another runner's grammar"
+            self._matchers.start(start.slot, start.constraint, start.output_token_ids)
 
     def _copy(self, copy: PageCopy) -> None:
         source, target = copy.source * self.page_size, copy.target * self.page_size
@@ -143,9 +165,31 @@ class FakeRunner:
     def _place(self, pages: list[int], position: int) -> int:
         return pages[position // self.page_size] * self.page_size + position % self.page_size
 
-    def _sample(self, slot: int, digest: int) -> int:
-        return _choose(digest, self.vocab_size, may_end=not self._params[slot].ignore_eos)
+    def _sample(self, slot: int, digest: int, index: int, failures: dict[int, str]) -> int:
+        if not self._matchers.holds(slot):
+            return _choose(digest, self.vocab_size, may_end=not self._params[slot].ignore_eos)
+        [turn] = self._matchers.turns([slot])
+        if turn is None:
+            return NO_TOKEN
+        if turn.error:
+            failures[index] = turn.error
+            return NO_TOKEN
+        allowed = np.flatnonzero(~turn.is_banned)
+        token_id = int(allowed[digest // 61 % len(allowed)])
+        if token_id != FAKE_EOS_TOKEN_ID:
+            self._matchers.advance([(slot, token_id)])
+        return token_id
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """See `ModelRunner`."""
+        self._grammars.learn(vocabulary)
+
+    def prepare(self, grammar: str) -> Future[Constraint]:
+        """See `ModelRunner`."""
+        return self._grammars.prepare(grammar)
 
     def close(self) -> None:
         """See `ModelRunner`."""
         self._written.clear()
+        self._grammars.close()
+        self._matchers.close()

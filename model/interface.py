@@ -6,13 +6,18 @@ that `scheduler/` can import it in a process (or a test) that has no torch at al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
 #: In `StepInput.token_ids`: "the token which the flight before this one samples for this slot".
 #: It lets step n+1 be launched before the tokens of step n are known on the host.
 PENDING_TOKEN = -1
+
+#: In `StepOutput.token_ids`: the row got no token; its last known token is to be computed again.
+NO_TOKEN = -1
 
 MAX_TOP_LOGPROBS = 20
 
@@ -41,6 +46,9 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    #: What the output must be, in llguidance's words (Lark, with JSON Schemas in it); None: free.
+    #: It may end before `min_tokens`, where the grammar allows nothing else.
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
@@ -97,6 +105,30 @@ class PageCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What every token says: without it a grammar, which is about bytes, says nothing of tokens."""
+
+    #: The bytes of all tokens one after another, and where those of each end. Two objects instead
+    #: of one for each token: it is sent from process to process.
+    packed: bytes
+    ends: array[int]
+    #: Tokens that are no text, whatever their bytes look like.
+    special_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+
+    def tokens(self) -> Iterator[bytes]:
+        """Yield each id's bytes; none for an id without a token."""
+        start = 0
+        for end in self.ends:
+            yield self.packed[start:end]
+            start = end
+
+
+class Constraint(Protocol):
+    """A grammar that a runner has made ready. Only the runner that made it knows what is in it."""
+
+
+@dataclass(frozen=True, slots=True)
 class SlotStart:
     """A sequence takes a slot: all the runner must remember of it from here on."""
 
@@ -106,6 +138,8 @@ class SlotStart:
     prompt_token_ids: Sequence[int]
     #: What was generated before (the sequence was preempted, or is resumed), for the penalties.
     output_token_ids: Sequence[int] = ()
+    #: What `prepare` gave for `params.grammar`.
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +171,12 @@ class StepInput:
 class StepOutput:
     """What a step sampled: parallel to `StepInput.sample_rows`."""
 
+    #: `NO_TOKEN` where what the row's grammar allows was not known in time, and where it failed.
     token_ids: list[int]
     #: None where the row's request asked for none; the whole list is empty where nobody did.
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    #: By index: why a row's request cannot go on.
+    failures: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +218,15 @@ class ModelRunner(Protocol):
 
     def launch(self, step: StepInput) -> Flight:
         """Start computing a step; flights are waited for in the order they were launched."""
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """Take in what the tokens say; needed once, before the first grammar."""
+
+    def prepare(self, grammar: str) -> Future[Constraint]:
+        """Make a grammar ready in another thread, beside steps. May be done when it is returned.
+
+        The future raises `ValueError` for a grammar that cannot be used.
+        """
 
     def close(self) -> None:
         """Give back what the runner holds. The runner is not used afterwards."""

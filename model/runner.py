@@ -5,6 +5,7 @@ Knows nothing of why a row is in a step, of requests or of how pages came to be 
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBackend, AttentionBatch
-from model.interface import ModelInfo, StepInput, StepOutput
+from model.grammar import Grammars
+from model.interface import Constraint, ModelInfo, StepInput, StepOutput, Vocabulary
 from model.kv_pool import KVPool
 from model.sampler import Sampler
 from model.transformer import Decoder
@@ -69,6 +71,7 @@ class TorchRunner:
         self._attention = attention
         self._pool = pool
         self._sampler = sampler
+        self._grammars = Grammars()
         self._device = device
         max_pages = -(-info.max_model_len // info.page_size)
         self._tables = BlockTables(max_num_seqs, max_pages)
@@ -131,5 +134,15 @@ class TorchRunner:
             [step.starts[row] + step.counts[row] for row in rows],
         )
 
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """See `ModelRunner`."""
+        self._grammars.learn(vocabulary)
+
+    def prepare(self, grammar: str) -> Future[Constraint]:
+        """See `ModelRunner`."""
+        return self._grammars.prepare(grammar)
+
     def close(self) -> None:
         """See `ModelRunner`. Memory goes with the process."""
+        self._grammars.close()
+        self._sampler.close()

@@ -5,8 +5,8 @@ had. Knows nothing of pages, of the model, or of when a sequence ends. The arith
 `model/draw.py`.
 
 Order, as in vLLM: log-probabilities are of the raw logits; then logit_bias, min_tokens, penalties,
-temperature, min-p, top-k, top-p. Rows are grouped by what they need, and no group pays for what
-another one needs.
+what the grammar forbids, temperature, min-p, top-k, top-p. Rows are grouped by what they need, and
+no group pays for what another one needs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from model.draw import (
     uniform,
     weights,
 )
-from model.interface import SlotStart, StepOutput, TokenLogprobs
+from model.grammar import CompiledGrammar
+from model.interface import NO_TOKEN, SlotStart, StepOutput, TokenLogprobs
+from model.matchers import PATIENCE_S, Matchers, Turn
 from model.sampling_plan import Penalized, Plan, Planner, SlotRequest
 from model.token_counts import TokenCounts
 
@@ -50,6 +52,8 @@ class SamplerStats:
     rows_total: int
     #: Rows whose first candidates were not enough.
     widened_rows_total: int
+    #: Rows that got no token, since what their grammar allows was not known in time.
+    late_rows_total: int
 
 
 class Sampler:
@@ -70,7 +74,9 @@ class Sampler:
         device: torch.device,
         *,
         candidates: tuple[int, ...] = CANDIDATES,
+        patience_s: float = PATIENCE_S,
     ) -> None:
+        """`patience_s`: how long a step waits for what its grammars allow."""
         self._max_num_seqs = max_num_seqs
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
@@ -78,10 +84,12 @@ class Sampler:
         self._candidates = (*candidates, vocab_size)
         self._slots: dict[int, SlotRequest] = {}
         self._counts = TokenCounts(vocab_size, device)
+        self._matchers = Matchers(vocab_size, patience_s=patience_s)
         self._planner = Planner(vocab_size, device)
         self._last_plan: Plan | None = None
         self._rows_total = 0
         self._widened_rows_total = 0
+        self._late_rows_total = 0
 
     def start(self, start: SlotStart) -> None:
         """Give a slot a sequence: new, or preempted or resumed with what it had generated.
@@ -105,6 +113,12 @@ class Sampler:
         )
         self._slots[start.slot] = slot
         self._last_plan = None
+        if start.constraint is None:
+            assert params.grammar is None, "a grammar that was not made ready"
+            self._matchers.drop(start.slot)
+        else:
+            assert isinstance(start.constraint, CompiledGrammar), "another runner's grammar"
+            self._matchers.start(start.slot, start.constraint, start.output_token_ids)
         if slot.is_penalized:
             self._counts.take(start.slot, start.prompt_token_ids, start.output_token_ids)
         else:
@@ -124,14 +138,15 @@ class Sampler:
             return StepOutput(logits.max(dim=-1).indices.tolist())
         # Indexed, so a copy: the rows are about to be changed.
         raw = logits[plan.wants_logprobs.index] if plan.wants_logprobs.rows else None
-        self._edit(plan, logits, positions)
+        found = self._matchers.turns([slots[row] for row in plan.constrained])
+        turns = dict(zip(plan.constrained, found, strict=True))
+        self._edit(plan, logits, positions, turns)
         tokens, token_ids = self._choose(plan, logits, positions)
+        logprobs = [] if raw is None else self._logprobs(plan, raw, token_ids)
+        failures = self._follow(plan, turns, token_ids)
         if plan.penalized is not None:
-            counts = plan.penalized.counts
-            self._counts.add(counts.rows, counts.index, tokens[plan.penalized.group.index])
-        if raw is None:
-            return StepOutput(token_ids)
-        return StepOutput(token_ids, self._logprobs(plan, raw, token_ids))
+            self._count(plan.penalized, tokens, token_ids)
+        return StepOutput(token_ids, logprobs, failures)
 
     def stats(self) -> SamplerStats:
         """Count what is held and what was done."""
@@ -140,10 +155,18 @@ class Sampler:
             penalty_bytes=self._counts.num_bytes,
             rows_total=self._rows_total,
             widened_rows_total=self._widened_rows_total,
+            late_rows_total=self._late_rows_total,
         )
 
+    def close(self) -> None:
+        """End the threads, if there are any."""
+        self._matchers.close()
+
     def check(self) -> None:
-        """Assert that exactly the slots which use penalties hold a row of counts."""
+        """Assert that exactly the slots which use penalties hold counts; likewise grammars."""
+        for slot, held in self._slots.items():
+            has_grammar = held.params.grammar is not None
+            assert self._matchers.holds(slot) == has_grammar, f"slot {slot}: grammar and matcher"
         self._counts.check()
         penalized = {slot for slot, held in self._slots.items() if held.is_penalized}
         assert penalized == self._counts.row_of_slot.keys(), (
@@ -157,7 +180,9 @@ class Sampler:
             self._last_plan = self._planner.plan(list(slots), held, self._counts.row_of_slot)
         return self._last_plan
 
-    def _edit(self, plan: Plan, logits: Tensor, positions: list[int]) -> None:
+    def _edit(
+        self, plan: Plan, logits: Tensor, positions: list[int], turns: dict[int, Turn | None]
+    ) -> None:
         """Apply, in place, what changes which token is the likeliest."""
         if plan.bias is not None:
             rows, tokens, biases = plan.bias
@@ -166,6 +191,7 @@ class Sampler:
             (row, token)
             for row in plan.guarded
             if positions[row] < (slot := self._slots[plan.slots[row]]).free_from
+            and not _must_end(turns.get(row), slot.banned)
             for token in slot.banned
         ]
         if banned:
@@ -174,6 +200,43 @@ class Sampler:
             logits[index] = -torch.inf
         if plan.penalized is not None:
             self._penalize(plan.penalized, logits)
+        for row, turn in turns.items():
+            if turn is not None:
+                is_banned = torch.from_numpy(turn.is_banned).to(self._device)
+                logits[row].masked_fill_(is_banned, -torch.inf)
+
+    def _follow(
+        self, plan: Plan, turns: dict[int, Turn | None], token_ids: list[int]
+    ) -> dict[int, str]:
+        """Let the grammars take in their rows' tokens, and take away those that cannot stand.
+
+        Return by row why its request cannot go on.
+        """
+        failures: dict[int, str] = {}
+        chosen: list[tuple[int, int]] = []
+        for row, turn in turns.items():
+            token = token_ids[row]
+            if turn is None:
+                self._late_rows_total += 1
+                token_ids[row] = NO_TOKEN
+            elif turn.error or turn.is_banned[token]:
+                failures[row] = turn.error or "no token is left that the grammar allows"
+                token_ids[row] = NO_TOKEN
+            elif token not in self._eos_token_ids:
+                chosen.append((plan.slots[row], token))
+        self._matchers.advance(chosen)
+        return failures
+
+    def _count(self, penalized: Penalized, tokens: Tensor, token_ids: list[int]) -> None:
+        """Note the new tokens of those whose earlier tokens matter."""
+        counts, group = penalized.counts, penalized.group
+        had = [i for i, row in enumerate(group.rows) if token_ids[row] != NO_TOKEN]
+        if len(had) == len(group.rows):
+            self._counts.add(counts.rows, counts.index, tokens[group.index])
+        elif had:
+            index = self._planner.index(had)
+            rows = [counts.rows[i] for i in had]
+            self._counts.add(rows, counts.index[index], tokens[group.index[index]])
 
     def _penalize(self, penalized: Penalized, logits: Tensor) -> None:
         """Touch the tokens alone that the sequences have had: a few hundred, not the vocabulary."""
@@ -260,6 +323,11 @@ class Sampler:
         logprobs = _finite(found.values[:, :count] - norm)
         ids: list[list[int]] = found.ids[:, :count].tolist()
         return [tuple(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+
+
+def _must_end(turn: Turn | None, ends: tuple[int, ...]) -> bool:
+    """Whether a grammar allows nothing but these."""
+    return turn is not None and turn.num_allowed == sum(not turn.is_banned[end] for end in ends)
 
 
 def _finite(logprobs: Tensor) -> list[list[float]]:

@@ -92,6 +92,8 @@ class Plan:
     bias: tuple[Tensor, Tensor, Tensor] | None
     #: Rows with min_tokens.
     guarded: list[int]
+    #: Rows with a grammar.
+    constrained: list[int]
     penalized: Penalized | None
     wants_logprobs: Rows
 
@@ -99,7 +101,11 @@ class Plan:
     def is_only_greedy(self) -> bool:
         """Whether the largest logit of each row is all there is to find."""
         return len(self.greedy.rows) == len(self.slots) and not (
-            self.bias is not None or self.guarded or self.penalized or self.wants_logprobs.rows
+            self.bias is not None
+            or self.guarded
+            or self.constrained
+            or self.penalized
+            or self.wants_logprobs.rows
         )
 
 
@@ -120,6 +126,7 @@ class Planner:
             draws=self._draws(held),
             bias=self._bias(held),
             guarded=[row for row in rows if held[row].params.min_tokens > 0],
+            constrained=[row for row in rows if held[row].params.grammar is not None],
             penalized=self._penalized(slots, held, count_rows),
             wants_logprobs=self._rows(wants_logprobs),
         )

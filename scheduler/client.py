@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from model.interface import ModelInfo, SamplingParams, TokenLogprobs
+from model.interface import ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
 from scheduler.messages import EngineStats, FinishReason, RejectKind, Started
 
 #: The types a caller needs in order to speak to an engine, so that it imports them from one place.
@@ -29,6 +29,7 @@ __all__ = [
     "SamplingParams",
     "Started",
     "TokenLogprobs",
+    "Vocabulary",
 ]
 
 
@@ -89,6 +90,9 @@ class EngineClient(Protocol):
 
     async def start(self) -> None:
         """Bring the engine up. Raises `EngineUnavailableError` with the reason if it can't."""
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """Tell the engine what the tokens say; needed once, before the first grammar."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """Deltas until one carries a `finish_reason`. Closing the generator cancels the request.

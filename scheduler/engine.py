@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.interface import ModelRunner
+from model.interface import Constraint, ModelRunner
 from scheduler.messages import (
     Cancel,
     EngineStats,
     FinishReason,
+    Learn,
+    Prepared,
     Rejected,
+    RejectKind,
     Started,
     StepResult,
     Submit,
@@ -29,17 +33,28 @@ MAX_CONSECUTIVE_FAULTS = 3
 
 
 class Engine:
-    """Takes messages between steps; each step gives one message back."""
+    """Takes messages between steps; each step gives one message back.
+
+    A request with a grammar is held back from the scheduler until the grammar is ready.
+    """
 
     def __init__(
-        self, runner: ModelRunner, config: SchedulerSection, clock_s: Callable[[], float]
+        self,
+        runner: ModelRunner,
+        config: SchedulerSection,
+        clock_s: Callable[[], float],
+        post: Callable[[Prepared], None],
     ) -> None:
+        """`post`: brings a message from any thread to `handle`, in the engine's own."""
         info = runner.info
         self._runner = runner
         self._clock_s = clock_s
+        self._post = post
         self._is_debug = config.debug
         self._cache = KVCache(info.num_pages, info.page_size)
         self._scheduler = Scheduler(self._cache, config, info)
+        #: Requests whose grammars are being made ready.
+        self._preparing: dict[int, tuple[Submit, Future[Constraint]]] = {}
         #: When each request that waits for its first admission arrived.
         self._arrived_s: dict[int, float] = {}
         self._rejected: list[Rejected] = []
@@ -51,18 +66,51 @@ class Engine:
         """Whether `step` has something to do or to tell."""
         return self._has_news or self._scheduler.has_work
 
-    def handle(self, message: Submit | Cancel) -> None:
+    def handle(self, message: Submit | Cancel | Learn | Prepared) -> None:
         """Take in one message; refusals are told by the next step."""
-        self._has_news = True
-        if isinstance(message, Cancel):
-            self._arrived_s.pop(message.request_id, None)
-            self._scheduler.cancel(message.request_id)
+        if isinstance(message, Learn):
+            self._runner.learn(message.vocabulary)
             return
-        rejected = self._scheduler.submit(message)
-        if rejected is None:
+        self._has_news = True
+        if isinstance(message, Submit):
             self._arrived_s[message.request_id] = self._clock_s()
+            if message.params.grammar is None:
+                self._submit(message)
+            else:
+                self._prepare(message, message.params.grammar)
+        elif isinstance(message, Prepared):
+            # It may have been cancelled meanwhile.
+            if found := self._preparing.pop(message.request_id, None):
+                self._submit_prepared(*found)
         else:
-            self._rejected.append(rejected)
+            self._arrived_s.pop(message.request_id, None)
+            if self._preparing.pop(message.request_id, None) is None:
+                self._scheduler.cancel(message.request_id)
+
+    def _prepare(self, submit: Submit, grammar: str) -> None:
+        preparation = self._runner.prepare(grammar)
+        if preparation.done():
+            self._submit_prepared(submit, preparation)
+            return
+        self._preparing[submit.request_id] = submit, preparation
+        preparation.add_done_callback(lambda _: self._post(Prepared(submit.request_id)))
+
+    def _submit_prepared(self, submit: Submit, preparation: Future[Constraint]) -> None:
+        try:
+            constraint = preparation.result()
+        except ValueError as error:
+            message = f"the grammar cannot be used: {error}"
+            self._reject(Rejected(submit.request_id, RejectKind.INVALID, message, "grammar"))
+        else:
+            self._submit(submit, constraint)
+
+    def _submit(self, submit: Submit, constraint: Constraint | None = None) -> None:
+        if rejected := self._scheduler.submit(submit, constraint):
+            self._reject(rejected)
+
+    def _reject(self, rejected: Rejected) -> None:
+        self._arrived_s.pop(rejected.request_id, None)
+        self._rejected.append(rejected)
 
     def step(self) -> StepResult:
         """Compute one step, if there is one to compute, and tell all there is to tell.
@@ -100,7 +148,10 @@ class Engine:
             logprobs=tuple(outcome.logprobs),
             started=started,
             rejected=self._take_rejected(),
-            finished=tuple((id_, reason, "") for id_, reason in outcome.finished),
+            finished=(
+                *((id_, reason, "") for id_, reason in outcome.finished),
+                *((id_, FinishReason.ERROR, why) for id_, why in outcome.failed),
+            ),
             num_step_tokens=plan.num_tokens,
         )
 
@@ -131,7 +182,7 @@ class Engine:
         pages, steps = self._cache.stats(), self._scheduler.stats()
         return EngineStats(
             num_running=steps.num_running,
-            num_waiting=steps.num_waiting,
+            num_waiting=steps.num_waiting + len(self._preparing),
             pages_total=pages.pages_total,
             pages_free=pages.pages_free,
             pages_private=pages.pages_private,
@@ -149,7 +200,7 @@ class Engine:
     def check(self) -> None:
         """Assert every invariant below."""
         self._scheduler.check()
-        waiting = self._scheduler.stats().num_waiting
+        waiting = self._scheduler.stats().num_waiting + len(self._preparing)
         assert len(self._arrived_s) <= waiting, "an arrival time of a request that is gone"
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
-from model.interface import ModelInfo, SamplingParams, TokenLogprobs
+from model.interface import ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
 
 
 class FinishReason(StrEnum):
@@ -62,7 +62,24 @@ class Shutdown:
     """Stop after the current step; what still runs is aborted. Draining is the API's business."""
 
 
-ToEngine: TypeAlias = Submit | Cancel | Shutdown
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """What the tokens say; sent to each engine once, before the first request with a grammar."""
+
+    vocabulary: Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A grammar is ready, or is known to be none: said within the engine, by the thread that knows.
+
+    So that nobody has to look: the engine sleeps until it is told something.
+    """
+
+    request_id: int
+
+
+ToEngine: TypeAlias = Submit | Cancel | Learn | Shutdown
 
 
 # ---- engine to API -------------------------------------------------------------------------------

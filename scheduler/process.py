@@ -20,9 +20,10 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import TypeAlias
 
 from configs.schema import SchedulerSection
-from model.interface import ModelInfo, ModelRunner
+from model.interface import ModelInfo, ModelRunner, Vocabulary
 from scheduler.client import Delta, EngineFaultError, EngineUnavailableError, GenerateRequest
 from scheduler.engine import Engine
 from scheduler.messages import (
@@ -30,6 +31,8 @@ from scheduler.messages import (
     Failed,
     FinishReason,
     FromEngine,
+    Learn,
+    Prepared,
     Ready,
     Shutdown,
     StepResult,
@@ -46,6 +49,7 @@ _MAX_FRUITLESS_RESTARTS = 3
 _STOP_TIMEOUT_S = 10.0
 
 MakeRunner = Callable[[], ModelRunner]
+Inbox: TypeAlias = queue.SimpleQueue[ToEngine | Prepared]
 
 
 # ---- in the engine's process ---------------------------------------------------------------------
@@ -56,13 +60,13 @@ def engine_main(pipe: Connection, make_runner: MakeRunner, config: SchedulerSect
     # A terminal's Ctrl-C reaches the whole group; when to stop is for the API to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    inbox: Inbox = queue.SimpleQueue()
     is_built = threading.Event()
     # Before the model is built: that may take minutes, and nobody may be left to want it.
     args = pipe, inbox, is_built
     threading.Thread(target=_drain, args=args, name="inbox", daemon=True).start()
     try:
-        engine = Engine(runner := make_runner(), config, time.monotonic)
+        engine = Engine(runner := make_runner(), config, time.monotonic, inbox.put)
         is_built.set()
         # What is there now stays to the end: collections need not walk it between two tokens.
         gc.collect()
@@ -78,7 +82,7 @@ def engine_main(pipe: Connection, make_runner: MakeRunner, config: SchedulerSect
     engine.close()
 
 
-def _serve(engine: Engine, pipe: Connection, inbox: queue.SimpleQueue[ToEngine]) -> None:
+def _serve(engine: Engine, pipe: Connection, inbox: Inbox) -> None:
     while True:
         # With nothing to do, sleep until a message comes; else only take what is there.
         is_idle = not engine.has_work
@@ -91,7 +95,7 @@ def _serve(engine: Engine, pipe: Connection, inbox: queue.SimpleQueue[ToEngine])
         pipe.send(engine.step())
 
 
-def _drain(pipe: Connection, inbox: queue.SimpleQueue[ToEngine], is_built: threading.Event) -> None:
+def _drain(pipe: Connection, inbox: Inbox, is_built: threading.Event) -> None:
     try:
         while True:
             inbox.put(pipe.recv())
@@ -126,6 +130,8 @@ class ProcessClient:
         self._stop_timeout_s = stop_timeout_s
         self._streams = Streams()
         self._info: ModelInfo | None = None
+        #: Sent to each engine that takes the place of another.
+        self._vocabulary: Vocabulary | None = None
         self._pipe: Connection | None = None
         self._process: BaseProcess | None = None
         self._restart: asyncio.Task[None] | None = None
@@ -185,6 +191,13 @@ class ProcessClient:
         # uvloop turns what it watches non-blocking, and a message larger than the socket's buffer
         # would then fail half sent. The engine's inbox is always drained, so no send blocks long.
         os.set_blocking(ours.fileno(), True)
+        if self._vocabulary is not None:
+            self._send(Learn(self._vocabulary))
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """See `EngineClient`."""
+        self._vocabulary = vocabulary
+        self._send(Learn(vocabulary))
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `EngineClient`."""

@@ -16,7 +16,15 @@ from itertools import islice
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.interface import ModelInfo, PageCopy, SlotStart, StepInput, StepOutput, TokenLogprobs
+from model.interface import (
+    NO_TOKEN,
+    Constraint,
+    ModelInfo,
+    PageCopy,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+)
 from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
 from scheduler.pacing import Pacing
 from scheduler.queue import WaitingQueue
@@ -52,6 +60,8 @@ class StepOutcome:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     finished: list[tuple[int, FinishReason]]
+    #: (request id, why): ended by an error of its own.
+    failed: list[tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +112,8 @@ class Scheduler:
         """Whether a plan would have something in it, now or once others have gone on."""
         return bool(self._requests)
 
-    def submit(self, submit: Submit) -> Rejected | None:
-        """Queue a request, or say at once why it will not run."""
+    def submit(self, submit: Submit, constraint: Constraint | None = None) -> Rejected | None:
+        """Queue a request, or say at once why it will not run. `constraint`: of its grammar."""
         rejected = self._refusal(submit)
         if rejected is None:
             sequence = Sequence(
@@ -111,6 +121,7 @@ class Scheduler:
                 arrival=self._num_arrivals,
                 eos_token_ids=self._eos_token_ids,
                 max_model_len=self._max_model_len,
+                constraint=constraint,
             )
             self._num_arrivals += 1
             self._requests[submit.request_id] = sequence
@@ -232,13 +243,10 @@ class Scheduler:
         insort(self._running, sequence, key=lambda running: running.precedence)
         sequence.num_computed = num_cached
         sequence.slot = self._free_slots.popleft()
-        tokens, num_prompt = sequence.token_ids, sequence.num_prompt
-        plan.step.started.append(
-            SlotStart(sequence.slot, sequence.params, tokens[:num_prompt], tokens[num_prompt:])
-        )
+        plan.step.started.append(sequence.slot_start())
         if not sequence.is_started:
             sequence.is_started = True
-            self._prefix_queries_tokens += len(tokens)
+            self._prefix_queries_tokens += len(sequence.token_ids)
             self._prefix_hits_tokens += num_cached
             plan.started.append((sequence.request_id, num_cached, why))
 
@@ -254,14 +262,19 @@ class Scheduler:
                 num_decodes=plan.num_decodes,
                 num_prompt_tokens=plan.num_prompt_tokens,
             )
-        self._advance(plan)
-        outcome = StepOutcome([], [], [], [])
+        self._advance(plan, output.token_ids)
+        outcome = StepOutcome([], [], [], [], [])
         logprobs = output.logprobs
         for index, row in enumerate(plan.step.sample_rows):
             sequence = plan.sequences[row]
             if sequence.state is State.FINISHED:
                 continue
             token_id = output.token_ids[index]
+            if token_id == NO_TOKEN:
+                if index in output.failures:
+                    self._finish(sequence, FinishReason.ERROR)
+                    outcome.failed.append((sequence.request_id, output.failures[index]))
+                continue
             sequence.token_ids.append(token_id)
             outcome.request_ids.append(sequence.request_id)
             outcome.token_ids.append(token_id)
@@ -273,13 +286,17 @@ class Scheduler:
                 outcome.finished.append((sequence.request_id, reason))
         return outcome
 
-    def _advance(self, plan: StepPlan) -> None:
+    def _advance(self, plan: StepPlan, token_ids: list[int]) -> None:
         page_size = self._page_size
-        for sequence, count in zip(plan.sequences, plan.step.counts, strict=True):
+        # A row without a token has its last one computed again: that is what samples the next.
+        sampled = zip(plan.step.sample_rows, token_ids, strict=False)
+        again = {row for row, token_id in sampled if token_id == NO_TOKEN}
+        for row, count in enumerate(plan.step.counts):
+            sequence = plan.sequences[row]
             if sequence.state is State.FINISHED:
                 continue
             before = sequence.num_computed
-            sequence.num_computed = before + count
+            sequence.num_computed = before + count - (row in again)
             if sequence.num_computed // page_size != before // page_size:
                 assert sequence.allocation is not None, "a running sequence without pages"
                 self._cache.commit(sequence.allocation, sequence.token_ids, sequence.num_computed)

@@ -10,6 +10,7 @@ from collections import deque
 from enum import StrEnum
 
 from cache.kv_cache import Allocation
+from model.interface import Constraint, SlotStart
 from scheduler.messages import FinishReason, Submit
 
 _HISTORY_MOVES = 8
@@ -46,6 +47,7 @@ class Sequence:
     __slots__ = (
         "allocation",
         "arrival",
+        "constraint",
         "finish_reason",
         "history",
         "is_started",
@@ -64,9 +66,17 @@ class Sequence:
     )
 
     def __init__(
-        self, submit: Submit, *, arrival: int, eos_token_ids: tuple[int, ...], max_model_len: int
+        self,
+        submit: Submit,
+        *,
+        arrival: int,
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+        constraint: Constraint | None = None,
     ) -> None:
         params = submit.params
+        #: Kept for the runner, which may drop a grammar as soon as nobody needs it.
+        self.constraint = constraint
         self.request_id = submit.request_id
         self.token_ids: list[int] = [*submit.prompt_token_ids, *submit.output_token_ids]
         self.num_prompt = len(submit.prompt_token_ids)
@@ -102,9 +112,18 @@ class Sequence:
         self.state = to
         self.history.append(why)
 
+    def slot_start(self) -> SlotStart:
+        """Return all the runner must remember of it."""
+        tokens, num_prompt = self.token_ids, self.num_prompt
+        return SlotStart(
+            self.slot, self.params, tokens[:num_prompt], tokens[num_prompt:], self.constraint
+        )
+
     def stop_reason(self) -> FinishReason | None:
         """Why the sequence ends with its newest token, or None if it goes on."""
         length = len(self.token_ids)
-        if self.token_ids[-1] in self.stop_ids and length > self.min_len_tokens:
+        # A grammar may be at its end before min_tokens are had: then the end is all there is.
+        may_stop = length > self.min_len_tokens or self.params.grammar is not None
+        if may_stop and self.token_ids[-1] in self.stop_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if length >= self.max_len_tokens else None

@@ -29,6 +29,7 @@ from server import cli
 from server.app import create_app
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, configure, fields
+from server.structured.desk import GrammarDesk
 from server.text.load import load_text
 from server.text.pieces import TextError
 
@@ -74,9 +75,16 @@ async def _serve(config: OctavoConfig) -> None:
     except (build.ModelSourceError, TextError, OSError) as error:
         raise StartError(str(error)) from error
     client = ProcessClient(partial(build.make_runner, source, config), config.scheduler)
-    lifecycle = Lifecycle()
+    lifecycle, grammars = Lifecycle(), GrammarDesk()
     try:
-        app = create_app(config, client, text, version=version("octavo"), lifecycle=lifecycle)
+        app = create_app(
+            config,
+            client,
+            text,
+            version=version("octavo"),
+            lifecycle=lifecycle,
+            grammars=grammars,
+        )
     except ValueError as error:
         raise StartError(str(error)) from error
     server = _Server(
@@ -95,6 +103,7 @@ async def _serve(config: OctavoConfig) -> None:
     try:
         await _run(config, client, lifecycle, server, listener)
     finally:
+        await grammars.close()
         await client.close()
 
 

@@ -30,6 +30,7 @@ from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, StoreStats
 from server.routes import generation_routes, model_routes
 from server.service import Service, served_name
+from server.structured.desk import GrammarDesk
 from server.text.load import ModelText
 
 _DOCUMENTED = (
@@ -53,17 +54,19 @@ def create_app(
     lifecycle: Lifecycle | None = None,
     clock: Clock | None = None,
     chance: random.Random | None = None,
+    grammars: GrammarDesk | None = None,
 ) -> FastAPI:
     """Return the application. `client` may still be starting: until it is up, /ready says 503.
 
-    The caller starts and closes `client`, and drains `lifecycle`. Raises `ValueError` for an API
-    key (or a file of them) that cannot be meant.
+    The caller starts and closes `client`, closes `grammars`, and drains `lifecycle`. Raises
+    `ValueError` for an API key (or a file of them) that cannot be meant.
     """
     clock = clock or Clock()
     chance = chance or random.SystemRandom()
     lifecycle = lifecycle or Lifecycle()
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
-    service = Service(config, client, text, lifecycle, metrics, clock, chance)
+    grammars = grammars or GrammarDesk()
+    service = Service(config, client, text, lifecycle, metrics, clock, chance, grammars)
     store = ResponseStore(
         max_count=config.server.responses_max_count,
         max_bytes=config.server.responses_max_bytes,

@@ -53,14 +53,6 @@ _COMMON = {
     "allowed_token_ids": _refused([]),
     "prompt_logprobs": _refused(),
     "logits_processors": _refused([]),
-    "guided_json": _refused(),
-    "guided_regex": _refused(),
-    "guided_choice": _refused(),
-    "guided_grammar": _refused(),
-    "structured_outputs": _refused(),
-    "response_format": _refused(
-        {"type": "text"}, because="can only be of type 'text': structured output is not supported"
-    ),
     "kv_transfer_params": _refused(),
     "return_tokens_as_token_ids": _refused(_FALSE),
     "spaces_between_special_tokens": _refused(_TRUE),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from scheduler.client import GenerateRequest, ModelInfo, SamplingParams
@@ -32,6 +33,7 @@ from server.schemas import (
     Message,
 )
 from server.service import Service
+from server.structured.requests import chat_grammar, completion_grammar
 from server.text.pieces import TextError
 from server.text.template import TemplateError
 from server.tooling import callable_tools, spoken, tool_warnings
@@ -65,7 +67,7 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
             raise invalid("max_tokens and max_completion_tokens disagree", "max_tokens")
         max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
     tools = callable_tools(service, request)
-    warnings += tool_warnings(tools)
+    warnings += tool_warnings(service, request, tools)
     token_ids = await prompt_of_chat(service, request, tools)
     token_ids = truncated(service.client.info, request, token_ids, max_tokens)
     room = _room(service.client.info, token_ids, max_tokens, ("messages", name))
@@ -76,15 +78,17 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         names={"max_tokens": name, "logprobs": "top_logprobs"},
     )
+    heard = spoken(service, request, tools, token_ids)
+    grammar, relaxed = await chat_grammar(service, request, tools, heard, token_ids)
     job = _job(
         service,
         request,
-        [(token_ids, sampling)],
-        warnings,
+        [(token_ids, replace(sampling, grammar=grammar))],
+        warnings + relaxed,
         continues=request.continue_final_message is True,
         has_logprobs=request.logprobs is True,
     )
-    return job.read_as(spoken(service, request, tools, token_ids))
+    return job.read_as(heard)
 
 
 async def completion_job(service: Service, request: CompletionRequest) -> Job:
@@ -101,11 +105,12 @@ async def completion_job(service: Service, request: CompletionRequest) -> Job:
         (prompt, _completion_sampling(service, request, prompt, "prompt" if is_one else name))
         for prompt, name in ((prompt, f"prompt.{i}") for i, prompt in enumerate(prompts))
     ]
+    grammar, relaxed = await completion_grammar(service, request)
     return _job(
         service,
         request,
-        asked,
-        warnings,
+        [(prompt, replace(sampling, grammar=grammar)) for prompt, sampling in asked],
+        warnings + relaxed,
         continues=True,
         has_logprobs=request.logprobs is not None,
         num_tries=num_tries,

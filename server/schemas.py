@@ -21,6 +21,14 @@ from pydantic import (
 )
 
 from server.errors import from_validation
+from server.structured.schemas import (
+    Grammar,
+    Pattern,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    Texts,
+)
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
 from server.tools.schemas import Choice, ToolCalls, Tools
 
@@ -149,6 +157,19 @@ class GenerateFields(Request):
         default=None, description="tell the prompt's and the answer's tokens too"
     )
 
+    response_format: ResponseFormat | None = Field(
+        default=None, description="text, json_object or json_schema; see operations.md"
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="one of json, regex, choice, grammar, json_object"
+    )
+    guided_json: Schema | None = Field(default=None, description="as structured_outputs.json")
+    guided_regex: Pattern | None = Field(default=None, description="as structured_outputs.regex")
+    guided_choice: Texts | None = Field(default=None, description="as structured_outputs.choice")
+    guided_grammar: Grammar | None = Field(
+        default=None, description="as structured_outputs.grammar"
+    )
+
     @field_validator("priority")
     @classmethod
     def _fits_a_machine_word(cls, value: int | None) -> int | None:
@@ -231,7 +252,8 @@ class ChatRequest(GenerateFields):
     chat_template_kwargs: TemplateVariables | None = None
     tools: Tools | None = None
     tool_choice: Choice | None = Field(
-        default=None, description="none or auto; default: auto if there are tools"
+        default=None,
+        description="none, auto, required or one by name; default: auto if there are tools",
     )
     parallel_tool_calls: bool | None = Field(
         default=None, description="false: only the first call is told; default true"

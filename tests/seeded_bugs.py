@@ -228,7 +228,7 @@ SCHEDULER_BUGS = [
         "tokens count as computed although their step failed",
         SCHEDULER,
         "        for sequence in failed:\n",
-        "        self._advance(plan)\n        for sequence in failed:\n",
+        "        self._advance(plan, [])\n        for sequence in failed:\n",
     ),
     Bug(
         "one preemption is believed to be enough room",

@@ -29,7 +29,13 @@ EXCEPTIONS = {"server/__main__.py": {"model.build", "model.source"}}
 ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_interface"}
 
 #: Of `model/`, what other folders and the API process load.
-LIGHT_IN_MODEL = {"model/__init__.py", "model/interface.py", "model/fake.py", "model/source.py"}
+LIGHT_IN_MODEL = {
+    f"model/{name}.py"
+    for name in (
+        *("__init__", "interface", "fake", "source"),
+        *("grammar", "grammar_check", "matchers"),
+    )
+}
 
 #: What would make a pure folder depend on the world; these files of it talk to the world.
 IMPURE = {"asyncio", "multiprocessing", "os", "random", "socket", "subprocess", "threading", "time"}

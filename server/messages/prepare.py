@@ -41,7 +41,7 @@ async def token_count(
         prompt = await prompt_of_chat(service, translated.chat, tools)
     except ApiError as error:
         raise translated.error(error) from error
-    warnings = translated.all_warnings(tool_warnings(tools))
+    warnings = translated.all_warnings(tool_warnings(service, translated.chat, tools))
     return {"input_tokens": len(prompt), "octavo": {"warnings": warnings}}
 
 

@@ -172,6 +172,8 @@ HERMES = CallSyntax("hermes", ("<tool_call>",), _read_hermes)
 LLAMA = CallSyntax(
     "llama", ("<|python_tag|>",), _read_llama, has_bare_calls=True, has_special_marks=True
 )
+#: Of models that were taught none, where a grammar makes them write it.
+BARE = CallSyntax("bare", (), _read_llama, has_bare_calls=True)
 MISTRAL = CallSyntax(
     "mistral", ("[TOOL_CALLS]",), _read_mistral, has_special_marks=True, id_chars=9
 )

@@ -29,11 +29,13 @@ from scheduler.client import (
     EngineUnavailableError,
     GenerateRequest,
     ModelInfo,
+    Vocabulary,
 )
 from scheduler.inline import InlineClient
 from server import logs
 from server.app import create_app
 from server.lifecycle import Lifecycle
+from server.structured.desk import GrammarDesk
 from server.text.load import ModelText, load_text
 
 VOCAB_SIZE = 300
@@ -59,6 +61,9 @@ class ScriptedClient:
 
     async def start(self) -> None:
         """Nothing to bring up."""
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
@@ -124,7 +129,7 @@ class LiveServer:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        self.lifecycle = Lifecycle()
+        self.lifecycle, self.grammars = Lifecycle(), GrammarDesk()
         await self.client.start()
         app = create_app(
             self.config,
@@ -133,6 +138,7 @@ class LiveServer:
             version="0.0.test",
             lifecycle=self.lifecycle,
             chance=random.Random(7),
+            grammars=self.grammars,
         )
         self._server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, access_log=False, ws="none", lifespan="off")
@@ -142,6 +148,7 @@ class LiveServer:
             await asyncio.sleep(0)
         self._ready.set_result(None)
         await serving
+        await self.grammars.close()
         await self.client.close()
 
     def call(self, work: Coroutine[Any, Any, ValueT]) -> ValueT:
