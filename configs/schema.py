@@ -82,7 +82,12 @@ class SchedulerSection(Section):
         description="prompts beside decodes may lengthen a step to this many times its own",
     )
     max_queue: int = Field(
-        default=1024, ge=0, description="requests waiting at most, then 429; 0 refuses all"
+        default=1024,
+        ge=0,
+        description="requests waiting at most, then 429; 0: only what can start at once",
+    )
+    max_queue_tokens: int = Field(
+        default=4_194_304, ge=1, description="tokens of waiting requests at most, then 429"
     )
     debug: bool = Field(default=False, description="check every invariant after every step")
 

@@ -132,6 +132,7 @@ class Engine:
         return EngineStats(
             num_running=steps.num_running,
             num_waiting=steps.num_waiting,
+            num_waiting_tokens=steps.num_waiting_tokens,
             pages_total=pages.pages_total,
             pages_free=pages.pages_free,
             pages_private=pages.pages_private,

@@ -131,6 +131,9 @@ class ProcessClient:
         self._restart: asyncio.Task[None] | None = None
         self._num_fruitless = 0
         self._num_restarts = 0
+        #: When the newest engine was started, and how long the last one took to be ready.
+        self._start_began_s = 0.0
+        self._start_took_s: float | None = None
         self._is_closing = False
         self.on_lost: Callable[[], None] = lambda: None
 
@@ -158,6 +161,7 @@ class ProcessClient:
 
     async def start(self) -> None:
         """See `EngineClient`."""
+        self._start_began_s = time.monotonic()
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
@@ -180,6 +184,7 @@ class ProcessClient:
             message = first.message if isinstance(first, Failed) else f"unexpected {first!r}"
             raise EngineUnavailableError(message)
         self._info = first.info
+        self._start_took_s = time.monotonic() - self._start_began_s
         self._pipe = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
         # uvloop turns what it watches non-blocking, and a message larger than the socket's buffer
@@ -189,8 +194,15 @@ class ProcessClient:
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `EngineClient`."""
         if not self.is_alive:
-            raise EngineUnavailableError("the engine is being restarted; try again in a moment")
+            message = "the engine is being restarted; try again in a moment"
+            raise EngineUnavailableError(message, self._start_left_s())
         return self._streams.generate(request, self._send)
+
+    def _start_left_s(self) -> float | None:
+        """Guess when an engine in the making will be ready: as long after its start as the last."""
+        if self._start_took_s is None:
+            return None
+        return max(0.0, self._start_took_s - (time.monotonic() - self._start_began_s))
 
     def _send(self, message: ToEngine) -> None:
         if self._pipe is None:

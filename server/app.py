@@ -21,6 +21,7 @@ from server.gate import DrainGate
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.openapi import DocumentedApp
+from server.pace import QueuePace
 from server.probes import probe_routes
 from server.routes import generation_routes, model_routes
 from server.service import Service, served_name
@@ -54,7 +55,8 @@ def create_app(
     chance = chance or random.SystemRandom()
     lifecycle = lifecycle or Lifecycle()
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
-    service = Service(config, client, text, lifecycle, metrics, clock, chance)
+    pace = QueuePace(client, clock.monotonic_s)
+    service = Service(config, client, text, lifecycle, metrics, clock, chance, pace)
     app = DocumentedApp(version, _DOCUMENTED)
     for router in (
         generation_routes(service),

@@ -91,7 +91,7 @@ async def generate(
         _require_reason(record)
     except RequestRefusedError as error:
         record.finish_reason = ""
-        raise from_engine(error) from error
+        raise from_engine(error, service.pace.retry_after_s()) from error
     except EngineError as error:
         record.finish_reason = "error"
         raise from_engine(error) from error
