@@ -112,6 +112,12 @@ class ServerSection(Section):
     protect_metrics: bool = Field(
         default=False, description="ask for a key on /health, /ready and /metrics too"
     )
+    request_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=86400,
+        description="end a request with 408 after so long; default: never",
+    )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="after SIGTERM, finish what runs within this time"
     )

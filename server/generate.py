@@ -51,6 +51,8 @@ class Job:
     echoes: tuple[str, ...] = ()
     #: None: the output is plain text.
     spoken: Spoken | None = None
+    #: From the request's arrival; None: as long as it takes.
+    timeout_s: float | None = None
 
     def read_as(self, spoken: Spoken | None) -> Job:
         """Return this job with its output read for reasoning and calls."""

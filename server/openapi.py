@@ -17,7 +17,7 @@ _MEANINGS = {
     400: "the request is wrong; `param` names the field",
     401: "no accepted API key",
     404: "no such model or route",
-    408: "the body stopped coming",
+    408: "the body stopped coming, or the time for the request is over",
     413: "the body is too large",
     429: "the queue is full; see Retry-After",
     500: "a bug of ours, in this request alone",

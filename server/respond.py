@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from typing import Any, Protocol, TypeAlias
 
 import orjson
@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from server import sse
 from server.choices import best, generate_choices
 from server.context import RequestContext, RequestRecord
+from server.deadline import Deadline
 from server.errors import ApiError, ClientGoneError
 from server.generate import Job, octavo, usage
 from server.output import Piece
@@ -80,15 +81,20 @@ class GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer. Raises `ApiError` for the boundary, `ClientGoneError` when nobody listens."""
         context = RequestContext.of(scope)
-        async with context.interruption.on_disconnect(receive):
-            job = await self._prepare()
-            record = context.record
-            dialects = [self._understood(job, record, i) for i in range(job.num_answers)]
-            async with aclosing(generate_choices(self._service, job, record)) as batches:
-                if job.is_stream:
-                    await self._stream(batches, job, dialects, record, send)
-                else:
-                    await self._whole(batches, job, dialects, record, send)
+        with closing(Deadline(context, self._service.clock)) as deadline:
+            async with context.interruption.on_disconnect(receive):
+                deadline.of_server(self._service.config.server.request_timeout_s)
+                job = await self._prepare()
+                deadline.of_request(job.timeout_s)
+                await self._answer(job, context.record, send)
+
+    async def _answer(self, job: Job, record: RequestRecord, send: Send) -> None:
+        dialects = [self._understood(job, record, i) for i in range(job.num_answers)]
+        async with aclosing(generate_choices(self._service, job, record)) as batches:
+            if job.is_stream:
+                await self._stream(batches, job, dialects, record, send)
+            else:
+                await self._whole(batches, job, dialects, record, send)
 
     async def _stream(
         self,
