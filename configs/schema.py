@@ -108,7 +108,13 @@ class ServerSection(Section):
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0: all")
     port: int = Field(default=8000, ge=0, le=65535, description="0: any free port")
     api_key: tuple[str, ...] = Field(default=(), description="accepted keys; none: open to all")
-    api_key_file: Path | None = Field(default=None, description="a file with one key a line")
+    api_key_file: Path | None = Field(
+        default=None,
+        description="one key a line, or .toml: names and limits too; SIGHUP reloads",
+    )
+    max_requests_per_key: int | None = Field(
+        default=None, ge=1, description="requests running at once with one key, then 429"
+    )
     protect_metrics: bool = Field(
         default=False, description="ask for a key on /health, /ready and /metrics too"
     )
@@ -130,6 +136,13 @@ class ServerSection(Section):
     metrics_alias: Literal["none", "vllm"] = Field(
         default="none", description="vllm: repeat the metrics under vLLM's names"
     )
+
+    @model_validator(mode="after")
+    def _limits_have_keys(self) -> Self:
+        has_keys = self.api_key or self.api_key_file is not None
+        if self.max_requests_per_key is not None and not has_keys:
+            raise ValueError("max_requests_per_key needs keys: set api_key_file or api_key too")
+        return self
 
 
 class OctavoConfig(Section):

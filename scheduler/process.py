@@ -56,6 +56,7 @@ def engine_main(pipe: Connection, make_runner: MakeRunner, config: SchedulerSect
     # A terminal's Ctrl-C reaches the whole group; when to stop is for the API to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
     is_built = threading.Event()
     # Before the model is built: that may take minutes, and nobody may be left to want it.

@@ -20,13 +20,14 @@ import uvicorn
 import uvloop
 
 from configs.load import ConfigError, describe, load_config
-from configs.schema import OctavoConfig
+from configs.schema import OctavoConfig, ServerSection
 from configs.sizes import format_size
 from model import build
 from scheduler.client import EngineUnavailableError, ModelInfo
 from scheduler.process import ProcessClient
 from server import cli
 from server.app import create_app
+from server.keys import Keyring, load_keys, reload_keys
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, configure, fields
 from server.text.load import load_text
@@ -39,6 +40,10 @@ _BACKLOG = 2048
 
 class StartError(Exception):
     """The daemon cannot start; the message is one line for the operator."""
+
+
+class UsageError(Exception):
+    """What a setting points to is wrong; the message is one line that names the setting."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,16 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure(config.server.log_format)
     try:
         uvloop.run(_serve(config))
-    except (StartError, EngineUnavailableError) as error:
+    except (StartError, UsageError, EngineUnavailableError) as error:
         print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - also where logs are JSON
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 0
     return 0
 
 
 async def _serve(config: OctavoConfig) -> None:
-    # The port first: if it is taken, that is known before seconds go into loading a model.
+    keyring = _keyring(config.server)
+    # The port before the model: if it is taken, that is known before seconds go into loading.
     listener = _listen(config.server.host, config.server.port)
     _on_signals(os._exit, 0)  # Until there is an engine, nothing has to be put in order.
     _log.info("starting", extra=fields(version=version("octavo"), **describe(config)))
@@ -75,10 +81,9 @@ async def _serve(config: OctavoConfig) -> None:
         raise StartError(str(error)) from error
     client = ProcessClient(partial(build.make_runner, source, config), config.scheduler)
     lifecycle = Lifecycle()
-    try:
-        app = create_app(config, client, text, version=version("octavo"), lifecycle=lifecycle)
-    except ValueError as error:
-        raise StartError(str(error)) from error
+    app = create_app(
+        config, client, text, version=version("octavo"), lifecycle=lifecycle, keyring=keyring
+    )
     server = _Server(
         uvicorn.Config(
             app,
@@ -96,6 +101,18 @@ async def _serve(config: OctavoConfig) -> None:
         await _run(config, client, lifecycle, server, listener)
     finally:
         await client.close()
+
+
+def _keyring(section: ServerSection) -> Keyring:
+    """Load the keys, again with each SIGHUP. Without a file of them, SIGHUP ends as ever."""
+    try:
+        keyring = Keyring(load_keys(section))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if section.api_key_file is not None:
+        hear = asyncio.get_running_loop().add_signal_handler
+        hear(signal.SIGHUP, reload_keys, keyring, section)
+    return keyring
 
 
 async def _run(

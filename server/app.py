@@ -12,12 +12,13 @@ from starlette.responses import Response
 from configs.schema import OctavoConfig
 from scheduler.client import EngineClient
 from server import schemas
-from server.auth import PROBE_PATHS, AuthMiddleware, Keyring, load_keys
+from server.auth import PROBE_PATHS, AuthMiddleware
 from server.boundary import BoundaryMiddleware
 from server.context import Clock
 from server.documents import ChatChunk
 from server.errors import from_status, shortened
 from server.gate import DrainGate
+from server.keys import Keyring, load_keys
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.openapi import DocumentedApp
@@ -43,13 +44,14 @@ def create_app(
     *,
     version: str,
     lifecycle: Lifecycle | None = None,
+    keyring: Keyring | None = None,
     clock: Clock | None = None,
     chance: random.Random | None = None,
 ) -> FastAPI:
     """Return the application. `client` may still be starting: until it is up, /ready says 503.
 
-    The caller starts and closes `client`, and drains `lifecycle`. Raises `ValueError` for an API
-    key (or a file of them) that cannot be meant.
+    The caller starts and closes `client`, drains `lifecycle` and may change `keyring`; where it is
+    not given, the configuration's keys are loaded, which raises `ValueError` if they are wrong.
     """
     clock = clock or Clock()
     chance = chance or random.SystemRandom()
@@ -69,7 +71,7 @@ def create_app(
     app.add_middleware(DrainGate, lifecycle=lifecycle)
     app.add_middleware(
         AuthMiddleware,
-        keyring=Keyring(load_keys(config.server)),
+        keyring=Keyring(load_keys(config.server)) if keyring is None else keyring,
         open_paths=frozenset() if config.server.protect_metrics else PROBE_PATHS,
     )
     app.add_middleware(

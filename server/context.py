@@ -47,6 +47,8 @@ class RequestRecord:
     first_token_at_s: float | None = None
     last_token_at_s: float | None = None
     finish_reason: str = ""
+    #: Of the API key, if it has a name.
+    key_name: str = ""
     #: `error.code` of the answer, where it is an error.
     error_code: str = ""
 

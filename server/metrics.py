@@ -29,7 +29,7 @@ FINISHED_REASONS = ("stop", "length", "abort", "error")
 #: 499 is a client that closed its connection before its answer.
 STATUSES = (200, 400, 401, 404, 405, 408, 413, 429, 499, 500, 503)
 #: `error.code` of what is refused, or ended, because it cannot be served now.
-REJECTED_REASONS = ("queue_full", "unavailable")
+REJECTED_REASONS = ("queue_full", "key_limit", "unavailable")
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _LONG_SECONDS = (*_SECONDS[1:], 20.0, 60.0, 120.0, 300.0)
