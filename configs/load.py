@@ -210,7 +210,8 @@ def _validate_section(
             if name in fields:
                 gathered.refuse(fields[name], gathered.values[name])
             else:
-                gathered.problems.append(f"{section_name}: {fault['msg']}")
+                told = fault["msg"].removeprefix("Value error, ")
+                gathered.problems.append(f"{section_name}: {told}")
         return None
 
 

@@ -9,6 +9,7 @@ it (the number of pages, the dtype in use): derived values have types of their o
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -17,6 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from configs.sizes import parse_size_bytes
 
 SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes)]
+#: As in a browser's Origin header; one with a path, such as a lone slash, would never match.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 Quantization = Literal["auto", "none", "fp16", "bf16", "int8"]
 
 
@@ -115,6 +118,9 @@ class ServerSection(Section):
     max_requests_per_key: int | None = Field(
         default=None, ge=1, description="requests running at once with one key, then 429"
     )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="origins whose pages may ask from a browser; *: all; none: no CORS"
+    )
     protect_metrics: bool = Field(
         default=False, description="ask for a key on /health, /ready and /metrics too"
     )
@@ -136,6 +142,17 @@ class ServerSection(Section):
     metrics_alias: Literal["none", "vllm"] = Field(
         default="none", description="vllm: repeat the metrics under vLLM's names"
     )
+
+    @model_validator(mode="after")
+    def _origins_are_origins(self) -> Self:
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                message = (
+                    f"cors_origins: {origin!r} is no origin a browser sends; write scheme, host and"
+                    " port, in lower case and without a path (https://chat.example.org), or *"
+                )
+                raise ValueError(message)
+        return self
 
     @model_validator(mode="after")
     def _limits_have_keys(self) -> Self:

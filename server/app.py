@@ -15,6 +15,7 @@ from server import schemas
 from server.auth import PROBE_PATHS, AuthMiddleware
 from server.boundary import BoundaryMiddleware
 from server.context import Clock
+from server.cors import Cors
 from server.documents import ChatChunk
 from server.errors import from_status, shortened
 from server.gate import DrainGate
@@ -77,6 +78,8 @@ def create_app(
     app.add_middleware(
         BoundaryMiddleware, lifecycle=lifecycle, metrics=metrics, clock=clock, chance=chance
     )
+    if config.server.cors_origins:
+        app.add_middleware(Cors, origins=config.server.cors_origins)
     return app
 
 
