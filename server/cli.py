@@ -107,7 +107,7 @@ def _add_field(group: argparse._ArgumentGroup, known: ConfigField) -> None:
 
 
 def _metavar(known: ConfigField) -> str:
-    """Say what goes behind the flag; a list's item is its name's last word: cors_origins, ORIGIN."""
+    """Say what goes behind the flag; in a list, its name's last word: cors_origins, ORIGIN."""
     if known.kind == "list":
         return known.name.rpartition("_")[2].removesuffix("s").upper()
     return _METAVARS[known.kind]
