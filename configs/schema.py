@@ -118,6 +118,16 @@ class ServerSection(Section):
     max_requests_per_key: int | None = Field(
         default=None, ge=1, description="requests running at once with one key, then 429"
     )
+    ssl_certfile: Path | None = Field(
+        default=None, description="serve https with the certificate (chain) in this PEM file"
+    )
+    ssl_keyfile: Path | None = Field(
+        default=None, description="its private key; default: in the same file"
+    )
+    ssl_keyfile_password: str | None = Field(
+        default=None,
+        description="of an encrypted private key; better in the environment",
+    )
     cors_origins: tuple[str, ...] = Field(
         default=(), description="origins whose pages may ask from a browser; *: all; none: no CORS"
     )
@@ -152,6 +162,12 @@ class ServerSection(Section):
                     " port, in lower case and without a path (https://chat.example.org), or *"
                 )
                 raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _a_private_key_has_a_certificate(self) -> Self:
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password):
+            raise ValueError("ssl_keyfile and ssl_keyfile_password need ssl_certfile")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from importlib.metadata import version
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from configs.load import ConfigError, describe, load_config
 from configs.schema import OctavoConfig, ServerSection
@@ -32,6 +33,7 @@ from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, configure, fields
 from server.text.load import load_text
 from server.text.pieces import TextError
+from server.tls import Certificate
 
 _log = logging.getLogger(LOGGER_NAME)
 
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(config: OctavoConfig) -> None:
-    keyring = _keyring(config.server)
+    keyring, certificate = _guards(config.server)
     # The port before the model: if it is taken, that is known before seconds go into loading.
     listener = _listen(config.server.host, config.server.port)
     _on_signals(os._exit, 0)  # Until there is an engine, nothing has to be put in order.
@@ -84,35 +86,33 @@ async def _serve(config: OctavoConfig) -> None:
     app = create_app(
         config, client, text, version=version("octavo"), lifecycle=lifecycle, keyring=keyring
     )
-    server = _Server(
-        uvicorn.Config(
-            app,
-            loop="none",
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=5,
-        )
-    )
+    server = _server(app, certificate)
     try:
         await _run(config, client, lifecycle, server, listener)
     finally:
         await client.close()
 
 
-def _keyring(section: ServerSection) -> Keyring:
-    """Load the keys, again with each SIGHUP. Without a file of them, SIGHUP ends as ever."""
+def _guards(section: ServerSection) -> tuple[Keyring, Certificate | None]:
+    """Load keys and certificate; their files are read again with each SIGHUP.
+
+    Without such a file SIGHUP ends the program as ever, such as when its terminal is closed.
+    """
     try:
         keyring = Keyring(load_keys(section))
+        certificate = Certificate(section) if section.ssl_certfile else None
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if section.api_key_file is not None:
-        hear = asyncio.get_running_loop().add_signal_handler
-        hear(signal.SIGHUP, reload_keys, keyring, section)
-    return keyring
+
+    def reload() -> None:
+        if section.api_key_file:
+            reload_keys(keyring, section)
+        if certificate:
+            certificate.reload()
+
+    if section.api_key_file or certificate:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+    return keyring, certificate
 
 
 async def _run(
@@ -139,7 +139,7 @@ async def _run(
         return
     await starting
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    _announce(client.info, _url(listener))
+    _announce(client.info, _url(listener, is_encrypted=server.config.ssl is not None))
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not lost.is_set():
         _log.info("draining", extra=fields(timeout_s=config.server.drain_timeout_s))
@@ -149,6 +149,23 @@ async def _run(
     if lost.is_set():
         raise StartError("the engine died again and again; the log above says why")
     _log.info("stopped")
+
+
+def _server(app: FastAPI, certificate: Certificate | None) -> _Server:
+    config = uvicorn.Config(
+        app,
+        loop="none",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    config.load()
+    config.ssl = certificate.context if certificate else None
+    return _Server(config)
 
 
 class _Server(uvicorn.Server):
@@ -190,9 +207,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, *, is_encrypted: bool) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if is_encrypted else 'http'}://{shown}:{port}"
 
 
 def _announce(info: ModelInfo, url: str) -> None:
