@@ -140,6 +140,9 @@ class ServerSection(Section):
         le=86400,
         description="end a request with 408 after so long; default: never",
     )
+    sse_keep_alive_s: float = Field(
+        default=10.0, ge=0, le=3600, description="comment in a stream silent for so long; 0: none"
+    )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="after SIGTERM, finish what runs within this time"
     )

@@ -16,11 +16,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server import sse
 from server.choices import best, generate_choices
 from server.context import RequestContext, RequestRecord
 from server.deadline import Deadline
 from server.errors import ApiError, ClientGoneError
+from server.event_stream import EventStream
 from server.generate import Job, octavo, usage
 from server.output import Piece
 from server.service import Service
@@ -106,27 +106,26 @@ class GenerationResponse(Response):
     ) -> None:
         """One write a step. Awaiting it is the backpressure: unread deltas become one."""
         num_left, has_begun = len(dialects), False
-        async for batch in batches:
-            events = b""
-            if not has_begun:
-                has_begun = True
-                events = b"".join(dialect.opening() for dialect in dialects)
-                start = {"type": "http.response.start", "status": 200, "headers": [*sse.HEADERS]}
-                await send(start)
-            for index, piece in batch:
-                dialect = dialects[index]
-                if piece.text or piece.tokens or (job.has_token_ids and piece.token_ids):
-                    events += dialect.piece(piece)
-                if piece.finish_reason is not None:
-                    num_left -= 1
-                    has_usage = job.has_usage_chunk
-                    told = {} if num_left else self._told(job, record, has_usage=has_usage)
-                    events += dialect.closing(piece.finish_reason, told)
-            if not num_left:
-                events += dialects[0].ending()
-            if events:
-                body = {"type": "http.response.body", "body": events, "more_body": num_left > 0}
-                await send(body)
+        keep_alive_s = self._service.config.server.sse_keep_alive_s
+        async with EventStream(send, keep_alive_s) as stream:
+            async for batch in batches:
+                events = b""
+                if not has_begun:
+                    has_begun = True
+                    events = b"".join(dialect.opening() for dialect in dialects)
+                for index, piece in batch:
+                    dialect = dialects[index]
+                    if piece.text or piece.tokens or (job.has_token_ids and piece.token_ids):
+                        events += dialect.piece(piece)
+                    if piece.finish_reason is not None:
+                        num_left -= 1
+                        has_usage = job.has_usage_chunk
+                        told = {} if num_left else self._told(job, record, has_usage=has_usage)
+                        events += dialect.closing(piece.finish_reason, told)
+                if not num_left:
+                    events += dialects[0].ending()
+                if events:
+                    await stream.write(events, is_last=not num_left)
 
     async def _whole(
         self,
