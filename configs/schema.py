@@ -143,6 +143,12 @@ class ServerSection(Section):
     sse_keep_alive_s: float = Field(
         default=10.0, ge=0, le=3600, description="comment in a stream silent for so long; 0: none"
     )
+    send_timeout_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=3600,
+        description="drop clients that read nothing so long; 0: never",
+    )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="after SIGTERM, finish what runs within this time"
     )

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _serve(config: OctavoConfig) -> None:
     keyring, certificate = _guards(config.server)
     # The port before the model: if it is taken, that is known before seconds go into loading.
-    listener = _listen(config.server.host, config.server.port)
+    listener = _listen(config.server)
     _on_signals(os._exit, 0)  # Until there is an engine, nothing has to be put in order.
     _log.info("starting", extra=fields(version=version("octavo"), **describe(config)))
     try:
@@ -192,12 +192,17 @@ def _stop(stop: asyncio.Event, server: uvicorn.Server) -> None:
     stop.set()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(section: ServerSection) -> socket.socket:
+    host, port = section.host, section.port
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         # Named, so that asyncio knows it is TCP and turns Nagle off.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. The kernel sees who does not read, or is not there any more, and
+        # whatever was answered; to us it is a client that left.
+        timeout_ms = round(section.send_timeout_s * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
         listener.setblocking(False)  # noqa: FBT003 - the standard library's signature

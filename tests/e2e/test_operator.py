@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -125,3 +126,96 @@ def test_a_setting_that_cannot_be_meant_is_one_line_and_exit_code_2(
     )
     assert done.returncode == 2
     assert re.fullmatch(rf".*{re.escape(told)}.*\n", done.stderr)
+
+
+class Unread:
+    """A streamed request whose client does not read."""
+
+    def __init__(self, url: str, max_tokens: int) -> None:
+        data = json.dumps(
+            {"prompt": "x", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        ).encode()
+        host, port = url.removeprefix("http://").split(":")
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
+        self.connection = socket.socket()
+        self.connection.settimeout(PATIENCE_S)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.connection.connect((host, int(port)))
+        self.connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+
+    def rest(self) -> bytes:
+        return b"".join(iter(lambda: self.connection.recv(1 << 20), b""))
+
+
+def _read_beside(url: str) -> int:
+    """Read a stream of 400 tokens to its end, and return how many it says there were."""
+    body = {
+        "prompt": "y",
+        "max_tokens": 400,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+        told = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert told[-1] == "[DONE]"
+    num_tokens: int = json.loads(told[-2])["usage"]["completion_tokens"]
+    return num_tokens
+
+
+def _api_bytes(daemon: Any) -> int:
+    """Resident memory of the API process."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found.group(1)) * 1024
+
+
+#: In every event, so that few tokens are many bytes.
+_LONG_NAME = "x" * 8192
+
+
+def test_readers_that_stopped_cost_no_memory_and_slow_nobody(
+    start_tiny: Callable[..., Any],
+) -> None:
+    max_tokens, num_unread = 1500, 8
+    with start_tiny("--served-model-name", _LONG_NAME) as daemon:
+        assert _read_beside(daemon.url) == 400
+        before = _api_bytes(daemon)
+        unread = [Unread(daemon.url, max_tokens) for _ in range(num_unread)]
+        assert _read_beside(daemon.url) == 400
+        all_tokens = 2 * 400 + num_unread * max_tokens
+        end_s = time.monotonic() + PATIENCE_S
+        while daemon.metric("octavo_iteration_tokens_total_sum") < all_tokens:
+            assert time.monotonic() < end_s, "those that do not read are not computed to the end"
+        grown_bytes = _api_bytes(daemon) - before
+        as_events = num_unread * max_tokens * len(_LONG_NAME)
+        assert grown_bytes < as_events / 5, f"{grown_bytes} of {as_events} bytes are held"
+        rest = unread[0].rest()
+        assert b"data: [DONE]" in rest
+        assert len(rest) < max_tokens * len(_LONG_NAME), "what was not read became one event"
+        for one in unread:
+            one.connection.close()
+        assert daemon.stop() == 0
+
+
+def test_a_reader_that_stays_away_is_dropped_and_its_pages_are_free(
+    start_tiny: Callable[..., Any],
+) -> None:
+    with start_tiny("--served-model-name", _LONG_NAME, "--send-timeout-s", "1") as daemon:
+        unread = Unread(daemon.url, 16_000)
+        assert _read_beside(daemon.url) == 400
+        end_s = time.monotonic() + PATIENCE_S
+        while not any("status=499" in line for line in daemon.log):
+            assert time.monotonic() < end_s, "".join(daemon.log)
+            assert daemon.process.poll() is None
+        line = next(line for line in daemon.log if "status=499" in line)
+        assert "finish_reason=abort" in line
+        text = httpx.get(f"{daemon.url}/metrics", timeout=PATIENCE_S).text
+        while 'kv_cache_pages{model_name="' + _LONG_NAME + '",state="private"} 0.0' not in text:
+            assert time.monotonic() < end_s, "pages are not given back"
+            text = httpx.get(f"{daemon.url}/metrics", timeout=PATIENCE_S).text
+        assert daemon.metric("octavo_num_requests_running") == 0
+        unread.connection.close()
+        assert _read_beside(daemon.url) == 400
+        assert daemon.stop() == 0
