@@ -31,6 +31,7 @@ from server.app import create_app
 from server.keys import Keyring, load_keys, reload_keys
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, configure, fields
+from server.protocol import HttpProtocol
 from server.text.load import load_text
 from server.text.pieces import TextError
 from server.tls import Certificate
@@ -155,7 +156,7 @@ def _server(app: FastAPI, certificate: Certificate | None) -> _Server:
     config = uvicorn.Config(
         app,
         loop="none",
-        http="httptools",
+        http=HttpProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
