@@ -92,6 +92,9 @@ class SchedulerSection(Section):
     max_queue_tokens: int = Field(
         default=4_194_304, ge=1, description="tokens of waiting requests at most, then 429"
     )
+    engine_timeout_s: float = Field(
+        default=300.0, gt=0, le=86400, description="replace an engine that works silently so long"
+    )
     debug: bool = Field(default=False, description="check every invariant after every step")
 
     @model_validator(mode="after")

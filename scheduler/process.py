@@ -36,6 +36,7 @@ from scheduler.messages import (
     ToEngine,
 )
 from scheduler.streams import Streams
+from scheduler.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class ProcessClient:
         self._start_began_s = 0.0
         self._start_took_s: float | None = None
         self._is_closing = False
+        self._watchdog = Watchdog(config.engine_timeout_s, self._owes_a_step, self._kill_hung)
         self.on_lost: Callable[[], None] = lambda: None
 
     @property
@@ -186,6 +188,7 @@ class ProcessClient:
             raise EngineUnavailableError(message)
         self._info = first.info
         self._start_took_s = time.monotonic() - self._start_began_s
+        self._watchdog.start()
         self._pipe = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
         # uvloop turns what it watches non-blocking, and a message larger than the socket's buffer
@@ -217,6 +220,7 @@ class ProcessClient:
         try:
             while self._pipe is not None and self._pipe.poll():
                 message: FromEngine = self._pipe.recv()
+                self._watchdog.heard()
                 if isinstance(message, StepResult):
                     if any(reason is not FinishReason.ERROR for _, reason, _ in message.finished):
                         self._num_fruitless = 0
@@ -225,6 +229,15 @@ class ProcessClient:
                     _log.error("the engine failed: %s", message)
         except (EOFError, OSError):
             self._lose()
+
+    def _owes_a_step(self) -> bool:
+        return self._pipe is not None and bool(self._streams.unfinished())
+
+    def _kill_hung(self) -> None:
+        """Make a hang a death, which is known how to deal with."""
+        assert self._process is not None, "something is owed by nobody"
+        _log.error("the engine said nothing for %g s; killing it", self._config.engine_timeout_s)
+        self._process.kill()
 
     def _lose(self) -> None:
         """Note that the engine is gone, and see to another."""
@@ -287,6 +300,7 @@ class ProcessClient:
     async def close(self) -> None:
         """See `EngineClient`."""
         self._is_closing = True
+        self._watchdog.stop()
         if self._restart is not None:
             self._restart.cancel()
             await asyncio.wait([self._restart])
