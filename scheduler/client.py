@@ -74,7 +74,11 @@ class EngineFaultError(EngineError):
 
 
 class EngineUnavailableError(EngineError):
-    """The engine is gone, or not there yet."""
+    """The engine is gone, or not there yet; `retry_after_s`: when it should be, if known."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineClient(Protocol):

@@ -183,6 +183,7 @@ class Engine:
         return EngineStats(
             num_running=steps.num_running,
             num_waiting=steps.num_waiting + len(self._preparing),
+            num_waiting_tokens=steps.num_waiting_tokens,
             pages_total=pages.pages_total,
             pages_free=pages.pages_free,
             pages_private=pages.pages_private,

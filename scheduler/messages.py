@@ -91,6 +91,7 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_waiting_tokens: int = 0
     pages_total: int = 0
     #: free + private + cached == total; leased are those of `cached` that something running uses.
     pages_free: int = 0

@@ -39,6 +39,7 @@ from scheduler.messages import (
     ToEngine,
 )
 from scheduler.streams import Streams
+from scheduler.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def engine_main(pipe: Connection, make_runner: MakeRunner, config: SchedulerSect
     # A terminal's Ctrl-C reaches the whole group; when to stop is for the API to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     inbox: Inbox = queue.SimpleQueue()
     is_built = threading.Event()
     # Before the model is built: that may take minutes, and nobody may be left to want it.
@@ -137,7 +139,11 @@ class ProcessClient:
         self._restart: asyncio.Task[None] | None = None
         self._num_fruitless = 0
         self._num_restarts = 0
+        #: When the newest engine was started, and how long the last one took to be ready.
+        self._start_began_s = 0.0
+        self._start_took_s: float | None = None
         self._is_closing = False
+        self._watchdog = Watchdog(config.engine_timeout_s, self._owes_a_step, self._kill_hung)
         self.on_lost: Callable[[], None] = lambda: None
 
     @property
@@ -164,6 +170,7 @@ class ProcessClient:
 
     async def start(self) -> None:
         """See `EngineClient`."""
+        self._start_began_s = time.monotonic()
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
@@ -186,6 +193,8 @@ class ProcessClient:
             message = first.message if isinstance(first, Failed) else f"unexpected {first!r}"
             raise EngineUnavailableError(message)
         self._info = first.info
+        self._start_took_s = time.monotonic() - self._start_began_s
+        self._watchdog.start()
         self._pipe = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
         # uvloop turns what it watches non-blocking, and a message larger than the socket's buffer
@@ -202,8 +211,15 @@ class ProcessClient:
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `EngineClient`."""
         if not self.is_alive:
-            raise EngineUnavailableError("the engine is being restarted; try again in a moment")
+            message = "the engine is being restarted; try again in a moment"
+            raise EngineUnavailableError(message, self._start_left_s())
         return self._streams.generate(request, self._send)
+
+    def _start_left_s(self) -> float | None:
+        """Guess when an engine in the making will be ready: as long after its start as the last."""
+        if self._start_took_s is None:
+            return None
+        return max(0.0, self._start_took_s - (time.monotonic() - self._start_began_s))
 
     def _send(self, message: ToEngine) -> None:
         if self._pipe is None:
@@ -217,6 +233,7 @@ class ProcessClient:
         try:
             while self._pipe is not None and self._pipe.poll():
                 message: FromEngine = self._pipe.recv()
+                self._watchdog.heard()
                 if isinstance(message, StepResult):
                     if any(reason is not FinishReason.ERROR for _, reason, _ in message.finished):
                         self._num_fruitless = 0
@@ -225,6 +242,15 @@ class ProcessClient:
                     _log.error("the engine failed: %s", message)
         except (EOFError, OSError):
             self._lose()
+
+    def _owes_a_step(self) -> bool:
+        return self._pipe is not None and bool(self._streams.unfinished())
+
+    def _kill_hung(self) -> None:
+        """Make a hang a death, which is known how to deal with."""
+        assert self._process is not None, "something is owed by nobody"
+        _log.error("the engine said nothing for %g s; killing it", self._config.engine_timeout_s)
+        self._process.kill()
 
     def _lose(self) -> None:
         """Note that the engine is gone, and see to another."""
@@ -287,6 +313,7 @@ class ProcessClient:
     async def close(self) -> None:
         """See `EngineClient`."""
         self._is_closing = True
+        self._watchdog.stop()
         if self._restart is not None:
             self._restart.cancel()
             await asyncio.wait([self._restart])

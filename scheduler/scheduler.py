@@ -28,6 +28,7 @@ from model.interface import (
 from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
 from scheduler.pacing import Pacing
 from scheduler.queue import WaitingQueue
+from scheduler.refusal import Room, why_never, why_not_now
 from scheduler.sequence import Sequence, State
 
 #: Those that wait for a page under computation and are looked at in one step all the same: each
@@ -70,6 +71,7 @@ class SchedulerStats:
 
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int
     prefix_queries_tokens_total: int
     prefix_hits_tokens_total: int
     prompt_tokens_computed_total: int
@@ -129,22 +131,14 @@ class Scheduler:
         return rejected
 
     def _refusal(self, submit: Submit) -> Rejected | None:
-        num_tokens = len(submit.prompt_token_ids) + len(submit.output_token_ids)
-        request_id, invalid = submit.request_id, RejectKind.INVALID
-        if request_id in self._requests:
-            return Rejected(request_id, invalid, f"request id {request_id} is in use", "request_id")
-        if not submit.prompt_token_ids:
-            return Rejected(request_id, invalid, "the prompt has no tokens", "prompt")
-        if num_tokens >= self._max_model_len:
-            message = (
-                f"the prompt has {num_tokens} tokens, which leaves no room for an answer: "
-                f"at most {self._max_model_len} tokens fit, prompt and answer together"
-            )
-            return Rejected(request_id, invalid, message, "prompt")
-        if len(self._waiting) >= self._config.max_queue and not submit.is_resumed:
-            message = f"{len(self._waiting)} requests are waiting already, which is the limit"
-            return Rejected(request_id, RejectKind.BUSY, message)
-        return None
+        if submit.request_id in self._requests:
+            message = f"request id {submit.request_id} is in use"
+            return Rejected(submit.request_id, RejectKind.INVALID, message, "request_id")
+        free_pages = self._cache.available_pages - len(self._running)
+        room = Room(len(self._free_slots), free_pages, self._page_size)
+        return why_never(submit, self._max_model_len) or why_not_now(
+            submit, self._waiting, room, self._config
+        )
 
     def cancel(self, request_id: int) -> None:
         """Forget a request and give its pages back, at once. Unknown ids are fine."""
@@ -340,6 +334,7 @@ class Scheduler:
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
+            num_waiting_tokens=self._waiting.num_tokens,
             prefix_queries_tokens_total=self._prefix_queries_tokens,
             prefix_hits_tokens_total=self._prefix_hits_tokens,
             prompt_tokens_computed_total=self._prompt_tokens_computed,

@@ -167,8 +167,11 @@ class Streams:
                 _end(streams[request_id], reason, message)
 
     def unfinished(self) -> list[Stream]:
-        """Return the streams that still wait for the engine, in the order they were opened."""
-        return [stream for stream in self._open.values() if not stream.is_over]
+        """Return the streams that still wait for the engine, in the order they were opened.
+
+        May be asked from another thread: the copy is made in one go.
+        """
+        return [stream for stream in list(self._open.values()) if not stream.is_over]
 
     def fail_all(self, kind: type[EngineError], message: str) -> None:
         """End every stream that is not over yet, each with an error of its own."""

@@ -118,6 +118,7 @@ PEERS: Mapping[str, tuple[str, str]] = {
     "truncate_prompt_tokens": ("yes", "?"),
     "return_token_ids": ("yes", "?"),
     "include_reasoning": ("yes", "no"),
+    "timeout": ("no", "no"),
     "use_beam_search": ("yes", "no"),
     "length_penalty": ("yes", "no"),
     "early_stopping": ("?", "no"),

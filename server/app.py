@@ -12,17 +12,20 @@ from starlette.requests import Request
 from configs.schema import OctavoConfig
 from scheduler.client import EngineClient
 from server import schemas
-from server.auth import PROBE_PATHS, AuthMiddleware, Keyring, load_keys
+from server.auth import PROBE_PATHS, AuthMiddleware
 from server.boundary import BoundaryMiddleware
 from server.context import Clock
+from server.cors import Cors
 from server.documents import ChatChunk
 from server.errors import from_status, shortened
 from server.gate import DrainGate
+from server.keys import Keyring, load_keys
 from server.lifecycle import Lifecycle
 from server.messages.routes import DOCUMENTED as MESSAGES_DOCUMENTED
 from server.messages.routes import ERROR_FORMS, message_routes
 from server.metrics import Metrics
 from server.openapi import DocumentedApp
+from server.pace import QueuePace
 from server.probes import probe_routes
 from server.responses.documents import ResponseEvent
 from server.responses.routes import response_routes
@@ -45,28 +48,31 @@ _DOCUMENTED = (
 )
 
 
-def create_app(
+def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     config: OctavoConfig,
     client: EngineClient,
     text: ModelText,
     *,
     version: str,
     lifecycle: Lifecycle | None = None,
+    keyring: Keyring | None = None,
     clock: Clock | None = None,
     chance: random.Random | None = None,
     grammars: GrammarDesk | None = None,
 ) -> FastAPI:
     """Return the application. `client` may still be starting: until it is up, /ready says 503.
 
-    The caller starts and closes `client`, closes `grammars`, and drains `lifecycle`. Raises
-    `ValueError` for an API key (or a file of them) that cannot be meant.
+    The caller starts and closes `client`, closes `grammars`, drains `lifecycle` and may change
+    `keyring`; where it is not given, the configuration's keys are loaded, which raises `ValueError`
+    if they are wrong.
     """
     clock = clock or Clock()
     chance = chance or random.SystemRandom()
     lifecycle = lifecycle or Lifecycle()
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
     grammars = grammars or GrammarDesk()
-    service = Service(config, client, text, lifecycle, metrics, clock, chance, grammars)
+    pace = QueuePace(client, clock.monotonic_s)
+    service = Service(config, client, text, lifecycle, metrics, clock, chance, pace, grammars)
     store = ResponseStore(
         max_count=config.server.responses_max_count,
         max_bytes=config.server.responses_max_bytes,
@@ -87,7 +93,7 @@ def create_app(
     app.add_middleware(DrainGate, lifecycle=lifecycle)
     app.add_middleware(
         AuthMiddleware,
-        keyring=Keyring(load_keys(config.server)),
+        keyring=Keyring(load_keys(config.server)) if keyring is None else keyring,
         open_paths=frozenset() if config.server.protect_metrics else PROBE_PATHS,
     )
     app.add_middleware(
@@ -98,6 +104,8 @@ def create_app(
         chance=chance,
         error_forms=ERROR_FORMS,
     )
+    if config.server.cors_origins:
+        app.add_middleware(Cors, origins=config.server.cors_origins)
     return app
 
 

@@ -87,10 +87,16 @@ class BoundaryMiddleware:
                 record.status = record.status or CLIENT_GONE_STATUS
                 raise
             except Exception as error:  # noqa: BLE001 - the last place that can tell the client
-                await reply.fail(_as_api_error(error, record))
+                await self._fail(reply, _as_api_error(error, record), record)
             finally:
                 self._metrics.on_response(record.status)
                 log_request(record, self._clock.monotonic_s(), is_probe=is_probe)
+
+    async def _fail(self, reply: _Reply, error: ApiError, record: RequestRecord) -> None:
+        record.error_code = error.code or ""
+        if error.status in {429, 503} and error.code:
+            self._metrics.on_rejected(error.code)
+        await reply.fail(error)
 
     def _record(self, scope: Scope) -> RequestRecord:
         client = scope.get("client")

@@ -51,6 +51,10 @@ class RequestRecord:
     stop_text: str | None = None
     #: What ends the stream in hand if it fails; None: what the route's errors look like says it.
     stream_end: Callable[[ApiError], bytes] | None = field(default=None, repr=False)
+    #: Of the API key, if it has a name.
+    key_name: str = ""
+    #: `error.code` of the answer, where it is an error.
+    error_code: str = ""
 
     @property
     def ttft_s(self) -> float | None:

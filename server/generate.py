@@ -51,6 +51,8 @@ class Job:
     echoes: tuple[str, ...] = ()
     #: None: the output is plain text.
     spoken: Spoken | None = None
+    #: From the request's arrival; None: as long as it takes.
+    timeout_s: float | None = None
 
     def read_as(self, spoken: Spoken | None) -> Job:
         """Return this job with its output read for reasoning and calls."""
@@ -91,7 +93,7 @@ async def generate(
         _require_reason(record)
     except RequestRefusedError as error:
         record.finish_reason = ""
-        raise from_engine(error) from error
+        raise from_engine(error, service.pace.retry_after_s()) from error
     except EngineError as error:
         record.finish_reason = "error"
         raise from_engine(error) from error

@@ -347,4 +347,5 @@ def _job(
         echoes=prompt_texts,
         num_choices=num_choices,
         num_tries=num_tries or num_choices,
+        timeout_s=request.timeout,
     )

@@ -42,6 +42,8 @@ MAX_TEMPLATE_VARIABLES = 64
 #: Answers to one prompt, and to all prompts of one request: each is a request to the engine.
 MAX_CHOICES = 16
 MAX_CHOICES_IN_ALL = 64
+#: A day; a client that wants to wait longer does not mean it.
+MAX_TIMEOUT_S = 86_400
 #: From here on a body is parsed in a thread: it takes more than a millisecond.
 _LONG_BODY_BYTES = 64 * 1024
 
@@ -155,6 +157,9 @@ class GenerateFields(Request):
     )
     return_token_ids: bool | None = Field(
         default=None, description="tell the prompt's and the answer's tokens too"
+    )
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] | None = Field(
+        default=None, description="seconds from its arrival until the request is ended with a 408"
     )
 
     response_format: ResponseFormat | None = Field(

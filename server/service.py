@@ -11,6 +11,7 @@ from server.context import Clock
 from server.errors import model_not_found
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
+from server.pace import QueuePace
 from server.structured.desk import GrammarDesk
 from server.text.load import ModelText
 
@@ -27,6 +28,7 @@ class Service:
     clock: Clock
     #: For seeds and ids.
     chance: random.Random
+    pace: QueuePace
     grammars: GrammarDesk
 
     @property

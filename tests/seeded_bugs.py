@@ -192,6 +192,7 @@ CACHE_BUGS = [
 ]
 
 SCHEDULER, SEQUENCE = "scheduler/scheduler.py", "scheduler/sequence.py"
+REFUSAL = "scheduler/refusal.py"
 
 SCHEDULER_BUGS = [
     Bug(
@@ -250,9 +251,9 @@ SCHEDULER_BUGS = [
     ),
     Bug(
         "a prompt that can never fit is let into the queue",
-        SCHEDULER,
-        "        if num_tokens >= self._max_model_len:\n",
-        "        if num_tokens > self._max_model_len:\n",
+        REFUSAL,
+        "    if num_tokens >= max_model_len:\n",
+        "    if num_tokens > max_model_len:\n",
     ),
     Bug(
         "a request ends a token late",

@@ -39,7 +39,10 @@ LIGHT_IN_MODEL = {
 
 #: What would make a pure folder depend on the world; these files of it talk to the world.
 IMPURE = {"asyncio", "multiprocessing", "os", "random", "socket", "subprocess", "threading", "time"}
-WORLDLY = {f"scheduler/{name}.py" for name in ("engine", "process", "inline", "client", "streams")}
+WORLDLY = {
+    f"scheduler/{name}.py"
+    for name in ("engine", "process", "inline", "client", "streams", "watchdog")
+}
 
 BAD_NAMES = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
 

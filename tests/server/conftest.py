@@ -35,6 +35,7 @@ from scheduler.inline import InlineClient
 from server import logs
 from server.app import create_app
 from server.lifecycle import Lifecycle
+from server.protocol import HttpProtocol
 from server.structured.desk import GrammarDesk
 from server.text.load import ModelText, load_text
 
@@ -141,7 +142,14 @@ class LiveServer:
             grammars=self.grammars,
         )
         self._server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, access_log=False, ws="none", lifespan="off")
+            uvicorn.Config(
+                app,
+                http=HttpProtocol,
+                log_config=None,
+                access_log=False,
+                ws="none",
+                lifespan="off",
+            )
         )
         serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started and not serving.done():  # noqa: ASYNC110 - uvicorn has no event
