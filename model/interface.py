@@ -35,6 +35,11 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    #: The only tokens there are; None: all. They come before all else: where what is banned
+    #: (`bad_words`, ends before `min_tokens`) leaves none of them, it is not banned.
+    allowed_token_ids: tuple[int, ...] | None = None
+    #: Sequences of tokens that the output must not contain.
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     #: None: none wanted; 0: of the sampled token alone; n: also of the n likeliest.
     logprobs: int | None = None
@@ -64,6 +69,8 @@ class SamplingParams:
                 all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias),
                 "between -100 and 100 for each token",
             ),
+            ("allowed_token_ids", self.allowed_token_ids != (), "null or not empty"),
+            ("bad_words", all(self.bad_words), "of one token or more each"),
         ):
             if not holds:
                 message = f"{name} must be {allowed}, got {getattr(self, name)!r}"

@@ -4,18 +4,20 @@ Remembers what each slot's request asked for and, for those with penalties, whic
 had. Knows nothing of pages, of the model, or of when a sequence ends. The arithmetic is in
 `model/draw.py`.
 
-Order, as in vLLM: log-probabilities are of the raw logits; then logit_bias, min_tokens, penalties,
-temperature, min-p, top-k, top-p. Rows are grouped by what they need, and no group pays for what
-another one needs.
+Order, as in vLLM: log-probabilities are of the raw logits; then what is not allowed, logit_bias,
+what is banned, penalties, temperature, min-p, top-k, top-p. Rows are grouped by what they need, and
+no group pays for what another one needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from model.bans import BannedSequences
 from model.draw import (
     ONE,
     draw_plain,
@@ -77,6 +79,8 @@ class Sampler:
         self._device = device
         self._candidates = (*candidates, vocab_size)
         self._slots: dict[int, SlotRequest] = {}
+        #: Of the slots with bad_words.
+        self._banned: dict[int, BannedSequences] = {}
         self._counts = TokenCounts(vocab_size, device)
         self._planner = Planner(vocab_size, device)
         self._last_plan: Plan | None = None
@@ -86,15 +90,12 @@ class Sampler:
     def start(self, start: SlotStart) -> None:
         """Give a slot a sequence: new, or preempted or resumed with what it had generated.
 
-        Raises `ValueError` naming logit_bias where it names a token that does not exist.
+        Raises `ValueError` naming the parameter that names a token which does not exist.
         """
         params = start.params
         assert 0 <= start.slot < self._max_num_seqs, f"slot {start.slot} of {self._max_num_seqs}"
-        for token, _ in params.logit_bias:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(
-                    f"logit_bias names token {token}; the vocabulary ends at {self._vocab_size - 1}"
-                )
+        self._require_known("logit_bias", (token for token, _ in params.logit_bias))
+        self._require_known("allowed_token_ids", params.allowed_token_ids or ())
         ends = {*self._eos_token_ids, *params.stop_token_ids}
         slot = SlotRequest(
             params=params,
@@ -102,6 +103,7 @@ class Sampler:
             free_from=len(start.prompt_token_ids) + params.min_tokens,
             # A stop token which does not exist is never generated: nothing to ban.
             banned=tuple(sorted(token for token in ends if 0 <= token < self._vocab_size)),
+            disallowed=self._disallowed(params.allowed_token_ids),
         )
         self._slots[start.slot] = slot
         self._last_plan = None
@@ -109,6 +111,24 @@ class Sampler:
             self._counts.take(start.slot, start.prompt_token_ids, start.output_token_ids)
         else:
             self._counts.drop(start.slot)
+        self._banned.pop(start.slot, None)
+        # A sequence with a token which does not exist is never generated either.
+        bad_words = [word for word in params.bad_words if max(word) < self._vocab_size]
+        if bad_words:
+            self._banned[start.slot] = BannedSequences(bad_words, start.output_token_ids)
+
+    def _require_known(self, name: str, token_ids: Iterable[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < self._vocab_size:
+                last = self._vocab_size - 1
+                raise ValueError(f"{name} names token {token}; the vocabulary ends at {last}")
+
+    def _disallowed(self, allowed: Sequence[int] | None) -> Tensor | None:
+        if allowed is None:
+            return None
+        mask = torch.ones(self._vocab_size, dtype=torch.bool, device=self._device)
+        mask[self._planner.index(allowed)] = False
+        return mask
 
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> StepOutput:
         """Choose a token for each row of float32 `[rows, vocab]` logits, which it may overwrite.
@@ -126,6 +146,9 @@ class Sampler:
         raw = logits[plan.wants_logprobs.index] if plan.wants_logprobs.rows else None
         self._edit(plan, logits, positions)
         tokens, token_ids = self._choose(plan, logits, positions)
+        for row in plan.followed:
+            if (banned := self._banned.get(slots[row])) is not None:
+                banned.push(token_ids[row])
         if plan.penalized is not None:
             counts = plan.penalized.counts
             self._counts.add(counts.rows, counts.index, tokens[plan.penalized.group.index])
@@ -143,12 +166,14 @@ class Sampler:
         )
 
     def check(self) -> None:
-        """Assert that exactly the slots which use penalties hold a row of counts."""
+        """Assert that exactly the slots which use penalties or bad words hold what they need."""
         self._counts.check()
         penalized = {slot for slot, held in self._slots.items() if held.is_penalized}
         assert penalized == self._counts.row_of_slot.keys(), (
             f"slots {penalized} use penalties, {set(self._counts.row_of_slot)} hold counts"
         )
+        banning = {slot for slot, held in self._slots.items() if held.params.bad_words}
+        assert self._banned.keys() <= banning, f"slots {set(self._banned)} follow bad words"
 
     def _plan(self, slots: list[int]) -> Plan:
         """Return the plan for these slots: the last one, while neither they nor it changed."""
@@ -159,14 +184,16 @@ class Sampler:
 
     def _edit(self, plan: Plan, logits: Tensor, positions: list[int]) -> None:
         """Apply, in place, what changes which token is the likeliest."""
+        if plan.restricted is not None:
+            place = plan.restricted.group.place
+            logits[place] = logits[place].masked_fill(plan.restricted.disallowed, -torch.inf)
         if plan.bias is not None:
             rows, tokens, biases = plan.bias
             logits.index_put_((rows, tokens), biases, accumulate=True)
         banned = [
             (row, token)
             for row in plan.guarded
-            if positions[row] < (slot := self._slots[plan.slots[row]]).free_from
-            for token in slot.banned
+            for token in self._next_banned(plan.slots[row], positions[row])
         ]
         if banned:
             banned_rows, banned_tokens = zip(*banned, strict=True)
@@ -174,6 +201,14 @@ class Sampler:
             logits[index] = -torch.inf
         if plan.penalized is not None:
             self._penalize(plan.penalized, logits)
+
+    def _next_banned(self, slot: int, position: int) -> Collection[int]:
+        held, follows = self._slots[slot], self._banned.get(slot)
+        banned = set() if follows is None else follows.next_banned()
+        if position < held.free_from:
+            banned.update(held.banned)
+        allowed = held.params.allowed_token_ids
+        return () if allowed is not None and banned.issuperset(allowed) else banned
 
     def _penalize(self, penalized: Penalized, logits: Tensor) -> None:
         """Touch the tokens alone that the sequences have had: a few hundred, not the vocabulary."""

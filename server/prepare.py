@@ -19,6 +19,7 @@ from server.output import OutputOptions
 from server.params import Warned
 from server.prompts import (
     DEFAULT_COMPLETION_TOKENS,
+    bad_word_tokens,
     completion_prompts,
     echoes,
     off_loop,
@@ -82,6 +83,7 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         request,
         max_tokens=room if max_tokens is None else max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        bad_words=await bad_word_tokens(service, request.bad_words),
         names={"max_tokens": name, "logprobs": "top_logprobs"},
     )
     job = _job(
@@ -105,8 +107,14 @@ async def completion_job(service: Service, request: CompletionRequest) -> Job:
         raise invalid(message, "echo", code="unsupported_parameter")
     prompts = await completion_prompts(service, request)
     is_one = len(prompts) == 1
+    bad_words = await bad_word_tokens(service, request.bad_words)
     asked = [
-        (prompt, _completion_sampling(service, request, prompt, "prompt" if is_one else name))
+        (
+            prompt,
+            _completion_sampling(
+                service, request, prompt, "prompt" if is_one else name, bad_words=bad_words
+            ),
+        )
         for prompt, name in ((prompt, f"prompt.{i}") for i, prompt in enumerate(prompts))
     ]
     return _job(
@@ -141,7 +149,12 @@ def _tries(request: CompletionRequest) -> int:
 
 
 def _completion_sampling(
-    service: Service, request: CompletionRequest, token_ids: list[int], name: str
+    service: Service,
+    request: CompletionRequest,
+    token_ids: list[int],
+    name: str,
+    *,
+    bad_words: tuple[tuple[int, ...], ...],
 ) -> SamplingParams:
     """Return the parameters for one prompt, which came in the field `name`. Raises `ApiError`."""
     info = service.client.info
@@ -158,6 +171,7 @@ def _completion_sampling(
         request,
         max_tokens=min(DEFAULT_COMPLETION_TOKENS, room) if max_tokens is None else max_tokens,
         logprobs=0 if is_ranked and request.logprobs is None else request.logprobs,
+        bad_words=bad_words,
         names={},
     )
 
@@ -238,6 +252,7 @@ def _sampling(
     *,
     max_tokens: int,
     logprobs: int | None,
+    bad_words: tuple[tuple[int, ...], ...],
     names: dict[str, str],
 ) -> SamplingParams:
     """Build the parameters; `names`: what the client calls a field otherwise than we do."""
@@ -245,12 +260,16 @@ def _sampling(
     given = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
     stop_token_ids = request.stop_token_ids or []
     require_tokens(stop_token_ids, vocab_size, "stop_token_ids")
+    allowed = request.allowed_token_ids
+    require_tokens(allowed or (), vocab_size, "allowed_token_ids")
     try:
         return SamplingParams(
             max_tokens=max_tokens,
             top_k=_top_k(request.top_k, vocab_size),
             seed=_seed(service, request.seed),
             logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
+            allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
+            bad_words=bad_words,
             logprobs=logprobs,
             stop_token_ids=tuple(stop_token_ids),
             **{name: value for name, value in given.items() if value is not None},

@@ -25,7 +25,9 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 async def prompt_tokens(service: Service, text: str, *, add_special_tokens: bool) -> list[int]:
     """Return `text` in tokens. Raises `ApiError`."""
-    [token_ids] = await _encoded(service, [text], add_special_tokens=add_special_tokens)
+    [token_ids] = await _encoded(
+        service, [text], add_special_tokens=add_special_tokens, param="prompt"
+    )
     return token_ids
 
 
@@ -33,8 +35,21 @@ async def completion_prompts(service: Service, request: CompletionRequest) -> li
     """Return each prompt's tokens. Raises `ApiError`."""
     info = service.client.info
     adds = request.add_special_tokens is not False
-    encoded = await _encoded(service, request.prompt, add_special_tokens=adds)
+    encoded = await _encoded(service, request.prompt, add_special_tokens=adds, param="prompt")
     return [truncated(info, request, token_ids, request.max_tokens) for token_ids in encoded]
+
+
+async def bad_word_tokens(
+    service: Service, words: Sequence[str] | None
+) -> tuple[tuple[int, ...], ...]:
+    """Return each word's tokens as they are at a text's start and behind a space.
+
+    Raises `ApiError`.
+    """
+    stems = [word.lstrip(" ") for word in words or ()]
+    texts = [text for stem in stems for text in (stem, " " + stem) if text]
+    encoded = await _encoded(service, texts, add_special_tokens=False, param="bad_words")
+    return tuple(dict.fromkeys(tuple(token_ids) for token_ids in encoded if token_ids))
 
 
 async def echoes(
@@ -94,9 +109,12 @@ async def off_loop(convert: Callable[[], ConvertedT], length: int) -> ConvertedT
 
 
 async def _encoded(
-    service: Service, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+    service: Service, prompts: Sequence[str | list[int]], *, add_special_tokens: bool, param: str
 ) -> list[list[int]]:
-    """Return the prompts in tokens, all in one go; raise `ApiError` if one is no text."""
+    """Return the prompts in tokens, all in one go; raise `ApiError` if one is no text.
+
+    `param`: the field they came in.
+    """
     encode = service.text.tokenizer.encode
 
     def encode_all() -> list[list[int]]:
@@ -111,4 +129,4 @@ async def _encoded(
         num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         return await off_loop(encode_all, num_chars)
     except TextError as error:
-        raise invalid(str(error), "prompt") from error
+        raise invalid(str(error), param) from error

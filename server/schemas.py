@@ -31,6 +31,10 @@ MAX_MESSAGES = 16_384
 MAX_PARTS = 4096
 MAX_LISTED_TOKENS = 4096
 MAX_TEMPLATE_VARIABLES = 64
+#: Each is a row of the vocabulary's length in the engine, made anew for each answer.
+MAX_ALLOWED_TOKENS = 16_384
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 128
 #: Answers to one prompt, and to all prompts of one request: each is a request to the engine.
 MAX_CHOICES = 16
 MAX_CHOICES_IN_ALL = 64
@@ -94,6 +98,13 @@ Stops = Annotated[
 Biases = Annotated[dict[str, float] | None, BeforeValidator(_as_biases)]
 TemplateVariables = Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)]
 StopTokens = Annotated[list[int], Field(max_length=MAX_LISTED_TOKENS, fail_fast=True)]
+AllowedTokens = Annotated[
+    list[int], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS, fail_fast=True)
+]
+BadWords = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]],
+    Field(max_length=MAX_BAD_WORDS, fail_fast=True),
+]
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 Prompts = Annotated[
     Any,
@@ -127,6 +138,14 @@ class GenerateFields(Request):
     frequency_penalty: float | None = Field(default=None, description="-2 to 2; default 0")
     repetition_penalty: float | None = None
     logit_bias: Biases = Field(default=None, description="token id (in a string) to -100 ... 100")
+    allowed_token_ids: AllowedTokens | None = Field(
+        default=None, description="no other tokens are sampled, ends neither"
+    )
+    bad_words: BadWords | None = Field(
+        default=None,
+        description="texts whose tokens, with a space before them or without, are not completed;"
+        " the same text in other tokens is",
+    )
     stop: Stops = None
     stop_token_ids: StopTokens | None = None
     include_stop_str_in_output: bool | None = None
