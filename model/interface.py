@@ -25,6 +25,7 @@ class SamplingParams:
     whatever else is in the batch. Raises `ValueError` whose message begins with the field's name.
     """
 
+    #: 0: nothing is sampled, the prompt alone is computed.
     max_tokens: int
     temperature: float = 1.0
     #: 0 means no limit.
@@ -43,13 +44,15 @@ class SamplingParams:
     seed: int = 0
     #: None: none wanted; 0: of the sampled token alone; n: also of the n likeliest.
     logprobs: int | None = None
+    #: The same of the prompt's tokens, each after those before it; of the first there is nothing.
+    prompt_logprobs: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens >= 0, "at least 0"),
             ("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2"),
             ("top_k", self.top_k >= 0, "0 (no limit) or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
@@ -61,6 +64,11 @@ class SamplingParams:
             (
                 "logprobs",
                 self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+                f"between 0 and {MAX_TOP_LOGPROBS}",
+            ),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_TOP_LOGPROBS,
                 f"between 0 and {MAX_TOP_LOGPROBS}",
             ),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
@@ -116,6 +124,17 @@ class SlotStart:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredSpan:
+    """Tokens of a row, of which it is wanted how probable the token after each is."""
+
+    row: int
+    #: The first of them, counted from the row's own first.
+    offset: int
+    #: The tokens after each, which stand in the prompt.
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """One step, row by row: row i computes `counts[i]` tokens from position `starts[i]` on.
 
@@ -138,15 +157,19 @@ class StepInput:
     sample_rows: list[int]
     copies: list[PageCopy] = field(default_factory=list)
     started: list[SlotStart] = field(default_factory=list)
+    scored: list[ScoredSpan] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a step sampled: parallel to `StepInput.sample_rows`."""
 
+    #: A row whose request has `max_tokens` 0 has some token here too.
     token_ids: list[int]
     #: None where the row's request asked for none; the whole list is empty where nobody did.
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    #: Parallel to `StepInput.scored`, an entry a token.
+    prompt_logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

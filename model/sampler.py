@@ -24,6 +24,7 @@ from model.draw import (
     draw_ranked,
     leaders,
     penalize,
+    ranks,
     stream_of,
     uniform,
     weights,
@@ -156,6 +157,14 @@ class Sampler:
             return StepOutput(token_ids)
         return StepOutput(token_ids, self._logprobs(plan, raw, token_ids))
 
+    def score(self, logits: Tensor, slot: int, token_ids: list[int]) -> list[TokenLogprobs]:
+        """Tell of tokens of a slot's prompt how probable each was.
+
+        `logits`: float32 `[len(token_ids), vocab]`, of the tokens before them.
+        """
+        count = self._slots[slot].params.prompt_logprobs or 0
+        return self._described(logits, token_ids, [count] * len(token_ids))
+
     def stats(self) -> SamplerStats:
         """Count what is held and what was done."""
         return SamplerStats(
@@ -268,22 +277,30 @@ class Sampler:
         """Describe the tokens by the raw logits `[rows that want it, vocab]`."""
         rows = plan.wants_logprobs.rows
         wanted = [self._slots[plan.slots[row]].params.logprobs or 0 for row in rows]
-        chosen = self._planner.index(token_ids[row] for row in rows).unsqueeze(-1)
+        found: list[TokenLogprobs | None] = [None] * len(token_ids)
+        told = self._described(raw, [token_ids[row] for row in rows], wanted)
+        for row, entry in zip(rows, told, strict=True):
+            found[row] = entry
+        return found
+
+    def _described(
+        self, raw: Tensor, token_ids: list[int], wanted: list[int]
+    ) -> list[TokenLogprobs]:
+        """Describe one token a row, and the `wanted` likeliest of each."""
+        chosen = self._planner.index(token_ids).unsqueeze(-1)
         value = raw.gather(-1, chosen)
         peak = raw.amax(-1, keepdim=True)
         # By whole-number weights, so that this too does not depend on the batch.
         total = weights(raw, peak, torch.ones_like(peak)).sum(-1, keepdim=True)
         norm = peak + (total.double() / ONE).log()
-        before = torch.arange(self._vocab_size, device=self._device) < chosen
-        ranks: list[int] = ((raw > value) | ((raw == value) & before)).sum(-1).tolist()
         logprobs = _finite(value - norm)
         tops = self._tops(raw, norm, max(wanted))
-        found: list[TokenLogprobs | None] = [None] * len(token_ids)
-        for i, row in enumerate(rows):
-            found[row] = TokenLogprobs(
-                token_ids[row], logprobs[i][0], ranks[i] + 1, tops[i][: wanted[i]]
+        return [
+            TokenLogprobs(token_id, logprob, rank + 1, top[:count])
+            for token_id, (logprob,), rank, top, count in zip(
+                token_ids, logprobs, ranks(raw, chosen), tops, wanted, strict=True
             )
-        return found
+        ]
 
     def _tops(self, raw: Tensor, norm: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
         """Return the likeliest tokens of each row with their log-probabilities."""

@@ -108,6 +108,18 @@ class CalledFunction(Document):
     arguments: str
 
 
+class PromptCandidate(Document):
+    """A token that stands at one place of the prompt, or could have; `rank` 1: the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+#: By token id, the prompt's own first; null for the prompt's first token.
+PromptLogprobs = list[dict[str, PromptCandidate] | None]
+
+
 class ToolCall(Document):
     """A call of a tool; `index` stands in streams."""
 
@@ -160,6 +172,7 @@ class ChatCompletion(Document):
     model: str
     choices: list[ChatChoice]
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     usage: Usage
     octavo: Octavo
 
@@ -198,11 +211,11 @@ class ChatChunk(Document):
 
 
 class CompletionLogprobs(Document):
-    """Parallel lists, one entry a token."""
+    """Parallel lists, one entry a token; null of the first token of a prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -215,6 +228,7 @@ class CompletionChoice(Document):
     finish_reason: FinishReason | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(Document):

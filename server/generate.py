@@ -49,6 +49,8 @@ class Job:
     num_tries: int = 1
     #: Prompt by prompt; empty where they are not repeated.
     echoes: tuple[str, ...] = ()
+    #: Others told beside each token of the prompt, in `prompt_logprobs`; None: it is not asked for.
+    num_prompt_logprobs: int | None = None
     #: None: the output is plain text.
     spoken: Spoken | None = None
 
@@ -84,6 +86,8 @@ async def generate(
             async for delta in deltas:
                 _require_sound(delta)
                 piece = output.push(delta)
+                if delta.prompt_logprobs:
+                    piece = replace(piece, prompt_logprobs=delta.prompt_logprobs)
                 _note(service, record, delta, piece)
                 yield piece
                 if piece.finish_reason is not None:

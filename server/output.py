@@ -53,6 +53,8 @@ class Piece:
     finish_reason: FinishWord | None = None
     #: Those `num_tokens`.
     token_ids: tuple[int, ...] = ()
+    #: Of the prompt's tokens but the first, where they were asked for: all, in the first piece.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class OutputText:

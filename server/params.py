@@ -49,7 +49,6 @@ _COMMON = {
     "use_beam_search": _refused(_FALSE),
     "length_penalty": _refused(1.0),
     "early_stopping": _refused(_FALSE),
-    "prompt_logprobs": _refused(),
     "logits_processors": _refused([]),
     "guided_json": _refused(),
     "guided_regex": _refused(),

@@ -17,6 +17,7 @@ from server.errors import invalid
 from server.generate import Job
 from server.output import OutputOptions
 from server.params import Warned
+from server.prompt_logprobs import num_wanted, require_few
 from server.prompts import (
     DEFAULT_COMPLETION_TOKENS,
     bad_word_tokens,
@@ -83,6 +84,7 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         request,
         max_tokens=room if max_tokens is None else max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prompt_logprobs=num_wanted(request),
         bad_words=await bad_word_tokens(service, request.bad_words),
         names={"max_tokens": name, "logprobs": "top_logprobs"},
     )
@@ -102,9 +104,6 @@ async def completion_job(service: Service, request: CompletionRequest) -> Job:
     service.require_model(request.model)
     warnings = params.judge(request.model_extra, params.COMPLETION)
     num_tries = _tries(request)
-    if request.echo and request.logprobs is not None:
-        message = "echo with logprobs is not supported: of a prompt there are no probabilities"
-        raise invalid(message, "echo", code="unsupported_parameter")
     prompts = await completion_prompts(service, request)
     is_one = len(prompts) == 1
     bad_words = await bad_word_tokens(service, request.bad_words)
@@ -171,7 +170,9 @@ def _completion_sampling(
         request,
         max_tokens=min(DEFAULT_COMPLETION_TOKENS, room) if max_tokens is None else max_tokens,
         logprobs=0 if is_ranked and request.logprobs is None else request.logprobs,
+        prompt_logprobs=num_wanted(request, request.logprobs if request.echo else None),
         bad_words=bad_words,
+        least_tokens=0 if request.echo else 1,
         names={},
     )
 
@@ -252,8 +253,10 @@ def _sampling(
     *,
     max_tokens: int,
     logprobs: int | None,
+    prompt_logprobs: int | None,
     bad_words: tuple[tuple[int, ...], ...],
     names: dict[str, str],
+    least_tokens: int = 1,
 ) -> SamplingParams:
     """Build the parameters; `names`: what the client calls a field otherwise than we do."""
     vocab_size = service.client.info.vocab_size
@@ -262,6 +265,9 @@ def _sampling(
     require_tokens(stop_token_ids, vocab_size, "stop_token_ids")
     allowed = request.allowed_token_ids
     require_tokens(allowed or (), vocab_size, "allowed_token_ids")
+    if max_tokens < least_tokens:
+        name = names.get("max_tokens", "max_tokens")
+        raise invalid(f"{name} must be at least {least_tokens}, got {max_tokens}", name)
     try:
         return SamplingParams(
             max_tokens=max_tokens,
@@ -271,6 +277,7 @@ def _sampling(
             allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
             bad_words=bad_words,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             stop_token_ids=tuple(stop_token_ids),
             **{name: value for name, value in given.items() if value is not None},
         )
@@ -325,6 +332,9 @@ def _job(
     ends = set(sampling.stop_token_ids)
     if not sampling.ignore_eos:
         ends.update(service.client.info.eos_token_ids)
+    if sampling.prompt_logprobs is not None:
+        prompts = [token_ids for token_ids, _ in asked for _ in range(num_tries or num_choices)]
+        require_few(request, prompts, sampling.prompt_logprobs)
     return Job(
         requests=tuple(
             GenerateRequest(
@@ -352,6 +362,7 @@ def _job(
         has_logprobs=has_logprobs,
         has_token_ids=request.return_token_ids is True,
         echoes=prompt_texts,
+        num_prompt_logprobs=request.prompt_logprobs,
         num_choices=num_choices,
         num_tries=num_tries or num_choices,
     )

@@ -55,14 +55,18 @@ async def bad_word_tokens(
 async def echoes(
     service: Service, request: CompletionRequest, prompts: Sequence[Sequence[int]]
 ) -> tuple[str, ...]:
-    """Return each prompt's text: as it was given, or what its tokens say."""
-    decode, is_cut = service.text.tokenizer.decode, request.truncate_prompt_tokens is not None
+    """Return each prompt's text: as it was given, or what its tokens say.
+
+    With logprobs it is always the latter: they tell where in this text each token stands.
+    """
+    decode = service.text.tokenizer.decode
+    is_decoded = request.truncate_prompt_tokens is not None or request.logprobs is not None
     skips = request.skip_special_tokens is not False
 
     def decode_all() -> tuple[str, ...]:
         return tuple(
             given
-            if isinstance(given, str) and not is_cut
+            if isinstance(given, str) and not is_decoded
             else decode(token_ids, skip_special_tokens=skips)
             for given, token_ids in zip(request.prompt, prompts, strict=True)
         )

@@ -164,6 +164,11 @@ class GenerateFields(Request):
     truncate_prompt_tokens: int | None = Field(
         default=None, description="keep as many from the prompt's end; -1: what fits"
     )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        description="0 to 20: tell how probable the prompt's tokens were, and so many others;"
+        " not with stream; the prompt is computed anew",
+    )
     return_token_ids: bool | None = Field(
         default=None, description="tell the prompt's and the answer's tokens too"
     )
@@ -267,7 +272,9 @@ class CompletionRequest(GenerateFields):
     )
     logprobs: int | None = Field(default=None, description="0 to 20")
     echo: bool | None = Field(
-        default=None, description="put the prompt before the answer; not with logprobs"
+        default=None,
+        description="put the prompt before the answer, its logprobs before the answer's;"
+        " max_tokens may be 0 then",
     )
 
 
