@@ -194,9 +194,8 @@ class KVCache:
         if num_new_pages + reserve_pages > available_pages:
             return None
         num_cached_tokens = self._num_cached_tokens(prefix)
-        reason = self._miss_reason(prefix, len(tokens))
-        if num_cached_tokens == most_cached_tokens:
-            reason = MissReason.LIMITED
+        is_limited = num_cached_tokens == most_cached_tokens
+        reason = MissReason.LIMITED if is_limited else self._miss_reason(prefix, len(tokens))
         page_ids = [node.page_id for node in path]
         lease = Lease(self._tree, prefix.root or self._tree.root(namespace), path)
         if prefix.source is not None:

@@ -50,6 +50,17 @@ class ModelSection(Section):
     attention_backend: Literal["auto", "reference", "torch", "cpu", "flash"] = Field(
         default="auto", description="attention kernels; auto: the fastest that works here"
     )
+    generation_config: Literal["auto", "vllm"] = Field(
+        default="auto",
+        description="sampling of requests that do not say: auto: as the model's"
+        " generation_config.json asks; vllm: neutral",
+    )
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral"] = Field(
+        default="auto", description="how the model writes calls; auto: as its chat template says"
+    )
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = Field(
+        default="auto", description="how the model reasons; auto: as its chat template says"
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="compute threads on a CPU; default: its cores"
     )

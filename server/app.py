@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 from fastapi import FastAPI
@@ -19,11 +20,12 @@ from server.documents import ChatChunk
 from server.errors import from_status, shortened
 from server.gate import DrainGate
 from server.lifecycle import Lifecycle
+from server.logs import LOGGER_NAME, fields
 from server.metrics import Metrics
 from server.openapi import DocumentedApp
 from server.probes import probe_routes
 from server.routes import generation_routes, model_routes
-from server.service import Service, served_name
+from server.service import Service, sampling_defaults, served_name
 from server.text.load import ModelText
 
 _DOCUMENTED = (
@@ -48,13 +50,17 @@ def create_app(
     """Return the application. `client` may still be starting: until it is up, /ready says 503.
 
     The caller starts and closes `client`, and drains `lifecycle`. Raises `ValueError` for an API
-    key (or a file of them) that cannot be meant.
+    key (or a file of them) or a model's sampling that cannot be meant.
     """
     clock = clock or Clock()
     chance = chance or random.SystemRandom()
     lifecycle = lifecycle or Lifecycle()
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
-    service = Service(config, client, text, lifecycle, metrics, clock, chance)
+    defaults = sampling_defaults(config, text)
+    if defaults:
+        note = "requests that do not say get the sampling of generation_config.json"
+        logging.getLogger(LOGGER_NAME).info("note", extra=fields(note=note, **defaults))
+    service = Service(config, client, text, lifecycle, metrics, clock, chance, defaults)
     app = DocumentedApp(version, _DOCUMENTED)
     for router in (
         generation_routes(service),

@@ -40,6 +40,12 @@ class PromptTokensDetails(Document):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Document):
+    """Of the answer's tokens; only of models that reason."""
+
+    reasoning_tokens: int
+
+
 class Usage(Document):
     """Tokens that went in and came out."""
 
@@ -47,6 +53,7 @@ class Usage(Document):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class ParamWarning(Document):
@@ -251,6 +258,8 @@ class ModelCard(Document):
     created: int
     owned_by: str
     max_model_len: int
+    #: What requests get that do not say otherwise, by its parameter.
+    sampling_defaults: dict[str, float]
 
 
 class ModelList(Document):
@@ -266,6 +275,7 @@ class Tokenized(Document):
     tokens: list[int]
     count: int
     max_model_len: int
+    token_strs: list[str] | None = None
 
 
 class Detokenized(Document):

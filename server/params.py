@@ -83,7 +83,6 @@ CHAT = {
     "mm_processor_kwargs": _refused({}),
     "echo": _refused(_FALSE),
     "prediction": _warned("predicted output does not speed anything up here"),
-    "reasoning_effort": _warned("has no effect on this model", "none"),
     "verbosity": _warned("has no effect on this model", "medium"),
 }
 COMPLETION = {

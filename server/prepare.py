@@ -73,7 +73,7 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         request.messages,
         add_generation_prompt=request.add_generation_prompt,
         add_special_tokens=request.add_special_tokens,
-        variables=request.chat_template_kwargs,
+        variables=_with_effort(service, request, warnings),
         tools=[tool.for_template() for tool in tools],
         continues_final=request.continue_final_message is True,
     )
@@ -97,6 +97,22 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         has_logprobs=request.logprobs is True,
     )
     return job.read_as(spoken(service, request, tools, token_ids))
+
+
+def _with_effort(
+    service: Service, request: ChatRequest, warnings: list[Warned]
+) -> dict[str, Any] | None:
+    """Return the template's variables, the effort among them if there is one and it knows it."""
+    name, effort, given = "reasoning_effort", request.reasoning_effort, request.chat_template_kwargs
+    template = service.text.template
+    if effort is None or template is None:
+        return given
+    if any(name in source for source in template.sources.values()):
+        return {name: effort, **(given or {})}
+    if effort != "none":
+        message = f"{name} was ignored: it has no effect on this model"
+        warnings.append({"param": name, "message": message})
+    return given
 
 
 async def completion_job(service: Service, request: CompletionRequest) -> Job:
@@ -260,7 +276,10 @@ def _sampling(
 ) -> SamplingParams:
     """Build the parameters; `names`: what the client calls a field otherwise than we do."""
     vocab_size = service.client.info.vocab_size
+    defaults = service.sampling_defaults
     given = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
+    given = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    top_k = int(defaults.get("top_k", 0)) if request.top_k is None else request.top_k
     stop_token_ids = request.stop_token_ids or []
     require_tokens(stop_token_ids, vocab_size, "stop_token_ids")
     allowed = request.allowed_token_ids
@@ -271,7 +290,7 @@ def _sampling(
     try:
         return SamplingParams(
             max_tokens=max_tokens,
-            top_k=_top_k(request.top_k, vocab_size),
+            top_k=_top_k(top_k, vocab_size),
             seed=_seed(service, request.seed),
             logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
             allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),

@@ -107,6 +107,12 @@ async def token_text(service: Service, token_ids: Sequence[int]) -> str:
     )
 
 
+async def token_texts(service: Service, token_ids: Sequence[int]) -> list[str]:
+    """Return the text of each of `token_ids`."""
+    text_of = service.text.tokenizer.token_text
+    return await off_loop(lambda: [*map(text_of, token_ids)], len(token_ids))
+
+
 async def off_loop(convert: Callable[[], ConvertedT], length: int) -> ConvertedT:
     """Return what `convert` gives for a text of `length` characters (or tokens)."""
     return convert() if length < LONG_PROMPT_CHARS else await asyncio.to_thread(convert)

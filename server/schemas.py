@@ -261,6 +261,9 @@ class ChatRequest(GenerateFields):
         default=None, description="false: only the first call is told; default true"
     )
     include_reasoning: bool | None = Field(default=None, description="default true")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="for models whose template knows it; else it is warned of"
+    )
 
 
 class CompletionRequest(GenerateFields):
@@ -292,7 +295,10 @@ class TokenizeRequest(Closed):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
+    tools: Tools | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Closed):

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from server import params
 from server.errors import ApiError, invalid
 from server.params import Warned
+from server.reasoning import ReasoningCounter
 from server.schemas import ChatRequest
 from server.service import Service
+from server.text.template import ChatTemplate
+from server.text.tokenizer import Tokenizer
 from server.tools.declared import call_syntax, opens_reasoning, think_tags
 from server.tools.schemas import Tool
 from server.tools.speech import Speech
+from server.tools.syntaxes import CallSyntax
 
 #: Enough of a prompt's end to hold a tag that opens reasoning and the lines behind it.
 _TAIL_TOKENS = 24
@@ -28,6 +32,13 @@ class Spoken:
     speech: Speech
     has_parallel_calls: bool = True
     has_reasoning: bool = True
+
+    def counter(self, tokenizer: Tokenizer) -> ReasoningCounter | None:
+        """Return what counts the tokens of the reasoning; None: the model does none."""
+        tags = self.speech.tags
+        if tags is None:
+            return None
+        return ReasoningCounter(tokenizer, tags, is_thinking=self.speech.is_thinking)
 
 
 def callable_tools(service: Service, request: ChatRequest) -> list[Tool]:
@@ -48,7 +59,7 @@ def callable_tools(service: Service, request: ChatRequest) -> list[Tool]:
             raise invalid(f"{param}: two tools have this name", param)
         seen.add(tool.function.name)
     template = service.text.template
-    if tools and template is not None and call_syntax(template.sources) is None:
+    if tools and template is not None and _syntax(service, template) is None:
         raise _no_tools()
     return tools
 
@@ -73,8 +84,8 @@ def spoken(
     """Return how the answer is read; None: it is plain text. `tools`: the callable ones."""
     template = service.text.template
     assert template is not None, "a chat was rendered without a template"
-    tags = think_tags(template.sources)
-    calls = call_syntax(template.sources) if tools else None
+    tags = think_tags(template.sources, service.config.model.reasoning_parser)
+    calls = _syntax(service, template) if tools else None
     if tags is None and calls is None:
         return None
     end = service.text.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False)
@@ -90,9 +101,13 @@ def spoken(
     )
 
 
+def _syntax(service: Service, template: ChatTemplate) -> CallSyntax | None:
+    return call_syntax(template.sources, service.config.model.tool_call_parser)
+
+
 def _no_tools() -> ApiError:
     message = (
         "tools are not supported by this model: its chat template has none,"
-        " or a format of calls that is not read here"
+        " or a format of calls that is not read here (--tool-call-parser)"
     )
     return invalid(message, "tools", code="unsupported_parameter")

@@ -22,6 +22,8 @@ class ThinkTags:
     closer: str
     #: Whether they are special tokens in the model's vocabulary.
     is_special: bool = False
+    #: Whether an output is reasoning up to the closer though nothing opened it.
+    is_implied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
