@@ -17,6 +17,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from configs.sizes import parse_size_bytes
 
 SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes)]
+ToolCallParser = Literal[
+    "auto",
+    "none",
+    "hermes",
+    "llama3_json",
+    "mistral",
+    "qwen3_coder",
+    "qwen3_xml",
+    "glm45",
+    "deepseek_v3",
+    "deepseek_v31",
+    "deepseek_v32",
+]
 Quantization = Literal["auto", "none", "fp16", "bf16", "int8"]
 
 
@@ -55,7 +68,7 @@ class ModelSection(Section):
         description="sampling of requests that do not say: auto: as the model's"
         " generation_config.json asks; vllm: neutral",
     )
-    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral"] = Field(
+    tool_call_parser: ToolCallParser = Field(
         default="auto", description="how the model writes calls; auto: as its chat template says"
     )
     reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = Field(

@@ -95,6 +95,7 @@ def spoken(
             tags,
             is_thinking=tags is not None and opens_reasoning(end, tags),
             tool_names=frozenset(tool.function.name for tool in tools),
+            schemas={tool.function.name: tool.function.parameters or {} for tool in tools},
         ),
         has_parallel_calls=request.parallel_tool_calls is not False,
         has_reasoning=request.include_reasoning is not False,

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from server.tools.marked import DEEPSEEK
 from server.tools.speech import ThinkTags
+from server.tools.spelled import DSML, GLM, QWEN_XML
 from server.tools.syntaxes import HERMES, LLAMA, MISTRAL, CallSyntax
 
 THINK = ThinkTags("<think>", "</think>")
@@ -19,6 +21,12 @@ SYNTAXES: Mapping[str, CallSyntax | None] = {
     "hermes": HERMES,
     "llama3_json": LLAMA,
     "mistral": MISTRAL,
+    "qwen3_coder": QWEN_XML,
+    "qwen3_xml": QWEN_XML,
+    "glm45": GLM,
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v31": DEEPSEEK,
+    "deepseek_v32": DSML,
 }
 TAGS: Mapping[str, ThinkTags | None] = {
     "none": None,
@@ -26,16 +34,21 @@ TAGS: Mapping[str, ThinkTags | None] = {
     "deepseek_r1": replace(THINK, is_implied=True),
     "mistral": MISTRAL_THINK,
 }
-#: Families that share a mark with one we read and write something else behind it.
-_UNREAD_MARKS = (
-    "<function=",
-    "<invoke",
-    "<tool_calls>",
-    "<arg_key>",
-    "<|python_start|>",
-    "\uff5cDSML\uff5c",
+#: What stands in the templates of each, to be looked for in this order: some share a mark, and are
+#: told apart by another; None: it is not read here.
+_MARKS: tuple[tuple[str, CallSyntax | None], ...] = (
+    ("\uff5cDSML\uff5c", DSML),
+    ("tool\u2581calls\u2581begin", DEEPSEEK),
+    ("<arg_key>", GLM),
+    ("<function=", QWEN_XML),
+    ("<invoke", None),
+    ("<tool_calls>", None),
+    ("<|python_start|>", None),
+    ("[TOOL_CALLS]", MISTRAL),
+    ("<tool_call>", HERMES),
+    ("<|python_tag|>", LLAMA),
+    ('{"name": function name, "parameters"', LLAMA),
 )
-_LLAMA_MARKS = ("<|python_tag|>", '{"name": function name, "parameters"')
 
 
 def call_syntax(templates: Mapping[str, str], named: str = "auto") -> CallSyntax | None:
@@ -47,13 +60,9 @@ def call_syntax(templates: Mapping[str, str], named: str = "auto") -> CallSyntax
     if named != "auto":
         return SYNTAXES[named]
     source = templates.get("tool_use", templates.get("default", ""))
-    if "tools" not in source or _has(source, _UNREAD_MARKS):
+    if "tools" not in source:
         return None
-    if "[TOOL_CALLS]" in source:
-        return MISTRAL
-    if "<tool_call>" in source:
-        return HERMES
-    return LLAMA if _has(source, _LLAMA_MARKS) else None
+    return next((syntax for mark, syntax in _MARKS if mark in source), None)
 
 
 def think_tags(templates: Mapping[str, str], named: str = "auto") -> ThinkTags | None:

@@ -217,3 +217,16 @@ def test_tokenize_goes_on_with_a_message(start: Callable[..., Any]) -> None:
     live = start(template=PLAIN + "{% if add_generation_prompt %}A:{% endif %}")
     asked = {"messages": USER, "continue_final_message": True}
     assert live.post("/tokenize", **asked).json()["tokens"] == [*b"1+1?"]
+
+
+def test_arguments_are_typed_by_the_tools_schema(start: Callable[..., Any]) -> None:
+    template = "{% if tools %}<tool_call>\n<function=example>{% endif %}" + PLAIN
+    output = (
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+    )
+    for kind, expected in (("integer", 1), ("string", "1")):
+        schema = {"type": "object", "properties": {"a": {"type": kind}}}
+        tool = {"type": "function", "function": {"name": "add", "parameters": schema}}
+        [choice] = start(output, template).chat(tools=[tool]).json()["choices"]
+        [call] = choice["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"a": expected}
