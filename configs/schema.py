@@ -18,6 +18,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from configs.sizes import parse_size_bytes
 
 SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes)]
+ToolCallParser = Literal[
+    "auto",
+    "none",
+    "hermes",
+    "llama3_json",
+    "mistral",
+    "qwen3_coder",
+    "qwen3_xml",
+    "glm45",
+    "deepseek_v3",
+    "deepseek_v31",
+    "deepseek_v32",
+]
 #: As in a browser's Origin header; one with a path, such as a lone slash, would never match.
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 Quantization = Literal["auto", "none", "fp16", "bf16", "int8"]
@@ -52,6 +65,17 @@ class ModelSection(Section):
     )
     attention_backend: Literal["auto", "reference", "torch", "cpu", "flash"] = Field(
         default="auto", description="attention kernels; auto: the fastest that works here"
+    )
+    generation_config: Literal["auto", "vllm"] = Field(
+        default="auto",
+        description="sampling of requests that do not say: auto: as the model's"
+        " generation_config.json asks; vllm: neutral",
+    )
+    tool_call_parser: ToolCallParser = Field(
+        default="auto", description="how the model writes calls; auto: as its chat template says"
+    )
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = Field(
+        default="auto", description="how the model reasons; auto: as its chat template says"
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="compute threads on a CPU; default: its cores"

@@ -9,7 +9,7 @@ Of what a grammar allows, the digest picks one.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -40,6 +40,19 @@ def fake_next_token(token_ids: Sequence[int], vocab_size: int, *, may_end: bool 
     for token_id in token_ids:
         digest = _extend(digest, token_id)
     return _choose(digest, vocab_size, may_end=may_end)
+
+
+def fake_logprobs(prefix: Sequence[int], token_id: int, num_top: int) -> TokenLogprobs:
+    """Return what a `FakeRunner` tells of a prompt's token behind a prefix."""
+    digest = _EMPTY
+    for known in prefix:
+        digest = _extend(digest, known)
+    return _score(digest, token_id, num_top)
+
+
+def _score(digest: int, token_id: int, num_top: int) -> TokenLogprobs:
+    logprob = -float(_extend(digest, token_id) % 1009)
+    return TokenLogprobs(token_id, logprob, 1, tuple((rank, logprob) for rank in range(num_top)))
 
 
 def _extend(digest: int, token_id: int) -> int:
@@ -128,7 +141,18 @@ class FakeRunner:
             None if self._params[step.slots[row]].logprobs is None else TokenLogprobs(token, 0.0, 1)
             for row, token in zip(rows, token_ids, strict=True)
         ]
-        return _Landed(StepOutput(token_ids, logprobs if any(logprobs) else [], failures))
+        scores = [
+            tuple(self._scores(step, span.row, span.offset, span.token_ids)) for span in step.scored
+        ]
+        return _Landed(StepOutput(token_ids, logprobs if any(logprobs) else [], failures, scores))
+
+    def _scores(
+        self, step: StepInput, row: int, offset: int, token_ids: list[int]
+    ) -> Iterator[TokenLogprobs]:
+        num_top = self._params[step.slots[row]].prompt_logprobs or 0
+        for position, token_id in enumerate(token_ids, step.starts[row] + offset):
+            _, digest = self._written[self._place(step.page_ids[row], position)]
+            yield _score(digest, token_id, num_top)
 
     def _start(self, start: SlotStart) -> None:
         self._params[start.slot] = start.params

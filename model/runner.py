@@ -6,7 +6,7 @@ Knows nothing of why a row is in a step, of requests or of how pages came to be 
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,10 +14,21 @@ from torch import Tensor
 
 from model.attention.interface import AttentionBackend, AttentionBatch
 from model.grammar import Grammars
-from model.interface import Constraint, ModelInfo, StepInput, StepOutput, Vocabulary
+from model.interface import (
+    Constraint,
+    ModelInfo,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+    Vocabulary,
+)
 from model.kv_pool import KVPool
 from model.sampler import Sampler
 from model.transformer import Decoder
+
+#: Of a prompt that is scored, the logits of so many tokens are held at once: a chunk's would be
+#: gigabytes with a large vocabulary.
+SCORED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +104,9 @@ class TorchRunner:
         self._attention.plan(batch)
         token_ids = torch.tensor(step.token_ids, dtype=torch.int64).to(self._device)
         hidden = self._decoder.forward(token_ids, batch.positions, self._attention)
-        if not step.sample_rows:
-            return _Landed(StepOutput([]))
-        return _Landed(self._sample(step, batch, hidden))
+        scores = self._score(step, hidden)
+        output = self._sample(step, batch, hidden) if step.sample_rows else StepOutput([])
+        return _Landed(replace(output, prompt_logprobs=scores) if scores else output)
 
     def _pack(self, step: StepInput) -> AttentionBatch:
         starts = np.asarray(step.starts, dtype=np.int64)
@@ -133,6 +144,18 @@ class TorchRunner:
             [step.slots[row] for row in rows],
             [step.starts[row] + step.counts[row] for row in rows],
         )
+
+    def _score(self, step: StepInput, hidden: Tensor) -> list[tuple[TokenLogprobs, ...]]:
+        scores = []
+        for span in step.scored:
+            first, slot = sum(step.counts[: span.row]) + span.offset, step.slots[span.row]
+            found: list[TokenLogprobs] = []
+            for done in range(0, len(span.token_ids), SCORED_TOKENS):
+                token_ids = span.token_ids[done : done + SCORED_TOKENS]
+                rows = hidden[first + done : first + done + len(token_ids)]
+                found += self._sampler.score(self._decoder.logits(rows), slot, token_ids)
+            scores.append(tuple(found))
+        return scores
 
     def learn(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""

@@ -4,24 +4,28 @@ Remembers what each slot's request asked for and, for those with penalties, whic
 had. Knows nothing of pages, of the model, or of when a sequence ends. The arithmetic is in
 `model/draw.py`.
 
-Order, as in vLLM: log-probabilities are of the raw logits; then logit_bias, min_tokens, penalties,
-what the grammar forbids, temperature, min-p, top-k, top-p. Rows are grouped by what they need, and
+Order, as in vLLM: log-probabilities are of the raw logits; then what is not allowed, logit_bias,
+what is banned, penalties, what the grammar forbids, temperature, min-p, top-k, top-p. Rows are
+grouped by what they need, and
 no group pays for what another one needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from model.bans import BannedSequences
 from model.draw import (
     ONE,
     draw_plain,
     draw_ranked,
     leaders,
     penalize,
+    ranks,
     stream_of,
     uniform,
     weights,
@@ -83,6 +87,8 @@ class Sampler:
         self._device = device
         self._candidates = (*candidates, vocab_size)
         self._slots: dict[int, SlotRequest] = {}
+        #: Of the slots with bad_words.
+        self._banned: dict[int, BannedSequences] = {}
         self._counts = TokenCounts(vocab_size, device)
         self._matchers = Matchers(vocab_size, patience_s=patience_s)
         self._planner = Planner(vocab_size, device)
@@ -94,15 +100,12 @@ class Sampler:
     def start(self, start: SlotStart) -> None:
         """Give a slot a sequence: new, or preempted or resumed with what it had generated.
 
-        Raises `ValueError` naming logit_bias where it names a token that does not exist.
+        Raises `ValueError` naming the parameter that names a token which does not exist.
         """
         params = start.params
         assert 0 <= start.slot < self._max_num_seqs, f"slot {start.slot} of {self._max_num_seqs}"
-        for token, _ in params.logit_bias:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(
-                    f"logit_bias names token {token}; the vocabulary ends at {self._vocab_size - 1}"
-                )
+        self._require_known("logit_bias", (token for token, _ in params.logit_bias))
+        self._require_known("allowed_token_ids", params.allowed_token_ids or ())
         ends = {*self._eos_token_ids, *params.stop_token_ids}
         slot = SlotRequest(
             params=params,
@@ -110,6 +113,7 @@ class Sampler:
             free_from=len(start.prompt_token_ids) + params.min_tokens,
             # A stop token which does not exist is never generated: nothing to ban.
             banned=tuple(sorted(token for token in ends if 0 <= token < self._vocab_size)),
+            disallowed=self._disallowed(params.allowed_token_ids),
         )
         self._slots[start.slot] = slot
         self._last_plan = None
@@ -123,6 +127,24 @@ class Sampler:
             self._counts.take(start.slot, start.prompt_token_ids, start.output_token_ids)
         else:
             self._counts.drop(start.slot)
+        self._banned.pop(start.slot, None)
+        # A sequence with a token which does not exist is never generated either.
+        bad_words = [word for word in params.bad_words if max(word) < self._vocab_size]
+        if bad_words:
+            self._banned[start.slot] = BannedSequences(bad_words, start.output_token_ids)
+
+    def _require_known(self, name: str, token_ids: Iterable[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < self._vocab_size:
+                last = self._vocab_size - 1
+                raise ValueError(f"{name} names token {token}; the vocabulary ends at {last}")
+
+    def _disallowed(self, allowed: Sequence[int] | None) -> Tensor | None:
+        if allowed is None:
+            return None
+        mask = torch.ones(self._vocab_size, dtype=torch.bool, device=self._device)
+        mask[self._planner.index(allowed)] = False
+        return mask
 
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> StepOutput:
         """Choose a token for each row of float32 `[rows, vocab]` logits, which it may overwrite.
@@ -144,9 +166,20 @@ class Sampler:
         tokens, token_ids = self._choose(plan, logits, positions)
         logprobs = [] if raw is None else self._logprobs(plan, raw, token_ids)
         failures = self._follow(plan, turns, token_ids)
+        for row in plan.followed:
+            if (banned := self._banned.get(slots[row])) is not None and token_ids[row] != NO_TOKEN:
+                banned.push(token_ids[row])
         if plan.penalized is not None:
             self._count(plan.penalized, tokens, token_ids)
         return StepOutput(token_ids, logprobs, failures)
+
+    def score(self, logits: Tensor, slot: int, token_ids: list[int]) -> list[TokenLogprobs]:
+        """Tell of tokens of a slot's prompt how probable each was.
+
+        `logits`: float32 `[len(token_ids), vocab]`, of the tokens before them.
+        """
+        count = self._slots[slot].params.prompt_logprobs or 0
+        return self._described(logits, token_ids, [count] * len(token_ids))
 
     def stats(self) -> SamplerStats:
         """Count what is held and what was done."""
@@ -163,7 +196,7 @@ class Sampler:
         self._matchers.close()
 
     def check(self) -> None:
-        """Assert that exactly the slots which use penalties hold counts; likewise grammars."""
+        """Assert that exactly the slots with penalties, bad words or grammars hold them."""
         for slot, held in self._slots.items():
             has_grammar = held.params.grammar is not None
             assert self._matchers.holds(slot) == has_grammar, f"slot {slot}: grammar and matcher"
@@ -172,6 +205,8 @@ class Sampler:
         assert penalized == self._counts.row_of_slot.keys(), (
             f"slots {penalized} use penalties, {set(self._counts.row_of_slot)} hold counts"
         )
+        banning = {slot for slot, held in self._slots.items() if held.params.bad_words}
+        assert self._banned.keys() <= banning, f"slots {set(self._banned)} follow bad words"
 
     def _plan(self, slots: list[int]) -> Plan:
         """Return the plan for these slots: the last one, while neither they nor it changed."""
@@ -184,15 +219,17 @@ class Sampler:
         self, plan: Plan, logits: Tensor, positions: list[int], turns: dict[int, Turn | None]
     ) -> None:
         """Apply, in place, what changes which token is the likeliest."""
+        if plan.restricted is not None:
+            place = plan.restricted.group.place
+            logits[place] = logits[place].masked_fill(plan.restricted.disallowed, -torch.inf)
         if plan.bias is not None:
             rows, tokens, biases = plan.bias
             logits.index_put_((rows, tokens), biases, accumulate=True)
         banned = [
             (row, token)
             for row in plan.guarded
-            if positions[row] < (slot := self._slots[plan.slots[row]]).free_from
-            and not _must_end(turns.get(row), slot.banned)
-            for token in slot.banned
+            if not _must_end(turns.get(row), self._slots[plan.slots[row]].banned)
+            for token in self._next_banned(plan.slots[row], positions[row])
         ]
         if banned:
             banned_rows, banned_tokens = zip(*banned, strict=True)
@@ -237,6 +274,14 @@ class Sampler:
             index = self._planner.index(had)
             rows = [counts.rows[i] for i in had]
             self._counts.add(rows, counts.index[index], tokens[group.index[index]])
+
+    def _next_banned(self, slot: int, position: int) -> Collection[int]:
+        held, follows = self._slots[slot], self._banned.get(slot)
+        banned = set() if follows is None else follows.next_banned()
+        if position < held.free_from:
+            banned.update(held.banned)
+        allowed = held.params.allowed_token_ids
+        return () if allowed is not None and banned.issuperset(allowed) else banned
 
     def _penalize(self, penalized: Penalized, logits: Tensor) -> None:
         """Touch the tokens alone that the sequences have had: a few hundred, not the vocabulary."""
@@ -296,22 +341,30 @@ class Sampler:
         """Describe the tokens by the raw logits `[rows that want it, vocab]`."""
         rows = plan.wants_logprobs.rows
         wanted = [self._slots[plan.slots[row]].params.logprobs or 0 for row in rows]
-        chosen = self._planner.index(token_ids[row] for row in rows).unsqueeze(-1)
+        found: list[TokenLogprobs | None] = [None] * len(token_ids)
+        told = self._described(raw, [token_ids[row] for row in rows], wanted)
+        for row, entry in zip(rows, told, strict=True):
+            found[row] = entry
+        return found
+
+    def _described(
+        self, raw: Tensor, token_ids: list[int], wanted: list[int]
+    ) -> list[TokenLogprobs]:
+        """Describe one token a row, and the `wanted` likeliest of each."""
+        chosen = self._planner.index(token_ids).unsqueeze(-1)
         value = raw.gather(-1, chosen)
         peak = raw.amax(-1, keepdim=True)
         # By whole-number weights, so that this too does not depend on the batch.
         total = weights(raw, peak, torch.ones_like(peak)).sum(-1, keepdim=True)
         norm = peak + (total.double() / ONE).log()
-        before = torch.arange(self._vocab_size, device=self._device) < chosen
-        ranks: list[int] = ((raw > value) | ((raw == value) & before)).sum(-1).tolist()
         logprobs = _finite(value - norm)
         tops = self._tops(raw, norm, max(wanted))
-        found: list[TokenLogprobs | None] = [None] * len(token_ids)
-        for i, row in enumerate(rows):
-            found[row] = TokenLogprobs(
-                token_ids[row], logprobs[i][0], ranks[i] + 1, tops[i][: wanted[i]]
+        return [
+            TokenLogprobs(token_id, logprob, rank + 1, top[:count])
+            for token_id, (logprob,), rank, top, count in zip(
+                token_ids, logprobs, ranks(raw, chosen), tops, wanted, strict=True
             )
-        return found
+        ]
 
     def _tops(self, raw: Tensor, norm: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
         """Return the likeliest tokens of each row with their log-probabilities."""

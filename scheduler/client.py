@@ -54,6 +54,9 @@ class Delta:
     started: Started | None = None
     #: In the last delta, and only there.
     finish_reason: FinishReason | None = None
+    #: Of the prompt's tokens but the first, if asked for: all of them in the first delta that has a
+    #: token or a reason.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class EngineError(Exception):

@@ -24,7 +24,8 @@ from scheduler.messages import (
     StepResult,
     Submit,
 )
-from scheduler.scheduler import Scheduler, StepPlan
+from scheduler.plan import StepPlan
+from scheduler.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ class Engine:
             request_ids=tuple(outcome.request_ids),
             token_ids=tuple(outcome.token_ids),
             logprobs=tuple(outcome.logprobs),
+            prompt_logprobs=tuple(outcome.prompt_logprobs),
             started=started,
             rejected=self._take_rejected(),
             finished=(

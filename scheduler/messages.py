@@ -48,6 +48,8 @@ class Submit:
     namespace: str = ""
     #: Taken in before, so that a full queue is no reason to refuse it.
     is_resumed: bool = False
+    #: Of how many tokens of its prompt the client has been told the probabilities.
+    num_scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,8 @@ class StepResult:
     token_ids: tuple[int, ...] = ()
     #: Empty where nobody asked for any.
     logprobs: tuple[TokenLogprobs | None, ...] = ()
+    #: (request id, the next tokens of its prompt): before its first token, all of them.
+    prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...] = ()
     started: tuple[Started, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     #: (request id, reason, message or ""): after the request's last token in this message.

@@ -17,7 +17,6 @@ import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TypeAlias
@@ -278,8 +277,7 @@ class ProcessClient:
                 _log.error("the engine did not come back: %s", error)
                 continue
             for stream in self._streams.unfinished():
-                sent = tuple(stream.sent_token_ids)
-                self._send(replace(stream.submit, output_token_ids=sent, is_resumed=True))
+                self._send(stream.resumed())
             return
         self._streams.fail_all(EngineUnavailableError, "the engine died and did not come back")
         self.on_lost()

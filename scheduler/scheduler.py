@@ -21,12 +21,11 @@ from model.interface import (
     Constraint,
     ModelInfo,
     PageCopy,
-    StepInput,
     StepOutput,
-    TokenLogprobs,
 )
 from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
 from scheduler.pacing import Pacing
+from scheduler.plan import StepOutcome, StepPlan, add_row, new_plan
 from scheduler.queue import WaitingQueue
 from scheduler.refusal import Room, why_never, why_not_now
 from scheduler.sequence import Sequence, State
@@ -34,35 +33,6 @@ from scheduler.sequence import Sequence, State
 #: Those that wait for a page under computation and are looked at in one step all the same: each
 #: look is a search as long as its prefix, and a thousand of them would stall those who decode.
 _MOST_HELD_BACK = 32
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step: row i of `step` belongs to `sequences[i]`."""
-
-    step: StepInput
-    sequences: list[Sequence]
-    #: Those that left the queue for the first time: (request id, cached tokens, miss reason).
-    started: list[tuple[int, int, str]]
-    num_decodes: int
-    num_prompt_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the step computes."""
-        return len(self.step.token_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What a step brought; columns are parallel, `logprobs` may be empty."""
-
-    request_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
-    finished: list[tuple[int, FinishReason]]
-    #: (request id, why): ended by an error of its own.
-    failed: list[tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +123,7 @@ class Scheduler:
 
         Every plan is followed by one `apply` or `fail` of it before the next `plan`.
         """
-        plan = _new_plan()
+        plan = new_plan()
         num_preemptions = self._num_preemptions
         self._plan_decodes(plan)
         num_decodes = len(plan.sequences)
@@ -177,7 +147,7 @@ class Scheduler:
                 assert allocation is not None, "a running sequence without pages"
                 if num_tokens > len(allocation.page_ids) * page_size and not self._grow(sequence):
                     continue
-                _add_row(plan, sequence, 1)
+                add_row(plan, sequence, 1)
             row += 1
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -197,7 +167,7 @@ class Scheduler:
                 break
             if missing > 1:
                 count = min(missing, budget_tokens)
-                _add_row(plan, sequence, count)
+                add_row(plan, sequence, count)
                 budget_tokens -= count
         return budget_tokens
 
@@ -211,11 +181,15 @@ class Scheduler:
             return budget_tokens
         num_looked_at = len(self._free_slots) + _MOST_HELD_BACK
         for sequence in list(islice(self._waiting, num_looked_at)):
-            if self._cache.match(sequence.token_ids, sequence.namespace).in_flight:
+            most_cached = sequence.most_cached_tokens
+            if (
+                most_cached is None
+                and self._cache.match(sequence.token_ids, sequence.namespace).in_flight
+            ):
                 continue
             # One page for each that runs: nobody is let in only to be preempted soon after.
             allocation = self._cache.admit(
-                sequence.token_ids, sequence.namespace, reserve_pages=len(self._running)
+                sequence.token_ids, sequence.namespace, len(self._running), most_cached
             )
             if allocation is None:
                 break
@@ -225,7 +199,7 @@ class Scheduler:
                 PageCopy(copy.source, copy.target, copy.num_tokens) for copy in allocation.copies
             )
             count = min(len(sequence.token_ids) - sequence.num_computed, budget_tokens)
-            _add_row(plan, sequence, count)
+            add_row(plan, sequence, count)
             budget_tokens -= count
             if budget_tokens == 0 or not self._free_slots:
                 break
@@ -257,28 +231,37 @@ class Scheduler:
                 num_prompt_tokens=plan.num_prompt_tokens,
             )
         self._advance(plan, output.token_ids)
-        outcome = StepOutcome([], [], [], [], [])
+        outcome = StepOutcome([], [], [], [], [], [])
+        self._note_scores(plan, output, outcome)
         logprobs = output.logprobs
         for index, row in enumerate(plan.step.sample_rows):
             sequence = plan.sequences[row]
             if sequence.state is State.FINISHED:
                 continue
-            token_id = output.token_ids[index]
-            if token_id == NO_TOKEN:
-                if index in output.failures:
-                    self._finish(sequence, FinishReason.ERROR)
-                    outcome.failed.append((sequence.request_id, output.failures[index]))
-                continue
-            sequence.token_ids.append(token_id)
-            outcome.request_ids.append(sequence.request_id)
-            outcome.token_ids.append(token_id)
-            if logprobs:
-                outcome.logprobs.append(logprobs[index])
+            if sequence.params.max_tokens > 0:
+                token_id = output.token_ids[index]
+                if token_id == NO_TOKEN:
+                    if index in output.failures:
+                        self._finish(sequence, FinishReason.ERROR)
+                        outcome.failed.append((sequence.request_id, output.failures[index]))
+                    continue
+                sequence.token_ids.append(token_id)
+                outcome.request_ids.append(sequence.request_id)
+                outcome.token_ids.append(token_id)
+                if logprobs:
+                    outcome.logprobs.append(logprobs[index])
             reason = sequence.stop_reason()
             if reason is not None:
                 self._finish(sequence, reason)
                 outcome.finished.append((sequence.request_id, reason))
         return outcome
+
+    def _note_scores(self, plan: StepPlan, output: StepOutput, outcome: StepOutcome) -> None:
+        for span, scores in zip(plan.step.scored, output.prompt_logprobs, strict=True):
+            sequence = plan.sequences[span.row]
+            if sequence.state is not State.FINISHED:
+                sequence.num_scored += len(scores)
+                outcome.prompt_logprobs.append((sequence.request_id, scores))
 
     def _advance(self, plan: StepPlan, token_ids: list[int]) -> None:
         page_size = self._page_size
@@ -366,25 +349,3 @@ class Scheduler:
             assert sequence.num_computed < len(sequence.token_ids), "nothing left to compute"
         cache = self._cache.stats()
         assert running or cache.pages_private == cache.pages_leased == 0, "nothing runs, pages held"
-
-
-def _new_plan() -> StepPlan:
-    return StepPlan(StepInput([], [], [], [], [], []), [], [], 0, 0)
-
-
-def _add_row(plan: StepPlan, sequence: Sequence, count: int) -> None:
-    step, start = plan.step, sequence.num_computed
-    end = start + count
-    allocation = sequence.allocation
-    assert allocation is not None, "a running sequence without pages"
-    if count == 1:
-        step.token_ids.append(sequence.token_ids[start])
-    else:
-        step.token_ids.extend(sequence.token_ids[start:end])
-    if end == len(sequence.token_ids):
-        step.sample_rows.append(len(plan.sequences))
-    step.starts.append(start)
-    step.counts.append(count)
-    step.slots.append(sequence.slot)
-    step.page_ids.append(allocation.page_ids)
-    plan.sequences.append(sequence)

@@ -56,6 +56,8 @@ class Sequence:
         "namespace",
         "num_computed",
         "num_prompt",
+        "num_scored",
+        "num_to_score",
         "params",
         "priority",
         "request_id",
@@ -81,6 +83,10 @@ class Sequence:
         self.token_ids: list[int] = [*submit.prompt_token_ids, *submit.output_token_ids]
         self.num_prompt = len(submit.prompt_token_ids)
         self.num_computed = 0
+        #: How many of the prompt's tokens are to be scored, and have been: token i + 1 by what the
+        #: model says at token i, so that all up to `num_scored` may come out of the cache.
+        self.num_to_score = 0 if params.prompt_logprobs is None else self.num_prompt - 1
+        self.num_scored = submit.num_scored
         self.params = params
         self.priority = submit.priority
         self.namespace = submit.namespace
@@ -102,6 +108,11 @@ class Sequence:
     def precedence(self) -> tuple[int, int]:
         """Smaller runs first and is preempted last."""
         return self.priority, self.arrival
+
+    @property
+    def most_cached_tokens(self) -> int | None:
+        """How many of its tokens need not be computed again at most; None: as many as are there."""
+        return self.num_scored if self.num_scored < self.num_to_score else None
 
     def move(self, to: State, why: str) -> None:
         """Change state. Raises `InvalidTransitionError` for a move the table does not have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ from server.errors import from_status, shortened
 from server.gate import DrainGate
 from server.keys import Keyring, load_keys
 from server.lifecycle import Lifecycle
+from server.logs import LOGGER_NAME, fields
 from server.messages.routes import DOCUMENTED as MESSAGES_DOCUMENTED
 from server.messages.routes import ERROR_FORMS, message_routes
 from server.metrics import Metrics
@@ -32,7 +34,7 @@ from server.responses.routes import response_routes
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, StoreStats
 from server.routes import generation_routes, model_routes
-from server.service import Service, served_name
+from server.service import Service, sampling_defaults, served_name
 from server.structured.desk import GrammarDesk
 from server.text.load import ModelText
 
@@ -64,7 +66,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
 
     The caller starts and closes `client`, closes `grammars`, drains `lifecycle` and may change
     `keyring`; where it is not given, the configuration's keys are loaded, which raises `ValueError`
-    if they are wrong.
+    if they are wrong; so does a model's sampling that cannot be meant.
     """
     clock = clock or Clock()
     chance = chance or random.SystemRandom()
@@ -72,7 +74,13 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
     grammars = grammars or GrammarDesk()
     pace = QueuePace(client, clock.monotonic_s)
-    service = Service(config, client, text, lifecycle, metrics, clock, chance, pace, grammars)
+    defaults = sampling_defaults(config, text)
+    if defaults:
+        note = "requests that do not say get the sampling of generation_config.json"
+        logging.getLogger(LOGGER_NAME).info("note", extra=fields(note=note, **defaults))
+    service = Service(
+        config, client, text, lifecycle, metrics, clock, chance, pace, grammars, defaults
+    )
     store = ResponseStore(
         max_count=config.server.responses_max_count,
         max_bytes=config.server.responses_max_bytes,

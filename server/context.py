@@ -42,6 +42,8 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    #: Those of them that are reasoning; None: the model does none.
+    reasoning_tokens: int | None = None
     miss_reason: str = ""
     queue_s: float | None = None
     first_token_at_s: float | None = None

@@ -17,8 +17,10 @@ from server.errors import invalid
 from server.generate import Job
 from server.output import OutputOptions
 from server.params import Warned
+from server.prompt_logprobs import num_wanted, require_few
 from server.prompts import (
     DEFAULT_COMPLETION_TOKENS,
+    bad_word_tokens,
     completion_prompts,
     echoes,
     off_loop,
@@ -76,6 +78,8 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         request,
         max_tokens=room if max_tokens is None else max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prompt_logprobs=num_wanted(request),
+        bad_words=await bad_word_tokens(service, request.bad_words),
         names={"max_tokens": name, "logprobs": "top_logprobs"},
     )
     heard = spoken(service, request, tools, token_ids)
@@ -91,18 +95,37 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
     return job.read_as(heard)
 
 
+def _with_effort(
+    service: Service, request: ChatRequest, warnings: list[Warned]
+) -> dict[str, Any] | None:
+    """Return the template's variables, the effort among them if there is one and it knows it."""
+    name, effort, given = "reasoning_effort", request.reasoning_effort, request.chat_template_kwargs
+    template = service.text.template
+    if effort is None or template is None:
+        return given
+    if any(name in source for source in template.sources.values()):
+        return {name: effort, **(given or {})}
+    if effort != "none":
+        message = f"{name} was ignored: it has no effect on this model"
+        warnings.append({"param": name, "message": message})
+    return given
+
+
 async def completion_job(service: Service, request: CompletionRequest) -> Job:
     """Return what a completion asks for. Raises `ApiError` that names the field at fault."""
     service.require_model(request.model)
     warnings = params.judge(request.model_extra, params.COMPLETION)
     num_tries = _tries(request)
-    if request.echo and request.logprobs is not None:
-        message = "echo with logprobs is not supported: of a prompt there are no probabilities"
-        raise invalid(message, "echo", code="unsupported_parameter")
     prompts = await completion_prompts(service, request)
     is_one = len(prompts) == 1
+    bad_words = await bad_word_tokens(service, request.bad_words)
     asked = [
-        (prompt, _completion_sampling(service, request, prompt, "prompt" if is_one else name))
+        (
+            prompt,
+            _completion_sampling(
+                service, request, prompt, "prompt" if is_one else name, bad_words=bad_words
+            ),
+        )
         for prompt, name in ((prompt, f"prompt.{i}") for i, prompt in enumerate(prompts))
     ]
     grammar, relaxed = await completion_grammar(service, request)
@@ -138,7 +161,12 @@ def _tries(request: CompletionRequest) -> int:
 
 
 def _completion_sampling(
-    service: Service, request: CompletionRequest, token_ids: list[int], name: str
+    service: Service,
+    request: CompletionRequest,
+    token_ids: list[int],
+    name: str,
+    *,
+    bad_words: tuple[tuple[int, ...], ...],
 ) -> SamplingParams:
     """Return the parameters for one prompt, which came in the field `name`. Raises `ApiError`."""
     info = service.client.info
@@ -155,6 +183,9 @@ def _completion_sampling(
         request,
         max_tokens=min(DEFAULT_COMPLETION_TOKENS, room) if max_tokens is None else max_tokens,
         logprobs=0 if is_ranked and request.logprobs is None else request.logprobs,
+        prompt_logprobs=num_wanted(request, request.logprobs if request.echo else None),
+        bad_words=bad_words,
+        least_tokens=0 if request.echo else 1,
         names={},
     )
 
@@ -250,20 +281,34 @@ def _sampling(
     *,
     max_tokens: int,
     logprobs: int | None,
+    prompt_logprobs: int | None,
+    bad_words: tuple[tuple[int, ...], ...],
     names: dict[str, str],
+    least_tokens: int = 1,
 ) -> SamplingParams:
     """Build the parameters; `names`: what the client calls a field otherwise than we do."""
     vocab_size = service.client.info.vocab_size
+    defaults = service.sampling_defaults
     given = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
+    given = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    top_k = int(defaults.get("top_k", 0)) if request.top_k is None else request.top_k
     stop_token_ids = request.stop_token_ids or []
     require_tokens(stop_token_ids, vocab_size, "stop_token_ids")
+    allowed = request.allowed_token_ids
+    require_tokens(allowed or (), vocab_size, "allowed_token_ids")
+    if max_tokens < least_tokens:
+        name = names.get("max_tokens", "max_tokens")
+        raise invalid(f"{name} must be at least {least_tokens}, got {max_tokens}", name)
     try:
         return SamplingParams(
             max_tokens=max_tokens,
-            top_k=_top_k(request.top_k, vocab_size),
+            top_k=_top_k(top_k, vocab_size),
             seed=_seed(service, request.seed),
             logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
+            allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
+            bad_words=bad_words,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             stop_token_ids=tuple(stop_token_ids),
             **{name: value for name, value in given.items() if value is not None},
         )
@@ -318,6 +363,9 @@ def _job(
     ends = set(sampling.stop_token_ids)
     if not sampling.ignore_eos:
         ends.update(service.client.info.eos_token_ids)
+    if sampling.prompt_logprobs is not None:
+        prompts = [token_ids for token_ids, _ in asked for _ in range(num_tries or num_choices)]
+        require_few(request, prompts, sampling.prompt_logprobs)
     return Job(
         requests=tuple(
             GenerateRequest(
@@ -345,6 +393,7 @@ def _job(
         has_logprobs=has_logprobs,
         has_token_ids=request.return_token_ids is True,
         echoes=prompt_texts,
+        num_prompt_logprobs=request.prompt_logprobs,
         num_choices=num_choices,
         num_tries=num_tries or num_choices,
         timeout_s=request.timeout,

@@ -7,8 +7,9 @@ boundary (`server/boundary.py`), before the first byte and after it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import orjson
@@ -23,11 +24,14 @@ from server.errors import ApiError, ClientGoneError
 from server.event_stream import EventStream
 from server.generate import Job, octavo, usage
 from server.output import Piece
+from server.prompts import off_loop
 from server.service import Service
 
 #: What `generate_choices` yields.
 Batches: TypeAlias = AsyncGenerator[Sequence[tuple[int, Piece]], None]
 
+#: To write a probability takes as long as to encode this many characters, some 2 µs.
+_SCORE_CHARS = 8
 #: Of a body that is too large, this many times the limit is read and thrown away, so that a client
 #: that writes before it reads gets to see the answer.
 _DISCARD_FACTOR = 4
@@ -115,7 +119,9 @@ class GenerationResponse(Response):
                     events = b"".join(dialect.opening() for dialect in dialects)
                 for index, piece in batch:
                     dialect = dialects[index]
-                    if piece.text or piece.tokens or (job.has_token_ids and piece.token_ids):
+                    if piece.prompt_logprobs:
+                        events += await off_loop(partial(dialect.piece, piece), _length([piece]))
+                    elif piece.text or piece.tokens or (job.has_token_ids and piece.token_ids):
                         events += dialect.piece(piece)
                     if piece.finish_reason is not None:
                         num_left -= 1
@@ -139,14 +145,25 @@ class GenerationResponse(Response):
         async for batch in batches:
             for index, piece in batch:
                 collected[index].append(piece)
-        answers = best(job, collected)
-        choices = [dialect.choice(own) for dialect, own in zip(dialects, answers, strict=True)]
-        answer = dialects[0].answer(choices, self._told(job, record, has_usage=True))
-        await send_json(send, 200, orjson.dumps(answer))
+        told = self._told(job, record, has_usage=True)
+
+        def write() -> bytes:
+            answers = best(job, collected)
+            choices = [dialect.choice(own) for dialect, own in zip(dialects, answers, strict=True)]
+            return orjson.dumps(dialects[0].answer(choices, told))
+
+        body = await off_loop(write, sum(map(_length, collected)))
+        await send_json(send, 200, body)
 
     def _told(self, job: Job, record: RequestRecord, *, has_usage: bool) -> dict[str, Any]:
         told = {"octavo": octavo(job, record, self._service.clock.monotonic_s())}
         return {"usage": usage(record)} | told if has_usage else told
+
+
+def _length(pieces: Iterable[Piece]) -> int:
+    """Return of how much text the prompt's probabilities take the time to write."""
+    scores = (score for piece in pieces for score in piece.prompt_logprobs)
+    return _SCORE_CHARS * sum(1 + len(score.top) for score in scores)
 
 
 class JsonResponse(Response):

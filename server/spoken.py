@@ -51,6 +51,7 @@ class SpokenDialect(ChatDialect):
         """See `Dialect`."""
         events = self._parser.push("".join(piece.text for piece in pieces))
         deltas = self._deltas(events + self._parser.finish())
+        self._note_prompt(pieces)
         message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
         for delta in deltas:
             for name, value in delta.items():

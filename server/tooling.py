@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from server import params
 from server.errors import ApiError, invalid
 from server.params import Warned
+from server.reasoning import ReasoningCounter
 from server.schemas import ChatRequest
 from server.service import Service
+from server.text.tokenizer import Tokenizer
 from server.tools.declared import call_syntax, opens_reasoning, think_tags
 from server.tools.schemas import Tool, ToolChoice
 from server.tools.speech import Speech
@@ -31,6 +33,13 @@ class Spoken:
     has_reasoning: bool = True
     #: The one call there is was asked for by its name (then OpenAI says "stop").
     is_named: bool = False
+
+    def counter(self, tokenizer: Tokenizer) -> ReasoningCounter | None:
+        """Return what counts the tokens of the reasoning; None: the model does none."""
+        tags = self.speech.tags
+        if tags is None:
+            return None
+        return ReasoningCounter(tokenizer, tags, is_thinking=self.speech.is_thinking)
 
 
 def is_forced(request: ChatRequest) -> bool:
@@ -63,7 +72,7 @@ def callable_tools(service: Service, request: ChatRequest) -> list[Tool]:
     if isinstance(choice, ToolChoice) and choice.function.name not in seen:
         message = f"tool_choice names {choice.function.name!r}, which is none of the tools"
         raise invalid(message, "tool_choice")
-    if tools and not is_forced(request) and _declared_syntax(service) is None:
+    if tools and not is_forced(request) and _syntax(service) is None:
         raise _no_tools()
     return tools
 
@@ -71,7 +80,7 @@ def callable_tools(service: Service, request: ChatRequest) -> list[Tool]:
 def tool_warnings(service: Service, request: ChatRequest, tools: Sequence[Tool]) -> list[Warned]:
     """Return what of the tools has no effect."""
     warnings: list[Warned] = []
-    if tools and _declared_syntax(service) is None:
+    if tools and _syntax(service) is None:
         told = "the model is not shown the tools: its chat template has no place for them"
         warnings.append({"param": "tools", "message": told})
     for index, tool in enumerate(tools):
@@ -93,19 +102,14 @@ def prompt_end(service: Service, prompt: Sequence[int]) -> str:
     return service.text.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False)
 
 
-def _declared_syntax(service: Service) -> CallSyntax | None:
-    template = service.text.template
-    return None if template is None else call_syntax(template.sources)
-
-
 def spoken(
     service: Service, request: ChatRequest, tools: Sequence[Tool], prompt: Sequence[int]
 ) -> Spoken | None:
     """Return how the answer is read; None: it is plain text. `tools`: the callable ones."""
     template = service.text.template
     assert template is not None, "a chat was rendered without a template"
-    tags = think_tags(template.sources)
-    calls = (_declared_syntax(service) or BARE) if tools else None
+    tags = think_tags(template.sources, service.config.model.reasoning_parser)
+    calls = (_syntax(service) or BARE) if tools else None
     if tags is None and calls is None:
         return None
     end = prompt_end(service, prompt)
@@ -115,6 +119,7 @@ def spoken(
             tags,
             is_thinking=tags is not None and opens_reasoning(end, tags),
             tool_names=frozenset(tool.function.name for tool in tools),
+            schemas={tool.function.name: tool.function.parameters or {} for tool in tools},
         ),
         has_parallel_calls=request.parallel_tool_calls is not False,
         has_reasoning=request.include_reasoning is not False,
@@ -122,9 +127,16 @@ def spoken(
     )
 
 
+def _syntax(service: Service) -> CallSyntax | None:
+    template = service.text.template
+    if template is None:
+        return None
+    return call_syntax(template.sources, service.config.model.tool_call_parser)
+
+
 def _no_tools() -> ApiError:
     message = (
         "tools are not supported by this model: its chat template has none,"
-        " or a format of calls that is not read here"
+        " or a format of calls that is not read here (--tool-call-parser)"
     )
     return invalid(message, "tools", code="unsupported_parameter")

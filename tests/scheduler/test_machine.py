@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_next_token
-from model.interface import SamplingParams
+from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
+from model.interface import SamplingParams, TokenLogprobs
 from scheduler.messages import FinishReason, Submit
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import State
@@ -25,6 +25,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.submits: dict[int, Submit] = {}
         self.outputs: dict[int, list[int]] = {}
+        self.scores: dict[int, list[TokenLogprobs]] = {}
         self.num_submits = 0
         self.build(4, 2, 2, 4)
 
@@ -53,11 +54,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         prompt=st.lists(st.integers(1, 2), max_size=9),
-        max_tokens=st.integers(1, 8),
+        max_tokens=st.integers(0, 8),
         priority=st.integers(0, 1),
         namespace=st.sampled_from(["", "salt"]),
         ignore_eos=st.booleans(),
         num_resumed=st.integers(0, 2),
+        prompt_logprobs=st.sampled_from([None, None, 0, 2]),
+        num_scored=st.integers(0, 4),
     )
     def submit(
         self,
@@ -67,14 +70,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         namespace: str,
         ignore_eos: bool,
         num_resumed: int,
+        prompt_logprobs: int | None,
+        num_scored: int,
     ) -> None:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=ignore_eos, prompt_logprobs=prompt_logprobs
+        )
         submit = Submit(
             self.num_submits, tuple(prompt), params, priority=priority, namespace=namespace
         )
         self.num_submits += 1
         resumed = self.expected(submit)[:num_resumed]
         if len(resumed) == num_resumed < max_tokens and FAKE_EOS_TOKEN_ID not in resumed:
+            if num_resumed:
+                num_scored = len(prompt)
+            if prompt_logprobs is None or not prompt:
+                num_scored = 0
             submit = Submit(
                 submit.request_id,
                 submit.prompt_token_ids,
@@ -82,12 +93,20 @@ class SchedulerMachine(RuleBasedStateMachine):
                 tuple(resumed),
                 priority,
                 namespace,
+                num_scored=min(num_scored, max(0, len(prompt) - 1)),
             )
         fits = bool(prompt) and len(prompt) + len(submit.output_token_ids) < self.max_len()
         assert (self.scheduler.submit(submit) is None) == fits
         if fits:
             self.submits[submit.request_id] = submit
             self.outputs[submit.request_id] = list(submit.output_token_ids)
+            self.scores[submit.request_id] = self.expected_scores(submit)[: submit.num_scored]
+
+    def expected_scores(self, submit: Submit) -> list[TokenLogprobs]:
+        prompt, count = submit.prompt_token_ids, submit.params.prompt_logprobs
+        if count is None:
+            return []
+        return [fake_logprobs(prompt[:i], prompt[i], count) for i in range(1, len(prompt))]
 
     def max_len(self) -> int:
         return min(12, self.runner.num_pages * self.runner.page_size + 1)
@@ -119,13 +138,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert plan.num_tokens <= self.scheduler._config.max_num_batched_tokens
         assert plan.num_decodes + plan.num_prompt_tokens == plan.num_tokens
         outcome = self.scheduler.apply(plan, self.runner.launch(plan.step).wait())
+        for request_id, scores in outcome.prompt_logprobs:
+            self.scores[request_id] += scores
         for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
             self.outputs[request_id].append(token_id)
         for request_id, reason in outcome.finished:
             submit = self.submits.pop(request_id)
             assert self.outputs[request_id] == self.expected(submit)
+            assert self.scores[request_id] == self.expected_scores(submit)
             assert (reason is FinishReason.STOP) == (
-                self.outputs[request_id][-1] == FAKE_EOS_TOKEN_ID and not submit.params.ignore_eos
+                self.outputs[request_id][-1:] == [FAKE_EOS_TOKEN_ID]
+                and not submit.params.ignore_eos
             )
 
     @rule(has_written=st.booleans())

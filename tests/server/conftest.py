@@ -108,10 +108,16 @@ async def _absence(_: object, request: GenerateRequest) -> AsyncGenerator[Delta,
 class LiveServer:
     """A served application; everything in it runs on the loop of its thread."""
 
-    def __init__(self, client: EngineClient, text: ModelText, server: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        text: ModelText,
+        server: dict[str, Any],
+        model: dict[str, Any] | None = None,
+    ) -> None:
         self.client = client
         self.text = text
-        self.config = OctavoConfig.model_validate({"server": server})
+        self.config = OctavoConfig.model_validate({"server": server, "model": model or {}})
         self.log = io.StringIO()
         # asyncio switches Nagle's algorithm off only for a socket that says it is TCP.
         self._socket = socket.socket(proto=socket.IPPROTO_TCP)
@@ -220,12 +226,13 @@ def _starting(text: ModelText) -> Iterator[StartServer]:
             words: ModelText | None = None,
             scheduler: dict[str, Any] | None = None,
             runner: FakeRunner | None = None,
+            model: dict[str, Any] | None = None,
             **section: Any,
         ) -> LiveServer:
             if client is None:
                 runner = runner or FakeRunner(vocab_size=VOCAB_SIZE)
                 client = InlineClient(runner, SchedulerSection(**(scheduler or {})), lambda: 0.0)
-            live = LiveServer(client, words or text, section)
+            live = LiveServer(client, words or text, section, model)
             stack.callback(live.close)
             logs.configure("json", live.log)
             return live

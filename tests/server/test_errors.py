@@ -98,7 +98,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         (
             {"continue_final_message": True, "add_generation_prompt": True},
