@@ -6,8 +6,7 @@ had. Knows nothing of pages, of the model, or of when a sequence ends. The arith
 
 Order, as in vLLM: log-probabilities are of the raw logits; then what is not allowed, logit_bias,
 what is banned, penalties, what the grammar forbids, temperature, min-p, top-k, top-p. Rows are
-grouped by what they need, and
-no group pays for what another one needs.
+grouped by what they need, and no group pays for what another one needs.
 """
 
 from __future__ import annotations

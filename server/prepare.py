@@ -5,13 +5,12 @@ So a client hears at once what is wrong with its request. Knows nothing of respo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from scheduler.client import GenerateRequest, ModelInfo, SamplingParams
 from server import params
+from server.chat_prompt import prompt_of_chat
 from server.choices import params_of_try
 from server.errors import invalid
 from server.generate import Job
@@ -23,38 +22,19 @@ from server.prompts import (
     bad_word_tokens,
     completion_prompts,
     echoes,
-    off_loop,
     require_tokens,
     truncated,
 )
+from server.sampling import sampling_of
 from server.schemas import (
     MAX_CHOICES_IN_ALL,
     ChatRequest,
     CompletionRequest,
     GenerateFields,
-    Message,
 )
 from server.service import Service
 from server.structured.requests import chat_grammar, completion_grammar
-from server.text.pieces import TextError
-from server.text.template import TemplateError
 from server.tooling import callable_tools, spoken, tool_warnings
-from server.tools.schemas import Tool
-
-#: To render a message takes as long as to encode this many characters, some 25 µs.
-_MESSAGE_CHARS = 80
-_SAMPLING_FIELDS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "min_tokens",
-    "ignore_eos",
-)
-#: What `ChatTemplate.render` takes itself.
-_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt", "continues_final")
 
 
 async def chat_job(service: Service, request: ChatRequest) -> Job:
@@ -70,10 +50,10 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
     tools = callable_tools(service, request)
     warnings += tool_warnings(service, request, tools)
-    token_ids = await prompt_of_chat(service, request, tools)
+    token_ids = await prompt_of_chat(service, request, tools, warnings)
     token_ids = truncated(service.client.info, request, token_ids, max_tokens)
     room = _room(service.client.info, token_ids, max_tokens, ("messages", name))
-    sampling = _sampling(
+    sampling = sampling_of(
         service,
         request,
         max_tokens=room if max_tokens is None else max_tokens,
@@ -93,22 +73,6 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         has_logprobs=request.logprobs is True,
     )
     return job.read_as(heard)
-
-
-def _with_effort(
-    service: Service, request: ChatRequest, warnings: list[Warned]
-) -> dict[str, Any] | None:
-    """Return the template's variables, the effort among them if there is one and it knows it."""
-    name, effort, given = "reasoning_effort", request.reasoning_effort, request.chat_template_kwargs
-    template = service.text.template
-    if effort is None or template is None:
-        return given
-    if any(name in source for source in template.sources.values()):
-        return {name: effort, **(given or {})}
-    if effort != "none":
-        message = f"{name} was ignored: it has no effect on this model"
-        warnings.append({"param": name, "message": message})
-    return given
 
 
 async def completion_job(service: Service, request: CompletionRequest) -> Job:
@@ -178,7 +142,7 @@ def _completion_sampling(
     max_tokens = request.max_tokens
     # The tries are ranked by them, if there are more than choices.
     is_ranked = (request.best_of or 1) > (request.n or 1)
-    return _sampling(
+    return sampling_of(
         service,
         request,
         max_tokens=min(DEFAULT_COMPLETION_TOKENS, room) if max_tokens is None else max_tokens,
@@ -188,67 +152,6 @@ def _completion_sampling(
         least_tokens=0 if request.echo else 1,
         names={},
     )
-
-
-async def prompt_of_chat(
-    service: Service, request: ChatRequest, tools: Sequence[Tool]
-) -> list[int]:
-    """Return a chat's prompt, however long; `tools`: the callable ones. Raises `ApiError`."""
-    return await chat_tokens(
-        service,
-        request.messages,
-        add_generation_prompt=request.add_generation_prompt,
-        add_special_tokens=request.add_special_tokens,
-        variables=request.chat_template_kwargs,
-        tools=[tool.for_template() for tool in tools],
-        continues_final=request.continue_final_message is True,
-    )
-
-
-async def chat_tokens(
-    service: Service,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool | None,
-    add_special_tokens: bool | None,
-    variables: dict[str, Any] | None,
-    tools: Sequence[dict[str, Any]] = (),
-    continues_final: bool = False,
-) -> list[int]:
-    """Return the prompt that the model's template makes of a chat; null flags mean the default.
-
-    Raises `ApiError`.
-    """
-    template, tokenizer = service.text.template, service.text.tokenizer
-    if template is None:
-        raise invalid("this model has no chat template; use /v1/completions", "messages")
-    for name in _RESERVED_VARIABLES:
-        if name in (variables or {}):
-            message = f"chat_template_kwargs: the variable {name!r} is the server's own"
-            raise invalid(message, "chat_template_kwargs")
-
-    if continues_final and add_generation_prompt:
-        message = "continue_final_message and add_generation_prompt exclude each other"
-        raise invalid(message, "continue_final_message")
-
-    def encode() -> list[int]:
-        text = template.render(
-            [message.for_template() for message in messages],
-            add_generation_prompt=add_generation_prompt is not False,
-            tools=tools or None,
-            continues_final=continues_final,
-            **(variables or {}),
-        )
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
-
-    try:
-        num_chars = sum(message.num_chars for message in messages) + len(json.dumps(tools))
-        return await off_loop(encode, num_chars + len(messages) * _MESSAGE_CHARS)
-    except TemplateError as error:
-        at = "" if error.message_index is None else f".{error.message_index}"
-        raise invalid(str(error), "messages" + at) from error
-    except TextError as error:
-        raise invalid(str(error), "messages") from error
 
 
 def _room(
@@ -273,72 +176,6 @@ def _room(
         )
         raise invalid(message, max_name, code)
     return limit - num_prompt
-
-
-def _sampling(
-    service: Service,
-    request: GenerateFields,
-    *,
-    max_tokens: int,
-    logprobs: int | None,
-    prompt_logprobs: int | None,
-    bad_words: tuple[tuple[int, ...], ...],
-    names: dict[str, str],
-    least_tokens: int = 1,
-) -> SamplingParams:
-    """Build the parameters; `names`: what the client calls a field otherwise than we do."""
-    vocab_size = service.client.info.vocab_size
-    defaults = service.sampling_defaults
-    given = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
-    given = {name: defaults.get(name) if value is None else value for name, value in given.items()}
-    top_k = int(defaults.get("top_k", 0)) if request.top_k is None else request.top_k
-    stop_token_ids = request.stop_token_ids or []
-    require_tokens(stop_token_ids, vocab_size, "stop_token_ids")
-    allowed = request.allowed_token_ids
-    require_tokens(allowed or (), vocab_size, "allowed_token_ids")
-    if max_tokens < least_tokens:
-        name = names.get("max_tokens", "max_tokens")
-        raise invalid(f"{name} must be at least {least_tokens}, got {max_tokens}", name)
-    try:
-        return SamplingParams(
-            max_tokens=max_tokens,
-            top_k=_top_k(top_k, vocab_size),
-            seed=_seed(service, request.seed),
-            logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
-            allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
-            bad_words=bad_words,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            stop_token_ids=tuple(stop_token_ids),
-            **{name: value for name, value in given.items() if value is not None},
-        )
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        param = names.get(name, name)
-        raise invalid(f"{param} {rest}", param) from error
-
-
-def _top_k(top_k: int | None, vocab_size: int) -> int:
-    """-1 is vLLM's word for no limit."""
-    return 0 if top_k in {None, -1} else min(top_k or 0, vocab_size)
-
-
-def _seed(service: Service, seed: int | None) -> int:
-    if seed is None:
-        return service.chance.getrandbits(63)
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError("seed must fit 64 bits")
-    return seed % 2**64
-
-
-def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    for key in biases:
-        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < vocab_size):
-            raise invalid(
-                f"logit_bias: its keys are token ids, 0 to {vocab_size - 1}, in strings",
-                "logit_bias",
-            )
-    return tuple((int(key), bias) for key, bias in biases.items())
 
 
 def _job(

@@ -10,12 +10,13 @@ from starlette.responses import Response
 
 from server import documents, schemas
 from server.chat import ChatDialect
+from server.chat_prompt import chat_tokens
 from server.completions import CompletionDialect
 from server.context import RequestRecord
 from server.errors import invalid
 from server.generate import Job
 from server.openapi import answers, body_of, generation_answers
-from server.prepare import chat_job, chat_tokens, completion_job
+from server.prepare import chat_job, completion_job
 from server.prompts import prompt_tokens, require_tokens, token_text, token_texts
 from server.respond import Dialect, GenerationResponse, JsonResponse, read_body
 from server.service import Service
