@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
+from http import HTTPStatus
 from typing import NoReturn
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import Match, Route
 
 from configs.schema import OctavoConfig
 from scheduler.client import EngineClient
@@ -134,4 +136,17 @@ async def _tell_router_error(request: Request, error: Exception) -> NoReturn:
         404: f"there is no route {path}; /openapi.json lists them",
         405: f"{method} is not allowed on {path}",
     }.get(error.status_code, error.detail)
-    raise from_status(error.status_code, message, dict(error.headers or {})) from error
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_methods_of(request))
+    raise from_status(error.status_code, message, headers) from error
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return what the path in hand may be asked with: the router knows only its first route."""
+    routes = [
+        route
+        for route in request.app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+    ]
+    return sorted(method for route in routes for method in route.methods or ())

@@ -46,9 +46,20 @@ def generation_answers(
 ) -> Responses:
     """Return the responses of a route that generates; a stream's events hold `chunk`s."""
     responses = answers(model, 400, 404, 408, 413, 429, 503, error=error)
-    schema = {"$ref": _REF.format(model=chunk.__name__)}
-    responses[200]["content"] = {"text/event-stream": {"schema": schema}}
+    responses[200]["content"] = {"text/event-stream": {"schema": _event_of(chunk, error)}}
     return responses
+
+
+def _event_of(*models: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of an event of a stream, whose data is one of these or the end."""
+    references = [{"$ref": _REF.format(model=model.__name__)} for model in models]
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": references},
+    }
+    properties = {"event": {"type": "string"}, "data": {"anyOf": [{"const": "[DONE]"}, data]}}
+    return {"type": "object", "properties": properties, "required": ["data"]}
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
