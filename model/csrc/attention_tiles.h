@@ -2,6 +2,10 @@
 //
 // The same orientation: (token, head) pairs are the lanes. Keys are the first operand of the scores
 // as they lie; the values' is the second's transpose. Sums stay in float32.
+//
+// Decode is the same code with the heads of one token as lanes, and both go through the keys in the
+// same chunks and tiles, counted from the sequence's first: so a token's result is the same to the
+// bit, whether it was computed alone, in a prompt, or in any piece of one.
 #pragma once
 
 #include "products.h"
@@ -25,6 +29,8 @@ struct TileScratch {
   BFloat16* values;
   // [keys / 32, lane tiles, 16 pairs, 16 lanes, 2].
   BFloat16* weights;
+  // [head_dim, lanes] floats: of the chunks of keys that are done.
+  float* totals;
 
   static int padded(int head_dim) { return (head_dim + kTileInputs - 1) / kTileInputs * kTileInputs; }
 
@@ -32,11 +38,13 @@ struct TileScratch {
       : queries((BFloat16*)at),
         keys(queries + padded(head_dim) * kPrefillLanes),
         values(keys + padded(head_dim) * kPrefillKeys),
-        weights(values + head_dim * kPrefillKeys) {}
+        weights(values + head_dim * kPrefillKeys),
+        totals((float*)(weights + kPrefillKeys * kPrefillLanes)) {}
 
   static int64_t floats(int head_dim) {
     return (int64_t(padded(head_dim)) * (kPrefillLanes + kPrefillKeys) +
-            int64_t(head_dim) * kPrefillKeys + kPrefillKeys * kPrefillLanes) / 2;
+            int64_t(head_dim) * kPrefillKeys + kPrefillKeys * kPrefillLanes) / 2 +
+           int64_t(head_dim) * kPrefillLanes;
   }
 };
 
@@ -48,9 +56,9 @@ inline void store_pairs(BFloat16* to, Vec even, Vec odd) {
 }
 
 // Rows [depth, lanes] of floats as second operands; rows from `count` on are zeros.
-inline void pack_lanes(const float* rows, int count, int depth, BFloat16* to) {
+inline void pack_lanes(const float* rows, int count, int depth, int num_lanes, BFloat16* to) {
   for (int row = 0; row < depth; row += 2)
-    for (int lane = 0; lane < kPrefillLanes; lane += kTileOutputs) {
+    for (int lane = 0; lane < num_lanes; lane += kTileOutputs) {
       const Vec even = row < count ? load(rows + row * kPrefillLanes + lane) : Vec{};
       const Vec odd = row + 1 < count ? load(rows + (row + 1) * kPrefillLanes + lane) : Vec{};
       const int tile = row / kTileInputs * kLaneTiles + lane / kTileOutputs;
@@ -112,31 +120,35 @@ inline void load_values(const void* pages, DType dtype, const int64_t* offsets, 
     }
 }
 
-// out[row][lane] (+)= first[row][depth] * second[depth][lane] for 16 rows and all lanes.
+// out[row][lane] (+)= first[row][depth] * second[depth][lane] for 16 rows and 16 or all lanes.
 inline void multiply_lanes(const BFloat16* first, int64_t stride, const BFloat16* second, int depth,
-                           bool is_added, float* out) {
+                           bool is_added, bool is_narrow, float* out) {
   constexpr int64_t bytes = kPrefillLanes * sizeof(float);
   written_before();
   if (is_added) {
     _tile_loadd(0, out, bytes);
-    _tile_loadd(1, out + kTileOutputs, bytes);
-    _tile_loadd(2, out + 2 * kTileOutputs, bytes);
-    _tile_loadd(3, out + 3 * kTileOutputs, bytes);
+    if (!is_narrow) {
+      _tile_loadd(1, out + kTileOutputs, bytes);
+      _tile_loadd(2, out + 2 * kTileOutputs, bytes);
+      _tile_loadd(3, out + 3 * kTileOutputs, bytes);
+    }
   } else {
     zero_accumulators();
   }
   for (int k = 0; k < depth; k += kTileInputs, second += kLaneTiles * kTileElements) {
     _tile_loadd(4, first + k, stride * sizeof(BFloat16));
     _tile_loadd(5, second, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if (is_narrow) continue;
     _tile_loadd(6, second + kTileElements, 64);
     _tile_loadd(7, second + 2 * kTileElements, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(5, second + 3 * kTileElements, 64);
     _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(5, second + 3 * kTileElements, 64);
     _tile_dpbf16ps(2, 4, 7);
     _tile_dpbf16ps(3, 4, 5);
   }
   _tile_stored(0, out, bytes);
+  if (is_narrow) return;
   _tile_stored(1, out + kTileOutputs, bytes);
   _tile_stored(2, out + 2 * kTileOutputs, bytes);
   _tile_stored(3, out + 3 * kTileOutputs, bytes);
