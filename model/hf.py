@@ -8,6 +8,7 @@ is asked of it (`model/hf_attention.py`), and that it gets it is proved at each 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,24 +69,32 @@ class _PagedLayers:
     """See `Attender`: one pass through the layers over planned pages."""
 
     def __init__(
-        self, wishes: Sequence[LayerWish], common: CommonWish, backend: AttentionBackend
+        self,
+        wishes: Sequence[LayerWish],
+        common: CommonWish,
+        dtype: torch.dtype,
+        backend: AttentionBackend,
     ) -> None:
         self._wishes = iter(enumerate(wishes))
         self._common = common
+        self._dtype = dtype
         self._backend = backend
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `Attender`."""
         common = self._common
         layer, wish = next(self._wishes)
-        q, k, v = (_widened(heads, common.head_dim) for heads in (call.q, call.k, call.v))
+        # Norms and rotations leave some models' heads in float32.
+        q, k, v = (
+            _widened(heads.to(self._dtype), common.head_dim) for heads in (call.q, call.k, call.v)
+        )
         if wish.scale != common.scale:
             q = q * (wish.scale / common.scale)
         if wish.num_kv_heads != common.num_kv_heads:
             repeats = common.num_kv_heads // wish.num_kv_heads
             k, v = (heads.repeat_interleave(repeats, dim=1) for heads in (k, v))
         attended = self._backend.attend(layer, q, k, v).view(q.shape)
-        return attended[..., : wish.v_head_dim]
+        return attended[..., : wish.v_head_dim].to(call.v.dtype)
 
 
 def _widened(heads: Tensor, width: int) -> Tensor:
@@ -118,7 +127,9 @@ class HfDecoder:
         self.weights_bytes = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
         self.attention_dtype: torch.dtype = dtype
         self.device: torch.device = model.device
-        self._body = model.get_decoder()
+        body = model.get_decoder()
+        # Some have a last product of that name.
+        self._body = body if isinstance(body, transformers.PreTrainedModel) else model.base_model
         name = next(name for name, module in model.named_modules() if module is self._body)
         if not name:
             raise ArchError("its layers and its logits are in one piece")
@@ -148,7 +159,7 @@ class HfDecoder:
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
-            octavo=_PagedLayers(self._wishes, self._common, attention),
+            octavo=_PagedLayers(self._wishes, self._common, self.attention_dtype, attention),
         )
         hidden: Tensor = found[0].squeeze(0)
         return hidden.float()
@@ -196,13 +207,18 @@ def load_hf_decoder(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the library's advice, which is for people who train."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Hold back the library's advice, which is for people who train, and bars in log files."""
+    log = transformers.logging
+    before, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    if not sys.stderr.isatty():
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(before)
+        log.set_verbosity(before)
+        if has_bars:
+            log.enable_progress_bar()
 
 
 def _load(source: ModelSource, found: HfConfig, dtype: torch.dtype) -> Any:  # noqa: ANN401 - as above
@@ -231,9 +247,10 @@ def _wishes(model: Any, max_positions: int) -> list[LayerWish]:  # noqa: ANN401 
     """Have the model tell what it wants of attention, and leave it ready to be served."""
     inquirer = Inquirer(max_positions)
     model.set_attn_implementation(ASKING)
+    # One token: with more, some models cut the masks of layers that need not see all of them.
     model(
-        input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device),
-        position_ids=torch.arange(2, device=model.device).unsqueeze(0),
+        input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device),
+        position_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device),
         use_cache=False,
         octavo=inquirer,
     )

@@ -20,6 +20,8 @@ from model.source import ModelSource
 
 _SERVED = "served are decoders of text that attend in every layer and keep no other state"
 _OTHER_SENSES = re.compile("audio|image|speech|video|vision|vq")
+#: As many as the proof computes.
+_FEWEST_POSITIONS = 8
 _PAGED_KINDS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -80,10 +82,11 @@ def _why_not(config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above
     """Say what is in the way; nothing where nothing is."""
     senses = sorted(name for name in config.sub_configs if _OTHER_SENSES.search(name))
     kinds = getattr(config, "layer_types", None) or ()
+    ropes = _rope_types(config)
     unpaged = sorted({str(kind) for kind in kinds} - _PAGED_KINDS)
     reasons = (
-        (model_class is None, "is no causal language model"),
         (getattr(config, "is_encoder_decoder", False), "has an encoder"),
+        (model_class is None, "is no causal language model"),
         (senses, f"has parts that are not for text ({', '.join(senses)})"),
         (
             getattr(model_class, "_is_stateful", False),
@@ -95,30 +98,35 @@ def _why_not(config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above
             "does not let others compute its attention (transformers' attention interface)",
         ),
         (
-            "dynamic" in set(_rope_types(config)),
-            "has dynamic rope scaling, by which one long request would change all others",
+            "dynamic" in ropes or {"longrope"} < ropes,
+            "has rope scaling by which one long request would change all others",
         ),
     )
     return next((reason for is_so, reason in reasons if is_so), "")
 
 
-def _rope_types(config: Any) -> Iterator[str]:  # noqa: ANN401 - as above
-    """Yield the types of rope: one for all layers, or one for each kind of them."""
+def _rope_types(config: Any) -> set[str]:  # noqa: ANN401 - as above
+    """Return the types of rope: one for all layers, or one for each kind of them."""
     found = getattr(config, "rope_parameters", None) or {}
-    for spec in (found, *found.values()):
-        if isinstance(spec, dict) and isinstance(spec.get("rope_type"), str):
-            yield spec["rope_type"]
+    specs = (found, *found.values())
+    return {str(spec.get("rope_type", "default")) for spec in specs if isinstance(spec, dict)}
 
 
 def _positions(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...]]:  # noqa: ANN401 - as above
+    """Return how long a text may be.
+
+    Under longrope all angles change once one text of the batch is longer than the model was first
+    trained for. Where such texts are wanted, everything gets their angles.
+    """
     longest = getattr(config, "max_position_embeddings", None)
-    if not isinstance(longest, int) or longest < 2:
-        raise ArchError(f"max_position_embeddings does not say how long a text may be: {longest}")
-    if "longrope" not in set(_rope_types(config)):
+    if not isinstance(longest, int) or longest < _FEWEST_POSITIONS:
+        raise ArchError(f"its max_position_embeddings is {longest}, so its length is not known")
+    if "longrope" not in _rope_types(config):
         return longest, ()
-    short = config.rope_parameters.get("original_max_position_embeddings") or longest
+    rope = config.rope_parameters
+    short = rope["original_max_position_embeddings"]
     if wanted is None or wanted <= short:
-        note = f"requests are limited to {short} tokens; past that all positions are turned by "
-        note += f"other angles, which --max-model-len (up to {longest}) chooses for every request"
-        return min(short, longest), (note,) if short < longest else ()
-    return longest, (f"angles are those for more than {short} tokens, also in shorter requests",)
+        note = f"limited to {short} tokens, for past them the model turns all positions by other "
+        return short, (note + f"angles; --max-model-len up to {longest} takes those throughout",)
+    rope["short_factor"] = rope["long_factor"]
+    return longest, (f"angles are those for more than {short} tokens, in short requests too",)

@@ -31,10 +31,11 @@ _STEPS: tuple[tuple[tuple[int, int, int], ...], ...] = (
     ((0, 0, 3), (1, 0, 5)),
     ((0, 3, 7),),
 )
-#: Largest relative error of one position's logits. Rounding alone gives 1e-5 and 3e-2, and a
-#: mixture of experts may choose others where two are as good.
-_TOLERANCE = {torch.float32: 1e-2}
-_TOLERANCE_16_BITS = 0.3
+#: Largest relative error of one position's logits. What has nothing to do with each other is 1.4
+#: apart. Rounding alone gave 1e-5 in float32 and up to 0.4 in bfloat16, over 70 architectures with
+#: random weights, which are far worse than trained ones.
+_TOLERANCE = {torch.float32: 1e-3}
+_TOLERANCE_16_BITS = 0.6
 
 
 class Proof:
