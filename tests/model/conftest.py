@@ -78,8 +78,8 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
             if value.dim() == 1:
                 is_scale = name.endswith("weight") and ("norm" in name or ".ln_" in name)
                 # Biases add up from layer to layer: large ones would leave the tokens no say.
-                spread = {"a": 0.5, "b": 1.5} if is_scale else {"a": -0.3, "b": 0.3}
-                torch.nn.init.uniform_(value, **spread)
+                low, high = (0.5, 1.5) if is_scale else (-0.3, 0.3)
+                torch.nn.init.uniform_(value, low, high)
         folder = tmp_path / family
         model.save_pretrained(folder, max_shard_size=shard_size)
         return Checkpoint(folder, model)

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
-from model import hf
 from model.arch import ArchError
 from model.assemble import assemble
 from model.hf import HfDecoder, load_hf_decoder
+from model.hf_attention import common_wish
 from model.implementation import choose_implementation
 from model.source import ModelSource
 
@@ -51,7 +51,7 @@ def load(source: ModelSource, **settings: Any) -> HfDecoder:
 
 def config_of(**model: Any) -> OctavoConfig:
     return OctavoConfig(
-        model=ModelSection(threads=1, **model), cache=CacheSection(kv_cache_memory="1MiB")
+        model=ModelSection(threads=1, **model), cache=CacheSection(kv_cache_memory=2**20)
     )
 
 
@@ -97,8 +97,9 @@ def test_the_proof_finds_what_was_lost_on_the_way(
 ) -> None:
     source = dummy("gemma2", head_dim=16, attn_logit_softcapping=0.5)
     assert load(source).attention_spec(torch.float32).softcap == 0.5
-    whole = hf.common_wish
-    monkeypatch.setattr(hf, "common_wish", lambda *args: replace(whole(*args), softcap=None))
+    monkeypatch.setattr(
+        "model.hf.common_wish", lambda *args: replace(common_wish(*args), softcap=None)
+    )
     with pytest.raises(ArchError, match="something else on pages than alone"):
         load(source)
 
