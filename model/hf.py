@@ -223,11 +223,14 @@ def _quiet() -> Iterator[None]:
 
 def _load(source: ModelSource, found: HfConfig, dtype: torch.dtype) -> Any:  # noqa: ANN401 - as above
     # eager: what the library's authors hold everything else against.
-    settings = {"dtype": dtype, "attn_implementation": "eager"}
+    settings: dict[str, object] = {"dtype": dtype, "attn_implementation": "eager"}
     if source.kind == "dummy":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return transformers.AutoModelForCausalLM.from_config(found.config, **settings)
+    if found.is_mxfp4:
+        # Products for it as it is run on GPUs alone, and come from the hub.
+        settings["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     model, info = found.model_class.from_pretrained(
         source.path,
         config=found.config,

@@ -20,6 +20,8 @@ from model.source import ModelSource
 
 _SERVED = "served are decoders of text that attend in every layer and keep no other state"
 _OTHER_SENSES = re.compile("audio|image|speech|video|vision|vq")
+#: Some libraries' messages are pages long.
+_LONGEST_REASON = 300
 #: As many as the proof computes.
 _FEWEST_POSITIONS = 8
 _PAGED_KINDS = frozenset({"full_attention", "sliding_attention"})
@@ -35,6 +37,8 @@ class HfConfig:
     model_class: Any
     #: Positions below this give the same result whatever else is in the batch.
     max_positions: int
+    #: Whether the weights are in mxfp4, as those of gpt-oss.
+    is_mxfp4: bool
     notes: tuple[str, ...]
 
 
@@ -47,8 +51,10 @@ def faults_of(model_type: object) -> Iterator[None]:
         raise
     # Hundreds of authors' code: what it makes of a config it cannot work with is anybody's guess.
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ArchError(f"model_type {model_type!r}: {' '.join(lines[:2])}; {_SERVED}") from error
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        if not isinstance(error, ArchError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ArchError(f"model_type {model_type!r}: {reason}; {_SERVED}") from error
 
 
 def read_hf_config(source: ModelSource, wanted_positions: int | None) -> HfConfig:
@@ -63,7 +69,18 @@ def read_hf_config(source: ModelSource, wanted_positions: int | None) -> HfConfi
         if reason := _why_not(config, model_class):
             raise ArchError(f"it {reason}")
         max_positions, notes = _positions(config.get_text_config(), wanted_positions)
-    return HfConfig(config, model_class, max_positions, notes)
+    is_mxfp4 = _quantization_method(values) is not None
+    if is_mxfp4:
+        notes = ("weights in mxfp4 are expanded", *notes)
+    return HfConfig(config, model_class, max_positions, is_mxfp4, notes)
+
+
+def _quantization_method(values: Mapping[str, object]) -> str | None:
+    """Return what a config.json says its weights are quantized by."""
+    found = values.get("quantization_config")
+    if found is None:
+        return None
+    return str(found.get("quant_method")) if isinstance(found, dict) else "unknown"
 
 
 def _parse(values: Mapping[str, object]) -> Any:  # noqa: ANN401 - one of hundreds of classes
@@ -73,8 +90,8 @@ def _parse(values: Mapping[str, object]) -> Any:  # noqa: ANN401 - one of hundre
             f"transformers {transformers.__version__} does not know it, and code that comes with "
             "a model is never run"
         )
-    if values.get("quantization_config") is not None:
-        raise ArchError("its weights are quantized, which is supported in .gguf files alone")
+    if (method := _quantization_method(values)) not in {None, "mxfp4"}:
+        raise ArchError(f"its weights are quantized ({method}); only .gguf and mxfp4 are read")
     return transformers.CONFIG_MAPPING[name].from_dict(dict(values))
 
 

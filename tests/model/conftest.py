@@ -49,6 +49,10 @@ class Checkpoint:
     def state(self) -> dict[str, Tensor]:
         return {name: one.detach().clone() for name, one in self._model.state_dict().items()}
 
+    def load_state(self, changed: dict[str, Tensor]) -> None:
+        """Change some of the model's tensors, but not its folder."""
+        self._model.load_state_dict(changed, strict=False)
+
     def logits(self, token_ids: Tensor) -> Tensor:
         with torch.inference_mode():
             found: Tensor = self._model(token_ids.unsqueeze(0)).logits[0]

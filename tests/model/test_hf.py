@@ -6,11 +6,13 @@ chunks, shared beginnings, several side by side, too few pages: the tokens stay 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cache.kv_cache import KVCache
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
@@ -159,3 +161,35 @@ def test_tokens_and_logits_are_those_of_transformers(checkpoint: Any, session: A
     one = session(decoder)
     found = torch.cat([one.feed(tokens[:5]), one.feed(tokens[5:6]), one.feed(tokens[6:])])
     torch.testing.assert_close(found, checkpoint.logits(tokens), rtol=1e-4, atol=1e-4)
+
+
+#: What four bits mean (OCP Microscaling Formats, E2M1); a scale is a power of two, biased by 127.
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def test_mxfp4_is_expanded(make_checkpoint: Callable[..., Any], session: Any) -> None:
+    """As gpt-oss is published: experts in blocks of 32 values with a scale each."""
+    sizes = FAMILIES["gpt_oss"] | {"hidden_size": 64, "intermediate_size": 64, "pad_token_id": 0}
+    plain = make_checkpoint("gpt_oss", **sizes)
+    folder = plain.folder
+    tensors = load_file(folder / "model.safetensors")
+    expanded = {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        num_experts, num_in, num_out = tensors.pop(name).shape
+        blocks = torch.randint(256, (num_experts, num_out, num_in // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(122, 126, (num_experts, num_out, num_in // 32), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(3).int()
+        values = _FP4[codes % 8] * torch.where(codes < 8, 1.0, -1.0)
+        values *= 2.0 ** (scales.float() - 127).unsqueeze(-1)
+        expanded[name] = values.flatten(2).mT
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = plain.config() | {"quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    decoder = load_hf_decoder(plain.source, dtype=torch.float32, device=torch.device("cpu"))
+    assert "weights in mxfp4 are expanded" in decoder.notes
+    plain.load_state(expanded)
+    tokens = torch.tensor(_PROMPTS[0])
+    found = session(decoder).feed(tokens)
+    torch.testing.assert_close(found, plain.logits(tokens), rtol=1e-4, atol=1e-4)

@@ -75,7 +75,11 @@ def config_of(**model: Any) -> OctavoConfig:
         ("roberta", {"pad_token_id": 1, "is_decoder": True}, "something else on pages"),
         # Sees what comes after.
         ("bert", {"is_decoder": False}, "neither causal nor a sliding window"),
-        ("olmo2", {"quantization_config": {"quant_method": "gptq"}}, "weights are quantized"),
+        (
+            "olmo2",
+            {"quantization_config": {"quant_method": "gptq"}},
+            "weights are quantized (gptq)",
+        ),
         ("olmo2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "one long request"),
         ("olmo2", {"num_attention_heads": "four"}, "num_attention_heads"),
         ("olmo2", {"max_position_embeddings": 1}, "max_position_embeddings is 1"),
