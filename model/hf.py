@@ -33,6 +33,7 @@ from model.hf_attention import (
     register,
 )
 from model.hf_config import HfConfig, faults_of, read_hf_config
+from model.hf_proof import Proof
 from model.linear import Format
 from model.source import ModelSource
 
@@ -193,8 +194,6 @@ def load_hf_decoder(
     `max_positions`: as long as requests will be at most, where that is known. `ArchError` (a
     `ValueError`) says in one line why a model cannot be served.
     """
-    from model.hf_proof import Proof  # noqa: PLC0415 - needs HfDecoder
-
     found = read_hf_config(source, max_positions)
     register()
     with torch.inference_mode(), _quiet(), faults_of(found.config.model_type):
@@ -229,7 +228,7 @@ def _load(source: ModelSource, found: HfConfig, dtype: torch.dtype) -> Any:  # n
             torch.manual_seed(0)
             return transformers.AutoModelForCausalLM.from_config(found.config, **settings)
     if found.is_mxfp4:
-        # Products for it as it is run on GPUs alone, and come from the hub.
+        # Kernels that multiply it as it is are for GPUs alone, and would be fetched from the hub.
         settings["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     model, info = found.model_class.from_pretrained(
         source.path,
