@@ -50,6 +50,10 @@ class ModelSection(Section):
         description="folder of safetensors, .gguf file, hub id, smollm2, or dummy:CONFIG.json",
     )
     served_model_name: str | None = Field(default=None, description="the name clients ask for")
+    model_impl: Literal["auto", "octavo", "transformers"] = Field(
+        default="auto",
+        description="whose code computes it; auto: Octavo's own where it has the architecture",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where the model computes; auto: a GPU if there is one"
     )

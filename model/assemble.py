@@ -16,15 +16,15 @@ from model.attention.registry import choose_backend
 from model.cpu_decoder import CpuDecoder, why_not
 from model.cpu_library import CpuLibrary, load_cpu_library
 from model.cpu_ops import CpuOps
+from model.implementation import build_decoder
 from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
 from model.kv_pool import KVPool
-from model.load import build_transformer
 from model.memory import PoolPlan, free_memory_bytes, plan_pool
 from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
 from model.sampler import Sampler
 from model.source import ModelSource
-from model.transformer import Decoder, Transformer
+from model.transformer import Decoder, ServedDecoder, Transformer
 
 _DTYPES = {
     "float32": torch.float32,
@@ -47,26 +47,24 @@ def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
     """Build the runner that `config` asks for. Raises `ValueError` naming the setting at fault."""
     torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
     where = _device(config.model)
-    transformer = build_transformer(
+    decoder = build_decoder(
         source,
-        quantization=config.model.quantization,
+        config.model,
         dtype=where.dtype,
         device=where.device,
         ops=where.ops,
-        progress=True,
-        max_positions=config.model.max_model_len,
         tiles=where.tiles,
     )
-    kv_dtype = _kv_dtype(config.cache, transformer)
-    spec = transformer.attention_spec(kv_dtype)
+    kv_dtype = _kv_dtype(config.cache, decoder)
+    spec = decoder.attention_spec(kv_dtype)
     offer = choose_backend(config.model.attention_backend, spec)
-    plan = _plan_pool(config, transformer, kv_dtype, offer)
-    pool = _pool(transformer, plan, kv_dtype)
-    info = _info(source, config, transformer, plan, pool, offer, where)
+    plan = _plan_pool(config, decoder, kv_dtype, offer)
+    pool = _pool(decoder, plan, kv_dtype)
+    info = _info(source, config, decoder, plan, pool, offer, where)
     attention = offer.build(spec, pool)
     runner = TorchRunner(
         info=info,
-        decoder=_decoder(transformer, attention, where.tiles),
+        decoder=_fastest(decoder, attention, where.tiles),
         attention=attention,
         pool=pool,
         sampler=Sampler(
@@ -97,30 +95,30 @@ def _device(config: ModelSection) -> _Device:
     return _Device(device, dtype, CpuOps(library), (), library if library.isa == "amx" else None)
 
 
-def _decoder(
-    transformer: Transformer, attention: AttentionBackend, tiles: CpuLibrary | None
+def _fastest(
+    decoder: ServedDecoder, attention: AttentionBackend, tiles: CpuLibrary | None
 ) -> Decoder:
-    if tiles is None or why_not(transformer, attention):
-        return transformer
-    return CpuDecoder(transformer, tiles)
+    if tiles is None or not isinstance(decoder, Transformer) or why_not(decoder, attention):
+        return decoder
+    return CpuDecoder(decoder, tiles)
 
 
-def _kv_dtype(config: CacheSection, transformer: Transformer) -> torch.dtype:
+def _kv_dtype(config: CacheSection, decoder: ServedDecoder) -> torch.dtype:
     """Say what keys and values are kept in: as exact as the products that make them."""
     if config.kv_cache_dtype != "auto":
         return _DTYPES[config.kv_cache_dtype]
-    is_rounded = transformer.format != "none"
-    if is_rounded and transformer.attention_dtype == torch.float32:
+    is_rounded = decoder.format != "none"
+    if is_rounded and decoder.attention_dtype == torch.float32:
         return torch.float16
-    return transformer.attention_dtype
+    return decoder.attention_dtype
 
 
 def _plan_pool(
-    config: OctavoConfig, transformer: Transformer, kv_dtype: torch.dtype, offer: BackendOffer
+    config: OctavoConfig, decoder: ServedDecoder, kv_dtype: torch.dtype, offer: BackendOffer
 ) -> PoolPlan:
-    arch = transformer.arch
-    if transformer.device.type == "cuda":
-        free_bytes = torch.cuda.mem_get_info(transformer.device)[0]
+    arch = decoder.arch
+    if decoder.device.type == "cuda":
+        free_bytes = torch.cuda.mem_get_info(decoder.device)[0]
     else:
         free_bytes = free_memory_bytes()
     return plan_pool(
@@ -136,8 +134,8 @@ def _plan_pool(
     )
 
 
-def _pool(transformer: Transformer, plan: PoolPlan, kv_dtype: torch.dtype) -> KVPool:
-    arch = transformer.arch
+def _pool(decoder: ServedDecoder, plan: PoolPlan, kv_dtype: torch.dtype) -> KVPool:
+    arch = decoder.arch
     return KVPool(
         num_layers=arch.num_layers,
         num_pages=plan.num_pages,
@@ -145,22 +143,22 @@ def _pool(transformer: Transformer, plan: PoolPlan, kv_dtype: torch.dtype) -> KV
         num_kv_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
         dtype=kv_dtype,
-        device=transformer.device,
+        device=decoder.device,
     )
 
 
 def _info(
     source: ModelSource,
     config: OctavoConfig,
-    transformer: Transformer,
+    decoder: ServedDecoder,
     plan: PoolPlan,
     pool: KVPool,
     offer: BackendOffer,
     where: _Device,
 ) -> ModelInfo:
-    arch = transformer.arch
+    arch = decoder.arch
     unknown = ", ".join(arch.unknown_keys)
-    notes = [transformer.note, *where.notes, *offer.notes, *plan.notes]
+    notes = [*decoder.notes, *where.notes, *offer.notes, *plan.notes]
     if unknown:
         notes.append(f"keys of the model's config that were not understood: {unknown}")
     return ModelInfo(
@@ -171,9 +169,9 @@ def _info(
         page_size=plan.page_size,
         num_pages=plan.num_pages,
         kv_bytes_per_token=plan.bytes_per_token,
-        weights_bytes=transformer.weights_bytes,
+        weights_bytes=decoder.weights_bytes,
         dtype=str(where.dtype).removeprefix("torch."),
-        quantization=transformer.format,
+        quantization=decoder.format,
         kv_cache_dtype=str(pool.dtype).removeprefix("torch."),
         device=where.device.type,
         attention_backend=offer.name,
