@@ -1,0 +1,155 @@
+"""The servers that every client is tried against, and when they have nothing left to do.
+
+The Python suites run in two environments: in the project's own the servers are started here, in
+the clients' (`test_suites.py`) they run already and stand in `SUITE_*` variables. So whatever a
+suite is written for, it sees the same fixtures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+FOLDER = Path(__file__).parent
+KEY = "a-key-of-the-tests"
+
+#: After it a server counts as stuck.
+_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server and what a client has to know of it."""
+
+    url: str
+    key: str
+    model: str
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.url}/v1"
+
+    def metrics(self) -> dict[str, float]:
+        """All series by their name, and a state's name behind it: `kv_cache_pages.private`."""
+        found: dict[str, float] = {}
+        for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
+            if line.startswith("octavo_"):
+                name, _, value = line.removeprefix("octavo_").rpartition(" ")
+                state = re.search(r'state="(\w+)"', name)
+                key = name.partition("{")[0] + (f".{state[1]}" if state else "")
+                found[key] = found.get(key, 0.0) + float(value)
+        return found
+
+    def wait_for(self, **counts: int) -> None:
+        """Wait until each gauge has this value."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while (seen := self._gauges(counts)) != counts:
+            assert time.monotonic() < deadline, f"{seen}, not {counts}"
+
+    def _gauges(self, names: Iterable[str]) -> dict[str, float]:
+        metrics = self.metrics()
+        return {name: metrics[name] for name in names}
+
+    def check_idle(self) -> None:
+        """Nothing runs or waits (soon), and then no page is anybody's."""
+        self.wait_for(num_requests_running=0, num_requests_waiting=0)
+        seen = self.metrics()
+        assert seen["kv_cache_pages.private"] == seen["kv_cache_pages.leased"] == 0
+
+
+@pytest.fixture(scope="session")
+def served(request: pytest.FixtureRequest) -> Served:
+    """The default model with default settings, open to all."""
+    if url := os.environ.get("SUITE_URL"):
+        return Served(url, "none", os.environ["SUITE_MODEL"])
+    return Served(request.getfixturevalue("daemon").url, "none", "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def guarded(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """A server with a key, a model that calls tools, and room for one request and one waiting."""
+    if url := os.environ.get("SUITE_GUARDED_URL"):
+        yield Served(url, os.environ["SUITE_GUARDED_KEY"], os.environ["SUITE_GUARDED_MODEL"])
+        return
+    flags = {
+        "--api-key": KEY,
+        "--max-num-seqs": "1",
+        "--max-queue": "1",
+        "--kv-cache-memory": "128MiB",
+    }
+    model = request.getfixturevalue("tool_model")
+    started = request.getfixturevalue("start_daemon")(
+        str(model), *(word for flag in flags.items() for word in flag)
+    )
+    with started as daemon:
+        yield Served(daemon.url, KEY, model.stem)
+
+
+@pytest.fixture(scope="session")
+def tool_model(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model with a template that offers tools, and shows how they are called."""
+    path = tmp_path_factory.mktemp("model") / "SmolLM2-tools.gguf"
+    program = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata"]
+    template = ["--chat-template-file", str(FOLDER / "tools.jinja")]
+    done = subprocess.run(
+        [*program, *template, str(smollm2_file), str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test the servers that it used are idle, and no page is lost."""
+    yield
+    for name in ("served", "guarded"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).check_idle()
+
+
+@pytest.fixture
+def fill(guarded: Served) -> Callable[[], AbstractContextManager[Callable[[], None]]]:
+    """Keep the guarded server busy, and its queue full, until the end or a call of the result."""
+
+    @contextmanager
+    def filling() -> Iterator[Callable[[], None]]:
+        guarded.check_idle()
+        with ExitStack() as busy:
+            for num_waiting in (0, 1):
+                busy.enter_context(_unread_request(guarded))
+                guarded.wait_for(num_requests_running=1, num_requests_waiting=num_waiting)
+            yield busy.close
+
+    return filling
+
+
+def _unread_request(server: Served) -> AbstractContextManager[Any]:
+    host, port = server.url.removeprefix("http://").split(":")
+    asked = {"prompt": "Once", "max_tokens": 5000, "ignore_eos": True, "stream": True}
+    body = json.dumps(asked).encode()
+    head = {
+        "Host": host,
+        "Authorization": f"Bearer {server.key}",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+    }
+    lines = ["POST /v1/completions HTTP/1.1", *(f"{name}: {value}" for name, value in head.items())]
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+    return connection
