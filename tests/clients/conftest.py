@@ -1,8 +1,9 @@
-"""The servers that every client is tried against, and when they have nothing left to do.
+"""The servers that every client is tried against, and how suites that live elsewhere are run.
 
-The Python suites run in two environments: in the project's own the servers are started here, in
-the clients' (`test_suites.py`) they run already and stand in `SUITE_*` variables. So whatever a
-suite is written for, it sees the same fixtures.
+Clients that do not fit into the project's environment have one of their own, and a suite that is a
+program: it writes its results as JUnit XML. It finds the servers in `SUITE_*` variables; for Python
+this file is loaded there too, so that every suite has the same fixtures. A missing program is a
+failure that says what to do, never a skip.
 """
 
 from __future__ import annotations
@@ -19,15 +20,20 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import httpx
 import pytest
 
 FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent.parent
+#: What `make clients` installs.
+PROGRAMS = ROOT / ".venv-clients" / "bin"
 KEY = "a-key-of-the-tests"
 
 #: After it a server counts as stuck.
 _PATIENCE_S = 60.0
+_TIME_LIMIT_S = 280.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,81 @@ def tool_model(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     )
     assert done.returncode == 0, done.stderr
     return path
+
+
+@pytest.fixture(scope="session")
+def suite_environ(served: Served, guarded: Served) -> dict[str, str]:
+    """Where the servers are, as the suites elsewhere are told."""
+    return {
+        "SUITE_URL": served.url,
+        "SUITE_MODEL": served.model,
+        "SUITE_GUARDED_URL": guarded.url,
+        "SUITE_GUARDED_MODEL": guarded.model,
+        "SUITE_GUARDED_KEY": guarded.key,
+        # Clients that would ask the internet for prices, or tell it of their use.
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LANGSMITH_TRACING": "false",
+    }
+
+
+@pytest.fixture
+def run_suite(
+    suite_environ: dict[str, str], tmp_path: Path, subtests: pytest.Subtests
+) -> Callable[[str], None]:
+    """Run a suite that lives elsewhere (by its extension), each of its tests as one of ours."""
+
+    def run(name: str) -> None:
+        report = tmp_path / "report.xml"
+        commands = {".py": _python_command, ".mjs": _node_command}
+        command = commands[Path(name).suffix](name, report)
+        for test, fault in _run(command, report, suite_environ):
+            with subtests.test(test):
+                if fault is not None:
+                    pytest.fail(fault, pytrace=False)
+
+    return run
+
+
+def _python_command(name: str, report: Path) -> list[str]:
+    # The project's conftest is left out: it wants the project's environment.
+    options = ["-p", "no:cacheprovider", "-W", "default", f"--confcutdir={FOLDER}"]
+    python, suite = str(PROGRAMS / "python"), str(FOLDER / name)
+    return [python, "-m", "pytest", *options, f"--junitxml={report}", suite]
+
+
+def _node_command(name: str, report: Path) -> list[str]:
+    options = ["--test", "--test-reporter=junit", f"--test-reporter-destination={report}"]
+    return [str(PROGRAMS / "node"), *options, str(FOLDER / "node" / name)]
+
+
+def _run(command: list[str], report: Path, environ: dict[str, str]) -> list[tuple[str, str | None]]:
+    """Return each test's name and what went wrong, or why it did not run."""
+    if not Path(command[0]).exists():
+        pytest.fail(f"{command[0]} is missing; `make clients` puts it there", pytrace=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=_TIME_LIMIT_S,
+        check=False,
+    )
+    outcomes = list(_outcomes(report)) if report.exists() else []
+    has_faults = any(fault for _, fault in outcomes)
+    if not outcomes or (done.returncode != 0 and not has_faults):
+        pytest.fail(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
+    return outcomes
+
+
+def _outcomes(report: Path) -> Iterator[tuple[str, str | None]]:
+    for case in ET.parse(report).iter("testcase"):  # noqa: S314 - written by our own tests
+        faults = [
+            f"{part.tag}: {part.get('message') or ''}\n{part.text or ''}"
+            for part in case
+            if part.tag in ("failure", "error", "skipped")
+        ]
+        yield case.get("name") or "?", "\n".join(faults) or None
 
 
 @pytest.fixture(autouse=True)

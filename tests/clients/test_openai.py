@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 
-QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of Japan?"}]
 #: Some of them are several tokens, and end in the middle of a character.
 EMOJI_LINE = "👩‍🚀 naïve 漢字 🇫🇷 Ωμέγα\n"
 WEATHER: Any = {
@@ -56,7 +56,7 @@ def test_a_chat_streams_and_says_the_same_as_unstreamed(
     options = {"include_usage": True}
     chunks = list(client.chat.completions.create(**greedy, stream=True, stream_options=options))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert "Paris" in text
+    assert "Tokyo" in text
     assert text == whole.choices[0].message.content
     assert whole.choices[0].finish_reason == "stop"
     assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
@@ -97,10 +97,10 @@ def test_several_answers_whole_and_streamed(client: Any, greedy: dict[str, Any])
 
 
 def test_stop_and_length(client: Any, greedy: dict[str, Any]) -> None:
-    [stopped] = client.chat.completions.create(**greedy, stop=["Paris"]).choices
+    [stopped] = client.chat.completions.create(**greedy, stop=["Tokyo"]).choices
     assert stopped.finish_reason == "stop"
     assert stopped.message.content.startswith("The capital")
-    assert "Paris" not in stopped.message.content
+    assert "Tokyo" not in stopped.message.content
     cut = client.chat.completions.create(**greedy | {"max_tokens": 3})
     assert cut.choices[0].finish_reason == "length"
     assert cut.usage.completion_tokens == 3
@@ -131,7 +131,7 @@ def test_logprobs_spell_the_answer(client: Any, greedy: dict[str, Any]) -> None:
 
 
 def test_a_conversation_goes_on_from_what_is_cached(client: Any, greedy: dict[str, Any]) -> None:
-    system = {"role": "system", "content": "You are a patient geographer. " * 8}
+    system = {"role": "system", "content": "You are brief. " * 16}
     messages: list[Any] = [system, *QUESTION]
     first = client.chat.completions.create(**greedy | {"messages": messages})
     messages += [
