@@ -55,13 +55,14 @@ export async function whileFull(work) {
   const busy = [];
   try {
     for (const waiting of [0, 1]) {
-      const asked = fetch(`${guarded.baseURL}/completions`, {
+      const asked = fetch(`${guarded.baseURL}/chat/completions`, {
         method: "POST",
         headers: {
           authorization: `Bearer ${guarded.apiKey}`,
           "content-type": "application/json",
         },
-        body: JSON.stringify({ prompt: "Once", max_tokens: 5000, ignore_eos: true, stream: true }),
+        // Without max_tokens, so that it goes on for as long as the context has room.
+        body: JSON.stringify({ messages: question, ignore_eos: true, stream: true }),
         signal: leaving.signal,
       });
       busy.push(asked.then((answer) => answer.text()).catch(() => {}));
