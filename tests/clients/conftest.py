@@ -29,6 +29,7 @@ import pytest
 collect_ignore = ["test_structured.py"]
 
 FOLDER = Path(__file__).parent
+NODE = FOLDER / "node"
 ROOT = FOLDER.parent.parent
 #: What `make clients` installs.
 PROGRAMS = ROOT / ".venv-clients" / "bin"
@@ -142,13 +143,13 @@ def suite_environ(served: Served, guarded: Served) -> dict[str, str]:
 @pytest.fixture
 def run_suite(
     suite_environ: dict[str, str], tmp_path: Path, subtests: pytest.Subtests
-) -> Callable[[str], None]:
-    """Run a suite that lives elsewhere (by its extension), each of its tests as one of ours."""
+) -> Callable[..., None]:
+    """Run suites that live elsewhere (by their extension), each of their tests as one of ours."""
 
-    def run(name: str) -> None:
+    def run(*names: str) -> None:
         report = tmp_path / "report.xml"
-        commands = {".py": _python_command, ".mjs": _node_command}
-        command = commands[Path(name).suffix](name, report)
+        is_node = names[0].endswith(".mjs")
+        command = (_node_command if is_node else _python_command)(names, report)
         for test, fault in _run(command, report, suite_environ):
             with subtests.test(test):
                 if fault is not None:
@@ -157,18 +158,18 @@ def run_suite(
     return run
 
 
-def _python_command(name: str, report: Path) -> list[str]:
+def _python_command(names: Iterable[str], report: Path) -> list[str]:
     # The project's conftest is left out: it wants the project's environment.
     options = ["-p", "no:cacheprovider", "-W", "default", f"--confcutdir={FOLDER}"]
-    python, suite = str(PROGRAMS / "python"), str(FOLDER / name)
-    return [python, "-m", "pytest", *options, f"--junitxml={report}", suite]
+    suites = [str(FOLDER / name) for name in names]
+    return [str(PROGRAMS / "python"), "-m", "pytest", *options, f"--junitxml={report}", *suites]
 
 
-def _node_command(name: str, report: Path) -> list[str]:
+def _node_command(names: Iterable[str], report: Path) -> list[str]:
     # In one process, so that none is left when the time is over.
     options = ["--test", "--test-isolation=none", f"--test-timeout={_TEST_LIMIT_S * 1000:.0f}"]
     output = ["--test-reporter=junit", f"--test-reporter-destination={report}"]
-    return [str(PROGRAMS / "node"), *options, *output, str(FOLDER / "node" / name)]
+    return [str(PROGRAMS / "node"), *options, *output, *(str(NODE / name) for name in names)]
 
 
 def _run(command: list[str], report: Path, environ: dict[str, str]) -> list[tuple[str, str | None]]:
@@ -198,7 +199,8 @@ def _outcomes(report: Path) -> Iterator[tuple[str, str | None]]:
             for part in case
             if part.tag in ("failure", "error", "skipped")
         ]
-        yield case.get("name") or "?", "\n".join(faults) or None
+        suite = (case.get("classname") or "").rpartition(".")[2]
+        yield f"{suite}: {case.get('name')}", "\n".join(faults) or None
 
 
 @pytest.fixture(autouse=True)

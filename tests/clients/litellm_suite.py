@@ -21,9 +21,14 @@ WEATHER = {
 
 
 @pytest.fixture(params=["openai", "hosted_vllm"])
-def known(request: pytest.FixtureRequest, served: Any) -> dict[str, Any]:
+def known_as(request: pytest.FixtureRequest, served: Any) -> dict[str, Any]:
     """How LiteLLM is told of the server: as one of OpenAI's kind, or as a vLLM."""
     return _known(served, request.param)
+
+
+@pytest.fixture
+def known(served: Any) -> dict[str, Any]:
+    return _known(served, "openai")
 
 
 @pytest.fixture
@@ -43,12 +48,12 @@ def _known(server: Any, provider: str) -> dict[str, Any]:
     }
 
 
-def test_an_answer_whole_and_streamed(known: dict[str, Any]) -> None:
-    whole = litellm.completion(**known, messages=QUESTION)
+def test_an_answer_whole_and_streamed(known_as: dict[str, Any]) -> None:
+    whole = litellm.completion(**known_as, messages=QUESTION)
     assert "Tokyo" in whole.choices[0].message.content
     assert whole.choices[0].finish_reason == "stop"
     stream = litellm.completion(
-        **known, messages=QUESTION, stream=True, stream_options={"include_usage": True}
+        **known_as, messages=QUESTION, stream=True, stream_options={"include_usage": True}
     )
     chunks = list(stream)
     assert len(chunks) > 4
@@ -112,20 +117,20 @@ def test_tools_there_and_back(guarded_known: dict[str, Any]) -> None:
     assert "snow" in answer.message.content
 
 
-def test_faults_come_as_the_clients_own_classes(known: dict[str, Any]) -> None:
+def test_faults_come_as_the_clients_own_classes(known_as: dict[str, Any]) -> None:
     with pytest.raises(litellm.BadRequestError, match="temperature"):
-        litellm.completion(**known | {"temperature": 9}, messages=QUESTION)
-    provider = known["model"].partition("/")[0]
+        litellm.completion(**known_as | {"temperature": 9}, messages=QUESTION)
+    provider = known_as["model"].partition("/")[0]
     with pytest.raises(litellm.NotFoundError, match="gpt-x"):
-        litellm.completion(**known | {"model": f"{provider}/gpt-x"}, messages=QUESTION)
+        litellm.completion(**known_as | {"model": f"{provider}/gpt-x"}, messages=QUESTION)
     # Not just any bad request: by this class a router knows to try a model with more room.
     with pytest.raises(litellm.ContextWindowExceededError, match=r"8192 tokens.*has 90\d\d"):
-        litellm.completion(**known, messages=[{"role": "user", "content": "word " * 9000}])
+        litellm.completion(**known_as, messages=[{"role": "user", "content": "word " * 9000}])
     with pytest.raises(litellm.NotFoundError, match="no route /v1/embeddings"):
         litellm.embedding(
-            model=known["model"],
-            api_base=known["api_base"],
-            api_key=known["api_key"],
+            model=known_as["model"],
+            api_base=known_as["api_base"],
+            api_key=known_as["api_key"],
             input=["x"],
             max_retries=0,
         )
