@@ -163,17 +163,12 @@ def _room(
     """
     limit, num_prompt, (prompt_name, max_name) = info.max_model_len, len(token_ids), names
     code = "context_length_exceeded"
+    # OpenAI's words: LiteLLM knows by them, and by nothing else, to try a model with more room.
+    known = f"This model's maximum context length is {limit} tokens, prompt and answer together"
     if num_prompt >= limit:
-        message = (
-            f"{prompt_name}: {num_prompt} tokens leave no room to answer:"
-            f" the model takes {limit} tokens, prompt and answer together"
-        )
-        raise invalid(message, prompt_name, code)
+        raise invalid(f"{known}: {prompt_name} has {num_prompt}", prompt_name, code)
     if max_tokens is not None and num_prompt + max_tokens > limit:
-        message = (
-            f"{prompt_name} has {num_prompt} tokens and {max_name} is {max_tokens}:"
-            f" together more than the {limit} tokens the model takes"
-        )
+        message = f"{known}: {prompt_name} has {num_prompt} and {max_name} is {max_tokens}"
         raise invalid(message, max_name, code)
     return limit - num_prompt
 

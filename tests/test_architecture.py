@@ -61,7 +61,7 @@ REGISTRY_HOSTS = [
     )
 ]
 
-SKIPPED_FOLDERS = {"__pycache__", "dist", "build", "htmlcov"}
+SKIPPED_FOLDERS = {"__pycache__", "dist", "build", "htmlcov", "node_modules"}
 
 
 def files(folder: Path = ROOT) -> Iterator[Path]:
