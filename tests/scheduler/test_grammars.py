@@ -206,7 +206,7 @@ def test_a_grammar_that_is_ready_holds_nobody_back() -> None:
     runner, posted = FakeRunner(), list[Prepared]()
     engine = Engine(runner, _CONFIG, lambda: 0.0, posted.append)
     engine.handle(Learn(VOCABULARY))
-    assert runner.prepare(FORTY).result(20)
+    runner.prepare(FORTY).result(20)
     engine.handle(Submit(1, (1, 2), SamplingParams(max_tokens=9, grammar=FORTY)))
     assert [one.request_id for one in engine.step().started] == [1]
     assert posted == []
