@@ -100,6 +100,10 @@ class Interruption:
             self._reason = reason
             self._task.cancel()
 
+    def close(self) -> None:
+        """Note that all was answered: from now on there is nothing to interrupt."""
+        self._is_closed = True
+
     @asynccontextmanager
     async def reasoned(self) -> AsyncIterator[None]:
         """Raise the reason in place of the cancellation it caused."""
@@ -110,7 +114,7 @@ class Interruption:
                 raise
             raise self._reason from None
         finally:
-            self._is_closed = True
+            self.close()
 
     @asynccontextmanager
     async def on_disconnect(self, receive: Receive) -> AsyncIterator[None]:
