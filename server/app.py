@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import NoReturn
 
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from configs.schema import OctavoConfig
 from scheduler.client import EngineClient
@@ -90,15 +92,18 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     )
     _show_store(metrics, store, clock)
     app = DocumentedApp(version, _DOCUMENTED)
-    for router in (
+    routers = (
         generation_routes(service),
         message_routes(service),
         response_routes(service, store),
         model_routes(service),
         probe_routes(service, version),
-    ):
+    )
+    for router in routers:
         app.include_router(router)
-    app.add_exception_handler(HTTPException, _tell_router_error)
+    routes = [*app.routes, *(route for router in routers for route in router.routes)]
+    known = [route for route in routes if isinstance(route, Route)]
+    app.add_exception_handler(HTTPException, _router_errors(known))
     # The one added last is the outermost.
     app.add_middleware(DrainGate, lifecycle=lifecycle)
     app.add_middleware(
@@ -128,25 +133,24 @@ def _show_store(metrics: Metrics, store: ResponseStore, clock: Clock) -> None:
     metrics.add_gauge("stored_responses_bytes", "what they take", lambda: kept().num_bytes)
 
 
-async def _tell_router_error(request: Request, error: Exception) -> NoReturn:
-    """Raise it for the boundary, which knows how this path's errors look."""
-    assert isinstance(error, HTTPException)
-    method, path = request.method, shortened(request.url.path)
-    message = {
-        404: f"there is no route {path}; /openapi.json lists them",
-        405: f"{method} is not allowed on {path}",
-    }.get(error.status_code, error.detail)
-    headers = dict(error.headers or {})
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        headers["Allow"] = ", ".join(_methods_of(request))
-    raise from_status(error.status_code, message, headers) from error
+def _router_errors(routes: Sequence[Route]) -> Callable[[Request, Exception], NoReturn]:
+    """Return what raises a router's error for the boundary, which knows how this path's look."""
 
+    def methods_of(scope: Scope) -> list[str]:
+        """Return what a path may be asked with: the router knows only its first route."""
+        matching = [route for route in routes if route.matches(scope)[0] is not Match.NONE]
+        return sorted({method for route in matching for method in route.methods or ()})
 
-def _methods_of(request: Request) -> list[str]:
-    """Return what the path in hand may be asked with: the router knows only its first route."""
-    routes = [
-        route
-        for route in request.app.routes
-        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
-    ]
-    return sorted(method for route in routes for method in route.methods or ())
+    def tell(request: Request, error: Exception) -> NoReturn:
+        assert isinstance(error, HTTPException)
+        method, path = request.method, shortened(request.url.path)
+        message = {
+            404: f"there is no route {path}; /openapi.json lists them",
+            405: f"{method} is not allowed on {path}",
+        }.get(error.status_code, error.detail)
+        headers = dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(methods_of(request.scope))
+        raise from_status(error.status_code, message, headers) from error
+
+    return tell
