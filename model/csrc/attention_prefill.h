@@ -228,11 +228,9 @@ inline void attend_tile(const Attention& a, const Unit& unit, const PrefillScrat
   const bool is_narrow = num_vectors == 1;
   int64_t offsets[kPrefillKeys];
   locate_keys(a, unit.row, key, key + num_keys, offsets);
-  load_keys(a.keys, a.kv_dtype, offsets, num_keys, head_offset, a.head_dim, t.keys);
-  load_values(a.values, a.kv_dtype, offsets, num_keys, head_offset, a.head_dim, t.values);
-  for (int at = 0; at < num_keys; at += kTileOutputs)
-    multiply_lanes(t.keys + at * depth, depth, t.queries, depth, false, is_narrow,
-                   s.scores + at * kPrefillLanes);
+  const auto convert = a.kv_dtype == kFloat16 ? load_tile<Float16> : load_tile<BFloat16>;
+  convert(a.keys, a.values, offsets, num_keys, head_offset, a.head_dim, t);
+  multiply_rows(t.keys, depth, t.queries, depth, kPrefillKeys, false, is_narrow, s.scores);
   const bool masked = is_masked(a, unit, stats, key, key + num_keys - 1);
   for (int j = 0; j < num_vectors; ++j) {
     weigh_lanes(s.scores, key, num_keys, j * kWidth, float(a.window), masked, stats);
@@ -243,9 +241,8 @@ inline void attend_tile(const Attention& a, const Unit& unit, const PrefillScrat
     }
   }
   pack_lanes(s.scores, num_keys, kPrefillKeys, num_lanes, t.weights);
-  for (int d = 0; d < a.head_dim; d += kTileOutputs)
-    multiply_lanes(t.values + d * kPrefillKeys, kPrefillKeys, t.weights, kPrefillKeys, true,
-                   is_narrow, s.sums + d * kPrefillLanes);
+  multiply_rows(t.values, kPrefillKeys, t.weights, kPrefillKeys, a.head_dim, true, is_narrow,
+                s.sums);
 }
 
 // Adds a chunk's softmax to those before it, as `merge` does.
