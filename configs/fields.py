@@ -25,7 +25,7 @@ ENV_PREFIX = "OCTAVO_"
 POSITIONAL = "model"
 
 #: Fields whose values appear in no message and no log.
-SECRETS = frozenset({"api_key"})
+SECRETS = frozenset({"api_key", "ssl_keyfile_password"})
 
 
 Kind = Literal["choice", "size", "bool", "list", "path", "text", "integer", "number"]

@@ -111,10 +111,15 @@ def describe(config: OctavoConfig) -> dict[str, object]:
     """Return every field by its flat name as plain JSON types, secrets masked: for logs."""
     dump = config.model_dump(mode="json")
     return {
-        known.name: [MASK for _ in value] if known.is_secret else value
+        known.name: _masked(value) if known.is_secret else value
         for known in config_fields().values()
         for value in [dump[known.section][known.name]]
     }
+
+
+def _masked(value: object) -> object:
+    """Show how many secrets there are, and whether there is one."""
+    return [MASK for _ in value] if isinstance(value, list) else value and MASK
 
 
 def _gather_file(gathered: _Gathered, fields: Mapping[str, ConfigField], file: Path) -> None:
@@ -210,7 +215,8 @@ def _validate_section(
             if name in fields:
                 gathered.refuse(fields[name], gathered.values[name])
             else:
-                gathered.problems.append(f"{section_name}: {fault['msg']}")
+                told = fault["msg"].removeprefix("Value error, ")
+                gathered.problems.append(f"{section_name}: {told}")
         return None
 
 

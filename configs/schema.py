@@ -9,6 +9,7 @@ it (the number of pages, the dtype in use): derived values have types of their o
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -17,6 +18,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from configs.sizes import parse_size_bytes
 
 SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes)]
+ToolCallParser = Literal[
+    "auto",
+    "none",
+    "hermes",
+    "llama3_json",
+    "mistral",
+    "qwen3_coder",
+    "qwen3_xml",
+    "glm45",
+    "deepseek_v3",
+    "deepseek_v31",
+    "deepseek_v32",
+]
+#: As in a browser's Origin header; one with a path, such as a lone slash, would never match.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 Quantization = Literal["auto", "none", "fp16", "bf16", "int8"]
 
 
@@ -34,6 +50,10 @@ class ModelSection(Section):
         description="folder of safetensors, .gguf file, hub id, smollm2, or dummy:CONFIG.json",
     )
     served_model_name: str | None = Field(default=None, description="the name clients ask for")
+    model_impl: Literal["auto", "octavo", "transformers"] = Field(
+        default="auto",
+        description="whose code computes it; auto: Octavo's own where it has the architecture",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where the model computes; auto: a GPU if there is one"
     )
@@ -49,6 +69,17 @@ class ModelSection(Section):
     )
     attention_backend: Literal["auto", "reference", "torch", "cpu", "flash", "triton"] = Field(
         default="auto", description="attention kernels; auto: the fastest that works here"
+    )
+    generation_config: Literal["auto", "vllm"] = Field(
+        default="auto",
+        description="sampling of requests that do not say: auto: as the model's"
+        " generation_config.json asks; vllm: neutral",
+    )
+    tool_call_parser: ToolCallParser = Field(
+        default="auto", description="how the model writes calls; auto: as its chat template says"
+    )
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = Field(
+        default="auto", description="how the model reasons; auto: as its chat template says"
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="compute threads on a CPU; default: its cores"
@@ -82,7 +113,15 @@ class SchedulerSection(Section):
         description="prompts beside decodes may lengthen a step to this many times its own",
     )
     max_queue: int = Field(
-        default=1024, ge=0, description="requests waiting at most, then 429; 0 refuses all"
+        default=1024,
+        ge=0,
+        description="requests waiting at most, then 429; 0: only what can start at once",
+    )
+    max_queue_tokens: int = Field(
+        default=4_194_304, ge=1, description="tokens of waiting requests at most, then 429"
+    )
+    engine_timeout_s: float = Field(
+        default=300.0, gt=0, le=86400, description="replace an engine that works silently so long"
     )
     debug: bool = Field(default=False, description="check every invariant after every step")
 
@@ -103,9 +142,43 @@ class ServerSection(Section):
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0: all")
     port: int = Field(default=8000, ge=0, le=65535, description="0: any free port")
     api_key: tuple[str, ...] = Field(default=(), description="accepted keys; none: open to all")
-    api_key_file: Path | None = Field(default=None, description="a file with one key a line")
+    api_key_file: Path | None = Field(
+        default=None,
+        description="one key a line, or .toml: names and limits too; SIGHUP reloads",
+    )
+    max_requests_per_key: int | None = Field(
+        default=None, ge=1, description="requests running at once with one key, then 429"
+    )
+    ssl_certfile: Path | None = Field(
+        default=None, description="serve https with the certificate (chain) in this PEM file"
+    )
+    ssl_keyfile: Path | None = Field(
+        default=None, description="its private key; default: in the same file"
+    )
+    ssl_keyfile_password: str | None = Field(
+        default=None,
+        description="of an encrypted private key; better in the environment",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="origins whose pages may ask from a browser; *: all; none: no CORS"
+    )
     protect_metrics: bool = Field(
         default=False, description="ask for a key on /health, /ready and /metrics too"
+    )
+    request_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=86400,
+        description="end a request with 408 after so long; default: never",
+    )
+    sse_keep_alive_s: float = Field(
+        default=10.0, ge=0, le=3600, description="comment in a stream silent for so long; 0: none"
+    )
+    send_timeout_s: float = Field(
+        default=60.0,
+        ge=0,
+        le=3600,
+        description="drop clients that read nothing so long; 0: never",
     )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="after SIGTERM, finish what runs within this time"
@@ -128,6 +201,30 @@ class ServerSection(Section):
     metrics_alias: Literal["none", "vllm"] = Field(
         default="none", description="vllm: repeat the metrics under vLLM's names"
     )
+
+    @model_validator(mode="after")
+    def _origins_are_origins(self) -> Self:
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                message = (
+                    f"cors_origins: {origin!r} is no origin a browser sends; write scheme, host and"
+                    " port, in lower case and without a path (https://chat.example.org), or *"
+                )
+                raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _a_private_key_has_a_certificate(self) -> Self:
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_keyfile_password):
+            raise ValueError("ssl_keyfile and ssl_keyfile_password need ssl_certfile")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_have_keys(self) -> Self:
+        has_keys = self.api_key or self.api_key_file is not None
+        if self.max_requests_per_key is not None and not has_keys:
+            raise ValueError("max_requests_per_key needs keys: set api_key_file or api_key too")
+        return self
 
 
 class OctavoConfig(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 RopeVariant: TypeAlias = Literal["default", "linear", "llama3", "yarn"]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
@@ -43,6 +43,38 @@ class RopeSpec:
     mscale_all_dim: float | None = None
     #: Whether yarn rounds the ends of its ramp to whole dimensions.
     truncate: bool = True
+
+
+class DecoderShape(Protocol):
+    """What must be known of any decoder to plan its pages and sample from it."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that keep keys and values."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads that are kept in each layer."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a key or value."""
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence, in tokens."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+
+    @property
+    def unknown_keys(self) -> tuple[str, ...]:
+        """Keys of the config that nobody here knows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,15 +20,15 @@ from model.cpu_library import CpuLibrary, load_cpu_library
 from model.cpu_ops import CpuOps
 from model.gpu_assembly import GpuParts, assemble_on_gpu
 from model.gpu_ops import GpuOps
+from model.implementation import build_decoder
 from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
 from model.kv_pool import KVPool
-from model.load import build_transformer
 from model.memory import PoolPlan, free_memory_bytes, plan_pool
 from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
 from model.sampler import Sampler
 from model.source import ModelSource
-from model.transformer import Decoder, Transformer
+from model.transformer import Decoder, ServedDecoder, Transformer
 
 _DTYPES = {
     "float32": torch.float32,
@@ -51,47 +51,45 @@ def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
     """Build the runner that `config` asks for. Raises `ValueError` naming the setting at fault."""
     torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
     where = _device(config.model)
-    transformer = build_transformer(
+    decoder = build_decoder(
         source,
-        quantization=config.model.quantization,
+        config.model,
         dtype=where.dtype,
         device=where.device,
         ops=where.ops,
-        progress=True,
-        max_positions=config.model.max_model_len,
         tiles=where.tiles,
     )
-    kv_dtype = _kv_dtype(config.cache, transformer)
-    spec = transformer.attention_spec(kv_dtype)
+    kv_dtype = _kv_dtype(config.cache, decoder)
+    spec = decoder.attention_spec(kv_dtype)
     offer = choose_backend(config.model.attention_backend, spec)
-    plan_of = partial(_plan_pool, config, transformer, kv_dtype, offer)
-    info_of = partial(_info, source, config, transformer, kv_dtype, offer, where)
+    plan_of = partial(_plan_pool, config, decoder, kv_dtype, offer)
+    info_of = partial(_info, source, config, decoder, kv_dtype, offer, where)
     if where.device.type == "cuda":
         ops = where.ops if isinstance(where.ops, GpuOps) else None
-        parts = GpuParts(transformer, offer, info_of, kv_dtype, ops, config)
+        parts = GpuParts(decoder, offer, info_of, kv_dtype, ops, config)
         runner = assemble_on_gpu(parts, plan_of)
     else:
         plan = plan_of(free_memory_bytes())
-        runner = _on_cpu(config, transformer, offer, plan, info_of(plan), where)
+        runner = _on_cpu(config, decoder, offer, plan, info_of(plan), where)
     _warm_up(runner)
     return runner
 
 
 def _on_cpu(
     config: OctavoConfig,
-    transformer: Transformer,
+    decoder: ServedDecoder,
     offer: BackendOffer,
     plan: PoolPlan,
     info: ModelInfo,
     where: _Device,
 ) -> TorchRunner:
-    kv_dtype = _kv_dtype(config.cache, transformer)
-    spec = transformer.attention_spec(kv_dtype)
-    pool = _pool(transformer, plan, kv_dtype)
+    kv_dtype = _kv_dtype(config.cache, decoder)
+    spec = decoder.attention_spec(kv_dtype)
+    pool = _pool(decoder, plan, kv_dtype)
     attention = offer.build(spec, pool)
     return TorchRunner(
         info=info,
-        decoder=_decoder(transformer, attention, where.tiles),
+        decoder=_fastest(decoder, attention, where.tiles),
         attention=attention,
         pool=pool,
         sampler=Sampler(
@@ -122,32 +120,32 @@ def _device(config: ModelSection) -> _Device:
     return _Device(device, dtype, CpuOps(library), (), library if library.isa == "amx" else None)
 
 
-def _decoder(
-    transformer: Transformer, attention: AttentionBackend, tiles: CpuLibrary | None
+def _fastest(
+    decoder: ServedDecoder, attention: AttentionBackend, tiles: CpuLibrary | None
 ) -> Decoder:
-    if tiles is None or why_not(transformer, attention):
-        return transformer
-    return CpuDecoder(transformer, tiles)
+    if tiles is None or not isinstance(decoder, Transformer) or why_not(decoder, attention):
+        return decoder
+    return CpuDecoder(decoder, tiles)
 
 
-def _kv_dtype(config: CacheSection, transformer: Transformer) -> torch.dtype:
+def _kv_dtype(config: CacheSection, decoder: ServedDecoder) -> torch.dtype:
     """Say what keys and values are kept in: as exact as the products that make them."""
     if config.kv_cache_dtype != "auto":
         return _DTYPES[config.kv_cache_dtype]
-    is_rounded = transformer.format != "none"
-    if is_rounded and transformer.attention_dtype == torch.float32:
+    is_rounded = decoder.format != "none"
+    if is_rounded and decoder.attention_dtype == torch.float32:
         return torch.float16
-    return transformer.attention_dtype
+    return decoder.attention_dtype
 
 
 def _plan_pool(
     config: OctavoConfig,
-    transformer: Transformer,
+    decoder: ServedDecoder,
     kv_dtype: torch.dtype,
     offer: BackendOffer,
     free_bytes: int,
 ) -> PoolPlan:
-    arch = transformer.arch
+    arch = decoder.arch
     return plan_pool(
         stated_bytes=config.cache.kv_cache_memory,
         free_bytes=free_bytes,
@@ -159,12 +157,12 @@ def _plan_pool(
         stated_max_model_len=config.model.max_model_len,
         model_max_len=arch.max_positions,
         # On a CPU the same memory is the page cache's and the neighbours'.
-        takes_all=transformer.device.type == "cuda",
+        takes_all=decoder.device.type == "cuda",
     )
 
 
-def _pool(transformer: Transformer, plan: PoolPlan, kv_dtype: torch.dtype) -> KVPool:
-    arch = transformer.arch
+def _pool(decoder: ServedDecoder, plan: PoolPlan, kv_dtype: torch.dtype) -> KVPool:
+    arch = decoder.arch
     return KVPool(
         num_layers=arch.num_layers,
         num_pages=plan.num_pages,
@@ -172,22 +170,22 @@ def _pool(transformer: Transformer, plan: PoolPlan, kv_dtype: torch.dtype) -> KV
         num_kv_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
         dtype=kv_dtype,
-        device=transformer.device,
+        device=decoder.device,
     )
 
 
 def _info(
     source: ModelSource,
     config: OctavoConfig,
-    transformer: Transformer,
+    decoder: ServedDecoder,
     kv_dtype: torch.dtype,
     offer: BackendOffer,
     where: _Device,
     plan: PoolPlan,
 ) -> ModelInfo:
-    arch = transformer.arch
+    arch = decoder.arch
     unknown = ", ".join(arch.unknown_keys)
-    notes = [transformer.note, *where.notes, *offer.notes, *plan.notes]
+    notes = [*decoder.notes, *where.notes, *offer.notes, *plan.notes]
     if unknown:
         notes.append(f"keys of the model's config that were not understood: {unknown}")
     return ModelInfo(
@@ -198,9 +196,9 @@ def _info(
         page_size=plan.page_size,
         num_pages=plan.num_pages,
         kv_bytes_per_token=plan.bytes_per_token,
-        weights_bytes=transformer.weights_bytes,
+        weights_bytes=decoder.weights_bytes,
         dtype=str(where.dtype).removeprefix("torch."),
-        quantization=transformer.format,
+        quantization=decoder.format,
         kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         device=where.device.type,
         attention_backend=offer.name,

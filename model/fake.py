@@ -3,16 +3,23 @@
 Its "keys and values" are what really matters about them: which prefix they belong to. Each place in
 a page holds the token written there and a digest of the whole prefix up to it; the next token is a
 function of the digest. So a page shared wrongly, freed too early or copied short changes tokens.
+Of what a grammar allows, the digest picks one.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from model.grammar import CompiledGrammar, Grammars
 from model.interface import (
+    NO_TOKEN,
     PENDING_TOKEN,
+    Constraint,
     ModelInfo,
     PageCopy,
     SamplingParams,
@@ -20,7 +27,9 @@ from model.interface import (
     StepInput,
     StepOutput,
     TokenLogprobs,
+    Vocabulary,
 )
+from model.matchers import Matchers
 
 FAKE_EOS_TOKEN_ID = 0
 _EMPTY = 0xFFFF
@@ -32,6 +41,19 @@ def fake_next_token(token_ids: Sequence[int], vocab_size: int, *, may_end: bool 
     for token_id in token_ids:
         digest = _extend(digest, token_id)
     return _choose(digest, vocab_size, may_end=may_end)
+
+
+def fake_logprobs(prefix: Sequence[int], token_id: int, num_top: int) -> TokenLogprobs:
+    """Return what a `FakeRunner` tells of a prompt's token behind a prefix."""
+    digest = _EMPTY
+    for known in prefix:
+        digest = _extend(digest, known)
+    return _score(digest, token_id, num_top)
+
+
+def _score(digest: int, token_id: int, num_top: int) -> TokenLogprobs:
+    logprob = -float(_extend(digest, token_id) % 1009)
+    return TokenLogprobs(token_id, logprob, 1, tuple((rank, logprob) for rank in range(num_top)))
 
 
 def _extend(digest: int, token_id: int) -> int:
@@ -80,6 +102,11 @@ class FakeRunner:
     _sampled: dict[int, int] = field(default_factory=dict)
     #: Steps that were launched and not waited for.
     _in_flight: list[int] = field(default_factory=list)
+    _grammars: Grammars = field(default_factory=Grammars)
+    _matchers: Matchers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._matchers = Matchers(self.vocab_size)
 
     @property
     def info(self) -> ModelInfo:
@@ -121,14 +148,21 @@ class FakeRunner:
         assert first == len(step.token_ids), "rows and tokens do not add up"
         self.num_tokens += first
         rows = step.sample_rows
-        token_ids = [self._sample(step.slots[row], digests[row]) for row in rows]
+        failures: dict[int, str] = {}
+        token_ids = [
+            self._sample(step.slots[row], digests[row], index, failures)
+            for index, row in enumerate(rows)
+        ]
         logprobs = [
             None if self._params[step.slots[row]].logprobs is None else TokenLogprobs(token, 0.0, 1)
             for row, token in zip(rows, token_ids, strict=True)
         ]
+        scores = [
+            tuple(self._scores(step, span.row, span.offset, span.token_ids)) for span in step.scored
+        ]
         self._sampled = {step.slots[row]: t for row, t in zip(rows, token_ids, strict=True)}
         self._in_flight.append(number)
-        output = StepOutput(token_ids, logprobs if any(logprobs) else [])
+        output = StepOutput(token_ids, logprobs if any(logprobs) else [], failures, scores)
         return _FakeFlight(self, number, output)
 
     def land(self, number: int) -> None:
@@ -138,8 +172,20 @@ class FakeRunner:
         if number in self.faulty_flights:
             raise RuntimeError("this flight was told to fail")
 
+    def _scores(
+        self, step: StepInput, row: int, offset: int, token_ids: list[int]
+    ) -> Iterator[TokenLogprobs]:
+        num_top = self._params[step.slots[row]].prompt_logprobs or 0
+        for position, token_id in enumerate(token_ids, step.starts[row] + offset):
+            _, digest = self._written[self._place(step.page_ids[row], position)]
+            yield _score(digest, token_id, num_top)
+
     def _start(self, start: SlotStart) -> None:
         self._params[start.slot] = start.params
+        self._matchers.drop(start.slot)
+        if start.constraint is not None:
+            assert isinstance(start.constraint, CompiledGrammar), "another runner's grammar"
+            self._matchers.start(start.slot, start.constraint, start.output_token_ids)
 
     def _copy(self, copy: PageCopy) -> None:
         source, target = copy.source * self.page_size, copy.target * self.page_size
@@ -169,9 +215,31 @@ class FakeRunner:
     def _place(self, pages: list[int], position: int) -> int:
         return pages[position // self.page_size] * self.page_size + position % self.page_size
 
-    def _sample(self, slot: int, digest: int) -> int:
-        return _choose(digest, self.vocab_size, may_end=not self._params[slot].ignore_eos)
+    def _sample(self, slot: int, digest: int, index: int, failures: dict[int, str]) -> int:
+        if not self._matchers.holds(slot):
+            return _choose(digest, self.vocab_size, may_end=not self._params[slot].ignore_eos)
+        [turn] = self._matchers.turns([slot])
+        if turn is None:
+            return NO_TOKEN
+        if turn.error:
+            failures[index] = turn.error
+            return NO_TOKEN
+        allowed = np.flatnonzero(~turn.is_banned)
+        token_id = int(allowed[digest // 61 % len(allowed)])
+        if token_id != FAKE_EOS_TOKEN_ID:
+            self._matchers.advance([(slot, token_id)])
+        return token_id
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """See `ModelRunner`."""
+        self._grammars.learn(vocabulary)
+
+    def prepare(self, grammar: str) -> Future[Constraint]:
+        """See `ModelRunner`."""
+        return self._grammars.prepare(grammar)
 
     def close(self) -> None:
         """See `ModelRunner`."""
         self._written.clear()
+        self._grammars.close()
+        self._matchers.close()

@@ -18,12 +18,12 @@ from model.attention.interface import BackendOffer
 from model.gpu_decoder import GpuDecoder, has_pages
 from model.gpu_ops import GpuOps
 from model.graphs import DecodeGraphs, GraphPlan, decode_buckets, record_on_cuda
-from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
+from model.interface import ModelInfo, SamplingParams, ScoredSpan, SlotStart, StepInput
 from model.kv_pool import KVPool
 from model.memory import DeviceUse, PoolPlan
-from model.runner import TorchRunner
+from model.runner import SCORED_TOKENS, TorchRunner
 from model.sampler import Sampler
-from model.transformer import Transformer
+from model.transformer import Decoder, ServedDecoder, Transformer
 
 #: Steps under way: while one runs, the next is planned, packed and launched.
 _MAX_FLIGHTS = 2
@@ -39,6 +39,9 @@ _DEAREST = (
         repetition_penalty=1.1,
         presence_penalty=0.1,
         logprobs=20,
+        prompt_logprobs=20,
+        allowed_token_ids=tuple(range(50)),
+        bad_words=((0, 1),),
     ),
 )
 
@@ -47,7 +50,7 @@ _DEAREST = (
 class GpuParts:
     """What is there before there are pages."""
 
-    transformer: Transformer
+    decoder: ServedDecoder
     offer: BackendOffer
     #: Says what is built, from the pages there are.
     info_of: Callable[[PoolPlan], ModelInfo]
@@ -58,11 +61,11 @@ class GpuParts:
 
 def assemble_on_gpu(parts: GpuParts, plan_of: Callable[[int], PoolPlan]) -> TorchRunner:
     """Build the runner; `plan_of` turns free bytes into pages. Raises `MemoryPlanError`."""
-    device = parts.transformer.device
+    device = parts.decoder.device
     use = _measure(parts)
     page_bytes = use.page_bytes
     plan = plan_of(page_bytes)
-    account = use.account(parts.transformer.weights_bytes, plan.total_bytes)
+    account = use.account(parts.decoder.weights_bytes, plan.total_bytes)
     told = ", ".join(f"{name} {format_size(size)}" for name, size in account)
     info = parts.info_of(plan)
     notes = (*info.notes, f"memory of the GPU: {told}")
@@ -74,8 +77,8 @@ def assemble_on_gpu(parts: GpuParts, plan_of: Callable[[int], PoolPlan]) -> Torc
 
 def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> TorchRunner:
     """Build a runner with as many pages as `info` says, and graphs for these numbers of rows."""
-    transformer, config = parts.transformer, parts.config
-    arch, device = transformer.arch, transformer.device
+    served, config = parts.decoder, parts.config
+    arch, device = served.arch, served.device
     pool = KVPool(
         num_layers=arch.num_layers,
         # One is nobody's: what pads a recorded step writes there.
@@ -86,12 +89,15 @@ def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> Torch
         dtype=parts.kv_dtype,
         device=device,
     )
-    attention = parts.offer.build(transformer.attention_spec(parts.kv_dtype), pool)
-    is_paged = has_pages(attention)
-    has_ops = parts.ops is not None and is_paged
-    decoder = GpuDecoder(transformer, parts.ops) if has_ops and parts.ops else transformer
+    attention = parts.offer.build(served.attention_spec(parts.kv_dtype), pool)
+    decoder: Decoder = served
+    # Layers of transformers are left as they are, and may do what cannot be recorded.
+    if isinstance(served, Transformer) and has_pages(attention):
+        decoder = GpuDecoder(served, parts.ops) if parts.ops else served
+    else:
+        buckets = ()
     graphs = None
-    if buckets and is_paged:
+    if buckets:
         plan = GraphPlan(buckets, info.max_model_len, info.page_size, scratch_page=info.num_pages)
         with torch.inference_mode():
             graphs = DecodeGraphs(decoder, attention, plan, device, record_on_cuda(device))
@@ -110,8 +116,8 @@ def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> Torch
 
 def _measure(parts: GpuParts) -> DeviceUse:
     """Run the largest step there may be and record graphs, on two pages; then drop all of it."""
-    device, config = parts.transformer.device, parts.config
-    arch = parts.transformer.arch
+    device, config = parts.decoder.device, parts.config
+    arch = parts.decoder.arch
     page_size = parts.offer.page_size(config.cache.page_size)
     max_len = config.model.max_model_len or arch.max_positions
     info = parts.info_of(PoolPlan(2, page_size, 0, max_len))
@@ -145,7 +151,7 @@ def _measure(parts: GpuParts) -> DeviceUse:
         step_tokens=len(step.token_ids),
         step_rows=len(step.counts),
         step_bytes=before - after_step,
-        graph_bytes=after_step - after_first + each * (len(buckets) - 1),
+        graph_bytes=after_step - after_first + each * max(len(buckets) - 1, 0),
     )
 
 
@@ -165,9 +171,9 @@ def largest_step(
     page_size: int,
     params: SamplingParams,
 ) -> StepInput:
-    """Return the step that takes most memory: as many tokens as may be, and every row samples.
+    """Return the step that takes most memory: all tokens there may be, and every row samples.
 
-    All pages are page 0: what is computed is of no use to anybody.
+    One row's tokens are scored, too. All pages are page 0: what is computed is of no use to anybody.
     """
     num_rows = min(max_num_seqs, max_num_batched_tokens)
     counts: list[int] = []
@@ -184,5 +190,6 @@ def largest_step(
         slots=rows,
         page_ids=[[0] * -(-count // page_size) for count in counts],
         sample_rows=rows,
+        scored=[ScoredSpan(0, 0, [0] * min(counts[0], SCORED_TOKENS))],
         started=[SlotStart(row, params, [0] * counts[row]) for row in rows],
     )

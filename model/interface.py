@@ -6,13 +6,18 @@ that `scheduler/` can import it in a process (or a test) that has no torch at al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
 #: In `StepInput.token_ids`: "the token which the flight before this one samples for this slot".
 #: It lets step n+1 be launched before the tokens of step n are known on the host.
 PENDING_TOKEN = -1
+
+#: In `StepOutput.token_ids`: the row got no token; its last known token is to be computed again.
+NO_TOKEN = -1
 
 MAX_TOP_LOGPROBS = 20
 
@@ -25,6 +30,7 @@ class SamplingParams:
     whatever else is in the batch. Raises `ValueError` whose message begins with the field's name.
     """
 
+    #: 0: nothing is sampled, the prompt alone is computed.
     max_tokens: int
     temperature: float = 1.0
     #: 0 means no limit.
@@ -35,16 +41,26 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    #: The only tokens there are; None: all. They come before all else: where what is banned
+    #: (`bad_words`, ends before `min_tokens`) leaves none of them, it is not banned.
+    allowed_token_ids: tuple[int, ...] | None = None
+    #: Sequences of tokens that the output must not contain.
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     #: None: none wanted; 0: of the sampled token alone; n: also of the n likeliest.
     logprobs: int | None = None
+    #: The same of the prompt's tokens, each after those before it; of the first there is nothing.
+    prompt_logprobs: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    #: What the output must be, in llguidance's words (Lark, with JSON Schemas in it); None: free.
+    #: It may end before `min_tokens`, where the grammar allows nothing else.
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens >= 0, "at least 0"),
             ("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2"),
             ("top_k", self.top_k >= 0, "0 (no limit) or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
@@ -58,12 +74,19 @@ class SamplingParams:
                 self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
                 f"between 0 and {MAX_TOP_LOGPROBS}",
             ),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_TOP_LOGPROBS,
+                f"between 0 and {MAX_TOP_LOGPROBS}",
+            ),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
             (
                 "logit_bias",
                 all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias),
                 "between -100 and 100 for each token",
             ),
+            ("allowed_token_ids", self.allowed_token_ids != (), "null or not empty"),
+            ("bad_words", all(self.bad_words), "of one token or more each"),
         ):
             if not holds:
                 message = f"{name} must be {allowed}, got {getattr(self, name)!r}"
@@ -97,6 +120,30 @@ class PageCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What every token says: without it a grammar, which is about bytes, says nothing of tokens."""
+
+    #: The bytes of all tokens one after another, and where those of each end. Two objects instead
+    #: of one for each token: it is sent from process to process.
+    packed: bytes
+    ends: array[int]
+    #: Tokens that are no text, whatever their bytes look like.
+    special_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+
+    def tokens(self) -> Iterator[bytes]:
+        """Yield each id's bytes; none for an id without a token."""
+        start = 0
+        for end in self.ends:
+            yield self.packed[start:end]
+            start = end
+
+
+class Constraint(Protocol):
+    """A grammar that a runner has made ready. Only the runner that made it knows what is in it."""
+
+
+@dataclass(frozen=True, slots=True)
 class SlotStart:
     """A sequence takes a slot: all the runner must remember of it from here on."""
 
@@ -106,6 +153,19 @@ class SlotStart:
     prompt_token_ids: Sequence[int]
     #: What was generated before (the sequence was preempted, or is resumed), for the penalties.
     output_token_ids: Sequence[int] = ()
+    #: What `prepare` gave for `params.grammar`.
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSpan:
+    """Tokens of a row, of which it is wanted how probable the token after each is."""
+
+    row: int
+    #: The first of them, counted from the row's own first.
+    offset: int
+    #: The tokens after each, which stand in the prompt.
+    token_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +191,22 @@ class StepInput:
     sample_rows: list[int]
     copies: list[PageCopy] = field(default_factory=list)
     started: list[SlotStart] = field(default_factory=list)
+    scored: list[ScoredSpan] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """What a step sampled: parallel to `StepInput.sample_rows`."""
 
+    #: `NO_TOKEN` where what the row's grammar allows was not known in time, and where it failed.
+    #: A row whose request has `max_tokens` 0 has some token here too.
     token_ids: list[int]
     #: None where the row's request asked for none; the whole list is empty where nobody did.
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    #: By index: why a row's request cannot go on.
+    failures: dict[int, str] = field(default_factory=dict)
+    #: Parallel to `StepInput.scored`, an entry a token.
+    prompt_logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +256,15 @@ class ModelRunner(Protocol):
         """Start computing a step; flights are waited for in the order they were launched.
 
         Nothing of it is seen by a step launched before, all of it by those after.
+        """
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """Take in what the tokens say; needed once, before the first grammar."""
+
+    def prepare(self, grammar: str) -> Future[Constraint]:
+        """Make a grammar ready in another thread, beside steps. May be done when it is returned.
+
+        The future raises `ValueError` for a grammar that cannot be used.
         """
 
     def close(self) -> None:

@@ -17,13 +17,14 @@ def read_arch(source: ModelSource) -> ArchSpec:
     if source.kind == "gguf":
         return from_gguf(read_gguf(source.path))
     if source.kind == "dummy":
-        return from_hf_config(_read_json(source.path))
-    config = _read_json(source.path / "config.json")
+        return from_hf_config(read_json(source.path))
+    config = read_json(source.path / "config.json")
     generation = source.path / "generation_config.json"
-    return from_hf_config(config, _read_json(generation) if generation.is_file() else {})
+    return from_hf_config(config, read_json(generation) if generation.is_file() else {})
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """Read a file that holds one JSON object; `ArchError` where it does not."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,42 +1,54 @@
 """Steps into tokens with torch: brings rows to the device, runs the decoder, samples.
 
 Knows nothing of why a row is in a step, of requests or of how pages came to be shared. On CUDA
-nothing here waits for the device but `Flight.wait`, once a step.
+nothing here waits for the device but `Flight.wait`, once a step, and what asks for more than
+tokens: see `Draft.settle` and prompt_logprobs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBackend
+from model.draft import Draft, mark
+from model.grammar import Grammars
 from model.graphs import DecodeGraphs
-from model.interface import ModelInfo, StepInput, StepOutput
+from model.interface import (
+    Constraint,
+    ModelInfo,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+    Vocabulary,
+)
 from model.kv_pool import KVPool
 from model.packing import PackedStep, Packer
-from model.sampler import Draft, Sampler
+from model.sampler import Sampler
 from model.transformer import Decoder
+
+#: Of a prompt that is scored, the logits of so many tokens are held at once: a chunk's would be
+#: gigabytes with a large vocabulary.
+SCORED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Sampling:
-    """A step that samples, on its way."""
+class _Flight:
+    """A step on its way."""
 
-    draft: Draft
+    draft: Draft | None
+    scores: list[tuple[TokenLogprobs, ...]]
+    is_over: Callable[[], None]
 
     @torch.inference_mode()
     def wait(self) -> StepOutput:
-        return self.draft.finish()
-
-
-@dataclass(frozen=True, slots=True)
-class _Prefill:
-    """A step that samples nothing; on CUDA it may still be under way, and nobody need wait."""
-
-    def wait(self) -> StepOutput:
-        return StepOutput([])
+        self.is_over()
+        output = StepOutput([]) if self.draft is None else self.draft.finish()
+        return replace(output, prompt_logprobs=self.scores) if self.scores else output
 
 
 class TorchRunner:
@@ -59,6 +71,7 @@ class TorchRunner:
         self._attention = attention
         self._pool = pool
         self._sampler = sampler
+        self._grammars = Grammars()
         self._device = pool.device
         self._graphs = graphs
         self._max_flights = max_flights
@@ -77,7 +90,7 @@ class TorchRunner:
         return self._max_flights
 
     @torch.inference_mode()
-    def launch(self, step: StepInput) -> _Sampling | _Prefill:
+    def launch(self, step: StepInput) -> _Flight:
         """See `ModelRunner`."""
         if self._newest is not None:
             self._newest.settle()
@@ -85,19 +98,13 @@ class TorchRunner:
             self._sampler.start(start)
         if step.copies:
             self._pool.copy_pages(step.copies)
-        hidden = self._compute(self._packer.pack(step))
-        if not step.sample_rows:
-            self._newest = None
-            return _Prefill()
-        self._newest = self._sampler.begin(
-            self._decoder.logits(hidden),
-            [step.slots[row] for row in step.sample_rows],
-            [step.starts[row] + step.counts[row] for row in step.sample_rows],
-        )
-        return _Sampling(self._newest)
+        hidden, sampled = self._compute(self._packer.pack(step))
+        scores = self._score(step, hidden)
+        self._newest = self._sample(step, hidden, sampled) if step.sample_rows else None
+        return _Flight(self._newest, scores, mark(self._device))
 
-    def _compute(self, packed: PackedStep) -> Tensor:
-        """Return the hidden states of the tokens that are sampled after."""
+    def _compute(self, packed: PackedStep) -> tuple[Tensor, Tensor]:
+        """Return the hidden states of all tokens, and which of them are sampled after."""
         graphs = self._graphs
         padded = graphs.pad(packed) if graphs is not None else None
         step = (padded or packed).on(self._device)
@@ -106,14 +113,39 @@ class TorchRunner:
             newest = self._newest.tokens[step.pending_from]
             step.token_ids.index_copy_(0, step.pending, newest)
         if graphs is not None and padded is not None:
-            hidden = graphs.run(step)
-        else:
-            self._attention.plan(step.batch)
-            positions = step.batch.positions
-            hidden = self._decoder.forward(step.token_ids, positions, self._attention)
-        if len(packed.sampled) < hidden.shape[0]:
-            hidden = hidden[step.sampled]
-        return hidden
+            return graphs.run(step), step.sampled
+        self._attention.plan(step.batch)
+        positions = step.batch.positions
+        return self._decoder.forward(step.token_ids, positions, self._attention), step.sampled
+
+    def _sample(self, step: StepInput, hidden: Tensor, sampled: Tensor) -> Draft:
+        return self._sampler.begin(
+            self._decoder.logits(hidden[sampled] if len(sampled) < len(hidden) else hidden),
+            [step.slots[row] for row in step.sample_rows],
+            [step.starts[row] + step.counts[row] for row in step.sample_rows],
+        )
+
+    def _score(self, step: StepInput, hidden: Tensor) -> list[tuple[TokenLogprobs, ...]]:
+        scores = []
+        for span in step.scored:
+            first, slot = sum(step.counts[: span.row]) + span.offset, step.slots[span.row]
+            found: list[TokenLogprobs] = []
+            for done in range(0, len(span.token_ids), SCORED_TOKENS):
+                token_ids = span.token_ids[done : done + SCORED_TOKENS]
+                rows = hidden[first + done : first + done + len(token_ids)]
+                found += self._sampler.score(self._decoder.logits(rows), slot, token_ids)
+            scores.append(tuple(found))
+        return scores
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """See `ModelRunner`."""
+        self._grammars.learn(vocabulary)
+
+    def prepare(self, grammar: str) -> Future[Constraint]:
+        """See `ModelRunner`."""
+        return self._grammars.prepare(grammar)
 
     def close(self) -> None:
         """See `ModelRunner`. Memory goes with the process."""
+        self._grammars.close()
+        self._sampler.close()

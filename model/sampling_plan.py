@@ -29,6 +29,8 @@ class SlotRequest:
     #: Position of the first token for which `banned` does not hold.
     free_from: int
     banned: tuple[int, ...]
+    #: bool `[vocab]`: where `allowed_token_ids` does not allow a token; None where all are.
+    disallowed: Tensor | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -82,6 +84,15 @@ class Penalized:
 
 
 @dataclass(frozen=True, slots=True)
+class Restricted:
+    """Rows which may have some tokens only."""
+
+    group: Rows
+    #: bool `[rows, vocab]`.
+    disallowed: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What one batch of slots needs."""
 
@@ -90,8 +101,12 @@ class Plan:
     draws: list[Draw]
     #: Flat (rows, token ids, biases), or None.
     bias: tuple[Tensor, Tensor, Tensor] | None
-    #: Rows with min_tokens.
+    restricted: Restricted | None
+    #: Rows with min_tokens or bad_words, and those of them with bad_words.
     guarded: list[int]
+    #: Rows with a grammar.
+    constrained: list[int]
+    followed: list[int]
     penalized: Penalized | None
     wants_logprobs: Rows
 
@@ -99,7 +114,12 @@ class Plan:
     def is_only_greedy(self) -> bool:
         """Whether the largest logit of each row is all there is to find."""
         return len(self.greedy.rows) == len(self.slots) and not (
-            self.bias is not None or self.guarded or self.penalized or self.wants_logprobs.rows
+            self.bias is not None
+            or self.restricted is not None
+            or self.guarded
+            or self.constrained
+            or self.penalized
+            or self.wants_logprobs.rows
         )
 
 
@@ -114,12 +134,17 @@ class Planner:
         """Plan for a batch; `held` is parallel to `slots`, `count_rows` by slot."""
         rows = range(len(slots))
         wants_logprobs = [row for row in rows if held[row].params.logprobs is not None]
+        followed = [row for row in rows if held[row].params.bad_words]
+        has_least = {row for row in rows if held[row].params.min_tokens > 0}
         return Plan(
             slots=slots,
             greedy=self._rows([row for row in rows if held[row].is_greedy]),
             draws=self._draws(held),
             bias=self._bias(held),
-            guarded=[row for row in rows if held[row].params.min_tokens > 0],
+            restricted=self._restricted(held),
+            guarded=sorted(has_least.union(followed)),
+            followed=followed,
+            constrained=[row for row in rows if held[row].params.grammar is not None],
             penalized=self._penalized(slots, held, count_rows),
             wants_logprobs=self._rows(wants_logprobs),
         )
@@ -191,6 +216,13 @@ class Planner:
                 frequency=self.column(each.frequency_penalty for each in group),
             ),
         )
+
+    def _restricted(self, held: list[SlotRequest]) -> Restricted | None:
+        masks = {row: slot.disallowed for row, slot in enumerate(held)}
+        found = {row: mask for row, mask in masks.items() if mask is not None}
+        if not found:
+            return None
+        return Restricted(self._rows(list(found)), torch.stack(list(found.values())))
 
     def _bias(self, held: list[SlotRequest]) -> tuple[Tensor, Tensor, Tensor] | None:
         entries = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.arch import ArchSpec
+from model.arch import ArchSpec, DecoderShape
 from model.attention.interface import AttentionBackend, AttentionSpec
 from model.linear import Format, Linear
 from model.ops import Ops
@@ -32,6 +32,28 @@ class Decoder(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 `[rows, vocab]` for rows of what `forward` returned."""
+
+
+class ServedDecoder(Decoder, Protocol):
+    """A decoder that was loaded, with what has to be known to make pages for it."""
+
+    #: Of the linear layers.
+    format: Format
+    weights_bytes: int
+    #: Dtype of q, k, v and of what attention returns.
+    attention_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def arch(self) -> DecoderShape:
+        """What its pages are made of."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say, for the operator, why it is this format and whose code computes."""
+
+    def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
+        """Say what an attention backend has to know of this model."""
 
 
 class Embedding(Protocol):
@@ -97,26 +119,24 @@ class TransformerWeights:
 
 
 class Transformer:
-    """See `Decoder`: with torch, on any device, for any packed format."""
+    """See `ServedDecoder`: with torch, on any device, for any packed format."""
 
     def __init__(
         self, arch: ArchSpec, weights: TransformerWeights, ops: Ops, fmt: Format, note: str
     ) -> None:
         self.arch = arch
-        #: Format of the linear layers, and why it is this one, for the operator.
         self.format = fmt
-        self.note = note
+        self.notes = (note,)
         self.weights_bytes = weights.num_bytes
         #: Positions that `forward` takes are below this.
         self.max_positions = weights.cos_sin.shape[0]
-        #: Dtype of q, k, v and of what attention returns.
         self.attention_dtype = weights.layers[0].qkv.out_dtype
         self.device = weights.final_norm.device
         self.weights = weights
         self._ops = ops
 
     def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
-        """Say what an attention backend has to know of this model."""
+        """See `ServedDecoder`."""
         arch = self.arch
         return AttentionSpec(
             num_layers=arch.num_layers,

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from model.interface import ModelInfo, SamplingParams, TokenLogprobs
+from model.interface import ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
 from scheduler.messages import EngineStats, FinishReason, RejectKind, Started
 
 #: The types a caller needs in order to speak to an engine, so that it imports them from one place.
@@ -29,6 +29,7 @@ __all__ = [
     "SamplingParams",
     "Started",
     "TokenLogprobs",
+    "Vocabulary",
 ]
 
 
@@ -53,6 +54,9 @@ class Delta:
     started: Started | None = None
     #: In the last delta, and only there.
     finish_reason: FinishReason | None = None
+    #: Of the prompt's tokens but the first, if asked for: all of them in the first delta that has a
+    #: token or a reason.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class EngineError(Exception):
@@ -73,7 +77,11 @@ class EngineFaultError(EngineError):
 
 
 class EngineUnavailableError(EngineError):
-    """The engine is gone, or not there yet."""
+    """The engine is gone, or not there yet; `retry_after_s`: when it should be, if known."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineClient(Protocol):
@@ -89,6 +97,9 @@ class EngineClient(Protocol):
 
     async def start(self) -> None:
         """Bring the engine up. Raises `EngineUnavailableError` with the reason if it can't."""
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """Tell the engine what the tokens say; needed once, before the first grammar."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """Deltas until one carries a `finish_reason`. Closing the generator cancels the request.

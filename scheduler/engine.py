@@ -8,21 +8,26 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.interface import Flight, ModelRunner
+from model.interface import Constraint, Flight, ModelRunner
 from scheduler.messages import (
     Cancel,
     EngineStats,
     FinishReason,
+    Learn,
+    Prepared,
     Rejected,
+    RejectKind,
     Started,
     StepResult,
     Submit,
 )
-from scheduler.scheduler import Scheduler, StepOutcome, StepPlan
+from scheduler.plan import StepOutcome, StepPlan
+from scheduler.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
@@ -42,17 +47,27 @@ class Engine:
 
     Where the runner can have several steps under way, the next one is planned, packed and launched
     before the tokens of the one before are known, so that the device never waits for the host.
+
+    A request with a grammar is held back from the scheduler until the grammar is ready.
     """
 
     def __init__(
-        self, runner: ModelRunner, config: SchedulerSection, clock_s: Callable[[], float]
+        self,
+        runner: ModelRunner,
+        config: SchedulerSection,
+        clock_s: Callable[[], float],
+        post: Callable[[Prepared], None],
     ) -> None:
+        """`post`: brings a message from any thread to `handle`, in the engine's own."""
         info = runner.info
         self._runner = runner
         self._clock_s = clock_s
+        self._post = post
         self._is_debug = config.debug
         self._cache = KVCache(info.num_pages, info.page_size)
         self._scheduler = Scheduler(self._cache, config, info)
+        #: Requests whose grammars are being made ready.
+        self._preparing: dict[int, tuple[Submit, Future[Constraint]]] = {}
         #: When each request that waits for its first admission arrived.
         self._arrived_s: dict[int, float] = {}
         #: Steps under way, the oldest first.
@@ -71,18 +86,51 @@ class Engine:
         """Whether `step` has something to do or to tell."""
         return self._has_news or self._scheduler.has_work or bool(self._launched)
 
-    def handle(self, message: Submit | Cancel) -> None:
+    def handle(self, message: Submit | Cancel | Learn | Prepared) -> None:
         """Take in one message; refusals are told by the next step."""
-        self._has_news = True
-        if isinstance(message, Cancel):
-            self._arrived_s.pop(message.request_id, None)
-            self._scheduler.cancel(message.request_id)
+        if isinstance(message, Learn):
+            self._runner.learn(message.vocabulary)
             return
-        rejected = self._scheduler.submit(message)
-        if rejected is None:
+        self._has_news = True
+        if isinstance(message, Submit):
             self._arrived_s[message.request_id] = self._clock_s()
+            if message.params.grammar is None:
+                self._submit(message)
+            else:
+                self._prepare(message, message.params.grammar)
+        elif isinstance(message, Prepared):
+            # It may have been cancelled meanwhile.
+            if found := self._preparing.pop(message.request_id, None):
+                self._submit_prepared(*found)
         else:
-            self._rejected.append(rejected)
+            self._arrived_s.pop(message.request_id, None)
+            if self._preparing.pop(message.request_id, None) is None:
+                self._scheduler.cancel(message.request_id)
+
+    def _prepare(self, submit: Submit, grammar: str) -> None:
+        preparation = self._runner.prepare(grammar)
+        if preparation.done():
+            self._submit_prepared(submit, preparation)
+            return
+        self._preparing[submit.request_id] = submit, preparation
+        preparation.add_done_callback(lambda _: self._post(Prepared(submit.request_id)))
+
+    def _submit_prepared(self, submit: Submit, preparation: Future[Constraint]) -> None:
+        try:
+            constraint = preparation.result()
+        except ValueError as error:
+            message = f"the grammar cannot be used: {error}"
+            self._reject(Rejected(submit.request_id, RejectKind.INVALID, message, "grammar"))
+        else:
+            self._submit(submit, constraint)
+
+    def _submit(self, submit: Submit, constraint: Constraint | None = None) -> None:
+        if rejected := self._scheduler.submit(submit, constraint):
+            self._reject(rejected)
+
+    def _reject(self, rejected: Rejected) -> None:
+        self._arrived_s.pop(rejected.request_id, None)
+        self._rejected.append(rejected)
 
     def step(self) -> StepResult:
         """Launch what may be under way, wait for one step if there is one, tell all there is.
@@ -90,7 +138,7 @@ class Engine:
         A step that raises ends the requests in it, each with an error; others live on. Raises the
         fault itself once `MAX_CONSECUTIVE_FAULTS` steps in a row have failed.
         """
-        while len(self._launched) < self._runner.max_flights:
+        while len(self._launched) < self._max_flights:
             plan = self._scheduler.plan()
             if plan is None or not self._launch(plan):
                 break
@@ -98,6 +146,15 @@ class Engine:
         if self._is_debug:
             self._scheduler.check()
         return result
+
+    @property
+    def _max_flights(self) -> int:
+        """Steps that may be under way now.
+
+        A grammar has to take in a token before it says what may be next: sequences that follow one
+        could only be in every other step, and all would run in two halves of a batch.
+        """
+        return 1 if self._scheduler.follows_grammars else self._runner.max_flights
 
     def _launch(self, plan: StepPlan) -> bool:
         began_s = self._clock_s()
@@ -138,7 +195,7 @@ class Engine:
         return self._num_faults >= MAX_CONSECUTIVE_FAULTS
 
     def _tell(self, outcome: StepOutcome | None = None, num_step_tokens: int = 0) -> StepResult:
-        outcome = outcome or StepOutcome([], [], [], [])
+        outcome = outcome or StepOutcome([], [], [], [], [], [])
         started, self._started = tuple(self._started), []
         failed, self._failed = tuple(self._failed), []
         return StepResult(
@@ -146,9 +203,14 @@ class Engine:
             request_ids=tuple(outcome.request_ids),
             token_ids=tuple(outcome.token_ids),
             logprobs=tuple(outcome.logprobs),
+            prompt_logprobs=tuple(outcome.prompt_logprobs),
             started=started,
             rejected=self._take_rejected(),
-            finished=(*((id_, reason, "") for id_, reason in outcome.finished), *failed),
+            finished=(
+                *((id_, reason, "") for id_, reason in outcome.finished),
+                *((id_, FinishReason.ERROR, why) for id_, why in outcome.failed),
+                *failed,
+            ),
             num_step_tokens=num_step_tokens,
         )
 
@@ -161,7 +223,8 @@ class Engine:
         pages, steps = self._cache.stats(), self._scheduler.stats()
         return EngineStats(
             num_running=steps.num_running,
-            num_waiting=steps.num_waiting,
+            num_waiting=steps.num_waiting + len(self._preparing),
+            num_waiting_tokens=steps.num_waiting_tokens,
             pages_total=pages.pages_total,
             pages_free=pages.pages_free,
             pages_private=pages.pages_private,
@@ -179,7 +242,7 @@ class Engine:
     def check(self) -> None:
         """Assert every invariant below."""
         self._scheduler.check()
-        waiting = self._scheduler.stats().num_waiting
+        waiting = self._scheduler.stats().num_waiting + len(self._preparing)
         assert len(self._arrived_s) <= waiting, "an arrival time of a request that is gone"
 
     def close(self) -> None:

@@ -11,10 +11,10 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 
 from configs.schema import SchedulerSection
-from model.interface import ModelInfo, ModelRunner
+from model.interface import ModelInfo, ModelRunner, Vocabulary
 from scheduler.client import Delta, EngineFaultError, EngineUnavailableError, GenerateRequest
 from scheduler.engine import Engine
-from scheduler.messages import Cancel, EngineStats, Submit
+from scheduler.messages import Cancel, EngineStats, Learn, Prepared, Submit
 from scheduler.streams import Streams
 
 _log = logging.getLogger(__name__)
@@ -27,10 +27,11 @@ class InlineClient:
         self, runner: ModelRunner, config: SchedulerSection, clock_s: Callable[[], float]
     ) -> None:
         self._runner = runner
-        self._engine = Engine(runner, config, clock_s)
+        self._engine = Engine(runner, config, clock_s, self._post)
         self._streams = Streams()
         self._wakes = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -44,7 +45,12 @@ class InlineClient:
 
     async def start(self) -> None:
         """See `EngineClient`."""
+        self._loop = asyncio.get_running_loop()
         self._pump = asyncio.create_task(self._run())
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """See `EngineClient`."""
+        self._send(Learn(vocabulary))
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `EngineClient`."""
@@ -52,7 +58,12 @@ class InlineClient:
             raise EngineUnavailableError("the engine is not running")
         return self._streams.generate(request, self._send)
 
-    def _send(self, message: Submit | Cancel) -> None:
+    def _post(self, message: Prepared) -> None:
+        """Bring a message from a thread of the runner's to the loop."""
+        assert self._loop is not None, "nothing is prepared before the start"
+        self._loop.call_soon_threadsafe(self._send, message)
+
+    def _send(self, message: Submit | Cancel | Learn | Prepared) -> None:
         self._engine.handle(message)
         self._wakes.set()
 

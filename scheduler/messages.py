@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
-from model.interface import ModelInfo, SamplingParams, TokenLogprobs
+from model.interface import ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
 
 
 class FinishReason(StrEnum):
@@ -48,6 +48,8 @@ class Submit:
     namespace: str = ""
     #: Taken in before, so that a full queue is no reason to refuse it.
     is_resumed: bool = False
+    #: Of how many tokens of its prompt the client has been told the probabilities.
+    num_scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,24 @@ class Shutdown:
     """Stop after the current step; what still runs is aborted. Draining is the API's business."""
 
 
-ToEngine: TypeAlias = Submit | Cancel | Shutdown
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """What the tokens say; sent to each engine once, before the first request with a grammar."""
+
+    vocabulary: Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A grammar is ready, or is known to be none: said within the engine, by the thread that knows.
+
+    So that nobody has to look: the engine sleeps until it is told something.
+    """
+
+    request_id: int
+
+
+ToEngine: TypeAlias = Submit | Cancel | Learn | Shutdown
 
 
 # ---- engine to API -------------------------------------------------------------------------------
@@ -74,6 +93,7 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_waiting_tokens: int = 0
     pages_total: int = 0
     #: free + private + cached == total; leased are those of `cached` that something running uses.
     pages_free: int = 0
@@ -120,6 +140,8 @@ class StepResult:
     token_ids: tuple[int, ...] = ()
     #: Empty where nobody asked for any.
     logprobs: tuple[TokenLogprobs | None, ...] = ()
+    #: (request id, the next tokens of its prompt): before its first token, all of them.
+    prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...] = ()
     started: tuple[Started, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     #: (request id, reason, message or ""): after the request's last token in this message.

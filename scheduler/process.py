@@ -17,12 +17,12 @@ import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import TypeAlias
 
 from configs.schema import SchedulerSection
-from model.interface import ModelInfo, ModelRunner
+from model.interface import ModelInfo, ModelRunner, Vocabulary
 from scheduler.client import Delta, EngineFaultError, EngineUnavailableError, GenerateRequest
 from scheduler.engine import Engine
 from scheduler.messages import (
@@ -30,12 +30,15 @@ from scheduler.messages import (
     Failed,
     FinishReason,
     FromEngine,
+    Learn,
+    Prepared,
     Ready,
     Shutdown,
     StepResult,
     ToEngine,
 )
 from scheduler.streams import Streams
+from scheduler.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ _MAX_FRUITLESS_RESTARTS = 3
 _STOP_TIMEOUT_S = 10.0
 
 MakeRunner = Callable[[], ModelRunner]
+Inbox: TypeAlias = queue.SimpleQueue[ToEngine | Prepared]
 
 
 # ---- in the engine's process ---------------------------------------------------------------------
@@ -56,13 +60,14 @@ def engine_main(pipe: Connection, make_runner: MakeRunner, config: SchedulerSect
     # A terminal's Ctrl-C reaches the whole group; when to stop is for the API to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    inbox: Inbox = queue.SimpleQueue()
     is_built = threading.Event()
     # Before the model is built: that may take minutes, and nobody may be left to want it.
     args = pipe, inbox, is_built
     threading.Thread(target=_drain, args=args, name="inbox", daemon=True).start()
     try:
-        engine = Engine(runner := make_runner(), config, time.monotonic)
+        engine = Engine(runner := make_runner(), config, time.monotonic, inbox.put)
         is_built.set()
         # What is there now stays to the end: collections need not walk it between two tokens.
         gc.collect()
@@ -78,7 +83,7 @@ def engine_main(pipe: Connection, make_runner: MakeRunner, config: SchedulerSect
     engine.close()
 
 
-def _serve(engine: Engine, pipe: Connection, inbox: queue.SimpleQueue[ToEngine]) -> None:
+def _serve(engine: Engine, pipe: Connection, inbox: Inbox) -> None:
     while True:
         # With nothing to do, sleep until a message comes; else only take what is there.
         is_idle = not engine.has_work
@@ -91,7 +96,7 @@ def _serve(engine: Engine, pipe: Connection, inbox: queue.SimpleQueue[ToEngine])
         pipe.send(engine.step())
 
 
-def _drain(pipe: Connection, inbox: queue.SimpleQueue[ToEngine], is_built: threading.Event) -> None:
+def _drain(pipe: Connection, inbox: Inbox, is_built: threading.Event) -> None:
     try:
         while True:
             inbox.put(pipe.recv())
@@ -126,12 +131,18 @@ class ProcessClient:
         self._stop_timeout_s = stop_timeout_s
         self._streams = Streams()
         self._info: ModelInfo | None = None
+        #: Sent to each engine that takes the place of another.
+        self._vocabulary: Vocabulary | None = None
         self._pipe: Connection | None = None
         self._process: BaseProcess | None = None
         self._restart: asyncio.Task[None] | None = None
         self._num_fruitless = 0
         self._num_restarts = 0
+        #: When the newest engine was started, and how long the last one took to be ready.
+        self._start_began_s = 0.0
+        self._start_took_s: float | None = None
         self._is_closing = False
+        self._watchdog = Watchdog(config.engine_timeout_s, self._owes_a_step, self._kill_hung)
         self.on_lost: Callable[[], None] = lambda: None
 
     @property
@@ -158,6 +169,7 @@ class ProcessClient:
 
     async def start(self) -> None:
         """See `EngineClient`."""
+        self._start_began_s = time.monotonic()
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
@@ -180,17 +192,33 @@ class ProcessClient:
             message = first.message if isinstance(first, Failed) else f"unexpected {first!r}"
             raise EngineUnavailableError(message)
         self._info = first.info
+        self._start_took_s = time.monotonic() - self._start_began_s
+        self._watchdog.start()
         self._pipe = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
         # uvloop turns what it watches non-blocking, and a message larger than the socket's buffer
         # would then fail half sent. The engine's inbox is always drained, so no send blocks long.
         os.set_blocking(ours.fileno(), True)
+        if self._vocabulary is not None:
+            self._send(Learn(self._vocabulary))
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        """See `EngineClient`."""
+        self._vocabulary = vocabulary
+        self._send(Learn(vocabulary))
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `EngineClient`."""
         if not self.is_alive:
-            raise EngineUnavailableError("the engine is being restarted; try again in a moment")
+            message = "the engine is being restarted; try again in a moment"
+            raise EngineUnavailableError(message, self._start_left_s())
         return self._streams.generate(request, self._send)
+
+    def _start_left_s(self) -> float | None:
+        """Guess when an engine in the making will be ready: as long after its start as the last."""
+        if self._start_took_s is None:
+            return None
+        return max(0.0, self._start_took_s - (time.monotonic() - self._start_began_s))
 
     def _send(self, message: ToEngine) -> None:
         if self._pipe is None:
@@ -204,6 +232,7 @@ class ProcessClient:
         try:
             while self._pipe is not None and self._pipe.poll():
                 message: FromEngine = self._pipe.recv()
+                self._watchdog.heard()
                 if isinstance(message, StepResult):
                     if any(reason is not FinishReason.ERROR for _, reason, _ in message.finished):
                         self._num_fruitless = 0
@@ -212,6 +241,15 @@ class ProcessClient:
                     _log.error("the engine failed: %s", message)
         except (EOFError, OSError):
             self._lose()
+
+    def _owes_a_step(self) -> bool:
+        return self._pipe is not None and bool(self._streams.unfinished())
+
+    def _kill_hung(self) -> None:
+        """Make a hang a death, which is known how to deal with."""
+        assert self._process is not None, "something is owed by nobody"
+        _log.error("the engine said nothing for %g s; killing it", self._config.engine_timeout_s)
+        self._process.kill()
 
     def _lose(self) -> None:
         """Note that the engine is gone, and see to another."""
@@ -239,8 +277,7 @@ class ProcessClient:
                 _log.error("the engine did not come back: %s", error)
                 continue
             for stream in self._streams.unfinished():
-                sent = tuple(stream.sent_token_ids)
-                self._send(replace(stream.submit, output_token_ids=sent, is_resumed=True))
+                self._send(stream.resumed())
             return
         self._streams.fail_all(EngineUnavailableError, "the engine died and did not come back")
         self.on_lost()
@@ -274,6 +311,7 @@ class ProcessClient:
     async def close(self) -> None:
         """See `EngineClient`."""
         self._is_closing = True
+        self._watchdog.stop()
         if self._restart is not None:
             self._restart.cancel()
             await asyncio.wait([self._restart])

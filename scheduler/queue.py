@@ -20,6 +20,7 @@ class WaitingQueue:
         #: Ascending; there are as many lanes as priorities in use, which is few.
         self._priorities: list[int] = []
         self._num_waiting = 0
+        self._num_tokens = 0
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -29,6 +30,11 @@ class WaitingQueue:
         for priority in self._priorities:
             yield from self._lanes[priority].values()
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all that wait: prompts, and what a preempted sequence had generated."""
+        return self._num_tokens
+
     def append(self, sequence: Sequence) -> None:
         """Let a newcomer stand at the end of its priority."""
         lane = self._lanes.get(sequence.priority)
@@ -37,6 +43,7 @@ class WaitingQueue:
             insort(self._priorities, sequence.priority)
         lane[sequence.request_id] = sequence
         self._num_waiting += 1
+        self._num_tokens += len(sequence.token_ids)
 
     def append_first(self, sequence: Sequence) -> None:
         """Let one who had been served already stand before the others of its priority."""
@@ -48,6 +55,7 @@ class WaitingQueue:
         lane = self._lanes[sequence.priority]
         del lane[sequence.request_id]
         self._num_waiting -= 1
+        self._num_tokens -= len(sequence.token_ids)
         if not lane:
             del self._lanes[sequence.priority]
             self._priorities.remove(sequence.priority)
@@ -57,3 +65,4 @@ class WaitingQueue:
         assert self._priorities == sorted(self._lanes), "a lane without a priority, or unsorted"
         assert all(self._lanes.values()), "an empty lane was kept"
         assert self._num_waiting == sum(map(len, self._lanes.values())), "miscounted queue"
+        assert self._num_tokens == sum(len(s.token_ids) for s in self), "miscounted tokens"

@@ -17,17 +17,18 @@ from itertools import islice
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.interface import (
+    NO_TOKEN,
     PENDING_TOKEN,
+    Constraint,
     ModelInfo,
     PageCopy,
-    SlotStart,
-    StepInput,
     StepOutput,
-    TokenLogprobs,
 )
 from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
 from scheduler.pacing import Pacing
+from scheduler.plan import StepOutcome, StepPlan, add_row, new_plan
 from scheduler.queue import WaitingQueue
+from scheduler.refusal import Room, why_never, why_not_now
 from scheduler.sequence import Sequence, State
 
 #: Those that wait for a page under computation and are looked at in one step all the same: each
@@ -36,38 +37,12 @@ _MOST_HELD_BACK = 32
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step: row i of `step` belongs to `sequences[i]`."""
-
-    step: StepInput
-    sequences: list[Sequence]
-    #: Those that left the queue for the first time: (request id, cached tokens, miss reason).
-    started: list[tuple[int, int, str]]
-    num_decodes: int
-    num_prompt_tokens: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the step computes."""
-        return len(self.step.token_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What a step brought; columns are parallel, `logprobs` may be empty."""
-
-    request_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
-    finished: list[tuple[int, FinishReason]]
-
-
-@dataclass(frozen=True, slots=True)
 class SchedulerStats:
     """One moment. Counters (`*_total`) only grow."""
 
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int
     prefix_queries_tokens_total: int
     prefix_hits_tokens_total: int
     prompt_tokens_computed_total: int
@@ -110,8 +85,13 @@ class Scheduler:
         """Whether a plan would have something in it, now or once others have gone on."""
         return bool(self._requests)
 
-    def submit(self, submit: Submit) -> Rejected | None:
-        """Queue a request, or say at once why it will not run."""
+    @property
+    def follows_grammars(self) -> bool:
+        """Whether a running sequence has a grammar, which must know a token before the next."""
+        return any(sequence.constraint is not None for sequence in self._running)
+
+    def submit(self, submit: Submit, constraint: Constraint | None = None) -> Rejected | None:
+        """Queue a request, or say at once why it will not run. `constraint`: of its grammar."""
         rejected = self._refusal(submit)
         if rejected is None:
             sequence = Sequence(
@@ -119,6 +99,7 @@ class Scheduler:
                 arrival=self._num_arrivals,
                 eos_token_ids=self._eos_token_ids,
                 max_model_len=self._max_model_len,
+                constraint=constraint,
             )
             self._num_arrivals += 1
             self._requests[submit.request_id] = sequence
@@ -126,22 +107,14 @@ class Scheduler:
         return rejected
 
     def _refusal(self, submit: Submit) -> Rejected | None:
-        num_tokens = len(submit.prompt_token_ids) + len(submit.output_token_ids)
-        request_id, invalid = submit.request_id, RejectKind.INVALID
-        if request_id in self._requests:
-            return Rejected(request_id, invalid, f"request id {request_id} is in use", "request_id")
-        if not submit.prompt_token_ids:
-            return Rejected(request_id, invalid, "the prompt has no tokens", "prompt")
-        if num_tokens >= self._max_model_len:
-            message = (
-                f"the prompt has {num_tokens} tokens, which leaves no room for an answer: "
-                f"at most {self._max_model_len} tokens fit, prompt and answer together"
-            )
-            return Rejected(request_id, invalid, message, "prompt")
-        if len(self._waiting) >= self._config.max_queue and not submit.is_resumed:
-            message = f"{len(self._waiting)} requests are waiting already, which is the limit"
-            return Rejected(request_id, RejectKind.BUSY, message)
-        return None
+        if submit.request_id in self._requests:
+            message = f"request id {submit.request_id} is in use"
+            return Rejected(submit.request_id, RejectKind.INVALID, message, "request_id")
+        free_pages = self._cache.available_pages - len(self._running)
+        room = Room(len(self._free_slots), free_pages, self._page_size)
+        return why_never(submit, self._max_model_len) or why_not_now(
+            submit, self._waiting, room, self._config
+        )
 
     def cancel(self, request_id: int) -> None:
         """Forget a request and give its pages back, at once. Unknown ids are fine."""
@@ -159,7 +132,7 @@ class Scheduler:
         row that samples, for which `PENDING_TOKEN` stands until `apply` brings it. A sequence that
         turns out to have ended has computed a token in vain, and nobody hears of it.
         """
-        plan = _new_plan()
+        plan = new_plan()
         num_preemptions = self._num_preemptions
         self._plan_decodes(plan)
         num_decodes = len(plan.sequences)
@@ -178,12 +151,12 @@ class Scheduler:
         while row < len(running):
             sequence = running[row]
             num_tokens = len(sequence.token_ids)
-            if num_tokens - sequence.num_computed == 1 and not sequence.has_last_token_pending:
+            if num_tokens - sequence.num_computed == 1 and not sequence.awaits_token:
                 allocation = sequence.allocation
                 assert allocation is not None, "a running sequence without pages"
                 if num_tokens > len(allocation.page_ids) * page_size and not self._grow(sequence):
                     continue
-                _add_row(plan, sequence, 1)
+                add_row(plan, sequence, 1)
             row += 1
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -203,7 +176,7 @@ class Scheduler:
                 break
             if missing > 1:
                 count = min(missing, budget_tokens)
-                _add_row(plan, sequence, count)
+                add_row(plan, sequence, count)
                 budget_tokens -= count
         return budget_tokens
 
@@ -220,11 +193,15 @@ class Scheduler:
             if sequence.token_ids[-1] == PENDING_TOKEN:
                 # Preempted with a step under way, which is to bring its newest token.
                 break
-            if self._cache.match(sequence.token_ids, sequence.namespace).in_flight:
+            most_cached = sequence.most_cached_tokens
+            if (
+                most_cached is None
+                and self._cache.match(sequence.token_ids, sequence.namespace).in_flight
+            ):
                 continue
             # One page for each that runs: nobody is let in only to be preempted soon after.
             allocation = self._cache.admit(
-                sequence.token_ids, sequence.namespace, reserve_pages=len(self._running)
+                sequence.token_ids, sequence.namespace, len(self._running), most_cached
             )
             if allocation is None:
                 break
@@ -234,7 +211,7 @@ class Scheduler:
                 PageCopy(copy.source, copy.target, copy.num_tokens) for copy in allocation.copies
             )
             count = min(len(sequence.token_ids) - sequence.num_computed, budget_tokens)
-            _add_row(plan, sequence, count)
+            add_row(plan, sequence, count)
             budget_tokens -= count
             if budget_tokens == 0 or not self._free_slots:
                 break
@@ -246,13 +223,10 @@ class Scheduler:
         insort(self._running, sequence, key=lambda running: running.precedence)
         sequence.num_computed = sequence.num_landed = num_cached
         sequence.slot = self._free_slots.popleft()
-        tokens, num_prompt = sequence.token_ids, sequence.num_prompt
-        plan.step.started.append(
-            SlotStart(sequence.slot, sequence.params, tokens[:num_prompt], tokens[num_prompt:])
-        )
+        plan.step.started.append(sequence.slot_start())
         if not sequence.is_started:
             sequence.is_started = True
-            self._prefix_queries_tokens += len(tokens)
+            self._prefix_queries_tokens += len(sequence.token_ids)
             self._prefix_hits_tokens += num_cached
             plan.started.append((sequence.request_id, num_cached, why))
 
@@ -268,35 +242,68 @@ class Scheduler:
                 num_decodes=plan.num_decodes,
                 num_prompt_tokens=plan.num_prompt_tokens,
             )
-        self._advance(plan)
-        outcome = StepOutcome([], [], [], [])
-        logprobs = output.logprobs
-        for index, row in enumerate(plan.step.sample_rows):
+        self._advance(plan, output.token_ids)
+        outcome = StepOutcome([], [], [], [], [], [])
+        self._note_scores(plan, output, outcome)
+        step, logprobs = plan.step, output.logprobs
+        for index, row in enumerate(step.sample_rows):
             sequence = plan.sequences[row]
             if sequence.state is State.FINISHED:
                 continue
+            position = step.starts[row] + step.counts[row]
             token_id = output.token_ids[index]
-            position = plan.step.starts[row] + plan.step.counts[row]
-            sequence.token_ids[position] = token_id
-            outcome.request_ids.append(sequence.request_id)
-            outcome.token_ids.append(token_id)
-            if logprobs:
-                outcome.logprobs.append(logprobs[index])
+            if sequence.params.max_tokens == 0:
+                position -= 1
+            elif token_id == NO_TOKEN:
+                self._take_back(sequence, position)
+                if index in output.failures:
+                    self._finish(sequence, FinishReason.ERROR)
+                    outcome.failed.append((sequence.request_id, output.failures[index]))
+                continue
+            else:
+                sequence.token_ids[position] = token_id
+                outcome.request_ids.append(sequence.request_id)
+                outcome.token_ids.append(token_id)
+                if logprobs:
+                    outcome.logprobs.append(logprobs[index])
             reason = sequence.stop_reason(position)
             if reason is not None:
                 self._finish(sequence, reason)
                 outcome.finished.append((sequence.request_id, reason))
         return outcome
 
-    def _advance(self, plan: StepPlan) -> None:
+    def _note_scores(self, plan: StepPlan, output: StepOutput, outcome: StepOutcome) -> None:
+        for span, scores in zip(plan.step.scored, output.prompt_logprobs, strict=True):
+            sequence = plan.sequences[span.row]
+            if sequence.state is State.FINISHED:
+                continue
+            # Preempted with a step under way and back, it may have two steps that score the same.
+            num_known = sequence.num_scored - plan.step.starts[span.row] - span.offset
+            assert num_known >= 0, "a prompt's scores have a gap"
+            if new := scores[num_known:]:
+                sequence.num_scored += len(new)
+                outcome.prompt_logprobs.append((sequence.request_id, new))
+
+    def _take_back(self, sequence: Sequence, position: int) -> None:
+        """Undo what was counted on for a token that did not come."""
+        assert len(sequence.token_ids) == position + 1, "a step counts on a token that did not come"
+        del sequence.token_ids[position:]
+        if sequence.state is State.RUNNING:
+            sequence.num_computed -= 1
+
+    def _advance(self, plan: StepPlan, token_ids: list[int]) -> None:
         page_size, step = self._page_size, plan.step
-        for sequence, count, pages in zip(plan.sequences, step.counts, step.page_ids, strict=True):
+        # A row without a token has its last one computed again: that is what samples the next.
+        sampled = zip(step.sample_rows, token_ids, strict=False)
+        again = {row for row, token_id in sampled if token_id == NO_TOKEN}
+        for row, count in enumerate(step.counts):
+            sequence = plan.sequences[row]
             allocation = sequence.allocation
             # Meanwhile it may have ended or been preempted, or even have come back.
-            if allocation is None or allocation.page_ids is not pages:
+            if allocation is None or allocation.page_ids is not step.page_ids[row]:
                 continue
             before = sequence.num_landed
-            sequence.num_landed = before + count
+            sequence.num_landed = before + count - (row in again)
             if sequence.num_landed // page_size != before // page_size:
                 self._cache.commit(allocation, sequence.token_ids, sequence.num_landed)
 
@@ -341,6 +348,7 @@ class Scheduler:
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
+            num_waiting_tokens=self._waiting.num_tokens,
             prefix_queries_tokens_total=self._prefix_queries_tokens,
             prefix_hits_tokens_total=self._prefix_hits_tokens,
             prompt_tokens_computed_total=self._prompt_tokens_computed,
@@ -373,27 +381,3 @@ class Scheduler:
             assert sequence.num_computed < len(sequence.token_ids), "nothing left to compute"
         cache = self._cache.stats()
         assert running or cache.pages_private == cache.pages_leased == 0, "nothing runs, pages held"
-
-
-def _new_plan() -> StepPlan:
-    return StepPlan(StepInput([], [], [], [], [], []), [], [], 0, 0)
-
-
-def _add_row(plan: StepPlan, sequence: Sequence, count: int) -> None:
-    step, start = plan.step, sequence.num_computed
-    end = start + count
-    allocation = sequence.allocation
-    assert allocation is not None, "a running sequence without pages"
-    if count == 1:
-        step.token_ids.append(sequence.token_ids[start])
-    else:
-        step.token_ids.extend(sequence.token_ids[start:end])
-    sequence.num_computed = end
-    if end == len(sequence.token_ids):
-        step.sample_rows.append(len(plan.sequences))
-        sequence.token_ids.append(PENDING_TOKEN)
-    step.starts.append(start)
-    step.counts.append(count)
-    step.slots.append(sequence.slot)
-    step.page_ids.append(allocation.page_ids)
-    plan.sequences.append(sequence)

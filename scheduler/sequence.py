@@ -10,7 +10,7 @@ from collections import deque
 from enum import StrEnum
 
 from cache.kv_cache import Allocation
-from model.interface import PENDING_TOKEN
+from model.interface import PENDING_TOKEN, Constraint, SlotStart
 from scheduler.messages import FinishReason, Submit
 
 _HISTORY_MOVES = 8
@@ -48,6 +48,7 @@ class Sequence:
     __slots__ = (
         "allocation",
         "arrival",
+        "constraint",
         "finish_reason",
         "history",
         "is_started",
@@ -57,6 +58,8 @@ class Sequence:
         "num_computed",
         "num_landed",
         "num_prompt",
+        "num_scored",
+        "num_to_score",
         "params",
         "priority",
         "request_id",
@@ -67,14 +70,26 @@ class Sequence:
     )
 
     def __init__(
-        self, submit: Submit, *, arrival: int, eos_token_ids: tuple[int, ...], max_model_len: int
+        self,
+        submit: Submit,
+        *,
+        arrival: int,
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+        constraint: Constraint | None = None,
     ) -> None:
         params = submit.params
+        #: Kept for the runner, which may drop a grammar as soon as nobody needs it.
+        self.constraint = constraint
         self.request_id = submit.request_id
         self.token_ids: list[int] = [*submit.prompt_token_ids, *submit.output_token_ids]
         self.num_prompt = len(submit.prompt_token_ids)
         self.num_computed = 0
         self.num_landed = 0
+        #: How many of the prompt's tokens are to be scored, and have been: token i + 1 by what the
+        #: model says at token i, so that all up to `num_scored` may come out of the cache.
+        self.num_to_score = 0 if params.prompt_logprobs is None else self.num_prompt - 1
+        self.num_scored = submit.num_scored
         self.params = params
         self.priority = submit.priority
         self.namespace = submit.namespace
@@ -97,6 +112,11 @@ class Sequence:
         """Smaller runs first and is preempted last."""
         return self.priority, self.arrival
 
+    @property
+    def most_cached_tokens(self) -> int | None:
+        """How many of its tokens need not be computed again at most; None: as many as are there."""
+        return self.num_scored if self.num_scored < self.num_to_score else None
+
     def move(self, to: State, why: str) -> None:
         """Change state. Raises `InvalidTransitionError` for a move the table does not have."""
         if to not in TRANSITIONS[self.state]:
@@ -107,14 +127,27 @@ class Sequence:
         self.history.append(why)
 
     @property
-    def has_last_token_pending(self) -> bool:
-        """Whether a step under way samples the last token there is room for."""
-        is_full = len(self.token_ids) >= self.max_len_tokens
-        return is_full and self.token_ids[-1] == PENDING_TOKEN
+    def awaits_token(self) -> bool:
+        """Whether it goes on, if at all, only once its newest token is known.
+
+        With a grammar always, as that token may fail to come, and where there is no room for more.
+        """
+        if self.token_ids[-1] != PENDING_TOKEN:
+            return False
+        return self.constraint is not None or len(self.token_ids) >= self.max_len_tokens
+
+    def slot_start(self) -> SlotStart:
+        """Return all the runner must remember of it."""
+        tokens, num_prompt = self.token_ids, self.num_prompt
+        return SlotStart(
+            self.slot, self.params, tokens[:num_prompt], tokens[num_prompt:], self.constraint
+        )
 
     def stop_reason(self, position: int) -> FinishReason | None:
         """Why the sequence ends with the token at `position`, or None if it goes on."""
         length = position + 1
-        if self.token_ids[position] in self.stop_ids and length > self.min_len_tokens:
+        # A grammar may be at its end before min_tokens are had: then the end is all there is.
+        may_stop = length > self.min_len_tokens or self.params.grammar is not None
+        if may_stop and self.token_ids[position] in self.stop_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if length >= self.max_len_tokens else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, repeat
 
 from model.interface import TokenLogprobs
@@ -28,10 +28,12 @@ class Stream:
         "_error",
         "_finish_reason",
         "_logprobs",
+        "_prompt_logprobs",
         "_started",
         "_token_ids",
         "_wakes",
         "num_crashes",
+        "num_scored",
         "sent_token_ids",
         "submit",
     )
@@ -42,8 +44,11 @@ class Stream:
         self.sent_token_ids: list[int] = []
         #: Engines that died while this request was in them.
         self.num_crashes = 0
+        #: Tokens of the prompt whose probabilities were received.
+        self.num_scored = 0
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs | None] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
         self._started: Started | None = None
         self._finish_reason: FinishReason | None = None
         self._error: EngineError | None = None
@@ -61,6 +66,20 @@ class Stream:
         if logprobs is not None:
             self._logprobs.append(logprobs)
         self._wakes.set()
+
+    def add_scores(self, scores: tuple[TokenLogprobs, ...]) -> None:
+        """Take in the next tokens of the prompt; they are read with what follows them."""
+        self.num_scored += len(scores)
+        self._prompt_logprobs += scores
+
+    def resumed(self) -> Submit:
+        """Return what makes another engine go on where this stream is."""
+        return replace(
+            self.submit,
+            output_token_ids=tuple(self.sent_token_ids),
+            num_scored=self.num_scored,
+            is_resumed=True,
+        )
 
     def start(self, started: Started) -> None:
         """Note the admission; a resumed stream keeps what it was told first."""
@@ -86,8 +105,13 @@ class Stream:
                 raise self._error
             self._wakes.set()
         delta = Delta(
-            tuple(self._token_ids), tuple(self._logprobs), self._started, self._finish_reason
+            tuple(self._token_ids),
+            tuple(self._logprobs),
+            self._started,
+            self._finish_reason,
+            tuple(self._prompt_logprobs),
         )
+        self._prompt_logprobs.clear()
         self._token_ids.clear()
         self._logprobs.clear()
         self._started = None
@@ -145,6 +169,9 @@ class Streams:
         for started in result.started:
             if started.request_id in streams:
                 streams[started.request_id].start(started)
+        for request_id, scores in result.prompt_logprobs:
+            if request_id in streams:
+                streams[request_id].add_scores(scores)
         logprobs = result.logprobs or repeat(None)
         for request_id, token_id, logprob in zip(
             result.request_ids, result.token_ids, logprobs, strict=False
@@ -167,8 +194,11 @@ class Streams:
                 _end(streams[request_id], reason, message)
 
     def unfinished(self) -> list[Stream]:
-        """Return the streams that still wait for the engine, in the order they were opened."""
-        return [stream for stream in self._open.values() if not stream.is_over]
+        """Return the streams that still wait for the engine, in the order they were opened.
+
+        May be asked from another thread: the copy is made in one go.
+        """
+        return [stream for stream in list(self._open.values()) if not stream.is_over]
 
     def fail_all(self, kind: type[EngineError], message: str) -> None:
         """End every stream that is not over yet, each with an error of its own."""

@@ -18,19 +18,24 @@ from importlib.metadata import version
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from configs.load import ConfigError, describe, load_config
-from configs.schema import OctavoConfig
+from configs.schema import OctavoConfig, ServerSection
 from configs.sizes import format_size
 from model import build
 from scheduler.client import EngineUnavailableError, ModelInfo
 from scheduler.process import ProcessClient
 from server import cli
 from server.app import create_app
+from server.keys import Keyring, load_keys, reload_keys
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, configure, fields
+from server.protocol import HttpProtocol
+from server.structured.desk import GrammarDesk
 from server.text.load import load_text
 from server.text.pieces import TextError
+from server.tls import Certificate
 
 _log = logging.getLogger(LOGGER_NAME)
 
@@ -39,6 +44,10 @@ _BACKLOG = 2048
 
 class StartError(Exception):
     """The daemon cannot start; the message is one line for the operator."""
+
+
+class UsageError(Exception):
+    """What a setting points to is wrong; the message is one line that names the setting."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,17 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure(config.server.log_format)
     try:
         uvloop.run(_serve(config))
-    except (StartError, EngineUnavailableError) as error:
+    except (StartError, UsageError, EngineUnavailableError) as error:
         print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - also where logs are JSON
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 0
     return 0
 
 
 async def _serve(config: OctavoConfig) -> None:
-    # The port first: if it is taken, that is known before seconds go into loading a model.
-    listener = _listen(config.server.host, config.server.port)
+    keyring, certificate = _guards(config.server)
+    # The port before the model: if it is taken, that is known before seconds go into loading.
+    listener = _listen(config.server)
     _on_signals(os._exit, 0)  # Until there is an engine, nothing has to be put in order.
     _log.info("starting", extra=fields(version=version("octavo"), **describe(config)))
     try:
@@ -74,28 +84,44 @@ async def _serve(config: OctavoConfig) -> None:
     except (build.ModelSourceError, TextError, OSError) as error:
         raise StartError(str(error)) from error
     client = ProcessClient(partial(build.make_runner, source, config), config.scheduler)
-    lifecycle = Lifecycle()
-    try:
-        app = create_app(config, client, text, version=version("octavo"), lifecycle=lifecycle)
-    except ValueError as error:
-        raise StartError(str(error)) from error
-    server = _Server(
-        uvicorn.Config(
-            app,
-            loop="none",
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=5,
-        )
+    lifecycle, grammars = Lifecycle(), GrammarDesk()
+    app = create_app(
+        config,
+        client,
+        text,
+        version=version("octavo"),
+        lifecycle=lifecycle,
+        keyring=keyring,
+        grammars=grammars,
     )
+    server = _server(app, certificate)
     try:
         await _run(config, client, lifecycle, server, listener)
     finally:
+        await grammars.close()
         await client.close()
+
+
+def _guards(section: ServerSection) -> tuple[Keyring, Certificate | None]:
+    """Load keys and certificate; their files are read again with each SIGHUP.
+
+    Without such a file SIGHUP ends the program as ever, such as when its terminal is closed.
+    """
+    try:
+        keyring = Keyring(load_keys(section))
+        certificate = Certificate(section) if section.ssl_certfile else None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+    def reload() -> None:
+        if section.api_key_file:
+            reload_keys(keyring, section)
+        if certificate:
+            certificate.reload()
+
+    if section.api_key_file or certificate:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+    return keyring, certificate
 
 
 async def _run(
@@ -122,7 +148,7 @@ async def _run(
         return
     await starting
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    _announce(client.info, _url(listener))
+    _announce(client.info, _url(listener, is_encrypted=server.config.ssl is not None))
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not lost.is_set():
         _log.info("draining", extra=fields(timeout_s=config.server.drain_timeout_s))
@@ -132,6 +158,23 @@ async def _run(
     if lost.is_set():
         raise StartError("the engine died again and again; the log above says why")
     _log.info("stopped")
+
+
+def _server(app: FastAPI, certificate: Certificate | None) -> _Server:
+    config = uvicorn.Config(
+        app,
+        loop="none",
+        http=HttpProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    config.load()
+    config.ssl = certificate.context if certificate else None
+    return _Server(config)
 
 
 class _Server(uvicorn.Server):
@@ -158,12 +201,17 @@ def _stop(stop: asyncio.Event, server: uvicorn.Server) -> None:
     stop.set()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(section: ServerSection) -> socket.socket:
+    host, port = section.host, section.port
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         # Named, so that asyncio knows it is TCP and turns Nagle off.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. The kernel sees who does not read, or is not there any more, and
+        # whatever was answered; to us it is a client that left.
+        timeout_ms = round(section.send_timeout_s * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
         listener.setblocking(False)  # noqa: FBT003 - the standard library's signature
@@ -173,9 +221,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, *, is_encrypted: bool) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if is_encrypted else 'http'}://{shown}:{port}"
 
 
 def _announce(info: ModelInfo, url: str) -> None:

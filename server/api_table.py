@@ -38,6 +38,17 @@ Several answers (`n`, `best_of`, a list of prompts) are at most 16 to a prompt a
 The prompt is computed once and counted once in `usage`; its completion tokens are those of all
 answers, `best_of`'s unseen ones too. Answer `k` of a prompt has a seed made from (`seed`, `k`), and
 the first has `seed` itself, so it is the answer that `n: 1` gives. `index` is prompt * n + k.
+
+A prompt's own probabilities come in two shapes: `prompt_logprobs` (vLLM's; of a completion in each
+choice, of a chat beside the choices) and, of completions, `echo` with `logprobs` (OpenAI's older
+one, which evaluation harnesses use: `max_tokens` 0 or 1, also as a stream). Such a prompt is
+computed from its first token on, once for each answer, whatever is cached of it
+(`octavo.cache.miss_reason` says `limited`); what it computes is cached for others. An answer holds
+at most 1,048,576 of these probabilities.
+
+`bad_words` are compared as tokens, written with a space before them and without: the same letters
+in other tokens are not found. `allowed_token_ids` goes before them, and before `min_tokens`: where
+both would leave nothing to sample, the allowed tokens are sampled.
 """
 
 _MESSAGES = """
@@ -118,6 +129,7 @@ PEERS: Mapping[str, tuple[str, str]] = {
     "truncate_prompt_tokens": ("yes", "?"),
     "return_token_ids": ("yes", "?"),
     "include_reasoning": ("yes", "no"),
+    "timeout": ("no", "no"),
     "use_beam_search": ("yes", "no"),
     "length_penalty": ("yes", "no"),
     "early_stopping": ("?", "no"),

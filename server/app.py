@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import NoReturn
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from configs.schema import OctavoConfig
 from scheduler.client import EngineClient
 from server import schemas
-from server.auth import PROBE_PATHS, AuthMiddleware, Keyring, load_keys
+from server.auth import PROBE_PATHS, AuthMiddleware
 from server.boundary import BoundaryMiddleware
 from server.context import Clock
+from server.cors import Cors
 from server.documents import ChatChunk
 from server.errors import from_status, shortened
 from server.gate import DrainGate
+from server.keys import Keyring, load_keys
 from server.lifecycle import Lifecycle
+from server.logs import LOGGER_NAME, fields
 from server.messages.routes import DOCUMENTED as MESSAGES_DOCUMENTED
 from server.messages.routes import ERROR_FORMS, message_routes
 from server.metrics import Metrics
 from server.openapi import DocumentedApp
+from server.pace import QueuePace
 from server.probes import probe_routes
 from server.responses.documents import ResponseEvent
 from server.responses.routes import response_routes
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, StoreStats
 from server.routes import generation_routes, model_routes
-from server.service import Service, served_name
+from server.service import Service, sampling_defaults, served_name
+from server.structured.desk import GrammarDesk
 from server.text.load import ModelText
 
 _DOCUMENTED = (
@@ -44,26 +54,37 @@ _DOCUMENTED = (
 )
 
 
-def create_app(
+def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     config: OctavoConfig,
     client: EngineClient,
     text: ModelText,
     *,
     version: str,
     lifecycle: Lifecycle | None = None,
+    keyring: Keyring | None = None,
     clock: Clock | None = None,
     chance: random.Random | None = None,
+    grammars: GrammarDesk | None = None,
 ) -> FastAPI:
     """Return the application. `client` may still be starting: until it is up, /ready says 503.
 
-    The caller starts and closes `client`, and drains `lifecycle`. Raises `ValueError` for an API
-    key (or a file of them) that cannot be meant.
+    The caller starts and closes `client`, closes `grammars`, drains `lifecycle` and may change
+    `keyring`; where it is not given, the configuration's keys are loaded, which raises `ValueError`
+    if they are wrong; so does a model's sampling that cannot be meant.
     """
     clock = clock or Clock()
     chance = chance or random.SystemRandom()
     lifecycle = lifecycle or Lifecycle()
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
-    service = Service(config, client, text, lifecycle, metrics, clock, chance)
+    grammars = grammars or GrammarDesk()
+    pace = QueuePace(client, clock.monotonic_s)
+    defaults = sampling_defaults(config, text)
+    if defaults:
+        note = "requests that do not say get the sampling of generation_config.json"
+        logging.getLogger(LOGGER_NAME).info("note", extra=fields(note=note, **defaults))
+    service = Service(
+        config, client, text, lifecycle, metrics, clock, chance, pace, grammars, defaults
+    )
     store = ResponseStore(
         max_count=config.server.responses_max_count,
         max_bytes=config.server.responses_max_bytes,
@@ -71,20 +92,23 @@ def create_app(
     )
     _show_store(metrics, store, clock)
     app = DocumentedApp(version, _DOCUMENTED)
-    for router in (
+    routers = (
         generation_routes(service),
         message_routes(service),
         response_routes(service, store),
         model_routes(service),
         probe_routes(service, version),
-    ):
+    )
+    for router in routers:
         app.include_router(router)
-    app.add_exception_handler(HTTPException, _tell_router_error)
+    routes = [*app.routes, *(route for router in routers for route in router.routes)]
+    known = [route for route in routes if isinstance(route, Route)]
+    app.add_exception_handler(HTTPException, _router_errors(known))
     # The one added last is the outermost.
     app.add_middleware(DrainGate, lifecycle=lifecycle)
     app.add_middleware(
         AuthMiddleware,
-        keyring=Keyring(load_keys(config.server)),
+        keyring=Keyring(load_keys(config.server)) if keyring is None else keyring,
         open_paths=frozenset() if config.server.protect_metrics else PROBE_PATHS,
     )
     app.add_middleware(
@@ -95,6 +119,8 @@ def create_app(
         chance=chance,
         error_forms=ERROR_FORMS,
     )
+    if config.server.cors_origins:
+        app.add_middleware(Cors, origins=config.server.cors_origins)
     return app
 
 
@@ -107,12 +133,24 @@ def _show_store(metrics: Metrics, store: ResponseStore, clock: Clock) -> None:
     metrics.add_gauge("stored_responses_bytes", "what they take", lambda: kept().num_bytes)
 
 
-async def _tell_router_error(request: Request, error: Exception) -> NoReturn:
-    """Raise it for the boundary, which knows how this path's errors look."""
-    assert isinstance(error, HTTPException)
-    method, path = request.method, shortened(request.url.path)
-    message = {
-        404: f"there is no route {path}; /openapi.json lists them",
-        405: f"{method} is not allowed on {path}",
-    }.get(error.status_code, error.detail)
-    raise from_status(error.status_code, message, dict(error.headers or {})) from error
+def _router_errors(routes: Sequence[Route]) -> Callable[[Request, Exception], NoReturn]:
+    """Return what raises a router's error for the boundary, which knows how this path's look."""
+
+    def methods_of(scope: Scope) -> list[str]:
+        """Return what a path may be asked with: the router knows only its first route."""
+        matching = [route for route in routes if route.matches(scope)[0] is not Match.NONE]
+        return sorted({method for route in matching for method in route.methods or ()})
+
+    def tell(request: Request, error: Exception) -> NoReturn:
+        assert isinstance(error, HTTPException)
+        method, path = request.method, shortened(request.url.path)
+        message = {
+            404: f"there is no route {path}; /openapi.json lists them",
+            405: f"{method} is not allowed on {path}",
+        }.get(error.status_code, error.detail)
+        headers = dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(methods_of(request.scope))
+        raise from_status(error.status_code, message, headers) from error
+
+    return tell

@@ -2,56 +2,26 @@
 
 Deny by default: a path is open only if it stands, letter by letter, in the list of open paths, so
 no spelling of another path (`//`, a trailing slash, a prefix, another method) is let through.
-Keys are kept as digests, compared in constant time, and never logged.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from pathlib import Path
-
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from configs.schema import ServerSection
+from server.context import RequestContext
 from server.errors import ApiError
+from server.keys import ApiKey, Keyring
 
 #: What probes and scrapers ask for; open unless `protect_metrics` is set.
 PROBE_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
 
-class Keyring:
-    """The accepted keys' digests."""
-
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._digests = tuple(_digest(key.encode()) for key in keys)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no key is configured: then everybody may ask."""
-        return not self._digests
-
-    def accepts(self, key: bytes) -> bool:
-        """Whether `key` is one of them; takes as long for a near miss as for a hit."""
-        digest = _digest(key)
-        found = False
-        for known in self._digests:
-            found |= hmac.compare_digest(known, digest)
-        return found
-
-
-def load_keys(section: ServerSection) -> tuple[str, ...]:
-    """Return the configured keys. Raises `ValueError` for a key file that holds none."""
-    keys = section.api_key
-    if section.api_key_file is not None:
-        keys += _keys_in(section.api_key_file)
-    if any(not key.strip() or not key.isascii() for key in keys):
-        raise ValueError("api_key must be visible ASCII, and not empty")
-    return keys
-
-
 class AuthMiddleware:
-    """Answers 401 to whoever brings no accepted key. Raises `ApiError` for the boundary to tell."""
+    """Answers 401 to whoever brings no accepted key, 429 to whose key runs enough already.
+
+    Raises `ApiError` for the boundary to tell. Only requests that ask for work (POST) count for a
+    key's limit: a key at its limit may still look at the models and the metrics.
+    """
 
     def __init__(self, app: ASGIApp, *, keyring: Keyring, open_paths: frozenset[str]) -> None:
         self._app = app
@@ -61,36 +31,38 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what is allowed."""
         is_lifespan = scope["type"] == "lifespan"
-        if not is_lifespan and not self._keyring.is_empty:
-            self._check(scope)
-        await self._app(scope, receive, send)
-
-    def _check(self, scope: Scope) -> None:
-        if scope["path"] in self._open_paths:
+        if is_lifespan or self._keyring.is_empty or scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
             return
-        values = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-        if scheme.lower() != b"bearer" or not self._keyring.accepts(key.strip()):
+        key = self._accepted(scope)
+        RequestContext.of(scope).record.key_name = key.name
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        with self._keyring.request(key):
+            await self._app(scope, receive, send)
+
+    def _accepted(self, scope: Scope) -> ApiKey:
+        secret = _presented(scope)
+        key = None if secret is None else self._keyring.find(secret)
+        if key is None:
             raise ApiError(
                 401,
-                "a valid API key is needed: send it as 'Authorization: Bearer <key>'",
+                "a valid API key is needed: send it as 'Authorization: Bearer <key>'"
+                " or as 'x-api-key: <key>'",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return key
 
 
-def _keys_in(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        message = f"api_key_file {path} cannot be read: {error}"
-        raise ValueError(message) from error
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        message = f"api_key_file {path} holds no key; without one the server would be open to all"
-        raise ValueError(message)
-    return keys
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+def _presented(scope: Scope) -> bytes | None:
+    """Return the key a request brings, OpenAI's way, Anthropic's or both; None: no single one."""
+    bearer = [value for name, value in scope["headers"] if name == b"authorization"]
+    plain = [value.strip() for name, value in scope["headers"] if name == b"x-api-key"]
+    if len(bearer) > 1 or len(plain) > 1:
+        return None
+    for value in bearer:
+        scheme, _, secret = value.partition(b" ")
+        plain.append(secret.strip() if scheme.lower() == b"bearer" else b"")
+    return plain[0] if len(set(plain)) == 1 else None

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from scheduler.client import EngineError
 from server import sse
 from server.auth import PROBE_PATHS
-from server.context import Clock, RequestContext, RequestRecord
+from server.context import Clock, Interruption, RequestContext, RequestRecord
 from server.errors import (
     ApiError,
     ClientGoneError,
@@ -74,10 +74,10 @@ class BoundaryMiddleware:
             return
         record = self._record(scope)
         form = self._error_forms.get(scope["path"]) or OpenAIErrors()
-        reply = _Reply(send, record, form)
         is_probe = scope["path"] in PROBE_PATHS
         with self._lifecycle.request(is_counted=not is_probe) as interruption:
             RequestContext(record, interruption).attach(scope)
+            reply = _Reply(send, record, form, interruption)
             try:
                 async with interruption.reasoned():
                     await self._app(scope, receive, reply.send)
@@ -87,10 +87,16 @@ class BoundaryMiddleware:
                 record.status = record.status or CLIENT_GONE_STATUS
                 raise
             except Exception as error:  # noqa: BLE001 - the last place that can tell the client
-                await reply.fail(_as_api_error(error, record))
+                await self._fail(reply, _as_api_error(error, record), record)
             finally:
                 self._metrics.on_response(record.status)
                 log_request(record, self._clock.monotonic_s(), is_probe=is_probe)
+
+    async def _fail(self, reply: _Reply, error: ApiError, record: RequestRecord) -> None:
+        record.error_code = error.code or ""
+        if error.status in {429, 503} and error.code:
+            self._metrics.on_rejected(error.code)
+        await reply.fail(error)
 
     def _record(self, scope: Scope) -> RequestRecord:
         client = scope.get("client")
@@ -106,8 +112,11 @@ class BoundaryMiddleware:
 class _Reply:
     """What has been sent of one response."""
 
-    def __init__(self, send: Send, record: RequestRecord, form: ErrorForm) -> None:
+    def __init__(
+        self, send: Send, record: RequestRecord, form: ErrorForm, interruption: Interruption
+    ) -> None:
         self._send = send
+        self._interruption = interruption
         self._record = record
         self._form = form
         self._has_started = False
@@ -127,6 +136,9 @@ class _Reply:
         else:
             self._is_complete = not message.get("more_body", False)
         await self._send(message)
+        if self._is_complete:
+            # The server calls this a disconnect too; there may be some tidying up to do yet.
+            self._interruption.close()
 
     async def fail(self, error: ApiError) -> None:
         """Tell the client, in whatever way is left."""

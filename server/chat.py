@@ -13,13 +13,12 @@ from server.chunks import Envelope
 from server.context import RequestRecord
 from server.generate import Job, usage_so_far
 from server.output import Piece, TokenAt
+from server.prompt_logprobs import LOWEST_LOGPROB, listed
 from server.service import Service
 from server.text.tokenizer import Tokenizer
 
 _DELTA = b'{"index":%d,"delta":{"content":'
 _NO_LOGPROBS = b'},"logprobs":null,"finish_reason":null}'
-#: What OpenAI writes for a probability of 0, which JSON cannot say.
-LOWEST_LOGPROB = -9999.0
 
 
 class ChatDialect:
@@ -41,8 +40,11 @@ class ChatDialect:
         self._delta = _DELTA % index
         self._has_logprobs = job.has_logprobs
         self._has_token_ids = job.has_token_ids
-        # Of a chat they stand beside the choices (vLLM's way), once.
-        self._beside = {"prompt_token_ids": job.prompts[0]} if job.has_token_ids else {}
+        self._num_prompt_logprobs = job.num_prompt_logprobs
+        # What there is of a chat's prompt stands beside the choices (vLLM's way), once.
+        self._beside: dict[str, Any] = {}
+        if job.has_token_ids:
+            self._beside["prompt_token_ids"] = job.prompts[0]
 
     def opening(self) -> bytes:
         """See `Dialect`."""
@@ -74,6 +76,7 @@ class ChatDialect:
     def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """See `Dialect`."""
         text = "".join(piece.text for piece in pieces)
+        self._note_prompt(pieces)
         return {
             "index": self._index,
             "message": {"role": "assistant", "content": text, "refusal": None},
@@ -85,6 +88,12 @@ class ChatDialect:
     def answer(self, choices: list[dict[str, Any]], told: dict[str, Any]) -> dict[str, Any]:
         """See `Dialect`."""
         return {**self._common, "choices": choices, **self._beside, **told}
+
+    def _note_prompt(self, pieces: Sequence[Piece]) -> None:
+        if self._num_prompt_logprobs is not None:
+            scores = [score for piece in pieces for score in piece.prompt_logprobs]
+            told = listed(self._tokenizer, scores, self._num_prompt_logprobs)
+            self._beside["prompt_logprobs"] = told
 
     def _details(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Return what was asked for of the tokens."""

@@ -17,7 +17,6 @@ from configs.load import RESERVED_VARIABLES, config_file, presets
 
 _METAVARS = {
     "bool": "",
-    "list": "KEY",
     "size": "SIZE",
     "path": "FILE",
     "text": "TEXT",
@@ -94,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_field(group: argparse._ArgumentGroup, known: ConfigField) -> None:
     help_text = _help(known).replace("%", "%%")
-    metavar = "{" + ",".join(known.choices) + "}" if known.choices else _METAVARS[known.kind]
+    metavar = "{" + ",".join(known.choices) + "}" if known.choices else _metavar(known)
     if known.name == POSITIONAL:
         group.add_argument(known.name, nargs="?", metavar=known.flag, help=help_text)
     elif known.kind == "bool":
@@ -105,6 +104,13 @@ def _add_field(group: argparse._ArgumentGroup, known: ConfigField) -> None:
         group.add_argument(known.flag, action="extend", nargs="+", metavar=metavar, help=help_text)
     else:
         group.add_argument(known.flag, metavar=metavar, help=help_text)
+
+
+def _metavar(known: ConfigField) -> str:
+    """Say what goes behind the flag; in a list, its name's last word: cors_origins, ORIGIN."""
+    if known.kind == "list":
+        return known.name.rpartition("_")[2].removesuffix("s").upper()
+    return _METAVARS[known.kind]
 
 
 def _help(known: ConfigField) -> str:

@@ -9,11 +9,11 @@ import orjson
 
 from scheduler.client import TokenLogprobs
 from server import sse
-from server.chat import LOWEST_LOGPROB
 from server.chunks import Envelope
 from server.context import RequestRecord
 from server.generate import Job, usage_so_far
 from server.output import Piece, TokenAt
+from server.prompt_logprobs import LOWEST_LOGPROB, echoed, listed, top_texts
 from server.service import Service
 from server.text.tokenizer import Tokenizer
 
@@ -41,27 +41,30 @@ class CompletionDialect:
         self._has_token_ids = job.has_token_ids
         prompt = index // job.num_choices
         self._echo = job.echoes[prompt] if job.echoes else ""
-        self._prompt = {"prompt_token_ids": job.prompts[prompt]} if job.has_token_ids else {}
+        self._prompt_ids = job.prompts[prompt]
+        self._prompt = {"prompt_token_ids": self._prompt_ids} if job.has_token_ids else {}
+        self._skips_special_tokens = job.output.skip_special_tokens
+        self._num_logprobs = job.requests[0].params.logprobs or 0
+        self._num_prompt_logprobs = job.num_prompt_logprobs
+        self._has_scored_echo = bool(job.echoes) and job.has_logprobs
+        #: Of a stream: the prompt is told with its first piece, which knows its probabilities.
+        self._is_echo_due = self._has_scored_echo
 
     def opening(self) -> bytes:
         """See `Dialect`. The prompt, as far as it was asked for."""
-        if not self._echo and not self._prompt:
+        if self._is_echo_due or not (self._echo or self._prompt):
             return b""
-        choice = {
-            "index": self._index,
-            "text": self._echo,
-            "logprobs": None,
-            "finish_reason": None,
-            **self._prompt,
-        }
-        return self._envelope.choice(choice, {})
+        return self._opened(None)
 
     def piece(self, piece: Piece) -> bytes:
         """See `Dialect`."""
         if not self._has_logprobs and not self._has_token_ids:
             return self._envelope.text(self._text, piece.text, _NO_LOGPROBS)
+        before = self._due_echo(piece.prompt_logprobs)
+        if not piece.num_tokens and not piece.text:
+            return before
         rest = {"logprobs": None, "finish_reason": None, **self._details([piece])}
-        return self._envelope.text(self._text, piece.text, b"," + orjson.dumps(rest)[1:])
+        return before + self._envelope.text(self._text, piece.text, b"," + orjson.dumps(rest)[1:])
 
     def closing(self, finish_reason: str, told: dict[str, Any]) -> bytes:
         """See `Dialect`."""
@@ -71,7 +74,7 @@ class CompletionDialect:
             "logprobs": None,
             "finish_reason": finish_reason,
         }
-        return self._envelope.closing(choice, told)
+        return self._due_echo(()) + self._envelope.closing(choice, told)
 
     def ending(self) -> bytes:
         """See `Dialect`."""
@@ -79,7 +82,7 @@ class CompletionDialect:
 
     def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """See `Dialect`."""
-        return {
+        choice = {
             "index": self._index,
             "text": self._echo + "".join(piece.text for piece in pieces),
             "logprobs": None,
@@ -87,34 +90,65 @@ class CompletionDialect:
             **self._prompt,
             **self._details(pieces),
         }
+        scores = [score for piece in pieces for score in piece.prompt_logprobs]
+        if self._has_scored_echo:
+            own = choice["logprobs"]
+            echo = self._echoed_logprobs(scores)
+            choice["logprobs"] = {name: echo[name] + own[name] for name in own}
+        if self._num_prompt_logprobs is not None:
+            told = listed(self._tokenizer, scores, self._num_prompt_logprobs)
+            choice["prompt_logprobs"] = told
+        return choice
 
     def answer(self, choices: list[dict[str, Any]], told: dict[str, Any]) -> dict[str, Any]:
         """See `Dialect`."""
         return {**self._common, "choices": choices, **told}
+
+    def _due_echo(self, scores: Sequence[TokenLogprobs]) -> bytes:
+        if not self._is_echo_due:
+            return b""
+        self._is_echo_due = False
+        return self._opened(self._echoed_logprobs(scores))
+
+    def _opened(self, logprobs: dict[str, Any] | None) -> bytes:
+        choice = {
+            "index": self._index,
+            "text": self._echo,
+            "logprobs": logprobs,
+            "finish_reason": None,
+            **self._prompt,
+        }
+        return self._envelope.choice(choice, {})
+
+    def _echoed_logprobs(self, scores: Sequence[TokenLogprobs]) -> dict[str, list[Any]]:
+        return echoed(
+            self._tokenizer,
+            self._prompt_ids,
+            scores,
+            self._num_logprobs,
+            skip_special_tokens=self._skips_special_tokens,
+        )
 
     def _details(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Return what was asked for of the tokens."""
         details: dict[str, Any] = {}
         if self._has_logprobs:
             tokens = [token for piece in pieces for token in piece.tokens]
-            details["logprobs"] = _logprobs(self._tokenizer, tokens)
+            first_char = len(self._echo) if self._has_scored_echo else 0
+            details["logprobs"] = _logprobs(self._tokenizer, tokens, first_char)
         if self._has_token_ids:
             details["token_ids"] = [token for piece in pieces for token in piece.token_ids]
         return details
 
 
-def _logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenAt]) -> dict[str, Any]:
+def _logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[TokenAt], first_char: int
+) -> dict[str, list[Any]]:
+    """`first_char`: where in the choice's text the output begins."""
+    scores = [token.logprobs for token in tokens]
     return {
-        "tokens": [tokenizer.token_text(token.logprobs.token_id) for token in tokens],
-        "token_logprobs": [max(token.logprobs.logprob, LOWEST_LOGPROB) for token in tokens],
-        "top_logprobs": [_top(tokenizer, token.logprobs) for token in tokens],
-        "text_offset": [token.start_char for token in tokens],
-    }
-
-
-def _top(tokenizer: Tokenizer, logprobs: TokenLogprobs) -> dict[str, float]:
-    """Return the likeliest, and the sampled one in any case."""
-    listed = (*logprobs.top, (logprobs.token_id, logprobs.logprob))
-    return {
-        tokenizer.token_text(token_id): max(logprob, LOWEST_LOGPROB) for token_id, logprob in listed
+        "tokens": [tokenizer.token_text(score.token_id) for score in scores],
+        "token_logprobs": [max(score.logprob, LOWEST_LOGPROB) for score in scores],
+        "top_logprobs": [top_texts(tokenizer, score, len(score.top)) for score in scores],
+        "text_offset": [first_char + token.start_char for token in tokens],
     }

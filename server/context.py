@@ -42,6 +42,8 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    #: Those of them that are reasoning; None: the model does none.
+    reasoning_tokens: int | None = None
     miss_reason: str = ""
     queue_s: float | None = None
     first_token_at_s: float | None = None
@@ -51,6 +53,10 @@ class RequestRecord:
     stop_text: str | None = None
     #: What ends the stream in hand if it fails; None: what the route's errors look like says it.
     stream_end: Callable[[ApiError], bytes] | None = field(default=None, repr=False)
+    #: Of the API key, if it has a name.
+    key_name: str = ""
+    #: `error.code` of the answer, where it is an error.
+    error_code: str = ""
 
     @property
     def ttft_s(self) -> float | None:
@@ -94,6 +100,10 @@ class Interruption:
             self._reason = reason
             self._task.cancel()
 
+    def close(self) -> None:
+        """Note that all was answered: from now on there is nothing to interrupt."""
+        self._is_closed = True
+
     @asynccontextmanager
     async def reasoned(self) -> AsyncIterator[None]:
         """Raise the reason in place of the cancellation it caused."""
@@ -104,7 +114,7 @@ class Interruption:
                 raise
             raise self._reason from None
         finally:
-            self._is_closed = True
+            self.close()
 
     @asynccontextmanager
     async def on_disconnect(self, receive: Receive) -> AsyncIterator[None]:

@@ -40,6 +40,12 @@ class PromptTokensDetails(Document):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Document):
+    """Of the answer's tokens; only of models that reason."""
+
+    reasoning_tokens: int
+
+
 class Usage(Document):
     """Tokens that went in and came out."""
 
@@ -47,6 +53,7 @@ class Usage(Document):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class ParamWarning(Document):
@@ -108,6 +115,18 @@ class CalledFunction(Document):
     arguments: str
 
 
+class PromptCandidate(Document):
+    """A token that stands at one place of the prompt, or could have; `rank` 1: the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+#: By token id, the prompt's own first; null for the prompt's first token.
+PromptLogprobs = list[dict[str, PromptCandidate] | None]
+
+
 class ToolCall(Document):
     """A call of a tool; `index` stands in streams."""
 
@@ -160,6 +179,7 @@ class ChatCompletion(Document):
     model: str
     choices: list[ChatChoice]
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     usage: Usage
     octavo: Octavo
 
@@ -198,11 +218,11 @@ class ChatChunk(Document):
 
 
 class CompletionLogprobs(Document):
-    """Parallel lists, one entry a token."""
+    """Parallel lists, one entry a token; null of the first token of a prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -215,6 +235,7 @@ class CompletionChoice(Document):
     finish_reason: FinishReason | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(Document):
@@ -237,6 +258,8 @@ class ModelCard(Document):
     created: int
     owned_by: str
     max_model_len: int
+    #: What requests get that do not say otherwise, by its parameter.
+    sampling_defaults: dict[str, float]
 
 
 class ModelList(Document):
@@ -252,6 +275,7 @@ class Tokenized(Document):
     tokens: list[int]
     count: int
     max_model_len: int
+    token_strs: list[str] | None = None
 
 
 class Detokenized(Document):

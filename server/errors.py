@@ -6,6 +6,7 @@ Three kinds only: the request is wrong (4xx), not now (429, 503 with Retry-After
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -27,12 +28,13 @@ ERROR_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
     405: "invalid_request_error",
-    408: "invalid_request_error",
+    408: "timeout_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
 }
+#: Where nothing better is known.
 BUSY_RETRY_AFTER_S = 1
 UNAVAILABLE_RETRY_AFTER_S = 5
 
@@ -106,9 +108,12 @@ def invalid(message: str, param: str | None, code: str | None = None) -> ApiErro
     return ApiError(400, message, param=param, code=code)
 
 
-def unavailable(message: str, *, is_closing: bool = False) -> ApiError:
+def unavailable(
+    message: str, *, is_closing: bool = False, retry_after_s: float | None = None
+) -> ApiError:
     """Return the error for a service that does not serve now; `is_closing`: nor on this socket."""
-    headers = {"Retry-After": str(UNAVAILABLE_RETRY_AFTER_S)}
+    seconds = UNAVAILABLE_RETRY_AFTER_S if retry_after_s is None else math.ceil(retry_after_s)
+    headers = {"Retry-After": str(max(1, seconds))}
     if is_closing:
         headers["Connection"] = "close"
     return ApiError(503, message, code="unavailable", headers=headers)
@@ -120,15 +125,18 @@ def model_not_found(name: str) -> ApiError:
     return ApiError(404, message, param="model", code="model_not_found")
 
 
-def from_engine(error: EngineError) -> ApiError:
-    """Say an engine's refusal or failure in HTTP's terms."""
+def from_engine(error: EngineError, retry_after_s: int = BUSY_RETRY_AFTER_S) -> ApiError:
+    """Say an engine's refusal or failure in HTTP's terms.
+
+    `retry_after_s`: when a queue that is full now will have room.
+    """
     if isinstance(error, RequestRefusedError):
         if error.kind is RejectKind.INVALID:
             return invalid(str(error), error.param)
-        headers = {"Retry-After": str(BUSY_RETRY_AFTER_S)}
+        headers = {"Retry-After": str(retry_after_s)}
         return ApiError(429, str(error), param=error.param, code="queue_full", headers=headers)
     if isinstance(error, EngineUnavailableError):
-        return unavailable(str(error))
+        return unavailable(str(error), retry_after_s=error.retry_after_s)
     return ApiError(500, str(error) or "the engine failed on this request", code="engine_fault")
 
 

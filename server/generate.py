@@ -49,8 +49,12 @@ class Job:
     num_tries: int = 1
     #: Prompt by prompt; empty where they are not repeated.
     echoes: tuple[str, ...] = ()
+    #: Others told beside each token of the prompt, in `prompt_logprobs`; None: it is not asked for.
+    num_prompt_logprobs: int | None = None
     #: None: the output is plain text.
     spoken: Spoken | None = None
+    #: From the request's arrival; None: as long as it takes.
+    timeout_s: float | None = None
 
     def read_as(self, spoken: Spoken | None) -> Job:
         """Return this job with its output read for reasoning and calls."""
@@ -78,20 +82,27 @@ async def generate(
     tell it, once.
     """
     output = OutputText(service.text.tokenizer, job.output)
+    reasoning = None if job.spoken is None else job.spoken.counter(service.text.tokenizer)
     record.finish_reason = "abort"
     try:
         async with aclosing(service.client.generate(job.requests[index])) as deltas:
             async for delta in deltas:
                 _require_sound(delta)
                 piece = output.push(delta)
+                if delta.prompt_logprobs:
+                    piece = replace(piece, prompt_logprobs=delta.prompt_logprobs)
                 _note(service, record, delta, piece)
+                if reasoning is not None:
+                    record.reasoning_tokens = reasoning.count(
+                        piece.token_ids, is_last=piece.finish_reason is not None
+                    )
                 yield piece
                 if piece.finish_reason is not None:
                     break
         _require_reason(record)
     except RequestRefusedError as error:
         record.finish_reason = ""
-        raise from_engine(error) from error
+        raise from_engine(error, service.pace.retry_after_s()) from error
     except EngineError as error:
         record.finish_reason = "error"
         raise from_engine(error) from error
@@ -107,12 +118,15 @@ async def generate(
 
 def usage(record: RequestRecord) -> dict[str, Any]:
     """Return OpenAI's `usage`."""
-    return {
+    told: dict[str, Any] = {
         "prompt_tokens": record.prompt_tokens,
         "completion_tokens": record.output_tokens,
         "total_tokens": record.prompt_tokens + record.output_tokens,
         "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
     }
+    if record.reasoning_tokens is not None:
+        told["completion_tokens_details"] = {"reasoning_tokens": record.reasoning_tokens}
+    return told
 
 
 def usage_so_far(job: Job, record: RequestRecord) -> Callable[[], dict[str, Any]] | None:

@@ -81,6 +81,8 @@ def log_request(record: RequestRecord, now_s: float, *, is_probe: bool) -> None:
             ttft_ms=milliseconds(record.ttft_s),
             total_ms=milliseconds(now_s - record.arrived_at_s),
             finish_reason=record.finish_reason or None,
+            error=record.error_code or None,
+            key=record.key_name or None,
             client=record.client,
         ),
     )

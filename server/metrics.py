@@ -28,6 +28,8 @@ from server.memory import resident_bytes
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 #: 499 is a client that closed its connection before its answer.
 STATUSES = (200, 400, 401, 404, 405, 408, 413, 429, 499, 500, 503)
+#: `error.code` of what is refused, or ended, because it cannot be served now.
+REJECTED_REASONS = ("queue_full", "key_limit", "unavailable")
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _LONG_SECONDS = (*_SECONDS[1:], 20.0, 60.0, 120.0, 300.0)
@@ -104,6 +106,7 @@ class MetricsStats:
     generation_tokens: int
     finished: dict[str, int]
     responses: dict[int, int]
+    rejected: dict[str, int]
 
 
 class Metrics(Collector):
@@ -119,6 +122,7 @@ class Metrics(Collector):
         self._generation_tokens = 0
         self._finished = dict.fromkeys(FINISHED_REASONS, 0)
         self._responses = dict.fromkeys(STATUSES, 0)
+        self._rejected = dict.fromkeys(REJECTED_REASONS, 0)
         self._engine_counts = {field: GrowingCount() for _, field, _ in _ENGINE_COUNTERS}
         self._own_gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._registry = CollectorRegistry(auto_describe=False)
@@ -166,6 +170,10 @@ class Metrics(Collector):
         """Show what `read` says with each scrape."""
         self._own_gauges.append((name, text, read))
 
+    def on_rejected(self, code: str) -> None:
+        """Count a request that could not be served now."""
+        self._rejected[code] = self._rejected.get(code, 0) + 1
+
     def stats(self) -> MetricsStats:
         """Return a snapshot."""
         return MetricsStats(
@@ -173,6 +181,7 @@ class Metrics(Collector):
             self._generation_tokens,
             dict(self._finished),
             dict(self._responses),
+            dict(self._rejected),
         )
 
     # ---- what Prometheus asks
@@ -222,6 +231,12 @@ class Metrics(Collector):
             {(str(status),): count for status, count in self._responses.items()},
             "status",
         )
+        yield page.counter(
+            "requests_rejected",
+            "requests that could not be served now, by the error's code",
+            {(code,): count for code, count in self._rejected.items()},
+            "reason",
+        )
 
 
 class _Page:
@@ -269,6 +284,8 @@ def _gauges(page: _Page, stats: EngineStats, info: ModelInfo | None) -> Iterator
     memory = resident_bytes()
     yield page.gauge("num_requests_running", "in the batch", {(): stats.num_running})
     yield page.gauge("num_requests_waiting", "in the queue", {(): stats.num_waiting})
+    num_tokens = stats.num_waiting_tokens
+    yield page.gauge("num_tokens_waiting", "tokens of those in the queue", {(): num_tokens})
     yield page.gauge("kv_cache_usage_perc", "pages in use by requests, 0 to 1", {(): used})
     yield page.gauge("kv_cache_pages", "leased pages are cached ones too", pages, "state")
     yield page.gauge(

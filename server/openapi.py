@@ -17,9 +17,9 @@ _MEANINGS = {
     400: "the request is wrong; `param` names the field",
     401: "no accepted API key",
     404: "no such model or route",
-    408: "the body stopped coming",
+    408: "the body stopped coming, or the time for the request is over",
     413: "the body is too large",
-    429: "the queue is full; see Retry-After",
+    429: "the queue is full, or the key's limit reached; see Retry-After",
     500: "a bug of ours, in this request alone",
     503: "not ready, or shutting down; see Retry-After",
 }
@@ -46,9 +46,20 @@ def generation_answers(
 ) -> Responses:
     """Return the responses of a route that generates; a stream's events hold `chunk`s."""
     responses = answers(model, 400, 404, 408, 413, 429, 503, error=error)
-    schema = {"$ref": _REF.format(model=chunk.__name__)}
-    responses[200]["content"] = {"text/event-stream": {"schema": schema}}
+    responses[200]["content"] = {"text/event-stream": {"schema": _event_of(chunk, error)}}
     return responses
+
+
+def _event_of(*models: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of an event of a stream, whose data is one of these or the end."""
+    references = [{"$ref": _REF.format(model=model.__name__)} for model in models]
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": references},
+    }
+    properties = {"event": {"type": "string"}, "data": {"anyOf": [{"const": "[DONE]"}, data]}}
+    return {"type": "object", "properties": properties, "required": ["data"]}
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -79,8 +90,11 @@ class DocumentedApp(FastAPI):
                 schema = model.model_json_schema(ref_template=_REF)
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema
-            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            document["security"] = [{"key": []}, {}]
+            components["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            }
+            document["security"] = [{"key": []}, {"header": []}, {}]
             for path in document["paths"].values():
                 for operation in path.values():
                     # FastAPI's own shape of a validation error is never sent.

@@ -55,6 +55,8 @@ class Piece:
     token_ids: tuple[int, ...] = ()
     #: The stop string that ended the output.
     stop_text: str | None = None
+    #: Of the prompt's tokens but the first, where they were asked for: all, in the first piece.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class OutputText:

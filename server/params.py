@@ -49,18 +49,7 @@ _COMMON = {
     "use_beam_search": _refused(_FALSE),
     "length_penalty": _refused(1.0),
     "early_stopping": _refused(_FALSE),
-    "bad_words": _refused([]),
-    "allowed_token_ids": _refused([]),
-    "prompt_logprobs": _refused(),
     "logits_processors": _refused([]),
-    "guided_json": _refused(),
-    "guided_regex": _refused(),
-    "guided_choice": _refused(),
-    "guided_grammar": _refused(),
-    "structured_outputs": _refused(),
-    "response_format": _refused(
-        {"type": "text"}, because="can only be of type 'text': structured output is not supported"
-    ),
     "kv_transfer_params": _refused(),
     "return_tokens_as_token_ids": _refused(_FALSE),
     "spaces_between_special_tokens": _refused(_TRUE),
@@ -86,7 +75,6 @@ CHAT = {
     "mm_processor_kwargs": _refused({}),
     "echo": _refused(_FALSE),
     "prediction": _warned("predicted output does not speed anything up here"),
-    "reasoning_effort": _warned("has no effect on this model", "none"),
     "verbosity": _warned("has no effect on this model", "medium"),
 }
 COMPLETION = {

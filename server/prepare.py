@@ -5,52 +5,36 @@ So a client hears at once what is wrong with its request. Knows nothing of respo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from scheduler.client import GenerateRequest, ModelInfo, SamplingParams
 from server import params
+from server.chat_prompt import prompt_of_chat
 from server.choices import params_of_try
 from server.errors import invalid
 from server.generate import Job
 from server.output import OutputOptions
 from server.params import Warned
+from server.prompt_logprobs import num_wanted, require_few
 from server.prompts import (
     DEFAULT_COMPLETION_TOKENS,
+    bad_word_tokens,
     completion_prompts,
     echoes,
-    off_loop,
     require_tokens,
     truncated,
 )
+from server.sampling import sampling_of
 from server.schemas import (
     MAX_CHOICES_IN_ALL,
     ChatRequest,
     CompletionRequest,
     GenerateFields,
-    Message,
 )
 from server.service import Service
-from server.text.pieces import TextError
-from server.text.template import TemplateError
+from server.structured.requests import chat_grammar, completion_grammar
 from server.tooling import callable_tools, spoken, tool_warnings
-from server.tools.schemas import Tool
-
-#: To render a message takes as long as to encode this many characters, some 25 µs.
-_MESSAGE_CHARS = 80
-_SAMPLING_FIELDS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "min_tokens",
-    "ignore_eos",
-)
-#: What `ChatTemplate.render` takes itself.
-_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt", "continues_final")
 
 
 async def chat_job(service: Service, request: ChatRequest) -> Job:
@@ -65,26 +49,30 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
             raise invalid("max_tokens and max_completion_tokens disagree", "max_tokens")
         max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
     tools = callable_tools(service, request)
-    warnings += tool_warnings(tools)
-    token_ids = await prompt_of_chat(service, request, tools)
+    warnings += tool_warnings(service, request, tools)
+    token_ids = await prompt_of_chat(service, request, tools, warnings)
     token_ids = truncated(service.client.info, request, token_ids, max_tokens)
     room = _room(service.client.info, token_ids, max_tokens, ("messages", name))
-    sampling = _sampling(
+    sampling = sampling_of(
         service,
         request,
         max_tokens=room if max_tokens is None else max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prompt_logprobs=num_wanted(request),
+        bad_words=await bad_word_tokens(service, request.bad_words),
         names={"max_tokens": name, "logprobs": "top_logprobs"},
     )
+    heard = spoken(service, request, tools, token_ids)
+    grammar, relaxed = await chat_grammar(service, request, tools, heard, token_ids)
     job = _job(
         service,
         request,
-        [(token_ids, sampling)],
-        warnings,
+        [(token_ids, replace(sampling, grammar=grammar))],
+        warnings + relaxed,
         continues=request.continue_final_message is True,
         has_logprobs=request.logprobs is True,
     )
-    return job.read_as(spoken(service, request, tools, token_ids))
+    return job.read_as(heard)
 
 
 async def completion_job(service: Service, request: CompletionRequest) -> Job:
@@ -92,20 +80,24 @@ async def completion_job(service: Service, request: CompletionRequest) -> Job:
     service.require_model(request.model)
     warnings = params.judge(request.model_extra, params.COMPLETION)
     num_tries = _tries(request)
-    if request.echo and request.logprobs is not None:
-        message = "echo with logprobs is not supported: of a prompt there are no probabilities"
-        raise invalid(message, "echo", code="unsupported_parameter")
     prompts = await completion_prompts(service, request)
     is_one = len(prompts) == 1
+    bad_words = await bad_word_tokens(service, request.bad_words)
     asked = [
-        (prompt, _completion_sampling(service, request, prompt, "prompt" if is_one else name))
+        (
+            prompt,
+            _completion_sampling(
+                service, request, prompt, "prompt" if is_one else name, bad_words=bad_words
+            ),
+        )
         for prompt, name in ((prompt, f"prompt.{i}") for i, prompt in enumerate(prompts))
     ]
+    grammar, relaxed = await completion_grammar(service, request)
     return _job(
         service,
         request,
-        asked,
-        warnings,
+        [(prompt, replace(sampling, grammar=grammar)) for prompt, sampling in asked],
+        warnings + relaxed,
         continues=True,
         has_logprobs=request.logprobs is not None,
         num_tries=num_tries,
@@ -133,7 +125,12 @@ def _tries(request: CompletionRequest) -> int:
 
 
 def _completion_sampling(
-    service: Service, request: CompletionRequest, token_ids: list[int], name: str
+    service: Service,
+    request: CompletionRequest,
+    token_ids: list[int],
+    name: str,
+    *,
+    bad_words: tuple[tuple[int, ...], ...],
 ) -> SamplingParams:
     """Return the parameters for one prompt, which came in the field `name`. Raises `ApiError`."""
     info = service.client.info
@@ -145,74 +142,16 @@ def _completion_sampling(
     max_tokens = request.max_tokens
     # The tries are ranked by them, if there are more than choices.
     is_ranked = (request.best_of or 1) > (request.n or 1)
-    return _sampling(
+    return sampling_of(
         service,
         request,
         max_tokens=min(DEFAULT_COMPLETION_TOKENS, room) if max_tokens is None else max_tokens,
         logprobs=0 if is_ranked and request.logprobs is None else request.logprobs,
+        prompt_logprobs=num_wanted(request, request.logprobs if request.echo else None),
+        bad_words=bad_words,
+        least_tokens=0 if request.echo else 1,
         names={},
     )
-
-
-async def prompt_of_chat(
-    service: Service, request: ChatRequest, tools: Sequence[Tool]
-) -> list[int]:
-    """Return a chat's prompt, however long; `tools`: the callable ones. Raises `ApiError`."""
-    return await chat_tokens(
-        service,
-        request.messages,
-        add_generation_prompt=request.add_generation_prompt,
-        add_special_tokens=request.add_special_tokens,
-        variables=request.chat_template_kwargs,
-        tools=[tool.for_template() for tool in tools],
-        continues_final=request.continue_final_message is True,
-    )
-
-
-async def chat_tokens(
-    service: Service,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool | None,
-    add_special_tokens: bool | None,
-    variables: dict[str, Any] | None,
-    tools: Sequence[dict[str, Any]] = (),
-    continues_final: bool = False,
-) -> list[int]:
-    """Return the prompt that the model's template makes of a chat; null flags mean the default.
-
-    Raises `ApiError`.
-    """
-    template, tokenizer = service.text.template, service.text.tokenizer
-    if template is None:
-        raise invalid("this model has no chat template; use /v1/completions", "messages")
-    for name in _RESERVED_VARIABLES:
-        if name in (variables or {}):
-            message = f"chat_template_kwargs: the variable {name!r} is the server's own"
-            raise invalid(message, "chat_template_kwargs")
-
-    if continues_final and add_generation_prompt:
-        message = "continue_final_message and add_generation_prompt exclude each other"
-        raise invalid(message, "continue_final_message")
-
-    def encode() -> list[int]:
-        text = template.render(
-            [message.for_template() for message in messages],
-            add_generation_prompt=add_generation_prompt is not False,
-            tools=tools or None,
-            continues_final=continues_final,
-            **(variables or {}),
-        )
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
-
-    try:
-        num_chars = sum(message.num_chars for message in messages) + len(json.dumps(tools))
-        return await off_loop(encode, num_chars + len(messages) * _MESSAGE_CHARS)
-    except TemplateError as error:
-        at = "" if error.message_index is None else f".{error.message_index}"
-        raise invalid(str(error), "messages" + at) from error
-    except TextError as error:
-        raise invalid(str(error), "messages") from error
 
 
 def _room(
@@ -224,71 +163,14 @@ def _room(
     """
     limit, num_prompt, (prompt_name, max_name) = info.max_model_len, len(token_ids), names
     code = "context_length_exceeded"
+    # OpenAI's words: LiteLLM knows by them, and by nothing else, to try a model with more room.
+    known = f"This model's maximum context length is {limit} tokens, prompt and answer together"
     if num_prompt >= limit:
-        message = (
-            f"{prompt_name}: {num_prompt} tokens leave no room to answer:"
-            f" the model takes {limit} tokens, prompt and answer together"
-        )
-        raise invalid(message, prompt_name, code)
+        raise invalid(f"{known}: {prompt_name} has {num_prompt}", prompt_name, code)
     if max_tokens is not None and num_prompt + max_tokens > limit:
-        message = (
-            f"{prompt_name} has {num_prompt} tokens and {max_name} is {max_tokens}:"
-            f" together more than the {limit} tokens the model takes"
-        )
+        message = f"{known}: {prompt_name} has {num_prompt} and {max_name} is {max_tokens}"
         raise invalid(message, max_name, code)
     return limit - num_prompt
-
-
-def _sampling(
-    service: Service,
-    request: GenerateFields,
-    *,
-    max_tokens: int,
-    logprobs: int | None,
-    names: dict[str, str],
-) -> SamplingParams:
-    """Build the parameters; `names`: what the client calls a field otherwise than we do."""
-    vocab_size = service.client.info.vocab_size
-    given = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
-    stop_token_ids = request.stop_token_ids or []
-    require_tokens(stop_token_ids, vocab_size, "stop_token_ids")
-    try:
-        return SamplingParams(
-            max_tokens=max_tokens,
-            top_k=_top_k(request.top_k, vocab_size),
-            seed=_seed(service, request.seed),
-            logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
-            logprobs=logprobs,
-            stop_token_ids=tuple(stop_token_ids),
-            **{name: value for name, value in given.items() if value is not None},
-        )
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        param = names.get(name, name)
-        raise invalid(f"{param} {rest}", param) from error
-
-
-def _top_k(top_k: int | None, vocab_size: int) -> int:
-    """-1 is vLLM's word for no limit."""
-    return 0 if top_k in {None, -1} else min(top_k or 0, vocab_size)
-
-
-def _seed(service: Service, seed: int | None) -> int:
-    if seed is None:
-        return service.chance.getrandbits(63)
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError("seed must fit 64 bits")
-    return seed % 2**64
-
-
-def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    for key in biases:
-        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < vocab_size):
-            raise invalid(
-                f"logit_bias: its keys are token ids, 0 to {vocab_size - 1}, in strings",
-                "logit_bias",
-            )
-    return tuple((int(key), bias) for key, bias in biases.items())
 
 
 def _job(
@@ -313,6 +195,9 @@ def _job(
     ends = set(sampling.stop_token_ids)
     if not sampling.ignore_eos:
         ends.update(service.client.info.eos_token_ids)
+    if sampling.prompt_logprobs is not None:
+        prompts = [token_ids for token_ids, _ in asked for _ in range(num_tries or num_choices)]
+        require_few(request, prompts, sampling.prompt_logprobs)
     return Job(
         requests=tuple(
             GenerateRequest(
@@ -340,6 +225,8 @@ def _job(
         has_logprobs=has_logprobs,
         has_token_ids=request.return_token_ids is True,
         echoes=prompt_texts,
+        num_prompt_logprobs=request.prompt_logprobs,
         num_choices=num_choices,
         num_tries=num_tries or num_choices,
+        timeout_s=request.timeout,
     )

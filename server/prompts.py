@@ -25,7 +25,9 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 async def prompt_tokens(service: Service, text: str, *, add_special_tokens: bool) -> list[int]:
     """Return `text` in tokens. Raises `ApiError`."""
-    [token_ids] = await _encoded(service, [text], add_special_tokens=add_special_tokens)
+    [token_ids] = await _encoded(
+        service, [text], add_special_tokens=add_special_tokens, param="prompt"
+    )
     return token_ids
 
 
@@ -33,21 +35,38 @@ async def completion_prompts(service: Service, request: CompletionRequest) -> li
     """Return each prompt's tokens. Raises `ApiError`."""
     info = service.client.info
     adds = request.add_special_tokens is not False
-    encoded = await _encoded(service, request.prompt, add_special_tokens=adds)
+    encoded = await _encoded(service, request.prompt, add_special_tokens=adds, param="prompt")
     return [truncated(info, request, token_ids, request.max_tokens) for token_ids in encoded]
+
+
+async def bad_word_tokens(
+    service: Service, words: Sequence[str] | None
+) -> tuple[tuple[int, ...], ...]:
+    """Return each word's tokens as they are at a text's start and behind a space.
+
+    Raises `ApiError`.
+    """
+    stems = [word.lstrip(" ") for word in words or ()]
+    texts = [text for stem in stems for text in (stem, " " + stem) if text]
+    encoded = await _encoded(service, texts, add_special_tokens=False, param="bad_words")
+    return tuple(dict.fromkeys(tuple(token_ids) for token_ids in encoded if token_ids))
 
 
 async def echoes(
     service: Service, request: CompletionRequest, prompts: Sequence[Sequence[int]]
 ) -> tuple[str, ...]:
-    """Return each prompt's text: as it was given, or what its tokens say."""
-    decode, is_cut = service.text.tokenizer.decode, request.truncate_prompt_tokens is not None
+    """Return each prompt's text: as it was given, or what its tokens say.
+
+    With logprobs it is always the latter: they tell where in this text each token stands.
+    """
+    decode = service.text.tokenizer.decode
+    is_decoded = request.truncate_prompt_tokens is not None or request.logprobs is not None
     skips = request.skip_special_tokens is not False
 
     def decode_all() -> tuple[str, ...]:
         return tuple(
             given
-            if isinstance(given, str) and not is_cut
+            if isinstance(given, str) and not is_decoded
             else decode(token_ids, skip_special_tokens=skips)
             for given, token_ids in zip(request.prompt, prompts, strict=True)
         )
@@ -88,15 +107,24 @@ async def token_text(service: Service, token_ids: Sequence[int]) -> str:
     )
 
 
+async def token_texts(service: Service, token_ids: Sequence[int]) -> list[str]:
+    """Return the text of each of `token_ids`."""
+    text_of = service.text.tokenizer.token_text
+    return await off_loop(lambda: [*map(text_of, token_ids)], len(token_ids))
+
+
 async def off_loop(convert: Callable[[], ConvertedT], length: int) -> ConvertedT:
     """Return what `convert` gives for a text of `length` characters (or tokens)."""
     return convert() if length < LONG_PROMPT_CHARS else await asyncio.to_thread(convert)
 
 
 async def _encoded(
-    service: Service, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+    service: Service, prompts: Sequence[str | list[int]], *, add_special_tokens: bool, param: str
 ) -> list[list[int]]:
-    """Return the prompts in tokens, all in one go; raise `ApiError` if one is no text."""
+    """Return the prompts in tokens, all in one go; raise `ApiError` if one is no text.
+
+    `param`: the field they came in.
+    """
     encode = service.text.tokenizer.encode
 
     def encode_all() -> list[list[int]]:
@@ -111,4 +139,4 @@ async def _encoded(
         num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         return await off_loop(encode_all, num_chars)
     except TextError as error:
-        raise invalid(str(error), "prompt") from error
+        raise invalid(str(error), param) from error

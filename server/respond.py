@@ -7,8 +7,9 @@ boundary (`server/boundary.py`), before the first byte and after it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing, closing
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import orjson
@@ -16,17 +17,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from server import sse
 from server.choices import best, generate_choices
 from server.context import RequestContext, RequestRecord
+from server.deadline import Deadline
 from server.errors import ApiError, ClientGoneError
+from server.event_stream import EventStream
 from server.generate import Job, octavo, usage
 from server.output import Piece
+from server.prompts import off_loop
 from server.service import Service
 
 #: What `generate_choices` yields.
 Batches: TypeAlias = AsyncGenerator[Sequence[tuple[int, Piece]], None]
 
+#: To write a probability takes as long as to encode this many characters, some 2 µs.
+_SCORE_CHARS = 8
 #: Of a body that is too large, this many times the limit is read and thrown away, so that a client
 #: that writes before it reads gets to see the answer.
 _DISCARD_FACTOR = 4
@@ -80,15 +85,20 @@ class GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer. Raises `ApiError` for the boundary, `ClientGoneError` when nobody listens."""
         context = RequestContext.of(scope)
-        async with context.interruption.on_disconnect(receive):
-            job = await self._prepare()
-            record = context.record
-            dialects = [self._understood(job, record, i) for i in range(job.num_answers)]
-            async with aclosing(generate_choices(self._service, job, record)) as batches:
-                if job.is_stream:
-                    await self._stream(batches, job, dialects, record, send)
-                else:
-                    await self._whole(batches, job, dialects, record, send)
+        with closing(Deadline(context, self._service.clock)) as deadline:
+            async with context.interruption.on_disconnect(receive):
+                deadline.of_server(self._service.config.server.request_timeout_s)
+                job = await self._prepare()
+                deadline.of_request(job.timeout_s)
+                await self._answer(job, context.record, send)
+
+    async def _answer(self, job: Job, record: RequestRecord, send: Send) -> None:
+        dialects = [self._understood(job, record, i) for i in range(job.num_answers)]
+        async with aclosing(generate_choices(self._service, job, record)) as batches:
+            if job.is_stream:
+                await self._stream(batches, job, dialects, record, send)
+            else:
+                await self._whole(batches, job, dialects, record, send)
 
     async def _stream(
         self,
@@ -100,27 +110,28 @@ class GenerationResponse(Response):
     ) -> None:
         """One write a step. Awaiting it is the backpressure: unread deltas become one."""
         num_left, has_begun = len(dialects), False
-        async for batch in batches:
-            events = b""
-            if not has_begun:
-                has_begun = True
-                events = b"".join(dialect.opening() for dialect in dialects)
-                start = {"type": "http.response.start", "status": 200, "headers": [*sse.HEADERS]}
-                await send(start)
-            for index, piece in batch:
-                dialect = dialects[index]
-                if piece.text or piece.tokens or (job.has_token_ids and piece.token_ids):
-                    events += dialect.piece(piece)
-                if piece.finish_reason is not None:
-                    num_left -= 1
-                    has_usage = job.has_usage_chunk
-                    told = {} if num_left else self._told(job, record, has_usage=has_usage)
-                    events += dialect.closing(piece.finish_reason, told)
-            if not num_left:
-                events += dialects[0].ending()
-            if events:
-                body = {"type": "http.response.body", "body": events, "more_body": num_left > 0}
-                await send(body)
+        keep_alive_s = self._service.config.server.sse_keep_alive_s
+        async with EventStream(send, keep_alive_s) as stream:
+            async for batch in batches:
+                events = b""
+                if not has_begun:
+                    has_begun = True
+                    events = b"".join(dialect.opening() for dialect in dialects)
+                for index, piece in batch:
+                    dialect = dialects[index]
+                    if piece.prompt_logprobs:
+                        events += await off_loop(partial(dialect.piece, piece), _length([piece]))
+                    elif piece.text or piece.tokens or (job.has_token_ids and piece.token_ids):
+                        events += dialect.piece(piece)
+                    if piece.finish_reason is not None:
+                        num_left -= 1
+                        has_usage = job.has_usage_chunk
+                        told = {} if num_left else self._told(job, record, has_usage=has_usage)
+                        events += dialect.closing(piece.finish_reason, told)
+                if not num_left:
+                    events += dialects[0].ending()
+                if events:
+                    await stream.write(events, is_last=not num_left)
 
     async def _whole(
         self,
@@ -134,14 +145,25 @@ class GenerationResponse(Response):
         async for batch in batches:
             for index, piece in batch:
                 collected[index].append(piece)
-        answers = best(job, collected)
-        choices = [dialect.choice(own) for dialect, own in zip(dialects, answers, strict=True)]
-        answer = dialects[0].answer(choices, self._told(job, record, has_usage=True))
-        await send_json(send, 200, orjson.dumps(answer))
+        told = self._told(job, record, has_usage=True)
+
+        def write() -> bytes:
+            answers = best(job, collected)
+            choices = [dialect.choice(own) for dialect, own in zip(dialects, answers, strict=True)]
+            return orjson.dumps(dialects[0].answer(choices, told))
+
+        body = await off_loop(write, sum(map(_length, collected)))
+        await send_json(send, 200, body)
 
     def _told(self, job: Job, record: RequestRecord, *, has_usage: bool) -> dict[str, Any]:
         told = {"octavo": octavo(job, record, self._service.clock.monotonic_s())}
         return {"usage": usage(record)} | told if has_usage else told
+
+
+def _length(pieces: Iterable[Piece]) -> int:
+    """Return of how much text the prompt's probabilities take the time to write."""
+    scores = (score for piece in pieces for score in piece.prompt_logprobs)
+    return _SCORE_CHARS * sum(1 + len(score.top) for score in scores)
 
 
 class JsonResponse(Response):

@@ -10,13 +10,14 @@ from starlette.responses import Response
 
 from server import documents, schemas
 from server.chat import ChatDialect
+from server.chat_prompt import chat_tokens
 from server.completions import CompletionDialect
 from server.context import RequestRecord
 from server.errors import invalid
 from server.generate import Job
 from server.openapi import answers, body_of, generation_answers
-from server.prepare import chat_job, chat_tokens, completion_job
-from server.prompts import prompt_tokens, require_tokens, token_text
+from server.prepare import chat_job, completion_job
+from server.prompts import prompt_tokens, require_tokens, token_text, token_texts
 from server.respond import Dialect, GenerationResponse, JsonResponse, read_body
 from server.service import Service
 from server.spoken import SpokenDialect
@@ -73,6 +74,7 @@ def model_routes(service: Service) -> APIRouter:
             "created": created,
             "owned_by": "octavo",
             "max_model_len": service.client.info.max_model_len,
+            "sampling_defaults": service.sampling_defaults,
         }
 
     @router.get(
@@ -102,9 +104,10 @@ def model_routes(service: Service) -> APIRouter:
         asked = await schemas.parse(schemas.TokenizeRequest, await read_body(request, limit_bytes))
         token_ids = await _tokens_of(service, asked)
         max_model_len = service.client.info.max_model_len
-        return JsonResponse(
-            {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
-        )
+        told = {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
+        if asked.return_token_strs:
+            told["token_strs"] = await token_texts(service, token_ids)
+        return JsonResponse(told)
 
     @router.post(
         "/detokenize",
@@ -134,6 +137,8 @@ async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[i
             add_generation_prompt=asked.add_generation_prompt,
             add_special_tokens=asked.add_special_tokens,
             variables=asked.chat_template_kwargs,
+            tools=[tool.for_template() for tool in asked.tools or ()],
+            continues_final=asked.continue_final_message is True,
         )
     assert asked.prompt is not None
     adds = asked.add_special_tokens is not False

@@ -21,6 +21,14 @@ from pydantic import (
 )
 
 from server.errors import from_validation
+from server.structured.schemas import (
+    Grammar,
+    Pattern,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    Texts,
+)
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
 from server.tools.schemas import Choice, ToolCalls, Tools
 
@@ -31,9 +39,15 @@ MAX_MESSAGES = 16_384
 MAX_PARTS = 4096
 MAX_LISTED_TOKENS = 4096
 MAX_TEMPLATE_VARIABLES = 64
+#: Each is a row of the vocabulary's length in the engine, made anew for each answer.
+MAX_ALLOWED_TOKENS = 16_384
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 128
 #: Answers to one prompt, and to all prompts of one request: each is a request to the engine.
 MAX_CHOICES = 16
 MAX_CHOICES_IN_ALL = 64
+#: A day; a client that wants to wait longer does not mean it.
+MAX_TIMEOUT_S = 86_400
 #: From here on a body is parsed in a thread: it takes more than a millisecond.
 _LONG_BODY_BYTES = 64 * 1024
 
@@ -94,6 +108,13 @@ Stops = Annotated[
 Biases = Annotated[dict[str, float] | None, BeforeValidator(_as_biases)]
 TemplateVariables = Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)]
 StopTokens = Annotated[list[int], Field(max_length=MAX_LISTED_TOKENS, fail_fast=True)]
+AllowedTokens = Annotated[
+    list[int], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS, fail_fast=True)
+]
+BadWords = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]],
+    Field(max_length=MAX_BAD_WORDS, fail_fast=True),
+]
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 Prompts = Annotated[
     Any,
@@ -127,6 +148,14 @@ class GenerateFields(Request):
     frequency_penalty: float | None = Field(default=None, description="-2 to 2; default 0")
     repetition_penalty: float | None = None
     logit_bias: Biases = Field(default=None, description="token id (in a string) to -100 ... 100")
+    allowed_token_ids: AllowedTokens | None = Field(
+        default=None, description="no other tokens are sampled, ends neither"
+    )
+    bad_words: BadWords | None = Field(
+        default=None,
+        description="texts whose tokens, with a space before them or without, are not completed;"
+        " the same text in other tokens is",
+    )
     stop: Stops = None
     stop_token_ids: StopTokens | None = None
     include_stop_str_in_output: bool | None = None
@@ -145,8 +174,29 @@ class GenerateFields(Request):
     truncate_prompt_tokens: int | None = Field(
         default=None, description="keep as many from the prompt's end; -1: what fits"
     )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        description="0 to 20: tell how probable the prompt's tokens were, and so many others;"
+        " not with stream; the prompt is computed anew",
+    )
     return_token_ids: bool | None = Field(
         default=None, description="tell the prompt's and the answer's tokens too"
+    )
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] | None = Field(
+        default=None, description="seconds from its arrival until the request is ended with a 408"
+    )
+
+    response_format: ResponseFormat | None = Field(
+        default=None, description="text, json_object or json_schema; see operations.md"
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="one of json, regex, choice, grammar, json_object"
+    )
+    guided_json: Schema | None = Field(default=None, description="as structured_outputs.json")
+    guided_regex: Pattern | None = Field(default=None, description="as structured_outputs.regex")
+    guided_choice: Texts | None = Field(default=None, description="as structured_outputs.choice")
+    guided_grammar: Grammar | None = Field(
+        default=None, description="as structured_outputs.grammar"
     )
 
     @field_validator("priority")
@@ -231,12 +281,16 @@ class ChatRequest(GenerateFields):
     chat_template_kwargs: TemplateVariables | None = None
     tools: Tools | None = None
     tool_choice: Choice | None = Field(
-        default=None, description="none or auto; default: auto if there are tools"
+        default=None,
+        description="none, auto, required or one by name; default: auto if there are tools",
     )
     parallel_tool_calls: bool | None = Field(
         default=None, description="false: only the first call is told; default true"
     )
     include_reasoning: bool | None = Field(default=None, description="default true")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="for models whose template knows it; else it is warned of"
+    )
 
 
 class CompletionRequest(GenerateFields):
@@ -248,7 +302,9 @@ class CompletionRequest(GenerateFields):
     )
     logprobs: int | None = Field(default=None, description="0 to 20")
     echo: bool | None = Field(
-        default=None, description="put the prompt before the answer; not with logprobs"
+        default=None,
+        description="put the prompt before the answer, its logprobs before the answer's;"
+        " max_tokens may be 0 then",
     )
 
 
@@ -266,7 +322,10 @@ class TokenizeRequest(Closed):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
+    tools: Tools | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Closed):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from configs.schema import OctavoConfig
-from scheduler.client import EngineClient, EngineUnavailableError
+from scheduler.client import EngineClient, EngineUnavailableError, SamplingParams
 from server.context import Clock
 from server.errors import model_not_found
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
+from server.pace import QueuePace
+from server.structured.desk import GrammarDesk
 from server.text.load import ModelText
 
 
@@ -26,6 +29,10 @@ class Service:
     clock: Clock
     #: For seeds and ids.
     chance: random.Random
+    pace: QueuePace
+    grammars: GrammarDesk
+    #: Of requests that do not say otherwise.
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def model_name(self) -> str:
@@ -46,3 +53,22 @@ def served_name(config: OctavoConfig, client: EngineClient) -> str:
         return client.info.name
     except EngineUnavailableError:
         return config.model.model
+
+
+def sampling_defaults(config: OctavoConfig, text: ModelText) -> dict[str, float]:
+    """Return what the model's makers ask for, if it is to be used.
+
+    Raises `ValueError` for a value that no request could have.
+    """
+    if config.model.generation_config == "vllm":
+        return {}
+    stated = dict(text.sampling_defaults)
+    if "top_k" in stated:
+        # Both mean that there is no limit.
+        stated["top_k"] = max(0, int(stated["top_k"]))
+    try:
+        SamplingParams(max_tokens=1, **stated)  # type: ignore[arg-type] # top_k is an int
+    except ValueError as error:
+        message = f"generation_config.json: {error} (--generation-config vllm: do not use it)"
+        raise ValueError(message) from error
+    return stated

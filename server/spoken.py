@@ -51,6 +51,7 @@ class SpokenDialect(ChatDialect):
         """See `Dialect`."""
         events = self._parser.push("".join(piece.text for piece in pieces))
         deltas = self._deltas(events + self._parser.finish())
+        self._note_prompt(pieces)
         message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
         for delta in deltas:
             for name, value in delta.items():
@@ -117,7 +118,8 @@ class SpokenDialect(ChatDialect):
         }
 
     def _reason(self, reason: str | None) -> str | None:
-        return "tool_calls" if self._num_calls and reason == "stop" else reason
+        is_told = self._num_calls and reason == "stop" and not self._spoken.is_named
+        return "tool_calls" if is_told else reason
 
     def _told_left_out(self) -> dict[str, Any]:
         return {"octavo": {"left_out": self._left_out}} if self._left_out else {}

@@ -9,6 +9,8 @@ HEADERS = (
     (b"x-accel-buffering", b"no"),
 )
 DONE = b"data: [DONE]\n\n"
+#: A comment: no event, whatever the client.
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def event(data: bytes) -> bytes:

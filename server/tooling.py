@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from server import params
 from server.errors import ApiError, invalid
 from server.params import Warned
+from server.reasoning import ReasoningCounter
 from server.schemas import ChatRequest
 from server.service import Service
+from server.text.tokenizer import Tokenizer
 from server.tools.declared import call_syntax, opens_reasoning, think_tags
-from server.tools.schemas import Tool
+from server.tools.schemas import Tool, ToolChoice
 from server.tools.speech import Speech
+from server.tools.syntaxes import BARE, CallSyntax
 
 #: Enough of a prompt's end to hold a tag that opens reasoning and the lines behind it.
 _TAIL_TOKENS = 24
@@ -28,43 +31,75 @@ class Spoken:
     speech: Speech
     has_parallel_calls: bool = True
     has_reasoning: bool = True
+    #: The one call there is was asked for by its name (then OpenAI says "stop").
+    is_named: bool = False
+
+    def counter(self, tokenizer: Tokenizer) -> ReasoningCounter | None:
+        """Return what counts the tokens of the reasoning; None: the model does none."""
+        tags = self.speech.tags
+        if tags is None:
+            return None
+        return ReasoningCounter(tokenizer, tags, is_thinking=self.speech.is_thinking)
+
+
+def is_forced(request: ChatRequest) -> bool:
+    """Whether the answer must be a call."""
+    return request.tool_choice not in (None, "none", "auto")
+
+
+def forced_tools(request: ChatRequest, tools: Sequence[Tool]) -> list[Tool]:
+    """Return those of the callable tools that may be the one which is called."""
+    choice = request.tool_choice
+    if isinstance(choice, ToolChoice):
+        return [tool for tool in tools if tool.function.name == choice.function.name]
+    return list(tools)
 
 
 def callable_tools(service: Service, request: ChatRequest) -> list[Tool]:
     """Return the tools that the model may call. Raises `ApiError`."""
     tools, choice = request.tools or [], request.tool_choice
-    if choice not in (None, "none", "auto"):
-        shown = repr(choice) if isinstance(choice, str) else "a named tool"
-        message = f"tool_choice can be 'none' or 'auto'; {shown} is not supported"
-        raise invalid(message, "tool_choice", code="unsupported_parameter")
-    if choice == "auto" and not tools:
-        raise invalid("tool_choice 'auto' needs tools", "tool_choice")
     if choice == "none":
         return []
+    if choice is not None and not tools:
+        shown = repr(choice) if isinstance(choice, str) else "by name"
+        raise invalid(f"tool_choice {shown} needs tools", "tool_choice")
     seen: set[str] = set()
     for index, tool in enumerate(tools):
         if tool.function.name in seen:
             param = f"tools.{index}.function.name"
             raise invalid(f"{param}: two tools have this name", param)
         seen.add(tool.function.name)
-    template = service.text.template
-    if tools and template is not None and call_syntax(template.sources) is None:
+    if isinstance(choice, ToolChoice) and choice.function.name not in seen:
+        message = f"tool_choice names {choice.function.name!r}, which is none of the tools"
+        raise invalid(message, "tool_choice")
+    if tools and not is_forced(request) and _syntax(service) is None:
         raise _no_tools()
     return tools
 
 
-def tool_warnings(tools: Sequence[Tool]) -> list[Warned]:
+def tool_warnings(service: Service, request: ChatRequest, tools: Sequence[Tool]) -> list[Warned]:
     """Return what of the tools has no effect."""
     warnings: list[Warned] = []
+    if tools and _syntax(service) is None:
+        told = "the model is not shown the tools: its chat template has no place for them"
+        warnings.append({"param": "tools", "message": told})
     for index, tool in enumerate(tools):
         at = f"tools.{index}."
         warnings += params.judge(tool.model_extra, {}, at)
         warnings += params.judge(tool.function.model_extra, {}, at + "function.")
-        if tool.function.strict:
+        if tool.function.strict and not is_forced(request):
             param = at + "function.strict"
-            told = f"{param} was ignored: arguments are not checked against the schema"
+            told = (
+                f"{param} was ignored: arguments are held to the schema only where tool_choice is"
+                " 'required' or names the tool"
+            )
             warnings.append({"param": param, "message": told})
     return warnings
+
+
+def prompt_end(service: Service, prompt: Sequence[int]) -> str:
+    """Return the last words of a prompt, special tokens and all."""
+    return service.text.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False)
 
 
 def spoken(
@@ -73,26 +108,35 @@ def spoken(
     """Return how the answer is read; None: it is plain text. `tools`: the callable ones."""
     template = service.text.template
     assert template is not None, "a chat was rendered without a template"
-    tags = think_tags(template.sources)
-    calls = call_syntax(template.sources) if tools else None
+    tags = think_tags(template.sources, service.config.model.reasoning_parser)
+    calls = (_syntax(service) or BARE) if tools else None
     if tags is None and calls is None:
         return None
-    end = service.text.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special_tokens=False)
+    end = prompt_end(service, prompt)
     return Spoken(
         Speech(
             calls,
             tags,
             is_thinking=tags is not None and opens_reasoning(end, tags),
             tool_names=frozenset(tool.function.name for tool in tools),
+            schemas={tool.function.name: tool.function.parameters or {} for tool in tools},
         ),
         has_parallel_calls=request.parallel_tool_calls is not False,
         has_reasoning=request.include_reasoning is not False,
+        is_named=isinstance(request.tool_choice, ToolChoice),
     )
+
+
+def _syntax(service: Service) -> CallSyntax | None:
+    template = service.text.template
+    if template is None:
+        return None
+    return call_syntax(template.sources, service.config.model.tool_call_parser)
 
 
 def _no_tools() -> ApiError:
     message = (
         "tools are not supported by this model: its chat template has none,"
-        " or a format of calls that is not read here"
+        " or a format of calls that is not read here (--tool-call-parser)"
     )
     return invalid(message, "tools", code="unsupported_parameter")

@@ -1,8 +1,104 @@
-"""For the whole suite: what is slow is asked for by name."""
+"""For the whole suite: the real daemon with the real model, and what is asked for by name."""
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
 import pytest
+
+from model.source import octavo_home, resolve
+
+_READY = re.compile(r"\bready url=(\S+)")
+_START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 60.0
+
+
+class Daemon:
+    """One `octavo serve`, as a user starts it."""
+
+    def __init__(self, *flags: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server", "serve", "--port", "0", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        self.log: list[str] = []
+        self.url = ""
+        self._has_said = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            if found := _READY.search(line):
+                self.url = found.group(1)
+                self._has_said.set()
+        self._has_said.set()
+
+    def wait_ready(self) -> None:
+        assert self._has_said.wait(_START_TIMEOUT_S), "neither ready nor dead"
+        assert self.url, "".join(self.log)
+
+    def metric(self, name: str) -> float:
+        """The sum over all label sets of one series."""
+        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        found = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+        assert found, f"no series {name}"
+        return sum(map(float, found))
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(_STOP_TIMEOUT_S)
+        self._reader.join(_STOP_TIMEOUT_S)
+        return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(_STOP_TIMEOUT_S)
+        self._reader.join(_STOP_TIMEOUT_S)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@contextmanager
+def _started(*flags: str) -> Iterator[Daemon]:
+    daemon = Daemon(*flags)
+    try:
+        daemon.wait_ready()
+        yield daemon
+    finally:
+        daemon.close()
+
+
+@pytest.fixture(scope="session")
+def start_daemon() -> Callable[..., object]:
+    return _started
+
+
+@pytest.fixture(scope="session")
+def daemon(smollm2_file: Path) -> Iterator[Daemon]:
+    """The default model with default settings, for all tests that change nothing in it."""
+    del smollm2_file  # It is fetched by now, so that the start takes no minute.
+    with _started() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    return resolve("smollm2", home=octavo_home(), progress=False).path
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

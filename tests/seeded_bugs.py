@@ -78,8 +78,8 @@ CACHE_BUGS = [
     Bug(
         "the last token is not computed",
         KV,
-        "self._tree.find(tokens, namespace, len(tokens) - 1)",
-        "self._tree.find(tokens, namespace, len(tokens))",
+        "        limit = len(tokens) - 1\n",
+        "        limit = len(tokens)\n",
     ),
     Bug(
         "pages about to be leased count as evictable",
@@ -192,6 +192,8 @@ CACHE_BUGS = [
 ]
 
 SCHEDULER, SEQUENCE = "scheduler/scheduler.py", "scheduler/sequence.py"
+REFUSAL = "scheduler/refusal.py"
+PLAN = "scheduler/plan.py"
 
 SCHEDULER_BUGS = [
     Bug(
@@ -228,7 +230,7 @@ SCHEDULER_BUGS = [
         "tokens count as computed although their step failed",
         SCHEDULER,
         "        for sequence in failed:\n",
-        "        self._advance(plan)\n        for sequence in failed:\n",
+        "        self._advance(plan, [])\n        for sequence in failed:\n",
     ),
     Bug(
         "one preemption is believed to be enough room",
@@ -250,9 +252,9 @@ SCHEDULER_BUGS = [
     ),
     Bug(
         "a prompt that can never fit is let into the queue",
-        SCHEDULER,
-        "        if num_tokens >= self._max_model_len:\n",
-        "        if num_tokens > self._max_model_len:\n",
+        REFUSAL,
+        "    if num_tokens >= max_model_len:\n",
+        "    if num_tokens > max_model_len:\n",
     ),
     Bug(
         "a request ends a token late",
@@ -268,9 +270,33 @@ SCHEDULER_BUGS = [
     ),
     Bug(
         "a chunk that does not reach the end samples all the same",
-        SCHEDULER,
+        PLAN,
         "    if end == len(sequence.token_ids):\n",
         "    if True:\n",
+    ),
+    Bug(
+        "a prompt that comes back is scored from its first token again",
+        PLAN,
+        "max(start, sequence.num_scored)",
+        "start",
+    ),
+    Bug(
+        "a prompt that is scored reuses all that is cached",
+        SEQUENCE,
+        "self.num_scored if self.num_scored < self.num_to_score else None",
+        "None",
+    ),
+    Bug(
+        "the last token of a chunk is not scored",
+        PLAN,
+        "min(end, sequence.num_to_score)",
+        "min(end - 1, sequence.num_to_score)",
+    ),
+    Bug(
+        "a token is sampled though none is wanted",
+        SCHEDULER,
+        "            if sequence.params.max_tokens > 0:\n",
+        "            if True:\n",
     ),
 ]
 

@@ -29,11 +29,20 @@ EXCEPTIONS = {"server/__main__.py": {"model.build", "model.source"}}
 ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_interface"}
 
 #: Of `model/`, what other folders and the API process load.
-LIGHT_IN_MODEL = {"model/__init__.py", "model/interface.py", "model/fake.py", "model/source.py"}
+LIGHT_IN_MODEL = {
+    f"model/{name}.py"
+    for name in (
+        *("__init__", "interface", "fake", "source"),
+        *("grammar", "grammar_check", "matchers"),
+    )
+}
 
 #: What would make a pure folder depend on the world; these files of it talk to the world.
 IMPURE = {"asyncio", "multiprocessing", "os", "random", "socket", "subprocess", "threading", "time"}
-WORLDLY = {f"scheduler/{name}.py" for name in ("engine", "process", "inline", "client", "streams")}
+WORLDLY = {
+    f"scheduler/{name}.py"
+    for name in ("engine", "process", "inline", "client", "streams", "watchdog")
+}
 
 BAD_NAMES = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
 
@@ -52,7 +61,7 @@ REGISTRY_HOSTS = [
     )
 ]
 
-SKIPPED_FOLDERS = {"__pycache__", "dist", "build", "htmlcov"}
+SKIPPED_FOLDERS = {"__pycache__", "dist", "build", "htmlcov", "node_modules"}
 
 
 def files(folder: Path = ROOT) -> Iterator[Path]:

@@ -116,6 +116,8 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
     """Offer this backend, or say in a line why it cannot serve the model here."""
     if spec.device.type != "cpu":
         return f"the model is on {spec.device.type}, not on the CPU"
+    if reason := spec.beyond_softmax:
+        return reason
     if spec.head_dim % _HEAD_DIM_MULTIPLE or spec.head_dim > _MAX_HEAD_DIM:
         return (
             f"head_dim must be a multiple of {_HEAD_DIM_MULTIPLE} up to {_MAX_HEAD_DIM}, "

@@ -108,7 +108,7 @@ class FlashAttention:
 
 def offer(spec: AttentionSpec) -> BackendOffer | str:
     """Offer the best kernel installed, or say in a line why none can serve the model here."""
-    if reason := _why_not(spec):
+    if reason := _why_not(spec) or spec.beyond_softmax:
         return reason
     is_hopper = torch.cuda.get_device_capability(spec.device) == _HOPPER
     if is_hopper and (module := _installed("flash_attn_interface")):

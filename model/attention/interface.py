@@ -31,6 +31,18 @@ class AttentionSpec:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     device: torch.device
+    #: Scores s become softcap * tanh(s / softcap); None: they stay.
+    softcap: float | None = None
+    #: For each layer float32 `[heads]`: the score of one more key, which every query sees and
+    #: whose value is zero.
+    sinks: tuple[Tensor, ...] | None = None
+
+    @property
+    def beyond_softmax(self) -> str:
+        """Say what a kernel of plain softmax cannot do for this model; nothing where it can."""
+        if self.softcap is not None:
+            return "the model caps its attention scores"
+        return "" if self.sinks is None else "the model has attention sinks"
 
 
 @dataclass(frozen=True, slots=True)

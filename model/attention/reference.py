@@ -61,7 +61,13 @@ class ReferenceAttention:
         back = key_at[len(keys) - len(q) :, None] - key_at
         window = spec.windows[layer]
         hidden = (back < 0) if window is None else (back < 0) | (back >= window)
-        weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+        if spec.softcap is not None:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if spec.sinks is not None:
+            sink = spec.sinks[layer].to(self._dtype)[:, None, None].expand(-1, len(q), 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : len(keys)]
         return torch.einsum("hqk,khd->qhd", weights, wide_values).to(q.dtype)
 
 

@@ -97,18 +97,41 @@ class TorchAttention:
         window = spec.windows[layer]
         if window is not None:
             seen &= group.back < window
-        attended = functional.scaled_dot_product_attention(
-            packed,
-            self._gathered(keys, group, rows, num_keys, q.dtype),
-            self._gathered(values, group, rows, num_keys, q.dtype),
-            attn_mask=seen.repeat(1, heads_each, 1).unsqueeze(1),
-            scale=spec.scale,
-        )
+        own_keys = self._gathered(keys, group, rows, num_keys, q.dtype)
+        own_values = self._gathered(values, group, rows, num_keys, q.dtype)
+        mask = seen.repeat(1, heads_each, 1).unsqueeze(1)
+        if spec.beyond_softmax:
+            attended = self._spelled_out(layer, packed, own_keys, own_values, mask)
+        else:
+            attended = functional.scaled_dot_product_attention(
+                packed, own_keys, own_values, attn_mask=mask, scale=spec.scale
+            )
         return (
             attended.view(rows, spec.num_kv_heads, heads_each, num_queries, spec.head_dim)
             .permute(0, 3, 1, 2, 4)
             .reshape(rows * num_queries, spec.num_heads, spec.head_dim)
         )
+
+    def _spelled_out(
+        self, layer: int, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor
+    ) -> Tensor:
+        """Attend `[rows, kv_heads, heads_each * queries, head_dim]`, with caps and sinks.
+
+        torch's own function knows neither, so scores are whole: float32, for each head and query.
+        """
+        spec = self._spec
+        scores = (q.float() @ keys.float().mT).mul_(spec.scale)
+        if spec.softcap is not None:
+            scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
+        scores.masked_fill_(~seen, -torch.inf)
+        if spec.sinks is not None:
+            heads_each = spec.num_heads // spec.num_kv_heads
+            sinks = spec.sinks[layer].view(spec.num_kv_heads, heads_each)
+            sinks = sinks.repeat_interleave(q.shape[2] // heads_each, dim=1)
+            sinks = sinks[None, :, :, None].expand(len(q), -1, -1, 1)
+            scores = torch.cat((scores, sinks), dim=-1)
+        weights = scores.softmax(-1)[..., : keys.shape[2]]
+        return (weights @ values.float()).to(q.dtype)
 
     @staticmethod
     def _gathered(

@@ -186,17 +186,23 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
     """Offer the kernels, or say in a line why they cannot serve the model here."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if reason := spec.beyond_softmax or _why_not_on(spec.device):
+        return reason
     if spec.head_dim > _MAX_HEAD_DIM:
         return f"head_dim must be at most {_MAX_HEAD_DIM}, got {spec.head_dim}"
-    if spec.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    return BackendOffer(TritonAttention.name, 1, 16, TritonAttention)
+
+
+def _why_not_on(device: torch.device) -> str:
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the model is on cpu, not on a CUDA GPU"
-    if spec.device.type == "cuda":
+    if device.type == "cuda":
         if not torch.cuda.is_available():
             return "torch sees no CUDA GPU"
-        major, minor = torch.cuda.get_device_capability(spec.device)
+        major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) < _AMPERE:
             return f"compute capability must be 8.0 or more, got {major}.{minor}"
-    return BackendOffer(TritonAttention.name, 1, 16, TritonAttention)
+    return ""
 
 
 def _power_of_two(value: int) -> int:

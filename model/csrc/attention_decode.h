@@ -17,6 +17,9 @@ constexpr int kValueKeys = 32;
 // Vectors of a head's dimensions held in registers: with four heads half of the register file.
 constexpr int kValueVectors = kWidth == 16 ? 4 : 2;
 
+// The largest score so far where there is none: finite, so that nothing to see makes no NaN.
+constexpr float kNothingSeen = -1e30f;
+
 // How far ahead of their use keys and values are asked for: the rows of one head lie apart from each
 // other, and the CPU's own prefetcher gets two thirds of the bandwidth that this gets.
 constexpr int kKeysAhead = 16;
@@ -180,7 +183,7 @@ void decode_unit(const Attention& a, const Unit& unit, float* scratch) {
   }
 }
 
-void decode(const Attention& a, const Unit& unit, float* scratch) {
+void decode_by_vectors(const Attention& a, const Unit& unit, float* scratch) {
   switch (a.kv_dtype) {
     case kFloat16: return decode_unit<Float16>(a, unit, scratch);
     case kBFloat16: return decode_unit<BFloat16>(a, unit, scratch);
@@ -188,25 +191,35 @@ void decode(const Attention& a, const Unit& unit, float* scratch) {
   }
 }
 
-// Joins the partial softmaxes of one row: each is scaled by 2^(its largest score - the largest).
+// Joins two shares of a softmax: what each is scaled by, and the largest score of both.
+struct Joint {
+  Vec first;
+  Vec second;
+  Vec largest;
+};
+
+inline Joint join(Vec first, Vec second) {
+  const Vec largest = max(first, second);
+  return {exp2(first - largest), exp2(second - largest), largest};
+}
+
+// Joins the partial softmaxes of one row, in their order.
 void merge(const Attention& a, const octavo::Merge& m) {
   const int heads = a.num_kv_heads * a.group, dim = a.head_dim;
   const int64_t stride = int64_t(heads) * (dim + 2);
   alignas(64) float sums[octavo::kMaxHeadDim];
   for (int head = 0; head < heads; ++head) {
-    float* part = a.partials + m.first_partial * stride + head * (dim + 2);
-    float largest = part[dim];
-    for (int i = 1; i < m.num_partials; ++i)
-      largest = part[i * stride + dim] > largest ? part[i * stride + dim] : largest;
-    float total = 0.0f;
+    const float* part = a.partials + m.first_partial * stride + head * (dim + 2);
+    Vec largest = broadcast(kNothingSeen), total = {};
     for (int d = 0; d < dim; ++d) sums[d] = 0.0f;
     for (int i = 0; i < m.num_partials; ++i, part += stride) {
-      const float factor = exp2(broadcast(part[dim] - largest))[0];
-      total += factor * part[dim + 1];
+      const Joint joint = join(largest, broadcast(part[dim]));
+      largest = joint.largest;
+      total = multiply_add(total, joint.first, broadcast(part[dim + 1]) * joint.second);
       for (int d = 0; d < dim; d += kWidth)
-        store(sums + d, load(sums + d) + factor * load(part + d));
+        store(sums + d, multiply_add(load(sums + d), joint.first, load(part + d) * joint.second));
     }
-    store_head(a, a.query_starts[m.row], head, sums, total);
+    store_head(a, a.query_starts[m.row], head, sums, total[0]);
   }
 }
 

@@ -31,14 +31,12 @@ inline void widen(const int8_t* from, const float* scales, int count, BFloat16* 
   for (int group = 0; group < count; group += kGroupTiles, scales += kTileOutputs) {
     float twice[kTileInputs];
     for (int i = 0; i < kTileInputs; ++i) twice[i] = scales[i / 2];
-    for (int i = 0; i < kGroupTiles * kTileElements; i += kTileInputs, from += kTileInputs)
-      for (int j = 0; j < kTileInputs; j += kWidth) {
-        typedef int8_t Bytes __attribute__((vector_size(kWidth)));
-        Bytes bytes;
-        __builtin_memcpy(&bytes, from + j, sizeof(bytes));
-        store(to + group * kTileElements + i + j,
-              __builtin_convertvector(bytes, Vec) * load(twice + j));
-      }
+    // Read once: a store might be to where they stand, for all the compiler knows.
+    Vec scale[kTileInputs / kWidth];
+    for (int j = 0; j < kTileInputs / kWidth; ++j) scale[j] = load(twice + j * kWidth);
+    for (int i = 0; i < kGroupTiles * kTileElements; i += kTileInputs)
+      for (int j = 0; j < kTileInputs / kWidth; j += 2, from += 2 * kWidth, to += 2 * kWidth)
+        store(to, load(from) * scale[j], load(from + kWidth) * scale[j + 1]);
   }
 }
 

@@ -52,6 +52,16 @@ inline int larger(int a, int b) { return a > b ? a : b; }
 
 // x - 0 folds away, 0 + x does not (the sign of zero).
 inline Vec broadcast(float x) { return x - Vec{}; }
+// a * b + c in one rounding where there is such an instruction: the compiler chooses otherwise, and
+// not the same everywhere.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(
+      _mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+#else
+  return a * b + c;
+#endif
+}
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
@@ -91,6 +101,20 @@ inline Vec load(const Float16* from) {
 #endif
 }
 
+inline Vec load(const int8_t* from) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+  return bit_cast<Vec>(_mm512_cvtepi32_ps(wide));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+  return bit_cast<Vec>(_mm256_cvtepi32_ps(wide));
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = from[i];
+  return v;
+#endif
+}
+
 inline void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof(v)); }
 
 inline void store(BFloat16* to, Vec v) {
@@ -124,6 +148,17 @@ inline void store(Float16* to, Vec v) {
   const HalfVec half =
       __builtin_convertvector((magnitude == magnitude ? bounded : WordVec{} + 0x7e00) | sign, HalfVec);
   __builtin_memcpy(to, &half, sizeof(half));
+#endif
+}
+
+// Two vectors, one after the other.
+inline void store(BFloat16* to, Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+  const auto both = _mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first));
+  _mm512_storeu_si512(to, bit_cast<__m512i>(both));
+#else
+  store(to, first);
+  store(to + kWidth, second);
 #endif
 }
 

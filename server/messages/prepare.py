@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from server.chat_prompt import prompt_of_chat
 from server.errors import ApiError, invalid
 from server.generate import Job
 from server.messages.schemas import CountTokensRequest, MessagesRequest
 from server.messages.translate import Translated, translate
 from server.params import Warned
-from server.prepare import chat_job, prompt_of_chat
+from server.prepare import chat_job
 from server.prompts import off_loop
 from server.service import Service
 from server.tooling import callable_tools, tool_warnings
@@ -38,10 +39,11 @@ async def token_count(
     translated = await _translated(service, request, num_bytes)
     try:
         tools = callable_tools(service, translated.chat)
-        prompt = await prompt_of_chat(service, translated.chat, tools)
+        told = tool_warnings(service, translated.chat, tools)
+        prompt = await prompt_of_chat(service, translated.chat, tools, told)
     except ApiError as error:
         raise translated.error(error) from error
-    warnings = translated.all_warnings(tool_warnings(tools))
+    warnings = translated.all_warnings(told)
     return {"input_tokens": len(prompt), "octavo": {"warnings": warnings}}
 
 

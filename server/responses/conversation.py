@@ -248,7 +248,7 @@ def _item_warnings(items: Sequence[Item]) -> list[Warned]:
 def _extras(item: Item) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield what is not read of an item: (path within it, the type it belongs to, fields)."""
     if item.model_extra:
-        yield "", item.type, item.model_extra
+        yield "", item.type or "", item.model_extra
     if isinstance(item, ReasoningItem) and item.encrypted_content is not None:
         yield "", item.type, {"encrypted_content": item.encrypted_content}
     parts: Sequence[ContentPart] = ()

@@ -83,7 +83,7 @@ ReasoningParts = Annotated[list[ReasoningPart], Field(max_length=MAX_PARTS, fail
 class MessageItem(Request):
     """Somebody's words."""
 
-    type: Literal["message"] = "message"
+    type: Literal["message"] | None = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
     id: Name | None = None
@@ -130,7 +130,7 @@ class ReasoningItem(Request):
 class ItemReference(Request):
     """An item of a response that is stored."""
 
-    type: Literal["item_reference"]
+    type: Literal["item_reference"] | None = "item_reference"
     id: Name
 
 

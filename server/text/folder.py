@@ -20,6 +20,10 @@ _TOKENIZER_FILE = "tokenizer.json"
 _OTHER_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "tekken.json")
 
 
+#: Those of generation_config.json that vLLM takes, too.
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
 class ModelFolder:
     """The text side of a model folder. `config` may be another file than its config.json."""
 
@@ -64,6 +68,15 @@ class ModelFolder:
         for path in sorted((self._folder / "additional_chat_templates").glob("*.jinja")):
             sources[path.stem] = path.read_text(encoding="utf-8")
         return sources
+
+    def sampling_defaults(self) -> dict[str, float]:
+        """Return the sampling that the model's makers ask for, by vLLM's names of parameters."""
+        stated = {name: self._generation.get(name) for name in _SAMPLING_DEFAULTS}
+        return {
+            name: value
+            for name, value in stated.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
 
     def _special_ids(self, core: Core) -> SpecialIds:
         tokens = self.special_tokens()

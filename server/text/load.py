@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +25,8 @@ class ModelText:
     tokenizer: Tokenizer
     #: None where the model has none: it completes text, it does not chat.
     template: ChatTemplate | None
+    #: What the model's makers ask for, by the names of parameters; unchecked.
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
 
 def local_time() -> datetime:
@@ -53,7 +55,7 @@ def load_text(path: Path, *, now: Clock = local_time) -> ModelText:
 
 def _from_folder(folder: ModelFolder, path: Path, now: Clock) -> ModelText:
     template = _template(folder.template_sources(), folder.special_tokens(), path, now)
-    return ModelText(folder.tokenizer(), template)
+    return ModelText(folder.tokenizer(), template, folder.sampling_defaults())
 
 
 def _from_gguf(path: Path, now: Clock) -> ModelText:

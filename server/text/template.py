@@ -51,7 +51,8 @@ class ChatTemplate:
 
     A message's content may be a string or a list of text parts. Most templates can only do with
     strings: they get the parts' texts joined by a newline (as vLLM does). Templates that only
-    read parts get a string as one text part. Which kind a template is, is tried out once.
+    read parts get a string as one text part. Arguments of calls, a string of JSON, most templates
+    want as an object. Which kind a template is, is tried out once.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class ChatTemplate:
             names = ", ".join(sorted(sources))
             raise TemplateError(f"there is no template named default among: {names}")
         self._wants_parts = {name: self._reads_only_parts(name) for name in self._templates}
+        self._wants_json = {name: self._reads_only_json(name) for name in self._templates}
 
     def render(
         self,
@@ -102,7 +104,13 @@ class ChatTemplate:
         wants_parts = self._wants_parts[name]
         reading = _Reading()
         tracked = [
-            _Message(_prepared(message, index, wants_parts=wants_parts), index, reading)
+            _Message(
+                _prepared(
+                    message, index, wants_parts=wants_parts, wants_json=self._wants_json[name]
+                ),
+                index,
+                reading,
+            )
             for index, message in enumerate(messages)
         ]
         try:
@@ -123,15 +131,27 @@ class ChatTemplate:
         """Whether content is seen as a list of parts, but not as a string."""
 
         def shows(content: object) -> bool:
-            try:
-                text = self._templates[name].render(
-                    messages=[{"role": "user", "content": content}], add_generation_prompt=True
-                )
-            except _TEMPLATE_FAULTS:
-                return False
-            return _PROBE in text
+            return self._shows(name, {"role": "user", "content": content})
 
         return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
+
+    def _reads_only_json(self, name: str) -> bool:
+        """Whether a call's arguments are seen as a string of JSON, but not as an object."""
+
+        def shows(arguments: object) -> bool:
+            function = {"name": "f", "arguments": arguments}
+            call = {"id": "call12345", "type": "function", "function": function}
+            said = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return self._shows(name, {"role": "user", "content": ""}, said)
+
+        return not shows({"a": _PROBE}) and shows(json.dumps({"a": _PROBE}))
+
+    def _shows(self, name: str, *messages: Mapping[str, object]) -> bool:
+        try:
+            text = self._templates[name].render(messages=[*messages], add_generation_prompt=True)
+        except _TEMPLATE_FAULTS:
+            return False
+        return _PROBE in text
 
 
 class _Reading:
@@ -205,9 +225,9 @@ def _compile(environment: jinja2.Environment, name: str, source: str) -> jinja2.
 
 
 def _prepared(
-    message: Mapping[str, object], index: int, *, wants_parts: bool
+    message: Mapping[str, object], index: int, *, wants_parts: bool, wants_json: bool
 ) -> Mapping[str, object]:
-    """`message` as templates expect it: content in their kind, arguments of calls as objects."""
+    """`message` as templates expect it: content and arguments of calls in their kind."""
     prepared = dict(message)
     content = message.get("content")
     if isinstance(content, str) and wants_parts:
@@ -218,7 +238,7 @@ def _prepared(
         parts = [{"type": "text", "text": text} for text in texts]
         prepared["content"] = parts if wants_parts else joined
     calls = message.get("tool_calls")
-    if isinstance(calls, list):
+    if isinstance(calls, list) and not wants_json:
         prepared["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     return prepared
 

@@ -29,6 +29,24 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class SpelledValue:
+    """An argument written as bare text."""
+
+    key: str
+    text: str
+    #: Whether it is a string; None: the tool's schema says.
+    is_string: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpelledCall:
+    """A whole call whose arguments are bare texts: what they are is still to be found out."""
+
+    name: str
+    values: tuple[SpelledValue, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CutCall:
     """The output ended within a call; this is all there is of it."""
 

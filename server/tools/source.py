@@ -74,6 +74,17 @@ class Source:
                 raise MismatchError
             yield from self.more()
 
+    def until(self, at: int, *words: str) -> Reading[tuple[int, str]]:
+        """Return where the first of `words` from `at` on stands, and which it is."""
+        longest, start = max(map(len, words)), at
+        while True:
+            places = [(self.text.find(word, start), word) for word in words]
+            places = [place for place in places if place[0] >= 0]
+            if places:
+                return min(places)
+            start = max(at, len(self.text) - longest + 1)
+            yield from self.more()
+
     def name(self, at: int) -> Reading[int]:
         """Return where the tool's name at `at` ends. Raises `MismatchError` if there is none."""
         while True:

@@ -7,11 +7,14 @@ reasoning are the template's, not the reader's: they are left out. Knows nothing
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from server.tools.events import Call, Content, CutCall, Event, Reasoning
+from server.tools.events import Call, Content, CutCall, Event, Reasoning, SpelledCall
 from server.tools.source import EndedError, MismatchError, Reading, Source
 from server.tools.syntaxes import CallSyntax, read_bare
+from server.tools.typed import typed_arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,8 @@ class ThinkTags:
     closer: str
     #: Whether they are special tokens in the model's vocabulary.
     is_special: bool = False
+    #: Whether an output is reasoning up to the closer though nothing opened it.
+    is_implied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,8 @@ class Speech:
     is_thinking: bool = False
     #: Names of the tools that were offered.
     tool_names: frozenset[str] = field(default_factory=frozenset)
+    #: The schemas of their arguments, by name.
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def has_special_marks(self) -> bool:
@@ -174,8 +181,11 @@ class SpeechParser:
                 source.pos = len(source.text)
                 return ""
 
-    def _found(self, call: Call, end: int) -> None:
+    def _found(self, call: Call | SpelledCall, end: int) -> None:
         self._num_calls += 1
+        if isinstance(call, SpelledCall):
+            schema = self._speech.schemas.get(call.name, {})
+            call = Call(call.name, typed_arguments(call.values, schema))
         self._events.append(call)
         self._source.pos = end
 

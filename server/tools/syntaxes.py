@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from server.tools.events import Call
+from server.tools.events import Call, SpelledCall
 from server.tools.json_object import JsonObject, Status
 from server.tools.source import TOOL_NAME, EndedError, MismatchError, Reading, Source
 
 #: Takes a call and where it ends.
-Found = Callable[[Call, int], None]
+Found = Callable[[Call | SpelledCall, int], None]
 
 _NAME = re.compile(TOOL_NAME)
 #: What a bare object may have beside them is no call.
@@ -172,6 +172,8 @@ HERMES = CallSyntax("hermes", ("<tool_call>",), _read_hermes)
 LLAMA = CallSyntax(
     "llama", ("<|python_tag|>",), _read_llama, has_bare_calls=True, has_special_marks=True
 )
+#: Of models that were taught none, where a grammar makes them write it.
+BARE = CallSyntax("bare", (), _read_llama, has_bare_calls=True)
 MISTRAL = CallSyntax(
     "mistral", ("[TOOL_CALLS]",), _read_mistral, has_special_marks=True, id_chars=9
 )

@@ -22,7 +22,11 @@ from configs.schema import ModelSection, OctavoConfig, SchedulerSection
 from model import build
 from model.interface import SamplingParams
 from scheduler.engine import Engine
-from scheduler.messages import StepResult, Submit
+from scheduler.messages import Prepared, StepResult, Submit
+
+
+def _no_grammars(_message: Prepared) -> None:
+    raise AssertionError("nothing here is prepared beside the steps")
 
 
 class Bench:
@@ -30,7 +34,7 @@ class Bench:
 
     def __init__(self, config: OctavoConfig) -> None:
         self._runner = build.make_runner(build.resolve_source(config.model.model), config)
-        self._engine = Engine(self._runner, config.scheduler, time.monotonic)
+        self._engine = Engine(self._runner, config.scheduler, time.monotonic, _no_grammars)
         self._chance = random.Random(0)
         self._num_requests = 0
 

@@ -9,13 +9,14 @@ import argparse
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
 
 from model.interface import SamplingParams, SlotStart
 from model.sampler import Sampler
 
-CASES: dict[str, dict[str, float]] = {
+CASES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {},
     "min_p 0.05": {"min_p": 0.05},
@@ -24,6 +25,11 @@ CASES: dict[str, dict[str, float]] = {
     "top_k 50, top_p 0.9": {"top_k": 50, "top_p": 0.9},
     "penalties, greedy": {"temperature": 0.0, "repetition_penalty": 1.1, "presence_penalty": 0.5},
     "min_tokens, greedy": {"temperature": 0.0, "min_tokens": 1000},
+    "64 bad words, greedy": {
+        "temperature": 0.0,
+        "bad_words": tuple((5, 7, 11 + i)[i % 3 :] for i in range(64)),
+    },
+    "100 allowed, greedy": {"temperature": 0.0, "allowed_token_ids": tuple(range(100))},
     "logprobs 5, greedy": {"temperature": 0.0, "logprobs": 5},
 }
 
@@ -65,7 +71,7 @@ def main() -> None:
         for rows in args.rows:
             chooser = Sampler(rows, args.vocab_size, (0,), device)
             for slot in range(rows):
-                params = SamplingParams(1000, seed=slot, **extras)  # type: ignore[arg-type] # a mix of ints and floats
+                params = SamplingParams(1000, seed=slot, **extras)
                 chooser.start(SlotStart(slot, params, range(200)))
             logits = zipf_logits(rows, args.vocab_size, args.exponent, device)
             cells.append(time_step_us(chooser, logits, args.steps))

@@ -1,4 +1,4 @@
-"""What a user and an operator see of the real daemon, through the real clients."""
+"""What an operator sees of the real daemon; what clients see is in tests/clients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -16,62 +16,6 @@ import pytest
 pytestmark = pytest.mark.e2e
 
 _MODEL = "SmolLM2-135M-Instruct"
-_QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@pytest.fixture
-def client(daemon: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{daemon.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
-def test_a_chat_streams_and_says_the_same_as_unstreamed(client: openai.OpenAI) -> None:
-    model = client.models.list().data[0].id
-    asked: dict[str, Any] = {
-        "model": model,
-        "messages": _QUESTION,
-        "temperature": 0,
-        "max_tokens": 24,
-    }
-    whole = client.chat.completions.create(**asked)
-    chunks = list(
-        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
-    )
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert "Paris" in text
-    assert text == whole.choices[0].message.content
-    assert whole.choices[0].finish_reason == "stop"
-    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
-    # Asked a second time, every whole page of the prompt was there already.
-    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > whole.usage.prompt_tokens - 17
-
-
-def test_seeds_repeat_and_differ(client: openai.OpenAI) -> None:
-
-    def said(seed: int) -> str:
-        answer = client.completions.create(
-            model=_MODEL,
-            prompt="A story:",
-            max_tokens=24,
-            seed=seed,
-            temperature=1,
-        )
-        text: str = answer.choices[0].text
-        return text
-
-    assert said(1) == said(1)
-    assert len({said(seed) for seed in range(4)}) > 1
-
-
-def test_errors_name_the_field(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(model=_MODEL, messages=_QUESTION, temperature=9)
-    assert error.value.param == "temperature"
-    with pytest.raises(openai.NotFoundError, match="x"):
-        client.chat.completions.create(model="x", messages=_QUESTION)
-    long: list[Any] = [{"role": "user", "content": "word " * 9000}]
-    with pytest.raises(openai.BadRequestError, match="8192"):
-        client.chat.completions.create(model=_MODEL, messages=long)
 
 
 def _stream(url: str, prompt: str, max_tokens: int) -> list[float]:

@@ -67,7 +67,7 @@ def test_a_beginning_is_gone_on_with_up_to_a_stop_sequence(client: anthropic.Ant
 
 
 def test_tokens_are_counted_as_they_are_used_and_found_again(client: anthropic.Anthropic) -> None:
-    system = "You are a patient librarian who answers in few words. " * 40
+    system = "You are a brief archivist who answers in few words. " * 40
     prompt: dict[str, Any] = {"model": _MODEL, "messages": [_QUESTION], "system": system}
     total = client.messages.count_tokens(**prompt).input_tokens
     first, second = (client.messages.create(**prompt, max_tokens=2).usage for _ in range(2))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,21 @@ class Checkpoint:
     def state(self) -> dict[str, Tensor]:
         return {name: one.detach().clone() for name, one in self._model.state_dict().items()}
 
+    def load_state(self, changed: dict[str, Tensor]) -> None:
+        """Change some of the model's tensors, but not its folder."""
+        self._model.load_state_dict(changed, strict=False)
+
     def logits(self, token_ids: Tensor) -> Tensor:
         with torch.inference_mode():
             found: Tensor = self._model(token_ids.unsqueeze(0)).logits[0]
+        return found
+
+    def generate(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """What `transformers` says comes next, by the likeliest token."""
+        whole = self._model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=num_tokens
+        )
+        found: list[int] = whole[0, len(prompt) :].tolist()
         return found
 
 
@@ -73,7 +85,10 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
         for name, value in model.named_parameters():
             # As made, norms are all ones and biases all zeros: forgotten ones would not show.
             if value.dim() == 1:
-                torch.nn.init.uniform_(value, 0.5, 1.5) if "norm" in name else value.data.normal_()
+                is_scale = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+                # Biases add up from layer to layer: large ones would leave the tokens no say.
+                low, high = (0.5, 1.5) if is_scale else (-0.3, 0.3)
+                torch.nn.init.uniform_(value, low, high)
         folder = tmp_path / family
         model.save_pretrained(folder, max_shard_size=shard_size)
         return Checkpoint(folder, model)

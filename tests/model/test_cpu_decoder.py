@@ -15,8 +15,10 @@ from model.cpu_ops import CpuOps
 from model.kv_pool import KVPool
 from model.transformer import Decoder, Transformer
 
-PAGE_SIZE, NUM_PAGES = 4, 32
+PAGE_SIZE, NUM_PAGES = 4, 600
 LENGTHS = (37, 9, 21)
+#: Some cut falls on a single token, and more than one chunk of 256 keys is seen.
+LONG = (600, 64, 300)
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"head_dim": 16}),
@@ -53,14 +55,19 @@ def _attention(transformer: Transformer) -> AttentionBackend:
     return found.build(transformer.attention_spec(torch.float16), pool)
 
 
-def _logits(decoder: Decoder, transformer: Transformer, cuts: tuple[int, ...]) -> Tensor:
+def _logits(
+    decoder: Decoder,
+    transformer: Transformer,
+    cuts: tuple[int, ...],
+    lengths: tuple[int, ...] = LENGTHS,
+) -> Tensor:
     """Three sequences side by side, each fed up to the same cuts of its length, in 64ths."""
     attention = _attention(transformer)
     generator = torch.Generator().manual_seed(3)
-    tokens = [torch.randint(0, 96, (length,), generator=generator) for length in LENGTHS]
-    table = torch.arange(30, dtype=torch.int32).view(3, 10)
+    tokens = [torch.randint(0, 96, (length,), generator=generator) for length in lengths]
+    table = torch.arange(NUM_PAGES, dtype=torch.int32).view(3, -1)
     found: list[list[Tensor]] = [[], [], []]
-    bounds = [[length * cut // 64 for cut in (0, *cuts, 64)] for length in LENGTHS]
+    bounds = [[length * cut // 64 for cut in (0, *cuts, 64)] for length in lengths]
     for step in range(len(cuts) + 1):
         spans = [(row, at[step], at[step + 1]) for row, at in enumerate(bounds)]
         spans = [span for span in spans if span[1] < span[2]]
@@ -98,6 +105,24 @@ def test_it_gives_what_the_transformer_gives_to_the_bit(
         found = _logits(decoder, transformer, cuts)
         assert torch.equal(found, _logits(transformer, transformer, cuts))
         assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("quantization", ["bf16", "int8"])
+@pytest.mark.parametrize("case", FAMILIES)
+def test_with_matrix_instructions_no_cut_changes_a_bit(
+    case: str, quantization: str, make_checkpoint: Any, build: Any
+) -> None:
+    """So that a preempted, resumed or cached sequence goes on as if nothing had been."""
+    library = load_cpu_library(isa="amx")
+    if isinstance(library, str):
+        pytest.skip(library)
+    family, changes = FAMILIES[case]
+    source = make_checkpoint(family, **{**changes, "max_position_embeddings": 1024}).source
+    transformer = build(source, quantization, CpuOps(library), library)
+    decoder = CpuDecoder(transformer, library)
+    whole = _logits(decoder, transformer, (), LONG)
+    for cuts in (tuple(range(1, 64)), (20, 21, 60), (2, 30)):
+        assert torch.equal(_logits(decoder, transformer, cuts, LONG), whole)
 
 
 def test_it_is_close_to_the_model_in_float32(

@@ -27,7 +27,8 @@ from model.kv_pool import KVPool
 from model.runner import TorchRunner
 from model.transformer import Transformer
 from scheduler.messages import Submit
-from scheduler.scheduler import Scheduler, StepPlan
+from scheduler.plan import StepPlan
+from scheduler.scheduler import Scheduler
 
 CPU = torch.device("cpu")
 _PAGE_SIZE = 4

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
@@ -17,7 +18,7 @@ from model.gpu_decoder import GpuDecoder, has_pages
 from model.gpu_ops import GpuOps
 from model.interface import SamplingParams, SlotStart, StepInput
 from model.memory import DeviceUse, MemoryPlanError
-from model.runner import TorchRunner
+from model.runner import SCORED_TOKENS, TorchRunner
 from model.transformer import Transformer
 
 GIB = 2**30
@@ -67,6 +68,7 @@ def test_the_largest_step_has_all_tokens_and_samples_all_rows(
     step = largest_step(tokens, seqs, max_len, 16, PARAMS)
     assert step.counts == counts
     assert step.sample_rows == list(range(len(counts)))
+    assert len(step.scored[0].token_ids) == min(counts[0], SCORED_TOKENS)
     assert len(step.token_ids) == sum(counts)
     assert [len(pages) for pages in step.page_ids] == [-(-count // 16) for count in counts]
 
@@ -126,13 +128,16 @@ def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner)
         StepInput([8, 9, 9, 9], [3, 2], [1, 3], [0, 1], [[1, 2], [3, 4]], [0, 1]),
         StepInput([8, 9], [4, 5], [1, 1], [0, 1], [[1, 2], [3, 4]], [0, 1]),
     ]
-    found = []
+    found: list[list[Tensor]] = []
     for decoder, backend in (
         (transformer, runner._attention),
         (GpuDecoder(transformer, GpuOps()), attention),
     ):
         runner._decoder, runner._attention = decoder, backend
         with torch.inference_mode():
-            found.append([decoder.logits(runner._compute(runner._packer.pack(s))) for s in steps])
+            found.append([])
+            for step in steps:
+                hidden, sampled = runner._compute(runner._packer.pack(step))
+                found[-1].append(decoder.logits(hidden[sampled]))
     for plain, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)

@@ -28,6 +28,9 @@ def any_params(draw: st.DrawFn) -> SamplingParams:
         presence_penalty=draw(st.sampled_from([0.0, 1.5])),
         repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
         logit_bias=draw(st.sampled_from([(), ((0, 2.5),)])),
+        allowed_token_ids=draw(st.sampled_from([None, None, (1, 0)])),
+        # The output so far is one token, 1.
+        bad_words=draw(st.sampled_from([(), ((0,),), ((1, 0), (0, 1))])),
         min_tokens=draw(st.sampled_from([0, 8])),
         logprobs=draw(st.sampled_from([None, 0, 4])),
         seed=draw(st.integers(0, 2**64 - 1)),

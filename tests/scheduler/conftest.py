@@ -10,9 +10,10 @@ import pytest
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_next_token
-from model.interface import SamplingParams
+from model.interface import SamplingParams, TokenLogprobs
 from scheduler.messages import FinishReason, Rejected, Submit
-from scheduler.scheduler import Scheduler, StepPlan
+from scheduler.plan import StepPlan
+from scheduler.scheduler import Scheduler
 
 
 class Drive:
@@ -28,6 +29,7 @@ class Drive:
             info,
         )
         self.outputs: dict[int, list[int]] = {}
+        self.scores: dict[int, list[TokenLogprobs]] = {}
         self.finished: dict[int, FinishReason] = {}
         self.plans: list[StepPlan] = []
 
@@ -38,6 +40,7 @@ class Drive:
             max_tokens=max_tokens, ignore_eos=True
         )
         self.outputs[request_id] = []
+        self.scores[request_id] = []
         return self.scheduler.submit(Submit(request_id, tuple(prompt), params, **submit))
 
     def step(self, elapsed_s: float = 0.0) -> StepPlan | None:
@@ -47,6 +50,8 @@ class Drive:
             outcome = self.scheduler.apply(plan, self.runner.launch(plan.step).wait(), elapsed_s)
             for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
                 self.outputs[request_id].append(token_id)
+            for request_id, scores in outcome.prompt_logprobs:
+                self.scores[request_id] += scores
             self.finished.update(outcome.finished)
         self.scheduler.check()
         return plan

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from configs.schema import SchedulerSection
-from model.fake import FakeRunner, fake_next_token
+from model.fake import FakeRunner, fake_logprobs, fake_next_token
 from model.interface import ModelRunner, SamplingParams
 from scheduler.client import (
     EngineClient,
@@ -200,5 +200,40 @@ def test_an_inline_engine_checks_itself_and_closes_unstarted() -> None:
             assert await _collect(client, _request((1, 2, 3))) == _expected((1, 2, 3), 10)
             client.check()
         await InlineClient(FakeRunner(), config, time.monotonic).close()
+
+    _run(test)
+
+
+def test_a_scored_prompt_is_told_whole_before_its_first_token(make_client: MakeClient) -> None:
+    async def test() -> None:
+        async with _running(make_client(FakeRunner, _CONFIG)) as client:
+            prompt = tuple(range(100))
+            for max_tokens in (2, 0):
+                request = _request(prompt, max_tokens, prompt_logprobs=2)
+                first, *others = [delta async for delta in client.generate(request)]
+                assert first.prompt_logprobs == tuple(
+                    fake_logprobs(prompt[:i], prompt[i], 2) for i in range(1, 100)
+                )
+                assert not any(delta.prompt_logprobs for delta in others)
+                assert bool(first.token_ids) == (max_tokens > 0)
+
+    _run(test)
+
+
+async def _abandon(client: EngineClient, request: GenerateRequest, before: int) -> None:
+    """Leave once the engine has made so many steps more."""
+    reading = asyncio.create_task(_collect(client, request))
+    await _until(lambda: client.stats().steps_total >= before + 2)
+    reading.cancel()
+    await asyncio.wait([reading])
+
+
+def test_a_scored_prompt_may_be_left(make_client: MakeClient) -> None:
+    async def test() -> None:
+        async with _running(make_client(FakeRunner, _CONFIG)) as client:
+            request = _request(tuple(range(200)), prompt_logprobs=0)
+            await _abandon(client, request, client.stats().steps_total)
+            assert await _collect(client, _request((5,))) == _expected((5,), 10)
+            await _until(lambda: client.stats().num_running == 0)
 
     _run(test)

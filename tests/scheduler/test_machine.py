@@ -7,19 +7,37 @@ shared wrongly, freed too early or evicted in use shows as a wrong token or a fa
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_next_token
-from model.interface import Flight, SamplingParams
+from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
+from model.interface import NO_TOKEN, Flight, SamplingParams, SlotStart, TokenLogprobs
 from scheduler.messages import FinishReason, Submit
-from scheduler.scheduler import Scheduler, StepPlan
+from scheduler.plan import StepPlan
+from scheduler.scheduler import Scheduler
 from scheduler.sequence import State
 
 _VOCAB = 3
+
+
+class Hesitant(FakeRunner):
+    """Follows no grammar; those who have one get no token while it is late, and end if it fails."""
+
+    mood = ""
+
+    def _start(self, start: SlotStart) -> None:
+        FakeRunner._start(self, replace(start, constraint=None))
+
+    def _sample(self, slot: int, digest: int, index: int, failures: dict[int, str]) -> int:
+        if not self.mood or self._params[slot].grammar is None:
+            return FakeRunner._sample(self, slot, digest, index, failures)
+        if self.mood == "fails":
+            failures[index] = "it failed"
+        return NO_TOKEN
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -27,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.submits: dict[int, Submit] = {}
         self.outputs: dict[int, list[int]] = {}
+        self.scores: dict[int, list[TokenLogprobs]] = {}
         self.num_submits = 0
         self.build(4, 2, 2, 4, 1)
 
@@ -34,7 +53,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self, num_pages: int, page_size: int, max_num_seqs: int, budget: int, max_flights: int
     ) -> None:
         self.in_flight: deque[tuple[StepPlan, Flight]] = deque()
-        self.runner = FakeRunner(
+        self.runner = Hesitant(
             vocab_size=_VOCAB,
             max_model_len=12,
             num_pages=num_pages,
@@ -65,28 +84,44 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         prompt=st.lists(st.integers(1, 2), max_size=9),
-        max_tokens=st.integers(1, 8),
+        max_tokens=st.integers(0, 8),
         priority=st.integers(0, 1),
         namespace=st.sampled_from(["", "salt"]),
         ignore_eos=st.booleans(),
         num_resumed=st.integers(0, 2),
+        prompt_logprobs=st.sampled_from([None, None, 0, 2]),
+        num_scored=st.integers(0, 4),
+        grammar=st.sampled_from([None, None, "any"]),
     )
     def submit(
         self,
+        *,
         prompt: list[int],
         max_tokens: int,
         priority: int,
         namespace: str,
         ignore_eos: bool,
         num_resumed: int,
+        prompt_logprobs: int | None,
+        num_scored: int,
+        grammar: str | None,
     ) -> None:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
+        )
         submit = Submit(
             self.num_submits, tuple(prompt), params, priority=priority, namespace=namespace
         )
         self.num_submits += 1
         resumed = self.expected(submit)[:num_resumed]
         if len(resumed) == num_resumed < max_tokens and FAKE_EOS_TOKEN_ID not in resumed:
+            if num_resumed:
+                num_scored = len(prompt)
+            if prompt_logprobs is None or not prompt:
+                num_scored = 0
             submit = Submit(
                 submit.request_id,
                 submit.prompt_token_ids,
@@ -94,12 +129,20 @@ class SchedulerMachine(RuleBasedStateMachine):
                 tuple(resumed),
                 priority,
                 namespace,
+                num_scored=min(num_scored, max(0, len(prompt) - 1)),
             )
         fits = bool(prompt) and len(prompt) + len(submit.output_token_ids) < self.max_len()
-        assert (self.scheduler.submit(submit) is None) == fits
+        assert (self.scheduler.submit(submit, constraint=grammar) is None) == fits
         if fits:
             self.submits[submit.request_id] = submit
             self.outputs[submit.request_id] = list(submit.output_token_ids)
+            self.scores[submit.request_id] = self.expected_scores(submit)[: submit.num_scored]
+
+    def expected_scores(self, submit: Submit) -> list[TokenLogprobs]:
+        prompt, count = submit.prompt_token_ids, submit.params.prompt_logprobs
+        if count is None:
+            return []
+        return [fake_logprobs(prompt[:i], prompt[i], count) for i in range(1, len(prompt))]
 
     def max_len(self) -> int:
         return min(12, self.runner.num_pages * self.runner.page_size + 1)
@@ -120,10 +163,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.cancel(request_id)
         del self.submits[request_id]
 
-    @rule()
+    @rule(mood=st.sampled_from(["", "", "late", "fails"]))
     @precondition(lambda self: len(self.in_flight) < self.runner.max_flights)
-    def launch(self) -> None:
+    def launch(self, mood: str) -> None:
         plan = self.plan()
+        self.runner.mood = mood
         if plan is not None:
             self.in_flight.append((plan, self.runner.launch(plan.step)))
 
@@ -142,13 +186,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     def land(self) -> None:
         plan, flight = self.in_flight.popleft()
         outcome = self.scheduler.apply(plan, flight.wait())
+        for request_id, scores in outcome.prompt_logprobs:
+            self.scores[request_id] += scores
         for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
             self.outputs[request_id].append(token_id)
+        for request_id, why in outcome.failed:
+            assert self.submits.pop(request_id).params.grammar is not None
+            assert why == "it failed"
         for request_id, reason in outcome.finished:
             submit = self.submits.pop(request_id)
             assert self.outputs[request_id] == self.expected(submit)
+            assert self.scores[request_id] == self.expected_scores(submit)
             assert (reason is FinishReason.STOP) == (
-                self.outputs[request_id][-1] == FAKE_EOS_TOKEN_ID and not submit.params.ignore_eos
+                self.outputs[request_id][-1:] == [FAKE_EOS_TOKEN_ID]
+                and not submit.params.ignore_eos
             )
 
     @rule(has_written=st.booleans())
@@ -185,7 +236,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             while len(self.in_flight) < self.runner.max_flights:
                 before = len(self.in_flight)
-                self.launch()
+                self.launch("")
                 if len(self.in_flight) == before:
                     break
             if self.in_flight:

@@ -37,7 +37,7 @@ class Told:
             **{"max_num_seqs": 8, "max_num_batched_tokens": 32, "debug": True} | config
         )
         ticks: Iterator[int] = count()
-        self.engine = Engine(runner, section, lambda: float(next(ticks)))
+        self.engine = Engine(runner, section, lambda: float(next(ticks)), lambda _: None)
         self.tokens: dict[int, list[int]] = {}
         self.finished: dict[int, FinishReason] = {}
 

@@ -378,7 +378,8 @@ def test_engines_that_come_and_go_leave_no_file_descriptors() -> None:
                 # What earlier tests left behind is not to go in the midst of this one.
                 gc.collect()
                 held.append(len(os.listdir("/proc/self/fd")))  # noqa: PTH208 - no disk
-            assert held[0] == held[-1]
+            # Fewer where something of an earlier test was collected meanwhile.
+            assert held[-1] <= held[0]
             assert client.num_restarts == 3
 
     _run(test)

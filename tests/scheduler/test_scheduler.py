@@ -185,16 +185,6 @@ def test_an_id_in_use_is_refused_and_its_owner_unharmed(make_drive: MakeDrive) -
     assert drive.outputs[1] == drive.expected(range(5), 8)
 
 
-def test_a_full_queue_says_so(make_drive: MakeDrive) -> None:
-    drive = make_drive(max_queue=2)
-    for request_id in range(2):
-        assert drive.submit(request_id, range(5)) is None
-    assert drive.submit(2, range(5)).kind is RejectKind.BUSY
-    drive.run()
-    assert drive.submit(3, range(5)) is None
-    drive.run()
-
-
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
 def test_cancel_gives_pages_back_at_once(make_drive: MakeDrive, num_steps: int) -> None:
     drive = make_drive(max_num_batched_tokens=8)
@@ -265,18 +255,6 @@ def test_a_resumed_request_goes_on_where_it_was(make_drive: MakeDrive) -> None:
     drive.submit(1, range(6), max_tokens=10, output_token_ids=tuple(expected[:4]))
     drive.run()
     assert drive.outputs[1] == expected[4:]
-
-
-def test_a_full_queue_does_not_refuse_what_another_engine_had_taken_in(
-    make_drive: MakeDrive,
-) -> None:
-    """Regression: after a crash those who ran filled the queue, and those who waited got a 429."""
-    drive = make_drive(max_queue=1)
-    for request_id in range(3):
-        assert drive.submit(request_id, range(request_id, 5), is_resumed=True) is None
-    assert drive.submit(3, range(5)).kind is RejectKind.BUSY
-    drive.run()
-    assert len(drive.finished) == 3
 
 
 def test_a_long_queue_for_one_prefix_is_not_searched_whole_in_each_step(

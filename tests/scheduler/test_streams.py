@@ -30,6 +30,7 @@ def test_news_of_requests_nobody_reads_is_dropped() -> None:
             request_ids=(5,),
             token_ids=(1,),
             logprobs=(TokenLogprobs(1, 0.0, 1),),
+            prompt_logprobs=((5, (TokenLogprobs(1, 0.0, 1),)),),
             started=(Started(5, 0.0, 0, "cold"),),
             rejected=(Rejected(6, RejectKind.BUSY, "full"),),
             finished=((7, FinishReason.STOP, ""),),

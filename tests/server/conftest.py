@@ -29,11 +29,14 @@ from scheduler.client import (
     EngineUnavailableError,
     GenerateRequest,
     ModelInfo,
+    Vocabulary,
 )
 from scheduler.inline import InlineClient
 from server import logs
 from server.app import create_app
 from server.lifecycle import Lifecycle
+from server.protocol import HttpProtocol
+from server.structured.desk import GrammarDesk
 from server.text.load import ModelText, load_text
 
 VOCAB_SIZE = 300
@@ -59,6 +62,9 @@ class ScriptedClient:
 
     async def start(self) -> None:
         """Nothing to bring up."""
+
+    def learn(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
@@ -102,10 +108,16 @@ async def _absence(_: object, request: GenerateRequest) -> AsyncGenerator[Delta,
 class LiveServer:
     """A served application; everything in it runs on the loop of its thread."""
 
-    def __init__(self, client: EngineClient, text: ModelText, server: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        text: ModelText,
+        server: dict[str, Any],
+        model: dict[str, Any] | None = None,
+    ) -> None:
         self.client = client
         self.text = text
-        self.config = OctavoConfig.model_validate({"server": server})
+        self.config = OctavoConfig.model_validate({"server": server, "model": model or {}})
         self.log = io.StringIO()
         # asyncio switches Nagle's algorithm off only for a socket that says it is TCP.
         self._socket = socket.socket(proto=socket.IPPROTO_TCP)
@@ -124,7 +136,7 @@ class LiveServer:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        self.lifecycle = Lifecycle()
+        self.lifecycle, self.grammars = Lifecycle(), GrammarDesk()
         await self.client.start()
         app = create_app(
             self.config,
@@ -133,15 +145,24 @@ class LiveServer:
             version="0.0.test",
             lifecycle=self.lifecycle,
             chance=random.Random(7),
+            grammars=self.grammars,
         )
         self._server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, access_log=False, ws="none", lifespan="off")
+            uvicorn.Config(
+                app,
+                http=HttpProtocol,
+                log_config=None,
+                access_log=False,
+                ws="none",
+                lifespan="off",
+            )
         )
         serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started and not serving.done():  # noqa: ASYNC110 - uvicorn has no event
             await asyncio.sleep(0)
         self._ready.set_result(None)
         await serving
+        await self.grammars.close()
         await self.client.close()
 
     def call(self, work: Coroutine[Any, Any, ValueT]) -> ValueT:
@@ -205,12 +226,13 @@ def _starting(text: ModelText) -> Iterator[StartServer]:
             words: ModelText | None = None,
             scheduler: dict[str, Any] | None = None,
             runner: FakeRunner | None = None,
+            model: dict[str, Any] | None = None,
             **section: Any,
         ) -> LiveServer:
             if client is None:
                 runner = runner or FakeRunner(vocab_size=VOCAB_SIZE)
                 client = InlineClient(runner, SchedulerSection(**(scheduler or {})), lambda: 0.0)
-            live = LiveServer(client, words or text, section)
+            live = LiveServer(client, words or text, section, model)
             stack.callback(live.close)
             logs.configure("json", live.log)
             return live

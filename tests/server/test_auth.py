@@ -2,14 +2,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-
-from configs.schema import ServerSection
-from server.auth import Keyring, load_keys
 
 KEY = "sk-correct-horse"
 GOOD = {"Authorization": f"Bearer {KEY}"}
@@ -94,6 +90,26 @@ def test_a_wrong_key_is_401(locked: Any, value: str) -> None:
     assert error["type"] == "authentication_error"
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([("x-api-key", KEY)], 200),
+        ([("X-API-Key", KEY)], 200),
+        ([("x-api-key", KEY), ("Authorization", f"Bearer {KEY}")], 200),
+        ([("x-api-key", KEY), ("Authorization", "Bearer sk-other")], 401),
+        ([("x-api-key", KEY), ("Authorization", f"Basic {KEY}")], 401),
+        ([("x-api-key", KEY), ("Authorization", "")], 401),
+        ([("x-api-key", KEY), ("x-api-key", KEY)], 401),
+        ([("x-api-key", f"Bearer {KEY}")], 401),
+        ([("x-api-key", "")], 401),
+    ],
+)
+def test_anthropics_header_does_as_well_but_does_not_contradict(
+    locked: Any, headers: list[tuple[str, str]], status: int
+) -> None:
+    assert locked.http.get("/v1/models", headers=headers).status_code == status
+
+
 def test_two_keys_in_one_request_are_none(locked: Any) -> None:
     headers = [("Authorization", f"Bearer {KEY}"), ("Authorization", "Bearer wrong")]
     assert locked.http.get("/v1/models", headers=headers).status_code == 401
@@ -131,28 +147,3 @@ def test_the_probes_can_be_protected_too(start_server: Callable[..., Any]) -> No
 
 def test_without_keys_all_may_ask(shared: Any) -> None:
     assert shared.http.get("/v1/models").status_code == 200
-
-
-def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# tenants\nalpha\n\n  beta \n")
-    keys = load_keys(ServerSection(api_key=("gamma",), api_key_file=path))
-    assert keys == ("gamma", "alpha", "beta")
-    ring = Keyring(keys)
-    assert all(ring.accepts(key.encode()) for key in keys)
-    assert not ring.accepts(b"")
-    assert not ring.accepts(b"# tenants")
-
-
-@pytest.mark.parametrize("content", [None, "", "# only a comment\n", "\xff"])
-def test_a_file_without_keys_does_not_open_the_server(tmp_path: Path, content: str | None) -> None:
-    path = tmp_path / "keys"
-    if content is not None:
-        path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match="api_key_file"):
-        load_keys(ServerSection(api_key_file=path))
-
-
-def test_an_empty_key_is_refused() -> None:
-    with pytest.raises(ValueError, match="api_key"):
-        load_keys(ServerSection(api_key=(" ",)))

@@ -95,16 +95,16 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         (
             {"continue_final_message": True, "add_generation_prompt": True},
             "continue_final_message",
         ),
-        ({"guided_json": {}}, "guided_json"),
+        ({"guided_json": []}, "guided_json"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": 1}, "chat_template_kwargs"),
@@ -254,12 +254,19 @@ def test_what_the_engine_refuses(
 
 
 def test_a_full_queue_of_the_real_engine_is_429(start_server: Callable[..., Any]) -> None:
-    live = start_server(scheduler={"max_queue": 0})
+    live = start_server(scheduler={"max_queue": 0, "max_num_seqs": 1})
     with openai.OpenAI(base_url=live.url + "/v1", api_key="x", max_retries=0) as api:
         with pytest.raises(openai.RateLimitError) as caught:
-            api.completions.create(model="fake", prompt="x", stream=True)
+            api.completions.create(model="fake", prompt="x", n=2, stream=True)
         assert caught.value.code == "queue_full"
         assert caught.value.response.headers["retry-after"] == "1"
+    # The choice that had room ended with the one that had none.
+    live.wait_idle()
+    assert live.post("/v1/completions", prompt="y", max_tokens=1).status_code == 200
+    stats = live.client.stats()
+    assert (stats.num_running, stats.num_waiting, stats.pages_private) == (0, 0, 0)
+    assert live.metric('octavo_requests_rejected_total{reason="queue_full"}') == 1
+    live.client.check()
 
 
 def test_an_engine_that_is_not_there_is_503(absent: Any) -> None:

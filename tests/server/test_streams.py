@@ -58,6 +58,18 @@ def test_a_stream_ends_with_done_and_tells_octavos_own_once(live: Any) -> None:
     assert chunks[-1]["octavo"]["warnings"][0]["param"] == "nonsense"
 
 
+@pytest.mark.parametrize("num_choices", [1, 3])
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
+def test_an_answer_that_was_given_is_200_in_the_log(
+    live: Any, num_choices: int, is_stream: bool
+) -> None:
+    """Regression: the server calls the end of an answer a disconnect, as if the client had left."""
+    assert live.chat(max_tokens=3, n=num_choices, stream=is_stream).status_code == 200
+    [line] = live.log_lines()
+    assert (line["status"], line["finish_reason"]) == (200, "length")
+    assert live.metric('octavo_http_responses_total{status="499"}') == 0
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
 def test_a_client_that_leaves_cancels_its_request(

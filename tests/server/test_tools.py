@@ -240,11 +240,11 @@ def test_each_token_of_a_call_tells_its_probability_once(chatting: Chatting) -> 
         ({"tools": [TOOL, {"type": "web_search"}]}, "tools.1.type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": [TOOL, TOOL]}, "tools.1.function.name"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
         (
             {
                 "tools": [TOOL],
-                "tool_choice": {"type": "function", "function": {"name": "add"}},
+                "tool_choice": {"type": "function", "function": {"name": "subtract"}},
             },
             "tool_choice",
         ),

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,16 @@ from model import build
 from model.attention.interface import AttentionBatch, AttentionSpec
 from model.attention.registry import choose_backend
 from model.graphs import record_on_cuda
-from model.interface import Flight, ModelInfo, ModelRunner, SamplingParams, StepInput, StepOutput
+from model.interface import (
+    Constraint,
+    Flight,
+    ModelInfo,
+    ModelRunner,
+    SamplingParams,
+    StepInput,
+    StepOutput,
+    Vocabulary,
+)
 from model.kv_pool import KVPool
 from scheduler.engine import Engine
 from scheduler.messages import Submit
@@ -194,6 +204,12 @@ class Timed:
     def launch(self, step: StepInput) -> Flight:
         return _TimedFlight(self, self.runner.launch(step))
 
+    def learn(self, vocabulary: Vocabulary) -> None:
+        self.runner.learn(vocabulary)
+
+    def prepare(self, grammar: str) -> Future[Constraint]:
+        return self.runner.prepare(grammar)
+
     def close(self) -> None:
         self.runner.close()
 
@@ -230,7 +246,7 @@ def measure_engine(report: Report) -> None:
     for name, size in timed.info.device_bytes:
         report.add(f"memory: {name}", size / 2**30, "GiB")
     print(*timed.info.notes, sep="\n")
-    engine = Engine(timed, config.scheduler, time.monotonic)
+    engine = Engine(timed, config.scheduler, time.monotonic, lambda _: None)
     ids = iter(range(10**6))
     chance = random.Random(0)
 

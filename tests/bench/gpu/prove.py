@@ -199,7 +199,7 @@ def tokens_of(device: str, backend: str) -> list[list[int]]:
             scheduler=SchedulerSection(max_num_seqs=9, max_num_batched_tokens=64, debug=True),
         )
         runner = build.make_runner(build.resolve_source(f"dummy:{path}"), config)
-    engine = Engine(runner, config.scheduler, time.monotonic)
+    engine = Engine(runner, config.scheduler, time.monotonic, lambda _: None)
     tokens: list[list[int]] = [[] for _ in range(9)]
     for number in range(9):
         params = SamplingParams(

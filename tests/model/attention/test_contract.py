@@ -76,14 +76,28 @@ BACKENDS: dict[str, Build] = {
 TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attend the last tokens of `[keys, kv_heads, head_dim]`, in float64."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
     scores = q.double().transpose(0, 1) @ k.transpose(1, 2) * scale
     back = torch.arange(k.shape[1] - len(q), k.shape[1])[:, None] - torch.arange(k.shape[1])
     hidden = (back < 0) | (back >= (window or 2**31))
-    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    weights = scores.masked_fill(hidden, -torch.inf).exp()
+    # A sink is one more term of the sum that weights are divided by.
+    total = weights.sum(-1, keepdim=True)
+    total += 0.0 if sinks is None else sinks.double().exp()[:, None, None]
+    return (weights / total @ v).transpose(0, 1)
 
 
 @dataclass
@@ -128,8 +142,18 @@ class Scene:
     def expected(self, layer: int) -> Tensor:
         starts = self.batch.query_starts.tolist()
         q = self.parts[0].cpu()
+        spec = self.spec
+        sinks = None if spec.sinks is None else spec.sinks[layer]
         rows = [
-            dense(q[starts[i] : starts[i + 1]], k, v, self.spec.scale, self.spec.windows[layer])
+            dense(
+                q[starts[i] : starts[i + 1]],
+                k,
+                v,
+                spec.scale,
+                spec.windows[layer],
+                spec.softcap,
+                sinks,
+            )
             for i, (k, v) in enumerate(self.history)
         ]
         return torch.cat(rows).flatten(1)
@@ -293,6 +317,17 @@ def test_activations_of_half_precision(build: Build, dtype: torch.dtype) -> None
 
 def test_each_layer_has_its_own_window(build: Build) -> None:
     check(build, make_scene(MIXED, windows=(None, 1, 100, 256, None, 1000)))
+
+
+@pytest.mark.parametrize("build", [ReferenceAttention, TorchAttention])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_capped_scores_and_sinks(build: Build, softcap: float | None, has_sinks: bool) -> None:
+    scene = make_scene(MIXED, windows=(None, 9))
+    sinks = torch.tensor([[0.0, 1.0, -2.0] * 3, [3.0, 5.0, -torch.inf] * 3])
+    spec = replace(scene.spec, softcap=softcap, sinks=tuple(sinks) if has_sinks else None)
+    check(build, replace(scene, spec=spec))
+    assert bool(spec.beyond_softmax) == (has_sinks or softcap is not None)
 
 
 def test_a_single_token(build: Build) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,22 @@ def test_a_cuda_model_without_flash_attention_falls_back() -> None:
     offer = choose_backend("auto", replace(SPEC, device=torch.device("cuda")))
     assert offer.name == "torch"
     assert "attention backend flash not available: dtype must be" in offer.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"softcap": 30.0}, "the model caps its attention scores"),
+        ({"sinks": (torch.zeros(4),) * 2}, "the model has attention sinks"),
+    ],
+)
+def test_what_is_beyond_a_softmax_is_for_torch(changes: dict[str, Any], reason: str) -> None:
+    spec = replace(SPEC, **changes)
+    offer = choose_backend("auto", spec)
+    assert offer.name == "torch"
+    assert reason in offer.notes[0]
+    with pytest.raises(ValueError, match=f"attention_backend cpu is not available: {reason}"):
+        choose_backend("cpu", spec)
 
 
 @pytest.mark.parametrize("name", ["reference", "torch", "triton", "auto"])

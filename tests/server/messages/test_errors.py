@@ -10,7 +10,7 @@ import anthropic
 import httpx
 import pytest
 
-from scheduler.client import Delta, GenerateRequest
+from scheduler.client import Delta, GenerateRequest, RejectKind, RequestRefusedError
 from server.messages.documents import MessagesErrorBody
 from server.schemas import MAX_MESSAGES, MAX_PARTS
 from server.tools.schemas import MAX_TOOLS
@@ -228,8 +228,13 @@ def test_without_a_key_nothing_is_answered(
         client.messages.create(model="fake", **ASKED)
 
 
-def test_a_full_queue_and_an_absent_engine(start_server: Callable[..., Any], absent: Any) -> None:
-    busy = start_server(scheduler={"max_queue": 0}).post(PATHS[0], **ASKED)
+def test_a_full_queue_and_an_absent_engine(scripted: Callable[..., Any], absent: Any) -> None:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        if request.prompt_token_ids:
+            raise RequestRefusedError("the queue is full", RejectKind.BUSY, None)
+        yield Delta()
+
+    busy = scripted(script).post(PATHS[0], **ASKED)
     error_of(busy, 429, "rate_limit_error")
     assert busy.headers["retry-after"]
     gone = absent.post(PATHS[0], **ASKED)

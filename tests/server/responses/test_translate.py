@@ -20,9 +20,10 @@ def chat(**asked: Any) -> ChatRequest:
 
 def test_formats_are_a_chats_response_format() -> None:
     schema = {"name": "point", "schema": {"type": "object", "default": None}, "strict": True}
-    told = chat(text={"format": {"type": "json_schema", **schema}}).model_dump()
-    assert told["response_format"] == {"type": "json_schema", "json_schema": schema}
-    told = chat(text={"format": {"type": "json_object"}}).model_dump()
+    told = chat(text={"format": {"type": "json_schema", **schema}}).model_dump(by_alias=True)
+    wanted = {"description": None, **schema}
+    assert told["response_format"] == {"type": "json_schema", "json_schema": wanted}
+    told = chat(text={"format": {"type": "json_object"}}).model_dump(exclude_none=True)
     assert told["response_format"] == {"type": "json_object"}
     assert chat(text={"format": {"type": "text"}}).model_dump().get("response_format") is None
 

@@ -251,3 +251,17 @@ def test_a_template_that_uses_no_message_has_no_message_at_fault() -> None:
 def test_a_template_that_is_no_jinja_is_told_with_its_line() -> None:
     with pytest.raises(TemplateError, match=r"template default, line 2: .*unknown tag 'fro'"):
         template_of("\n{% fro x in y %}")
+
+
+def test_arguments_of_calls_come_in_the_kind_the_template_wants() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    said = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    each = "{% for c in m.tool_calls or [] %}{{ ARGUMENTS }}{% endfor %}"
+    loop = "{% for m in messages %}" + each + "{% endfor %}"
+    for reading, expected in (
+        ("'args: ' + c.function.arguments", 'args: {"a": 1}'),
+        ("c.function.arguments | tojson", '{"a": 1}'),
+        ("c.function.arguments.a", "1"),
+    ):
+        source = loop.replace("ARGUMENTS", reading)
+        assert template_of(source).render(said) == expected

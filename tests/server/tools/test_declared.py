@@ -1,8 +1,19 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
-from server.tools.declared import MISTRAL_THINK, THINK, call_syntax, opens_reasoning, think_tags
+from configs.schema import ModelSection, ToolCallParser
+from server.tools.declared import (
+    MISTRAL_THINK,
+    SYNTAXES,
+    TAGS,
+    THINK,
+    call_syntax,
+    opens_reasoning,
+    think_tags,
+)
 
 # The lines of the families' own templates in which they say how calls look.
 QWEN = "{% if tools %}within <tool_call></tool_call> XML tags:\n{% endif %}</think><think>"
@@ -12,6 +23,10 @@ LLAMA_32 = (
     """{% if tools %}Respond in the format {"name": function name, "parameters": ...{% endif %}"""
 )
 LLAMA_4 = LLAMA_32 + "<|python_start|>"
+GLM_45 = "{% if tools %}<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>{% endif %}"
+DEEPSEEK_V3 = "{{ tools }}{{'<\uff5ctool\u2581calls\u2581begin\uff5c>'}}"
+DEEPSEEK_V32 = '{{ tools }}{% set dsml_token = "\uff5cDSML\uff5c" %}'
+MINIMAX = '{{ tools }}<invoke name="tool-name-1">'
 MISTRAL_V3 = "{% if tools %}[AVAILABLE_TOOLS]{% endif %}[TOOL_CALLS]"
 SMOLLM2 = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -20,7 +35,12 @@ SMOLLM2 = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     ("template", "name"),
     [
         (QWEN, "hermes"),
-        (QWEN_CODER, None),
+        (QWEN_CODER, "qwen3_xml"),
+        (GLM_45, "glm45"),
+        (DEEPSEEK_V3, "deepseek_v3"),
+        (DEEPSEEK_V3.replace("{{ tools }}", ""), None),
+        (DEEPSEEK_V32, "deepseek_v32"),
+        (MINIMAX, None),
         (QWEN + "<tool_calls>[...]", None),
         (LLAMA_31, "llama"),
         (LLAMA_32, "llama"),
@@ -52,3 +72,13 @@ def test_think_tags() -> None:
 )
 def test_whether_the_prompt_opened_the_reasoning(prompt: str, opens: bool) -> None:
     assert opens_reasoning(prompt, THINK) is opens
+
+
+def test_every_parser_an_operator_may_name_is_there() -> None:
+    assert {*get_args(ToolCallParser)} == {"auto", *SYNTAXES}
+    named = get_args(ModelSection.model_fields["reasoning_parser"].annotation)
+    assert {*named} == {"auto", *TAGS}
+    for name, syntax in SYNTAXES.items():
+        assert call_syntax({"default": QWEN}, name) is syntax
+    for name, tags in TAGS.items():
+        assert think_tags({"default": SMOLLM2}, name) is tags

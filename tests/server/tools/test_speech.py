@@ -9,16 +9,23 @@ from hypothesis import strategies as st
 
 from server.tools.declared import THINK
 from server.tools.events import Call, Content, CutCall, Reasoning
+from server.tools.marked import DEEPSEEK
 from server.tools.speech import Speech, SpeechParser
+from server.tools.spelled import DSML, GLM, QWEN_XML
 from server.tools.syntaxes import HERMES, LLAMA, MISTRAL
 
 TOOLS = frozenset({"add", "get_time"})
+SCHEMAS = {"add": {"properties": {"a": {"type": "integer"}}}}
 SPEECHES = {
     "hermes": Speech(HERMES, THINK, tool_names=TOOLS),
     "prefilled": Speech(HERMES, THINK, is_thinking=True, tool_names=TOOLS),
     "llama": Speech(LLAMA, None, tool_names=TOOLS),
     "mistral": Speech(MISTRAL, None, tool_names=TOOLS),
     "thinking": Speech(None, THINK),
+    "qwen": Speech(QWEN_XML, THINK, schemas=SCHEMAS),
+    "glm": Speech(GLM, THINK, schemas=SCHEMAS),
+    "deepseek": Speech(DEEPSEEK, THINK),
+    "dsml": Speech(DSML, None),
 }
 
 
@@ -83,6 +90,18 @@ FRAGMENTS = (
     "<tool",
     "[TOOL",
     '{"name": "add", "par',
+    "<function=add>",
+    "<parameter=a>",
+    "</parameter>",
+    "</function>",
+    "add<arg_key>a</arg_key><arg_value>",
+    "1</arg_value>",
+    "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>",
+    "add<\uff5ctool\u2581sep\uff5c>{}",
+    "<\uff5ctool\u2581call\u2581end\uff5c>",
+    '<\uff5cDSML\uff5ctool_calls><\uff5cDSML\uff5cinvoke name="add">',
+    '<\uff5cDSML\uff5cparameter name="a" string="false">',
+    "</\uff5cDSML\uff5cparameter></\uff5cDSML\uff5cinvoke>",
 )  # fmt: skip - one a line would hide how few they are
 
 

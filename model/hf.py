@@ -1,0 +1,260 @@
+"""Decoders of `transformers` on our pages: its layers, our attention, one flat batch.
+
+The model runs without a cache of its own: what it would keep is in the pages, and what sets the
+sequences of a batch apart is attention alone. Knows nothing of architectures: what a model wants
+is asked of it (`model/hf_attention.py`), and that it gets it is proved at each start
+(`model/hf_proof.py`). Imported only where such a model is served, for the import takes seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from model.arch import ArchError
+from model.attention.interface import AttentionBackend, AttentionSpec
+from model.hf_attention import (
+    ASKING,
+    PAGED,
+    AttentionCall,
+    CommonWish,
+    Inquirer,
+    LayerWish,
+    common_wish,
+    register,
+)
+from model.hf_config import HfConfig, faults_of, read_hf_config
+from model.hf_proof import Proof
+from model.linear import Format
+from model.source import ModelSource
+
+
+@dataclass(frozen=True, slots=True)
+class HfShape:
+    """See `DecoderShape`."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    unknown_keys: tuple[str, ...] = ()
+
+
+class _Given(MoeModelOutputWithPast):  # type: ignore[misc] # transformers has no types
+    """What layers put out; every field that some model's own output has beside these is unset."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _GivenHidden(nn.Module):
+    """Stands where a model's layers were, so that the rest of it computes logits and no more."""
+
+    def forward(self, *_args: object, octavo: Tensor, **_kwargs: object) -> _Given:
+        return _Given(last_hidden_state=octavo)
+
+
+class _PagedLayers:
+    """See `Attender`: one pass through the layers over planned pages."""
+
+    def __init__(
+        self,
+        wishes: Sequence[LayerWish],
+        common: CommonWish,
+        dtype: torch.dtype,
+        backend: AttentionBackend,
+    ) -> None:
+        self._wishes = iter(enumerate(wishes))
+        self._common = common
+        self._dtype = dtype
+        self._backend = backend
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """See `Attender`."""
+        common = self._common
+        layer, wish = next(self._wishes)
+        # Norms and rotations leave some models' heads in float32.
+        q, k, v = (
+            _widened(heads.to(self._dtype), common.head_dim) for heads in (call.q, call.k, call.v)
+        )
+        if wish.scale != common.scale:
+            q = q * (wish.scale / common.scale)
+        if wish.num_kv_heads != common.num_kv_heads:
+            repeats = common.num_kv_heads // wish.num_kv_heads
+            k, v = (heads.repeat_interleave(repeats, dim=1) for heads in (k, v))
+        attended = self._backend.attend(layer, q, k, v).view(q.shape)
+        return attended[..., : wish.v_head_dim].to(call.v.dtype)
+
+
+def _widened(heads: Tensor, width: int) -> Tensor:
+    missing = width - heads.shape[2]
+    return functional.pad(heads, (0, missing)) if missing else heads
+
+
+class HfDecoder:
+    """See `ServedDecoder`: a causal language model of `transformers`, taken in two."""
+
+    format: Format = "none"
+
+    def __init__(self, model: Any, found: HfConfig, wishes: Sequence[LayerWish]) -> None:  # noqa: ANN401 - transformers' class
+        """Take over `model`, whose attention must be `PAGED`; `wishes` are those of its layers."""
+        text_config = model.config.get_text_config()
+        self._wishes = tuple(wishes)
+        self._common = common_wish(wishes, text_config.num_hidden_layers)
+        self.arch = HfShape(
+            num_layers=len(wishes),
+            num_kv_heads=self._common.num_kv_heads,
+            head_dim=self._common.head_dim,
+            max_positions=found.max_positions,
+            vocab_size=text_config.vocab_size,
+            eos_token_ids=_eos_token_ids(model),
+        )
+        dtype = model.dtype
+        library = f"transformers {transformers.__version__} ({type(model).__name__})"
+        weights = f"weights in {str(dtype).removeprefix('torch.')}"
+        self.notes = (f"computed by {library}, {weights}", *found.notes)
+        self.weights_bytes = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+        self.attention_dtype: torch.dtype = dtype
+        self.device: torch.device = model.device
+        body = model.get_decoder()
+        # Some have a last product of that name.
+        self._body = body if isinstance(body, transformers.PreTrainedModel) else model.base_model
+        name = next(name for name, module in model.named_modules() if module is self._body)
+        if not name:
+            raise ArchError("its layers and its logits are in one piece")
+        model.set_submodule(name, _GivenHidden())
+        self._head = model
+
+    def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
+        """See `ServedDecoder`."""
+        common = self._common
+        return AttentionSpec(
+            num_layers=self.arch.num_layers,
+            num_heads=common.num_heads,
+            num_kv_heads=common.num_kv_heads,
+            head_dim=common.head_dim,
+            scale=common.scale,
+            windows=tuple(one.window for one in self._wishes),
+            dtype=self.attention_dtype,
+            kv_dtype=kv_dtype,
+            device=self.device,
+            softcap=common.softcap,
+            sinks=common.sinks,
+        )
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """See `Decoder`; what it returns is behind the final norm already."""
+        found = self._body(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            octavo=_PagedLayers(self._wishes, self._common, self.attention_dtype, attention),
+        )
+        hidden: Tensor = found[0].squeeze(0)
+        return hidden.float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Decoder`: by the model's own code, for some cap or scale them."""
+        rows = hidden.to(self.attention_dtype).unsqueeze(0)
+        # Nothing is looked up in them; some models count them.
+        ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)
+        logits: Tensor = self._head(input_ids=ids, octavo=rows, use_cache=False).logits.squeeze(0)
+        return logits.float()
+
+
+def _eos_token_ids(model: Any) -> tuple[int, ...]:  # noqa: ANN401 - as above
+    for config in (model.generation_config, model.config.get_text_config()):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    return ()
+
+
+def load_hf_decoder(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_positions: int | None = None,
+) -> HfDecoder:
+    """Load a folder of safetensors, or make a dummy's random weights, and prove that it works.
+
+    `max_positions`: as long as requests will be at most, where that is known. `ArchError` (a
+    `ValueError`) says in one line why a model cannot be served.
+    """
+    found = read_hf_config(source, max_positions)
+    register()
+    with torch.inference_mode(), _quiet(), faults_of(found.config.model_type):
+        model = _load(source, found, dtype).to(device).eval()
+        proof = Proof(model)
+        decoder = HfDecoder(model, found, _wishes(model, found.max_positions))
+        proof.check(decoder)
+    return decoder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the library's advice, which is for people who train, and bars in log files."""
+    log = transformers.logging
+    before, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    if not sys.stderr.isatty():
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
+        if has_bars:
+            log.enable_progress_bar()
+
+
+def _load(source: ModelSource, found: HfConfig, dtype: torch.dtype) -> Any:  # noqa: ANN401 - as above
+    # eager: what the library's authors hold everything else against.
+    settings: dict[str, object] = {"dtype": dtype, "attn_implementation": "eager"}
+    if source.kind == "dummy":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return transformers.AutoModelForCausalLM.from_config(found.config, **settings)
+    if found.is_mxfp4:
+        # Kernels that multiply it as it is are for GPUs alone, and would be fetched from the hub.
+        settings["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    model, info = found.model_class.from_pretrained(
+        source.path,
+        config=found.config,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        **settings,
+    )
+    for what in ("missing_keys", "mismatched_keys"):
+        if tensors := sorted(map(str, info[what])):
+            # transformers would go on with random ones.
+            raise ArchError(f"{what.replace('_', ' ')}: {tensors[0]}")
+    return model
+
+
+def _wishes(model: Any, max_positions: int) -> list[LayerWish]:  # noqa: ANN401 - as above
+    """Have the model tell what it wants of attention, and leave it ready to be served."""
+    inquirer = Inquirer(max_positions)
+    model.set_attn_implementation(ASKING)
+    # One token: with more, some models cut the masks of layers that need not see all of them.
+    model(
+        input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device),
+        position_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device),
+        use_cache=False,
+        octavo=inquirer,
+    )
+    model.set_attn_implementation(PAGED)
+    return inquirer.wishes

@@ -1,0 +1,149 @@
+"""Which models of `transformers` can be served, decided before any weight is read.
+
+Knows nothing of layers: what only a run can tell is found out in `model/hf_proof.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from model.arch import ArchError
+from model.read_arch import read_json
+from model.source import ModelSource
+
+_SERVED = "served are decoders of text that attend in every layer and keep no other state"
+_OTHER_SENSES = re.compile("audio|image|speech|video|vision|vq")
+#: Some libraries' messages are pages long.
+_LONGEST_REASON = 300
+#: As many as the proof computes.
+_FEWEST_POSITIONS = 8
+_PAGED_KINDS = frozenset({"full_attention", "sliding_attention"})
+
+
+@dataclass(frozen=True, slots=True)
+class HfConfig:
+    """A config that `transformers` understands and we can serve."""
+
+    #: Its own, with its own attributes.
+    config: Any
+    #: Of the decoder with its head, such as `Gemma2ForCausalLM`.
+    model_class: Any
+    #: Positions below this give the same result whatever else is in the batch.
+    max_positions: int
+    #: Whether the weights are in mxfp4, as those of gpt-oss.
+    is_mxfp4: bool
+    notes: tuple[str, ...]
+
+
+@contextmanager
+def faults_of(model_type: object) -> Iterator[None]:
+    """Have whatever a model's code raises begin with its name, and be an `ArchError`."""
+    try:
+        yield
+    except (MemoryError, OSError):
+        raise
+    # Hundreds of authors' code: what it makes of a config it cannot work with is anybody's guess.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        if not isinstance(error, ArchError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ArchError(f"model_type {model_type!r}: {reason}; {_SERVED}") from error
+
+
+def read_hf_config(source: ModelSource, wanted_positions: int | None) -> HfConfig:
+    """Read and judge a config.json. `ArchError` says in a line why a model cannot be served."""
+    path = source.path if source.kind == "dummy" else source.path / "config.json"
+    values = read_json(path)
+    with faults_of(values.get("model_type")):
+        config = _parse(values)
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if isinstance(model_class, tuple):
+            model_class = model_class[0]
+        if reason := _why_not(config, model_class):
+            raise ArchError(f"it {reason}")
+        max_positions, notes = _positions(config.get_text_config(), wanted_positions)
+    is_mxfp4 = _quantization_method(values) is not None
+    if is_mxfp4:
+        notes = ("weights in mxfp4 are expanded", *notes)
+    return HfConfig(config, model_class, max_positions, is_mxfp4, notes)
+
+
+def _quantization_method(values: Mapping[str, object]) -> str | None:
+    """Return what a config.json says its weights are quantized by."""
+    found = values.get("quantization_config")
+    if found is None:
+        return None
+    return str(found.get("quant_method")) if isinstance(found, dict) else "unknown"
+
+
+def _parse(values: Mapping[str, object]) -> Any:  # noqa: ANN401 - one of hundreds of classes
+    name = values.get("model_type")
+    if name not in transformers.CONFIG_MAPPING:
+        raise ArchError(
+            f"transformers {transformers.__version__} does not know it, and code that comes with "
+            "a model is never run"
+        )
+    if (method := _quantization_method(values)) not in {None, "mxfp4"}:
+        raise ArchError(f"its weights are quantized ({method}); only .gguf and mxfp4 are read")
+    return transformers.CONFIG_MAPPING[name].from_dict(dict(values))
+
+
+def _why_not(config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above
+    """Say what is in the way; nothing where nothing is."""
+    senses = sorted(name for name in config.sub_configs if _OTHER_SENSES.search(name))
+    kinds = getattr(config, "layer_types", None) or ()
+    ropes = _rope_types(config)
+    unpaged = sorted({str(kind) for kind in kinds} - _PAGED_KINDS)
+    reasons = (
+        (getattr(config, "is_encoder_decoder", False), "has an encoder"),
+        (model_class is None, "is no causal language model"),
+        (senses, f"has parts that are not for text ({', '.join(senses)})"),
+        (
+            getattr(model_class, "_is_stateful", False),
+            "keeps a recurrent state, which has no pages to be shared or brought back",
+        ),
+        (unpaged, f"has layers of kind {', '.join(unpaged)}"),
+        (
+            not getattr(model_class, "_supports_attention_backend", False),
+            "does not let others compute its attention (transformers' attention interface)",
+        ),
+        (
+            "dynamic" in ropes or {"longrope"} < ropes,
+            "has rope scaling by which one long request would change all others",
+        ),
+    )
+    return next((reason for is_so, reason in reasons if is_so), "")
+
+
+def _rope_types(config: Any) -> set[str]:  # noqa: ANN401 - as above
+    """Return the types of rope: one for all layers, or one for each kind of them."""
+    found = getattr(config, "rope_parameters", None) or {}
+    specs = (found, *found.values())
+    return {str(spec.get("rope_type", "default")) for spec in specs if isinstance(spec, dict)}
+
+
+def _positions(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...]]:  # noqa: ANN401 - as above
+    """Return how long a text may be.
+
+    Under longrope all angles change once one text of the batch is longer than the model was first
+    trained for. Where such texts are wanted, everything gets their angles.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < _FEWEST_POSITIONS:
+        raise ArchError(f"its max_position_embeddings is {longest}, so its length is not known")
+    if "longrope" not in _rope_types(config):
+        return longest, ()
+    rope = config.rope_parameters
+    short = rope["original_max_position_embeddings"]
+    if wanted is None or wanted <= short:
+        note = f"limited to {short} tokens, for past them the model turns all positions by other "
+        return short, (note + f"angles; --max-model-len up to {longest} takes those throughout",)
+    rope["short_factor"] = rope["long_factor"]
+    return longest, (f"angles are those for more than {short} tokens, in short requests too",)

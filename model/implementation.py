@@ -1,0 +1,79 @@
+"""Whose code computes a model: Octavo's own, or that of `transformers` on Octavo's pages.
+
+Knows nothing of either; what decides is which of them knows the architecture.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+
+from configs.schema import ModelSection
+from model.arch import ArchError
+from model.cpu_library import CpuLibrary
+from model.load import build_transformer
+from model.ops import Ops
+from model.read_arch import read_arch
+from model.source import ModelSource
+from model.transformer import ServedDecoder
+
+Implementation: TypeAlias = Literal["octavo", "transformers"]
+
+
+def choose_implementation(source: ModelSource, asked: str) -> tuple[Implementation, str]:
+    """Settle whose code is used, and say why it is not ours where it is not.
+
+    Raises `ValueError` where `asked` cannot be, `OSError` where files cannot be read.
+    """
+    if source.kind == "gguf" and asked == "transformers":
+        raise ValueError("model_impl transformers reads folders of safetensors, and not .gguf")
+    if source.kind == "gguf" or asked == "octavo":
+        return "octavo", ""
+    if asked == "transformers":
+        return "transformers", "as asked"
+    try:
+        read_arch(source)
+    except ArchError as reason:
+        return "transformers", str(reason)
+    return "octavo", ""
+
+
+def build_decoder(
+    source: ModelSource,
+    config: ModelSection,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
+    tiles: CpuLibrary | None,
+) -> ServedDecoder:
+    """Load a model by the one or the other. Raises `ValueError` that says what is in the way."""
+    chosen, reason = choose_implementation(source, config.model_impl)
+    if chosen == "octavo":
+        return build_transformer(
+            source,
+            quantization=config.quantization,
+            dtype=dtype,
+            device=device,
+            ops=ops,
+            progress=True,
+            max_positions=config.max_model_len,
+            tiles=tiles,
+        )
+    if config.quantization not in {"auto", "none"}:
+        raise ValueError(
+            f"quantization {config.quantization} is for what Octavo computes itself; with "
+            "transformers use none, and --dtype bfloat16 for half the weights"
+        )
+    # Importing transformers takes seconds.
+    from model.hf import load_hf_decoder  # noqa: PLC0415 - see above
+
+    try:
+        decoder = load_hf_decoder(
+            source, dtype=dtype, device=device, max_positions=config.max_model_len
+        )
+    except ArchError as error:
+        raise ArchError(f"{error}. Octavo's own code: {reason}") from error
+    decoder.notes = (f"not Octavo's own code: {reason}", *decoder.notes)
+    return decoder

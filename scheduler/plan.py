@@ -1,0 +1,73 @@
+"""One step: what it is to compute, for whom, and what came of it.
+
+Knows nothing of why a sequence is in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.interface import PENDING_TOKEN, ScoredSpan, StepInput, TokenLogprobs
+from scheduler.messages import FinishReason
+from scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: row i of `step` belongs to `sequences[i]`."""
+
+    step: StepInput
+    sequences: list[Sequence]
+    #: Those that left the queue for the first time: (request id, cached tokens, miss reason).
+    started: list[tuple[int, int, str]]
+    num_decodes: int
+    num_prompt_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the step computes."""
+        return len(self.step.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step brought; columns are parallel, `logprobs` may be empty."""
+
+    request_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    finished: list[tuple[int, FinishReason]]
+    #: (request id, why): ended by an error of its own.
+    failed: list[tuple[int, str]]
+    #: (request id, the next tokens of its prompt).
+    prompt_logprobs: list[tuple[int, tuple[TokenLogprobs, ...]]]
+
+
+def new_plan() -> StepPlan:
+    """Return a plan with nothing in it."""
+    return StepPlan(StepInput([], [], [], [], [], []), [], [], 0, 0)
+
+
+def add_row(plan: StepPlan, sequence: Sequence, count: int) -> None:
+    """Let the step compute the sequence's next `count` tokens, and count on them from here on."""
+    step, start = plan.step, sequence.num_computed
+    end = start + count
+    allocation = sequence.allocation
+    assert allocation is not None, "a running sequence without pages"
+    if count == 1:
+        step.token_ids.append(sequence.token_ids[start])
+    else:
+        step.token_ids.extend(sequence.token_ids[start:end])
+    sequence.num_computed = end
+    if end == len(sequence.token_ids):
+        step.sample_rows.append(len(plan.sequences))
+        sequence.token_ids.append(PENDING_TOKEN)
+    first, last = max(start, sequence.num_scored), min(end, sequence.num_to_score)
+    if first < last:
+        targets = sequence.token_ids[first + 1 : last + 1]
+        step.scored.append(ScoredSpan(len(plan.sequences), first - start, targets))
+    step.starts.append(start)
+    step.counts.append(count)
+    step.slots.append(sequence.slot)
+    step.page_ids.append(allocation.page_ids)
+    plan.sequences.append(sequence)

@@ -1,0 +1,71 @@
+"""Why a request is not even queued: it can never run, or too much waits already.
+
+Pure: knows nothing of what the scheduler does with those it takes in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from configs.schema import SchedulerSection
+from scheduler.messages import Rejected, RejectKind, Submit
+from scheduler.queue import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is left for newcomers; those who wait already have the first claim to it."""
+
+    num_free_slots: int
+    num_free_pages: int
+    page_size: int
+
+    def is_enough(self, num_sequences: int, num_tokens: int) -> bool:
+        """Whether so many sequences of so many tokens in all could start, and go on for a page.
+
+        Errs on the safe side: what they may find in the cache is not counted.
+        """
+        most_pages = (num_tokens + num_sequences * (self.page_size - 1)) // self.page_size
+        # Each that is admitted keeps one page free for each that runs (see `Scheduler._admit`).
+        most_pages += num_sequences - 1
+        return num_sequences <= self.num_free_slots and most_pages <= self.num_free_pages
+
+
+def why_never(submit: Submit, max_model_len: int) -> Rejected | None:
+    """Return the refusal of a request that no waiting would help."""
+    num_tokens = len(submit.prompt_token_ids) + len(submit.output_token_ids)
+    request_id, invalid = submit.request_id, RejectKind.INVALID
+    if not submit.prompt_token_ids:
+        return Rejected(request_id, invalid, "the prompt has no tokens", "prompt")
+    if num_tokens >= max_model_len:
+        message = (
+            f"the prompt has {num_tokens} tokens, which leaves no room for an answer: "
+            f"at most {max_model_len} tokens fit, prompt and answer together"
+        )
+        return Rejected(request_id, invalid, message, "prompt")
+    return None
+
+
+def why_not_now(
+    submit: Submit, waiting: WaitingQueue, room: Room, config: SchedulerSection
+) -> Rejected | None:
+    """Return the refusal of a request that would have to wait where too much waits already.
+
+    The limits are for those who must wait: a burst that can start at once is never refused for
+    arriving between two steps. A queue without tokens takes any request, however long: else one
+    longer than `max_queue_tokens` would be refused for ever.
+    """
+    num_waiting, num_tokens = len(waiting), len(submit.prompt_token_ids)
+    if submit.is_resumed or room.is_enough(num_waiting + 1, waiting.num_tokens + num_tokens):
+        return None
+    message = ""
+    if num_waiting >= config.max_queue:
+        message = f"{num_waiting} requests are waiting already, which is the limit"
+        if not config.max_queue:
+            message = "there is no room now, and no queue to wait in"
+    elif num_waiting and waiting.num_tokens + num_tokens > config.max_queue_tokens:
+        message = (
+            f"requests of {waiting.num_tokens} tokens are waiting already; with the {num_tokens} "
+            f"of this one they would be more than the limit of {config.max_queue_tokens}"
+        )
+    return Rejected(submit.request_id, RejectKind.BUSY, message) if message else None

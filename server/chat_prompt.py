@@ -1,0 +1,101 @@
+"""The prompt that a model's template makes of a chat. Knows nothing of what is asked behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from server.errors import invalid
+from server.params import Warned
+from server.prompts import off_loop
+from server.schemas import ChatRequest, Message
+from server.service import Service
+from server.text.pieces import TextError
+from server.text.template import TemplateError
+from server.tools.schemas import Tool
+
+#: To render a message takes as long as to encode this many characters, some 25 µs.
+_MESSAGE_CHARS = 80
+#: What `ChatTemplate.render` takes itself.
+_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt", "continues_final")
+
+
+async def prompt_of_chat(
+    service: Service, request: ChatRequest, tools: Sequence[Tool], warnings: list[Warned]
+) -> list[int]:
+    """Return a chat's prompt, however long; `tools`: the callable ones. Raises `ApiError`.
+
+    `warnings` gets those of what the template does not know.
+    """
+    return await chat_tokens(
+        service,
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt,
+        add_special_tokens=request.add_special_tokens,
+        variables=_with_effort(service, request, warnings),
+        tools=[tool.for_template() for tool in tools],
+        continues_final=request.continue_final_message is True,
+    )
+
+
+async def chat_tokens(
+    service: Service,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool | None,
+    add_special_tokens: bool | None,
+    variables: dict[str, Any] | None,
+    tools: Sequence[dict[str, Any]] = (),
+    continues_final: bool = False,
+) -> list[int]:
+    """Return the prompt that the model's template makes of a chat; null flags mean the default.
+
+    Raises `ApiError`.
+    """
+    template, tokenizer = service.text.template, service.text.tokenizer
+    if template is None:
+        raise invalid("this model has no chat template; use /v1/completions", "messages")
+    for name in _RESERVED_VARIABLES:
+        if name in (variables or {}):
+            message = f"chat_template_kwargs: the variable {name!r} is the server's own"
+            raise invalid(message, "chat_template_kwargs")
+
+    if continues_final and add_generation_prompt:
+        message = "continue_final_message and add_generation_prompt exclude each other"
+        raise invalid(message, "continue_final_message")
+
+    def encode() -> list[int]:
+        text = template.render(
+            [message.for_template() for message in messages],
+            add_generation_prompt=add_generation_prompt is not False,
+            tools=tools or None,
+            continues_final=continues_final,
+            **(variables or {}),
+        )
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
+
+    try:
+        num_chars = sum(message.num_chars for message in messages) + len(json.dumps(tools))
+        return await off_loop(encode, num_chars + len(messages) * _MESSAGE_CHARS)
+    except TemplateError as error:
+        at = "" if error.message_index is None else f".{error.message_index}"
+        raise invalid(str(error), "messages" + at) from error
+    except TextError as error:
+        raise invalid(str(error), "messages") from error
+
+
+def _with_effort(
+    service: Service, request: ChatRequest, warnings: list[Warned]
+) -> dict[str, Any] | None:
+    """Return the template's variables, the effort among them if there is one and it knows it."""
+    name, effort, given = "reasoning_effort", request.reasoning_effort, request.chat_template_kwargs
+    template = service.text.template
+    if effort is None or template is None:
+        return given
+    if any(name in source for source in template.sources.values()):
+        return {name: effort, **(given or {})}
+    if effort != "none":
+        message = f"{name} was ignored: it has no effect on this model"
+        warnings.append({"param": name, "message": message})
+    return given

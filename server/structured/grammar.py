@@ -1,0 +1,168 @@
+"""Forms of output in the language of grammars (llguidance's Lark). Pure text in, text out.
+
+A `Form` is a rule named `body` and what it needs; `whole` puts it behind the reasoning and beside
+the calls of tools. Knows nothing of requests, of models or of what a grammar costs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+#: Forced text may be cut into tokens as the model likes, not as a tokenizer would.
+_HEAD = '%llguidance {"no_forcing": true}'
+#: One space, or a line break with indentation: small models write blanks for ever if they may.
+_WHITESPACE = r"[ ]|\n[ ]{0,32}"
+#: How parts of a pattern are written between slashes. Digits and letters are ASCII's, as in the
+#: patterns of JSON Schema: a model that may write a date in Thai digits one day will.
+_IN_SLASHES = {
+    "/": r"\/",
+    "\n": r"\n",
+    "\\\n": r"\n",
+    r"\d": "[0-9]",
+    r"\D": "[^0-9]",
+    r"\w": "[0-9A-Za-z_]",
+    r"\W": "[^0-9A-Za-z_]",
+}
+#: What may stand between the reasoning and the answer, or between the answer's parts.
+_GAP = r"/[ \n]{0,4}/"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What an answer is to look like."""
+
+    #: Rules, `body` among them. Or a whole grammar, if `is_whole`.
+    rules: str
+    is_whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """What stands before the answer."""
+
+    #: The tags as terms of a grammar.
+    opener: str
+    closer: str
+    #: The closer's text, where it is no special token.
+    closer_text: str | None
+    #: Whether the prompt has opened it; else the model may.
+    is_open: bool
+
+
+def literal(text: str) -> str:
+    """Return the term for exactly this text."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def special(token_id: int) -> str:
+    """Return the term for a special token."""
+    return f"<[{token_id}]>"
+
+
+def json_rule(
+    name: str,
+    schema: dict[str, Any],
+    *,
+    is_lenient: bool,
+    whitespace: str | None = None,
+    is_compact: bool = False,
+) -> str:
+    """Return a rule for the JSON that satisfies `schema`.
+
+    `is_lenient`: leave out, with a warning, what of it cannot be enforced. `whitespace`: a pattern
+    of what may stand wherever JSON lets white space stand. Raises `ValueError` for one that is too
+    deep, or no JSON.
+    """
+    options: dict[str, Any] = {"whitespace_pattern": whitespace or _WHITESPACE}
+    if is_compact:
+        options = {"whitespace_flexible": False}
+    if is_lenient:
+        options["lenient"] = True
+    try:
+        text = orjson.dumps({**schema, "x-guidance": options}).decode()
+    except orjson.JSONEncodeError as error:
+        raise ValueError(f"is no JSON that can be read: {error}") from error
+    return f"{name}: %json {text}"
+
+
+def json_form(
+    schema: dict[str, Any],
+    *,
+    is_lenient: bool,
+    whitespace: str | None = None,
+    is_compact: bool = False,
+) -> Form:
+    """Return the form of the JSON that satisfies `schema`; see `json_rule`."""
+    rule = json_rule(
+        "body", schema, is_lenient=is_lenient, whitespace=whitespace, is_compact=is_compact
+    )
+    return Form(rule)
+
+
+def regex_form(pattern: str) -> Form:
+    """Return the form of texts that match all of `pattern`."""
+    # It is matched as a whole, so anchors say nothing new; inside they are refused.
+    pattern = pattern.removeprefix("^")
+    if pattern.endswith("$") and not _is_escaped(pattern, len(pattern) - 1):
+        pattern = pattern[:-1]
+    if not pattern:
+        return Form('body: ""')
+    escaped = re.sub(r"\\.|/|\n", _in_slashes, pattern, flags=re.DOTALL)
+    return Form(f"body: /{escaped}/")
+
+
+def _is_escaped(text: str, at: int) -> bool:
+    before = text[:at]
+    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
+def _in_slashes(found: re.Match[str]) -> str:
+    return _IN_SLASHES.get(found.group(), found.group())
+
+
+def choice_form(choices: Sequence[str]) -> Form:
+    """Return the form of one of these texts."""
+    return Form("body: " + " | ".join(map(literal, choices)))
+
+
+def lark_form(grammar: str) -> Form:
+    """Return the form of a grammar with a rule `start`."""
+    return Form(grammar, is_whole=True)
+
+
+def whole(form: Form | None, *, thinking: Thinking | None = None, calls: str = "") -> str:
+    """Return the grammar of an output: reasoning, then the form or the calls (rules with `calls`).
+
+    At least one of `form` and `calls` is there.
+    """
+    if form is not None and form.is_whole and thinking is None and not calls:
+        return f"{form.rules}\n{_HEAD}\n"
+    if form is not None and form.is_whole:
+        outer = "\n".join([_HEAD, *_frame("@inner", thinking, calls)])
+        inner = f"{form.rules}\n{_HEAD}\n"
+        parts = [{"lark_grammar": outer}, {"name": "inner", "lark_grammar": inner}]
+        return json.dumps({"grammars": parts})
+    rules = [form.rules] if form is not None else []
+    lines = [_HEAD, *_frame("body" if form is not None else "", thinking, calls), *rules]
+    return "\n".join(lines) + "\n"
+
+
+def _frame(body: str, thinking: Thinking | None, calls: str) -> list[str]:
+    """Return the rule `start` and what it needs but for `body`."""
+    told = " | ".join(filter(None, (body, "calls" if calls else "")))
+    if thinking is None:
+        return [f"start: {told}", *filter(None, [calls])]
+    think = "think gap" if thinking.is_open else f"({thinking.opener} think gap)?"
+    if thinking.closer_text is None:
+        rules = [f"think: /(?s:.*)/ {thinking.closer}"]
+    else:
+        closer = re.escape(thinking.closer_text).replace("/", r"\/")
+        rules = [f"think[lazy]: /(?s:.*){closer}/"]
+    lines = [f"start: {think} answer", f"answer: {told}", f"gap: {_GAP}", *rules]
+    return [*lines, *filter(None, [calls])]

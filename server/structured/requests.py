@@ -1,0 +1,247 @@
+"""What a request says of the form of its answer, as one grammar. Knows nothing of engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from server.errors import invalid
+from server.params import Warned
+from server.prompts import LONG_PROMPT_CHARS, off_loop
+from server.schemas import ChatRequest, GenerateFields
+from server.service import Service
+from server.structured.calls import call_rules
+from server.structured.grammar import (
+    Form,
+    Thinking,
+    choice_form,
+    json_form,
+    lark_form,
+    literal,
+    regex_form,
+    special,
+    whole,
+)
+from server.structured.schemas import ResponseFormat, StructuredOutputs
+from server.tooling import Spoken, forced_tools, is_forced, prompt_end
+from server.tools.forms import call_form
+from server.tools.schemas import Tool
+
+#: Of the whole grammar. What is larger takes the library too long to refuse.
+MAX_GRAMMAR_BYTES = 512 * 1024
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A form and the field it was asked for in."""
+
+    form: Form
+    param: str
+
+
+async def completion_grammar(
+    service: Service, request: GenerateFields
+) -> tuple[str | None, list[Warned]]:
+    """Return the grammar of a completion, and what of it is not enforced. Raises `ApiError`."""
+    asked = await _asked(request)
+    if asked is None:
+        return None, []
+    return await _judged(service, request, whole(asked.form), asked.param)
+
+
+async def chat_grammar(
+    service: Service,
+    request: ChatRequest,
+    tools: Sequence[Tool],
+    spoken: Spoken | None,
+    prompt: Sequence[int],
+) -> tuple[str | None, list[Warned]]:
+    """Return the grammar of a chat's answer, and what of it is not enforced. Raises `ApiError`.
+
+    `tools`: the callable ones. With a form and tools to choose from, the answer is either.
+    """
+    asked, has_calls = await _asked(request), is_forced(request)
+    if asked is None and not has_calls:
+        return None, []
+    if asked is not None and has_calls:
+        message = f"{asked.param} cannot be had together with a tool_choice that forces a call"
+        raise invalid(message, asked.param)
+    thinking = None if spoken is None else _thinking(service, spoken, prompt)
+    form = None if asked is None else asked.form
+    calls = _calls(service, request, tools, spoken) if spoken is not None and tools else ""
+    try:
+        grammar = whole(form, thinking=thinking, calls=calls)
+    except ValueError as error:
+        raise invalid(f"tools: a schema {error}", "tools") from error
+    return await _judged(service, request, grammar, "tools" if asked is None else asked.param)
+
+
+async def _asked(request: GenerateFields) -> _Asked | None:
+    """Return the one form that is asked for, if there is one."""
+    named = _readers(request)
+    if not named:
+        return None
+    if len(named) > 1:
+        first, second, *_ = named
+        raise invalid(f"{first} and {second} exclude each other", second)
+    [(name, read)] = named.items()
+    try:
+        return await off_loop(read, _num_chars(request))
+    except ValueError as error:
+        raise invalid(f"{name} {error}", name) from error
+
+
+def _readers(request: GenerateFields) -> dict[str, Callable[[], _Asked]]:
+    """Return by field what reads it, of those that are given."""
+    readers: dict[str, Callable[[], _Asked]] = {}
+    if request.response_format is not None and request.response_format.type != "text":
+        readers["response_format"] = partial(_response_format, request.response_format)
+    if request.structured_outputs is not None:
+        readers["structured_outputs"] = partial(_structured_outputs, request.structured_outputs)
+    for name in ("json", "regex", "choice", "grammar"):
+        value = getattr(request, f"guided_{name}")
+        if value is not None:
+            # What vLLM called it before.
+            alias = StructuredOutputs.model_validate({name: value})
+            readers[f"guided_{name}"] = partial(_structured_outputs, alias, f"guided_{name}")
+    return readers
+
+
+def _num_chars(request: GenerateFields) -> int:
+    """Return how long it takes to read, as `off_loop` counts: grammars of llama.cpp take long."""
+    outputs = request.structured_outputs
+    grammar = request.guided_grammar or (outputs.grammar if outputs is not None else None)
+    return LONG_PROMPT_CHARS if grammar is not None and "::=" in grammar else 0
+
+
+def _response_format(wanted: ResponseFormat) -> _Asked:
+    named = wanted.json_schema
+    if named is None:
+        return _Asked(_json(_ANY_OBJECT), "response_format")
+    schema = _ANY_OBJECT if named.given is None else named.given
+    form = _json(schema, is_lenient=named.strict is not True)
+    return _Asked(form, "response_format.json_schema.schema")
+
+
+def _structured_outputs(wanted: StructuredOutputs, alias: str | None = None) -> _Asked:
+    """Read it; `alias`: the field it came in, if it was an older one."""
+    if wanted.regex is not None:
+        name, form = "regex", regex_form(wanted.regex)
+    elif wanted.choice is not None:
+        name, form = "choice", choice_form(wanted.choice)
+    elif wanted.grammar is not None:
+        name, form = "grammar", _lark(wanted.grammar)
+    else:
+        name = "json_object" if wanted.given is None else "json"
+        form = _json(
+            _ANY_OBJECT if wanted.given is None else wanted.given,
+            whitespace=wanted.whitespace_pattern,
+            is_compact=wanted.disable_any_whitespace is True,
+        )
+    return _Asked(form, alias or f"structured_outputs.{name}")
+
+
+def _json(
+    schema: dict[str, Any],
+    *,
+    is_lenient: bool = False,
+    whitespace: str | None = None,
+    is_compact: bool = False,
+) -> Form:
+    if "x-guidance" in schema:
+        raise ValueError("has the key x-guidance, which is the server's own")
+    return json_form(schema, is_lenient=is_lenient, whitespace=whitespace, is_compact=is_compact)
+
+
+def _lark(grammar: str) -> Form:
+    if "%llguidance" in grammar:
+        raise ValueError("says %llguidance, which is the server's own")
+    if "::=" not in grammar:
+        return lark_form(grammar)
+    from llguidance.gbnf_to_lark import gbnf_to_lark  # noqa: PLC0415 - 20 ms that few need
+
+    try:
+        return lark_form(gbnf_to_lark(grammar))
+    except Exception as error:
+        raise ValueError(f"is no grammar of llama.cpp's kind: {error}") from error
+
+
+def _thinking(service: Service, spoken: Spoken, prompt: Sequence[int]) -> Thinking | None:
+    tags = spoken.speech.tags
+    if tags is None or prompt_end(service, prompt).rstrip().endswith(tags.closer):
+        return None
+    closer = _mark(service, tags.closer)
+    return Thinking(
+        _mark(service, tags.opener),
+        closer,
+        tags.closer if closer == literal(tags.closer) else None,
+        is_open=spoken.speech.is_thinking,
+    )
+
+
+def _mark(service: Service, text: str) -> str:
+    """Return the term for a mark: its special token, if it is one."""
+    tokenizer = service.text.tokenizer
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(token_ids) == 1 and token_ids[0] in tokenizer.special_token_ids:
+        return special(token_ids[0])
+    return literal(text)
+
+
+def _calls(service: Service, request: ChatRequest, tools: Sequence[Tool], spoken: Spoken) -> str:
+    syntax, template = spoken.speech.calls, service.text.template
+    assert syntax is not None, "callable tools, and no way to call them"
+    assert template is not None, "a chat was rendered without a template"
+    forced = forced_tools(request, tools)
+    shown = [
+        (tool.function.name, _arguments(tool, tools.index(tool)), tool.function.strict is True)
+        for tool in forced
+    ]
+    try:
+        return call_rules(
+            call_form(syntax, template.sources),
+            shown,
+            is_single=request.parallel_tool_calls is False or spoken.is_named,
+            mark=lambda text: _mark(service, text),
+        )
+    except ValueError as error:
+        raise invalid(f"tools: a schema {error}", "tools") from error
+
+
+def _arguments(tool: Tool, index: int) -> dict[str, Any]:
+    """Return the schema of a tool's arguments, which are an object whatever it says."""
+    schema = tool.function.parameters
+    if schema is None:
+        return _NO_ARGUMENTS
+    param = f"tools.{index}.function.parameters"
+    if "x-guidance" in schema:
+        raise invalid(f"{param} has the key x-guidance, which is the server's own", param)
+    kinds = schema.get("type", "object")
+    if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
+        raise invalid(f"{param} must be of the type object", param)
+    return {**schema, "type": "object"}
+
+
+async def _judged(
+    service: Service, request: GenerateFields, grammar: str, param: str
+) -> tuple[str, list[Warned]]:
+    if request.ignore_eos:
+        message = f"ignore_eos cannot be had together with {param}: a form has an end"
+        raise invalid(message, "ignore_eos")
+    info = service.client.info
+    if not info.eos_token_ids:
+        raise invalid(f"{param}: this model has no token that ends a text", param)
+    if len(grammar) > MAX_GRAMMAR_BYTES:
+        message = f"{param} is too large: {len(grammar)} characters of at most {MAX_GRAMMAR_BYTES}"
+        raise invalid(message, param)
+    verdict = await service.grammars.judge(grammar, service.client, service.text.tokenizer)
+    if verdict.error:
+        raise invalid(f"{param} cannot be enforced: {verdict.error}", param)
+    told = "is enforced but for this: "
+    return grammar, [
+        {"param": param, "message": f"{param} {told}{warning}"} for warning in verdict.warnings
+    ]

@@ -1,0 +1,221 @@
+"""What an operator sets on the real daemon: keys, encryption, and limits on those who do not read.
+
+The model has random weights and is tiny: none of this is about what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trustme
+
+pytestmark = pytest.mark.e2e
+
+PATIENCE_S = 60.0
+_MODEL = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def start_tiny(
+    start_daemon: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    path.write_text(json.dumps(_MODEL))
+    return lambda *flags: start_daemon(f"dummy:{path}", "--kv-cache-memory", "64MiB", *flags)
+
+
+def test_sighup_exchanges_the_keys_of_a_running_server(
+    start_tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.toml"
+
+    def allow(key: str) -> None:
+        file.write_text(f"[[key]]\nname = 'alice'\nkey = '{key}'\n")
+        file.chmod(0o600)
+
+    def status(key: str) -> int:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.get(f"{daemon.url}/v1/models", headers=headers).status_code
+
+    allow("sk-first")
+    with start_tiny("--api-key-file", str(file)) as daemon:
+        assert (status("sk-first"), status("sk-second")) == (200, 401)
+        allow("sk-second")
+        daemon.process.send_signal(signal.SIGHUP)
+        end_s = time.monotonic() + PATIENCE_S
+        while status("sk-second") != 200:
+            assert time.monotonic() < end_s, "".join(daemon.log)
+        assert status("sk-first") == 401
+        file.write_text("nonsense")
+        daemon.process.send_signal(signal.SIGHUP)
+        while not any("not reloaded" in line for line in daemon.log):
+            assert time.monotonic() < end_s, "".join(daemon.log)
+        assert status("sk-second") == 200
+        assert daemon.stop() == 0
+    log = "".join(daemon.log)
+    assert "key=alice" in log
+    assert "sk-" not in log
+
+
+def test_https_is_served_and_verified(start_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    key.write_bytes(issued.private_key_pem.bytes())
+    trusts = ssl.create_default_context()
+    authority.configure_trust(trusts)
+    with start_tiny("--ssl-certfile", str(cert), "--ssl-keyfile", str(key)) as daemon:
+        assert daemon.url.startswith("https://127.0.0.1:")
+        body = {"prompt": "x", "max_tokens": 50, "stream": True, "ignore_eos": True}
+        with httpx.Client(base_url=daemon.url, verify=trusts, timeout=PATIENCE_S) as client:
+            answer = client.post("/v1/completions", json=body)
+            assert answer.text.endswith("data: [DONE]\n\n")
+            with pytest.raises(httpx.ConnectError, match="certificate"):
+                httpx.get(f"{daemon.url}/health")
+            with pytest.raises(httpx.HTTPError):
+                httpx.get(daemon.url.replace("https", "http") + "/health")
+            assert client.get("/health").status_code == 200, "nonsense on the port hurts nobody"
+        assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--ssl-keyfile", "key.pem"], "ssl_keyfile and ssl_keyfile_password need ssl_certfile"),
+        (["--ssl-certfile", "none.pem"], "ssl_certfile none.pem cannot be read"),
+        (["--api-key-file", "none.toml"], "api_key_file none.toml cannot be read"),
+        (["--max-requests-per-key", "1"], "max_requests_per_key needs keys"),
+        (["--cors-origins", "example.org"], "cors_origins: 'example.org' is no origin"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_one_line_and_exit_code_2(
+    flags: list[str], told: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "serve", "--port", "0", *flags],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(rf".*{re.escape(told)}.*\n", done.stderr)
+
+
+class Unread:
+    """A streamed request whose client does not read."""
+
+    def __init__(self, url: str, max_tokens: int) -> None:
+        data = json.dumps(
+            {"prompt": "x", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        ).encode()
+        host, port = url.removeprefix("http://").split(":")
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
+        self.connection = socket.socket()
+        self.connection.settimeout(PATIENCE_S)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.connection.connect((host, int(port)))
+        self.connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+
+    def rest(self) -> bytes:
+        return b"".join(iter(lambda: self.connection.recv(1 << 20), b""))
+
+
+def _read_beside(url: str) -> int:
+    """Read a stream of 400 tokens to its end, and return how many it says there were."""
+    body = {
+        "prompt": "y",
+        "max_tokens": 400,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+        told = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert told[-1] == "[DONE]"
+    num_tokens: int = json.loads(told[-2])["usage"]["completion_tokens"]
+    return num_tokens
+
+
+def _api_bytes(daemon: Any) -> int:
+    """Resident memory of the API process."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found.group(1)) * 1024
+
+
+#: In every event, so that few tokens are many bytes.
+_LONG_NAME = "x" * 8192
+
+
+def test_readers_that_stopped_cost_no_memory_and_slow_nobody(
+    start_tiny: Callable[..., Any],
+) -> None:
+    max_tokens, num_unread = 1500, 8
+    with start_tiny("--served-model-name", _LONG_NAME) as daemon:
+        assert _read_beside(daemon.url) == 400
+        before = _api_bytes(daemon)
+        unread = [Unread(daemon.url, max_tokens) for _ in range(num_unread)]
+        assert _read_beside(daemon.url) == 400
+        all_tokens = 2 * 400 + num_unread * max_tokens
+        end_s = time.monotonic() + PATIENCE_S
+        while daemon.metric("octavo_iteration_tokens_total_sum") < all_tokens:
+            assert time.monotonic() < end_s, "those that do not read are not computed to the end"
+        grown_bytes = _api_bytes(daemon) - before
+        as_events = num_unread * max_tokens * len(_LONG_NAME)
+        assert grown_bytes < as_events / 5, f"{grown_bytes} of {as_events} bytes are held"
+        rest = unread[0].rest()
+        assert b"data: [DONE]" in rest
+        assert len(rest) < max_tokens * len(_LONG_NAME), "what was not read became one event"
+        for one in unread:
+            one.connection.close()
+        assert daemon.stop() == 0
+
+
+def test_a_reader_that_stays_away_is_dropped_and_its_pages_are_free(
+    start_tiny: Callable[..., Any],
+) -> None:
+    with start_tiny("--served-model-name", _LONG_NAME, "--send-timeout-s", "1") as daemon:
+        unread = Unread(daemon.url, 16_000)
+        assert _read_beside(daemon.url) == 400
+        end_s = time.monotonic() + PATIENCE_S
+        while not any("status=499" in line for line in daemon.log):
+            assert time.monotonic() < end_s, "".join(daemon.log)
+            assert daemon.process.poll() is None
+        line = next(line for line in daemon.log if "status=499" in line)
+        assert "finish_reason=abort" in line
+        text = httpx.get(f"{daemon.url}/metrics", timeout=PATIENCE_S).text
+        while 'kv_cache_pages{model_name="' + _LONG_NAME + '",state="private"} 0.0' not in text:
+            assert time.monotonic() < end_s, "pages are not given back"
+            text = httpx.get(f"{daemon.url}/metrics", timeout=PATIENCE_S).text
+        assert daemon.metric("octavo_num_requests_running") == 0
+        unread.connection.close()
+        assert _read_beside(daemon.url) == 400
+        assert daemon.stop() == 0

@@ -1,0 +1,80 @@
+"""Reasoning is counted in tokens: those between the tags, however they come."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from server.reasoning import ReasoningCounter
+from server.text.load import ModelText
+from server.tools.declared import MISTRAL_THINK, THINK
+from server.tools.events import Reasoning
+from server.tools.speech import Speech, SpeechParser, ThinkTags
+
+
+def counted(text: ModelText, output: str, *, width: int = 1, is_thinking: bool = False) -> int:
+    """A byte is a token here."""
+    counter = ReasoningCounter(text.tokenizer, THINK, is_thinking=is_thinking)
+    token_ids = [*output.encode()]
+    for start in range(0, len(token_ids), width):
+        counter.count(token_ids[start : start + width], is_last=False)
+    return counter.count((), is_last=True)
+
+
+@pytest.mark.parametrize("width", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("output", "is_thinking", "expected"),
+    [
+        ("<think>hm, é</think>yes", False, 6),
+        ("\n <think>\nhm\n</think>\n\nyes </think>", False, 4),
+        ("hm</think>yes", True, 2),
+        ("<think>hm</think>yes", True, 2),
+        ("yes <think>no</think>", False, 0),
+        ("hm", True, 2),
+        ("<think>hm </thi", False, 8),
+        ("<thi", True, 4),
+        ("<thi", False, 0),
+        ("</think>yes", True, 0),
+        ("", True, 0),
+    ],
+)
+def test_what_stands_between_the_tags_counts(
+    text: ModelText, output: str, is_thinking: bool, expected: int, width: int
+) -> None:
+    assert counted(text, output, width=width, is_thinking=is_thinking) == expected
+
+
+def test_it_grows_with_the_stream(text: ModelText) -> None:
+    counter = ReasoningCounter(text.tokenizer, THINK, is_thinking=True)
+    told = [counter.count((byte,), is_last=False) for byte in b"a long thought</think>yes"]
+    assert told == sorted(told)
+    assert told[10] > 0
+    assert told[-1] == len("a long thought")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(
+    parts=st.lists(
+        st.sampled_from(["<think>", "</think>", "<thi", "nk>", " ", "\n", "a", "bc", "é"]),
+        max_size=9,
+    ),
+    width=st.integers(1, 9),
+    is_thinking=st.booleans(),
+    tags=st.sampled_from([THINK, MISTRAL_THINK]),
+)
+def test_it_counts_what_the_parser_tells(
+    text: ModelText, parts: list[str], width: int, is_thinking: bool, tags: ThinkTags
+) -> None:
+    output = "".join(parts).replace("<think>", tags.opener).replace("</think>", tags.closer)
+    counter = ReasoningCounter(text.tokenizer, tags, is_thinking=is_thinking)
+    token_ids = [*output.encode()]
+    for start in range(0, len(token_ids), width):
+        counter.count(token_ids[start : start + width], is_last=False)
+    count = counter.count((), is_last=True)
+    parser = SpeechParser(Speech(None, tags, is_thinking=is_thinking))
+    events = parser.push(output) + parser.finish()
+    told = "".join(event.text for event in events if isinstance(event, Reasoning)).encode()
+    # The parser leaves out the spaces at both ends, which are the template's.
+    num_spaces = sum(output.count(space) for space in " \n")
+    assert len(told) <= count <= len(told) + num_spaces
