@@ -173,7 +173,7 @@ def largest_step(
 ) -> StepInput:
     """Return the step that takes most memory: all tokens there may be, and every row samples.
 
-    One row's tokens are scored, too. All pages are page 0: what is computed is of no use to anybody.
+    Some tokens are scored, too. All pages are page 0: what is computed is of no use to anybody.
     """
     num_rows = min(max_num_seqs, max_num_batched_tokens)
     counts: list[int] = []

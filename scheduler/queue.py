@@ -60,6 +60,11 @@ class WaitingQueue:
             del self._lanes[sequence.priority]
             self._priorities.remove(sequence.priority)
 
+    def drop_last_token(self, sequence: Sequence) -> None:
+        """Take back the newest token of one who waits."""
+        del sequence.token_ids[-1]
+        self._num_tokens -= 1
+
     def check(self) -> None:
         """Assert that lanes, priorities and the count agree."""
         assert self._priorities == sorted(self._lanes), "a lane without a priority, or unsorted"

@@ -287,8 +287,10 @@ class Scheduler:
     def _take_back(self, sequence: Sequence, position: int) -> None:
         """Undo what was counted on for a token that did not come."""
         assert len(sequence.token_ids) == position + 1, "a step counts on a token that did not come"
-        del sequence.token_ids[position:]
-        if sequence.state is State.RUNNING:
+        if sequence.state is State.WAITING:
+            self._waiting.drop_last_token(sequence)
+        else:
+            del sequence.token_ids[-1]
             sequence.num_computed -= 1
 
     def _advance(self, plan: StepPlan, token_ids: list[int]) -> None:

@@ -129,18 +129,8 @@ CACHE_BUGS = [
         "            node.leases -= 1\n            node.last_used = self._now\n",
         "            node.leases -= 1\n",
     ),
-    Bug(
-        "a copy does not make its source recent",
-        KV,
-        "self._tree.touch(prefix.source)",
-        "pass",
-    ),
-    Bug(
-        "a leased leaf stays evictable",
-        RADIX,
-        "self._queue.discard(nodes[-1])",
-        "pass",
-    ),
+    Bug("a copy does not make its source recent", KV, "self._tree.touch(prefix.source)", "pass"),
+    Bug("a leased leaf stays evictable", RADIX, "self._queue.discard(nodes[-1])", "pass"),
     Bug(
         "a parent whose last child went is forgotten",
         RADIX,
@@ -295,8 +285,8 @@ SCHEDULER_BUGS = [
     Bug(
         "a token is sampled though none is wanted",
         SCHEDULER,
-        "            if sequence.params.max_tokens > 0:\n",
-        "            if True:\n",
+        "            if sequence.params.max_tokens == 0:\n",
+        "            if False:\n",
     ),
 ]
 
@@ -305,7 +295,7 @@ OVERLAP_BUGS = [
     Bug(
         "a step counts for a sequence that was preempted and came back meanwhile",
         SCHEDULER,
-        "if allocation is None or allocation.page_ids is not pages:",
+        "if allocation is None or allocation.page_ids is not step.page_ids[row]:",
         "if allocation is None:",
     ),
     Bug(
@@ -317,9 +307,15 @@ OVERLAP_BUGS = [
     Bug(
         "a token is computed behind the last one there is room for",
         SCHEDULER,
-        " and not sequence.has_last_token_pending",
+        " and not sequence.awaits_token",
         "",
     ),
+    Bug("a late token is counted on", SEQUENCE, "self.constraint is not None or len", "len"),
+    Bug("a late token is not computed again", SCHEDULER, "num_computed -= 1", "num_computed -= 0"),
+    Bug(
+        "a late token counts in the queue", "scheduler/queue.py", "_tokens -= 1\n", "_tokens -= 0\n"
+    ),
+    Bug("a prompt's scores are told twice", SCHEDULER, "scores[num_known:]", "scores"),
 ]
 
 SUITES = {

@@ -7,8 +7,10 @@ request alone, batched, chunked, preempted, warm and cold gives the same tokens.
 from __future__ import annotations
 
 import json
+from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSe
 from model import build
 from model.attention.torch_sdpa import TorchAttention
 from model.graphs import DecodeGraphs, GraphPlan
-from model.interface import Flight, SamplingParams
+from model.interface import Flight, SamplingParams, TokenLogprobs, Vocabulary
 from model.kv_pool import KVPool
 from model.runner import TorchRunner
 from model.transformer import Transformer
@@ -46,6 +48,17 @@ _CONFIG = {
     "initializer_range": 0.5,
 }
 _BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
+#: Each token is the byte of its number, but for the one that ends.
+_END = 2
+_VOCABULARY = Vocabulary(bytes(range(256)), array("I", range(1, 257)), (_END,), (_END,))
+#: What makes a token depend on those before it on the host, too.
+_FOLLOWED: tuple[dict[str, Any], ...] = (
+    {"grammar": "start: /[a-m]{5}[0-9]{5}/"},
+    {
+        "allowed_token_ids": tuple(range(40, 56)),
+        "bad_words": tuple(pair for pair in permutations(range(40, 56), 2) if sum(pair) % 3),
+    },
+)
 
 MakeRunner = Callable[[int], TorchRunner]
 
@@ -82,7 +95,7 @@ def _overlapped(runner: TorchRunner) -> TorchRunner:
 @pytest.fixture(scope="module", params=["cpu", "torch", "overlapped"])
 def make_runner(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> MakeRunner:
+) -> Iterator[MakeRunner]:
     """Runners on the same weights, with as many pages as wanted."""
     path: Path = tmp_path_factory.mktemp("tiny") / "config.json"
     path.write_text(json.dumps(_CONFIG))
@@ -103,9 +116,12 @@ def make_runner(
             )
             is_overlapped = request.param == "overlapped"
             runners[num_pages] = _overlapped(runner) if is_overlapped else runner
+            runners[num_pages].learn(_VOCABULARY)
         return runners[num_pages]
 
-    return make
+    yield make
+    for runner in runners.values():
+        runner.close()
 
 
 class _Engine:
@@ -114,21 +130,40 @@ class _Engine:
         self.cache = KVCache(runner.info.num_pages, _PAGE_SIZE)
         config = SchedulerSection(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.scheduler = Scheduler(self.cache, config, runner.info)
+        self.scores: dict[int, list[TokenLogprobs]] = {}
 
     def run(self, requests: list[Submit]) -> dict[int, list[int]]:
         outputs: dict[int, list[int]] = {request.request_id: [] for request in requests}
+        self.scores = {request.request_id: [] for request in requests}
         for request in requests:
-            assert self.scheduler.submit(request) is None
+            grammar = request.params.grammar
+            constraint = self.runner.prepare(grammar).result(20) if grammar else None
+            assert self.scheduler.submit(request, constraint) is None
         in_flight: deque[tuple[StepPlan, Flight]] = deque()
-        while self.scheduler.has_work or in_flight:
+        for _ in range(1000):
+            if not self.scheduler.has_work and not in_flight:
+                return outputs
             while len(in_flight) < self.runner.max_flights and (plan := self.scheduler.plan()):
                 in_flight.append((plan, self.runner.launch(plan.step)))
+            if not in_flight:
+                # The only one there was preempted itself.
+                continue
             plan, flight = in_flight.popleft()
             outcome = self.scheduler.apply(plan, flight.wait())
             for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
                 outputs[request_id].append(token_id)
+            for request_id, scores in outcome.prompt_logprobs:
+                self.scores[request_id] += scores
+            assert not outcome.failed
             self.scheduler.check()
-        return outputs
+        raise AssertionError("it does not end")
+
+    def told(self) -> dict[int, list[tuple[int, Any]]]:
+        """The last run's prompt_logprobs, by request."""
+        return {
+            request_id: [(one.token_id, pytest.approx(one.logprob, abs=1e-3)) for one in scores]
+            for request_id, scores in self.scores.items()
+        }
 
 
 @st.composite
@@ -144,7 +179,9 @@ def _requests(draw: Any) -> list[Submit]:
             seed=draw(st.integers(0, 3)),
             top_p=draw(st.sampled_from([1.0, 0.9])),
             repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3])),
+            prompt_logprobs=draw(st.sampled_from([None, None, 0])),
             ignore_eos=True,
+            **draw(st.sampled_from([{}, {}, *_FOLLOWED])),
         )
         prompt = (*draw(st.sampled_from(stems)), *tail)
         requests.append(Submit(request_id, prompt, params))
@@ -160,11 +197,15 @@ def test_alone_batched_chunked_preempted_warm_and_cold_are_the_same(
 ) -> None:
     roomy = make_runner(60)
     alone: dict[int, list[int]] = {}
+    scores: dict[int, list[tuple[int, Any]]] = {}
     for request in requests:
-        alone |= _Engine(roomy, budget=64).run([request])
+        engine = _Engine(roomy, budget=64)
+        alone |= engine.run([request])
+        scores |= engine.told()
     engine = _Engine(make_runner(num_pages), budget)
-    assert engine.run(requests) == alone, "cold"
-    assert engine.run(requests) == alone, "warm"
+    for state in ("cold", "warm"):
+        assert engine.run(requests) == alone, state
+        assert engine.told() == scores, state
     stats = engine.cache.stats()
     assert stats.pages_private == stats.pages_leased == 0
 

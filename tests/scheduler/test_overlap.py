@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -10,11 +13,25 @@ import pytest
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.fake import FakeRunner, fake_next_token
-from model.interface import PENDING_TOKEN, SamplingParams, StepInput
+from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
+from model.interface import (
+    NO_TOKEN,
+    PENDING_TOKEN,
+    SamplingParams,
+    SlotStart,
+    StepInput,
+    StepOutput,
+    Vocabulary,
+)
 from scheduler.engine import MAX_CONSECUTIVE_FAULTS, Engine
-from scheduler.messages import Cancel, FinishReason, StepResult, Submit
+from scheduler.messages import Cancel, FinishReason, Learn, StepResult, Submit
 from scheduler.scheduler import Scheduler
+
+#: Token 0 ends the text, the others are the letters from "A" on.
+VOCABULARY = Vocabulary(
+    bytes(range(64, 128)), array("I", range(1, 65)), (FAKE_EOS_TOKEN_ID,), (FAKE_EOS_TOKEN_ID,)
+)
+LETTERS = '%llguidance {"no_forcing": true}\nstart: "ABCabc"'
 
 
 class Recorder(FakeRunner):
@@ -27,6 +44,10 @@ class Recorder(FakeRunner):
     def launch(self, step: StepInput) -> Any:
         self.steps.append(step)
         return FakeRunner.launch(self, step)
+
+    @property
+    def num_flights(self) -> int:
+        return len(self._in_flight)
 
 
 class Told:
@@ -142,6 +163,118 @@ def test_a_sequence_does_not_come_back_before_its_newest_token_is_known() -> Non
     second = scheduler.plan()
     assert second is not None
     assert second.step.token_ids == [1, 2, 3, *expected((1, 2, 3), 1)]
+
+
+def test_a_prompt_is_told_of_once_though_it_was_preempted_with_its_step_under_way() -> None:
+    runner = Recorder()
+    config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=4)
+    scheduler = Scheduler(KVCache(16, 4), config, runner.info)
+    prompt = tuple(range(1, 9))
+    params = SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=2)
+    scheduler.submit(Submit(0, prompt, params))
+    first = scheduler.plan()
+    assert first is not None
+    flight = runner.launch(first.step)
+    scheduler._preempt(first.sequences[0])
+    second = scheduler.plan()
+    assert second is not None
+    assert second.step.scored == first.step.scored
+    told = scheduler.apply(first, flight.wait()).prompt_logprobs
+    assert [(id_, len(scores)) for id_, scores in told] == [(0, 4)]
+    assert scheduler.apply(second, runner.launch(second.step).wait()).prompt_logprobs == []
+    third = scheduler.plan()
+    assert third is not None
+    told += scheduler.apply(third, runner.launch(third.step).wait()).prompt_logprobs
+    scores = [one for _, some in told for one in some]
+    assert scores == [fake_logprobs(prompt[:i], prompt[i], 2) for i in range(1, 8)]
+
+
+def _with_grammar(runner: Recorder) -> Scheduler:
+    """One that follows a grammar, and one that does not."""
+    config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=8)
+    scheduler = Scheduler(KVCache(16, 4), config, runner.info)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    scheduler.submit(Submit(0, (1, 2, 3), params), constraint="a grammar")
+    scheduler.submit(Submit(1, (4, 5), params))
+    return scheduler
+
+
+class Unasked(Recorder):
+    """Asks no grammar."""
+
+    def _start(self, start: SlotStart) -> None:
+        FakeRunner._start(self, replace(start, constraint=None))
+
+
+@pytest.mark.parametrize("is_preempted", [False, True])
+def test_a_token_that_does_not_come_is_taken_back_while_others_go_on(*, is_preempted: bool) -> None:
+    runner = Unasked()
+    scheduler = _with_grammar(runner)
+    first = scheduler.plan()
+    assert first is not None
+    flight = runner.launch(first.step)
+    second = scheduler.plan()
+    assert second is not None
+    assert [sequence.request_id for sequence in second.sequences] == [1], "it counts on no token"
+    next_flight = runner.launch(second.step)
+    guided = first.sequences[0]
+    if is_preempted:
+        scheduler._preempt(guided)
+    output = flight.wait()
+    outcome = scheduler.apply(first, replace(output, token_ids=[NO_TOKEN, output.token_ids[1]]))
+    scheduler.check()
+    assert outcome.request_ids == [1]
+    assert (guided.token_ids, guided.num_computed) == ([1, 2, 3], 0 if is_preempted else 2)
+    tokens: dict[int, list[int]] = {0: [], 1: outcome.token_ids}
+    under_way = deque([(second, next_flight)])
+    while under_way or scheduler.has_work:
+        if plan := scheduler.plan():
+            under_way.append((plan, runner.launch(plan.step)))
+        plan, flight = under_way.popleft()
+        outcome = scheduler.apply(plan, flight.wait())
+        for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
+            tokens[request_id].append(token_id)
+    scheduler.check()
+    assert tokens == {0: expected((1, 2, 3), 3), 1: expected((4, 5), 3)}
+
+
+def test_a_failure_and_a_cancel_leave_nothing_of_a_token_that_did_not_come() -> None:
+    runner = Unasked()
+    scheduler = _with_grammar(runner)
+    first = scheduler.plan()
+    assert first is not None
+    flight = runner.launch(first.step)
+    second = scheduler.plan()
+    assert second is not None
+    next_flight = runner.launch(second.step)
+    scheduler.cancel(1)
+    flight.wait()
+    output = StepOutput([NO_TOKEN, NO_TOKEN], [], {0: "it broke"})
+    assert scheduler.apply(first, output).failed == [(0, "it broke")]
+    assert scheduler.apply(second, next_flight.wait()).request_ids == []
+    assert not scheduler.has_work
+    scheduler.check()
+
+
+def test_one_step_at_a_time_while_a_grammar_is_followed() -> None:
+    """Else its sequences would be in every other step, and all run in two halves of a batch."""
+    runner = Recorder()
+    told = Told(runner)
+    told.engine.handle(Learn(VOCABULARY))
+    runner.prepare(LETTERS).result(20)
+    told.submit(1, (4, 5), max_tokens=20)
+    told.step()
+    assert len(runner.steps) == 2
+    told.submit(0, (1, 2, 3), max_tokens=9, ignore_eos=False, grammar=LETTERS)
+    while 0 not in told.finished:
+        told.step()
+        is_between = runner.num_flights == 0
+        assert is_between or len(told.tokens[0]) == 0, "counted on a token of the grammar"
+    assert "".join(chr(64 + token) for token in told.tokens[0] if token) == "ABCabc"
+    told.step()
+    assert runner.num_flights == 1
+    told.run()
+    assert told.tokens[1] == expected((4, 5), 20)
 
 
 def test_cancelled_with_steps_under_way() -> None:
