@@ -265,12 +265,6 @@ SCHEDULER_BUGS = [
         "    if True:\n",
     ),
     Bug(
-        "a prompt that comes back is scored from its first token again",
-        PLAN,
-        "max(start, sequence.num_scored)",
-        "start",
-    ),
-    Bug(
         "a prompt that is scored reuses all that is cached",
         SEQUENCE,
         "self.num_scored if self.num_scored < self.num_to_score else None",
