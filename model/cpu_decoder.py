@@ -94,7 +94,7 @@ def _pointers(layer: DecoderLayer) -> tuple[int, ...]:
     )
 
 
-def _addresses(linear: Linear) -> tuple[int, int, int]:
+def _addresses(linear: Linear) -> tuple[int, ...]:
     assert isinstance(linear, TiledLinear), "see why_not"
     return linear.tiles.addresses
 

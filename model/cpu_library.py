@@ -42,7 +42,7 @@ _ISA_FLAGS = {
     "scalar": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": _AVX512_FLAGS,
-    "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
 _BUILD_TIMEOUT_S = 300
 
@@ -74,7 +74,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "octavo_silu_mul": (None, (_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _POINTER)),
     "octavo_product": (
         None,
-        (*(_POINTER,) * 2, _LONG, _LONG, *(_POINTER,) * 3, _LONG, _POINTER, _INT),
+        (*(_POINTER,) * 2, _LONG, _LONG, *(_POINTER,) * 3, _LONG, _LONG, _POINTER, _INT),
     ),
     "octavo_decoder_new": (_POINTER, (*(_POINTER,) * 2, _FLOAT, _POINTER, _LONG, _POINTER)),
     "octavo_decoder_free": (None, (_POINTER,)),

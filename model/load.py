@@ -107,6 +107,9 @@ def _load(loader: _Loader, max_positions: int, bar: tqdm) -> TransformerWeights:
     )
 
 
+#: Eight-bit tiles of 64 inputs that share a scale. A layer multiplies whole prompts, where each
+#: scale costs time; the logits, of few rows, feel the rounding most (docs/performance.md).
+_LAYER_SCALE_TILES, _HEAD_SCALE_TILES = 2, 1
 #: Each has a layer's product in hand, so many of them would cost peak memory.
 _MAX_WORKERS = 4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -165,7 +168,7 @@ class _Loader:
             embedding = self.kept(name, kept_dtype)
             return PlainEmbedding(embedding), PlainLinear(embedding, None)
         head = "model.embed_tokens" if self.arch.is_tied else "lm_head"
-        lm_head = self._linear([head], head_format(self._fmt))
+        lm_head = self._linear([head], head_format(self._fmt), scale_tiles=_HEAD_SCALE_TILES)
         if self.is_head_shared:
             assert isinstance(lm_head, TiledLinear), "packed in tiles"
             return TiledEmbedding(lm_head.tiles), lm_head
@@ -199,7 +202,9 @@ class _Loader:
             read_into(self._weights, ROPE_FACTORS, factors)
         return cos_sin_table(self.arch.rope, max_positions, factors).to(self._device)
 
-    def _linear(self, parts: Sequence[str], fmt: Format) -> Linear:
+    def _linear(
+        self, parts: Sequence[str], fmt: Format, *, scale_tiles: int = _LAYER_SCALE_TILES
+    ) -> Linear:
         """Pack products that share their input as one, their rows one after another."""
         staging = staging_dtype(fmt, self._dtype)
         biases = [f"{part}.bias" for part in parts]
@@ -207,7 +212,9 @@ class _Loader:
         weight = self._stacked([f"{part}.weight" for part in parts], staging)
         if self._tiles is None:
             return pack(weight, bias, fmt)
-        tiles = Tiles(weight, bias, is_int8=self._fmt == "int8", arena=self._arena)
+        if self._fmt != "int8":
+            scale_tiles = 0
+        tiles = Tiles(weight, bias, scale_tiles=scale_tiles, arena=self._arena)
         return TiledLinear(tiles, self._tiles)
 
     def _stacked(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ namespace octavo {
 namespace {
 
 constexpr int64_t kPanelRows = 16;
+constexpr int64_t kAlignment = 64;
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -23,6 +24,7 @@ struct Weights {
   const void* tiles;
   const float* scales;
   const float* bias;
+  int64_t scale_tiles;
 };
 
 // In the order in which model/cpu_decoder.py lists them; pointers are null where there is none.
@@ -51,7 +53,7 @@ struct Shape {
 class Panel {
  public:
   void fit(int64_t rows, int64_t width, int64_t element_bytes) {
-    stride_ = round_up(width, kGroupInputs);
+    stride_ = round_up(width, kByteTileInputs);
     const size_t bytes = round_up(rows, kPanelRows) * stride_ * element_bytes;
     if (memory_.size() < bytes) memory_.assign(bytes, 0);
   }
@@ -63,12 +65,29 @@ class Panel {
   int64_t stride_ = 0;
 };
 
+// Rows of a panel as eight-bit weights want them; see `Kernels::split_rows`.
+class Digits {
+ public:
+  void fit(int64_t rows, int64_t bytes) {
+    if (int64_t(memory_.size()) < bytes + kAlignment) memory_.assign(bytes + kAlignment, 0);
+    if (int64_t(scales_.size()) < rows) scales_.assign(round_up(rows, kPanelRows), 0);
+  }
+  int8_t* data() {
+    return reinterpret_cast<int8_t*>(round_up(reinterpret_cast<intptr_t>(memory_.data()), kAlignment));
+  }
+  float* row_scales() { return scales_.data(); }
+
+ private:
+  std::vector<int8_t> memory_;
+  std::vector<float> scales_;
+};
+
 class Decoder {
  public:
   Decoder(const Kernels* kernels, const Shape& shape, float eps, const Layer* layers,
           int64_t num_layers, const float* cos_sin)
       : kernels_(*kernels), shape_(shape), eps_(eps), layers_(layers, layers + num_layers),
-        cos_sin_(cos_sin) {}
+        cos_sin_(cos_sin), are_rows_split_(kernels->digits_bytes(1, kByteTileInputs) > 0) {}
 
   // Runs the layers over the planned step; `residual` [tokens, hidden] goes in and comes out.
   void forward(Session& session, const int64_t* positions, float* residual) {
@@ -79,8 +98,10 @@ class Decoder {
     gated_.fit(tokens, shape_.inner, element_bytes);
     qkv_.resize(tokens * qkv_width());
     const int64_t widest = std::max({shape_.hidden, shape_.inner, attention_width()});
+    if (are_rows_split_)
+      digits_.fit(tokens, kernels_.digits_bytes(tokens, round_up(widest, kByteTileInputs)));
     const int64_t scratch = round_up(
-        kernels_.product_scratch_floats(int(round_up(widest, kGroupInputs) / kTileInputs)), 16);
+        kernels_.product_scratch_floats(int(round_up(widest, kByteTileInputs) / kTileInputs)), 16);
     scratch_.resize(scratch * session.threads + 16);
 #pragma omp parallel num_threads(session.threads)
     {
@@ -144,6 +165,7 @@ class Decoder {
     p.num_rows = tokens;
     p.weights = weights.tiles;
     p.scales = weights.scales;
+    p.scale_tiles = int32_t(weights.scale_tiles);
     p.bias = weights.bias;
     p.num_outputs = num_outputs;
     p.num_tiles = int32_t(panel.stride() / kTileInputs);
@@ -176,7 +198,14 @@ class Decoder {
     run(p, scratch);
   }
 
-  void run(const Product& p, float* scratch) {
+  void run(Product& p, float* scratch) {
+    if (p.scales && are_rows_split_) {
+      p.digits = digits_.data();
+      p.row_scales = digits_.row_scales();
+      share(p.num_rows, [&](int64_t begin, int64_t end) {
+        kernels_.split_rows(p, digits_.data(), digits_.row_scales(), begin, end);
+      });
+    }
     const int64_t groups = round_up(p.num_outputs, kTileOutputs) / kTileOutputs;
     share(p.is_gated ? groups / 2 : groups, [&](int64_t begin, int64_t end) {
       kernels_.product(p, begin, end, scratch);
@@ -233,7 +262,10 @@ class Decoder {
   const float eps_;
   const std::vector<Layer> layers_;
   const float* cos_sin_;
+  // Whether eight-bit weights want the rows in digits.
+  const bool are_rows_split_;
   Panel normed_, attended_, gated_;
+  Digits digits_;
   std::vector<float> qkv_, scratch_;
 };
 
@@ -263,7 +295,7 @@ void octavo_decoder_forward(Decoder* decoder, Session* session, const int64_t* p
 // Float32 `x` [rows, inputs] times packed weights, to `out` [rows, num_outputs].
 void octavo_product(const Kernels* kernels, const float* x, int64_t rows, int64_t inputs,
                     const void* tiles, const float* scales, const float* bias,
-                    int64_t num_outputs, float* out, int32_t threads) {
+                    int64_t scale_tiles, int64_t num_outputs, float* out, int32_t threads) {
   Panel panel;
   const DType dtype = kernels->panel_dtype();
   panel.fit(rows, inputs, dtype == kFloat32 ? 4 : 2);
@@ -273,11 +305,17 @@ void octavo_product(const Kernels* kernels, const float* x, int64_t rows, int64_
   p.num_rows = rows;
   p.weights = tiles;
   p.scales = scales;
+  p.scale_tiles = int32_t(scale_tiles);
   p.bias = bias;
   p.num_outputs = num_outputs;
   p.num_tiles = int32_t(panel.stride() / kTileInputs);
   p.out = out;
   p.out_stride = num_outputs;
+  Digits digits;
+  const int64_t digits_bytes = scales ? kernels->digits_bytes(rows, panel.stride()) : 0;
+  if (digits_bytes) digits.fit(rows, digits_bytes);
+  p.digits = digits.data();
+  p.row_scales = digits.row_scales();
   const int64_t scratch = kernels->product_scratch_floats(p.num_tiles);
   std::vector<float> memory(scratch * threads);
   const int64_t groups = round_up(num_outputs, kTileOutputs) / kTileOutputs;
@@ -287,6 +325,11 @@ void octavo_product(const Kernels* kernels, const float* x, int64_t rows, int64_
     kernels->pack_rows(x, inputs, panel.data(), panel.stride(), rows * thread / of,
                        rows * (thread + 1) / of);
 #pragma omp barrier
+    if (digits_bytes) {
+      kernels->split_rows(p, digits.data(), digits.row_scales(), rows * thread / of,
+                          rows * (thread + 1) / of);
+#pragma omp barrier
+    }
     kernels->configure_tiles();
     kernels->product(p, groups * thread / of, groups * (thread + 1) / of,
                      memory.data() + thread * scratch);

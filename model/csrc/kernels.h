@@ -114,10 +114,10 @@ struct Write {
   int32_t head_dim;
 };
 
-// A tile of packed weights; see products.h. Eight-bit weights share a scale in groups.
+// A tile of packed weights, bfloat16 or eight-bit; see products.h.
 constexpr int kTileOutputs = 16;
 constexpr int kTileInputs = 32;
-constexpr int kGroupInputs = 64;
+constexpr int kByteTileInputs = 64;
 
 // Rows of a panel times packed weights [outputs, inputs].
 struct Product {
@@ -125,10 +125,14 @@ struct Product {
   const void* panel;
   int64_t panel_stride;
   int64_t num_rows;
-  // Output groups of 16, each of `num_tiles` tiles: bfloat16, or with scales eight-bit.
+  // The panel as `split_rows` wrote it, where the weights are eight-bit and kernels want it so.
+  const int8_t* digits;
+  const float* row_scales;
+  // Output groups of 16, each of `num_tiles` bfloat16 tiles, or with scales half as many of eight bits.
   const void* weights;
-  // [output groups, num_tiles / 2, 16], or null.
+  // [output groups, scales, 16], or null; each for `scale_tiles` eight-bit tiles, but for the last.
   const float* scales;
+  int32_t scale_tiles;
   // Padded to whole groups, or null.
   const float* bias;
   int64_t num_outputs;
@@ -156,6 +160,10 @@ struct Kernels {
   // What the rows of a product are given in, and the floats of scratch memory one thread needs.
   DType (*panel_dtype)();
   int64_t (*product_scratch_floats)(int num_tiles);
+  // The bytes in which `split_rows` leaves rows of a panel; 0 where products want the panel as it is.
+  int64_t (*digits_bytes)(int64_t rows, int64_t stride);
+  // Rows begin to end of a product's panel into digits and a scale for each.
+  void (*split_rows)(const Product&, int8_t* digits, float* row_scales, int64_t begin, int64_t end);
   // Around a thread's products, for instruction sets that have a state.
   void (*configure_tiles)();
   void (*release_tiles)();

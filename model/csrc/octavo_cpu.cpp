@@ -26,8 +26,8 @@ bool has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const unsigned bf16_and_tile = 1u << 22 | 1u << 24;
-  return (d & bf16_and_tile) == bf16_and_tile && may_use_tiles();
+  const unsigned bf16_tile_int8 = 1u << 22 | 1u << 24 | 1u << 25;
+  return (d & bf16_tile_int8) == bf16_tile_int8 && may_use_tiles();
 }
 #endif
 

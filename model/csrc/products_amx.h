@@ -1,0 +1,251 @@
+// Sums by matrix instructions (AMX). Included by products.h.
+//
+// Bfloat16 weights meet bfloat16 rows. Eight-bit weights meet rows of 15 bits, each number written
+// as two eight-bit digits: x = row_scale * (256 * high + low). The products of both digits are exact
+// integers until a scale of the weights is applied, so nothing but the weights is rounded to eight
+// bits, and no weight is widened. Eight rows and their two digits fill the 16 rows of one tile, so a
+// step of up to eight rows costs what one row costs.
+#pragma once
+
+namespace {
+
+// The compiler does not know that a tile is loaded from memory, nor what a configuration does:
+// everything stands where it is written.
+inline void written_before() { asm volatile("" ::: "memory"); }
+
+inline void configure_tiles() {
+  alignas(64) struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+  written_before();
+}
+
+inline void release_tiles() { _tile_release(); }
+
+typedef BFloat16 PanelElement;
+
+// ---- bfloat16 weights --------------------------------------------------------------------------
+
+// One block of 16 rows and up to four output groups: accumulators 0 to 3.
+template <int kSide>
+inline void multiply_one(const BFloat16* a, int64_t a_bytes, const BFloat16* const* b, int count) {
+  written_before();
+  for (int t = 0; t < count; ++t, a += kTileInputs) {
+    const int64_t at = int64_t(t) * kTileElements;
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(5, b[0] + at, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (kSide > 1) {
+      _tile_loadd(6, b[1] + at, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (kSide > 2) {
+      _tile_loadd(7, b[2] + at, 64);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (kSide > 3) {
+      _tile_loadd(5, b[3] + at, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+}
+
+// Two blocks of 16 rows and two output groups: accumulators 0, 1 of the first rows, 2, 3.
+inline void multiply_two(const BFloat16* a, int64_t a_bytes, const BFloat16* const* b, int count) {
+  written_before();
+  const BFloat16* below = (const BFloat16*)((const char*)a + kTileOutputs * a_bytes);
+  for (int t = 0; t < count; ++t, a += kTileInputs, below += kTileInputs) {
+    const int64_t at = int64_t(t) * kTileElements;
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(5, below, a_bytes);
+    _tile_loadd(6, b[0] + at, 64);
+    _tile_loadd(7, b[1] + at, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+inline void zero_accumulators() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+inline void store_accumulators(float* sums, bool is_two) {
+  constexpr int64_t bytes = kSumsStride * sizeof(float);
+  float* below = sums + kTileOutputs * kSumsStride;
+  _tile_stored(0, sums, bytes);
+  _tile_stored(1, sums + kTileOutputs, bytes);
+  _tile_stored(2, is_two ? below : sums + 2 * kTileOutputs, bytes);
+  _tile_stored(3, is_two ? below + kTileOutputs : sums + 3 * kTileOutputs, bytes);
+  written_before();
+}
+
+template <int kSide>
+inline void multiply_wide(const Product& p, int64_t group, float* sums) {
+  const int64_t bytes = p.panel_stride * sizeof(BFloat16);
+  const BFloat16* b[kSide];
+  for (int side = 0; side < kSide; ++side) b[side] = wide_tiles(p, group_at(p, group, side));
+  const BFloat16* const pair[] = {b[0], b[kSide - 1]};
+  for (int64_t row = 0; row < p.num_rows; row += kBlockRows) {
+    const int64_t left = p.num_rows - row;
+    const BFloat16* a = (const BFloat16*)p.panel + row * p.panel_stride;
+    zero_accumulators();
+    if (left > kTileOutputs) multiply_two(a, bytes, pair, p.num_tiles);
+    else multiply_one<kSide>(a, bytes, b, p.num_tiles);
+    store_accumulators(sums, left > kTileOutputs);
+    finish(p, sums, kSumsStride, group, kSide, row, left < kBlockRows ? int(left) : kBlockRows);
+  }
+}
+
+// ---- eight-bit weights -------------------------------------------------------------------------
+
+// Rows whose digits share a tile, and such blocks at a time: what the vector registers have room for.
+constexpr int kDigitRows = 8;
+constexpr int kMaxBlocks = 3;
+// The largest 256 * high + low with both digits in -127 to 127.
+constexpr float kMaxDigits = 127 * 256 + 127;
+
+int64_t digits_bytes(int64_t rows, int64_t stride) {
+  return (rows + kDigitRows - 1) / kDigitRows * kDigitRows * stride * 2;
+}
+
+// Rows begin to end of the panel into digits [blocks of 8 rows, tiles, 8 high and 8 low, 64].
+void split_rows(const Product& p, int8_t* digits, float* row_scales, int64_t begin, int64_t end) {
+  const int64_t tiles = byte_tiles(p);
+  for (int64_t row = begin; row < end; ++row) {
+    const BFloat16* from = (const BFloat16*)p.panel + row * p.panel_stride;
+    Vec largest = {}, zero = {};
+    for (int64_t i = 0; i < p.panel_stride; i += kWidth) {
+      const Vec x = load(from + i);
+      largest = max(largest, max(x, -x));
+      zero = zero + x * 0.0f;
+    }
+    float most = 0.0f;
+    for (int i = 0; i < kWidth; ++i) most = most > largest[i] ? most : largest[i];
+    // A row with an infinity or a NaN in it becomes NaN as a whole.
+    row_scales[row] = most / kMaxDigits + sum(zero);
+    const Vec factor = broadcast(most > 0.0f ? kMaxDigits / most : 0.0f);
+    int8_t* to = digits + (row / kDigitRows * tiles * kTileOutputs + row % kDigitRows) * kByteTileInputs;
+    for (int64_t i = 0; i < p.panel_stride; i += kWidth) {
+      const __m512i whole = _mm512_cvtps_epi32(bit_cast<__m512>(load(from + i) * factor));
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+      const __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8));
+      int8_t* at = to + i / kByteTileInputs * kByteTileElements + i % kByteTileInputs;
+      _mm_store_si128((__m128i*)at, _mm512_cvtepi32_epi8(high));
+      _mm_store_si128((__m128i*)(at + kDigitRows * kByteTileInputs), _mm512_cvtepi32_epi8(low));
+    }
+  }
+}
+
+// Asks for what will be read soon: far enough ahead for memory, near enough for the first cache.
+inline void prefetch(const int8_t* tile) {
+  constexpr int kAheadBytes = 8192;
+  for (int line = 0; line < kByteTileElements; line += 64)
+    _mm_prefetch((const char*)tile + kAheadBytes + line, _MM_HINT_T0);
+}
+
+// Writes the exact sums of tiles first to end of `kBlocks` blocks to integers [blocks, 16, 16].
+template <int kBlocks, bool kIsFirst>
+inline void multiply_tiles(const int8_t* a, int64_t block_bytes, const int8_t* b, int first, int end,
+                           int32_t* whole) {
+  _tile_zero(0);
+  if constexpr (kBlocks > 1) _tile_zero(1);
+  if constexpr (kBlocks > 2) _tile_zero(2);
+  for (int64_t at = int64_t(first) * kByteTileElements; at < int64_t(end) * kByteTileElements;
+       at += kByteTileElements) {
+    if constexpr (kIsFirst) prefetch(b + at);
+    _tile_loadd(7, b + at, 64);
+    _tile_loadd(4, a + at, 64);
+    _tile_dpbssd(0, 4, 7);
+    if constexpr (kBlocks > 1) {
+      _tile_loadd(5, a + block_bytes + at, 64);
+      _tile_dpbssd(1, 5, 7);
+    }
+    if constexpr (kBlocks > 2) {
+      _tile_loadd(6, a + 2 * block_bytes + at, 64);
+      _tile_dpbssd(2, 6, 7);
+    }
+  }
+  _tile_stored(0, whole, 64);
+  if constexpr (kBlocks > 1) _tile_stored(1, whole + 256, 64);
+  if constexpr (kBlocks > 2) _tile_stored(2, whole + 512, 64);
+  written_before();
+}
+
+// The sums of one output group for `kBlocks` blocks of rows, to [8 * kBlocks, kSumsStride].
+template <int kBlocks, bool kIsFirst>
+inline void multiply_digits(const Product& p, int64_t output_group, int64_t block, float* sums) {
+  const int tiles = byte_tiles(p);
+  const int64_t block_bytes = int64_t(tiles) * kByteTileElements;
+  const int8_t* a = p.digits + block * block_bytes;
+  const int8_t* b = byte_tiles_of(p, output_group);
+  const float* scales = scales_of(p, output_group);
+  alignas(64) int32_t whole[kBlocks * 256];
+  Vec total[kBlocks * kDigitRows] = {};
+  for (int first = 0; first < tiles; first += p.scale_tiles, scales += kTileOutputs) {
+    multiply_tiles<kBlocks, kIsFirst>(a, block_bytes, b, first,
+                                      smaller(first + p.scale_tiles, tiles), whole);
+    const Vec scale = load(scales);
+#pragma GCC unroll 24
+    for (int i = 0; i < kBlocks * kDigitRows; ++i) {
+      const int32_t* high = whole + (i / kDigitRows * kTileOutputs + i % kDigitRows) * kTileOutputs;
+      const IntVec both = (bit_cast<IntVec>(load((const float*)high)) << 8) +
+                          bit_cast<IntVec>(load((const float*)high + kDigitRows * kTileOutputs));
+      total[i] = multiply_add(__builtin_convertvector(both, Vec), scale, total[i]);
+    }
+  }
+  const float* row_scales = p.row_scales + block * kDigitRows;
+#pragma GCC unroll 24
+  for (int i = 0; i < kBlocks * kDigitRows; ++i)
+    store(sums + i * kSumsStride, total[i] * row_scales[i]);
+}
+
+template <bool kIsFirst>
+inline void multiply_blocks(const Product& p, int64_t output_group, int64_t block, int count,
+                            float* sums) {
+  if (count == 1) multiply_digits<1, kIsFirst>(p, output_group, block, sums);
+  if (count == 2) multiply_digits<2, kIsFirst>(p, output_group, block, sums);
+  if (count == 3) multiply_digits<3, kIsFirst>(p, output_group, block, sums);
+}
+
+template <int kSide>
+inline void multiply_bytes(const Product& p, int64_t group, float* sums) {
+  const int64_t blocks = (p.num_rows + kDigitRows - 1) / kDigitRows;
+  for (int64_t block = 0; block < blocks;) {
+    const int64_t left = blocks - block;
+    const int count = left == 4 ? 2 : left < kMaxBlocks ? int(left) : kMaxBlocks;
+    for (int side = 0; side < kSide; ++side) {
+      const int64_t output_group = group_at(p, group, side);
+      float* to = sums + side * kTileOutputs;
+      if (block == 0) multiply_blocks<true>(p, output_group, block, count, to);
+      else multiply_blocks<false>(p, output_group, block, count, to);
+    }
+    const int64_t row = block * kDigitRows, rows = p.num_rows - row;
+    finish(p, sums, kSumsStride, group, kSide, row, smaller(count * kDigitRows, rows));
+    block += count;
+  }
+}
+
+// ---- for products.h ----------------------------------------------------------------------------
+
+// With two blocks of rows there is room for two groups; eight-bit ones come one after the other.
+inline int max_side(const Product& p) {
+  return p.scales || p.num_rows > kTileOutputs ? 2 : kMaxSide;
+}
+
+template <int kSide>
+inline void multiply_groups(const Product& p, int64_t group, float* scratch) {
+  if (p.scales) multiply_bytes<kSide>(p, group, scratch);
+  else multiply_wide<kSide>(p, group, scratch);
+}
+
+int64_t product_scratch_floats(int) { return kBlockRows * kSumsStride; }
+
+}  // namespace
