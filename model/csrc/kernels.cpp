@@ -14,8 +14,6 @@
 
 namespace {
 
-int64_t scratch_floats(int head_dim) { return PrefillScratch::floats(head_dim); }
-
 const octavo::Kernels table = {
     OCTAVO_TEXT(OCTAVO_ISA),
     scratch_floats,
