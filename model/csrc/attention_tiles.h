@@ -25,6 +25,8 @@ constexpr int kChunkKeys = kDecodeKeys;
 constexpr int kBlockLanes = kTileOutputs;
 constexpr int kBlockKeys = kTileOutputs;
 constexpr int kPairedKeys = kTileInputs;
+// What is read once is asked for this far ahead.
+constexpr int kBlocksAhead = 4;
 // Floats from a lane's scores to the next lane's: a line more than they are, lest all begin in the
 // same sets of the cache.
 constexpr int kScoresStride = kChunkKeys + 16;
@@ -132,6 +134,18 @@ inline __m512i load_32(const Float16* from) {
   return (__m512i)_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first));
 }
 
+// Asks for a block of rows some way ahead of `key`; past the chunk for those that are read `next`.
+template <class KV>
+inline void prefetch_block(const KV* pages, const KV* next, const Chunk& chunk, int key,
+                           int head_dim) {
+  const int begin = round_down(chunk.begin, kBlockKeys), end = chunk.end;
+  int ahead = key + kBlocksAhead * kBlockKeys;
+  if (ahead >= end) ahead += begin - round_up(end, kBlockKeys), pages = next;
+  if (!pages || ahead >= end) return;
+  const int last = smaller(ahead + kBlockKeys, end);
+  for (; ahead < last; ++ahead) prefetch(pages + chunk.offsets[ahead], head_dim);
+}
+
 // Two rows of floats side by side as pairs of bfloat16.
 inline __m512i pairs_of(Vec even, Vec odd) {
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(bit_cast<__m512>(even)));
@@ -158,22 +172,23 @@ inline void copy_keys(const KV* pages, const Chunk& chunk, int block, int head_d
   }
 }
 
-// Pairs of rows interleave within the quarters of a vector, which is one instruction and leaves 32
-// dimensions in an order of their own: `in_order` undoes it in the sums.
+// Tiles of the values of 32 keys, `count` dimensions from the row's `d` on. Two rows interleave within
+// the quarters of a vector, which is one instruction and leaves 32 dimensions in an order of their
+// own: `in_order` undoes it in the sums.
 template <class KV>
-inline void pair_values(const KV* pages, const Chunk& chunk, int head_dim, BFloat16* to) {
-  for (int key = round_down(chunk.begin, kPairedKeys); key < chunk.end; key += 2) {
-    const KV* even = row_of(pages, chunk, key);
-    const KV* odd = row_of(pages, chunk, key + 1);
-    BFloat16* tile = to + int64_t(key / kPairedKeys) * head_dim * kPairedKeys +
-                     key % kPairedKeys * kTileOutputs;
-    int d = 0;
-    for (; d + kTileInputs <= head_dim; d += kTileInputs, tile += 2 * kTileElements) {
-      const __m512i first = load_32(even + d), second = load_32(odd + d);
+inline void pair_values(const KV* pages, const Chunk& chunk, int keys, int d, int count,
+                        BFloat16* to) {
+  for (int key = keys; key < keys + kPairedKeys; key += 2, to += kTileInputs) {
+    const KV* even = row_of(pages, chunk, key) + d;
+    const KV* odd = row_of(pages, chunk, key + 1) + d;
+    BFloat16* tile = to;
+    int i = 0;
+    for (; i + kTileInputs <= count; i += kTileInputs, tile += 2 * kTileElements) {
+      const __m512i first = load_32(even + i), second = load_32(odd + i);
       _mm512_storeu_si512(tile, _mm512_unpacklo_epi16(first, second));
       _mm512_storeu_si512(tile + kTileElements, _mm512_unpackhi_epi16(first, second));
     }
-    if (d < head_dim) _mm512_storeu_si512(tile, pairs_of(load(even + d), load(odd + d)));
+    if (i < count) _mm512_storeu_si512(tile, pairs_of(load(even + i), load(odd + i)));
   }
 }
 
@@ -195,31 +210,45 @@ struct Tiles {
   int64_t side;
 };
 
+// Adds one tile of the first operand times up to four of the second, side by side, to as many sums.
+template <int kSides>
+inline void add_tiles(const BFloat16* first, int64_t first_bytes, const BFloat16* second,
+                      int64_t side) {
+  _tile_loadd(4, first, first_bytes);
+  _tile_loadd(5, second, 64);
+  _tile_dpbf16ps(0, 4, 5);
+  if constexpr (kSides > 1) {
+    _tile_loadd(6, second + side, 64);
+    _tile_dpbf16ps(1, 4, 6);
+  }
+  if constexpr (kSides > 2) {
+    _tile_loadd(7, second + 2 * side, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(5, second + 3 * side, 64);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+}
+
+template <int kSides>
+inline void store_sums(float* out, int64_t out_bytes) {
+  _tile_stored(0, out, out_bytes);
+  if constexpr (kSides > 1) _tile_stored(1, out + kTileOutputs, out_bytes);
+  if constexpr (kSides > 2) {
+    _tile_stored(2, out + 2 * kTileOutputs, out_bytes);
+    _tile_stored(3, out + 3 * kTileOutputs, out_bytes);
+  }
+  written_before();
+}
+
 // out[row][side * 16 + column] = Σ_depth first[row][depth] * second[depth][side * 16 + column].
 template <int kSides>
 inline void multiply_sides(const BFloat16* first, int64_t first_bytes, int depth, Tiles second,
                            float* out, int64_t out_bytes) {
   written_before();
   zero_accumulators();
-  for (int k = 0; k < depth; k += kTileInputs, second.at += second.next) {
-    _tile_loadd(4, first + k, first_bytes);
-    _tile_loadd(5, second.at, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    if constexpr (kSides > 1) {
-      _tile_loadd(6, second.at + second.side, 64);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(7, second.at + 2 * second.side, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_loadd(5, second.at + 3 * second.side, 64);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-  }
-  _tile_stored(0, out, out_bytes);
-  if constexpr (kSides > 1) {
-    _tile_stored(1, out + kTileOutputs, out_bytes);
-    _tile_stored(2, out + 2 * kTileOutputs, out_bytes);
-    _tile_stored(3, out + 3 * kTileOutputs, out_bytes);
-  }
+  for (int k = 0; k < depth; k += kTileInputs, second.at += second.next)
+    add_tiles<kSides>(first + k, first_bytes, second.at, second.side);
+  store_sums<kSides>(out, out_bytes);
 }
 
 // The same for any number of sides.
@@ -229,6 +258,50 @@ inline void multiply(const BFloat16* first, int64_t first_bytes, int depth, Tile
     multiply_sides<4>(first, first_bytes, depth, second, out, out_bytes);
   for (; sides; --sides, second.at += second.side, out += kTileOutputs)
     multiply_sides<1>(first, first_bytes, depth, second, out, out_bytes);
+}
+
+// Weights times the values of keys [from, to), up to four tiles of dimensions from `d` on. Values
+// are paired as they are multiplied, while what is made of them is in the nearest cache.
+template <int kSides, class KV>
+inline void multiply_values(const BFloat16* weights, int64_t weights_bytes, const KV* values,
+                            const KV* next, const Chunk& chunk, int from, int to, int d, float* out,
+                            int64_t out_bytes) {
+  alignas(64) BFloat16 tiles[2][kSides * kTileElements];
+  const auto pair = [&](int key) {
+    pair_values(values, chunk, key, d, kSides * kTileOutputs, tiles[key / kPairedKeys % 2]);
+    written_before();
+  };
+  zero_accumulators();
+  pair(from);
+  for (int key = from; key < to; key += kPairedKeys) {
+    // A tile does not load what is still on its way to the cache: the next one's are on it meanwhile.
+    if (key + kPairedKeys < to) pair(key + kPairedKeys);
+    for (int block = key; block < key + kPairedKeys; block += kBlockKeys)
+      prefetch_block(values + d, next, chunk, block, kSides * kTileOutputs);
+    add_tiles<kSides>(weights + key, weights_bytes, tiles[key / kPairedKeys % 2], kTileElements);
+  }
+  store_sums<kSides>(out, out_bytes);
+}
+
+// Scores [16 keys, 16 lanes] of up to four lanes to [lanes, kScoresStride].
+inline void turn_few(const float* scores, float* to) {
+  __m512 rows[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const float* at = scores + i * kBlockLanes;
+    __m512 row = _mm512_castps128_ps512(_mm_load_ps(at));
+    row = _mm512_insertf32x4(row, _mm_load_ps(at + 4 * kBlockLanes), 1);
+    row = _mm512_insertf32x4(row, _mm_load_ps(at + 8 * kBlockLanes), 2);
+    rows[i] = _mm512_insertf32x4(row, _mm_load_ps(at + 12 * kBlockLanes), 3);
+  }
+  const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
+  const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
+  const __m512d next_low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
+  const __m512d next_high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
+  _mm512_store_pd(to, _mm512_unpacklo_pd(low, next_low));
+  _mm512_store_pd(to + kScoresStride, _mm512_unpackhi_pd(low, next_low));
+  _mm512_store_pd(to + 2 * kScoresStride, _mm512_unpacklo_pd(high, next_high));
+  _mm512_store_pd(to + 3 * kScoresStride, _mm512_unpackhi_pd(high, next_high));
 }
 
 // ---- softmax -----------------------------------------------------------------------------------
@@ -260,31 +333,43 @@ inline void hide(float* scores, int key, int begin, int end) {
   }
 }
 
-// One lane's scores to weights, in place: it sees [begin, end), and [from, to) are multiplied, both
-// multiples of 32. Unseen keys weigh nothing, and add nothing to a sum.
-inline void weigh_lane(float* scores, int from, int to, int begin, int end, float* largest,
-                       float* total) {
-  BFloat16* weights = (BFloat16*)scores;
-  const int first = round_down(begin, kPairedKeys), last = round_up(end, kPairedKeys);
-  if (begin > first) hide(scores, first, begin, end);
-  if (end < last) hide(scores, last - kPairedKeys, begin, end);
-  Vec even_top = broadcast(kNothingSeen), odd_top = even_top;
+// What one lane sees of a chunk, [begin, end), and the same in whole pairs of blocks.
+struct Seen {
+  int begin;
+  int end;
+  int first() const { return round_down(begin, kPairedKeys); }
+  int last() const { return round_up(end, kPairedKeys); }
+};
+
+// The largest score a lane sees. What it does not see is hidden from then on.
+inline float largest_score(float* scores, Seen seen) {
+  const int first = seen.first(), last = seen.last();
+  if (seen.begin > first) hide(scores, first, seen.begin, seen.end);
+  if (seen.end < last) hide(scores, last - kPairedKeys, seen.begin, seen.end);
+  Vec even = broadcast(kNothingSeen), odd = even;
   for (int key = first; key < last; key += kPairedKeys) {
-    even_top = max(load(scores + key), even_top);
-    odd_top = max(load(scores + key + kWidth), odd_top);
+    even = max(load(scores + key), even);
+    odd = max(load(scores + key + kWidth), odd);
   }
-  *largest = _mm512_reduce_max_ps(bit_cast<__m512>(max(even_top, odd_top)));
+  return _mm512_reduce_max_ps(bit_cast<__m512>(max(even, odd)));
+}
+
+// One lane's scores to weights, in place, and their sum. [from, to) are multiplied, both multiples
+// of 32: what the lane does not see of them weighs nothing, and adds nothing to a sum.
+inline float weigh(float* scores, int from, int to, Seen seen, float largest) {
+  BFloat16* weights = (BFloat16*)scores;
+  const int first = seen.first(), last = seen.last();
   Vec even_total = {}, odd_total = {};
   for (int key = first; key < last; key += kPairedKeys) {
-    const Vec even = weight_of(load(scores + key) - *largest);
-    const Vec odd = weight_of(load(scores + key + kWidth) - *largest);
+    const Vec even = weight_of(load(scores + key) - largest);
+    const Vec odd = weight_of(load(scores + key + kWidth) - largest);
     even_total += even;
     odd_total += odd;
     store(weights + key, even, odd);
   }
-  *total = _mm512_reduce_add_ps(bit_cast<__m512>(even_total + odd_total));
   for (int key = from; key < first; key += kPairedKeys) store(weights + key, Vec{}, Vec{});
   for (int key = last; key < to; key += kPairedKeys) store(weights + key, Vec{}, Vec{});
+  return _mm512_reduce_add_ps(bit_cast<__m512>(even_total + odd_total));
 }
 
 // ---- lanes -------------------------------------------------------------------------------------
@@ -314,13 +399,15 @@ class Lanes {
     if (is_few()) turn_block(t_.queries, depth_, depth_, turned_queries());
   }
 
-  // Chunks come in their order.
-  void add(const Chunk& chunk) {
+  // Chunks come in their order. `is_next`: then comes the next head's.
+  void add(const Chunk& chunk, bool is_next) {
     const int64_t head_offset = int64_t(head_) * a_.head_dim;
     if (a_.kv_dtype == kFloat16)
-      add((const Float16*)a_.keys + head_offset, (const Float16*)a_.values + head_offset, chunk);
+      add((const Float16*)a_.keys + head_offset, (const Float16*)a_.values + head_offset, chunk,
+          is_next);
     else
-      add((const BFloat16*)a_.keys + head_offset, (const BFloat16*)a_.values + head_offset, chunk);
+      add((const BFloat16*)a_.keys + head_offset, (const BFloat16*)a_.values + head_offset, chunk,
+          is_next);
   }
 
   // To the result, or to a share of it that is joined with others later.
@@ -351,9 +438,9 @@ class Lanes {
   }
 
   template <class KV>
-  void add(const KV* keys, const KV* values, const Chunk& chunk) {
-    if (!is_few()) turn_keys(keys, chunk);
-    bool is_paired = false;
+  void add(const KV* keys, const KV* values, const Chunk& chunk, bool is_next) {
+    const KV* next = is_next ? keys + a_.head_dim : nullptr;
+    if (!is_few()) take_in(keys, values, chunk);
     for (int lane = 0; lane < count_; lane += kBlockLanes) {
       const int last = smaller(lane + kBlockLanes, count_) - 1;
       const int begin = larger(seen_from(lane, chunk), chunk.begin);
@@ -363,9 +450,7 @@ class Lanes {
         score_few(keys, values, chunk);
       else
         score(lane, begin, end);
-      if (!is_paired) pair_values(values, chunk, a_.head_dim, t_.values);
-      is_paired = true;
-      add_block(lane, last, begin, end, chunk);
+      add_block(values, next, lane, last, begin, end, chunk);
     }
   }
 
@@ -389,15 +474,17 @@ class Lanes {
     return copy;
   }
 
+  // A chunk's keys and values as second operands, for many lanes.
   template <class KV>
-  void turn_keys(const KV* keys, const Chunk& chunk) {
-    // The sums are not in use yet.
+  void take_in(const KV* keys, const KV* values, const Chunk& chunk) {
     for (int block = round_down(chunk.begin, kBlockKeys); block < chunk.end; block += kBlockKeys) {
       int64_t stride;
-      BFloat16* tiles = t_.keys + int64_t(block) * depth_;
+      // The sums are not in use yet.
       const BFloat16* rows = rows_of(keys, chunk, block, (BFloat16*)t_.sums, &stride);
-      turn_block(rows, stride, depth_, tiles);
+      turn_block(rows, stride, depth_, t_.keys + int64_t(block) * depth_);
     }
+    for (int key = round_down(chunk.begin, kPairedKeys); key < chunk.end; key += kPairedKeys)
+      pair_values(values, chunk, key, 0, a_.head_dim, t_.values + int64_t(key) * a_.head_dim);
   }
 
   // Scores of one block of lanes against keys that are turned.
@@ -415,34 +502,35 @@ class Lanes {
     for (int block = round_down(chunk.begin, kBlockKeys); block < chunk.end; block += kBlockKeys) {
       int64_t stride;
       const BFloat16* rows = rows_of(keys, chunk, block, t_.keys, &stride);
+      prefetch_block(keys, values, chunk, block, a_.head_dim);
       alignas(64) float scores[kBlockKeys * kBlockLanes];
       multiply(rows, stride * sizeof(BFloat16), depth_, queries, 1, scores, 64);
-      written_before();
-      turn(scores, 64, t_.scores + block, kScoresStride * sizeof(float));
+      if (count_ <= 4)
+        turn_few(scores, t_.scores + block);
+      else
+        turn(scores, 64, t_.scores + block, kScoresStride * sizeof(float));
     }
   }
 
   // Adds a chunk to one block of lanes, from whose scores it begins.
-  void add_block(int lane, int last, int begin, int end, const Chunk& chunk) {
+  template <class KV>
+  void add_block(const KV* values, const KV* next, int lane, int last, int begin, int end,
+                 const Chunk& chunk) {
     const int from = round_down(begin, kPairedKeys), to = round_up(end, kPairedKeys);
     alignas(64) float largest[kBlockLanes], total[kBlockLanes];
     store(largest, broadcast(kNothingSeen));
     store(total, Vec{});
-    written_before();
-    for (int i = lane; i <= last; ++i) {
-      const int row = i - lane, own_end = smaller(seen_to(i, chunk), end);
-      const int own_begin = larger(seen_from(i, chunk), begin);
+    Seen seen[kBlockLanes];
+    for (int i = 0; i <= last - lane; ++i) {
+      seen[i] = {larger(seen_from(lane + i, chunk), begin), smaller(seen_to(lane + i, chunk), end)};
       // A window may have passed the whole chunk.
-      const bool sees = own_begin < own_end;
-      weigh_lane(t_.scores + row * kScoresStride, from, to, sees ? own_begin : from,
-                 sees ? own_end : from, largest + row, total + row);
+      if (seen[i].begin >= seen[i].end) seen[i] = {from, from};
+      largest[i] = largest_score(t_.scores + i * kScoresStride, seen[i]);
     }
-    const int dim_tiles = a_.head_dim / kTileOutputs;
-    const Tiles values = {t_.values + int64_t(from) * a_.head_dim,
-                          int64_t(dim_tiles) * kTileElements, kTileElements};
-    multiply((const BFloat16*)t_.scores + from, kScoresStride * sizeof(float), to - from, values,
-             dim_tiles, t_.sums, a_.head_dim * sizeof(float));
-    written_before();
+    // Nothing waits for what has only just been found.
+    for (int i = 0; i <= last - lane; ++i)
+      total[i] = weigh(t_.scores + i * kScoresStride, from, to, seen[i], largest[i]);
+    weigh_values(values, next, from, to, chunk);
     const Joint joint = join(load(largest_ + lane), load(largest));
     store(largest_ + lane, joint.largest);
     store(total_ + lane,
@@ -452,6 +540,28 @@ class Lanes {
       const float* sums = t_.sums + int64_t(i - lane) * a_.head_dim;
       add_sums(sums, first, second, t_.totals + int64_t(i) * a_.head_dim);
     }
+  }
+
+  // The weights of one block of lanes times the values, to its sums.
+  template <class KV>
+  void weigh_values(const KV* values, const KV* next, int from, int to, const Chunk& chunk) {
+    const BFloat16* weights = (const BFloat16*)t_.scores;
+    const int64_t weights_bytes = kScoresStride * sizeof(float);
+    const int64_t out_bytes = a_.head_dim * sizeof(float);
+    if (!is_few()) {
+      const Tiles tiles = {t_.values + int64_t(from) * a_.head_dim,
+                           int64_t(kPairedKeys) * a_.head_dim, kTileElements};
+      return multiply(weights + from, weights_bytes, to - from, tiles, a_.head_dim / kTileOutputs,
+                      t_.sums, out_bytes);
+    }
+    int d = 0;
+    for (; d + 4 * kTileOutputs <= a_.head_dim; d += 4 * kTileOutputs)
+      multiply_values<4>(weights, weights_bytes, values, next, chunk, from, to, d, t_.sums + d, out_bytes);
+    // Two tiles share an order of dimensions.
+    for (; d + 2 * kTileOutputs <= a_.head_dim; d += 2 * kTileOutputs)
+      multiply_values<2>(weights, weights_bytes, values, next, chunk, from, to, d, t_.sums + d, out_bytes);
+    if (d < a_.head_dim)
+      multiply_values<1>(weights, weights_bytes, values, next, chunk, from, to, d, t_.sums + d, out_bytes);
   }
 
   void add_sums(const float* sums, Vec first, Vec second, float* totals) const {
@@ -479,7 +589,7 @@ void prefill_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
   Lanes lanes(a, unit.row, unit.head_begin, unit.lane_begin, unit.lane_end, scratch);
   for (int first = round_down(unit.key_begin, kChunkKeys); first < unit.key_end;
        first += kChunkKeys)
-    lanes.add(Chunk(a, unit.row, first, unit.key_begin, unit.key_end));
+    lanes.add(Chunk(a, unit.row, first, unit.key_begin, unit.key_end), false);
   lanes.finish(unit);
 }
 
@@ -491,7 +601,7 @@ void decode_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
   for (int head = unit.head_begin; head < unit.head_end; ++head)
     for (int lane = 0; lane < a.group; lane += kPrefillLanes) {
       Lanes lanes(a, unit.row, head, lane, smaller(lane + kPrefillLanes, a.group), scratch);
-      lanes.add(chunk);
+      lanes.add(chunk, head + 1 < unit.head_end);
       lanes.finish(unit);
     }
 }
