@@ -6,7 +6,7 @@
 #pragma once
 
 #include "attention_decode.h"
-#include "attention_tiles.h"
+#include "attention_lanes.h"
 #include "simd.h"
 
 namespace {

@@ -1,15 +1,16 @@
-// Attention by matrix instructions, for keys and values kept in 16 bits: operands are bfloat16, sums
-// are float32.
+// Attention by matrix instructions, for keys and values kept in 16 bits: how operands come to lie,
+// and their products. Operands are bfloat16, sums are float32; attention_lanes.h has the softmax.
 //
 // Lanes are the (token, head) pairs of one KV head, sixteen to a tile. A chunk of 256 keys, counted
 // from the sequence's first, is one plain softmax: scores, weights, and their sum over the values;
-// chunks are joined in their order. A lane's sums run along its own row, so its result is the same to
-// the bit whatever the lanes beside it: computed alone, in a prompt, or in any piece of one.
+// chunks are joined in their order. A lane's sums run along its own row, so its result is the same
+// to the bit whatever the lanes beside it: computed alone, in a prompt, or in any piece of one.
 //
 // A second operand has the pairs of what is summed over side by side. Of values these are two keys'
-// rows, which interleave. Of keys they would be two dimensions of a row, which takes a transposition:
-// worth it for many lanes. For few the queries are transposed instead, keys are a first operand as
-// they lie in their pages, and the scores are turned back: the same sums in the same order.
+// rows, which interleave. Of keys they would be two dimensions of a row, which takes a
+// transposition: worth it for many lanes. For few the queries are transposed instead, keys are a
+// first operand as they lie in their pages, and the scores are turned back: the same sums in the
+// same order.
 #pragma once
 
 #include "attention_decode.h"
@@ -25,6 +26,8 @@ constexpr int kChunkKeys = kDecodeKeys;
 constexpr int kBlockLanes = kTileOutputs;
 constexpr int kBlockKeys = kTileOutputs;
 constexpr int kPairedKeys = kTileInputs;
+// Lanes whose scores are turned by themselves.
+constexpr int kFewest = 4;
 // What is read once is asked for this far ahead.
 constexpr int kBlocksAhead = 4;
 // Floats from a lane's scores to the next lane's: a line more than they are, lest all begin in the
@@ -128,6 +131,27 @@ inline void turn_block(const BFloat16* rows, int64_t stride, int depth, BFloat16
     turn(rows + d, stride * sizeof(BFloat16), tiles, 64);
 }
 
+// Scores [16 keys, 16 lanes] to [lanes, kScoresStride], the first four lanes' alone.
+inline void turn_fewest(const float* scores, float* to) {
+  __m512 rows[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const float* at = scores + i * kBlockLanes;
+    __m512 row = _mm512_castps128_ps512(_mm_load_ps(at));
+    row = _mm512_insertf32x4(row, _mm_load_ps(at + 4 * kBlockLanes), 1);
+    row = _mm512_insertf32x4(row, _mm_load_ps(at + 8 * kBlockLanes), 2);
+    rows[i] = _mm512_insertf32x4(row, _mm_load_ps(at + 12 * kBlockLanes), 3);
+  }
+  const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
+  const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
+  const __m512d next_low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
+  const __m512d next_high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
+  _mm512_store_pd(to, _mm512_unpacklo_pd(low, next_low));
+  _mm512_store_pd(to + kScoresStride, _mm512_unpackhi_pd(low, next_low));
+  _mm512_store_pd(to + 2 * kScoresStride, _mm512_unpacklo_pd(high, next_high));
+  _mm512_store_pd(to + 3 * kScoresStride, _mm512_unpackhi_pd(high, next_high));
+}
+
 inline __m512i load_32(const BFloat16* from) { return _mm512_loadu_si512(from); }
 inline __m512i load_32(const Float16* from) {
   const Vec first = load(from), second = load(from + kWidth);
@@ -172,9 +196,9 @@ inline void copy_keys(const KV* pages, const Chunk& chunk, int block, int head_d
   }
 }
 
-// Tiles of the values of 32 keys, `count` dimensions from the row's `d` on. Two rows interleave within
-// the quarters of a vector, which is one instruction and leaves 32 dimensions in an order of their
-// own: `in_order` undoes it in the sums.
+// Tiles of the values of 32 keys, `count` dimensions from the row's `d` on. Two rows interleave
+// within the quarters of a vector, which is one instruction and leaves 32 dimensions in an order of
+// their own: `in_order` undoes it in the sums.
 template <class KV>
 inline void pair_values(const KV* pages, const Chunk& chunk, int keys, int d, int count,
                         BFloat16* to) {
@@ -258,352 +282,6 @@ inline void multiply(const BFloat16* first, int64_t first_bytes, int depth, Tile
     multiply_sides<4>(first, first_bytes, depth, second, out, out_bytes);
   for (; sides; --sides, second.at += second.side, out += kTileOutputs)
     multiply_sides<1>(first, first_bytes, depth, second, out, out_bytes);
-}
-
-// Weights times the values of keys [from, to), up to four tiles of dimensions from `d` on. Values
-// are paired as they are multiplied, while what is made of them is in the nearest cache.
-template <int kSides, class KV>
-inline void multiply_values(const BFloat16* weights, int64_t weights_bytes, const KV* values,
-                            const KV* next, const Chunk& chunk, int from, int to, int d, float* out,
-                            int64_t out_bytes) {
-  alignas(64) BFloat16 tiles[2][kSides * kTileElements];
-  const auto pair = [&](int key) {
-    pair_values(values, chunk, key, d, kSides * kTileOutputs, tiles[key / kPairedKeys % 2]);
-    written_before();
-  };
-  zero_accumulators();
-  pair(from);
-  for (int key = from; key < to; key += kPairedKeys) {
-    // A tile does not load what is still on its way to the cache: the next one's are on it meanwhile.
-    if (key + kPairedKeys < to) pair(key + kPairedKeys);
-    for (int block = key; block < key + kPairedKeys; block += kBlockKeys)
-      prefetch_block(values + d, next, chunk, block, kSides * kTileOutputs);
-    add_tiles<kSides>(weights + key, weights_bytes, tiles[key / kPairedKeys % 2], kTileElements);
-  }
-  store_sums<kSides>(out, out_bytes);
-}
-
-// Scores [16 keys, 16 lanes] of up to four lanes to [lanes, kScoresStride].
-inline void turn_few(const float* scores, float* to) {
-  __m512 rows[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const float* at = scores + i * kBlockLanes;
-    __m512 row = _mm512_castps128_ps512(_mm_load_ps(at));
-    row = _mm512_insertf32x4(row, _mm_load_ps(at + 4 * kBlockLanes), 1);
-    row = _mm512_insertf32x4(row, _mm_load_ps(at + 8 * kBlockLanes), 2);
-    rows[i] = _mm512_insertf32x4(row, _mm_load_ps(at + 12 * kBlockLanes), 3);
-  }
-  const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
-  const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
-  const __m512d next_low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
-  const __m512d next_high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
-  _mm512_store_pd(to, _mm512_unpacklo_pd(low, next_low));
-  _mm512_store_pd(to + kScoresStride, _mm512_unpackhi_pd(low, next_low));
-  _mm512_store_pd(to + 2 * kScoresStride, _mm512_unpacklo_pd(high, next_high));
-  _mm512_store_pd(to + 3 * kScoresStride, _mm512_unpackhi_pd(high, next_high));
-}
-
-// ---- softmax -----------------------------------------------------------------------------------
-
-// 2 to the power of x, which is not above 0, to 3e-6 relative: weights are rounded to bfloat16.
-inline Vec weight_of(Vec x) {
-  const Vec magic = broadcast(12582912.0f);
-  const Vec shifted = x + magic;
-  const Vec r = x - (shifted - magic);
-  Vec p = broadcast(9.582853095e-3f);
-  p = p * r + 5.590642460e-2f;
-  p = p * r + 2.402409861e-1f;
-  p = p * r + 6.931241934e-1f;
-  p = p * r + 1.0f;
-  const Vec power = bit_cast<Vec>(bit_cast<IntVec>(p) + (bit_cast<IntVec>(shifted) << 23));
-  // NaN stays what it is.
-  return bit_cast<Vec>(bit_cast<IntVec>(power) & ~(x < -126.0f));
-}
-
-// Scores of keys outside [begin, end) become the least there is.
-inline void hide(float* scores, int key, int begin, int end) {
-  for (int at = key; at < key + kPairedKeys; at += kWidth) {
-    const __m512i index = _mm512_add_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm512_set1_epi32(at));
-    const __mmask16 hidden = _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(begin)) |
-                             _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(end));
-    _mm512_mask_storeu_ps(scores + at, hidden, _mm512_set1_ps(-__builtin_inff()));
-  }
-}
-
-// What one lane sees of a chunk, [begin, end), and the same in whole pairs of blocks.
-struct Seen {
-  int begin;
-  int end;
-  int first() const { return round_down(begin, kPairedKeys); }
-  int last() const { return round_up(end, kPairedKeys); }
-};
-
-// The largest score a lane sees. What it does not see is hidden from then on.
-inline float largest_score(float* scores, Seen seen) {
-  const int first = seen.first(), last = seen.last();
-  if (seen.begin > first) hide(scores, first, seen.begin, seen.end);
-  if (seen.end < last) hide(scores, last - kPairedKeys, seen.begin, seen.end);
-  Vec even = broadcast(kNothingSeen), odd = even;
-  for (int key = first; key < last; key += kPairedKeys) {
-    even = max(load(scores + key), even);
-    odd = max(load(scores + key + kWidth), odd);
-  }
-  return _mm512_reduce_max_ps(bit_cast<__m512>(max(even, odd)));
-}
-
-// One lane's scores to weights, in place, and their sum. [from, to) are multiplied, both multiples
-// of 32: what the lane does not see of them weighs nothing, and adds nothing to a sum.
-inline float weigh(float* scores, int from, int to, Seen seen, float largest) {
-  BFloat16* weights = (BFloat16*)scores;
-  const int first = seen.first(), last = seen.last();
-  Vec even_total = {}, odd_total = {};
-  for (int key = first; key < last; key += kPairedKeys) {
-    const Vec even = weight_of(load(scores + key) - largest);
-    const Vec odd = weight_of(load(scores + key + kWidth) - largest);
-    even_total += even;
-    odd_total += odd;
-    store(weights + key, even, odd);
-  }
-  for (int key = from; key < first; key += kPairedKeys) store(weights + key, Vec{}, Vec{});
-  for (int key = last; key < to; key += kPairedKeys) store(weights + key, Vec{}, Vec{});
-  return _mm512_reduce_add_ps(bit_cast<__m512>(even_total + odd_total));
-}
-
-// ---- lanes -------------------------------------------------------------------------------------
-
-// The lanes of one unit and one KV head, and their softmax so far.
-class Lanes {
- public:
-  Lanes(const Attention& a, int row, int head, int begin, int end, float* scratch)
-      : a_(a), t_(scratch, a.head_dim), row_(row), head_(head), begin_(begin), count_(end - begin),
-        depth_(TileScratch::depth(a.head_dim)) {
-    const int first_token = a.query_starts[row];
-    const int first_position = a.seq_lens[row] - (a.query_starts[row + 1] - first_token);
-    for (int lane = 0; lane < count_; ++lane) {
-      const int token = (begin + lane) / a.group;
-      positions_[lane] = first_position + token;
-      load_query(first_token + token, query_head(lane), t_.queries + int64_t(lane) * depth_);
-    }
-    const int padded = round_up(count_, kBlockLanes);
-    // Lanes that are nobody's are zeros, and what becomes of them is never looked at.
-    __builtin_memset(t_.queries + int64_t(count_) * depth_, 0,
-                     int64_t(padded - count_) * depth_ * sizeof(BFloat16));
-    __builtin_memset(t_.totals, 0, int64_t(padded) * a.head_dim * sizeof(float));
-    for (int lane = 0; lane < padded; lane += kWidth) {
-      store(largest_ + lane, broadcast(kNothingSeen));
-      store(total_ + lane, Vec{});
-    }
-    if (is_few()) turn_block(t_.queries, depth_, depth_, turned_queries());
-  }
-
-  // Chunks come in their order. `is_next`: then comes the next head's.
-  void add(const Chunk& chunk, bool is_next) {
-    const int64_t head_offset = int64_t(head_) * a_.head_dim;
-    if (a_.kv_dtype == kFloat16)
-      add((const Float16*)a_.keys + head_offset, (const Float16*)a_.values + head_offset, chunk,
-          is_next);
-    else
-      add((const BFloat16*)a_.keys + head_offset, (const BFloat16*)a_.values + head_offset, chunk,
-          is_next);
-  }
-
-  // To the result, or to a share of it that is joined with others later.
-  void finish(const Unit& unit) const {
-    for (int lane = 0; lane < count_; ++lane) {
-      const float* sums = t_.totals + int64_t(lane) * a_.head_dim;
-      const float share[] = {largest_[lane], total_[lane]};
-      const int token = a_.query_starts[row_] + (begin_ + lane) / a_.group;
-      if (unit.partial < 0)
-        store_head(a_, token, query_head(lane), sums, total_[lane]);
-      else
-        store_partial(a_, unit, query_head(lane), sums, share);
-    }
-  }
-
- private:
-  bool is_few() const { return count_ <= kBlockLanes; }
-  // Few lanes leave room behind them.
-  BFloat16* turned_queries() const { return t_.queries + kBlockLanes * depth_; }
-  int query_head(int lane) const { return head_ * a_.group + (begin_ + lane) % a_.group; }
-
-  void load_query(int token, int head, BFloat16* to) const {
-    const int64_t from = token * a_.q.token_stride + head * a_.q.head_stride;
-    for (int d = 0; d < depth_; d += kWidth) {
-      const Vec q = d < a_.head_dim ? load_some(a_.q.data, a_.q.dtype, from + d, kWidth) : Vec{};
-      store(to + d, q * a_.scale_log2e);
-    }
-  }
-
-  template <class KV>
-  void add(const KV* keys, const KV* values, const Chunk& chunk, bool is_next) {
-    const KV* next = is_next ? keys + a_.head_dim : nullptr;
-    if (!is_few()) take_in(keys, values, chunk);
-    for (int lane = 0; lane < count_; lane += kBlockLanes) {
-      const int last = smaller(lane + kBlockLanes, count_) - 1;
-      const int begin = larger(seen_from(lane, chunk), chunk.begin);
-      const int end = smaller(seen_to(last, chunk), chunk.end);
-      if (begin >= end) continue;
-      if (is_few())
-        score_few(keys, values, chunk);
-      else
-        score(lane, begin, end);
-      add_block(values, next, lane, last, begin, end, chunk);
-    }
-  }
-
-  // What a lane sees, in keys from a chunk's first: [seen_from, seen_to).
-  int seen_from(int lane, const Chunk& chunk) const {
-    return larger(positions_[lane] - (a_.window - 1), 0) - chunk.first;
-  }
-  int seen_to(int lane, const Chunk& chunk) const { return positions_[lane] - chunk.first + 1; }
-
-  // A block's keys as rows [16, depth]: in their page where they lie side by side.
-  template <class KV>
-  const BFloat16* rows_of(const KV* keys, const Chunk& chunk, int block, BFloat16* copy,
-                          int64_t* stride) const {
-    if (sizeof(KV) == sizeof(BFloat16) && a_.kv_dtype == kBFloat16 &&
-        a_.page_size % kBlockKeys == 0 && depth_ == a_.head_dim) {
-      *stride = int64_t(a_.num_kv_heads) * a_.head_dim;
-      return (const BFloat16*)(keys + chunk.offsets[block]);
-    }
-    *stride = depth_;
-    copy_keys(keys, chunk, block, a_.head_dim, copy);
-    return copy;
-  }
-
-  // A chunk's keys and values as second operands, for many lanes.
-  template <class KV>
-  void take_in(const KV* keys, const KV* values, const Chunk& chunk) {
-    for (int block = round_down(chunk.begin, kBlockKeys); block < chunk.end; block += kBlockKeys) {
-      int64_t stride;
-      // The sums are not in use yet.
-      const BFloat16* rows = rows_of(keys, chunk, block, (BFloat16*)t_.sums, &stride);
-      turn_block(rows, stride, depth_, t_.keys + int64_t(block) * depth_);
-    }
-    for (int key = round_down(chunk.begin, kPairedKeys); key < chunk.end; key += kPairedKeys)
-      pair_values(values, chunk, key, 0, a_.head_dim, t_.values + int64_t(key) * a_.head_dim);
-  }
-
-  // Scores of one block of lanes against keys that are turned.
-  void score(int lane, int begin, int end) {
-    const int from = round_down(begin, kBlockKeys), to = round_up(end, kBlockKeys);
-    const Tiles tiles = {t_.keys + int64_t(from) * depth_, kTileElements, kBlockKeys * depth_};
-    multiply(t_.queries + int64_t(lane) * depth_, depth_ * sizeof(BFloat16), depth_, tiles,
-             (to - from) / kBlockKeys, t_.scores + from, kScoresStride * sizeof(float));
-  }
-
-  // Scores of the only block of lanes against keys as they lie.
-  template <class KV>
-  void score_few(const KV* keys, const KV* values, const Chunk& chunk) {
-    const Tiles queries = {turned_queries(), kTileElements, 0};
-    for (int block = round_down(chunk.begin, kBlockKeys); block < chunk.end; block += kBlockKeys) {
-      int64_t stride;
-      const BFloat16* rows = rows_of(keys, chunk, block, t_.keys, &stride);
-      prefetch_block(keys, values, chunk, block, a_.head_dim);
-      alignas(64) float scores[kBlockKeys * kBlockLanes];
-      multiply(rows, stride * sizeof(BFloat16), depth_, queries, 1, scores, 64);
-      if (count_ <= 4)
-        turn_few(scores, t_.scores + block);
-      else
-        turn(scores, 64, t_.scores + block, kScoresStride * sizeof(float));
-    }
-  }
-
-  // Adds a chunk to one block of lanes, from whose scores it begins.
-  template <class KV>
-  void add_block(const KV* values, const KV* next, int lane, int last, int begin, int end,
-                 const Chunk& chunk) {
-    const int from = round_down(begin, kPairedKeys), to = round_up(end, kPairedKeys);
-    alignas(64) float largest[kBlockLanes], total[kBlockLanes];
-    store(largest, broadcast(kNothingSeen));
-    store(total, Vec{});
-    Seen seen[kBlockLanes];
-    for (int i = 0; i <= last - lane; ++i) {
-      seen[i] = {larger(seen_from(lane + i, chunk), begin), smaller(seen_to(lane + i, chunk), end)};
-      // A window may have passed the whole chunk.
-      if (seen[i].begin >= seen[i].end) seen[i] = {from, from};
-      largest[i] = largest_score(t_.scores + i * kScoresStride, seen[i]);
-    }
-    // Nothing waits for what has only just been found.
-    for (int i = 0; i <= last - lane; ++i)
-      total[i] = weigh(t_.scores + i * kScoresStride, from, to, seen[i], largest[i]);
-    weigh_values(values, next, from, to, chunk);
-    const Joint joint = join(load(largest_ + lane), load(largest));
-    store(largest_ + lane, joint.largest);
-    store(total_ + lane,
-          multiply_add(load(total_ + lane), joint.first, load(total) * joint.second));
-    for (int i = lane; i <= last; ++i) {
-      const Vec first = broadcast(joint.first[i - lane]), second = broadcast(joint.second[i - lane]);
-      const float* sums = t_.sums + int64_t(i - lane) * a_.head_dim;
-      add_sums(sums, first, second, t_.totals + int64_t(i) * a_.head_dim);
-    }
-  }
-
-  // The weights of one block of lanes times the values, to its sums.
-  template <class KV>
-  void weigh_values(const KV* values, const KV* next, int from, int to, const Chunk& chunk) {
-    const BFloat16* weights = (const BFloat16*)t_.scores;
-    const int64_t weights_bytes = kScoresStride * sizeof(float);
-    const int64_t out_bytes = a_.head_dim * sizeof(float);
-    if (!is_few()) {
-      const Tiles tiles = {t_.values + int64_t(from) * a_.head_dim,
-                           int64_t(kPairedKeys) * a_.head_dim, kTileElements};
-      return multiply(weights + from, weights_bytes, to - from, tiles, a_.head_dim / kTileOutputs,
-                      t_.sums, out_bytes);
-    }
-    int d = 0;
-    for (; d + 4 * kTileOutputs <= a_.head_dim; d += 4 * kTileOutputs)
-      multiply_values<4>(weights, weights_bytes, values, next, chunk, from, to, d, t_.sums + d, out_bytes);
-    // Two tiles share an order of dimensions.
-    for (; d + 2 * kTileOutputs <= a_.head_dim; d += 2 * kTileOutputs)
-      multiply_values<2>(weights, weights_bytes, values, next, chunk, from, to, d, t_.sums + d, out_bytes);
-    if (d < a_.head_dim)
-      multiply_values<1>(weights, weights_bytes, values, next, chunk, from, to, d, t_.sums + d, out_bytes);
-  }
-
-  void add_sums(const float* sums, Vec first, Vec second, float* totals) const {
-    int d = 0;
-    for (; d + 2 * kWidth <= a_.head_dim; d += 2 * kWidth) {
-      Vec low = load(sums + d), high = load(sums + d + kWidth);
-      in_order(&low, &high);
-      store(totals + d, multiply_add(load(totals + d), first, low * second));
-      store(totals + d + kWidth, multiply_add(load(totals + d + kWidth), first, high * second));
-    }
-    if (d < a_.head_dim)
-      store(totals + d, multiply_add(load(totals + d), first, load(sums + d) * second));
-  }
-
-  const Attention& a_;
-  const TileScratch t_;
-  const int row_, head_, begin_, count_, depth_;
-  int positions_[kPrefillLanes];
-  alignas(64) float largest_[kPrefillLanes];
-  alignas(64) float total_[kPrefillLanes];
-};
-
-void prefill_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
-  configure_tiles();
-  Lanes lanes(a, unit.row, unit.head_begin, unit.lane_begin, unit.lane_end, scratch);
-  for (int first = round_down(unit.key_begin, kChunkKeys); first < unit.key_end;
-       first += kChunkKeys)
-    lanes.add(Chunk(a, unit.row, first, unit.key_begin, unit.key_end), false);
-  lanes.finish(unit);
-}
-
-// One token: its heads are the lanes, its keys lie in one chunk.
-void decode_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
-  configure_tiles();
-  const Chunk chunk(a, unit.row, round_down(unit.key_begin, kChunkKeys), unit.key_begin,
-                    unit.key_end);
-  for (int head = unit.head_begin; head < unit.head_end; ++head)
-    for (int lane = 0; lane < a.group; lane += kPrefillLanes) {
-      Lanes lanes(a, unit.row, head, lane, smaller(lane + kPrefillLanes, a.group), scratch);
-      lanes.add(chunk, head + 1 < unit.head_end);
-      lanes.finish(unit);
-    }
 }
 
 }  // namespace
