@@ -329,9 +329,9 @@ class Lanes {
   const TileScratch t_;
   const int first_token_, head_, begin_, count_, depth_;
   // Of what they see the last key.
-  int positions_[kPrefillLanes];
-  alignas(64) float largest_[kPrefillLanes];
-  alignas(64) float total_[kPrefillLanes];
+  int positions_[kTileLanes];
+  alignas(64) float largest_[kTileLanes];
+  alignas(64) float total_[kTileLanes];
 };
 
 void prefill_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
@@ -349,8 +349,8 @@ void decode_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
   const Chunk chunk(a, unit.row, round_down(unit.key_begin, kChunkKeys), unit.key_begin,
                     unit.key_end);
   for (int head = unit.head_begin; head < unit.head_end; ++head)
-    for (int lane = 0; lane < a.group; lane += kPrefillLanes) {
-      Lanes lanes(a, unit.row, head, lane, smaller(lane + kPrefillLanes, a.group), scratch);
+    for (int lane = 0; lane < a.group; lane += kTileLanes) {
+      Lanes lanes(a, unit.row, head, lane, smaller(lane + kTileLanes, a.group), scratch);
       lanes.add(chunk, head + 1 < unit.head_end);
       lanes.finish(unit);
     }

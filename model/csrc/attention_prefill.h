@@ -242,19 +242,31 @@ void attend_by_vectors(const Attention& a, const Unit& unit, float* scratch) {
   store_lanes(a, unit, s.sums, stats);
 }
 
+// What is kept in float32 is meant to stay exact.
+inline bool is_by_tiles(DType kv_dtype) {
+#if defined(__AMX_BF16__)
+  return kv_dtype != kFloat32;
+#else
+  return false;
+#endif
+}
+
 void prefill(const Attention& a, const Unit& unit, float* scratch) {
 #if defined(__AMX_BF16__)
-  // What is kept in float32 is meant to stay exact.
-  if (a.kv_dtype != kFloat32) return prefill_by_tiles(a, unit, scratch);
+  if (is_by_tiles(a.kv_dtype)) return prefill_by_tiles(a, unit, scratch);
 #endif
   attend_by_vectors(a, unit, scratch);
 }
 
 void decode(const Attention& a, const Unit& unit, float* scratch) {
 #if defined(__AMX_BF16__)
-  if (a.kv_dtype != kFloat32) return decode_by_tiles(a, unit, scratch);
+  if (is_by_tiles(a.kv_dtype)) return decode_by_tiles(a, unit, scratch);
 #endif
   decode_by_vectors(a, unit, scratch);
+}
+
+int32_t prefill_lanes(DType kv_dtype) {
+  return is_by_tiles(kv_dtype) ? octavo::kTileLanes : kPrefillLanes;
 }
 
 int64_t scratch_floats(int head_dim) {

@@ -20,7 +20,7 @@
 
 namespace {
 
-using octavo::kPrefillLanes;
+using octavo::kTileLanes;
 
 constexpr int kChunkKeys = kDecodeKeys;
 constexpr int kBlockLanes = kTileOutputs;
@@ -72,15 +72,15 @@ struct TileScratch {
 
   TileScratch(float* at, int head_dim)
       : queries((BFloat16*)at),
-        keys(queries + kPrefillLanes * depth(head_dim)),
+        keys(queries + kTileLanes * depth(head_dim)),
         values(keys + kChunkKeys * depth(head_dim)),
         scores((float*)(values + kChunkKeys * head_dim)),
         sums(scores + kBlockLanes * kScoresStride),
         totals(sums + kBlockLanes * head_dim) {}
 
   static int64_t floats(int head_dim) {
-    return (int64_t(kPrefillLanes + kChunkKeys) * depth(head_dim) + kChunkKeys * head_dim) / 2 +
-           kBlockLanes * kScoresStride + int64_t(kBlockLanes + kPrefillLanes) * head_dim;
+    return (int64_t(kTileLanes + kChunkKeys) * depth(head_dim) + kChunkKeys * head_dim) / 2 +
+           kBlockLanes * kScoresStride + int64_t(kBlockLanes + kTileLanes) * head_dim;
   }
 };
 

@@ -17,6 +17,7 @@ namespace {
 const octavo::Kernels table = {
     OCTAVO_TEXT(OCTAVO_ISA),
     scratch_floats,
+    prefill_lanes,
     decode,
     prefill,
     merge,
