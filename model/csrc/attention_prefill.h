@@ -159,15 +159,6 @@ inline void load_rows(const void* pages, DType dtype, const int64_t* offsets, in
   for (int key = num_keys; key < (num_keys + 7) / 8 * 8; ++key) rows[key] = rows[num_keys - 1];
 }
 
-// Begins a softmax.
-inline void forget(float* sums, int head_dim, int num_lanes, LaneStats& stats) {
-  for (int lane = 0; lane < num_lanes; lane += kWidth) {
-    store(stats.largest + lane, broadcast(kNothingSeen));
-    store(stats.total + lane, Vec{});
-    for (int d = 0; d < head_dim; ++d) store(sums + d * kPrefillLanes + lane, Vec{});
-  }
-}
-
 // Lanes past the unit's last repeat it, and are not stored.
 inline void load_lanes(const Attention& a, const Unit& unit, int num_lanes, PrefillScratch& s,
                        LaneStats& stats) {
@@ -184,7 +175,11 @@ inline void load_lanes(const Attention& a, const Unit& unit, int num_lanes, Pref
     for (int d = 0; d < a.head_dim; ++d) s.queries[d * kPrefillLanes + lane] = query[d];
     stats.position[lane] = float(first_position + token);
   }
-  forget(s.sums, a.head_dim, num_lanes, stats);
+  for (int lane = 0; lane < num_lanes; lane += kWidth) {
+    store(stats.largest + lane, broadcast(kNothingSeen));
+    store(stats.total + lane, Vec{});
+    for (int d = 0; d < a.head_dim; ++d) store(s.sums + d * kPrefillLanes + lane, Vec{});
+  }
 }
 
 inline void store_lanes(const Attention& a, const Unit& unit, const float* lanes,
@@ -195,12 +190,7 @@ inline void store_lanes(const Attention& a, const Unit& unit, const float* lanes
     const int lane = pair - unit.lane_begin;
     const int head = unit.head_begin * a.group + pair % a.group;
     for (int d = 0; d < a.head_dim; ++d) sums[d] = lanes[d * kPrefillLanes + lane];
-    if (unit.partial < 0) {
-      store_head(a, first_token + pair / a.group, head, sums, stats.total[lane]);
-    } else {
-      const float share[] = {stats.largest[lane], stats.total[lane]};
-      store_partial(a, unit, head, sums, share);
-    }
+    store_head(a, first_token + pair / a.group, head, sums, stats.total[lane]);
   }
 }
 
