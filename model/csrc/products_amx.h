@@ -19,6 +19,8 @@ inline void configure_tiles() {
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } config;
+  // Nor that all of the configuration is read.
+  asm volatile("" : : "m"(config) : "memory");
   _tile_loadconfig(&config);
   written_before();
 }
