@@ -1,4 +1,4 @@
-"""Memory for weights in huge pages: read end to end at every step, they would miss the TLB always.
+"""Memory in huge pages: what a step reads all of, or all over, would miss the TLB always.
 
 Knows nothing of what is kept in it. Where the system has no such pages it is plain memory.
 """

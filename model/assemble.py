@@ -59,7 +59,7 @@ def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
         ops=where.ops,
         tiles=where.tiles,
     )
-    kv_dtype = _kv_dtype(config.cache, decoder)
+    kv_dtype = _kv_dtype(config.cache, decoder, where.tiles)
     spec = decoder.attention_spec(kv_dtype)
     offer = choose_backend(config.model.attention_backend, spec)
     plan_of = partial(_plan_pool, config, decoder, kv_dtype, offer)
@@ -128,13 +128,16 @@ def _fastest(
     return CpuDecoder(decoder, tiles)
 
 
-def _kv_dtype(config: CacheSection, decoder: ServedDecoder) -> torch.dtype:
-    """Say what keys and values are kept in: as exact as the products that make them."""
+def _kv_dtype(
+    config: CacheSection, decoder: ServedDecoder, tiles: CpuLibrary | None
+) -> torch.dtype:
+    """Say what keys and values are kept in: as exact as the products that make and take them."""
     if config.kv_cache_dtype != "auto":
         return _DTYPES[config.kv_cache_dtype]
     is_rounded = decoder.format != "none"
     if is_rounded and decoder.attention_dtype == torch.float32:
-        return torch.float16
+        # Matrix instructions take bfloat16: anything finer would be converted at every step.
+        return torch.bfloat16 if tiles else torch.float16
     return decoder.attention_dtype
 
 

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model.arena import Arena
 from model.interface import PageCopy
 
 
 class KVPool:
     """Keys and values of all layers, in pages: `[num_pages, page_size, kv_heads, head_dim]` each.
 
-    One allocation. On a CPU it is not cleared, so memory is taken page by page as it is first
-    written; elsewhere it is, since some kernels multiply what lies past a row's end by zero, and
-    zero times NaN is NaN.
+    One allocation. On a CPU it is not cleared, so memory is taken as it is first written, and in
+    the system's huge pages: a step's keys lie all over the pool. Elsewhere it is cleared, since
+    some kernels multiply what lies past a row's end by zero, and zero times NaN is NaN.
     """
 
     def __init__(
@@ -29,12 +30,11 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        allocate = torch.empty if device.type == "cpu" else torch.zeros
-        self._layers = allocate(
-            (num_layers, 2, num_pages, page_size, num_kv_heads, head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        shape = (num_layers, 2, num_pages, page_size, num_kv_heads, head_dim)
+        if device.type == "cpu":
+            self._layers = Arena().take(shape, dtype)
+        else:
+            self._layers = torch.zeros(shape, dtype=dtype, device=device)
         self.num_pages = num_pages
         self.page_size = page_size
 

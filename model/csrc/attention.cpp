@@ -50,14 +50,15 @@ void add_prefill(const Session& s, int32_t row, int32_t num_tokens, int32_t wind
                  Schedule& schedule) {
   const int32_t first_position = s.common.seq_lens[row] - num_tokens;
   const int32_t num_lanes = num_tokens * s.common.group;
+  const int32_t lanes_each = s.kernels->prefill_lanes(s.common.kv_dtype);
   for (int32_t head = 0; head < s.common.num_kv_heads; ++head)
-    for (int32_t lane = 0; lane < num_lanes; lane += kPrefillLanes) {
+    for (int32_t lane = 0; lane < num_lanes; lane += lanes_each) {
       Unit unit = {};
       unit.row = row;
       unit.head_begin = head;
       unit.head_end = head + 1;
       unit.lane_begin = lane;
-      unit.lane_end = std::min(lane + kPrefillLanes, num_lanes);
+      unit.lane_end = std::min(lane + lanes_each, num_lanes);
       const int32_t oldest = first_position + lane / s.common.group;
       unit.key_begin = oldest >= window ? oldest - window + 1 : 0;
       unit.key_end = first_position + (unit.lane_end - 1) / s.common.group + 1;

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "attention_decode.h"
-#include "attention_tiles.h"
+#include "attention_lanes.h"
 #include "simd.h"
 
 namespace {
@@ -31,12 +31,7 @@ struct PrefillScratch {
         values(keys + int64_t(kPrefillKeys) * head_dim) {}
 
   static int64_t floats(int head_dim) {
-    int64_t rows = 2 * int64_t(head_dim) * kPrefillKeys;
-#if defined(__AMX_BF16__)
-    // Matrix instructions have their own keys and values, in the same place.
-    rows = rows > TileScratch::floats(head_dim) ? rows : TileScratch::floats(head_dim);
-#endif
-    return 2 * int64_t(head_dim) * kPrefillLanes + kPrefillKeys * kPrefillLanes + rows;
+    return 2 * int64_t(head_dim) * (kPrefillLanes + kPrefillKeys) + kPrefillKeys * kPrefillLanes;
   }
 };
 
@@ -164,15 +159,6 @@ inline void load_rows(const void* pages, DType dtype, const int64_t* offsets, in
   for (int key = num_keys; key < (num_keys + 7) / 8 * 8; ++key) rows[key] = rows[num_keys - 1];
 }
 
-// Begins a softmax.
-inline void forget(float* sums, int head_dim, int num_lanes, LaneStats& stats) {
-  for (int lane = 0; lane < num_lanes; lane += kWidth) {
-    store(stats.largest + lane, broadcast(kNothingSeen));
-    store(stats.total + lane, Vec{});
-    for (int d = 0; d < head_dim; ++d) store(sums + d * kPrefillLanes + lane, Vec{});
-  }
-}
-
 // Lanes past the unit's last repeat it, and are not stored.
 inline void load_lanes(const Attention& a, const Unit& unit, int num_lanes, PrefillScratch& s,
                        LaneStats& stats) {
@@ -189,7 +175,11 @@ inline void load_lanes(const Attention& a, const Unit& unit, int num_lanes, Pref
     for (int d = 0; d < a.head_dim; ++d) s.queries[d * kPrefillLanes + lane] = query[d];
     stats.position[lane] = float(first_position + token);
   }
-  forget(s.sums, a.head_dim, num_lanes, stats);
+  for (int lane = 0; lane < num_lanes; lane += kWidth) {
+    store(stats.largest + lane, broadcast(kNothingSeen));
+    store(stats.total + lane, Vec{});
+    for (int d = 0; d < a.head_dim; ++d) store(s.sums + d * kPrefillLanes + lane, Vec{});
+  }
 }
 
 inline void store_lanes(const Attention& a, const Unit& unit, const float* lanes,
@@ -200,12 +190,7 @@ inline void store_lanes(const Attention& a, const Unit& unit, const float* lanes
     const int lane = pair - unit.lane_begin;
     const int head = unit.head_begin * a.group + pair % a.group;
     for (int d = 0; d < a.head_dim; ++d) sums[d] = lanes[d * kPrefillLanes + lane];
-    if (unit.partial < 0) {
-      store_head(a, first_token + pair / a.group, head, sums, stats.total[lane]);
-    } else {
-      const float share[] = {stats.largest[lane], stats.total[lane]};
-      store_partial(a, unit, head, sums, share);
-    }
+    store_head(a, first_token + pair / a.group, head, sums, stats.total[lane]);
   }
 }
 
@@ -216,87 +201,6 @@ inline bool is_masked(const Attention& a, const Unit& unit, const LaneStats& sta
   const float last_position = stats.position[unit.lane_end - unit.lane_begin - 1];
   return last_key > stats.position[0] || last_position - key >= float(a.window);
 }
-
-#if defined(__AMX_BF16__)
-
-// One tile of keys, at `key`, a multiple of their number; of the first ones some may be unseen.
-inline void attend_tile(const Attention& a, const Unit& unit, const PrefillScratch& s,
-                        const TileScratch& t, int key, int num_vectors, LaneStats& stats) {
-  const int depth = TileScratch::padded(a.head_dim), num_lanes = num_vectors * kWidth;
-  const int num_keys = smaller(kPrefillKeys, unit.key_end - key);
-  const int64_t head_offset = int64_t(unit.head_begin) * a.head_dim;
-  const bool is_narrow = num_vectors == 1;
-  int64_t offsets[kPrefillKeys];
-  locate_keys(a, unit.row, key, key + num_keys, offsets);
-  const auto convert = a.kv_dtype == kFloat16 ? load_tile<Float16> : load_tile<BFloat16>;
-  convert(a.keys, a.values, offsets, num_keys, head_offset, a.head_dim, t);
-  multiply_rows(t.keys, depth, t.queries, depth, kPrefillKeys, false, is_narrow, s.scores);
-  const bool masked = is_masked(a, unit, stats, key, key + num_keys - 1);
-  for (int j = 0; j < num_vectors; ++j) {
-    weigh_lanes(s.scores, key, num_keys, j * kWidth, float(a.window), masked, stats);
-    const Vec rescale = load(stats.rescale + j * kWidth);
-    for (int d = 0; d < a.head_dim; ++d) {
-      float* sums = s.sums + d * kPrefillLanes + j * kWidth;
-      store(sums, load(sums) * rescale);
-    }
-  }
-  pack_lanes(s.scores, num_keys, kPrefillKeys, num_lanes, t.weights);
-  multiply_rows(t.values, kPrefillKeys, t.weights, kPrefillKeys, a.head_dim, true, is_narrow,
-                s.sums);
-}
-
-// Adds a chunk's softmax to those before it, as `merge` does.
-inline void add_chunk(const PrefillScratch& s, const TileScratch& t, int head_dim, int num_vectors,
-                      const LaneStats& chunk, LaneStats& stats) {
-  for (int lane = 0; lane < num_vectors * kWidth; lane += kWidth) {
-    const Joint joint = join(load(stats.largest + lane), load(chunk.largest + lane));
-    store(stats.largest + lane, joint.largest);
-    store(stats.total + lane, multiply_add(load(stats.total + lane), joint.first,
-                                           load(chunk.total + lane) * joint.second));
-    for (int64_t at = lane; at < int64_t(head_dim) * kPrefillLanes; at += kPrefillLanes)
-      store(t.totals + at, multiply_add(load(t.totals + at), joint.first,
-                                        load(s.sums + at) * joint.second));
-  }
-}
-
-void attend_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
-  PrefillScratch s(scratch, a.head_dim);
-  const TileScratch t(s.keys, a.head_dim);
-  LaneStats chunk, stats;
-  const int num_vectors = (unit.lane_end - unit.lane_begin + kWidth - 1) / kWidth;
-  load_lanes(a, unit, num_vectors * kWidth, s, chunk);
-  forget(t.totals, a.head_dim, num_vectors * kWidth, stats);
-  configure_tiles();
-  const int depth = TileScratch::padded(a.head_dim);
-  pack_lanes(s.queries, a.head_dim, depth, num_vectors * kWidth, t.queries);
-  bool is_joined = false;
-  for (int key = unit.key_begin / kPrefillKeys * kPrefillKeys; key < unit.key_end;) {
-    attend_tile(a, unit, s, t, key, num_vectors, chunk);
-    key += kPrefillKeys;
-    if (key % kDecodeKeys && key < unit.key_end) continue;
-    // A share of a row is one chunk, and is joined with the others later.
-    if (unit.partial >= 0) break;
-    is_joined = true;
-    add_chunk(s, t, a.head_dim, num_vectors, chunk, stats);
-    forget(s.sums, a.head_dim, num_vectors * kWidth, chunk);
-  }
-  store_lanes(a, unit, is_joined ? t.totals : s.sums, is_joined ? stats : chunk);
-}
-
-// A decode unit: the heads of its one token are the lanes.
-void decode_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
-  Unit part = unit;
-  for (int head = unit.head_begin; head < unit.head_end; ++head)
-    for (int lane = 0; lane < a.group; lane += kPrefillLanes) {
-      part.head_begin = head;
-      part.head_end = head + 1;
-      part.lane_begin = lane;
-      part.lane_end = smaller(lane + kPrefillLanes, a.group);
-      attend_by_tiles(a, part, scratch);
-    }
-}
-
-#endif
 
 void attend_by_vectors(const Attention& a, const Unit& unit, float* scratch) {
   PrefillScratch s(scratch, a.head_dim);
@@ -328,19 +232,39 @@ void attend_by_vectors(const Attention& a, const Unit& unit, float* scratch) {
   store_lanes(a, unit, s.sums, stats);
 }
 
+// What is kept in float32 is meant to stay exact.
+inline bool is_by_tiles(DType kv_dtype) {
+#if defined(__AMX_BF16__)
+  return kv_dtype != kFloat32;
+#else
+  return false;
+#endif
+}
+
 void prefill(const Attention& a, const Unit& unit, float* scratch) {
 #if defined(__AMX_BF16__)
-  // What is kept in float32 is meant to stay exact.
-  if (a.kv_dtype != kFloat32) return attend_by_tiles(a, unit, scratch);
+  if (is_by_tiles(a.kv_dtype)) return prefill_by_tiles(a, unit, scratch);
 #endif
   attend_by_vectors(a, unit, scratch);
 }
 
 void decode(const Attention& a, const Unit& unit, float* scratch) {
 #if defined(__AMX_BF16__)
-  if (a.kv_dtype != kFloat32) return decode_by_tiles(a, unit, scratch);
+  if (is_by_tiles(a.kv_dtype)) return decode_by_tiles(a, unit, scratch);
 #endif
   decode_by_vectors(a, unit, scratch);
+}
+
+int32_t prefill_lanes(DType kv_dtype) {
+  return is_by_tiles(kv_dtype) ? octavo::kTileLanes : kPrefillLanes;
+}
+
+int64_t scratch_floats(int head_dim) {
+  const int64_t floats = PrefillScratch::floats(head_dim);
+#if defined(__AMX_BF16__)
+  if (TileScratch::floats(head_dim) > floats) return TileScratch::floats(head_dim);
+#endif
+  return floats;
 }
 
 }  // namespace

@@ -1,71 +1,90 @@
-// Prefill by matrix instructions: the tile of attention_prefill.h with bfloat16 operands.
+// Attention by matrix instructions, for keys and values kept in 16 bits: how operands come to lie,
+// and their products. Operands are bfloat16, sums are float32; attention_lanes.h has the softmax.
 //
-// The same orientation: (token, head) pairs are the lanes. Keys are the first operand of the scores
-// as they lie; the values' is the second's transpose. Sums stay in float32.
+// Lanes are the (token, head) pairs of one KV head, sixteen to a tile. A chunk of 256 keys, counted
+// from the sequence's first, is one plain softmax: scores, weights, and their sum over the values;
+// chunks are joined in their order. A lane's sums run along its own row, so its result is the same
+// to the bit whatever the lanes beside it: computed alone, in a prompt, or in any piece of one.
 //
-// Decode is the same code with the heads of one token as lanes, and both go through the keys in the
-// same chunks and tiles, counted from the sequence's first: so a token's result is the same to the
-// bit, whether it was computed alone, in a prompt, or in any piece of one.
+// A second operand has the pairs of what is summed over side by side. Of values these are two keys'
+// rows, which interleave. Of keys they would be two dimensions of a row, which takes a
+// transposition: worth it for many lanes. For few the queries are transposed instead, keys are a
+// first operand as they lie in their pages, and the scores are turned back: the same sums in the
+// same order.
 #pragma once
 
+#include "attention_decode.h"
 #include "products.h"
 
 #if defined(__AMX_BF16__)
 
 namespace {
 
-using octavo::kPrefillKeys;
-using octavo::kPrefillLanes;
+using octavo::kTileLanes;
 
-constexpr int kLaneTiles = kPrefillLanes / kTileOutputs;
+constexpr int kChunkKeys = kDecodeKeys;
+constexpr int kBlockLanes = kTileOutputs;
+constexpr int kBlockKeys = kTileOutputs;
+constexpr int kPairedKeys = kTileInputs;
+// Lanes whose scores are turned by themselves.
+constexpr int kFewest = 4;
+// What is read once is asked for this far ahead.
+constexpr int kBlocksAhead = 4;
+// Floats from a lane's scores to the next lane's: a line more than they are, lest all begin in the
+// same sets of the cache.
+constexpr int kScoresStride = kChunkKeys + 16;
 
-// What one unit needs beside its scores: everything in bfloat16, as tiles want it.
-struct TileScratch {
-  // [head_dim / 32, lane tiles, 16 pairs, 16 lanes, 2].
-  BFloat16* queries;
-  // [keys, padded head_dim].
-  BFloat16* keys;
-  // [head_dim, keys].
-  BFloat16* values;
-  // [keys / 32, lane tiles, 16 pairs, 16 lanes, 2].
-  BFloat16* weights;
-  // [head_dim, lanes] floats: of the chunks of keys that are done.
-  float* totals;
+inline int round_down(int value, int multiple) { return value / multiple * multiple; }
+inline int round_up(int value, int multiple) { return round_down(value + multiple - 1, multiple); }
 
-  static int padded(int head_dim) { return (head_dim + kTileInputs - 1) / kTileInputs * kTileInputs; }
+// The keys of a chunk that some lane sees, counted from the chunk's first, and where they lie.
+struct Chunk {
+  int first;
+  int begin;
+  int end;
+  // Of whole blocks of keys; what lies before `begin` and from `end` on is not to be trusted.
+  int64_t offsets[kChunkKeys];
 
-  TileScratch(float* at, int head_dim)
-      : queries((BFloat16*)at),
-        keys(queries + padded(head_dim) * kPrefillLanes),
-        values(keys + padded(head_dim) * kPrefillKeys),
-        weights(values + head_dim * kPrefillKeys),
-        totals((float*)(weights + kPrefillKeys * kPrefillLanes)) {}
-
-  static int64_t floats(int head_dim) {
-    return (int64_t(padded(head_dim)) * (kPrefillLanes + kPrefillKeys) +
-            int64_t(head_dim) * kPrefillKeys + kPrefillKeys * kPrefillLanes) / 2 +
-           int64_t(head_dim) * kPrefillLanes;
+  Chunk(const Attention& a, int row, int chunk_first, int key_begin, int key_end)
+      : first(chunk_first),
+        begin(larger(key_begin - first, 0)),
+        end(smaller(key_end - first, kChunkKeys)) {
+    const int from = round_down(begin, kBlockKeys);
+    locate_keys(a, row, first + from, first + end, offsets + from);
   }
 };
 
-// Two rows of floats side by side as pairs of bfloat16.
-inline __m512i pairs_of(Vec even, Vec odd) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(bit_cast<__m512>(even)));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(bit_cast<__m512>(odd)));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
+struct TileScratch {
+  // [lanes, depth]; for few lanes tiles of the second operand.
+  BFloat16* queries;
+  // [keys, depth], or tiles of the second operand [blocks of keys, tiles of depth].
+  BFloat16* keys;
+  // Tiles of the second operand [pairs of blocks of keys, blocks of dimensions].
+  BFloat16* values;
+  // [lanes of a block, kScoresStride]: scores, then weights as bfloat16 in the same place.
+  float* scores;
+  // [lanes of a block, head_dim]: of one chunk.
+  float* sums;
+  // [lanes, head_dim]: of the chunks before.
+  float* totals;
 
-// Rows [depth, lanes] of floats as second operands; rows from `count` on are zeros.
-inline void pack_lanes(const float* rows, int count, int depth, int num_lanes, BFloat16* to) {
-  for (int row = 0; row < depth; row += 2)
-    for (int lane = 0; lane < num_lanes; lane += kTileOutputs) {
-      const Vec even = row < count ? load(rows + row * kPrefillLanes + lane) : Vec{};
-      const Vec odd = row + 1 < count ? load(rows + (row + 1) * kPrefillLanes + lane) : Vec{};
-      const int tile = row / kTileInputs * kLaneTiles + lane / kTileOutputs;
-      _mm512_storeu_si512(to + tile * kTileElements + row % kTileInputs * kTileOutputs,
-                          pairs_of(even, odd));
-    }
-}
+  static int depth(int head_dim) { return round_up(head_dim, kTileInputs); }
+
+  TileScratch(float* at, int head_dim)
+      : queries((BFloat16*)at),
+        keys(queries + kTileLanes * depth(head_dim)),
+        values(keys + kChunkKeys * depth(head_dim)),
+        scores((float*)(values + kChunkKeys * head_dim)),
+        sums(scores + kBlockLanes * kScoresStride),
+        totals(sums + kBlockLanes * head_dim) {}
+
+  static int64_t floats(int head_dim) {
+    return (int64_t(kTileLanes + kChunkKeys) * depth(head_dim) + kChunkKeys * head_dim) / 2 +
+           kBlockLanes * kScoresStride + int64_t(kBlockLanes + kTileLanes) * head_dim;
+  }
+};
+
+// ---- how operands come to lie ------------------------------------------------------------------
 
 // Sixteen rows of sixteen words, transposed.
 inline void transpose(__m512i* rows) {
@@ -96,126 +115,173 @@ inline void transpose(__m512i* rows) {
   }
 }
 
-// Where a tile's rows are; those past the last are of zeros.
+// The same in memory: pairs of bfloat16, or floats.
+inline void turn(const void* from, int64_t from_bytes, void* to, int64_t to_bytes) {
+  __m512i rows[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512((const char*)from + i * from_bytes);
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512((char*)to + i * to_bytes, rows[i]);
+}
+
+// Rows of one block, [16, depth], as tiles of the second operand.
+inline void turn_block(const BFloat16* rows, int64_t stride, int depth, BFloat16* tiles) {
+  for (int d = 0; d < depth; d += kTileInputs, tiles += kTileElements)
+    turn(rows + d, stride * sizeof(BFloat16), tiles, 64);
+}
+
+// Scores [16 keys, 16 lanes] to [lanes, kScoresStride], the first four lanes' alone.
+inline void turn_fewest(const float* scores, float* to) {
+  __m512 rows[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const float* at = scores + i * kBlockLanes;
+    __m512 row = _mm512_castps128_ps512(_mm_load_ps(at));
+    row = _mm512_insertf32x4(row, _mm_load_ps(at + 4 * kBlockLanes), 1);
+    row = _mm512_insertf32x4(row, _mm_load_ps(at + 8 * kBlockLanes), 2);
+    rows[i] = _mm512_insertf32x4(row, _mm_load_ps(at + 12 * kBlockLanes), 3);
+  }
+  const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
+  const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
+  const __m512d next_low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
+  const __m512d next_high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
+  _mm512_store_pd(to, _mm512_unpacklo_pd(low, next_low));
+  _mm512_store_pd(to + kScoresStride, _mm512_unpackhi_pd(low, next_low));
+  _mm512_store_pd(to + 2 * kScoresStride, _mm512_unpacklo_pd(high, next_high));
+  _mm512_store_pd(to + 3 * kScoresStride, _mm512_unpackhi_pd(high, next_high));
+}
+
+inline __m512i load_32(const BFloat16* from) { return _mm512_loadu_si512(from); }
+inline __m512i load_32(const Float16* from) {
+  const Vec first = load(from), second = load(from + kWidth);
+  return (__m512i)_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first));
+}
+
+// Asks for a block of rows some way ahead of `key`; past the chunk for those that are read `next`.
 template <class KV>
-inline void locate_rows(const void* pages, const int64_t* offsets, int num_keys,
-                        int64_t head_offset, const KV** rows) {
+inline void prefetch_block(const KV* pages, const KV* next, const Chunk& chunk, int key,
+                           int head_dim) {
+  const int begin = round_down(chunk.begin, kBlockKeys), end = chunk.end;
+  int ahead = key + kBlocksAhead * kBlockKeys;
+  if (ahead >= end) ahead += begin - round_up(end, kBlockKeys), pages = next;
+  if (!pages || ahead >= end) return;
+  const int last = smaller(ahead + kBlockKeys, end);
+  for (; ahead < last; ++ahead) prefetch(pages + chunk.offsets[ahead], head_dim);
+}
+
+// Two rows of floats side by side as pairs of bfloat16.
+inline __m512i pairs_of(Vec even, Vec odd) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(bit_cast<__m512>(even)));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(bit_cast<__m512>(odd)));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// What stands for keys that nobody may read: zeros, for what is there may be NaN.
+template <class KV>
+inline const KV* row_of(const KV* pages, const Chunk& chunk, int key) {
   alignas(64) static const KV zeros[octavo::kMaxHeadDim] = {};
-  for (int key = 0; key < kPrefillKeys; ++key)
-    rows[key] = key < num_keys ? (const KV*)pages + offsets[key] + head_offset : zeros;
+  return key >= chunk.begin && key < chunk.end ? pages + chunk.offsets[key] : zeros;
 }
 
+// One block of keys to [16, depth].
 template <class KV>
-inline void load_keys(const KV* const* rows, int head_dim, BFloat16* to) {
-  const int stride = TileScratch::padded(head_dim);
-  for (int key = 0; key < kPrefillKeys; ++key, to += stride) {
+inline void copy_keys(const KV* pages, const Chunk& chunk, int block, int head_dim, BFloat16* to) {
+  for (int key = block; key < block + kBlockKeys; ++key) {
+    const KV* row = row_of(pages, chunk, key);
     int d = 0;
-    for (; d + 2 * kWidth <= head_dim; d += 2 * kWidth)
-      store(to + d, load(rows[key] + d), load(rows[key] + d + kWidth));
-    if (d < head_dim) store(to + d, load(rows[key] + d), Vec{});
+    for (; d + kTileInputs <= head_dim; d += kTileInputs, to += kTileInputs)
+      _mm512_storeu_si512(to, load_32(row + d));
+    if (d < head_dim) store(to, load(row + d), Vec{}), to += kTileInputs;
   }
 }
 
-// To [head_dim, keys]: pairs of keys become words, which are transposed sixteen by sixteen.
+// Tiles of the values of 32 keys, `count` dimensions from the row's `d` on. Two rows interleave
+// within the quarters of a vector, which is one instruction and leaves 32 dimensions in an order of
+// their own: `in_order` undoes it in the sums.
 template <class KV>
-inline void load_values(const KV* const* rows, int head_dim, BFloat16* to) {
-  for (int key = 0; key < kPrefillKeys; key += 2 * kTileOutputs)
-    for (int d = 0; d < head_dim; d += kTileOutputs) {
-      __m512i words[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
-        words[i] = pairs_of(load(rows[key + 2 * i] + d), load(rows[key + 2 * i + 1] + d));
-      transpose(words);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
-        _mm512_storeu_si512(to + (d + i) * kPrefillKeys + key, words[i]);
+inline void pair_values(const KV* pages, const Chunk& chunk, int keys, int d, int count,
+                        BFloat16* to) {
+  for (int key = keys; key < keys + kPairedKeys; key += 2, to += kTileInputs) {
+    const KV* even = row_of(pages, chunk, key) + d;
+    const KV* odd = row_of(pages, chunk, key + 1) + d;
+    BFloat16* tile = to;
+    int i = 0;
+    for (; i + kTileInputs <= count; i += kTileInputs, tile += 2 * kTileElements) {
+      const __m512i first = load_32(even + i), second = load_32(odd + i);
+      _mm512_storeu_si512(tile, _mm512_unpacklo_epi16(first, second));
+      _mm512_storeu_si512(tile + kTileElements, _mm512_unpackhi_epi16(first, second));
     }
-}
-
-// Both of a tile, in bfloat16.
-template <class KV>
-void load_tile(const void* keys, const void* values, const int64_t* offsets, int num_keys,
-               int64_t head_offset, int head_dim, const TileScratch& t) {
-  const KV* rows[kPrefillKeys];
-  locate_rows(keys, offsets, num_keys, head_offset, rows);
-  load_keys(rows, head_dim, t.keys);
-  locate_rows(values, offsets, num_keys, head_offset, rows);
-  load_values(rows, head_dim, t.values);
-}
-
-// out[row][lane] (+)= first[row][depth] * second[depth][lane] for 16 rows and all lanes.
-inline void multiply_lanes(const BFloat16* first, int64_t stride, const BFloat16* second, int depth,
-                           bool is_added, float* out) {
-  constexpr int64_t bytes = kPrefillLanes * sizeof(float);
-  written_before();
-  if (is_added) {
-    _tile_loadd(0, out, bytes);
-    _tile_loadd(1, out + kTileOutputs, bytes);
-    _tile_loadd(2, out + 2 * kTileOutputs, bytes);
-    _tile_loadd(3, out + 3 * kTileOutputs, bytes);
-  } else {
-    zero_accumulators();
+    if (i < count) _mm512_storeu_si512(tile, pairs_of(load(even + i), load(odd + i)));
   }
-  for (int k = 0; k < depth; k += kTileInputs, second += kLaneTiles * kTileElements) {
-    _tile_loadd(4, first + k, stride * sizeof(BFloat16));
-    _tile_loadd(5, second, 64);
-    _tile_loadd(6, second + kTileElements, 64);
-    _tile_loadd(7, second + 2 * kTileElements, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(5, second + 3 * kTileElements, 64);
+}
+
+// The sums of 32 dimensions as `pair_values` left them.
+inline void in_order(Vec* low, Vec* high) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const __m512 x = bit_cast<__m512>(*low), y = bit_cast<__m512>(*high);
+  *low = bit_cast<Vec>(_mm512_permutex2var_ps(x, first, y));
+  *high = bit_cast<Vec>(_mm512_permutex2var_ps(x, second, y));
+}
+
+// ---- products ----------------------------------------------------------------------------------
+
+// Tiles of the second operand: elements to the next along the depth, and to the next side.
+struct Tiles {
+  const BFloat16* at;
+  int64_t next;
+  int64_t side;
+};
+
+// Adds one tile of the first operand times up to four of the second, side by side, to as many sums.
+template <int kSides>
+inline void add_tiles(const BFloat16* first, int64_t first_bytes, const BFloat16* second,
+                      int64_t side) {
+  _tile_loadd(4, first, first_bytes);
+  _tile_loadd(5, second, 64);
+  _tile_dpbf16ps(0, 4, 5);
+  if constexpr (kSides > 1) {
+    _tile_loadd(6, second + side, 64);
     _tile_dpbf16ps(1, 4, 6);
+  }
+  if constexpr (kSides > 2) {
+    _tile_loadd(7, second + 2 * side, 64);
     _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(5, second + 3 * side, 64);
     _tile_dpbf16ps(3, 4, 5);
   }
-  _tile_stored(0, out, bytes);
-  _tile_stored(1, out + kTileOutputs, bytes);
-  _tile_stored(2, out + 2 * kTileOutputs, bytes);
-  _tile_stored(3, out + 3 * kTileOutputs, bytes);
 }
 
-// The same for 64 rows and 16 lanes: four sums side by side hide each other's latency here too.
-inline void multiply_few_lanes(const BFloat16* first, int64_t stride, const BFloat16* second,
-                               int depth, bool is_added, float* out) {
-  constexpr int64_t bytes = kPrefillLanes * sizeof(float);
-  constexpr int64_t next = int64_t(kTileOutputs) * kPrefillLanes;
-  const int64_t row_bytes = stride * sizeof(BFloat16), block = kTileOutputs * stride;
+template <int kSides>
+inline void store_sums(float* out, int64_t out_bytes) {
+  _tile_stored(0, out, out_bytes);
+  if constexpr (kSides > 1) _tile_stored(1, out + kTileOutputs, out_bytes);
+  if constexpr (kSides > 2) {
+    _tile_stored(2, out + 2 * kTileOutputs, out_bytes);
+    _tile_stored(3, out + 3 * kTileOutputs, out_bytes);
+  }
   written_before();
-  if (is_added) {
-    _tile_loadd(0, out, bytes);
-    _tile_loadd(1, out + next, bytes);
-    _tile_loadd(2, out + 2 * next, bytes);
-    _tile_loadd(3, out + 3 * next, bytes);
-  } else {
-    zero_accumulators();
-  }
-  for (int k = 0; k < depth; k += kTileInputs, second += kLaneTiles * kTileElements) {
-    _tile_loadd(5, second, 64);
-    _tile_loadd(4, first + k, row_bytes);
-    _tile_loadd(6, first + k + block, row_bytes);
-    _tile_loadd(7, first + k + 2 * block, row_bytes);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(4, first + k + 3 * block, row_bytes);
-    _tile_dpbf16ps(1, 6, 5);
-    _tile_dpbf16ps(2, 7, 5);
-    _tile_dpbf16ps(3, 4, 5);
-  }
-  _tile_stored(0, out, bytes);
-  _tile_stored(1, out + next, bytes);
-  _tile_stored(2, out + 2 * next, bytes);
-  _tile_stored(3, out + 3 * next, bytes);
 }
 
-// Whichever suits, for `rows` rows, a multiple of 16.
-inline void multiply_rows(const BFloat16* first, int64_t stride, const BFloat16* second, int depth,
-                          int rows, bool is_added, bool is_narrow, float* out) {
-  int row = 0;
-  if (is_narrow)
-    for (; row + 4 * kTileOutputs <= rows; row += 4 * kTileOutputs)
-      multiply_few_lanes(first + row * stride, stride, second, depth, is_added,
-                         out + row * kPrefillLanes);
-  for (; row < rows; row += kTileOutputs)
-    multiply_lanes(first + row * stride, stride, second, depth, is_added,
-                   out + row * kPrefillLanes);
+// out[row][side * 16 + column] = Σ_depth first[row][depth] * second[depth][side * 16 + column].
+template <int kSides>
+inline void multiply_sides(const BFloat16* first, int64_t first_bytes, int depth, Tiles second,
+                           float* out, int64_t out_bytes) {
+  written_before();
+  zero_accumulators();
+  for (int k = 0; k < depth; k += kTileInputs, second.at += second.next)
+    add_tiles<kSides>(first + k, first_bytes, second.at, second.side);
+  store_sums<kSides>(out, out_bytes);
+}
+
+// The same for any number of sides.
+inline void multiply(const BFloat16* first, int64_t first_bytes, int depth, Tiles second, int sides,
+                     float* out, int64_t out_bytes) {
+  for (; sides >= 4; sides -= 4, second.at += 4 * second.side, out += 4 * kTileOutputs)
+    multiply_sides<4>(first, first_bytes, depth, second, out, out_bytes);
+  for (; sides; --sides, second.at += second.side, out += kTileOutputs)
+    multiply_sides<1>(first, first_bytes, depth, second, out, out_bytes);
 }
 
 }  // namespace

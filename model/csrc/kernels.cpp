@@ -14,11 +14,10 @@
 
 namespace {
 
-int64_t scratch_floats(int head_dim) { return PrefillScratch::floats(head_dim); }
-
 const octavo::Kernels table = {
     OCTAVO_TEXT(OCTAVO_ISA),
     scratch_floats,
+    prefill_lanes,
     decode,
     prefill,
     merge,

@@ -13,9 +13,11 @@ enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Keys of one decode unit. Fixed, so that a row's result never depends on the rows beside it.
 constexpr int kDecodeKeys = 256;
-// Keys of one step of the online softmax of prefill, and (token, head) pairs of one prefill unit.
+// Keys of one step of the online softmax of prefill by vectors.
 constexpr int kPrefillKeys = 64;
+// (token, head) pairs of one prefill unit: by vectors, and by matrix instructions.
 constexpr int kPrefillLanes = 64;
+constexpr int kTileLanes = 128;
 constexpr int kMaxHeadDim = 1024;
 
 // Elements, not bytes, between tokens and between heads; the last dimension is contiguous.
@@ -149,6 +151,8 @@ struct Kernels {
   const char* name;
   // Floats of scratch memory one thread needs.
   int64_t (*scratch_floats)(int head_dim);
+  // Lanes of one prefill unit.
+  int32_t (*prefill_lanes)(DType kv_dtype);
   void (*decode)(const Attention&, const Unit&, float* scratch);
   void (*prefill)(const Attention&, const Unit&, float* scratch);
   void (*merge)(const Attention&, const Merge&);

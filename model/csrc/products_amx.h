@@ -19,6 +19,8 @@ inline void configure_tiles() {
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } config;
+  // Nor that all of the configuration is read.
+  asm volatile("" : : "m"(config) : "memory");
   _tile_loadconfig(&config);
   written_before();
 }
@@ -116,30 +118,38 @@ int64_t digits_bytes(int64_t rows, int64_t stride) {
   return (rows + kDigitRows - 1) / kDigitRows * kDigitRows * stride * 2;
 }
 
+// The largest magnitude of a row, in its bits: those of positive numbers are in their order, and
+// above them those of an infinity, then those of a NaN.
+inline uint16_t largest_bits(const BFloat16* row, int64_t count) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 2 * kWidth)
+    largest = _mm512_max_epu16(
+        largest, _mm512_and_si512(_mm512_loadu_si512(row + i), _mm512_set1_epi16(0x7fff)));
+  const __m512i even = _mm512_and_si512(largest, _mm512_set1_epi32(0xffff));
+  return _mm512_reduce_max_epu32(_mm512_max_epu32(even, _mm512_srli_epi32(largest, 16)));
+}
+
 // Rows begin to end of the panel into digits [blocks of 8 rows, tiles, 8 high and 8 low, 64].
 void split_rows(const Product& p, int8_t* digits, float* row_scales, int64_t begin, int64_t end) {
+  constexpr uint16_t kInfinityBits = 0x7f80;
   const int64_t tiles = byte_tiles(p);
   for (int64_t row = begin; row < end; ++row) {
     const BFloat16* from = (const BFloat16*)p.panel + row * p.panel_stride;
-    Vec largest = {}, zero = {};
-    for (int64_t i = 0; i < p.panel_stride; i += kWidth) {
-      const Vec x = load(from + i);
-      largest = max(largest, max(x, -x));
-      zero = zero + x * 0.0f;
-    }
-    float most = 0.0f;
-    for (int i = 0; i < kWidth; ++i) most = most > largest[i] ? most : largest[i];
-    // A row with an infinity or a NaN in it becomes NaN as a whole.
-    row_scales[row] = most / kMaxDigits + sum(zero);
-    const Vec factor = broadcast(most > 0.0f ? kMaxDigits / most : 0.0f);
+    const uint16_t bits = largest_bits(from, p.panel_stride);
+    const float largest = bit_cast<float>(uint32_t(bits) << 16);
+    // What is no number shows in the whole row: infinity times zero is none.
+    row_scales[row] = bits < kInfinityBits ? largest / kMaxDigits : __builtin_inff();
+    const bool has_scale = bits > 0 && bits < kInfinityBits;
+    const Vec factor = broadcast(has_scale ? kMaxDigits / largest : 0.0f);
     int8_t* to = digits + (row / kDigitRows * tiles * kTileOutputs + row % kDigitRows) * kByteTileInputs;
     for (int64_t i = 0; i < p.panel_stride; i += kWidth) {
-      const __m512i whole = _mm512_cvtps_epi32(bit_cast<__m512>(load(from + i) * factor));
-      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-      const __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8));
+      const Vec x = has_scale ? load(from + i) * factor : Vec{};
+      const __m256i whole = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(bit_cast<__m512>(x)));
+      const __m256i high = _mm256_srai_epi16(_mm256_add_epi16(whole, _mm256_set1_epi16(128)), 8);
       int8_t* at = to + i / kByteTileInputs * kByteTileElements + i % kByteTileInputs;
-      _mm_store_si128((__m128i*)at, _mm512_cvtepi32_epi8(high));
-      _mm_store_si128((__m128i*)(at + kDigitRows * kByteTileInputs), _mm512_cvtepi32_epi8(low));
+      _mm_store_si128((__m128i*)at, _mm256_cvtepi16_epi8(high));
+      // What is left of the whole after 256 * high is its low byte, with a sign.
+      _mm_store_si128((__m128i*)(at + kDigitRows * kByteTileInputs), _mm256_cvtepi16_epi8(whole));
     }
   }
 }

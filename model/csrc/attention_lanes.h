@@ -1,0 +1,361 @@
+// Attention by matrix instructions: lanes, and their softmax over chunks of keys. See
+// attention_tiles.h.
+#pragma once
+
+#include "attention_tiles.h"
+
+#if defined(__AMX_BF16__)
+
+namespace {
+
+// ---- softmax -----------------------------------------------------------------------------------
+
+// 2 to the power of x, which is not above 0, to 1e-4 relative: rounding to bfloat16, which comes
+// next, is twenty times as coarse.
+inline Vec weight_of(Vec x) {
+  const Vec magic = broadcast(12582912.0f);
+  const Vec shifted = x + magic;
+  const Vec r = x - (shifted - magic);
+  Vec p = broadcast(5.500893112e-2f);
+  p = p * r + 2.422109593e-1f;
+  p = p * r + 6.932829271e-1f;
+  p = p * r + 1.0f;
+  const Vec power = bit_cast<Vec>(bit_cast<IntVec>(p) + (bit_cast<IntVec>(shifted) << 23));
+  // NaN stays what it is.
+  return bit_cast<Vec>(bit_cast<IntVec>(power) & ~(x < -126.0f));
+}
+
+// Scores of keys outside [begin, end) become the least there is.
+inline void hide(float* scores, int key, int begin, int end) {
+  for (int at = key; at < key + kPairedKeys; at += kWidth) {
+    const __m512i index = _mm512_add_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        _mm512_set1_epi32(at));
+    const __mmask16 hidden = _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(begin)) |
+                             _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(end));
+    _mm512_mask_storeu_ps(scores + at, hidden, _mm512_set1_ps(-__builtin_inff()));
+  }
+}
+
+// What one lane sees of a chunk, [begin, end), and the same in whole pairs of blocks.
+struct Seen {
+  int begin;
+  int end;
+  int first() const { return round_down(begin, kPairedKeys); }
+  int last() const { return round_up(end, kPairedKeys); }
+};
+
+// The largest score a lane sees. What it does not see is hidden from then on.
+inline float largest_score(float* scores, Seen seen) {
+  const int first = seen.first(), last = seen.last();
+  if (seen.begin > first) hide(scores, first, seen.begin, seen.end);
+  if (seen.end < last) hide(scores, last - kPairedKeys, seen.begin, seen.end);
+  Vec even = broadcast(kNothingSeen), odd = even;
+  for (int key = first; key < last; key += kPairedKeys) {
+    even = max(load(scores + key), even);
+    odd = max(load(scores + key + kWidth), odd);
+  }
+  return _mm512_reduce_max_ps(bit_cast<__m512>(max(even, odd)));
+}
+
+// One lane's scores to weights, in place, and their sum. [from, to) are multiplied, both multiples
+// of 32: what the lane does not see of them weighs nothing, and adds nothing to a sum.
+inline float weigh(float* scores, int from, int to, Seen seen, float largest) {
+  BFloat16* weights = (BFloat16*)scores;
+  const int first = seen.first(), last = seen.last();
+  Vec even_total = {}, odd_total = {};
+  for (int key = first; key < last; key += kPairedKeys) {
+    const Vec even = weight_of(load(scores + key) - largest);
+    const Vec odd = weight_of(load(scores + key + kWidth) - largest);
+    even_total += even;
+    odd_total += odd;
+    store(weights + key, even, odd);
+  }
+  for (int key = from; key < first; key += kPairedKeys) store(weights + key, Vec{}, Vec{});
+  for (int key = last; key < to; key += kPairedKeys) store(weights + key, Vec{}, Vec{});
+  return _mm512_reduce_add_ps(bit_cast<__m512>(even_total + odd_total));
+}
+
+// ---- lanes -------------------------------------------------------------------------------------
+
+// One KV head of a chunk. `next` is what will be read after it, or null.
+template <class KV>
+struct HeadChunk {
+  const Chunk& chunk;
+  const KV* keys;
+  const KV* values;
+  const KV* next;
+};
+
+// Up to sixteen lanes, and what at least one of them sees of a chunk.
+struct LaneBlock {
+  int lane;
+  int count;
+  int begin;
+  int end;
+  // In whole tiles of weights.
+  int from() const { return round_down(begin, kPairedKeys); }
+  int to() const { return round_up(end, kPairedKeys); }
+};
+
+// The lanes of one unit and one KV head, and their softmax so far.
+class Lanes {
+ public:
+  Lanes(const Attention& a, int row, int head, int begin, int end, float* scratch)
+      : a_(a), t_(scratch, a.head_dim), first_token_(a.query_starts[row]), head_(head),
+        begin_(begin), count_(end - begin), depth_(TileScratch::depth(a.head_dim)) {
+    const int first_position = a.seq_lens[row] - (a.query_starts[row + 1] - first_token_);
+    for (int lane = 0; lane < count_; ++lane) {
+      positions_[lane] = first_position + (begin + lane) / a.group;
+      load_query(lane);
+    }
+    const int padded = round_up(count_, kBlockLanes);
+    // Lanes that are nobody's are zeros, and what becomes of them is never looked at.
+    __builtin_memset(t_.queries + count_ * depth_, 0,
+                     int64_t(padded - count_) * depth_ * sizeof(BFloat16));
+    __builtin_memset(t_.totals, 0, int64_t(count_) * a.head_dim * sizeof(float));
+    for (int lane = 0; lane < padded; lane += kWidth) {
+      store(largest_ + lane, broadcast(kNothingSeen));
+      store(total_ + lane, Vec{});
+    }
+    if (is_few()) turn_block(t_.queries, depth_, depth_, turned_queries());
+  }
+
+  // Chunks come in their order. `is_next`: what comes then is the next head's.
+  void add(const Chunk& chunk, bool is_next) {
+    if (a_.kv_dtype == kFloat16)
+      add_as<Float16>(chunk, is_next);
+    else
+      add_as<BFloat16>(chunk, is_next);
+  }
+
+  // To the result, or to a share of it that is joined with others later.
+  void finish(const Unit& unit) const {
+    for (int lane = 0; lane < count_; ++lane) {
+      const float* sums = t_.totals + lane * a_.head_dim;
+      const float share[] = {largest_[lane], total_[lane]};
+      if (unit.partial < 0)
+        store_head(a_, token_of(lane), query_head(lane), sums, total_[lane]);
+      else
+        store_partial(a_, unit, query_head(lane), sums, share);
+    }
+  }
+
+ private:
+  bool is_few() const { return count_ <= kBlockLanes; }
+  // Few lanes leave room behind them.
+  BFloat16* turned_queries() const { return t_.queries + kBlockLanes * depth_; }
+  int token_of(int lane) const { return first_token_ + (begin_ + lane) / a_.group; }
+  int query_head(int lane) const { return head_ * a_.group + (begin_ + lane) % a_.group; }
+
+  void load_query(int lane) const {
+    BFloat16* to = t_.queries + lane * depth_;
+    const int64_t from =
+        token_of(lane) * a_.q.token_stride + query_head(lane) * a_.q.head_stride;
+    for (int d = 0; d < depth_; d += kWidth) {
+      const Vec q = d < a_.head_dim ? load_some(a_.q.data, a_.q.dtype, from + d, kWidth) : Vec{};
+      store(to + d, q * a_.scale_log2e);
+    }
+  }
+
+  template <class KV>
+  void add_as(const Chunk& chunk, bool is_next) {
+    const int64_t head_offset = int64_t(head_) * a_.head_dim;
+    const KV* keys = (const KV*)a_.keys + head_offset;
+    const HeadChunk<KV> c = {chunk, keys, (const KV*)a_.values + head_offset,
+                             is_next ? keys + a_.head_dim : nullptr};
+    if (!is_few()) take_in(c);
+    for (int lane = 0; lane < count_; lane += kBlockLanes) {
+      const int count = smaller(kBlockLanes, count_ - lane);
+      const LaneBlock block = {lane, count, larger(seen_from(lane, chunk), chunk.begin),
+                               smaller(seen_to(lane + count - 1, chunk), chunk.end)};
+      if (block.begin >= block.end) continue;
+      if (is_few())
+        score_few(c);
+      else
+        score(block);
+      add_block(c, block);
+    }
+  }
+
+  // What a lane sees, in keys from a chunk's first: [seen_from, seen_to).
+  int seen_from(int lane, const Chunk& chunk) const {
+    return larger(positions_[lane] - (a_.window - 1), 0) - chunk.first;
+  }
+  int seen_to(int lane, const Chunk& chunk) const { return positions_[lane] - chunk.first + 1; }
+
+  // Sixteen keys as rows [16, depth]: in their page where they lie there side by side.
+  template <class KV>
+  const BFloat16* key_rows(const HeadChunk<KV>& c, int key, BFloat16* copy, int64_t* stride) const {
+    if (a_.kv_dtype == kBFloat16 && a_.page_size % kBlockKeys == 0 && depth_ == a_.head_dim) {
+      *stride = int64_t(a_.num_kv_heads) * a_.head_dim;
+      return (const BFloat16*)(c.keys + c.chunk.offsets[key]);
+    }
+    *stride = depth_;
+    copy_keys(c.keys, c.chunk, key, a_.head_dim, copy);
+    return copy;
+  }
+
+  // A chunk's keys and values as second operands, for many lanes.
+  template <class KV>
+  void take_in(const HeadChunk<KV>& c) {
+    int64_t stride;
+    for (int key = round_down(c.chunk.begin, kBlockKeys); key < c.chunk.end; key += kBlockKeys) {
+      // The sums are not in use yet.
+      const BFloat16* rows = key_rows(c, key, (BFloat16*)t_.sums, &stride);
+      turn_block(rows, stride, depth_, t_.keys + key * depth_);
+    }
+    for (int key = round_down(c.chunk.begin, kPairedKeys); key < c.chunk.end; key += kPairedKeys)
+      pair_values(c.values, c.chunk, key, 0, a_.head_dim, t_.values + key * a_.head_dim);
+  }
+
+  // Scores of a block of lanes against keys that are turned.
+  void score(const LaneBlock& block) {
+    const int from = round_down(block.begin, kBlockKeys), to = round_up(block.end, kBlockKeys);
+    const Tiles tiles = {t_.keys + from * depth_, kTileElements, int64_t(kBlockKeys) * depth_};
+    multiply(t_.queries + block.lane * depth_, depth_ * sizeof(BFloat16), depth_, tiles,
+             (to - from) / kBlockKeys, t_.scores + from, kScoresStride * sizeof(float));
+  }
+
+  // Scores of the only block of lanes against keys as they lie.
+  template <class KV>
+  void score_few(const HeadChunk<KV>& c) {
+    const Tiles queries = {turned_queries(), kTileElements, 0};
+    alignas(64) float scores[kBlockKeys * kBlockLanes];
+    int64_t stride;
+    for (int key = round_down(c.chunk.begin, kBlockKeys); key < c.chunk.end; key += kBlockKeys) {
+      const BFloat16* rows = key_rows(c, key, t_.keys, &stride);
+      prefetch_block(c.keys, c.values, c.chunk, key, a_.head_dim);
+      multiply(rows, stride * sizeof(BFloat16), depth_, queries, 1, scores, 64);
+      if (count_ <= kFewest)
+        turn_fewest(scores, t_.scores + key);
+      else
+        turn(scores, 64, t_.scores + key, kScoresStride * sizeof(float));
+    }
+  }
+
+  // Adds a chunk to a block of lanes, beginning from their scores.
+  template <class KV>
+  void add_block(const HeadChunk<KV>& c, const LaneBlock& block) {
+    alignas(64) float largest[kBlockLanes], total[kBlockLanes];
+    store(largest, broadcast(kNothingSeen));
+    store(total, Vec{});
+    weigh_block(c.chunk, block, largest, total);
+    if (is_few())
+      sum_few(c, block);
+    else
+      sum(block);
+    const int lane = block.lane;
+    const Joint joint = join(load(largest_ + lane), load(largest));
+    store(largest_ + lane, joint.largest);
+    store(total_ + lane,
+          multiply_add(load(total_ + lane), joint.first, load(total) * joint.second));
+    for (int i = 0; i < block.count; ++i)
+      add_sums(t_.sums + i * a_.head_dim, broadcast(joint.first[i]), broadcast(joint.second[i]),
+               t_.totals + (lane + i) * a_.head_dim);
+  }
+
+  void weigh_block(const Chunk& chunk, const LaneBlock& block, float* largest, float* total) {
+    Seen seen[kBlockLanes];
+    for (int i = 0; i < block.count; ++i) {
+      const int lane = block.lane + i;
+      seen[i] = {larger(seen_from(lane, chunk), block.begin),
+                 smaller(seen_to(lane, chunk), block.end)};
+      // A window may have passed the whole chunk.
+      if (seen[i].begin >= seen[i].end) seen[i] = {block.from(), block.from()};
+      largest[i] = largest_score(t_.scores + i * kScoresStride, seen[i]);
+    }
+    // In a loop of its own: nothing waits for what has only just been found.
+    const int from = block.from(), to = block.to();
+    for (int i = 0; i < block.count; ++i)
+      total[i] = weigh(t_.scores + i * kScoresStride, from, to, seen[i], largest[i]);
+  }
+
+  const BFloat16* weights() const { return (const BFloat16*)t_.scores; }
+  static constexpr int64_t kWeightsBytes = kScoresStride * sizeof(float);
+
+  // The weights of a block of lanes times values that are paired.
+  void sum(const LaneBlock& block) {
+    const Tiles tiles = {t_.values + block.from() * a_.head_dim,
+                         int64_t(kPairedKeys) * a_.head_dim, kTileElements};
+    multiply(weights() + block.from(), kWeightsBytes, block.to() - block.from(), tiles,
+             a_.head_dim / kTileOutputs, t_.sums, a_.head_dim * sizeof(float));
+  }
+
+  // The same, pairing values as they are multiplied, while that is in the nearest cache.
+  template <class KV>
+  void sum_few(const HeadChunk<KV>& c, const LaneBlock& block) {
+    int d = 0;
+    for (; d + 4 * kTileOutputs <= a_.head_dim; d += 4 * kTileOutputs) sum_few<4>(c, block, d);
+    // Two tiles share an order of dimensions.
+    for (; d + 2 * kTileOutputs <= a_.head_dim; d += 2 * kTileOutputs) sum_few<2>(c, block, d);
+    if (d < a_.head_dim) sum_few<1>(c, block, d);
+  }
+
+  template <int kSides, class KV>
+  void sum_few(const HeadChunk<KV>& c, const LaneBlock& block, int d) {
+    alignas(64) BFloat16 tiles[2][kSides * kTileElements];
+    const auto pair = [&](int key) {
+      pair_values(c.values, c.chunk, key, d, kSides * kTileOutputs, tiles[key / kPairedKeys % 2]);
+      written_before();
+    };
+    zero_accumulators();
+    pair(block.from());
+    for (int key = block.from(); key < block.to(); key += kPairedKeys) {
+      // A tile waits for what is on its way to the cache: there is one more in between.
+      if (key + kPairedKeys < block.to()) pair(key + kPairedKeys);
+      if (d == 0)
+        for (int i = 0; i < kPairedKeys; i += kBlockKeys)
+          prefetch_block(c.values, c.next, c.chunk, key + i, a_.head_dim);
+      const BFloat16* paired = tiles[key / kPairedKeys % 2];
+      add_tiles<kSides>(weights() + key, kWeightsBytes, paired, kTileElements);
+    }
+    store_sums<kSides>(t_.sums + d, a_.head_dim * sizeof(float));
+  }
+
+  void add_sums(const float* sums, Vec first, Vec second, float* totals) const {
+    int d = 0;
+    for (; d + 2 * kWidth <= a_.head_dim; d += 2 * kWidth) {
+      Vec low = load(sums + d), high = load(sums + d + kWidth);
+      in_order(&low, &high);
+      store(totals + d, multiply_add(load(totals + d), first, low * second));
+      store(totals + d + kWidth, multiply_add(load(totals + d + kWidth), first, high * second));
+    }
+    if (d < a_.head_dim)
+      store(totals + d, multiply_add(load(totals + d), first, load(sums + d) * second));
+  }
+
+  const Attention& a_;
+  const TileScratch t_;
+  const int first_token_, head_, begin_, count_, depth_;
+  // Of what they see the last key.
+  int positions_[kTileLanes];
+  alignas(64) float largest_[kTileLanes];
+  alignas(64) float total_[kTileLanes];
+};
+
+void prefill_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
+  configure_tiles();
+  Lanes lanes(a, unit.row, unit.head_begin, unit.lane_begin, unit.lane_end, scratch);
+  for (int first = round_down(unit.key_begin, kChunkKeys); first < unit.key_end;
+       first += kChunkKeys)
+    lanes.add(Chunk(a, unit.row, first, unit.key_begin, unit.key_end), false);
+  lanes.finish(unit);
+}
+
+// One token: its heads are the lanes, its keys lie in one chunk.
+void decode_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
+  configure_tiles();
+  const Chunk chunk(a, unit.row, round_down(unit.key_begin, kChunkKeys), unit.key_begin,
+                    unit.key_end);
+  for (int head = unit.head_begin; head < unit.head_end; ++head)
+    for (int lane = 0; lane < a.group; lane += kTileLanes) {
+      Lanes lanes(a, unit.row, head, lane, smaller(lane + kTileLanes, a.group), scratch);
+      lanes.add(chunk, head + 1 < unit.head_end);
+      lanes.finish(unit);
+    }
+}
+
+}  // namespace
+
+#endif

@@ -1,0 +1,117 @@
+"""With matrix instructions no cut of a sequence changes a bit of a token's attention."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention.cpu import CpuAttention
+from model.attention.interface import AttentionBatch, AttentionSpec
+from model.cpu_library import CpuLibrary, load_cpu_library
+from model.kv_pool import KVPool
+
+CPU = torch.device("cpu")
+F16, BF16 = torch.float16, torch.bfloat16
+#: Two chunks of 256 keys and a part of a third.
+LENGTH = 600
+CUTS: dict[str, tuple[int, ...]] = {
+    "token by token": tuple(range(1, LENGTH)),
+    "at chunks": (256, 512),
+    "few and many": (1, 5, 6, 70, 255, 256, 257, 262, 300, 301, 511, 540, 545),
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> CpuLibrary:
+    library = load_cpu_library(isa="amx")
+    if isinstance(library, str):
+        pytest.skip(library)
+    return library
+
+
+def attend(
+    library: CpuLibrary, spec: AttentionSpec, page_size: int, qkv: Tensor, cuts: tuple[int, ...]
+) -> Tensor:
+    """Attend one sequence, in as many steps as it has pieces; what it may not read is NaN."""
+    num_pages = -(-LENGTH // page_size)
+    pool = KVPool(
+        num_layers=1,
+        num_pages=num_pages,
+        page_size=page_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=spec.kv_dtype,
+        device=CPU,
+    )
+    pool.keys(0).fill_(torch.nan)
+    pool.values(0).fill_(torch.nan)
+    backend = CpuAttention(spec, pool, library)
+    table = torch.arange(num_pages, dtype=torch.int32).flip(0)
+    last = spec.num_heads + spec.num_kv_heads
+    found = []
+    for start, end in pairwise((0, *cuts, LENGTH)):
+        positions = torch.arange(start, end)
+        slots = table[positions // page_size].long() * page_size + positions % page_size
+        backend.plan(
+            AttentionBatch(
+                query_starts=torch.tensor([0, end - start], dtype=torch.int32),
+                seq_lens=torch.tensor([end], dtype=torch.int32),
+                block_table=table[None],
+                positions=positions,
+                kv_slots=slots,
+                max_query_len=end - start,
+                max_seq_len=end,
+            )
+        )
+        own = qkv[start:end]
+        found.append(
+            backend.attend(
+                0, own[:, : spec.num_heads], own[:, spec.num_heads : last], own[:, last:]
+            )
+        )
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "page_size", "head_dim", "num_kv_heads", "group", "window"),
+    [
+        # Keys are used as they lie in their pages, or are copied; lanes are few or many.
+        (BF16, 16, 64, 3, 3, None),
+        (BF16, 32, 128, 1, 8, None),
+        (BF16, 16, 96, 1, 1, 40),
+        (BF16, 16, 80, 1, 20, 300),
+        (BF16, 5, 32, 2, 7, 1),
+        (F16, 16, 64, 1, 5, None),
+        (F16, 16, 16, 2, 70, 257),
+    ],
+)
+def test_no_cut_changes_a_bit(
+    library: CpuLibrary,
+    kv_dtype: torch.dtype,
+    page_size: int,
+    head_dim: int,
+    num_kv_heads: int,
+    group: int,
+    window: int | None,
+) -> None:
+    spec = AttentionSpec(
+        num_layers=1,
+        num_heads=num_kv_heads * group,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        windows=(window,),
+        dtype=torch.float32,
+        kv_dtype=kv_dtype,
+        device=CPU,
+    )
+    generator = torch.Generator().manual_seed(5)
+    # Large scores: some weights are too small to count, some keys weigh all there is.
+    qkv = 3 * torch.randn(LENGTH, num_kv_heads * (group + 2), head_dim, generator=generator)
+    whole = attend(library, spec, page_size, qkv, ())
+    assert whole.isfinite().all()
+    for name, cuts in CUTS.items():
+        assert torch.equal(attend(library, spec, page_size, qkv, cuts), whole), name
