@@ -70,7 +70,8 @@ def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
         runner = assemble_on_gpu(parts, plan_of)
     else:
         plan = plan_of(free_memory_bytes())
-        runner = _on_cpu(config, decoder, offer, plan, info_of(plan), where)
+        pool = _pool(decoder, plan, kv_dtype)
+        runner = _on_cpu(config, decoder, pool, offer.build(spec, pool), info_of(plan), where)
     _warm_up(runner)
     return runner
 
@@ -78,15 +79,11 @@ def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
 def _on_cpu(
     config: OctavoConfig,
     decoder: ServedDecoder,
-    offer: BackendOffer,
-    plan: PoolPlan,
+    pool: KVPool,
+    attention: AttentionBackend,
     info: ModelInfo,
     where: _Device,
 ) -> TorchRunner:
-    kv_dtype = _kv_dtype(config.cache, decoder)
-    spec = decoder.attention_spec(kv_dtype)
-    pool = _pool(decoder, plan, kv_dtype)
-    attention = offer.build(spec, pool)
     return TorchRunner(
         info=info,
         decoder=_fastest(decoder, attention, where.tiles),

@@ -1,7 +1,7 @@
 """Steps as arrays: rows side by side, with their places in pages and what the kernels want to know.
 
-Numpy alone: knows nothing of devices. Everything a step brings to the device is two arrays, so that
-it takes two copies.
+Numpy alone: knows nothing of devices. Everything a step brings to a GPU is two arrays, so that it
+takes two copies.
 """
 
 from __future__ import annotations
@@ -91,15 +91,19 @@ class PackedStep:
 
     def on(self, device: torch.device) -> DeviceStep:
         """Bring it to the device, without waiting for it."""
-        wide = (self.token_ids, self.positions, self.kv_slots, self.sampled)
-        ends = np.cumsum([len(part) for part in (*wide, self.pending)])[:-1].tolist()
-        numbers = upload(np.concatenate([*wide, self.pending, self.pending_from]), device)
-        token_ids, positions, kv_slots, sampled, pending, pending_from = numbers.tensor_split(
-            [*ends, ends[-1] + len(self.pending)]
+        token_ids, positions, kv_slots, sampled, pending, pending_from = _together(
+            (
+                self.token_ids,
+                self.positions,
+                self.kv_slots,
+                self.sampled,
+                self.pending,
+                self.pending_from,
+            ),
+            device,
         )
-        narrow = self.query_starts, self.seq_lens, self.block_table.ravel()
-        starts, lens, table = upload(np.concatenate(narrow), device).tensor_split(
-            [self.num_rows + 1, 2 * self.num_rows + 1]
+        starts, lens, table = _together(
+            (self.query_starts, self.seq_lens, self.block_table.ravel()), device
         )
         batch = AttentionBatch(
             query_starts=starts,
@@ -132,6 +136,14 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def _together(arrays: tuple[np.ndarray, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Bring arrays of one dtype to the device: to a GPU in one copy."""
+    if device.type != "cuda":
+        return tuple(map(torch.from_numpy, arrays))
+    ends = np.cumsum([len(array) for array in arrays])[:-1].tolist()
+    return upload(np.concatenate(arrays), device).tensor_split(ends)
+
+
 class Packer:
     """Turns steps into arrays. Remembers block tables, and who sampled what in the step before."""
 
@@ -158,10 +170,11 @@ class Packer:
         kv_slots = table[rows, positions // page_size].astype(np.int64) * page_size
         kv_slots += positions % page_size
         token_ids = np.asarray(step.token_ids, dtype=np.int64)
-        pending = np.flatnonzero(token_ids == PENDING_TOKEN)
-        token_ids[pending] = 0
-        slots = [step.slots[row] for row in rows[pending].tolist()]
-        pending_from = np.asarray([self._sample_of_slot[slot] for slot in slots], dtype=np.int64)
+        pending = pending_from = np.flatnonzero(token_ids == PENDING_TOKEN)
+        if len(pending):
+            token_ids[pending] = 0
+            slots = [step.slots[row] for row in rows[pending].tolist()]
+            pending_from = np.asarray([self._sample_of_slot[slot] for slot in slots])
         self._sample_of_slot = {step.slots[row]: i for i, row in enumerate(step.sample_rows)}
         sample_rows = np.asarray(step.sample_rows, dtype=np.int64)
         return PackedStep(
