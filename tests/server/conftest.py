@@ -105,6 +105,29 @@ async def _absence(_: object, request: GenerateRequest) -> AsyncGenerator[Delta,
     yield Delta()
 
 
+class _Server(uvicorn.Server):
+    """Ends when it is told to: uvicorn looks ten times a second, and then waits as long again."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.exits = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self.exits.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        state = self.server_state
+        for connection in list(state.connections):
+            connection.shutdown()
+        while state.connections or state.tasks:  # noqa: ASYNC110 - uvicorn has no event
+            await asyncio.sleep(0.001)
+
+
 class LiveServer:
     """A served application; everything in it runs on the loop of its thread."""
 
@@ -147,7 +170,7 @@ class LiveServer:
             chance=random.Random(7),
             grammars=self.grammars,
         )
-        self._server = uvicorn.Server(
+        self._server = _Server(
             uvicorn.Config(
                 app,
                 http=HttpProtocol,
@@ -197,7 +220,7 @@ class LiveServer:
 
     def close(self) -> None:
         self.http.close()
-        self._server.should_exit = True
+        self.loop.call_soon_threadsafe(self._server.exits.set)
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the server does not stop"
         self.lifecycle.check()
