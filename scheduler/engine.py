@@ -197,6 +197,7 @@ class Engine:
             evicted_pages_total=pages.evicted_pages_total,
             copied_pages_total=pages.copied_pages_total,
             preemptions_total=steps.preemptions_total,
+            late_rows_total=steps.late_rows_total,
             steps_total=steps.steps_total,
         )
 

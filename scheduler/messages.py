@@ -106,6 +106,7 @@ class EngineStats:
     evicted_pages_total: int = 0
     copied_pages_total: int = 0
     preemptions_total: int = 0
+    late_rows_total: int = 0
     steps_total: int = 0
 
 
