@@ -13,6 +13,7 @@ from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.interface import Constraint, ModelRunner
 from scheduler.messages import (
+    Begun,
     Cancel,
     EngineStats,
     FinishReason,
@@ -45,12 +46,17 @@ class Engine:
         config: SchedulerSection,
         clock_s: Callable[[], float],
         post: Callable[[Prepared], None],
+        announce: Callable[[Begun], None] = lambda _: None,
     ) -> None:
-        """`post`: brings a message from any thread to `handle`, in the engine's own."""
+        """`post`: brings a message from any thread to `handle`, in the engine's own.
+
+        `announce`: called before what may end a process, for whoever has to say of whom it died.
+        """
         info = runner.info
         self._runner = runner
         self._clock_s = clock_s
         self._post = post
+        self._announce = announce
         self._is_debug = config.debug
         self._cache = KVCache(info.num_pages, info.page_size)
         self._scheduler = Scheduler(self._cache, config, info)
@@ -89,6 +95,7 @@ class Engine:
                 self._scheduler.cancel(message.request_id)
 
     def _prepare(self, submit: Submit, grammar: str) -> None:
+        self._announce(Begun((submit.request_id,)))
         preparation = self._runner.prepare(grammar)
         if preparation.done():
             self._submit_prepared(submit, preparation)
@@ -128,6 +135,8 @@ class Engine:
     def _run(self, plan: StepPlan) -> StepResult:
         began_s = self._clock_s()
         started = self._started(plan, began_s)
+        if started:
+            self._announce(Begun(tuple(one.request_id for one in started)))
         try:
             output = self._runner.launch(plan.step).wait()
         except Exception as fault:

@@ -111,6 +111,17 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """The engine is about to do something for these requests for the first time.
+
+    Said before it is done: should the engine die of it, it is known who may be the reason, and that
+    those who only waited are not. Nothing is said of the steps that follow.
+    """
+
+    request_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """A request left the queue (told once, with its first admission)."""
 
@@ -166,4 +177,4 @@ class Failed:
     details: str = field(default="", repr=False)
 
 
-FromEngine = Ready | StepResult | Failed
+FromEngine = Ready | Begun | StepResult | Failed
