@@ -10,9 +10,11 @@ import random
 import re
 import socket
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +29,11 @@ from scheduler.client import (
     EngineClient,
     EngineStats,
     EngineUnavailableError,
+    FinishReason,
     GenerateRequest,
     ModelInfo,
+    Started,
+    TokenLogprobs,
     Vocabulary,
 )
 from scheduler.inline import InlineClient
@@ -38,6 +43,7 @@ from server.lifecycle import Lifecycle
 from server.protocol import HttpProtocol
 from server.structured.desk import GrammarDesk
 from server.text.load import ModelText, load_text
+from server.text.template import ChatTemplate
 
 VOCAB_SIZE = 300
 PATIENCE_S = 20.0
@@ -295,6 +301,45 @@ def live(start_server: StartServer) -> LiveServer:
 def scripted(start_server: StartServer) -> Callable[..., LiveServer]:
     """A server around an engine that follows a script."""
     return lambda script, **section: start_server(ScriptedClient(script), **section)
+
+
+@pytest.fixture
+def speaking(scripted: Callable[..., LiveServer], text: ModelText) -> Callable[..., LiveServer]:
+    """Start a server whose model says `outputs` in turn, `width` tokens at a time."""
+
+    def start(
+        *outputs: str,
+        template: str,
+        width: int = 1,
+        reason: FinishReason = FinishReason.STOP,
+        cached_tokens: int = 0,
+        **section: Any,
+    ) -> LiveServer:
+        words = ChatTemplate(
+            {"default": template}, special_tokens={}, now=lambda: datetime.now(tz=UTC)
+        )
+        script = _speech(outputs, width, reason, cached_tokens)
+        return scripted(script, words=replace(text, template=words), **section)
+
+    return start
+
+
+def _speech(outputs: Sequence[str], width: int, reason: FinishReason, cached_tokens: int) -> Script:
+    left = list(outputs)
+
+    async def speak(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        token_ids = tuple((left.pop(0) if len(left) > 1 else left[0]).encode())
+        started: Started | None = Started(0, 0.0, cached_tokens, "cold")
+        for start in range(0, len(token_ids), width):
+            some = token_ids[start : start + width]
+            logprobs: tuple[TokenLogprobs, ...] = ()
+            if request.params.logprobs is not None:
+                logprobs = tuple(TokenLogprobs(token, -1.0, 1, ()) for token in some)
+            yield Delta(some, logprobs, started)
+            started = None
+        yield Delta(started=started, finish_reason=reason)
+
+    return speak
 
 
 @pytest.fixture
