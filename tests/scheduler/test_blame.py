@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from configs.schema import SchedulerSection
-from model.fake import FakeRunner, fake_next_token
+from model.fake import FakeRunner, fake_output
 from model.interface import Constraint, SamplingParams, StepInput
 from scheduler.client import EngineFaultError, GenerateRequest
 from scheduler.process import ProcessClient
@@ -78,13 +78,6 @@ def _ask(
     return asyncio.create_task(collect())
 
 
-def _expected(prompt: tuple[int, ...]) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(3):
-        tokens.append(fake_next_token(tokens, 64, may_end=False))
-    return tokens[len(prompt) :]
-
-
 _INNOCENT = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
 
 
@@ -102,7 +95,7 @@ def test_those_that_waited_outlive_the_one_it_died_of(folder: Path, poison: Any)
         (folder / "may die").touch()
         with pytest.raises(EngineFaultError, match="twice"):
             await guilty
-        assert await asyncio.gather(*tasks) == [_expected(prompt) for prompt in _INNOCENT]
+        assert await asyncio.gather(*tasks) == [fake_output(prompt, 3) for prompt in _INNOCENT]
         assert client.num_restarts == 2
 
     _run(test)
@@ -126,7 +119,7 @@ def test_what_an_engine_said_last_counts_also_where_its_end_shows_first_in_sendi
         assert blamed == [1, 0]
         with pytest.raises(EngineFaultError, match="twice"):
             await guilty
-        assert await innocent == _expected((1, 2, 3))
+        assert await innocent == fake_output((1, 2, 3), 3)
 
     _run(test)
 
@@ -141,6 +134,6 @@ def test_where_an_engine_had_begun_with_nobody_all_are_suspects(folder: Path) ->
         task = _ask(client, (1, 2, 3))
         await asyncio.sleep(0)
         assert [stream.num_crashes for stream in client._streams.unfinished()] == [1]
-        assert await task == _expected((1, 2, 3))
+        assert await task == fake_output((1, 2, 3), 3)
 
     _run(test)
