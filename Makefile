@@ -17,7 +17,7 @@ NODE_CLIENTS := tests/clients/node
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow clients check format bench microbench bench-gpu constraints clean
+.PHONY: help install run test test-core test-slow clients check format bench microbench bench-gpu constraints clean
 
 help:  ## what can be typed
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,10 +29,13 @@ install: $(VENV)/.installed  ## the environment with pinned dependencies, and th
 run: $(VENV)/.installed  ## serve the default model on 127.0.0.1:8000
 	@exec $(BIN)/octavo serve $(ARGS)
 
-# Coverage is measured where 100 % is asked for, in a run of its own: it would slow the others down.
-test: check clients  ## lint, types and all tests
-	$(BIN)/python -m pytest tests/cache tests/scheduler --cov
+# What starts real daemons has the machine to itself; all before it may run side by side (--jobs=2).
+test: check test-core clients  ## lint, types and all tests
 	$(BIN)/python -m pytest --ignore=tests/cache --ignore=tests/scheduler
+
+# Coverage is measured where 100 % is asked for, in a run of its own: it would slow the others down.
+test-core: $(VENV)/.installed-dev  ## the tests of cache and scheduler, with their coverage
+	$(BIN)/python -m pytest tests/cache tests/scheduler --cov
 
 # What takes minutes: everything that `make test` only samples, and the bugs that were put in on purpose.
 test-slow: $(VENV)/.installed-dev  ## the slow half of the tests

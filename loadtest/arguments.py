@@ -20,6 +20,18 @@ ValueT = TypeVar("ValueT")
 _MOST_CONCURRENCY = 4096
 
 
+def add(
+    group: argparse._ArgumentGroup,
+    flag: str,
+    read: Callable[[str], Any],
+    metavar: str,
+    text: str,
+    default: object = None,
+) -> None:
+    """Add an option with a value."""
+    group.add_argument(flag, type=read, metavar=metavar, default=default, help=text)
+
+
 def typed(read: Callable[[str], ValueT]) -> Callable[[str], ValueT]:
     """Keep the message of a `ValueError`: argparse would say "invalid value"."""
 

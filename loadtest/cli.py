@@ -114,17 +114,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--url", type=values.url, default=DEFAULT_URL, help=f"default: {DEFAULT_URL}"
     )
-    server.add_argument(
-        "--start",
-        metavar='"COMMAND {port}"',
-        type=values.command,
-        help="instead of --url",
-    )
-    server.add_argument(
-        "--name",
-        metavar="NAME",
-        help="what to call it in results (default: its URL)",
-    )
+    values.add(server, "--start", values.command, '"COMMAND {port}"', "instead of --url")
+    values.add(server, "--name", str, "NAME", "what to call it in results (default: its URL)")
     _add_start(server)
     load_options.add_to(parser)
 
@@ -146,26 +137,21 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         type=values.startable,
         help="started for each of its turns and stopped after it, so that only one runs at a time",
     )
-    servers.add_argument(
-        "--rounds",
-        type=values.count,
-        default=3,
-        metavar="N",
-        help="turns of each (default: 3)",
-    )
+    values.add(servers, "--rounds", values.count, "N", "turns of each (default: 3)", 3)
     _add_start(servers)
     load_options.add_to(parser)
 
 
 def _add_start(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    values.add(
+        group,
         "--start-timeout",
-        type=values.seconds,
-        default=600.0,
-        metavar="TIME",
-        help="until it must serve (default: 10m)",
+        values.seconds,
+        "TIME",
+        "until it must serve (default: 10m)",
+        600.0,
     )
-    group.add_argument("--log-folder", type=Path, metavar="DIR", help="for its output")
+    values.add(group, "--log-folder", Path, "DIR", "for its output")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

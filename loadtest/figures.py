@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from loadtest.disturbance import Disturbance, disturbance
 from loadtest.records import Record, Run, answered
 
 PERCENTILES = (50, 90, 95, 99)
@@ -93,6 +94,8 @@ class Figures:
     latencies: Latencies
     #: Latencies of each lane, where there are several.
     lanes: Mapping[str, Latencies]
+    #: Of the first lane by the others, where there are several.
+    disturbance: Disturbance | None
     #: Tokens of prompts that were cached, of all; None where the server does not tell.
     cache_hit_rate: float | None
     prompt_tokens: Spread
@@ -126,6 +129,7 @@ def figures(run: Run) -> Figures:
         lanes={name: latencies([one for one in good if one.lane == name]) for name in lanes}
         if len(lanes) > 1
         else {},
+        disturbance=disturbance(good),
         cache_hit_rate=_cache_hit_rate(good),
         prompt_tokens=Spread.of(prompts),
         output_tokens=Spread.of(one.num_output_tokens for one in good),

@@ -26,80 +26,26 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="below (default: c8)",
     )
-    load.add_argument(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help="replay JSON lines of at_s, prompt, max_tokens",
+    values.add(load, "--trace", Path, "FILE", "replay JSON lines of at_s, prompt, max_tokens")
+    values.add(load, "--speed", values.positive, "X", "of a trace (default: 1)", 1.0)
+    values.add(
+        load, "--concurrency", values.concurrencies, "N[,N...]", "closed loop: so many at a time"
     )
-    load.add_argument(
-        "--speed",
-        type=values.positive,
-        default=1.0,
-        metavar="X",
-        help="of a trace (default: 1)",
-    )
-    load.add_argument(
-        "--concurrency",
-        type=values.concurrencies,
-        metavar="N[,N...]",
-        help="closed loop: so many at a time",
-    )
-    load.add_argument(
-        "--rate",
-        type=values.rates,
-        metavar="R[,R...]",
-        help="open loop: so many begin a second",
-    )
+    values.add(load, "--rate", values.rates, "R[,R...]", "open loop: so many begin a second")
     load.add_argument("--arrivals", choices=PROCESSES, default="poisson", help="of an open loop")
-    load.add_argument(
-        "--burst",
-        type=values.count,
-        default=8,
-        metavar="N",
-        help="how many begin at once (default: 8)",
+    values.add(load, "--burst", values.count, "N", "how many begin at once (default: 8)", 8)
+    values.add(load, "--requests", values.count, "N", "or conversations (default: 2 to 8 a worker)")
+    values.add(load, "--duration", values.seconds, "TIME", "begin none after that")
+    values.add(
+        load, "--warmup", values.whole, "N", "before the clock starts (default: a round, at most 8)"
     )
-    load.add_argument(
-        "--requests",
-        type=values.count,
-        metavar="N",
-        help="or conversations (default: 2 to 8 a worker)",
-    )
-    load.add_argument(
-        "--duration",
-        type=values.seconds,
-        metavar="TIME",
-        help="begin none after that",
-    )
-    load.add_argument(
-        "--warmup",
-        type=values.whole,
-        metavar="N",
-        help="before the clock starts (default: a round, at most 8)",
-    )
-    load.add_argument(
-        "--timeout",
-        type=values.seconds,
-        default=600.0,
-        metavar="TIME",
-        help="of a request (default: 10m)",
-    )
-    load.add_argument(
-        "--seed",
-        type=values.whole,
-        metavar="N",
-        help="for the same words again (default: new ones)",
-    )
+    values.add(load, "--timeout", values.seconds, "TIME", "of a request (default: 10m)", 600.0)
+    values.add(load, "--seed", values.whole, "N", "for the same words again (default: new ones)")
     shape = parser.add_argument_group("requests")
-    shape.add_argument("--model", metavar="NAME", help="default: the first the server lists")
+    values.add(shape, "--model", str, "NAME", "default: the first the server lists")
     shape.add_argument("--api-key", default="", metavar="KEY")
-    shape.add_argument(
-        "--prompt-tokens",
-        type=values.count,
-        metavar="N",
-        help="of the longest kind of prompt",
-    )
-    shape.add_argument("--max-tokens", type=values.count, metavar="N", help="of an answer")
+    values.add(shape, "--prompt-tokens", values.count, "N", "of the longest kind of prompt")
+    values.add(shape, "--max-tokens", values.count, "N", "of an answer")
     shape.add_argument(
         "--endpoint",
         choices=["completions", "chat"],
@@ -118,23 +64,13 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         help="of the workload structured",
     )
     shape.add_argument("--continuous-usage", action="store_true", help="exact tokens of each piece")
-    shape.add_argument(
-        "--extra",
-        type=values.json_object,
-        default={},
-        metavar="JSON",
-        help="more fields",
-    )
+    values.add(shape, "--extra", values.json_object, "JSON", "more fields", {})
     results = parser.add_argument_group("results")
-    results.add_argument(
-        "--slo",
-        type=values.bounds,
-        default={},
-        metavar="BOUNDS",
-        help="for the goodput: ttft=500ms,itl=50ms",
+    values.add(
+        results, "--slo", values.bounds, "BOUNDS", "for the goodput: ttft=500ms,itl=50ms", {}
     )
-    results.add_argument("--out", type=Path, metavar="FILE", help="append records, as JSON lines")
-    results.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
+    values.add(results, "--out", Path, "FILE", "append records, as JSON lines")
+    values.add(results, "--html", Path, "FILE", "write a page with plots")
     results.add_argument("--no-progress", action="store_true", help="draw no progress bar")
 
 

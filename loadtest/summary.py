@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from loadtest.disturbance import Disturbance
 from loadtest.figures import PERCENTILES, Figures, Latencies, Spread
 from loadtest.records import Header, Run, answered
 
@@ -45,6 +46,8 @@ def lines(run: Run, found: Figures) -> Iterator[str]:
     if found.num_answered:
         yield from _table(found)
         yield ", ".join(_rates(found))
+    if found.disturbance is not None:
+        yield _disturbed(found.disturbance)
     for kind, (how_many, message) in found.failures.items():
         yield f"failed: {how_many} x {kind}: {message}"
     yield from (f"note: {remark}" for remark in remarks(run, found))
@@ -85,6 +88,17 @@ def _rates(found: Figures) -> Iterator[str]:
         yield f"goodput {found.goodput.per_s:.2f} requests/s ({found.goodput.share:.0%} in the SLO)"
     if found.json_share is not None:
         yield f"{found.json_share:.0%} JSON"
+
+
+def _disturbed(found: Disturbance) -> str:
+    alone, beside, worst = (
+        number(value * 1e3)
+        for value in (found.median_alone_s, found.median_beside_s, found.worst_beside_s)
+    )
+    return (
+        f"{found.lane}: median gap {alone} ms alone, {beside} beside the others; "
+        f"worst {worst} = {number(found.ratio)} times the one alone"
+    )
 
 
 def remarks(run: Run, found: Figures) -> Iterator[str]:

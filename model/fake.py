@@ -43,6 +43,16 @@ def fake_next_token(token_ids: Sequence[int], vocab_size: int, *, may_end: bool 
     return _choose(digest, vocab_size, may_end=may_end)
 
 
+def fake_output(
+    prompt: Sequence[int], num_tokens: int, vocab_size: int = 64, *, may_end: bool = False
+) -> list[int]:
+    """Return the tokens that a `FakeRunner` gives after a prompt: alone, uncached, unchunked."""
+    token_ids = list(prompt)
+    for _ in range(num_tokens):
+        token_ids.append(fake_next_token(token_ids, vocab_size, may_end=may_end))
+    return token_ids[len(prompt) :]
+
+
 def fake_logprobs(prefix: Sequence[int], token_id: int, num_top: int) -> TokenLogprobs:
     """Return what a `FakeRunner` tells of a prompt's token behind a prefix."""
     digest = _EMPTY

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Compiled grammars kept for the next request with the same text. Each holds up to a few MiB.
 MAX_CACHED = 32
+#: How the library begins a reason: with a line and a column.
+_PLACE = re.compile(r"at (\d+)\(\d+\): ")
 #: A request whose mask takes longer than this, of a processor's time, is ended.
 MAX_TURN_S = 0.25
 #: See `Compiler.try_out`.
@@ -39,6 +42,11 @@ _MAX_LEXER_STATES = 20_000
 
 class GrammarError(ValueError):
     """A grammar that cannot be used; the message says why, in the library's words."""
+
+    def __init__(self, message: str, line: int = 0) -> None:
+        super().__init__(message)
+        #: Of the grammar's text, from 1; 0 where none is to blame.
+        self.line = line
 
 
 class CompiledGrammar:
@@ -84,7 +92,7 @@ class Compiler:
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():
-            raise GrammarError(readable(matcher.get_error()))
+            raise _fault(matcher.get_error())
         return CompiledGrammar(matcher)
 
     def try_out(self, grammar: CompiledGrammar, seed: int = 0) -> None:
@@ -100,7 +108,7 @@ class Compiler:
             if matcher.is_stopped() and not matcher.is_error():
                 return
             if matcher.is_error():
-                raise GrammarError(readable(matcher.get_error()))
+                raise _fault(matcher.get_error())
             if taken_s > MAX_TURN_S:
                 raise GrammarError(f"it is too complex: one token took {taken_s * 1e3:.0f} ms")
             places = [at for at, bits in enumerate(mask) if bits]
@@ -183,16 +191,18 @@ def step_back() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
-def readable(message: str) -> str:
-    """Return the library's reason without the place in a text the client has not written."""
+def _fault(told: str) -> GrammarError:
+    """Return the library's reason, and its place apart: the client has not written that text."""
+    place = _PLACE.match(told)
+    return GrammarError(_readable(told), int(place[1]) if place else 0)
+
+
+def _readable(message: str) -> str:
     kept: list[str] = []
     for line in message.splitlines():
         number, bar, _ = line.strip().partition(" | ")
         if (bar and number.isdecimal()) or line.startswith(("<state>", "<non-verbose")):
             break
         kept.append(line)
-    text = "\n".join(kept).strip()
-    place, colon, rest = text.partition("): ")
-    if colon and place.startswith("at "):
-        text = rest
+    text = _PLACE.sub("", "\n".join(kept).strip(), count=1)
     return text.removeprefix("failed to compile JSON schema: ")

@@ -64,15 +64,16 @@ def _judge(compiler: Compiler, number: int, grammar: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
     os.nice(_NICENESS)
     warnings: list[str] = []
-    error = ""
+    error, line = "", 0
     try:
         compiler.try_out(compiler.compile(grammar))
         warnings = [one[:_MAX_WARNING_CHARS] for one in compiler.warnings(grammar)]
     except GrammarError as fault:
-        error = str(fault)[:_MAX_ERROR_CHARS] or "it cannot be compiled"
+        error, line = str(fault)[:_MAX_ERROR_CHARS] or "it cannot be compiled", fault.line
     except BaseException as fault:  # noqa: BLE001 - a child that raised would serve in its parent's place
         error = f"it cannot be compiled ({type(fault).__name__})"
-    _tell({"number": number, "error": error, "warnings": warnings[:_MAX_WARNINGS]})
+    told = {"error": error, "error_line": line, "warnings": warnings[:_MAX_WARNINGS]}
+    _tell({"number": number, **told})
     os._exit(0)
 
 

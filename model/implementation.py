@@ -66,9 +66,13 @@ def build_decoder(
             f"quantization {config.quantization} is for what Octavo computes itself; with "
             "transformers use none, and --dtype bfloat16 for half the weights"
         )
-    # Importing transformers takes seconds.
-    from model.hf import load_hf_decoder  # noqa: PLC0415 - see above
-
+    try:
+        from model.hf import load_hf_decoder  # noqa: PLC0415 - importing transformers takes seconds
+    except ImportError as error:
+        raise ValueError(
+            f"this model is computed by the package transformers ({reason}), which cannot be "
+            f"imported ({error}); `make install`, or pip install transformers, puts it there"
+        ) from error
     try:
         decoder = load_hf_decoder(
             source, dtype=dtype, device=device, max_positions=config.max_model_len

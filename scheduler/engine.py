@@ -15,6 +15,7 @@ from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.interface import Constraint, Flight, ModelRunner
 from scheduler.messages import (
+    Begun,
     Cancel,
     EngineStats,
     FinishReason,
@@ -57,12 +58,17 @@ class Engine:
         config: SchedulerSection,
         clock_s: Callable[[], float],
         post: Callable[[Prepared], None],
+        announce: Callable[[Begun], None] = lambda _: None,
     ) -> None:
-        """`post`: brings a message from any thread to `handle`, in the engine's own."""
+        """`post`: brings a message from any thread to `handle`, in the engine's own.
+
+        `announce`: called before what may end a process, for whoever has to say of whom it died.
+        """
         info = runner.info
         self._runner = runner
         self._clock_s = clock_s
         self._post = post
+        self._announce = announce
         self._is_debug = config.debug
         self._cache = KVCache(info.num_pages, info.page_size)
         self._scheduler = Scheduler(self._cache, config, info)
@@ -108,6 +114,7 @@ class Engine:
                 self._scheduler.cancel(message.request_id)
 
     def _prepare(self, submit: Submit, grammar: str) -> None:
+        self._announce(Begun((submit.request_id,)))
         preparation = self._runner.prepare(grammar)
         if preparation.done():
             self._submit_prepared(submit, preparation)
@@ -158,10 +165,13 @@ class Engine:
 
     def _launch(self, plan: StepPlan) -> bool:
         began_s = self._clock_s()
-        self._started.extend(
+        begun = tuple(
             Started(id_, began_s - self._arrived_s.pop(id_), num_cached, why)
             for id_, num_cached, why in plan.started
         )
+        if begun:
+            self._started.extend(begun)
+            self._announce(Begun(tuple(one.request_id for one in begun)))
         try:
             flight = self._runner.launch(plan.step)
         except Exception as fault:
@@ -236,6 +246,7 @@ class Engine:
             evicted_pages_total=pages.evicted_pages_total,
             copied_pages_total=pages.copied_pages_total,
             preemptions_total=steps.preemptions_total,
+            late_rows_total=steps.late_rows_total,
             steps_total=steps.steps_total,
         )
 

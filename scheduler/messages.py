@@ -106,7 +106,19 @@ class EngineStats:
     evicted_pages_total: int = 0
     copied_pages_total: int = 0
     preemptions_total: int = 0
+    late_rows_total: int = 0
     steps_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The engine is about to do something for these requests for the first time.
+
+    Said before it is done: should the engine die of it, it is known who may be the reason, and that
+    those who only waited are not. Nothing is said of the steps that follow.
+    """
+
+    request_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,4 +177,4 @@ class Failed:
     details: str = field(default="", repr=False)
 
 
-FromEngine = Ready | StepResult | Failed
+FromEngine = Ready | Begun | StepResult | Failed

@@ -26,6 +26,7 @@ from model.interface import ModelInfo, ModelRunner, Vocabulary
 from scheduler.client import Delta, EngineFaultError, EngineUnavailableError, GenerateRequest
 from scheduler.engine import Engine
 from scheduler.messages import (
+    Begun,
     EngineStats,
     Failed,
     FinishReason,
@@ -67,7 +68,7 @@ def engine_main(pipe: Connection, make_runner: MakeRunner, config: SchedulerSect
     args = pipe, inbox, is_built
     threading.Thread(target=_drain, args=args, name="inbox", daemon=True).start()
     try:
-        engine = Engine(runner := make_runner(), config, time.monotonic, inbox.put)
+        engine = Engine(runner := make_runner(), config, time.monotonic, inbox.put, pipe.send)
         is_built.set()
         # What is there now stays to the end: collections need not walk it between two tokens.
         gc.collect()
@@ -226,7 +227,8 @@ class ProcessClient:
         try:
             self._pipe.send(message)
         except OSError:
-            self._lose()
+            # What it said last is still to be read, and then its end.
+            self._receive()
 
     def _receive(self) -> None:
         try:
@@ -237,6 +239,8 @@ class ProcessClient:
                     if any(reason is not FinishReason.ERROR for _, reason, _ in message.finished):
                         self._num_fruitless = 0
                     self._streams.dispatch(message)
+                elif isinstance(message, Begun):
+                    self._streams.begin(message)
                 else:
                     _log.error("the engine failed: %s", message)
         except (EOFError, OSError):
@@ -258,8 +262,7 @@ class ProcessClient:
         if self._is_closing:
             return
         _log.error("the engine died; %d streams wait for another", len(self._streams.unfinished()))
-        for stream in self._streams.unfinished():
-            stream.num_crashes += 1
+        for stream in self._streams.note_crash():
             if stream.num_crashes >= _MAX_CRASHES_OF_A_REQUEST:
                 stream.fail(
                     EngineFaultError("the engine died of this request, or beside it, twice")

@@ -47,6 +47,8 @@ class SchedulerStats:
     prefix_hits_tokens_total: int
     prompt_tokens_computed_total: int
     preemptions_total: int
+    #: Rows that got no token, since what their grammar allows was not known in time.
+    late_rows_total: int
     steps_total: int
 
 
@@ -76,6 +78,7 @@ class Scheduler:
         self._prefix_hits_tokens = 0
         self._prompt_tokens_computed = 0
         self._num_preemptions = 0
+        self._num_late_rows = 0
         self._num_steps = 0
 
     # ---- requests in and out ---------------------------------------------------------------------
@@ -259,6 +262,8 @@ class Scheduler:
                 if index in output.failures:
                     self._finish(sequence, FinishReason.ERROR)
                     outcome.failed.append((sequence.request_id, output.failures[index]))
+                else:
+                    self._num_late_rows += 1
                 continue
             else:
                 sequence.token_ids[position] = token_id
@@ -355,6 +360,7 @@ class Scheduler:
             prefix_hits_tokens_total=self._prefix_hits_tokens,
             prompt_tokens_computed_total=self._prompt_tokens_computed,
             preemptions_total=self._num_preemptions,
+            late_rows_total=self._num_late_rows,
             steps_total=self._num_steps,
         )
 

@@ -18,7 +18,7 @@ from scheduler.client import (
     GenerateRequest,
     RequestRefusedError,
 )
-from scheduler.messages import Cancel, EngineStats, FinishReason, Started, StepResult, Submit
+from scheduler.messages import Begun, Cancel, EngineStats, FinishReason, Started, StepResult, Submit
 
 
 class Stream:
@@ -32,6 +32,7 @@ class Stream:
         "_started",
         "_token_ids",
         "_wakes",
+        "has_begun",
         "num_crashes",
         "num_scored",
         "sent_token_ids",
@@ -42,7 +43,9 @@ class Stream:
         self.submit = submit
         #: Every token received, so that another engine can go on from here.
         self.sent_token_ids: list[int] = []
-        #: Engines that died while this request was in them.
+        #: Whether the engine has done anything for this request, or is about to.
+        self.has_begun = False
+        #: Engines that died after they had begun with this request.
         self.num_crashes = 0
         #: Tokens of the prompt whose probabilities were received.
         self.num_scored = 0
@@ -161,6 +164,25 @@ class Streams:
             del self._open[submit.request_id]
             if not stream.is_over:
                 send(Cancel(submit.request_id))
+
+    def begin(self, begun: Begun) -> None:
+        """Note of whom the engine may die from now on."""
+        for request_id in begun.request_ids:
+            if request_id in self._open:
+                self._open[request_id].has_begun = True
+
+    def note_crash(self) -> list[Stream]:
+        """Count the engine's death against those it may have died of, and return these.
+
+        Where it had begun with nobody, whatever it died of was in what they all sent.
+        """
+        unfinished = self.unfinished()
+        suspects = [stream for stream in unfinished if stream.has_begun] or unfinished
+        for stream in suspects:
+            stream.num_crashes += 1
+        for stream in unfinished:
+            stream.has_begun = False
+        return suspects
 
     def dispatch(self, result: StepResult) -> None:
         """Hand a step's columns to their streams; those of requests nobody reads are dropped."""

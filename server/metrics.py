@@ -52,6 +52,7 @@ _ENGINE_COUNTERS = (
     ("num_preemptions", "preemptions_total", "sequences put back into the queue"),
     ("evicted_pages", "evicted_pages_total", "cached pages given up"),
     ("copied_pages", "copied_pages_total", "pages copied to share a part of them"),
+    ("late_rows", "late_rows_total", "rows computed again: their grammar was not ready in time"),
     ("steps", "steps_total", "steps of the engine"),
 )
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import orjson
 
@@ -34,6 +35,8 @@ class Verdict:
 
     #: Why it cannot be used, or empty.
     error: str = ""
+    #: The line of its text at fault, from 1; 0 where none is to blame.
+    error_line: int = 0
     #: What of it is not enforced.
     warnings: tuple[str, ...] = ()
 
@@ -125,7 +128,7 @@ class GrammarChecker:
             told = orjson.loads(line)
             answer = self._waiting.get(told["number"])
             if answer is not None and not answer.done():
-                answer.set_result(Verdict(told["error"], tuple(told["warnings"])))
+                answer.set_result(_verdict(told))
         # It died: whoever waits for it is told by the clock, the next one starts another.
         self._process = None
         await process.wait()
@@ -149,6 +152,10 @@ class GrammarChecker:
         if self._reading is not None:
             await self._reading
             self._reading = None
+
+
+def _verdict(told: dict[str, Any]) -> Verdict:
+    return Verdict(told["error"], told["error_line"], tuple(told["warnings"]))
 
 
 def _send(process: asyncio.subprocess.Process, body: bytes) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from server.errors import invalid
@@ -12,12 +13,13 @@ from server.params import Warned
 from server.prompts import LONG_PROMPT_CHARS, off_loop
 from server.schemas import ChatRequest, GenerateFields
 from server.service import Service
-from server.structured.calls import call_rules
+from server.structured.calls import arguments_rule, call_rules
 from server.structured.grammar import (
     Form,
     Thinking,
     choice_form,
     json_form,
+    json_rule,
     lark_form,
     literal,
     regex_form,
@@ -27,7 +29,7 @@ from server.structured.grammar import (
 from server.structured.schemas import ResponseFormat, StructuredOutputs
 from server.tooling import Spoken, forced_tools, is_forced, prompt_end
 from server.tools.forms import call_form
-from server.tools.schemas import Tool
+from server.tools.schemas import Tool, ToolFunction
 
 #: Of the whole grammar. What is larger takes the library too long to refuse.
 MAX_GRAMMAR_BYTES = 512 * 1024
@@ -72,12 +74,12 @@ async def chat_grammar(
         raise invalid(message, asked.param)
     thinking = None if spoken is None else _thinking(service, spoken, prompt)
     form = None if asked is None else asked.form
-    calls = _calls(service, request, tools, spoken) if spoken is not None and tools else ""
-    try:
-        grammar = whole(form, thinking=thinking, calls=calls)
-    except ValueError as error:
-        raise invalid(f"tools: a schema {error}", "tools") from error
-    return await _judged(service, request, grammar, "tools" if asked is None else asked.param)
+    calls, fields = "", dict[str, str]()
+    if spoken is not None and tools:
+        calls, fields = _calls(service, request, tools, spoken)
+    param = "tools" if len(fields) > 1 else "".join(fields.values())
+    grammar = whole(form, thinking=thinking, calls=calls)
+    return await _judged(service, request, grammar, asked.param if asked else param, fields)
 
 
 async def _asked(request: GenerateFields) -> _Asked | None:
@@ -192,43 +194,57 @@ def _mark(service: Service, text: str) -> str:
     return literal(text)
 
 
-def _calls(service: Service, request: ChatRequest, tools: Sequence[Tool], spoken: Spoken) -> str:
+def _calls(
+    service: Service, request: ChatRequest, tools: Sequence[Tool], spoken: Spoken
+) -> tuple[str, dict[str, str]]:
+    """Return the rules of the calls, and the field that each line about arguments comes from."""
     syntax, template = spoken.speech.calls, service.text.template
     assert syntax is not None, "callable tools, and no way to call them"
     assert template is not None, "a chat was rendered without a template"
-    forced = forced_tools(request, tools)
-    shown = [
-        (tool.function.name, _arguments(tool, tools.index(tool)), tool.function.strict is True)
-        for tool in forced
-    ]
-    try:
-        return call_rules(
-            call_form(syntax, template.sources),
-            shown,
-            is_single=request.parallel_tool_calls is False or spoken.is_named,
-            mark=lambda text: _mark(service, text),
-        )
-    except ValueError as error:
-        raise invalid(f"tools: a schema {error}", "tools") from error
+    forced = {tool.function.name for tool in forced_tools(request, tools)}
+    shown: list[tuple[str, str]] = []
+    fields: dict[str, str] = {}
+    for index, tool in enumerate(tools):
+        if tool.function.name in forced:
+            param = f"tools.{index}.function.parameters"
+            rule = _arguments(tool.function, param, arguments_rule(len(shown)))
+            shown.append((tool.function.name, rule))
+            fields[rule] = param
+    rules = call_rules(
+        call_form(syntax, template.sources),
+        shown,
+        is_single=request.parallel_tool_calls is False or spoken.is_named,
+        mark=lambda text: _mark(service, text),
+    )
+    return rules, fields
 
 
-def _arguments(tool: Tool, index: int) -> dict[str, Any]:
-    """Return the schema of a tool's arguments, which are an object whatever it says."""
-    schema = tool.function.parameters
-    if schema is None:
-        return _NO_ARGUMENTS
-    param = f"tools.{index}.function.parameters"
+def _arguments(function: ToolFunction, param: str, rule: str) -> str:
+    """Return the rule for a tool's arguments, which are an object whatever its schema says."""
+    schema = _NO_ARGUMENTS if function.parameters is None else function.parameters
     if "x-guidance" in schema:
         raise invalid(f"{param} has the key x-guidance, which is the server's own", param)
     kinds = schema.get("type", "object")
     if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
         raise invalid(f"{param} must be of the type object", param)
-    return {**schema, "type": "object"}
+    schema = {**schema, "type": "object"}
+    try:
+        return json_rule(rule, schema, is_lenient=function.strict is not True)
+    except ValueError as error:
+        raise invalid(f"{param} {error}", param) from error
 
 
 async def _judged(
-    service: Service, request: GenerateFields, grammar: str, param: str
+    service: Service,
+    request: GenerateFields,
+    grammar: str,
+    param: str,
+    fields: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str, list[Warned]]:
+    """Return the grammar and what of it is not enforced. Raises `ApiError`.
+
+    `param`: the field that asked for it; `fields`: those that single lines of it come from.
+    """
     if request.ignore_eos:
         message = f"ignore_eos cannot be had together with {param}: a form has an end"
         raise invalid(message, "ignore_eos")
@@ -240,6 +256,9 @@ async def _judged(
         raise invalid(message, param)
     verdict = await service.grammars.judge(grammar, service.client, service.text.tokenizer)
     if verdict.error:
+        # An error without a line asks for the one before the first: there is none.
+        line = "".join(grammar.split("\n")[verdict.error_line - 1 : verdict.error_line])
+        param = fields.get(line, param)
         raise invalid(f"{param} cannot be enforced: {verdict.error}", param)
     told = "is enforced but for this: "
     return grammar, [

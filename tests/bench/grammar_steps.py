@@ -7,6 +7,7 @@ something else is so for all of them.
 from __future__ import annotations
 
 import argparse
+import json
 import queue
 import statistics
 import sys
@@ -23,19 +24,9 @@ from server.structured.grammar import json_form, regex_form, whole
 from server.structured.vocabulary import vocabulary_of
 from server.text.load import load_text
 
-_PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 60},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "email": {"type": "string", "format": "email"},
-        "mood": {"enum": ["good", "bad", "unknown"]},
-        "story": {"type": "string"},
-    },
-    "required": ["name", "age", "email", "mood", "story"],
-    "additionalProperties": False,
-}
-SCHEMA = whole(json_form({"type": "array", "items": _PERSON, "minItems": 50}, is_lenient=False))
+#: The one that `tests/bench/live/structured.py` asks a server for.
+PEOPLE = json.loads((Path(__file__).parents[1] / "data" / "people.json").read_text())
+SCHEMA = whole(json_form(PEOPLE, is_lenient=False))
 COSTLY = whole(regex_form(r"(?s:.*)a(.|\n){500}"))
 #: For each case the grammars of its eight rows.
 CASES: dict[str, list[str | None]] = {

@@ -80,9 +80,5 @@ def test_a_form_that_cannot_be_is_told(client: Any, served: Any) -> None:
     assert (error.value.param or "").startswith("response_format")
 
 
-def test_other_python_clients(run_suite: Callable[..., None]) -> None:
-    run_suite("langchain_structured_suite.py", "litellm_structured_suite.py")
-
-
 def test_node(run_suite: Callable[..., None]) -> None:
     run_suite("structured.mjs")

@@ -23,6 +23,8 @@ from server.text.load import load_text
 pytestmark = pytest.mark.e2e
 
 _NUM_TOKENS = 64
+#: What the fast half is content with: enough to outgrow a pool, and one prompt of each kind alone.
+_NUM_SAMPLE_TOKENS, _SAMPLE_STEP = 32, 16
 _RECORD = Path(__file__).parent / "data" / "greedy.json"
 _PAGE_BYTES = 2 * 30 * 3 * 64 * 4 * 16
 
@@ -39,33 +41,35 @@ def prompts(smollm2_file: Path) -> list[tuple[int, ...]]:
     ]
 
 
+@pytest.fixture(
+    scope="module",
+    params=[False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["a sample", "the whole record"],
+)
+def is_whole(request: pytest.FixtureRequest) -> bool:
+    """Whether all is compared that was recorded."""
+    answer: bool = request.param
+    return answer
+
+
 @pytest.fixture(scope="module")
-def expected(prompts: list[tuple[int, ...]]) -> list[list[int]]:
-    """What transformers gave for them, as recorded; two tests below check the record itself."""
+def expected(prompts: list[tuple[int, ...]], *, is_whole: bool) -> list[list[int]]:
+    """What transformers gave for them, as recorded; a test below checks the record itself."""
     recorded = json.loads(_RECORD.read_text())
     assert [tuple(one["prompt"]) for one in recorded] == prompts, "record anew: see _record"
-    return [one["tokens"] for one in recorded]
+    num_tokens = _NUM_TOKENS if is_whole else _NUM_SAMPLE_TOKENS
+    return [one["tokens"][:num_tokens] for one in recorded]
 
 
-def _record(smollm2_file: Path, prompts: list[tuple[int, ...]]) -> list[list[int]]:
-    """What transformers' own GGUF reader and own decoder give, one prompt after another."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers' own deprecations are not ours to mend.
-        from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds, and only here
-
-        model = AutoModelForCausalLM.from_pretrained(
-            smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
-        ).eval()
-        return [_generate(model, prompt) for prompt in prompts]
-
-
-def _generate(model: Any, prompt: tuple[int, ...]) -> list[int]:
+def _generate(model: Any, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+    """What transformers' own decoder gives."""
     token_ids = torch.tensor([prompt])
-    with torch.inference_mode():
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # transformers' own deprecations are not ours to mend.
         output = model.generate(
             token_ids,
             attention_mask=torch.ones_like(token_ids),
-            max_new_tokens=_NUM_TOKENS,
+            max_new_tokens=num_tokens,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
@@ -74,15 +78,17 @@ def _generate(model: Any, prompt: tuple[int, ...]) -> list[int]:
     return generated
 
 
-@pytest.mark.parametrize(
-    "step", [16, pytest.param(1, marks=pytest.mark.slow)], ids=["two prompts", "all prompts"]
-)
 def test_the_record_is_what_transformers_gives(
-    smollm2_file: Path, prompts: list[tuple[int, ...]], step: int, request: pytest.FixtureRequest
+    transformers_model: Any,
+    prompts: list[tuple[int, ...]],
+    request: pytest.FixtureRequest,
+    *,
+    is_whole: bool,
 ) -> None:
-    tokens = _record(smollm2_file, prompts[::step])
+    step, num_tokens = (1, _NUM_TOKENS) if is_whole else (_SAMPLE_STEP, _NUM_SAMPLE_TOKENS)
+    tokens = [_generate(transformers_model, prompt, num_tokens) for prompt in prompts[::step]]
     if request.config.getoption("--record"):
-        assert step == 1, "recording needs --record -m slow"
+        assert is_whole, "recording needs --record -m slow"
         both = zip(prompts, tokens, strict=True)
         _RECORD.write_text(json.dumps([{"prompt": p, "tokens": t} for p, t in both]))
     expected: list[list[int]] = request.getfixturevalue("expected")
@@ -90,7 +96,12 @@ def test_the_record_is_what_transformers_gives(
 
 
 def _serve(
-    prompts: list[tuple[int, ...]], *, at_once: int, num_rounds: int = 1, num_pages: int = 2048
+    prompts: list[tuple[int, ...]],
+    num_tokens: int,
+    *,
+    at_once: int,
+    num_rounds: int = 1,
+    num_pages: int = 2048,
 ) -> tuple[list[list[list[int]]], EngineStats]:
     """Every round's tokens from an engine process without quantisation, and its last stats."""
     config = OctavoConfig(
@@ -106,7 +117,7 @@ def _serve(
         try:
             gate = asyncio.Semaphore(at_once)
             rounds = [
-                await asyncio.gather(*(_tokens(client, gate, prompt) for prompt in prompts))
+                await asyncio.gather(*(_tokens(client, gate, p, num_tokens) for p in prompts))
                 for _ in range(num_rounds)
             ]
             return rounds, client.stats()
@@ -117,9 +128,9 @@ def _serve(
 
 
 def _tokens(
-    client: ProcessClient, gate: asyncio.Semaphore, prompt: tuple[int, ...]
+    client: ProcessClient, gate: asyncio.Semaphore, prompt: tuple[int, ...], num_tokens: int
 ) -> Coroutine[Any, Any, list[int]]:
-    params = SamplingParams(max_tokens=_NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
 
     async def collect() -> list[int]:
         async with gate:
@@ -129,14 +140,12 @@ def _tokens(
     return collect()
 
 
-@pytest.mark.parametrize(
-    "step", [8, pytest.param(1, marks=pytest.mark.slow)], ids=["four prompts", "all prompts"]
-)
 def test_alone_cold_and_warm(
-    prompts: list[tuple[int, ...]], expected: list[list[int]], step: int
+    prompts: list[tuple[int, ...]], expected: list[list[int]], *, is_whole: bool
 ) -> None:
+    step = 1 if is_whole else _SAMPLE_STEP
     prompts, expected = prompts[::step], expected[::step]
-    rounds, stats = _serve(prompts, at_once=1, num_rounds=2)
+    rounds, stats = _serve(prompts, len(expected[0]), at_once=1, num_rounds=2)
     assert rounds[0] == expected
     assert rounds[1] == expected
     # In the second round everything but each prompt's last token was cached.
@@ -146,7 +155,7 @@ def test_alone_cold_and_warm(
 def test_sixteen_at_a_time_cold_and_warm(
     prompts: list[tuple[int, ...]], expected: list[list[int]]
 ) -> None:
-    rounds, _ = _serve(prompts, at_once=16, num_rounds=2)
+    rounds, _ = _serve(prompts, len(expected[0]), at_once=16, num_rounds=2)
     assert rounds[0] == expected
     assert rounds[1] == expected
 
@@ -154,8 +163,9 @@ def test_sixteen_at_a_time_cold_and_warm(
 def test_all_at_once_in_a_pool_for_twelve(
     prompts: list[tuple[int, ...]], expected: list[list[int]]
 ) -> None:
-    longest = max(map(len, prompts)) + _NUM_TOKENS
-    rounds, stats = _serve(prompts, at_once=32, num_pages=12 * -(-longest // 16))
+    num_tokens = len(expected[0])
+    longest = max(map(len, prompts)) + num_tokens
+    rounds, stats = _serve(prompts, num_tokens, at_once=32, num_pages=12 * -(-longest // 16))
     assert rounds[0] == expected
     assert stats.preemptions_total > 0
     assert stats.pages_private == stats.pages_leased == 0

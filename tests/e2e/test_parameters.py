@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,19 +33,12 @@ def ask(start_daemon: Callable[..., Any]) -> Iterator[Callable[..., dict[str, An
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2_file: Path) -> Callable[[list[int]], torch.Tensor]:
+def reference(transformers_model: Any) -> Callable[[list[int]], torch.Tensor]:
     """What transformers says of the token after each of these, as natural-log probabilities."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers' own deprecations are not ours to mend.
-        from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds, and only here
-
-        model = AutoModelForCausalLM.from_pretrained(
-            smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
-        ).eval()
 
     def logprobs(token_ids: list[int]) -> torch.Tensor:
         with torch.inference_mode():
-            logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
+            logits: torch.Tensor = transformers_model(torch.tensor([token_ids])).logits[0]
         return logits.log_softmax(-1)
 
     return logprobs

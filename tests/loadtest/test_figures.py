@@ -18,6 +18,7 @@ from loadtest.figures import (
     percentile,
 )
 from loadtest.records import Failure, Record, Run
+from loadtest.summary import lines
 
 MakeRecord = Callable[..., Record]
 MakeRun = Callable[..., Run]
@@ -85,6 +86,24 @@ def test_lanes_are_told_apart(make_record: MakeRecord, make_run: MakeRun) -> Non
     found = figures(make_run(make_record(1.0, lane="a"), make_record(3.0, lane="b")))
     assert {name: one.ttft.mean for name, one in found.lanes.items()} == {"a": 1.0, "b": 3.0}
     assert not figures(make_run(make_record(1.0))).lanes
+
+
+def test_streams_disturbed_by_another_lane(make_record: MakeRecord, make_run: MakeRun) -> None:
+    run = make_run(
+        make_record(1.0, 2.0, 3.0, 7.0, 9.0, 10.0, lane="streams", ended_s=10.0),
+        # Its first gap ends as the long one is sent, its last begins when that one has ended.
+        make_record(2.5, 3.5, 6.5, 8.5, 8.75, lane="streams", ended_s=8.75),
+        make_record(8.5, lane="long", sent_s=3.5, ended_s=8.5),
+    )
+    found = figures(run)
+    assert found.disturbance is not None
+    assert found.disturbance.lane == "streams"
+    assert found.disturbance.median_alone_s == 1.0
+    assert found.disturbance.median_beside_s == 2.5
+    assert found.disturbance.worst_beside_s == found.disturbance.ratio == 4.0
+    told = "streams: median gap 1000.0 ms alone, 2500.0 beside the others; worst 4000.0 = 4.0 times"
+    assert any(line.startswith(told) for line in lines(run, found))
+    assert figures(make_run(*run.records[:2])).disturbance is None
 
 
 def test_nothing_answered_is_no_number(make_run: MakeRun, make_record: MakeRecord) -> None:

@@ -109,6 +109,8 @@ def test_lanes_run_side_by_side(app: Any, tmp_path: Path) -> None:
     run = _run(app.url, tmp_path / "out", "--workload", "long-among-decodes")
     found = figures(run)
     assert set(found.lanes) == {"streams", "long prompts"}
+    assert found.disturbance is not None
+    assert found.disturbance.lane == "streams"
     assert sum(1 for one in run.records if one.lane == "streams") == 6
     assert {one.prompt_tokens for one in run.records if one.lane == "long prompts"} == {1800}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_a_model_that_cannot_be_served_is_refused_in_a_line(
     assert str(caught.value).startswith(f"model_type '{family}': ")
     assert "\n" not in str(caught.value)
     assert "served are decoders of text" in str(caught.value)
+
+
+def test_without_the_package_it_is_named(
+    dummy: Callable[..., ModelSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = dummy("gpt2")
+    for name in [name for name in sys.modules if name.startswith("model.hf")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"the package transformers .* cannot be imported") as told:
+        assemble(source, config_of())
+    assert "pip install transformers" in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_the_proof_finds_what_was_lost_on_the_way(

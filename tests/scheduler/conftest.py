@@ -9,7 +9,7 @@ import pytest
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.fake import FakeRunner, fake_next_token
+from model.fake import FakeRunner, fake_output
 from model.interface import SamplingParams, TokenLogprobs
 from scheduler.messages import FinishReason, Rejected, Submit
 from scheduler.plan import StepPlan
@@ -65,11 +65,7 @@ class Drive:
         raise AssertionError(message)
 
     def expected(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """What the model gives alone, uncached, unchunked."""
-        tokens = list(prompt)
-        for _ in range(num_tokens):
-            tokens.append(fake_next_token(tokens, self.runner.vocab_size, may_end=False))
-        return tokens[len(prompt) :]
+        return fake_output(prompt, num_tokens, self.runner.vocab_size)
 
 
 @pytest.fixture

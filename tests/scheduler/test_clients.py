@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from configs.schema import SchedulerSection
-from model.fake import FakeRunner, fake_logprobs, fake_next_token
+from model.fake import FakeRunner, fake_logprobs, fake_output
 from model.interface import ModelRunner, SamplingParams
 from scheduler.client import (
     EngineClient,
@@ -42,13 +42,6 @@ def _overlapped(make_runner: Callable[[], FakeRunner], config: SchedulerSection)
 @pytest.fixture(params=["inline", "overlapped", "process"])
 def make_client(request: pytest.FixtureRequest) -> MakeClient:
     return {"inline": _inline, "overlapped": _overlapped, "process": ProcessClient}[request.param]
-
-
-def _expected(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        tokens.append(fake_next_token(tokens, 64, may_end=False))
-    return tokens[len(prompt) :]
 
 
 def _request(prompt: tuple[int, ...], max_tokens: int = 10, **params: Any) -> GenerateRequest:
@@ -92,7 +85,7 @@ def test_streams_side_by_side_each_get_their_own(make_client: MakeClient) -> Non
             client.on_step(sizes.append)
             prompts = [tuple(range(i, i + 9)) for i in range(20)]
             outputs = await asyncio.gather(*(_collect(client, _request(p)) for p in prompts))
-            assert outputs == [_expected(prompt, 10) for prompt in prompts]
+            assert outputs == [fake_output(prompt, 10) for prompt in prompts]
             assert sum(sizes) >= 20 * 10
             await _until(lambda: client.stats().num_running == 0)
             assert client.stats().pages_private == client.stats().pages_leased == 0
@@ -113,7 +106,7 @@ def test_first_delta_tells_of_the_start_and_the_last_of_the_end(make_client: Mak
                 assert [s.cached_tokens for s in started] == [cached]
                 assert started[0].queue_s >= 0
                 logprobs = [logprob for d in deltas for logprob in d.logprobs]
-                assert [x.token_id for x in logprobs if x] == _expected(prompt, 3)
+                assert [x.token_id for x in logprobs if x] == fake_output(prompt, 3)
 
     _run(test)
 
@@ -139,7 +132,7 @@ def test_refusals_reach_their_caller_alone(make_client: MakeClient) -> None:
                 await _collect(client, _request(tuple(range(300))))
             assert refused.value.kind is RejectKind.INVALID
             assert refused.value.param == "prompt"
-            assert await good == _expected((1, 2, 3), 10)
+            assert await good == fake_output((1, 2, 3), 10)
 
     _run(test)
 
@@ -150,7 +143,7 @@ def test_a_fault_ends_the_requests_in_it_and_the_engine_lives(make_client: MakeC
         async with _running(make_client(runner, _CONFIG)) as client:
             with pytest.raises(EngineFaultError, match="RuntimeError"):
                 await _collect(client, _request((1, 2, 3)))
-            assert await _collect(client, _request((1, 2, 3))) == _expected((1, 2, 3), 10)
+            assert await _collect(client, _request((1, 2, 3))) == fake_output((1, 2, 3), 10)
 
     _run(test)
 
@@ -197,7 +190,7 @@ def test_an_inline_engine_checks_itself_and_closes_unstarted() -> None:
     async def test() -> None:
         config = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
         async with _running(client := InlineClient(FakeRunner(), config, time.monotonic)):
-            assert await _collect(client, _request((1, 2, 3))) == _expected((1, 2, 3), 10)
+            assert await _collect(client, _request((1, 2, 3))) == fake_output((1, 2, 3), 10)
             client.check()
         await InlineClient(FakeRunner(), config, time.monotonic).close()
 
@@ -233,7 +226,7 @@ def test_a_scored_prompt_may_be_left(make_client: MakeClient) -> None:
         async with _running(make_client(FakeRunner, _CONFIG)) as client:
             request = _request(tuple(range(200)), prompt_logprobs=0)
             await _abandon(client, request, client.stats().steps_total)
-            assert await _collect(client, _request((5,))) == _expected((5,), 10)
+            assert await _collect(client, _request((5,))) == fake_output((5,), 10)
             await _until(lambda: client.stats().num_running == 0)
 
     _run(test)

@@ -136,6 +136,8 @@ def test_who_is_preempted_goes_on_as_undisturbed() -> None:
             client = InlineClient(FakeRunner(num_pages=num_pages), _CONFIG, time.monotonic)
             await client.start()
             client.learn(VOCABULARY)
+            # Nobody then waits for the grammar, so all four run side by side.
+            await _collect(client, _request(FORTY))
             requests = [_request(FORTY, (7, i)) for i in range(4)]
             told = await asyncio.gather(*(_collect(client, one) for one in requests))
             preemptions = client.stats().preemptions_total
@@ -218,6 +220,7 @@ class _Hesitates(FakeRunner):
     """Gives no token in some steps, as if a mask were late, or fails one row."""
 
     fails = False
+    num_late = 0
 
     def launch(self, step: StepInput) -> Any:
         flight = super().launch(step)
@@ -226,25 +229,30 @@ class _Hesitates(FakeRunner):
             return flight
         failures = dict.fromkeys(rows, "it broke") if self.fails else {}
         token_ids = [NO_TOKEN for _ in rows]
+        self.num_late += len(rows)
         object.__setattr__(flight, "output", StepOutput(token_ids, [], failures))
         return flight
 
 
 @pytest.mark.parametrize("length", [1, 4, 37])
-def test_a_row_without_a_token_is_computed_again(length: int) -> None:
-    def output(runner: FakeRunner) -> list[int]:
-        async def test() -> list[int]:
+def test_a_row_without_a_token_is_computed_again_and_counted(length: int) -> None:
+    def output(runner: FakeRunner) -> tuple[list[int], int]:
+        async def test() -> tuple[list[int], int]:
             client = InlineClient(runner, _CONFIG, lambda: 0.0)
             await client.start()
             params = SamplingParams(max_tokens=20, ignore_eos=True)
             tokens = await _collect(client, GenerateRequest(tuple(range(length)), params))
             client.check()
             await client.close()
-            return tokens
+            return tokens, client.stats().late_rows_total
 
         return asyncio.run(asyncio.wait_for(test(), 60))
 
-    assert output(_Hesitates()) == output(FakeRunner())
+    tokens, num_late = output(FakeRunner())
+    assert num_late == 0
+    hesitant = _Hesitates()
+    assert output(hesitant) == (tokens, hesitant.num_late)
+    assert hesitant.num_late > 0
 
 
 def test_a_row_that_fails_ends_with_the_reason() -> None:
@@ -255,6 +263,7 @@ def test_a_row_that_fails_ends_with_the_reason() -> None:
         await client.start()
         with pytest.raises(EngineFaultError, match="it broke"):
             await _collect(client, _request(None))
+        assert client.stats().late_rows_total == 0
         client.check()
         await client.close()
 

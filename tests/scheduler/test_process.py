@@ -18,19 +18,12 @@ import pytest
 import uvloop
 
 from configs.schema import SchedulerSection
-from model.fake import FakeRunner, fake_next_token
+from model.fake import FakeRunner, fake_output
 from model.interface import ModelRunner, SamplingParams, StepInput
 from scheduler.client import EngineFaultError, EngineUnavailableError, GenerateRequest
 from scheduler.process import ProcessClient, engine_main
 
 _CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
-
-
-def _expected(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        tokens.append(fake_next_token(tokens, 64, may_end=False))
-    return tokens[len(prompt) :]
 
 
 def _request(prompt: tuple[int, ...], max_tokens: int = 10) -> GenerateRequest:
@@ -83,7 +76,7 @@ def test_a_killed_engine_is_replaced_and_streams_go_on_exactly() -> None:
             await _until(lambda: client.stats().steps_total > 20)
             assert client.engine_pid is not None
             os.kill(client.engine_pid, signal.SIGKILL)
-            assert await asyncio.gather(*tasks) == [_expected(p, 240) for p in prompts]
+            assert await asyncio.gather(*tasks) == [fake_output(p, 240) for p in prompts]
             assert client.num_restarts == 1
             assert client.is_alive
 
@@ -106,7 +99,7 @@ def test_a_request_that_kills_engines_is_blamed_and_others_live() -> None:
             with pytest.raises(EngineFaultError, match="twice"):
                 await _collect(client, _request((13, 14)))
             await _until(lambda: client.is_alive)
-            assert await _collect(client, _request((1, 2, 3), 2)) == _expected((1, 2, 3), 2)
+            assert await _collect(client, _request((1, 2, 3), 2)) == fake_output((1, 2, 3), 2)
 
     _run(test)
 
@@ -176,7 +169,7 @@ def test_a_request_sent_into_a_dead_engines_pipe_is_served_by_the_next() -> None
     async def test() -> None:
         async with _running(ProcessClient(FakeRunner, _CONFIG)) as client:
             _kill(client)
-            assert await _collect(client, _request((1, 2, 3))) == _expected((1, 2, 3), 10)
+            assert await _collect(client, _request((1, 2, 3))) == fake_output((1, 2, 3), 10)
 
     _run(test)
 
@@ -195,7 +188,7 @@ def test_more_than_the_pipe_holds_is_sent_whole_under_uvloop_too() -> None:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            assert await _collect(client, _request((1, 2, 3))) == _expected((1, 2, 3), 10)
+            assert await _collect(client, _request((1, 2, 3))) == fake_output((1, 2, 3), 10)
         assert client.num_restarts == 0
 
     async def bounded() -> None:

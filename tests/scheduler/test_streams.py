@@ -7,6 +7,7 @@ import pytest
 from model.interface import SamplingParams, TokenLogprobs
 from scheduler.client import EngineFaultError, GenerateRequest, RequestRefusedError
 from scheduler.messages import (
+    Begun,
     Cancel,
     EngineStats,
     FinishReason,
@@ -24,6 +25,7 @@ _REQUEST = GenerateRequest((1, 2), SamplingParams(max_tokens=9))
 def test_news_of_requests_nobody_reads_is_dropped() -> None:
     streams = Streams()
     stats = EngineStats(num_running=3)
+    streams.begin(Begun((5,)))
     streams.dispatch(
         StepResult(
             stats,

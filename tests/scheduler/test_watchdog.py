@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from configs.schema import SchedulerSection
-from model.fake import FakeRunner, fake_next_token
+from model.fake import FakeRunner, fake_output
 from model.interface import SamplingParams
 from scheduler.client import GenerateRequest
 from scheduler.process import ProcessClient
@@ -72,13 +72,6 @@ def test_one_that_never_started_stops() -> None:
 _CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32, engine_timeout_s=0.4)
 
 
-def _expected(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(num_tokens):
-        tokens.append(fake_next_token(tokens, 64, may_end=False))
-    return tokens[len(prompt) :]
-
-
 async def _collect(client: ProcessClient, request: GenerateRequest) -> list[int]:
     return [token async for delta in client.generate(request) for token in delta.token_ids]
 
@@ -108,7 +101,7 @@ def test_a_hung_engine_is_replaced_and_its_streams_go_on_exactly(
         os.kill(client.engine_pid, signal.SIGSTOP)
         for tokens, stream in zip(told, streams, strict=True):
             tokens += [token async for delta in stream for token in delta.token_ids]
-        assert told == [_expected(prompt, 200) for prompt in prompts]
+        assert told == [fake_output(prompt, 200) for prompt in prompts]
         assert client.is_alive
         await client.close()
 

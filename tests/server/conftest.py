@@ -10,9 +10,11 @@ import random
 import re
 import socket
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +29,11 @@ from scheduler.client import (
     EngineClient,
     EngineStats,
     EngineUnavailableError,
+    FinishReason,
     GenerateRequest,
     ModelInfo,
+    Started,
+    TokenLogprobs,
     Vocabulary,
 )
 from scheduler.inline import InlineClient
@@ -38,6 +43,7 @@ from server.lifecycle import Lifecycle
 from server.protocol import HttpProtocol
 from server.structured.desk import GrammarDesk
 from server.text.load import ModelText, load_text
+from server.text.template import ChatTemplate
 
 VOCAB_SIZE = 300
 PATIENCE_S = 20.0
@@ -105,6 +111,29 @@ async def _absence(_: object, request: GenerateRequest) -> AsyncGenerator[Delta,
     yield Delta()
 
 
+class _Server(uvicorn.Server):
+    """Ends when it is told to: uvicorn looks ten times a second, and then waits as long again."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.exits = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self.exits.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        state = self.server_state
+        for connection in list(state.connections):
+            connection.shutdown()
+        while state.connections or state.tasks:  # noqa: ASYNC110 - uvicorn has no event
+            await asyncio.sleep(0.001)
+
+
 class LiveServer:
     """A served application; everything in it runs on the loop of its thread."""
 
@@ -147,7 +176,7 @@ class LiveServer:
             chance=random.Random(7),
             grammars=self.grammars,
         )
-        self._server = uvicorn.Server(
+        self._server = _Server(
             uvicorn.Config(
                 app,
                 http=HttpProtocol,
@@ -197,7 +226,7 @@ class LiveServer:
 
     def close(self) -> None:
         self.http.close()
-        self._server.should_exit = True
+        self.loop.call_soon_threadsafe(self._server.exits.set)
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the server does not stop"
         self.lifecycle.check()
@@ -272,6 +301,45 @@ def live(start_server: StartServer) -> LiveServer:
 def scripted(start_server: StartServer) -> Callable[..., LiveServer]:
     """A server around an engine that follows a script."""
     return lambda script, **section: start_server(ScriptedClient(script), **section)
+
+
+@pytest.fixture
+def speaking(scripted: Callable[..., LiveServer], text: ModelText) -> Callable[..., LiveServer]:
+    """Start a server whose model says `outputs` in turn, `width` tokens at a time."""
+
+    def start(
+        *outputs: str,
+        template: str,
+        width: int = 1,
+        reason: FinishReason = FinishReason.STOP,
+        cached_tokens: int = 0,
+        **section: Any,
+    ) -> LiveServer:
+        words = ChatTemplate(
+            {"default": template}, special_tokens={}, now=lambda: datetime.now(tz=UTC)
+        )
+        script = _speech(outputs, width, reason, cached_tokens)
+        return scripted(script, words=replace(text, template=words), **section)
+
+    return start
+
+
+def _speech(outputs: Sequence[str], width: int, reason: FinishReason, cached_tokens: int) -> Script:
+    left = list(outputs)
+
+    async def speak(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        token_ids = tuple((left.pop(0) if len(left) > 1 else left[0]).encode())
+        started: Started | None = Started(0, 0.0, cached_tokens, "cold")
+        for start in range(0, len(token_ids), width):
+            some = token_ids[start : start + width]
+            logprobs: tuple[TokenLogprobs, ...] = ()
+            if request.params.logprobs is not None:
+                logprobs = tuple(TokenLogprobs(token, -1.0, 1, ()) for token in some)
+            yield Delta(some, logprobs, started)
+            started = None
+        yield Delta(started=started, finish_reason=reason)
+
+    return speak
 
 
 @pytest.fixture

@@ -6,15 +6,13 @@ from typing import Any
 import openai
 import pytest
 
-from model.fake import fake_next_token
+from model.fake import fake_output
 from scheduler.client import Delta, FinishReason, GenerateRequest, Started, TokenLogprobs
 
 
 def expected_text(live: Any, prompt: list[int], num_tokens: int) -> str:
-    known = list(prompt)
-    for _ in range(num_tokens):
-        known.append(fake_next_token(known, 300, may_end=False))
-    text: str = live.text.tokenizer.decode(known[len(prompt) :], skip_special_tokens=True)
+    token_ids = fake_output(prompt, num_tokens, 300)
+    text: str = live.text.tokenizer.decode(token_ids, skip_special_tokens=True)
     return text
 
 

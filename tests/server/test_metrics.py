@@ -24,6 +24,7 @@ SERIES = [
     "prompt_tokens_total",
     "generation_tokens_total",
     "num_preemptions_total",
+    "late_rows_total",
     'request_success_total{finished_reason="stop"}',
     'request_success_total{finished_reason="length"}',
     'request_success_total{finished_reason="abort"}',
@@ -114,11 +115,13 @@ def test_the_engines_snapshot_is_shown(scripted: Callable[..., Any]) -> None:
         pages_cached=5,
         pages_leased=2,
         preemptions_total=7,
+        late_rows_total=5,
     )
     live.client.observers[0](100)
     live.chat()
     assert live.metric("octavo_num_requests_running") == 3
     assert live.metric("octavo_num_requests_waiting") == 2
+    assert live.metric("octavo_late_rows_total") == 5
     assert live.metric("octavo_kv_cache_usage_perc") == pytest.approx(0.3)
     assert live.metric('octavo_kv_cache_pages{state="leased"}') == 2
     assert live.metric('octavo_kv_cache_bytes{state="cached"}') == 5 * 4 * 4

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from model.fake import fake_next_token
+from model.fake import fake_output
 from server import documents
 
 ABC = [97, 98, 99]
@@ -29,10 +29,7 @@ def streamed(answer: Any) -> list[dict[str, Any]]:
 
 
 def answer_to(prompt: list[int], num_tokens: int) -> list[int]:
-    known = list(prompt)
-    for _ in range(num_tokens):
-        known.append(fake_next_token(known, 300))
-    return known[len(prompt) :]
+    return fake_output(prompt, num_tokens, 300, may_end=True)
 
 
 # ---- echo

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import openai
 import pytest
 
-from scheduler.client import Delta, FinishReason, GenerateRequest, TokenLogprobs
+from scheduler.client import FinishReason
 from server import documents
-from server.text.load import ModelText
-from server.text.template import ChatTemplate
 
 HERMES = """\
 {%- if tools %}{{ tools | tojson }} <tool_call>{% endif %}
@@ -33,35 +29,12 @@ TWO_CALLS = f"Let me see.\n{CALL}\n{CALL}"
 Chatting = Callable[..., Any]
 
 
-def _script(output: str, width: int, reason: FinishReason) -> Any:
-    async def tell(_: Any, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        token_ids = tuple(output.encode())
-        for start in range(0, len(token_ids), width):
-            some = token_ids[start : start + width]
-            logprobs: tuple[TokenLogprobs, ...] = ()
-            if request.params.logprobs is not None:
-                logprobs = tuple(TokenLogprobs(token, -1.0, 1, ()) for token in some)
-            yield Delta(some, logprobs)
-        yield Delta(finish_reason=reason)
-
-    return tell
-
-
 @pytest.fixture
-def chatting(scripted: Callable[..., Any], text: ModelText) -> Chatting:
-    """Start a server whose model says `output`, `width` tokens at a time."""
+def chatting(speaking: Chatting) -> Chatting:
+    """Start a server whose model says `output`."""
 
-    def start(
-        output: str,
-        template: str = HERMES,
-        width: int = 1,
-        reason: FinishReason = FinishReason.STOP,
-    ) -> Any:
-        words = ChatTemplate(
-            {"default": template}, special_tokens={}, now=lambda: datetime.now(tz=UTC)
-        )
-        script = _script(output, width, reason)
-        return scripted(script, words=replace(text, template=words))
+    def start(output: str, template: str = HERMES, **more: Any) -> Any:
+        return speaking(output, template=template, **more)
 
     return start
 

@@ -10,11 +10,13 @@ new ones that have to be compiled; the gaps between their tokens are compared. A
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from itertools import count, pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,20 +25,8 @@ _NUM_STREAMS = 8
 _NUM_TOKENS = 200
 _ROUNDS = 4
 _MESSAGES = [{"role": "user", "content": "Tell me about ten people of a small town."}]
-_PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 60},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "email": {"type": "string", "format": "email"},
-        "mood": {"enum": ["good", "bad", "unknown"]},
-        "story": {"type": "string"},
-    },
-    "required": ["name", "age", "email", "mood", "story"],
-    "additionalProperties": False,
-}
 #: So long that no answer comes to its end before `_NUM_TOKENS`.
-_SCHEMA = {"type": "array", "items": _PERSON, "minItems": 50}
+_SCHEMA = json.loads((Path(__file__).parents[2] / "data" / "people.json").read_text())
 _COSTLY = {"guided_regex": r"(?s:.*)a(.|\n){500}"}
 
 Moments = list[float]

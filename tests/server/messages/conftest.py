@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import anthropic
 import pytest
-
-from scheduler.client import Delta, FinishReason, Started
-from server.text.load import ModelText
-from server.text.template import ChatTemplate
 
 #: Shows all that reaches it; knows calls as Hermes does.
 HERMES = """\
@@ -34,33 +28,12 @@ TEMPLATES = {
 }
 
 
-def _script(output: str, width: int, reason: FinishReason) -> Any:
-    async def tell(*_: object) -> AsyncGenerator[Delta, None]:
-        token_ids = tuple(output.encode())
-        started: Started | None = Started(0, queue_s=0.0, cached_tokens=5, miss_reason="x")
-        for start in range(0, len(token_ids), width):
-            yield Delta(token_ids[start : start + width], started=started)
-            started = None
-        yield Delta(finish_reason=reason, started=started)
-
-    return tell
-
-
 @pytest.fixture
-def saying(scripted: Callable[..., Any], text: ModelText) -> Callable[..., Any]:
-    """Start a server whose model says `output`, `width` tokens at a time."""
+def saying(speaking: Callable[..., Any]) -> Callable[..., Any]:
+    """Start a server whose model says `output` under a template; 5 tokens of prompts are cached."""
 
-    def start(
-        output: str,
-        template: str = "hermes",
-        width: int = 1,
-        reason: FinishReason = FinishReason.STOP,
-    ) -> Any:
-        words = ChatTemplate(
-            {"default": TEMPLATES[template]}, special_tokens={}, now=lambda: datetime.now(tz=UTC)
-        )
-        script = _script(output, width, reason)
-        return scripted(script, words=replace(text, template=words))
+    def start(output: str, template: str = "hermes", **more: Any) -> Any:
+        return speaking(output, template=TEMPLATES[template], cached_tokens=5, **more)
 
     return start
 

@@ -73,7 +73,7 @@ def require_order(events: list[dict[str, Any]]) -> None:
 def test_a_stream_adds_up_to_the_whole_answer(
     saying: Saying, client_of: Callable[[Any], Any], template: str, output: str, width: int
 ) -> None:
-    live = saying(output, template, width)
+    live = saying(output, template, width=width)
     whole = live.post("/v1/messages", **ASKED).json()
     events = events_of(live.post("/v1/messages", **ASKED, stream=True).text)
     require_order(events)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import openai
 import pytest
 
-from scheduler.client import Delta, FinishReason, GenerateRequest, TokenLogprobs
 from server.responses import documents
-from server.text.load import ModelText
-from server.text.template import ChatTemplate
 
 #: Writes calls, reasoning and what the roles said, so that a test sees what the model was told.
 HERMES = """\
@@ -29,40 +24,12 @@ THINKING = HERMES + "{# </think> #}<think>\n"
 Speaking = Callable[..., Any]
 
 
-def _script(outputs: list[str], width: int, reason: FinishReason) -> Any:
-    left = list(outputs)
-
-    async def tell(_: Any, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        token_ids = tuple((left.pop(0) if len(left) > 1 else left[0]).encode())
-        for start in range(0, len(token_ids), width):
-            some = token_ids[start : start + width]
-            logprobs: tuple[TokenLogprobs, ...] = ()
-            if request.params.logprobs is not None:
-                logprobs = tuple(TokenLogprobs(token, -1.0, 1, ()) for token in some)
-            yield Delta(some, logprobs)
-        yield Delta(finish_reason=reason)
-
-    return tell
-
-
 @pytest.fixture
-def speaking(scripted: Callable[..., Any], text: ModelText) -> Speaking:
-    """Start a server whose model says `outputs` in turn, `width` tokens at a time."""
+def speaking(speaking: Speaking) -> Speaking:
+    """Start a server whose model says `outputs` in turn; it may think before each."""
 
-    def start(
-        *outputs: str,
-        thinks: bool = False,
-        width: int = 1,
-        reason: FinishReason = FinishReason.STOP,
-        **section: Any,
-    ) -> Any:
-        words = ChatTemplate(
-            {"default": THINKING if thinks else HERMES},
-            special_tokens={},
-            now=lambda: datetime.now(tz=UTC),
-        )
-        script = _script(list(outputs), width, reason)
-        return scripted(script, words=replace(text, template=words), **section)
+    def start(*outputs: str, thinks: bool = False, **more: Any) -> Any:
+        return speaking(*outputs, template=THINKING if thinks else HERMES, **more)
 
     return start
 

@@ -135,16 +135,30 @@ def test_what_is_enforced_is_not_warned_of(starting: Starting) -> None:
         (_tool("f", {"properties": {"a": {"type": "nothing"}}}), "nothing"),
         (_tool("f", {"x-guidance": {}}), "x-guidance"),
         (_tool("f", {"not": {}}, strict=True), "not"),
+        (_tool("f", {"properties": {"a": {"maximum": 10**30}}}), "64-bit"),
     ],
 )
-def test_a_schema_that_cannot_be_enforced_is_refused(
-    starting: Starting, tool: Any, said: str
+@pytest.mark.parametrize("before", [[], TOOLS], ids=["alone", "the fourth"])
+def test_a_schema_that_cannot_be_enforced_is_refused_by_its_place(
+    starting: Starting, tool: Any, said: str, before: list[Any]
 ) -> None:
-    answer = starting(HERMES).chat("x", tools=[tool], tool_choice="required")
+    answer = starting(HERMES).chat("x", tools=[*before, tool], tool_choice="required")
     assert answer.status_code == 400
     error = answer.json()["error"]
-    assert error["param"].startswith("tools")
+    assert error["param"] == f"tools.{len(before)}.function.parameters"
+    assert error["message"].startswith(error["param"])
     assert said in error["message"]
+
+
+def test_of_a_form_and_tools_the_one_at_fault_is_named(starting: Starting) -> None:
+    live = starting(HERMES)
+    bad = {"type": "object", "properties": {"a": {"type": "nothing"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": SIZE}}
+    answer = live.chat("x", tools=[*TOOLS, _tool("f", bad)], response_format=form)
+    assert answer.json()["error"]["param"] == "tools.3.function.parameters"
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": bad}}
+    answer = live.chat("x", tools=TOOLS, response_format=form)
+    assert answer.json()["error"]["param"] == "response_format.json_schema.schema"
 
 
 def test_reasoning_comes_first(starting: Starting) -> None:

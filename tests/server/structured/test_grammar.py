@@ -11,12 +11,13 @@ import pytest
 
 from model.grammar import Compiler, GrammarError
 from model.interface import Vocabulary
-from server.structured.calls import call_rules
+from server.structured.calls import arguments_rule, call_rules
 from server.structured.grammar import (
     Form,
     Thinking,
     choice_form,
     json_form,
+    json_rule,
     lark_form,
     literal,
     regex_form,
@@ -160,8 +161,9 @@ def test_calls_are_written_as_they_are_read(
 ) -> None:
     form = call_form(syntax, {"default": template})
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    rules = call_rules(form, [("f", schema, True)], is_single=False, mark=literal)
-    single = call_rules(form, [("f", schema, True)], is_single=True, mark=literal)
+    tools = [("f", json_rule(arguments_rule(0), schema, is_lenient=False))]
+    rules = call_rules(form, tools, is_single=False, mark=literal)
+    single = call_rules(form, tools, is_single=True, mark=literal)
     one = [*form.before_name, "f", *form.before_arguments, '{"a": 1}', *form.after_arguments]
     calls = [*one, *([*form.between, *one] if num_calls == 2 else [])]
     text = "".join([*form.opening, *calls, *form.closing])
@@ -176,5 +178,6 @@ def test_calls_are_written_as_they_are_read(
 
 def test_a_special_mark_is_a_token(compiler: Compiler) -> None:
     form = call_form(MISTRAL, {})
-    rules = call_rules(form, [("f", {}, True)], is_single=True, mark=lambda _: special(OPEN))
+    tools = [("f", json_rule(arguments_rule(0), {}, is_lenient=False))]
+    rules = call_rules(form, tools, is_single=True, mark=lambda _: special(OPEN))
     assert accepts(compiler, whole(None, calls=rules), OPEN, '[{"name": "f", "arguments": {}}]')
