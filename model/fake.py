@@ -240,6 +240,10 @@ class FakeRunner:
             self._matchers.advance([(slot, token_id)])
         return token_id
 
+    def idle(self) -> bool:
+        """See `ModelRunner`. Nothing here gets better by itself."""
+        return False
+
     def learn(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""
         self._grammars.learn(vocabulary)

@@ -258,6 +258,9 @@ class ModelRunner(Protocol):
         Nothing of it is seen by a step launched before, all of it by those after.
         """
 
+    def idle(self) -> bool:
+        """Use a moment without work, some milliseconds of it; whether another would be of use."""
+
     def learn(self, vocabulary: Vocabulary) -> None:
         """Take in what the tokens say; needed once, before the first grammar."""
 

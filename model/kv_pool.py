@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.arena import Arena
+from model.foretouch import Foretouch
 from model.interface import PageCopy
 
 
@@ -31,8 +32,10 @@ class KVPool:
         device: torch.device,
     ) -> None:
         shape = (num_layers, 2, num_pages, page_size, num_kv_heads, head_dim)
+        self._foretouch: Foretouch | None = None
         if device.type == "cpu":
             self._layers = Arena().take(shape, dtype)
+            self._foretouch = Foretouch(self._layers.flatten(0, 1))
         else:
             self._layers = torch.zeros(shape, dtype=dtype, device=device)
         self.num_pages = num_pages
@@ -59,6 +62,15 @@ class KVPool:
     def device(self) -> torch.device:
         """Where the pages are."""
         return self._layers.device
+
+    def reach(self, page: int) -> None:
+        """Say that a page is in use: memory is then asked for those after it."""
+        if self._foretouch is not None:
+            self._foretouch.reach(page)
+
+    def idle(self) -> bool:
+        """Ask for a little of that memory; whether there is more to be asked for."""
+        return self._foretouch is not None and self._foretouch.step()
 
     @property
     def dtype(self) -> torch.dtype:

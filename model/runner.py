@@ -96,6 +96,7 @@ class TorchRunner:
             self._newest.settle()
         for start in step.started:
             self._sampler.start(start)
+        self._pool.reach(max(pages[-1] for pages in step.page_ids))
         if step.copies:
             self._pool.copy_pages(step.copies)
         hidden, sampled = self._compute(self._packer.pack(step))
@@ -136,6 +137,10 @@ class TorchRunner:
                 found += self._sampler.score(self._decoder.logits(rows), slot, token_ids)
             scores.append(tuple(found))
         return scores
+
+    def idle(self) -> bool:
+        """See `ModelRunner`."""
+        return self._pool.idle()
 
     def learn(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""

@@ -139,6 +139,10 @@ class Engine:
         self._arrived_s.pop(rejected.request_id, None)
         self._rejected.append(rejected)
 
+    def idle(self) -> bool:
+        """Use a moment without work, some milliseconds of it; whether another would be of use."""
+        return self._runner.idle()
+
     def step(self) -> StepResult:
         """Launch what may be under way, wait for one step if there is one, tell all there is.
 

@@ -88,6 +88,8 @@ def _serve(engine: Engine, pipe: Connection, inbox: Inbox) -> None:
     while True:
         # With nothing to do, sleep until a message comes; else only take what is there.
         is_idle = not engine.has_work
+        while is_idle and inbox.empty() and engine.idle():
+            pass
         while is_idle or not inbox.empty():
             message = inbox.get()
             if isinstance(message, Shutdown):

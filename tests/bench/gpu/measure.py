@@ -204,6 +204,10 @@ class Timed:
     def launch(self, step: StepInput) -> Flight:
         return _TimedFlight(self, self.runner.launch(step))
 
+    def idle(self) -> bool:
+        """See `ModelRunner`."""
+        return self._runner.idle()
+
     def learn(self, vocabulary: Vocabulary) -> None:
         self.runner.learn(vocabulary)
 
