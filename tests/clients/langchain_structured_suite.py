@@ -6,13 +6,16 @@ from typing import Any, Literal
 
 import pytest
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 QUESTION = "It snows in Oslo. Tell the weather as JSON."
 
 
 class Weather(BaseModel):
     """The weather in a city."""
+
+    # Else a model of this size may go on with keys of its own for as long as there is room.
+    model_config = ConfigDict(extra="forbid")
 
     city: Literal["Oslo", "Rome"]
     sky: Literal["sunny", "rainy", "snowy"]
@@ -43,6 +46,7 @@ def test_by_a_tool(guarded: Any) -> None:
 
 
 def test_a_tool_that_must_be_called(guarded: Any) -> None:
-    model = _chat(guarded).bind_tools([Weather], tool_choice="any")
+    bound = {"tool_choice": "any", "parallel_tool_calls": False}
+    model = _chat(guarded).bind_tools([Weather], **bound)
     [call] = model.invoke(QUESTION).tool_calls
     Weather.model_validate(call["args"])

@@ -58,6 +58,7 @@ def test_a_tool_that_must_be_called(guarded_client: Any, guarded: Any) -> None:
         "messages": QUESTION,
         "temperature": 1,
         "tools": [tool],
+        "parallel_tool_calls": False,
     }
     named = {"type": "function", "function": {"name": "tell_weather"}}
     for choice in ("required", named):
