@@ -205,8 +205,7 @@ class Timed:
         return _TimedFlight(self, self.runner.launch(step))
 
     def idle(self) -> bool:
-        """See `ModelRunner`."""
-        return self._runner.idle()
+        return self.runner.idle()
 
     def learn(self, vocabulary: Vocabulary) -> None:
         self.runner.learn(vocabulary)
