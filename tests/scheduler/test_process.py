@@ -104,6 +104,27 @@ def test_a_request_that_kills_engines_is_blamed_and_others_live() -> None:
     _run(test)
 
 
+class _RestlessRunner(FakeRunner):
+    """Would use any moment without work, and leaves a mark that it had one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def idle(self) -> bool:
+        (self._folder / "mark").touch()
+        return True
+
+
+def test_a_moment_without_work_is_the_runners_until_a_request_comes(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with _running(ProcessClient(partial(_RestlessRunner, tmp_path), _CONFIG)) as client:
+            await _until((tmp_path / "mark").exists)
+            assert await _collect(client, _request((1, 2))) == fake_output((1, 2), 10)
+
+    _run(test)
+
+
 def _cannot_build() -> ModelRunner:
     raise ValueError("kv_cache_memory: 1 KiB is too little")
 
