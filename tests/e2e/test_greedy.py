@@ -160,12 +160,12 @@ def test_sixteen_at_a_time_cold_and_warm(
     assert rounds[1] == expected
 
 
-def test_all_at_once_in_a_pool_for_twelve(
+def test_all_at_once_in_a_pool_for_six(
     prompts: list[tuple[int, ...]], expected: list[list[int]]
 ) -> None:
     num_tokens = len(expected[0])
     longest = max(map(len, prompts)) + num_tokens
-    rounds, stats = _serve(prompts, num_tokens, at_once=32, num_pages=12 * -(-longest // 16))
+    rounds, stats = _serve(prompts, num_tokens, at_once=32, num_pages=6 * -(-longest // 16))
     assert rounds[0] == expected
     assert stats.preemptions_total > 0
     assert stats.pages_private == stats.pages_leased == 0
