@@ -25,21 +25,11 @@ class GpuDecoder:
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """See `Decoder`."""
         paged = cast("PagedAttention", attention)
-        transformer, ops = self._transformer, self._ops
-        eps = transformer.arch.rms_eps
-        residual = transformer.weights.embedding(token_ids)
-        update: Tensor | None = None
-        for index, layer in enumerate(transformer.weights.layers):
-            dtype = layer.qkv.in_dtype
-            if update is None:
-                x = ops.rms_norm(residual, layer.input_norm, eps, dtype)
-            else:
-                x = ops.add_rms_norm(update, residual, layer.input_norm, eps, dtype)
-            x = self._attend(index, layer, x, positions, paged)
-            x = ops.add_rms_norm(x, residual, layer.post_norm, eps, layer.gate_up.in_dtype)
-            update = layer.down(ops.silu_and_mul(layer.gate_up(x)))
-        assert update is not None
-        return residual.add_(update)
+        return self._transformer.run_layers(
+            token_ids,
+            self._ops,
+            lambda index, layer, x: self._attend(index, layer, x, positions, paged),
+        )
 
     def _attend(
         self, index: int, layer: DecoderLayer, x: Tensor, positions: Tensor, paged: PagedAttention

@@ -7,6 +7,7 @@ of sampling.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -152,7 +153,20 @@ class Transformer:
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """See `Decoder`."""
-        ops, eps = self._ops, self.arch.rms_eps
+        return self.run_layers(
+            token_ids,
+            self._ops,
+            lambda index, layer, x: self._attend(index, layer, x, positions, attention),
+        )
+
+    def run_layers(
+        self,
+        token_ids: Tensor,
+        ops: Ops,
+        attend: Callable[[int, DecoderLayer, Tensor], Tensor],
+    ) -> Tensor:
+        """Run the layers with these operations; `attend` is what comes between the norms."""
+        eps = self.arch.rms_eps
         residual = self.weights.embedding(token_ids)
         update: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
@@ -161,7 +175,7 @@ class Transformer:
                 x = ops.rms_norm(residual, layer.input_norm, eps, dtype)
             else:
                 x = ops.add_rms_norm(update, residual, layer.input_norm, eps, dtype)
-            x = self._attend(index, layer, x, positions, attention)
+            x = attend(index, layer, x)
             x = ops.add_rms_norm(x, residual, layer.post_norm, eps, layer.gate_up.in_dtype)
             update = layer.down(ops.silu_and_mul(layer.gate_up(x)))
         assert update is not None
