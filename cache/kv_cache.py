@@ -30,6 +30,7 @@ from cache.node import Node
 from cache.pages import PagePool
 from cache.policy import EvictionPolicy, lru
 from cache.radix import Prefix, RadixTree
+from cache.stats import CacheStats
 
 
 class MissReason(StrEnum):
@@ -92,27 +93,6 @@ class Pin:
 
     def __init__(self, nodes: list[Node]) -> None:
         self.nodes = nodes
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """One moment of the cache. Counters (`*_total`) only grow.
-
-    `pages_free + pages_private + pages_cached == pages_total`; leased are those of the cached.
-    """
-
-    pages_total: int
-    pages_free: int
-    pages_private: int
-    pages_cached: int
-    pages_leased: int
-    #: Tokens of the prompts admitted, and those of them that were reused.
-    query_tokens_total: int
-    hit_tokens_total: int
-    evicted_pages_total: int
-    copied_pages_total: int
-    #: Pages committed while the tree had the same: computed side by side, or for a last token.
-    duplicate_pages_total: int
 
 
 class KVCache:
@@ -252,10 +232,19 @@ class KVCache:
         """
         self._require_live(allocation)
         self.commit(allocation, tokens, num_computed)
-        self._drop_frontier(allocation)
-        del self._live[allocation]
-        self._pool.give_back(_private_pages(allocation))
-        allocation.lease.release()
+        self._release(allocation)
+
+    def discard(self, allocation: Allocation) -> None:
+        """Give everything back, and forget the cached pages of the sequence.
+
+        For contents that are not to be trusted: nobody is to reuse them. What other allocations
+        lease stays cached. Raises `ValueError` if the allocation was freed.
+        """
+        self._require_live(allocation)
+        self._release(allocation)
+        page_ids = self._tree.prune(allocation.lease.nodes)
+        self._num_evicted_pages += len(page_ids)
+        self._pool.give_back(page_ids)
 
     # ---- what outlives allocations ---------------------------------------------------------------
 
@@ -331,6 +320,12 @@ class KVCache:
     def _require_live(self, allocation: Allocation) -> None:
         if allocation not in self._live:
             raise ValueError("this allocation was freed before")
+
+    def _release(self, allocation: Allocation) -> None:
+        self._drop_frontier(allocation)
+        del self._live[allocation]
+        self._pool.give_back(_private_pages(allocation))
+        allocation.lease.release()
 
     def _drop_frontier(self, allocation: Allocation) -> None:
         if allocation.frontier is not None:

@@ -159,15 +159,36 @@ class RadixTree:
     def evict(self) -> int:
         """Forget the leaf that goes first, and return its page. The caller knows there is one."""
         node = self._queue.pop()
-        parent = node.parent
-        assert parent is not None, "a root was queued for eviction"
-        parent.remove(node)
+        self._unlink(node)
         self.num_pages -= 1
+        return node.page_id
+
+    def prune(self, path: Sequence[Node]) -> list[int]:
+        """Forget what no lease covers of a path, with all below it; return the pages.
+
+        The path is one that the tree still has. O(pages forgotten).
+        """
+        top = next((node for node in path if not node.leases), None)
+        if top is None:
+            return []
+        pending, page_ids = [top], []
+        while pending:
+            node = pending.pop()
+            self._queue.discard(node)
+            page_ids.append(node.page_id)
+            pending.extend(node.children)
+        self._unlink(top)
+        self.num_pages -= len(page_ids)
+        return page_ids
+
+    def _unlink(self, node: Node) -> None:
+        parent = node.parent
+        assert parent is not None, "a root is not a page"
+        parent.remove(node)
         if parent.parent is None:
             self._drop_if_empty(parent)
         else:
             self._queue_if_evictable(parent)
-        return node.page_id
 
     def _queue_if_evictable(self, node: Node) -> None:
         if not node.leases and not node.children:

@@ -268,6 +268,21 @@ class CacheMachine(RuleBasedStateMachine):
         model.live.remove(seq)
         model.use(*model.path(seq.namespace, seq.tokens, seq.num_committed_pages))
 
+    @precondition(lambda self: self.model.live)
+    @rule(index=st.integers(0, MAX_LIVE - 1))
+    def discard(self, index: int) -> None:
+        model = self.model
+        seq = model.live[index % len(model.live)]
+        self.cache.discard(seq.allocation)
+        model.live.remove(seq)
+        path = list(model.path(seq.namespace, seq.tokens, seq.num_committed_pages))
+        model.use(*path)
+        top = next((key for key in path if key not in model.leased), None)
+        for owner, prefix in list(model.cached):
+            if top is not None and owner == top[0] and prefix[: len(top[1])] == top[1]:
+                del model.cached[owner, prefix]
+                model.num_evicted_pages += 1
+
     @rule(tokens=prompts, namespace=namespaces)
     def match(self, tokens: list[int], namespace: str) -> None:
         match = self.cache.match(tokens, namespace)
