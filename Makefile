@@ -43,6 +43,7 @@ test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
 	$(BIN)/python tests/seeded_bugs.py cache
 	$(BIN)/python tests/seeded_bugs.py scheduler
 	$(BIN)/python tests/seeded_bugs.py overlap
+	$(BIN)/python tests/seeded_bugs.py faults
 
 clients: $(CLIENTS)/.installed $(NODE_CLIENTS)/node_modules/.installed  ## what tests/clients drives the daemon with
 

@@ -10,10 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model.interface import StepOutput, TokenLogprobs
+from model.interface import NO_TOKEN, StepOutput, TokenLogprobs
 
 #: In a draft's tokens: there were too few candidates.
 NOT_DECIDED = -1
+#: In the copy for the host: the row has no finite largest logit.
+_NOT_FINITE = -2
 
 
 class Draft:
@@ -22,24 +24,27 @@ class Draft:
     def __init__(
         self,
         tokens: Tensor,
+        peaks: Tensor,
         *,
         widen: Callable[[int], int] | None = None,
         follow: Callable[[list[int]], dict[int, str]] | None = None,
         describe: Callable[[list[int]], list[TokenLogprobs | None]] | None = None,
     ) -> None:
-        """`widen`: draws again for a row that is `NOT_DECIDED`.
+        """`peaks` `[rows]`: the largest logit of each row, which is NaN where any of them is.
 
-        `follow`: takes in all the tokens, puts `NO_TOKEN` for those that cannot stand, and returns
-        by row why its request cannot go on. `describe`: tells of them as they were drawn.
+        `widen`: draws again for a row that is `NOT_DECIDED`. `follow`: takes in the tokens, puts
+        `NO_TOKEN` for those that cannot stand, and returns by row why its request cannot go on; it
+        passes over those that are `NO_TOKEN`. `describe`: tells of them as they were drawn.
         """
+        is_faulty = peaks.isfinite().logical_not_()
         #: int64 `[rows]`; once the draft is settled, tokens of the vocabulary.
-        self.tokens = tokens
+        self.tokens = tokens.masked_fill_(is_faulty, 0)
         self._widen = widen
         self._follow = follow
         self._describe = describe
         self._drawn: list[int] | None = None
         self._output = StepOutput([])
-        self._host, self._is_there = _to_host(tokens)
+        self._host, self._is_there = _to_host(tokens.masked_fill(is_faulty, _NOT_FINITE))
 
     def settle(self) -> None:
         """See that all that the next step needs to know of it is known, before it begins.
@@ -52,7 +57,11 @@ class Draft:
 
     def finish(self) -> StepOutput:
         """Wait for the tokens; the one time the host does."""
-        drawn = self._take()
+        try:
+            drawn = self._take()
+        finally:
+            # Nothing is left to settle, even if this raised: the next step is not to raise by it.
+            self._widen = self._follow = None
         if self._describe is not None:
             self._output.logprobs.extend(self._describe(drawn))
         return self._output
@@ -60,15 +69,22 @@ class Draft:
     def _take(self) -> list[int]:
         if self._drawn is None:
             self._is_there()
-            self._drawn = drawn = self._host.tolist()
+            drawn: list[int] = self._host.tolist()
+            not_finite = [row for row, token_id in enumerate(drawn) if token_id == _NOT_FINITE]
+            for row in not_finite:
+                drawn[row] = 0
             if self._widen is not None and NOT_DECIDED in drawn:
                 for row, token_id in enumerate(drawn):
                     if token_id == NOT_DECIDED:
                         drawn[row] = self._widen(row)
                 self.tokens.copy_(torch.tensor(drawn))
             token_ids = list(drawn)
+            for row in not_finite:
+                token_ids[row] = NO_TOKEN
             failures = self._follow(token_ids) if self._follow is not None else {}
-            self._output = StepOutput(token_ids, [], failures)
+            self._output = StepOutput(token_ids, [], failures, not_finite)
+            # Last, so that what raises above raises again where the step is waited for.
+            self._drawn = drawn
         return self._drawn
 
 

@@ -129,22 +129,25 @@ def _invert(cumulative: Tensor, total: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[-1] - 1)
 
 
-def draw_plain(logits: Tensor, filters: Filters, u: Tensor) -> Tensor:
-    """Draw a token `[rows]` for rows without top-k and top-p, in the order of token ids."""
+def draw_plain(logits: Tensor, filters: Filters, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token `[rows]` for rows without top-k and top-p, in the order of token ids.
+
+    The second result `[rows]` is each row's largest logit.
+    """
     peak = logits.amax(-1, keepdim=True)
     cumulative = _kept(weights(logits, peak, filters.inverse_temperature), filters).cumsum(-1)
-    return _invert(cumulative, cumulative[:, -1:], u).squeeze(-1)
+    return _invert(cumulative, cumulative[:, -1:], u).squeeze(-1), peak.squeeze(-1)
 
 
 def draw_ranked(
     logits: Tensor, filters: Filters, u: Tensor, num_candidates: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a token `[rows]` for rows with top-k or top-p, from likeliest to least likely.
 
     The filters apply in vLLM's order: min-p, top-k, then top-p over what these left. Every one of
     them keeps a prefix of the sorted row, so `num_candidates` tokens are enough wherever the
     prefix ends among them. The second result `[rows]` says where they were enough; there, the
-    token is exactly that of a full sort.
+    token is exactly that of a full sort. The third `[rows]` is each row's largest logit.
     """
     found = leaders(logits, num_candidates)
     peak = found.values[:, :1]
@@ -165,7 +168,7 @@ def draw_ranked(
     kept = (weight * (cumulative - weight < nucleus)).sum(-1, keepdim=True)
     index = _invert(cumulative, kept, u)
     is_decided = is_whole & (index < found.num_sure.unsqueeze(-1))
-    return found.ids.gather(-1, index).squeeze(-1), is_decided.squeeze(-1)
+    return found.ids.gather(-1, index).squeeze(-1), is_decided.squeeze(-1), peak.squeeze(-1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ Of what a grammar allows, the digest picks one.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 
@@ -33,6 +34,8 @@ from model.matchers import Matchers
 
 FAKE_EOS_TOKEN_ID = 0
 _EMPTY = 0xFFFF
+#: Stands in pages whose keys and values are not finite.
+_NAN_TOKEN_ID = 2**32 - 1
 
 
 def fake_next_token(token_ids: Sequence[int], vocab_size: int, *, may_end: bool = True) -> int:
@@ -76,14 +79,33 @@ def _choose(digest: int, vocab_size: int, *, may_end: bool) -> int:
     return 1 + digest // 61 % (vocab_size - 1)
 
 
+class FaultKind(StrEnum):
+    """How a row fails."""
+
+    LAUNCH = "launch"
+    WAIT = "wait"
+    NOT_FINITE = "not finite"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A row that fails whenever it computes the token at `position`."""
+
+    kind: FaultKind
+    position: int
+
+
 @dataclass(slots=True)
 class _FakeFlight:
     runner: FakeRunner
     number: int
     output: StepOutput
+    has_fault: bool
 
     def wait(self) -> StepOutput:
         self.runner.land(self.number)
+        if self.has_fault:
+            raise RuntimeError("a row of this step was told to fail")
         return self.output
 
 
@@ -103,11 +125,14 @@ class FakeRunner:
     #: Raise when these steps, counted from 0, are launched, or when they are waited for.
     faulty_steps: frozenset[int] = frozenset()
     faulty_flights: frozenset[int] = frozenset()
+    #: By the seed of a request, what is wrong with it.
+    faults: Mapping[int, Fault] = field(default_factory=dict)
     #: Read every row back from its first token in every step; off for benchmarks.
     is_strict: bool = True
     #: page * page_size + offset -> the token there, and the digest of the prefix it ends.
     _written: dict[int, tuple[int, int]] = field(default_factory=dict)
     _params: dict[int, SamplingParams] = field(default_factory=dict)
+    _has_nan: bool = False
     #: By slot, what the last step sampled.
     _sampled: dict[int, int] = field(default_factory=dict)
     #: Steps that were launched and not waited for.
@@ -155,6 +180,9 @@ class FakeRunner:
                 token_ids[-1] = self._sampled[step.slots[row]]
             digests.append(self._write(step, row, token_ids))
             first += count
+        faults = self._faults_of(step)
+        if FaultKind.LAUNCH in faults.values():
+            raise RuntimeError("a row of this step was told to fail")
         assert first == len(step.token_ids), "rows and tokens do not add up"
         self.num_tokens += first
         rows = step.sample_rows
@@ -172,8 +200,13 @@ class FakeRunner:
         ]
         self._sampled = {step.slots[row]: t for row, t in zip(rows, token_ids, strict=True)}
         self._in_flight.append(number)
-        output = StepOutput(token_ids, logprobs if any(logprobs) else [], failures, scores)
-        return _FakeFlight(self, number, output)
+        not_finite = [i for i, row in enumerate(rows) if faults.get(row) is FaultKind.NOT_FINITE]
+        for index in not_finite:
+            token_ids[index] = NO_TOKEN
+        output = StepOutput(
+            token_ids, logprobs if any(logprobs) else [], failures, not_finite, scores
+        )
+        return _FakeFlight(self, number, output, FaultKind.WAIT in faults.values())
 
     def land(self, number: int) -> None:
         """Note that a flight was waited for; RuntimeError for those in `faulty_flights`."""
@@ -181,6 +214,29 @@ class FakeRunner:
         del self._in_flight[0]
         if number in self.faulty_flights:
             raise RuntimeError("this flight was told to fail")
+
+    def _faults_of(self, step: StepInput) -> dict[int, FaultKind]:
+        """Return by row how it fails; one that is not finite leaves that in its page."""
+        found = {}
+        for row, (slot, start, count) in enumerate(
+            zip(step.slots, step.starts, step.counts, strict=True)
+        ):
+            pages = step.page_ids[row]
+            fault = self.faults.get(self._params[slot].seed)
+            if fault is not None and start <= fault.position < start + count:
+                found[row] = fault.kind
+                if fault.kind is FaultKind.NOT_FINITE:
+                    self._has_nan = True
+                    self._written[self._place(pages, fault.position)] = (_NAN_TOKEN_ID, _EMPTY)
+            elif self._has_nan and self._reads_nan(pages, start):
+                found[row] = FaultKind.NOT_FINITE
+        return found
+
+    def _reads_nan(self, pages: list[int], num_tokens: int) -> bool:
+        return any(
+            self._written[self._place(pages, position)][0] == _NAN_TOKEN_ID
+            for position in range(num_tokens)
+        )
 
     def _scores(
         self, step: StepInput, row: int, offset: int, token_ids: list[int]
@@ -218,6 +274,8 @@ class FakeRunner:
             expected = _EMPTY
             for position in range(num_tokens):
                 token_id, here = self._written[self._place(pages, position)]
+                if token_id == _NAN_TOKEN_ID:
+                    break
                 expected = _extend(expected, token_id)
                 assert here == expected, f"page {pages[position // self.page_size]} was overwritten"
         return digest

@@ -92,27 +92,29 @@ class TorchRunner:
     @torch.inference_mode()
     def launch(self, step: StepInput) -> _Flight:
         """See `ModelRunner`."""
-        if self._newest is not None:
-            self._newest.settle()
+        # Taken out first: a step that raises leaves nothing behind for the next to fail by.
+        newest, self._newest = self._newest, None
+        if newest is not None:
+            newest.settle()
         for start in step.started:
             self._sampler.start(start)
         self._pool.reach(max(pages[-1] for pages in step.page_ids))
         if step.copies:
             self._pool.copy_pages(step.copies)
-        hidden, sampled = self._compute(self._packer.pack(step))
+        hidden, sampled = self._compute(self._packer.pack(step), newest)
         scores = self._score(step, hidden)
         self._newest = self._sample(step, hidden, sampled) if step.sample_rows else None
         return _Flight(self._newest, scores, mark(self._device))
 
-    def _compute(self, packed: PackedStep) -> tuple[Tensor, Tensor]:
+    def _compute(self, packed: PackedStep, newest: Draft | None) -> tuple[Tensor, Tensor]:
         """Return the hidden states of all tokens, and which of them are sampled after."""
         graphs = self._graphs
         padded = graphs.pad(packed) if graphs is not None else None
         step = (padded or packed).on(self._device)
         if len(packed.pending):
-            assert self._newest is not None, "a token is pending that no step samples"
-            newest = self._newest.tokens[step.pending_from]
-            step.token_ids.index_copy_(0, step.pending, newest)
+            assert newest is not None, "a token is pending that no step samples"
+            tokens = newest.tokens[step.pending_from]
+            step.token_ids.index_copy_(0, step.pending, tokens)
         if graphs is not None and padded is not None:
             return graphs.run(step), step.sampled
         self._attention.plan(step.batch)

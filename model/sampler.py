@@ -54,8 +54,8 @@ class Sampler:
     Which token a row gets depends on its logits, its request and its position alone: never on the
     other rows of this step or of earlier ones, nor on a restart in between.
 
-    A row with NaN, with plus infinity or with nothing but minus infinity gets some token of the
-    vocabulary, and harms no other row: raising would end all requests of a step for one of them.
+    A row with NaN, with plus infinity or with nothing but minus infinity gets no token, and harms
+    no other row (`StepOutput.not_finite`).
     """
 
     def __init__(
@@ -150,13 +150,13 @@ class Sampler:
         plan = self._plan(slots)
         self._rows_total += len(slots)
         if plan.is_only_greedy:
-            return Draft(logits.max(dim=-1).indices)
+            return Draft(*_likeliest(logits))
         # Indexed, so a copy: the rows are about to be changed.
         raw = logits[plan.wants_logprobs.index] if plan.wants_logprobs.rows else None
         found = self._matchers.turns([slots[row] for row in plan.constrained])
         turns = dict(zip(plan.constrained, found, strict=True))
         self._edit(plan, logits, positions, turns)
-        tokens = self._choose(plan, logits, positions)
+        tokens, peaks = self._choose(plan, logits, positions)
         is_ranked = any(draw.is_ranked for draw in plan.draws)
         tell = None
         if raw is not None:
@@ -166,6 +166,7 @@ class Sampler:
             tell = partial(self._logprobs, rows, wanted, raw)
         draft = Draft(
             tokens,
+            peaks,
             widen=partial(self._widen, plan, logits, positions) if is_ranked else None,
             follow=partial(self._follow, plan, turns) if turns or plan.followed else None,
             describe=tell,
@@ -256,6 +257,8 @@ class Sampler:
         chosen: list[tuple[int, int]] = []
         for row, turn in turns.items():
             token = token_ids[row]
+            if token == NO_TOKEN:
+                continue
             if turn is None:
                 self._late_rows_total += 1
                 token_ids[row] = NO_TOKEN
@@ -304,21 +307,26 @@ class Sampler:
             penalized.penalties,
         )
 
-    def _choose(self, plan: Plan, logits: Tensor, positions: list[int]) -> Tensor:
-        """Return the tokens of all rows; `NOT_DECIDED` where there were too few candidates."""
+    def _choose(self, plan: Plan, logits: Tensor, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the tokens of all rows, and each row's largest logit.
+
+        A token is `NOT_DECIDED` where there were too few candidates.
+        """
         tokens = torch.empty(len(plan.slots), dtype=torch.int64, device=self._device)
+        peaks = torch.empty(len(plan.slots), dtype=logits.dtype, device=self._device)
         if plan.greedy.rows:
-            tokens[plan.greedy.index] = logits[plan.greedy.place].max(dim=-1).indices
+            index = plan.greedy.index
+            tokens[index], peaks[index] = _likeliest(logits[plan.greedy.place])
         for draw in plan.draws:
             u = self._uniforms(plan, draw.group.rows, positions)
             some = logits[draw.group.place]
             if draw.is_ranked:
-                drawn, is_decided = draw_ranked(some, draw.filters, u, self._candidates[0])
+                drawn, is_decided, peak = draw_ranked(some, draw.filters, u, self._candidates[0])
                 drawn = torch.where(is_decided, drawn, NOT_DECIDED)
             else:
-                drawn = draw_plain(some, draw.filters, u)
-            tokens[draw.group.index] = drawn
-        return tokens
+                drawn, peak = draw_plain(some, draw.filters, u)
+            tokens[draw.group.index], peaks[draw.group.index] = drawn, peak
+        return tokens, peaks
 
     def _uniforms(self, plan: Plan, rows: list[int], positions: list[int]) -> Tensor:
         return self._planner.column(
@@ -332,7 +340,7 @@ class Sampler:
         filters = self._planner.filters([self._slots[plan.slots[row]].params])
         u = self._uniforms(plan, [row], positions)
         for num_candidates in self._candidates[1:]:
-            drawn, is_decided = draw_ranked(logits[row : row + 1], filters, u, num_candidates)
+            drawn, is_decided, _ = draw_ranked(logits[row : row + 1], filters, u, num_candidates)
             if is_decided.item():
                 return int(drawn.item())
         raise AssertionError("the whole vocabulary did not decide")
@@ -347,6 +355,12 @@ class Sampler:
         for row, entry in zip(rows, told, strict=True):
             found[row] = entry
         return found
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first of the likeliest tokens of each row, and its logit."""
+    found = logits.max(dim=-1)
+    return found.indices, found.values
 
 
 def _must_end(turn: Turn | None, ends: tuple[int, ...]) -> bool:

@@ -32,9 +32,6 @@ from scheduler.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
-#: Faults in a row, without a good step between them, after which the engine gives up.
-MAX_CONSECUTIVE_FAULTS = 3
-
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
@@ -82,10 +79,9 @@ class Engine:
         self._landed_s = 0.0
         #: Not yet told.
         self._started: list[Started] = []
-        self._failed: list[tuple[int, FinishReason, str]] = []
         self._rejected: list[Rejected] = []
+        self._failed: list[tuple[int, str]] = []
         self._has_news = False
-        self._num_faults = 0
 
     @property
     def has_work(self) -> bool:
@@ -115,7 +111,11 @@ class Engine:
 
     def _prepare(self, submit: Submit, grammar: str) -> None:
         self._announce(Begun((submit.request_id,)))
-        preparation = self._runner.prepare(grammar)
+        try:
+            preparation = self._runner.prepare(grammar)
+        except Exception as fault:  # noqa: BLE001 - told like one that comes later
+            preparation = Future()
+            preparation.set_exception(fault)
         if preparation.done():
             self._submit_prepared(submit, preparation)
             return
@@ -128,6 +128,10 @@ class Engine:
         except ValueError as error:
             message = f"the grammar cannot be used: {error}"
             self._reject(Rejected(submit.request_id, RejectKind.INVALID, message, "grammar"))
+        except Exception as fault:  # noqa: BLE001 - a bug that is to harm this request alone
+            _log.exception("the grammar of request %d failed", submit.request_id)
+            self._arrived_s.pop(submit.request_id, None)
+            self._failed.append((submit.request_id, f"the grammar failed: {type(fault).__name__}"))
         else:
             self._submit(submit, constraint)
 
@@ -146,8 +150,8 @@ class Engine:
     def step(self) -> StepResult:
         """Launch what may be under way, wait for one step if there is one, tell all there is.
 
-        A step that raises ends the requests in it, each with an error; others live on. Raises the
-        fault itself once `MAX_CONSECUTIVE_FAULTS` steps in a row have failed.
+        The requests of a step that raises run again one at a time; only those whose step raises
+        again end with an error. Raises `ModelFaultError` where the model computes nothing any more.
         """
         while len(self._launched) < self._max_flights:
             plan = self._scheduler.plan()
@@ -178,9 +182,8 @@ class Engine:
             self._announce(Begun(tuple(one.request_id for one in begun)))
         try:
             flight = self._runner.launch(plan.step)
-        except Exception as fault:
-            if self._fail(plan, fault):
-                raise
+        except Exception as fault:  # noqa: BLE001 - whatever it is, it is one request's or the model's
+            self._fail(plan, fault)
             return False
         self._launched.append(_Launched(plan, flight, began_s))
         return True
@@ -189,29 +192,23 @@ class Engine:
         plan = launched.plan
         try:
             output = launched.flight.wait()
-        except Exception as fault:
-            if self._fail(plan, fault):
-                raise
+        except Exception as fault:  # noqa: BLE001 - as in `_launch`
+            self._fail(plan, fault)
             return self._tell()
-        self._num_faults = 0
         # A step that was launched early began when the one before it was over.
         began_s, self._landed_s = max(launched.began_s, self._landed_s), self._clock_s()
         outcome = self._scheduler.apply(plan, output, self._landed_s - began_s)
         return self._tell(outcome, plan.num_tokens)
 
-    def _fail(self, plan: StepPlan, fault: Exception) -> bool:
-        """End the requests of a step that raised; whether the engine is to give up."""
-        failed = self._scheduler.fail(plan)
-        self._num_faults += 1
-        _log.exception("a step failed; it ends %d requests", len(failed))
-        message = f"the model failed: {type(fault).__name__}"
-        self._failed.extend((id_, FinishReason.ERROR, message) for id_ in failed)
-        return self._num_faults >= MAX_CONSECUTIVE_FAULTS
+    def _fail(self, plan: StepPlan, fault: Exception) -> None:
+        ids = [sequence.request_id for sequence in plan.sequences]
+        _log.error("a step of the requests %s failed; each is run alone", ids, exc_info=fault)
+        self._scheduler.fail(plan, f"the model failed: {type(fault).__name__}")
 
     def _tell(self, outcome: StepOutcome | None = None, num_step_tokens: int = 0) -> StepResult:
         outcome = outcome or StepOutcome([], [], [], [], [], [])
         started, self._started = tuple(self._started), []
-        failed, self._failed = tuple(self._failed), []
+        failed, self._failed = [*self._failed, *outcome.failed], []
         return StepResult(
             stats=self.stats(),
             request_ids=tuple(outcome.request_ids),
@@ -222,8 +219,7 @@ class Engine:
             rejected=self._take_rejected(),
             finished=(
                 *((id_, reason, "") for id_, reason in outcome.finished),
-                *((id_, FinishReason.ERROR, why) for id_, why in outcome.failed),
-                *failed,
+                *((id_, FinishReason.ERROR, why) for id_, why in failed),
             ),
             num_step_tokens=num_step_tokens,
         )
@@ -251,6 +247,7 @@ class Engine:
             copied_pages_total=pages.copied_pages_total,
             preemptions_total=steps.preemptions_total,
             late_rows_total=steps.late_rows_total,
+            faulty_rows_total=steps.faulty_rows_total,
             steps_total=steps.steps_total,
         )
 

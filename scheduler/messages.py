@@ -107,6 +107,7 @@ class EngineStats:
     copied_pages_total: int = 0
     preemptions_total: int = 0
     late_rows_total: int = 0
+    faulty_rows_total: int = 0
     steps_total: int = 0
 
 

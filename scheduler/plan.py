@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from model.interface import PENDING_TOKEN, ScoredSpan, StepInput, TokenLogprobs
 from scheduler.messages import FinishReason
-from scheduler.sequence import Sequence
+from scheduler.sequence import Sequence, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,8 @@ class StepPlan:
 
     step: StepInput
     sequences: list[Sequence]
+    #: Each `[rows]`: the sequence's rollbacks when the step was planned.
+    rollbacks: list[int]
     #: Those that left the queue for the first time: (request id, cached tokens, miss reason).
     started: list[tuple[int, int, str]]
     num_decodes: int
@@ -27,6 +29,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens the step computes."""
         return len(self.step.token_ids)
+
+    def is_void(self, row: int) -> bool:
+        """Whether the row's sequence has ended or was rolled back since the step was planned."""
+        sequence = self.sequences[row]
+        return sequence.state is State.FINISHED or sequence.num_rollbacks != self.rollbacks[row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,7 @@ class StepOutcome:
 
 def new_plan() -> StepPlan:
     """Return a plan with nothing in it."""
-    return StepPlan(StepInput([], [], [], [], [], []), [], [], 0, 0)
+    return StepPlan(StepInput([], [], [], [], [], []), [], [], [], 0, 0)
 
 
 def add_row(plan: StepPlan, sequence: Sequence, count: int) -> None:
@@ -71,3 +78,4 @@ def add_row(plan: StepPlan, sequence: Sequence, count: int) -> None:
     step.slots.append(sequence.slot)
     step.page_ids.append(allocation.page_ids)
     plan.sequences.append(sequence)
+    plan.rollbacks.append(sequence.num_rollbacks)

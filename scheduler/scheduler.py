@@ -9,9 +9,7 @@ first, chunks of prompts fill what is left, newcomers come last.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 
 from cache.kv_cache import KVCache
@@ -27,29 +25,16 @@ from model.interface import (
 from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
 from scheduler.pacing import Pacing
 from scheduler.plan import StepOutcome, StepPlan, add_row, new_plan
-from scheduler.queue import WaitingQueue
 from scheduler.refusal import Room, why_never, why_not_now
 from scheduler.sequence import Sequence, State
+from scheduler.stats import SchedulerStats
+from scheduler.suspects import ModelFaultError, Suspects
+from scheduler.table import SequenceTable
 
 #: Those that wait for a page under computation and are looked at in one step all the same: each
 #: look is a search as long as its prefix, and a thousand of them would stall those who decode.
 _MOST_HELD_BACK = 32
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """One moment. Counters (`*_total`) only grow."""
-
-    num_running: int
-    num_waiting: int
-    num_waiting_tokens: int
-    prefix_queries_tokens_total: int
-    prefix_hits_tokens_total: int
-    prompt_tokens_computed_total: int
-    preemptions_total: int
-    #: Rows that got no token, since what their grammar allows was not known in time.
-    late_rows_total: int
-    steps_total: int
+_NOT_FINITE = "no token has a finite logit"
 
 
 class Scheduler:
@@ -68,17 +53,17 @@ class Scheduler:
         self._max_model_len = min(info.max_model_len, info.num_pages * info.page_size + 1)
         self._eos_token_ids = info.eos_token_ids
         self._pacing = Pacing(config.max_decode_slowdown)
-        self._waiting = WaitingQueue()
-        #: In order of precedence: the last is the first to be preempted.
-        self._running: list[Sequence] = []
-        self._requests: dict[int, Sequence] = {}
-        self._free_slots = deque(range(config.max_num_seqs))
+        self._table = SequenceTable(cache, config.max_num_seqs)
+        self._waiting, self._running = self._table.waiting, self._table.running
+        self._suspects = Suspects()
+        #: Steps that were planned and neither applied nor failed.
+        self._num_under_way = 0
         self._num_arrivals = 0
         self._prefix_queries_tokens = 0
         self._prefix_hits_tokens = 0
         self._prompt_tokens_computed = 0
-        self._num_preemptions = 0
         self._num_late_rows = 0
+        self._num_faulty_rows = 0
         self._num_steps = 0
 
     # ---- requests in and out ---------------------------------------------------------------------
@@ -86,7 +71,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a plan would have something in it, now or once others have gone on."""
-        return bool(self._requests)
+        return bool(self._table.requests)
 
     @property
     def follows_grammars(self) -> bool:
@@ -105,23 +90,22 @@ class Scheduler:
                 constraint=constraint,
             )
             self._num_arrivals += 1
-            self._requests[submit.request_id] = sequence
-            self._waiting.append(sequence)
+            self._table.add(sequence)
         return rejected
 
     def _refusal(self, submit: Submit) -> Rejected | None:
-        if submit.request_id in self._requests:
+        if submit.request_id in self._table.requests:
             message = f"request id {submit.request_id} is in use"
             return Rejected(submit.request_id, RejectKind.INVALID, message, "request_id")
         free_pages = self._cache.available_pages - len(self._running)
-        room = Room(len(self._free_slots), free_pages, self._page_size)
+        room = Room(len(self._table.free_slots), free_pages, self._page_size)
         return why_never(submit, self._max_model_len) or why_not_now(
             submit, self._waiting, room, self._config
         )
 
     def cancel(self, request_id: int) -> None:
         """Forget a request and give its pages back, at once. Unknown ids are fine."""
-        sequence = self._requests.get(request_id)
+        sequence = self._table.requests.get(request_id)
         if sequence is not None:
             self._finish(sequence, FinishReason.ABORT)
 
@@ -135,18 +119,37 @@ class Scheduler:
         row that samples, for which `PENDING_TOKEN` stands until `apply` brings it. A sequence that
         turns out to have ended has computed a token in vain, and nobody hears of it.
         """
+        if self._suspects:
+            plan = None if self._num_under_way else self._plan_suspect()
+        else:
+            plan = self._plan_batch()
+        self._num_under_way += plan is not None
+        return plan
+
+    def _plan_batch(self) -> StepPlan | None:
         plan = new_plan()
-        num_preemptions = self._num_preemptions
+        num_preemptions = self._table.num_preemptions
         self._plan_decodes(plan)
         num_decodes = len(plan.sequences)
         budget = self._config.max_num_batched_tokens - num_decodes
         left = budget = self._pacing.prompt_tokens(budget, num_decodes=num_decodes)
         left = self._plan_prompts(plan, left)
-        if self._num_preemptions == num_preemptions:
+        if self._table.num_preemptions == num_preemptions:
             left = self._admit(plan, left)
         if not plan.sequences:
             return None
-        return StepPlan(plan.step, plan.sequences, plan.started, num_decodes, budget - left)
+        return replace(plan, num_decodes=num_decodes, num_prompt_tokens=budget - left)
+
+    def _plan_suspect(self) -> StepPlan:
+        """Plan a step of the current suspect alone; others keep their pages while there is room."""
+        plan, sequence = new_plan(), self._suspects.current
+        if sequence.allocation is None or not self._table.grow(sequence):
+            while not self._start(plan, sequence, reserve_pages=0):
+                self._table.preempt(self._running[-1])
+        missing = len(sequence.token_ids) - sequence.num_computed
+        count = min(missing, self._config.max_num_batched_tokens)
+        add_row(plan, sequence, count)
+        return replace(plan, num_prompt_tokens=count)
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         running, page_size = self._running, self._page_size
@@ -157,20 +160,11 @@ class Scheduler:
             if num_tokens - sequence.num_computed == 1 and not sequence.awaits_token:
                 allocation = sequence.allocation
                 assert allocation is not None, "a running sequence without pages"
-                if num_tokens > len(allocation.page_ids) * page_size and not self._grow(sequence):
+                is_full = num_tokens > len(allocation.page_ids) * page_size
+                if is_full and not self._table.grow(sequence):
                     continue
                 add_row(plan, sequence, 1)
             row += 1
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make room for the sequence's newest token, at the cost of those of least precedence."""
-        assert sequence.allocation is not None, "a running sequence without pages"
-        while not self._cache.grow(sequence.allocation, len(sequence.token_ids)):
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        return True
 
     def _plan_prompts(self, plan: StepPlan, budget_tokens: int) -> int:
         for sequence in self._running:
@@ -189,57 +183,55 @@ class Scheduler:
         A request whose next page a running sequence is computing right now waits for that page
         instead of computing it twice, and holds up nobody (unless `_MOST_HELD_BACK` such wait).
         """
-        if budget_tokens == 0 or not self._free_slots or not self._waiting:
+        free_slots = self._table.free_slots
+        if budget_tokens == 0 or not free_slots or not self._waiting:
             return budget_tokens
-        num_looked_at = len(self._free_slots) + _MOST_HELD_BACK
+        num_looked_at = len(free_slots) + _MOST_HELD_BACK
         for sequence in list(islice(self._waiting, num_looked_at)):
             if sequence.token_ids[-1] == PENDING_TOKEN:
                 # Preempted with a step under way, which is to bring its newest token.
                 break
-            most_cached = sequence.most_cached_tokens
             if (
-                most_cached is None
+                sequence.most_cached_tokens is None
                 and self._cache.match(sequence.token_ids, sequence.namespace).in_flight
             ):
                 continue
             # One page for each that runs: nobody is let in only to be preempted soon after.
-            allocation = self._cache.admit(
-                sequence.token_ids, sequence.namespace, len(self._running), most_cached
-            )
-            if allocation is None:
+            if not self._start(plan, sequence, reserve_pages=len(self._running)):
                 break
-            sequence.allocation = allocation
-            self._start(plan, sequence, allocation.num_cached_tokens, allocation.miss_reason)
-            plan.step.copies.extend(
-                PageCopy(copy.source, copy.target, copy.num_tokens) for copy in allocation.copies
-            )
             count = min(len(sequence.token_ids) - sequence.num_computed, budget_tokens)
             add_row(plan, sequence, count)
             budget_tokens -= count
-            if budget_tokens == 0 or not self._free_slots:
+            if budget_tokens == 0 or not free_slots:
                 break
         return budget_tokens
 
-    def _start(self, plan: StepPlan, sequence: Sequence, num_cached: int, why: str) -> None:
-        sequence.move(State.RUNNING, f"admitted with {num_cached} cached tokens")
-        self._waiting.remove(sequence)
-        insort(self._running, sequence, key=lambda running: running.precedence)
-        sequence.num_computed = sequence.num_landed = num_cached
-        sequence.slot = self._free_slots.popleft()
+    def _start(self, plan: StepPlan, sequence: Sequence, reserve_pages: int) -> bool:
+        if not self._table.free_slots:
+            return False
+        allocation = self._table.admit(sequence, reserve_pages)
+        if allocation is None:
+            return False
         plan.step.started.append(sequence.slot_start())
+        plan.step.copies.extend(
+            PageCopy(copy.source, copy.target, copy.num_tokens) for copy in allocation.copies
+        )
         if not sequence.is_started:
             sequence.is_started = True
+            num_cached = allocation.num_cached_tokens
             self._prefix_queries_tokens += len(sequence.token_ids)
             self._prefix_hits_tokens += num_cached
-            plan.started.append((sequence.request_id, num_cached, why))
+            plan.started.append((sequence.request_id, num_cached, allocation.miss_reason))
+        return True
 
     # ---- results ---------------------------------------------------------------------------------
 
     def apply(self, plan: StepPlan, output: StepOutput, elapsed_s: float = 0.0) -> StepOutcome:
         """Take in what a plan's step sampled, and how long it took (0: not measured)."""
         self._num_steps += 1
+        self._num_under_way -= 1
         self._prompt_tokens_computed += plan.num_prompt_tokens
-        if elapsed_s:
+        if elapsed_s and not self._suspects:
             self._pacing.observe(
                 elapsed_s,
                 num_decodes=plan.num_decodes,
@@ -250,38 +242,57 @@ class Scheduler:
         self._note_scores(plan, output, outcome)
         step, logprobs = plan.step, output.logprobs
         for index, row in enumerate(step.sample_rows):
-            sequence = plan.sequences[row]
-            if sequence.state is State.FINISHED:
+            if plan.is_void(row):
                 continue
+            sequence = plan.sequences[row]
             position = step.starts[row] + step.counts[row]
             token_id = output.token_ids[index]
-            if sequence.params.max_tokens == 0:
-                position -= 1
+            if sequence.params.max_tokens == 0 and index not in output.not_finite:
+                self._stop_if_due(sequence, position - 1, outcome)
             elif token_id == NO_TOKEN:
-                self._take_back(sequence, position)
-                if index in output.failures:
-                    self._finish(sequence, FinishReason.ERROR)
-                    outcome.failed.append((sequence.request_id, output.failures[index]))
-                else:
-                    self._num_late_rows += 1
-                continue
+                self._go_without(sequence, position, output, index, outcome)
             else:
                 sequence.token_ids[position] = token_id
                 outcome.request_ids.append(sequence.request_id)
                 outcome.token_ids.append(token_id)
                 if logprobs:
                     outcome.logprobs.append(logprobs[index])
-            reason = sequence.stop_reason(position)
-            if reason is not None:
-                self._finish(sequence, reason)
-                outcome.finished.append((sequence.request_id, reason))
+                self._stop_if_due(sequence, position, outcome)
+        if self._suspects:
+            self._judge(plan, outcome)
         return outcome
+
+    def _stop_if_due(self, sequence: Sequence, position: int, outcome: StepOutcome) -> None:
+        reason = sequence.stop_reason(position)
+        if reason is not None:
+            self._finish(sequence, reason)
+            outcome.finished.append((sequence.request_id, reason))
+
+    def _go_without(
+        self,
+        sequence: Sequence,
+        position: int,
+        output: StepOutput,
+        index: int,
+        outcome: StepOutcome,
+    ) -> None:
+        """Take in that a row got no token for `position`."""
+        if index in output.not_finite:
+            sequence.trusts_cache = False
+            self._suspect(sequence, position, _NOT_FINITE)
+            return
+        self._take_back(sequence, position)
+        if index in output.failures:
+            self._finish(sequence, FinishReason.ERROR)
+            outcome.failed.append((sequence.request_id, output.failures[index]))
+        else:
+            self._num_late_rows += 1
 
     def _note_scores(self, plan: StepPlan, output: StepOutput, outcome: StepOutcome) -> None:
         for span, scores in zip(plan.step.scored, output.prompt_logprobs, strict=True):
-            sequence = plan.sequences[span.row]
-            if sequence.state is State.FINISHED:
+            if plan.is_void(span.row):
                 continue
+            sequence = plan.sequences[span.row]
             # Preempted with a step under way and back, it may have two steps that score the same.
             num_known = sequence.num_scored - plan.step.starts[span.row] - span.offset
             assert num_known >= 0, "a prompt's scores have a gap"
@@ -314,39 +325,46 @@ class Scheduler:
             if sequence.num_landed // page_size != before // page_size:
                 self._cache.commit(allocation, sequence.token_ids, sequence.num_landed)
 
-    def fail(self, plan: StepPlan) -> list[int]:
-        """End every request of a step that raised; the ids of those that ended by it."""
-        failed = [s for s in plan.sequences if s.state is not State.FINISHED]
-        for sequence in failed:
-            self._finish(sequence, FinishReason.ERROR)
-        return [sequence.request_id for sequence in failed]
+    # ---- faults ----------------------------------------------------------------------------------
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take the pages back; what they hold stays in the tree, so coming back is nearly free."""
-        self._num_preemptions += 1
-        self._leave(sequence, State.WAITING, "preempted")
-        self._waiting.append_first(sequence)
+    def fail(self, plan: StepPlan, why: str) -> None:
+        """Take back a step that raised: its sequences run again, alone, one after another.
+
+        One that fails alone is ended, `why` told in an outcome, once a probe has shown that the
+        model still computes. Raises `ModelFaultError` if the probe is what failed.
+        """
+        self._num_under_way -= 1
+        for row, sequence in enumerate(plan.sequences):
+            if not plan.is_void(row):
+                self._suspect(sequence, plan.step.starts[row] + plan.step.counts[row], why)
+
+    def _suspect(self, sequence: Sequence, num_tokens: int, why: str) -> None:
+        """Roll back a sequence that failed while `num_tokens` of its tokens were computed."""
+        if sequence is self._suspects.probe:
+            raise ModelFaultError(why)
+        self._num_faulty_rows += 1
+        self._table.roll_back(sequence)
+        # Since a rollback voids all steps before, a suspect fails only in a step of its own.
+        if sequence in self._suspects:
+            self._table.add(self._suspects.accuse(sequence, why))
+        else:
+            self._suspects.add(sequence, num_tokens)
+
+    def _judge(self, plan: StepPlan, outcome: StepOutcome) -> None:
+        """See what a step that did not fail says about the suspect that may have been in it."""
+        sequence = plan.sequences[0]
+        if sequence is self._suspects.probe:
+            outcome.finished.clear()
+            accused, why = self._suspects.convict()
+            self._table.finish(accused, FinishReason.ERROR)
+            outcome.failed.append((accused.request_id, why))
+        elif not plan.is_void(0):
+            self._suspects.clear(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        if sequence.state is State.RUNNING:
-            self._leave(sequence, State.FINISHED, reason)
-        else:
-            self._waiting.remove(sequence)
-            sequence.move(State.FINISHED, reason)
-        sequence.finish_reason = reason
-        del self._requests[sequence.request_id]
-
-    def _leave(self, sequence: Sequence, to: State, why: str) -> None:
-        assert sequence.allocation is not None, "a running sequence without pages"
-        sequence.move(to, why)
-        # A step under way may still write to these pages: before anything that is planned from now
-        # on, so whoever gets them next loses nothing. What it writes is not counted on.
-        self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_landed)
-        sequence.allocation = None
-        sequence.num_computed = sequence.num_landed = 0
-        self._running.remove(sequence)
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
+        self._table.finish(sequence, reason)
+        if probe := self._suspects.drop(sequence):
+            self._table.finish(probe, FinishReason.ABORT)
 
     # ---- looking in ------------------------------------------------------------------------------
 
@@ -359,33 +377,15 @@ class Scheduler:
             prefix_queries_tokens_total=self._prefix_queries_tokens,
             prefix_hits_tokens_total=self._prefix_hits_tokens,
             prompt_tokens_computed_total=self._prompt_tokens_computed,
-            preemptions_total=self._num_preemptions,
+            preemptions_total=self._table.num_preemptions,
             late_rows_total=self._num_late_rows,
+            faulty_rows_total=self._num_faulty_rows,
             steps_total=self._num_steps,
         )
 
     def check(self) -> None:
         """Assert every invariant, the cache's too."""
         self._cache.check()
-        self._waiting.check()
         self._pacing.check()
-        running, waiting = self._running, list(self._waiting)
-        assert running == sorted(running, key=lambda s: s.precedence), "running is out of order"
-        assert all(s.state is State.RUNNING for s in running), "running in name only"
-        assert all(s.state is State.WAITING for s in waiting), "waiting in name only"
-        assert all(s.allocation is None for s in waiting), "a waiting sequence holds pages"
-        assert all(s.num_computed == 0 for s in waiting), "a waiting sequence has computed tokens"
-        slots = sorted([*self._free_slots, *(s.slot for s in running)])
-        assert slots == list(range(self._config.max_num_seqs)), "a slot is lost or doubly used"
-        live = sorted(s.request_id for s in [*running, *waiting])
-        assert live == sorted(self._requests), "a request is neither running nor waiting"
-        for sequence in running:
-            assert sequence.allocation is not None, "a running sequence without pages"
-            held = len(sequence.allocation.page_ids) * self._page_size
-            assert sequence.num_computed <= held, "computed more than its pages hold"
-            cached = sequence.allocation.num_cached_tokens
-            assert cached <= sequence.num_landed, "shared pages would be written again"
-            assert sequence.num_landed <= sequence.num_computed, "more came back than was sent"
-            assert sequence.num_computed < len(sequence.token_ids), "nothing left to compute"
-        cache = self._cache.stats()
-        assert running or cache.pages_private == cache.pages_leased == 0, "nothing runs, pages held"
+        self._suspects.check()
+        self._table.check(self._page_size)

@@ -58,6 +58,7 @@ class Sequence:
         "num_computed",
         "num_landed",
         "num_prompt",
+        "num_rollbacks",
         "num_scored",
         "num_to_score",
         "params",
@@ -67,6 +68,7 @@ class Sequence:
         "state",
         "stop_ids",
         "token_ids",
+        "trusts_cache",
     )
 
     def __init__(
@@ -86,6 +88,11 @@ class Sequence:
         self.num_prompt = len(submit.prompt_token_ids)
         self.num_computed = 0
         self.num_landed = 0
+        #: What steps planned before the last of these bring is not for this sequence any more.
+        self.num_rollbacks = 0
+        #: Whether cached pages may be read, and its own be cached: not after logits that were not
+        #: finite, since nobody knows how many pages hold such keys and values.
+        self.trusts_cache = True
         #: How many of the prompt's tokens are to be scored, and have been: token i + 1 by what the
         #: model says at token i, so that all up to `num_scored` may come out of the cache.
         self.num_to_score = 0 if params.prompt_logprobs is None else self.num_prompt - 1
@@ -115,6 +122,8 @@ class Sequence:
     @property
     def most_cached_tokens(self) -> int | None:
         """How many of its tokens need not be computed again at most; None: as many as are there."""
+        if not self.trusts_cache:
+            return 0
         return self.num_scored if self.num_scored < self.num_to_score else None
 
     def move(self, to: State, why: str) -> None:

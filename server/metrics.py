@@ -53,6 +53,7 @@ _ENGINE_COUNTERS = (
     ("evicted_pages", "evicted_pages_total", "cached pages given up"),
     ("copied_pages", "copied_pages_total", "pages copied to share a part of them"),
     ("late_rows", "late_rows_total", "rows computed again: their grammar was not ready in time"),
+    ("faulty_rows", "faulty_rows_total", "rows taken back: their step failed, or was not finite"),
     ("steps", "steps_total", "steps of the engine"),
 )
 

@@ -182,57 +182,59 @@ CACHE_BUGS = [
 ]
 
 SCHEDULER, SEQUENCE = "scheduler/scheduler.py", "scheduler/sequence.py"
+TABLE, SUSPECTS = "scheduler/table.py", "scheduler/suspects.py"
 REFUSAL = "scheduler/refusal.py"
 PLAN = "scheduler/plan.py"
 
 SCHEDULER_BUGS = [
     Bug(
         "a preempted sequence keeps its count of computed tokens",
-        SCHEDULER,
+        TABLE,
         "        sequence.num_computed = sequence.num_landed = 0\n",
         "",
     ),
     Bug(
         "cached tokens are computed again, over shared pages",
-        SCHEDULER,
+        TABLE,
         "        sequence.num_computed = sequence.num_landed = num_cached\n",
         "        sequence.num_computed = sequence.num_landed = 0\n",
     ),
     Bug(
         "page copies are forgotten",
         SCHEDULER,
-        "            plan.step.copies.extend(\n",
-        "            list(\n",
+        "        plan.step.copies.extend(\n",
+        "        list(\n",
     ),
     Bug(
         "a slot is not given back",
-        SCHEDULER,
-        "        self._free_slots.append(sequence.slot)\n",
+        TABLE,
+        "        self.free_slots.append(sequence.slot)\n",
         "",
     ),
     Bug(
         "a request that was cancelled while it waited stays in the queue",
-        SCHEDULER,
-        "            self._waiting.remove(sequence)\n            sequence.move(",
+        TABLE,
+        "            self.waiting.remove(sequence)\n            sequence.move(",
         "            sequence.move(",
     ),
     Bug(
         "tokens count as computed although their step failed",
         SCHEDULER,
-        "        for sequence in failed:\n",
-        "        self._advance(plan, [])\n        for sequence in failed:\n",
+        "        for row, sequence in enumerate(plan.sequences):\n",
+        "        self._advance(plan, [])\n"
+        "        for row, sequence in enumerate(plan.sequences):\n",
     ),
     Bug(
         "one preemption is believed to be enough room",
-        SCHEDULER,
+        TABLE,
         "        while not self._cache.grow(",
         "        if not self._cache.grow(",
     ),
     Bug(
         "the oldest is preempted",
-        SCHEDULER,
-        "            victim = self._running[-1]\n",
-        "            victim = self._running[0]\n",
+        TABLE,
+        "            victim = self.running[-1]\n",
+        "            victim = self.running[0]\n",
     ),
     Bug(
         "a chunk may be longer than what is left of the budget",
@@ -254,7 +256,7 @@ SCHEDULER_BUGS = [
     ),
     Bug(
         "pages count as computed while their step is under way",
-        SCHEDULER,
+        TABLE,
         "self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_landed)",
         "self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_computed)",
     ),
@@ -312,10 +314,59 @@ OVERLAP_BUGS = [
     Bug("a prompt's scores are told twice", SCHEDULER, "scores[num_known:]", "scores"),
 ]
 
+#: What happens after a step that failed.
+FAULT_BUGS = [
+    Bug(
+        "a step counts for a sequence that was rolled back",
+        PLAN,
+        " or sequence.num_rollbacks != self.rollbacks[row]",
+        "",
+    ),
+    Bug(
+        "tokens that never came stay",
+        TABLE,
+        "            del sequence.token_ids[-1]\n",
+        "            break\n",
+    ),
+    Bug("pages that are not finite stay cached", TABLE, "if sequence.trusts_cache:", "if True:"),
+    Bug(
+        "a suspect reads cached pages that are not finite",
+        SEQUENCE,
+        "if not self.trusts_cache:",
+        "if False:",
+    ),
+    Bug(
+        "a cleared suspect never trusts the cache again",
+        SUSPECTS,
+        "sequence.trusts_cache = True",
+        "pass",
+    ),
+    Bug(
+        "suspects run with steps under way",
+        SCHEDULER,
+        "None if self._num_under_way else",
+        "None if False else",
+    ),
+    Bug(
+        "one that fails alone is ended without a probe",
+        SUSPECTS,
+        "self.probe or next(iter",
+        "next(iter",
+    ),
+    Bug("a suspect outgrows its pages", SCHEDULER, " or not self._table.grow(sequence):", ":"),
+    Bug(
+        "a cancelled request leaves its probe",
+        SCHEDULER,
+        "if probe := self._suspects.drop(sequence):",
+        "if (probe := self._suspects.drop(sequence)) and False:",
+    ),
+]
+
 SUITES = {
     "cache": Suite("tests/cache/test_machine.py", CACHE_BUGS),
     "scheduler": Suite("tests/scheduler/test_machine.py", SCHEDULER_BUGS),
     "overlap": Suite("tests/scheduler/test_overlap.py", OVERLAP_BUGS),
+    "faults": Suite("tests/scheduler/test_faults.py", FAULT_BUGS),
 }
 
 

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from model.attention.interface import AttentionBatch
 from model.attention.reference import ReferenceAttention
+from model.attention.torch_sdpa import TorchAttention
 from model.cpu_library import CpuLibrary
+from model.graphs import DecodeGraphs, GraphPlan
 from model.kv_pool import KVPool
 from model.load import build_transformer
 from model.ops import Ops, TorchOps
+from model.runner import TorchRunner
 from model.source import ModelSource
 from model.transformer import Transformer
 
@@ -156,6 +159,45 @@ class Session:
             self._attention.plan(batch)
             hidden = self._transformer.forward(token_ids, positions, self._attention)
             return self._transformer.logits(hidden)
+
+
+def _overlapped(runner: TorchRunner, max_num_seqs: int) -> TorchRunner:
+    """The same with two steps under way, and decodes padded and replayed, as on CUDA."""
+    info, old = runner.info, runner._pool
+    num_layers, _, _, page_size, num_kv_heads, head_dim = old._layers.shape
+    pool = KVPool(
+        num_layers=num_layers,
+        num_pages=info.num_pages + 1,
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=old.dtype,
+        device=CPU,
+    )
+    decoder = runner._decoder
+    assert isinstance(decoder, Transformer)
+    attention = TorchAttention(decoder.attention_spec(old.dtype), pool)
+    plan = GraphPlan(
+        (1, 3, 4, 32)[: 3 + (max_num_seqs > 6)],
+        info.max_model_len,
+        page_size,
+        scratch_page=info.num_pages,
+    )
+    return TorchRunner(
+        info=info,
+        decoder=decoder,
+        attention=attention,
+        pool=pool,
+        sampler=runner._sampler,
+        max_num_seqs=max_num_seqs,
+        graphs=DecodeGraphs(decoder, attention, plan, CPU, lambda compute: compute),
+        max_flights=2,
+    )
+
+
+@pytest.fixture(scope="session")
+def overlapped() -> Callable[[TorchRunner, int], TorchRunner]:
+    return _overlapped
 
 
 @pytest.fixture

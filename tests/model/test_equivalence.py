@@ -16,23 +16,17 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 
 from cache.kv_cache import KVCache
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.attention.torch_sdpa import TorchAttention
-from model.graphs import DecodeGraphs, GraphPlan
 from model.interface import Flight, SamplingParams, TokenLogprobs, Vocabulary
-from model.kv_pool import KVPool
 from model.runner import TorchRunner
-from model.transformer import Transformer
 from scheduler.messages import Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
 
-CPU = torch.device("cpu")
 _PAGE_SIZE = 4
 _CONFIG = {
     "model_type": "llama",
@@ -63,38 +57,11 @@ _FOLLOWED: tuple[dict[str, Any], ...] = (
 MakeRunner = Callable[[int], TorchRunner]
 
 
-def _overlapped(runner: TorchRunner) -> TorchRunner:
-    """The same with two steps under way, and decodes padded and replayed, as on CUDA."""
-    info, old = runner.info, runner._pool
-    num_layers, _, _, page_size, num_kv_heads, head_dim = old._layers.shape
-    pool = KVPool(
-        num_layers=num_layers,
-        num_pages=info.num_pages + 1,
-        page_size=page_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=old.dtype,
-        device=CPU,
-    )
-    decoder = runner._decoder
-    assert isinstance(decoder, Transformer)
-    attention = TorchAttention(decoder.attention_spec(old.dtype), pool)
-    plan = GraphPlan((1, 3, 4), info.max_model_len, page_size, scratch_page=info.num_pages)
-    return TorchRunner(
-        info=info,
-        decoder=decoder,
-        attention=attention,
-        pool=pool,
-        sampler=runner._sampler,
-        max_num_seqs=6,
-        graphs=DecodeGraphs(decoder, attention, plan, CPU, lambda compute: compute),
-        max_flights=2,
-    )
-
-
 @pytest.fixture(scope="module", params=["cpu", "torch", "overlapped"])
 def make_runner(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    overlapped: Callable[[TorchRunner, int], TorchRunner],
 ) -> Iterator[MakeRunner]:
     """Runners on the same weights, with as many pages as wanted."""
     path: Path = tmp_path_factory.mktemp("tiny") / "config.json"
@@ -115,7 +82,7 @@ def make_runner(
                 ),
             )
             is_overlapped = request.param == "overlapped"
-            runners[num_pages] = _overlapped(runner) if is_overlapped else runner
+            runners[num_pages] = overlapped(runner, 6) if is_overlapped else runner
             runners[num_pages].learn(_VOCABULARY)
         return runners[num_pages]
 

@@ -137,7 +137,7 @@ def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner)
         with torch.inference_mode():
             found.append([])
             for step in steps:
-                hidden, sampled = runner._compute(runner._packer.pack(step))
+                hidden, sampled = runner._compute(runner._packer.pack(step), None)
                 found[-1].append(decoder.logits(hidden[sampled]))
     for plain, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)

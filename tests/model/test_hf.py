@@ -22,7 +22,8 @@ from model.interface import SamplingParams
 from model.runner import TorchRunner
 from model.source import ModelSource
 from scheduler.messages import Submit
-from scheduler.scheduler import Scheduler, SchedulerStats
+from scheduler.scheduler import Scheduler
+from scheduler.stats import SchedulerStats
 
 _PAGE_SIZE = 4
 _NUM_NEW_TOKENS = 10

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.draw import Filters, draw_plain
-from model.interface import SamplingParams, SlotStart
+from model.interface import NO_TOKEN, SamplingParams, SlotStart
 from model.sampler import Sampler
 
 CPU = torch.device("cpu")
@@ -81,8 +81,9 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_lowest_id() -> None:
 def test_a_draw_at_either_end_takes_a_possible_token(u: float, token: int) -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -10.0, -torch.inf]])
     filters = Filters(torch.ones(1, 1), None, None, torch.full((1, 1), torch.inf))
-    found = draw_plain(logits, filters, torch.tensor([[u]], dtype=torch.float64))
+    found, peak = draw_plain(logits, filters, torch.tensor([[u]], dtype=torch.float64))
     assert found.tolist() == [token]
+    assert peak.tolist() == [1.0]
 
 
 def test_no_rows_give_no_tokens() -> None:
@@ -215,6 +216,7 @@ def test_ignore_eos_does_not_ban_it() -> None:
     assert chooser.sample(logits, [0], [4]).token_ids == [EOS]
 
 
+@pytest.mark.parametrize("where", [slice(None), slice(3, 4)], ids=["all", "one"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf], ids=str)
 @pytest.mark.parametrize(
     "params",
@@ -226,7 +228,11 @@ def test_ignore_eos_does_not_ban_it() -> None:
     ],
     ids=["greedy", "plain", "top_p", "top_k"],
 )
-def test_a_broken_row_harms_no_other(params: SamplingParams, value: float) -> None:
+def test_a_row_that_is_not_finite_gets_no_token_and_harms_no_other(
+    params: SamplingParams, value: float, where: slice
+) -> None:
+    if value == -math.inf and where != slice(None):
+        pytest.skip("one token that cannot be is no fault")
     logits = some_logits(3)
     tokens = []
     for is_broken in (False, True):
@@ -235,17 +241,18 @@ def test_a_broken_row_harms_no_other(params: SamplingParams, value: float) -> No
             chooser.start(SlotStart(slot, params, PROMPT))
         rows = logits.clone()
         if is_broken:
-            rows[1] = value
+            rows[1, where] = value
         output = chooser.sample(rows, [0, 1, 2], [4, 4, 4])
         tokens.append(output.token_ids)
-        for entry in output.logprobs:
+        assert output.not_finite == [1] * is_broken
+        for entry in output.logprobs[:1] + output.logprobs[2:]:
             assert entry is not None
             assert all(math.isfinite(logprob) for _, logprob in (entry.top or ((0, 0.0),)))
             assert math.isfinite(entry.logprob)
         chooser.check()
     sound, broken = tokens
     assert (broken[0], broken[2]) == (sound[0], sound[2])
-    assert 0 <= broken[1] < VOCAB
+    assert broken[1] == NO_TOKEN
 
 
 def test_it_counts_what_it_did() -> None:

@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 
 from configs.schema import SchedulerSection
-from model.fake import FakeRunner, fake_logprobs, fake_output
+from model.fake import FakeRunner, Fault, FaultKind, fake_logprobs, fake_output
 from model.interface import ModelRunner, SamplingParams
 from scheduler.client import (
     EngineClient,
@@ -137,12 +138,18 @@ def test_refusals_reach_their_caller_alone(make_client: MakeClient) -> None:
     _run(test)
 
 
-def test_a_fault_ends_the_requests_in_it_and_the_engine_lives(make_client: MakeClient) -> None:
+def test_a_fault_ends_the_request_that_fails_alone_and_the_engine_lives(
+    make_client: MakeClient,
+) -> None:
     async def test() -> None:
-        runner = partial(FakeRunner, faulty_steps=frozenset({2}))
+        runner = partial(FakeRunner, faults={7: Fault(FaultKind.LAUNCH, 5)})
         async with _running(make_client(runner, _CONFIG)) as client:
+            innocent = asyncio.create_task(_collect(client, _request((1, 2, 3))))
+            guilty = _request((1, 2, 3))
+            guilty = replace(guilty, params=replace(guilty.params, seed=7))
             with pytest.raises(EngineFaultError, match="RuntimeError"):
-                await _collect(client, _request((1, 2, 3)))
+                await _collect(client, guilty)
+            assert await innocent == fake_output((1, 2, 3), 10)
             assert await _collect(client, _request((1, 2, 3))) == fake_output((1, 2, 3), 10)
 
     _run(test)
@@ -177,9 +184,8 @@ def test_faults_without_end_end_an_inline_engine() -> None:
         runner = FakeRunner(faulty_steps=frozenset(range(10)))
         client = InlineClient(runner, _CONFIG, time.monotonic)
         await client.start()
-        for _ in range(3):
-            with pytest.raises(EngineFaultError):
-                await _collect(client, _request((1, 2, 3)))
+        with pytest.raises(EngineFaultError, match="the engine failed"):
+            await _collect(client, _request((1, 2, 3)))
         await _until(lambda: not client.is_alive)
         await client.close()
 

@@ -15,11 +15,19 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
-from model.interface import NO_TOKEN, Flight, SamplingParams, SlotStart, TokenLogprobs
+from model.interface import (
+    NO_TOKEN,
+    Flight,
+    SamplingParams,
+    SlotStart,
+    StepOutput,
+    TokenLogprobs,
+)
 from scheduler.messages import FinishReason, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import State
+from scheduler.suspects import PROBE_ID
 
 _VOCAB = 3
 
@@ -40,6 +48,11 @@ class Hesitant(FakeRunner):
         return NO_TOKEN
 
 
+def _is_probe(plan: StepPlan) -> bool:
+    """What shows that the model still computes; where it fails, so does the engine."""
+    return plan.sequences[0].request_id == PROBE_ID
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +60,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.outputs: dict[int, list[int]] = {}
         self.scores: dict[int, list[TokenLogprobs]] = {}
         self.num_submits = 0
+        #: Those that were the only ones in a step that failed.
+        self.failed_alone: set[int] = set()
         self.build(4, 2, 2, 4, 1)
 
     def build(
@@ -172,7 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.in_flight.append((plan, self.runner.launch(plan.step)))
 
     def plan(self) -> StepPlan | None:
-        running = list(self.scheduler._running)
+        running = list(self.scheduler._table.running)
         plan = self.scheduler.plan()
         preempted = [sequence.state is State.WAITING for sequence in running]
         assert preempted == sorted(preempted), "preempted one that had precedence"
@@ -185,14 +200,34 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight)
     def land(self) -> None:
         plan, flight = self.in_flight.popleft()
-        outcome = self.scheduler.apply(plan, flight.wait())
+        self.apply(plan, flight.wait())
+
+    @rule(pick=st.integers(0, 3))
+    @precondition(lambda self: self.in_flight)
+    def land_with_a_row_that_is_not_finite(self, pick: int) -> None:
+        plan, flight = self.in_flight.popleft()
+        output = flight.wait()
+        if output.token_ids and not _is_probe(plan):
+            index = pick % len(output.token_ids)
+            output.token_ids[index] = NO_TOKEN
+            output = replace(output, not_finite=[index], failures={})
+            self.note_a_failure_alone(plan)
+        self.apply(plan, output)
+
+    def apply(self, plan: StepPlan, output: StepOutput) -> None:
+        outcome = self.scheduler.apply(plan, output)
         for request_id, scores in outcome.prompt_logprobs:
             self.scores[request_id] += scores
         for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
             self.outputs[request_id].append(token_id)
         for request_id, why in outcome.failed:
-            assert self.submits.pop(request_id).params.grammar is not None
-            assert why == "it failed"
+            submit = self.submits.pop(request_id)
+            if why == "it failed":
+                assert submit.params.grammar is not None
+            else:
+                assert request_id in self.failed_alone, "ended for what it did not do alone"
+            tokens = self.outputs[request_id]
+            assert tokens == self.expected(submit)[: len(tokens)]
         for request_id, reason in outcome.finished:
             submit = self.submits.pop(request_id)
             assert self.outputs[request_id] == self.expected(submit)
@@ -207,22 +242,33 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fault_at_launch(self, has_written: bool) -> None:
         """Copies and writes may or may not have happened when a real step raises."""
         plan = self.plan()
-        if plan is not None:
-            if has_written:
-                self.runner.launch(plan.step)
-                self.runner._in_flight.pop()
-            self.fail(plan)
+        if plan is None:
+            return
+        if has_written or _is_probe(plan):
+            flight = self.runner.launch(plan.step)
+            if _is_probe(plan):
+                self.in_flight.append((plan, flight))
+                return
+            self.runner._in_flight.pop()
+        self.fail(plan)
 
     @rule()
     @precondition(lambda self: self.in_flight)
     def fault_while_waited_for(self) -> None:
         plan, flight = self.in_flight.popleft()
-        flight.wait()
-        self.fail(plan)
+        output = flight.wait()
+        if _is_probe(plan):
+            self.apply(plan, output)
+        else:
+            self.fail(plan)
 
     def fail(self, plan: StepPlan) -> None:
-        for request_id in self.scheduler.fail(plan):
-            del self.submits[request_id]
+        self.note_a_failure_alone(plan)
+        self.scheduler.fail(plan, "it raised")
+
+    def note_a_failure_alone(self, plan: StepPlan) -> None:
+        if len(plan.sequences) == 1:
+            self.failed_alone.add(plan.sequences[0].request_id)
 
     @invariant()
     def everything_holds(self) -> None:

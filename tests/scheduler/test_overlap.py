@@ -23,7 +23,7 @@ from model.interface import (
     StepOutput,
     Vocabulary,
 )
-from scheduler.engine import MAX_CONSECUTIVE_FAULTS, Engine
+from scheduler.engine import Engine
 from scheduler.messages import Cancel, FinishReason, Learn, StepResult, Submit
 from scheduler.scheduler import Scheduler
 
@@ -137,7 +137,7 @@ def test_a_step_of_an_earlier_stay_does_not_count_for_the_next() -> None:
     assert first is not None
     flight = runner.launch(first.step)
     sequence = first.sequences[0]
-    scheduler._preempt(sequence)
+    scheduler._table.preempt(sequence)
     second = scheduler.plan()
     assert second is not None
     assert second.sequences == [sequence]
@@ -156,7 +156,7 @@ def test_a_sequence_does_not_come_back_before_its_newest_token_is_known() -> Non
     first = scheduler.plan()
     assert first is not None
     flight = runner.launch(first.step)
-    scheduler._preempt(first.sequences[0])
+    scheduler._table.preempt(first.sequences[0])
     assert scheduler.plan() is None
     scheduler.check()
     assert scheduler.apply(first, flight.wait()).token_ids == expected((1, 2, 3), 1)
@@ -175,7 +175,7 @@ def test_a_prompt_is_told_of_once_though_it_was_preempted_with_its_step_under_wa
     first = scheduler.plan()
     assert first is not None
     flight = runner.launch(first.step)
-    scheduler._preempt(first.sequences[0])
+    scheduler._table.preempt(first.sequences[0])
     second = scheduler.plan()
     assert second is not None
     assert second.step.scored == first.step.scored
@@ -219,7 +219,7 @@ def test_a_token_that_does_not_come_is_taken_back_while_others_go_on(*, is_preem
     next_flight = runner.launch(second.step)
     guided = first.sequences[0]
     if is_preempted:
-        scheduler._preempt(guided)
+        scheduler._table.preempt(guided)
     output = flight.wait()
     outcome = scheduler.apply(first, replace(output, token_ids=[NO_TOKEN, output.token_ids[1]]))
     scheduler.check()
@@ -298,40 +298,6 @@ def test_the_last_step_under_way_is_waited_for_though_nobody_wants_it() -> None:
     assert told.engine.has_work
     told.run()
     assert told.engine.stats().pages_private == 0
-
-
-def test_a_step_that_fails_while_it_is_waited_for_ends_its_requests() -> None:
-    told = Told(Recorder(faulty_flights=frozenset({1})))
-    told.submit(0, (1, 2, 3))
-    told.step()
-    told.submit(1, (4, 5))
-    told.run()
-    assert told.finished == {0: FinishReason.ERROR, 1: FinishReason.LENGTH}
-    assert told.tokens[1] == expected((4, 5), 6)
-
-
-def test_a_launch_that_fails_is_told_with_the_step_before_it() -> None:
-    told = Told(Recorder(faulty_steps=frozenset({1})))
-    told.submit(0, (1, 2, 3))
-    told.submit(1, (4, 5), max_tokens=1)
-    result = told.step()
-    assert sorted(result.finished) == [
-        (0, FinishReason.ERROR, "the model failed: RuntimeError"),
-        (1, FinishReason.LENGTH, ""),
-    ]
-
-
-@pytest.mark.parametrize("which", ["faulty_steps", "faulty_flights"])
-def test_an_engine_whose_steps_all_fail_gives_up(which: str) -> None:
-    told = Told(Recorder(**{which: frozenset(range(100))}))
-
-    def fail_often() -> None:
-        for request_id in range(2 * MAX_CONSECUTIVE_FAULTS):
-            told.submit(request_id, (1, 2))
-            told.step()
-
-    with pytest.raises(RuntimeError, match="was told to fail"):
-        fail_often()
 
 
 def test_a_step_is_not_timed_while_it_waits_for_the_one_before_it() -> None:

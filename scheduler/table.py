@@ -1,0 +1,136 @@
+"""All unfinished sequences: those that wait, those that run, and their pages and slots.
+
+Knows nothing of steps and budgets, nor of why a sequence moves.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+
+from cache.kv_cache import Allocation, KVCache
+from model.interface import PENDING_TOKEN
+from scheduler.messages import FinishReason
+from scheduler.queue import WaitingQueue
+from scheduler.sequence import Sequence, State
+
+
+class SequenceTable:
+    """Moves sequences between waiting, running and finished, with what they hold."""
+
+    def __init__(self, cache: KVCache, max_num_seqs: int) -> None:
+        self._cache = cache
+        self._max_num_seqs = max_num_seqs
+        self.waiting = WaitingQueue()
+        #: In order of precedence: the last is the first to be preempted.
+        self.running: list[Sequence] = []
+        self.requests: dict[int, Sequence] = {}
+        self.free_slots = deque(range(max_num_seqs))
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence at the end of its priority."""
+        self.requests[sequence.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def admit(self, sequence: Sequence, reserve_pages: int) -> Allocation | None:
+        """Give a waiting sequence pages and a free slot; None, and nothing changed, without room.
+
+        `reserve_pages`: so many more must be available afterwards.
+        """
+        allocation = self._cache.admit(
+            sequence.token_ids, sequence.namespace, reserve_pages, sequence.most_cached_tokens
+        )
+        if allocation is None:
+            return None
+        num_cached = allocation.num_cached_tokens
+        sequence.move(State.RUNNING, f"admitted with {num_cached} cached tokens")
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=lambda running: running.precedence)
+        sequence.allocation = allocation
+        sequence.num_computed = sequence.num_landed = num_cached
+        sequence.slot = self.free_slots.popleft()
+        return allocation
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Make room for the newest token, at the cost of the sequences of least precedence.
+
+        False where the sequence itself had to be preempted.
+        """
+        assert sequence.allocation is not None, "a running sequence without pages"
+        while not self._cache.grow(sequence.allocation, len(sequence.token_ids)):
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take the pages back; what they hold stays in the tree, so coming back is nearly free."""
+        self.num_preemptions += 1
+        self._leave(sequence, State.WAITING, "preempted")
+        self.waiting.append_first(sequence)
+
+    def roll_back(self, sequence: Sequence) -> None:
+        """Forget all steps under way with a sequence, and let it wait as if preempted before them.
+
+        A sequence that does not trust the cache takes its cached pages with it.
+        """
+        sequence.num_rollbacks += 1
+        if sequence.state is State.WAITING:
+            while sequence.token_ids[-1] == PENDING_TOKEN:
+                self.waiting.drop_last_token(sequence)
+            return
+        while sequence.token_ids[-1] == PENDING_TOKEN:
+            del sequence.token_ids[-1]
+        self._leave(sequence, State.WAITING, "rolled back")
+        self.waiting.append_first(sequence)
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence and take back what it holds."""
+        if sequence.state is State.RUNNING:
+            self._leave(sequence, State.FINISHED, reason)
+        else:
+            self.waiting.remove(sequence)
+            sequence.move(State.FINISHED, reason)
+        sequence.finish_reason = reason
+        del self.requests[sequence.request_id]
+
+    def _leave(self, sequence: Sequence, to: State, why: str) -> None:
+        assert sequence.allocation is not None, "a running sequence without pages"
+        sequence.move(to, why)
+        # A step under way may still write to these pages: before anything that is planned from now
+        # on, so whoever gets them next loses nothing. What it writes is not counted on.
+        if sequence.trusts_cache:
+            self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_landed)
+        else:
+            self._cache.discard(sequence.allocation)
+        sequence.allocation = None
+        sequence.num_computed = sequence.num_landed = 0
+        self.running.remove(sequence)
+        self.free_slots.append(sequence.slot)
+        sequence.slot = -1
+
+    def check(self, page_size: int) -> None:
+        """Assert that each sequence is in one place, with what belongs to it."""
+        self.waiting.check()
+        running, waiting = self.running, list(self.waiting)
+        assert running == sorted(running, key=lambda s: s.precedence), "running is out of order"
+        assert all(s.state is State.RUNNING for s in running), "running in name only"
+        assert all(s.state is State.WAITING for s in waiting), "waiting in name only"
+        assert all(s.allocation is None for s in waiting), "a waiting sequence holds pages"
+        assert all(s.num_computed == 0 for s in waiting), "a waiting sequence has computed tokens"
+        slots = sorted([*self.free_slots, *(s.slot for s in running)])
+        assert slots == list(range(self._max_num_seqs)), "a slot is lost or doubly used"
+        live = sorted(s.request_id for s in [*running, *waiting])
+        assert live == sorted(self.requests), "a request is neither running nor waiting"
+        for sequence in running:
+            assert sequence.allocation is not None, "a running sequence without pages"
+            held = len(sequence.allocation.page_ids) * page_size
+            assert sequence.num_computed <= held, "computed more than its pages hold"
+            cached = sequence.allocation.num_cached_tokens
+            assert cached <= sequence.num_landed, "shared pages would be written again"
+            assert sequence.num_landed <= sequence.num_computed, "more came back than was sent"
+            assert sequence.num_computed < len(sequence.token_ids), "nothing left to compute"
+        cache = self._cache.stats()
+        assert running or cache.pages_private == cache.pages_leased == 0, "nothing runs, pages held"
