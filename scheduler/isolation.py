@@ -80,7 +80,6 @@ class Isolation:
         if not alone.is_over:
             if len(alone.sent_token_ids) < alone.suspicion.turn_ends:
                 return
-            _clear(alone)
             if self._suspects:
                 self._take_back(alone)
         self._give_next()
@@ -95,8 +94,10 @@ class Isolation:
         `is_outside`: it was killed, by somebody else than us.
         """
         given = [stream for stream in self._streams.unfinished() if stream.is_given]
-        # Where it had begun with none, it may have died of what it was told.
-        involved = [stream for stream in given if stream.has_begun] or given
+        involved = [stream for stream in given if stream.has_begun]
+        if not involved and not is_outside:
+            # It may have died of what it was told.
+            involved = given
         weight = _OUTSIDE_WEIGHT if is_outside else _OWN_WEIGHT
         is_certain = self._alone is not None or (len(self._begun) or self._num_given) == 1
         for stream in involved:
@@ -104,7 +105,9 @@ class Isolation:
         for stream in given:
             stream.is_given = stream.has_begun = False
         if self._alone is not None:
-            self._suspects.appendleft(self._alone)
+            # Whoever kills engines again and again is not to find the same request each time.
+            is_last = is_outside and bool(involved)
+            self._suspects.insert(len(self._suspects) if is_last else 0, self._alone)
             self._alone = None
         self._mark(involved)
 
@@ -153,7 +156,7 @@ class Isolation:
 def _note_death(stream: Stream, weight: int) -> None:
     suspicion, num_tokens = stream.suspicion, len(stream.sent_token_ids)
     if num_tokens - suspicion.num_tokens >= _CLEARING_TOKENS:
-        _clear(stream)
+        suspicion.num_deaths = suspicion.weight = 0
     suspicion.num_deaths += 1
     suspicion.weight += weight
     suspicion.num_tokens = num_tokens
@@ -164,7 +167,3 @@ def _begin_turn(stream: Stream) -> None:
     num_tokens = _CLEARING_TOKENS << min(suspicion.num_turns, _MOST_DOUBLINGS)
     suspicion.turn_ends = len(stream.sent_token_ids) + num_tokens
     suspicion.num_turns += 1
-
-
-def _clear(stream: Stream) -> None:
-    stream.suspicion.num_deaths = stream.suspicion.weight = 0

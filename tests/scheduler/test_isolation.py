@@ -188,8 +188,8 @@ def test_one_that_comes_while_suspects_are_tried_waits_and_is_served() -> None:
         world = _World([None] * 4, 40, 0)
         tasks = [asyncio.create_task(world.read(number)) for number in range(3)]
         await asyncio.sleep(0)
-        world.step()
         for _ in range(2):
+            world.step()
             world.die(is_outside=True)
         assert world.isolation.is_on
         tasks.append(asyncio.create_task(world.read(3)))
@@ -235,5 +235,41 @@ def test_only_those_an_engine_had_begun_with_are_suspects() -> None:
         suspects = [stream.suspicion.num_deaths for stream in world.streams.unfinished()]
         assert suspects == [2] * _PLACES + [0] * (10 - _PLACES)
         await _live(world, tasks, [], {})
+
+    asyncio.run(test())
+
+
+def test_what_an_engine_says_late_of_one_that_is_set_aside_is_not_told_twice() -> None:
+    """It takes in nothing for three steps, and gives tokens meanwhile."""
+
+    async def test() -> None:
+        world = _World([None, None], 60, 3)
+        tasks = [asyncio.create_task(world.read(number)) for number in range(2)]
+        await asyncio.sleep(0)
+        for _ in range(2):
+            for _ in range(4):
+                world.step()
+            world.die(is_outside=True)
+        assert world.isolation.is_on
+        # Nobody is left to be tried after the first, so that it is given back at once.
+        tasks.pop().cancel()
+        await _live(world, tasks, [], {})
+        assert tasks[0].result() == list(range(60))
+
+    asyncio.run(test())
+
+
+def test_many_kills_from_outside_are_spread_over_the_suspects() -> None:
+    async def test() -> None:
+        world = _World([None] * 4, 40, 0)
+        tasks = [asyncio.create_task(world.read(number)) for number in range(4)]
+        for _ in range(2 + 3 * 4):
+            # Every other engine is killed before it has begun with anything.
+            world.die(is_outside=True)
+            await asyncio.sleep(0)
+            world.step()
+            world.die(is_outside=True)
+        await _live(world, tasks, [], {})
+        assert [task.result() for task in tasks] == [list(range(40))] * 4
 
     asyncio.run(test())
