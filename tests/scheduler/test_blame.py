@@ -39,6 +39,15 @@ class _DeadlyRunner(FakeRunner):
         return super().prepare(grammar)
 
 
+class _HangingRunner(FakeRunner):
+    """Stands still when it meets a certain token."""
+
+    def launch(self, step: StepInput) -> Any:
+        if _POISON in step.token_ids:
+            signal.sigwait([signal.SIGUSR1])
+        return super().launch(step)
+
+
 class _DeadlyInCompanyRunner(FakeRunner):
     """Dies of three sequences side by side, whichever they are."""
 
@@ -159,6 +168,20 @@ def test_two_among_many_are_both_found() -> None:
         assert await asyncio.gather(*tasks) == [fake_output(p, _SHORT) for p in prompts]
 
     _run(_DeadlyRunner, test)
+
+
+def test_one_that_engines_hang_in_is_found_too() -> None:
+    config = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=256, engine_timeout_s=1.5)
+
+    async def test(client: ProcessClient) -> None:
+        prompts = _innocents(3, _SHORT)
+        guilty = _ask(client, (_POISON, 14), _SHORT)
+        tasks = [_ask(client, prompt, _SHORT) for prompt in prompts]
+        with pytest.raises(EngineFaultError, match="twice"):
+            await guilty
+        assert await asyncio.gather(*tasks) == [fake_output(p, _SHORT) for p in prompts]
+
+    _run(_HangingRunner, test, config)
 
 
 def test_who_only_waited_is_no_suspect() -> None:
