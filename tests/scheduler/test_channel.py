@@ -137,6 +137,16 @@ def test_a_message_that_comes_in_pieces_is_taken_in_when_it_is_whole(run: Run) -
     run(test)
 
 
+def test_a_false_alarm_of_the_loop_is_no_end(run: Run) -> None:
+    async def test(ends: Ends) -> None:
+        ends.channel._read()
+        ends.peer.send(Pong())
+        await ends.until(lambda: ends.received == [Pong()])
+        assert ends.num_losses == 0
+
+    run(test)
+
+
 def test_the_peers_end_is_told_once_after_all_it_said(run: Run) -> None:
     async def test(ends: Ends) -> None:
         ends.peer.send(Pong())

@@ -99,3 +99,14 @@ def test_an_idle_engine_answers_a_ping(started: tuple[Connection, BaseProcess]) 
     ours.send(Shutdown())
     engine.join(20)
     assert engine.exitcode == 0
+
+
+def test_an_idle_engine_whose_api_is_gone_ends_quietly(
+    started: tuple[Connection, BaseProcess],
+) -> None:
+    ours, engine = started
+    ours.send(Build(FakeRunner, _CONFIG))
+    assert isinstance(ours.recv(), Ready)
+    ours.close()
+    engine.join(20)
+    assert engine.exitcode == 0

@@ -183,6 +183,25 @@ def test_a_fault_of_its_own_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     assert pauses.taken_s == [1, 2, 4, 8, 16, 30, 30]
 
 
+async def _no_clock(_: float) -> None:
+    raise RuntimeError("there is no clock")
+
+
+def test_streams_end_whatever_the_supervisor_meets(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        client = ProcessClient(_StartsOnce(), _CONFIG, sleep=_no_clock)
+        lost = asyncio.Event()
+        client.on_lost = lost.set
+        with pytest.raises(EngineUnavailableError, match="did not come back"):
+            await _is_resumed(client, lambda: None)
+        await lost.wait()
+        assert not client.is_alive
+        await client.close()
+
+    _run(test)
+    assert "there is no clock" in caplog.text
+
+
 def test_the_first_start_fails_at_once() -> None:
     async def test() -> None:
         client = ProcessClient(partial(_raise, MemoryError("the weights")), _CONFIG)
