@@ -121,7 +121,10 @@ class SchedulerSection(Section):
         default=4_194_304, ge=1, description="tokens of waiting requests at most, then 429"
     )
     engine_timeout_s: float = Field(
-        default=300.0, gt=0, le=86400, description="replace an engine that works silently so long"
+        default=300.0, gt=0, le=86400, description="replace an engine that is silent for so long"
+    )
+    engine_start_timeout_s: float = Field(
+        default=1800.0, gt=0, le=86400, description="give up a start of the engine after so long"
     )
     debug: bool = Field(default=False, description="check every invariant after every step")
 

@@ -23,8 +23,11 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-class MemoryPlanError(ValueError):
-    """It cannot fit; the message says by how much, and which flag changes that."""
+class MemoryPlanError(ValueError, MemoryError):
+    """It cannot fit; the message says by how much, and which flag changes that.
+
+    Where it did fit before, the machine is short of memory: others have taken it.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ class InlineClient:
                     await asyncio.sleep(0)
         except Exception as fault:  # noqa: BLE001 - whatever it was, no stream may wait for ever
             _log.exception("the engine gives up")
-            self._streams.fail_all(EngineFaultError, f"the engine failed: {fault}")
+            self._streams.close(EngineFaultError, f"the engine failed: {fault}")
 
     def stats(self) -> EngineStats:
         """See `EngineClient`."""
@@ -97,5 +97,5 @@ class InlineClient:
         if self._pump is not None:
             self._pump.cancel()
             await asyncio.wait([self._pump])
-        self._streams.fail_all(EngineUnavailableError, "the engine was closed")
+        self._streams.close(EngineUnavailableError, "the engine was closed")
         self._engine.close()

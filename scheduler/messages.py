@@ -7,11 +7,13 @@ to pickle.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from model.interface import ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
+from configs.schema import SchedulerSection
+from model.interface import ModelInfo, ModelRunner, SamplingParams, TokenLogprobs, Vocabulary
 
 
 class FinishReason(StrEnum):
@@ -31,6 +33,14 @@ class RejectKind(StrEnum):
 
 
 # ---- API to engine -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """The first message: what to serve. `make_runner` is pickled; it is called in the engine."""
+
+    make_runner: Callable[[], ModelRunner]
+    config: SchedulerSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,11 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """Ask the loop that runs the steps for a `Pong`, so that a hang shows without a request."""
+
+
+@dataclass(frozen=True, slots=True)
 class Learn:
     """What the tokens say; sent to each engine once, before the first request with a grammar."""
 
@@ -81,7 +96,7 @@ class Prepared:
     request_id: int
 
 
-ToEngine: TypeAlias = Submit | Cancel | Learn | Shutdown
+ToEngine: TypeAlias = Build | Submit | Cancel | Learn | Ping | Shutdown
 
 
 # ---- engine to API -------------------------------------------------------------------------------
@@ -171,11 +186,17 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Pong:
+    """The engine's loop is alive."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The engine's last message: why it could not start or go on, in words for an operator."""
 
     message: str
-    details: str = field(default="", repr=False)
+    #: The machine lacked memory, processes or files: the same may succeed later.
+    is_shortage: bool = False
 
 
-FromEngine = Ready | Begun | StepResult | Failed
+FromEngine: TypeAlias = Ready | Begun | StepResult | Pong | Failed

@@ -1,116 +1,47 @@
-"""The engine in a process of its own, over one duplex pipe; both ends of it.
+"""The engine in a process of its own: the client that starts it, watches it and replaces it.
 
 Knows nothing of HTTP, of text or of what a runner is made of: `make_runner` is pickled into the
-child, which alone imports torch. The child never runs asyncio; a thread drains its end of the pipe
-so that the API never blocks on a busy engine.
+child, which alone imports torch. No call here blocks the event loop, whatever state the engine is
+in.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import multiprocessing
-import os
-import queue
-import signal
-import threading
 import time
-from collections.abc import AsyncGenerator, Callable
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from typing import TypeAlias
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, Vocabulary
-from scheduler.client import Delta, EngineFaultError, EngineUnavailableError, GenerateRequest
-from scheduler.engine import Engine
+from scheduler.client import Delta, EngineUnavailableError, GenerateRequest
+from scheduler.engine_process import Death, EngineProcess, EngineStartError
+from scheduler.isolation import Isolation
 from scheduler.messages import (
     Begun,
+    Build,
+    Cancel,
     EngineStats,
-    Failed,
     FinishReason,
     FromEngine,
     Learn,
-    Prepared,
-    Ready,
-    Shutdown,
+    Ping,
     StepResult,
-    ToEngine,
+    Submit,
 )
 from scheduler.streams import Streams
 from scheduler.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
-#: Engines one request may take down with it before it is blamed and ended.
-_MAX_CRASHES_OF_A_REQUEST = 2
-#: Engines in a row that died before they finished anything; then the daemon is not alive.
-_MAX_FRUITLESS_RESTARTS = 3
-_STOP_TIMEOUT_S = 10.0
+#: Engines in a row that could not be started or died before they gave anybody a token, not counting
+#: those for which the machine lacked something; then the daemon is not alive. More than it takes
+#: to find two requests that engines die of (`scheduler/isolation.py`).
+_MOST_FRUITLESS = 8
+_LONGEST_PAUSE_S = 30.0
+_STOP_TIMEOUT_S = 5.0
 
 MakeRunner = Callable[[], ModelRunner]
-Inbox: TypeAlias = queue.SimpleQueue[ToEngine | Prepared]
-
-
-# ---- in the engine's process ---------------------------------------------------------------------
-
-
-def engine_main(pipe: Connection, make_runner: MakeRunner, config: SchedulerSection) -> None:
-    """Build the model, say so, then serve the pipe until it closes or says `Shutdown`."""
-    # A terminal's Ctrl-C reaches the whole group; when to stop is for the API to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    inbox: Inbox = queue.SimpleQueue()
-    is_built = threading.Event()
-    # Before the model is built: that may take minutes, and nobody may be left to want it.
-    args = pipe, inbox, is_built
-    threading.Thread(target=_drain, args=args, name="inbox", daemon=True).start()
-    try:
-        engine = Engine(runner := make_runner(), config, time.monotonic, inbox.put, pipe.send)
-        is_built.set()
-        # What is there now stays to the end: collections need not walk it between two tokens.
-        gc.collect()
-        gc.freeze()
-        pipe.send(Ready(runner.info))
-        _serve(engine, pipe, inbox)
-    except (BrokenPipeError, ConnectionResetError):
-        return  # The API is gone, and with it everybody who could want a token.
-    except Exception as fault:
-        _log.debug("the engine gives up", exc_info=True)
-        pipe.send(Failed(f"{type(fault).__name__}: {fault}"))
-        raise SystemExit(1) from fault
-    engine.close()
-
-
-def _serve(engine: Engine, pipe: Connection, inbox: Inbox) -> None:
-    while True:
-        # With nothing to do, sleep until a message comes; else only take what is there.
-        is_idle = not engine.has_work
-        while is_idle and inbox.empty() and engine.idle():
-            pass
-        while is_idle or not inbox.empty():
-            message = inbox.get()
-            if isinstance(message, Shutdown):
-                return
-            engine.handle(message)
-            is_idle = False
-        pipe.send(engine.step())
-
-
-def _drain(pipe: Connection, inbox: Inbox, is_built: threading.Event) -> None:
-    try:
-        while True:
-            inbox.put(pipe.recv())
-    except (EOFError, OSError):
-        if not is_built.is_set():
-            # The main thread is deep in somebody's C++ and hears nothing.
-            os._exit(1)
-        inbox.put(Shutdown())
-
-
-# ---- in the API's process ------------------------------------------------------------------------
 
 
 class ProcessClient:
@@ -127,25 +58,32 @@ class ProcessClient:
         config: SchedulerSection,
         *,
         stop_timeout_s: float = _STOP_TIMEOUT_S,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._make_runner = make_runner
+        """`stop_timeout_s`: how long an engine may take to end before it is killed."""
+        self._build = Build(make_runner, config)
         self._config = config
-        #: How long an engine may take to end before it is killed.
         self._stop_timeout_s = stop_timeout_s
+        self._sleep = sleep
         self._streams = Streams()
+        self._isolation = Isolation(self._streams, self._send)
+        self._watchdog = Watchdog(config.engine_timeout_s, self._ping, self._kill_hung)
         self._info: ModelInfo | None = None
         #: Sent to each engine that takes the place of another.
         self._vocabulary: Vocabulary | None = None
-        self._pipe: Connection | None = None
-        self._process: BaseProcess | None = None
-        self._restart: asyncio.Task[None] | None = None
+        #: The newest engine, and whether it takes requests.
+        self._engine: EngineProcess | None = None
+        self._is_serving = False
+        self._is_lost = asyncio.Event()
+        self._supervisor: asyncio.Task[None] | None = None
+        #: See `_MOST_FRUITLESS`; and the same with those for which the machine lacked something.
         self._num_fruitless = 0
+        self._num_setbacks = 0
         self._num_restarts = 0
-        #: When the newest engine was started, and how long the last one took to be ready.
+        #: When the newest engine was started or the next one will be, and how long the last one
+        #: took to be ready.
         self._start_began_s = 0.0
         self._start_took_s: float | None = None
-        self._is_closing = False
-        self._watchdog = Watchdog(config.engine_timeout_s, self._owes_a_step, self._kill_hung)
         self.on_lost: Callable[[], None] = lambda: None
 
     @property
@@ -157,8 +95,8 @@ class ProcessClient:
 
     @property
     def is_alive(self) -> bool:
-        """See `EngineClient`."""
-        return self._pipe is not None
+        """See `EngineClient`. Not while the engine owes a sign of life."""
+        return self._is_serving and not self._watchdog.is_silent
 
     @property
     def num_restarts(self) -> int:
@@ -168,42 +106,9 @@ class ProcessClient:
     @property
     def engine_pid(self) -> int | None:
         """The process that holds the model, for its memory's sake."""
-        return self._process.pid if self._process else None
+        return self._engine.pid if self._engine else None
 
-    async def start(self) -> None:
-        """See `EngineClient`."""
-        self._start_began_s = time.monotonic()
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=engine_main,
-            args=(theirs, self._make_runner, self._config),
-            name="octavo-engine",
-            daemon=True,
-        )
-        process.start()
-        self._process = process
-        theirs.close()
-        try:
-            first: FromEngine = await asyncio.to_thread(ours.recv)
-        except (EOFError, OSError):
-            await asyncio.to_thread(process.join, self._stop_timeout_s)
-            message = f"the engine died while it started, exit code {process.exitcode}"
-            raise EngineUnavailableError(message) from None
-        if not isinstance(first, Ready):
-            ours.close()
-            message = first.message if isinstance(first, Failed) else f"unexpected {first!r}"
-            raise EngineUnavailableError(message)
-        self._info = first.info
-        self._start_took_s = time.monotonic() - self._start_began_s
-        self._watchdog.start()
-        self._pipe = ours
-        asyncio.get_running_loop().add_reader(ours.fileno(), self._receive)
-        # uvloop turns what it watches non-blocking, and a message larger than the socket's buffer
-        # would then fail half sent. The engine's inbox is always drained, so no send blocks long.
-        os.set_blocking(ours.fileno(), True)
-        if self._vocabulary is not None:
-            self._send(Learn(self._vocabulary))
+    # ---- requests --------------------------------------------------------------------------------
 
     def learn(self, vocabulary: Vocabulary) -> None:
         """See `EngineClient`."""
@@ -212,94 +117,124 @@ class ProcessClient:
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         """See `EngineClient`."""
-        if not self.is_alive:
+        if not self._is_serving:
             message = "the engine is being restarted; try again in a moment"
             raise EngineUnavailableError(message, self._start_left_s())
-        return self._streams.generate(request, self._send)
+        return self._streams.generate(request, self._isolation.send)
 
     def _start_left_s(self) -> float | None:
-        """Guess when an engine in the making will be ready: as long after its start as the last."""
+        """Guess when an engine in the making will be ready: as long after its start as the last.
+
+        One that is late by now will be as late again.
+        """
         if self._start_took_s is None:
             return None
-        return max(0.0, self._start_took_s - (time.monotonic() - self._start_began_s))
+        return abs(self._start_took_s - (time.monotonic() - self._start_began_s))
 
-    def _send(self, message: ToEngine) -> None:
-        if self._pipe is None:
-            return  # A restart submits anew whatever is still wanted.
-        try:
-            self._pipe.send(message)
-        except OSError:
-            # What it said last is still to be read, and then its end.
-            self._receive()
+    def _send(self, message: Submit | Cancel | Learn | Ping) -> None:
+        # The next engine is told anew whatever is still wanted.
+        if self._is_serving and self._engine is not None:
+            self._engine.send(message)
 
-    def _receive(self) -> None:
-        try:
-            while self._pipe is not None and self._pipe.poll():
-                message: FromEngine = self._pipe.recv()
-                self._watchdog.heard()
-                if isinstance(message, StepResult):
-                    if any(reason is not FinishReason.ERROR for _, reason, _ in message.finished):
-                        self._num_fruitless = 0
-                    self._streams.dispatch(message)
-                elif isinstance(message, Begun):
-                    self._streams.begin(message)
-                else:
-                    _log.error("the engine failed: %s", message)
-        except (EOFError, OSError):
-            self._lose()
+    def _receive(self, message: FromEngine) -> None:
+        self._watchdog.heard()
+        if isinstance(message, StepResult):
+            if message.request_ids or _has_finished(message):
+                self._num_fruitless = self._num_setbacks = 0
+            self._streams.dispatch(message)
+            self._isolation.advance()
+        elif isinstance(message, Begun):
+            self._isolation.note_begun(message)
+        else:
+            # It has lived for long enough to be asked whether it does.
+            self._num_fruitless = self._num_setbacks = 0
 
-    def _owes_a_step(self) -> bool:
-        return self._pipe is not None and bool(self._streams.unfinished())
+    # ---- the engine's life -----------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """See `EngineClient`."""
+        await self._bring_up()
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def _bring_up(self) -> None:
+        """Start an engine and give it what is wanted. Raises `EngineStartError`."""
+        self._start_began_s = time.monotonic()
+        self._engine = engine = EngineProcess(self._build, self._receive, self._lose)
+        self._info = await engine.ready(self._config.engine_start_timeout_s, self._stop_timeout_s)
+        self._start_took_s = time.monotonic() - self._start_began_s
+        self._is_serving = True
+        self._watchdog.start()
+        if self._vocabulary is not None:
+            self._send(Learn(self._vocabulary))
+        self._isolation.begin()
+
+    def _ping(self) -> None:
+        self._send(Ping())
 
     def _kill_hung(self) -> None:
         """Make a hang a death, which is known how to deal with."""
-        assert self._process is not None, "something is owed by nobody"
+        assert self._engine is not None, "nobody is watched"
         _log.error("the engine said nothing for %g s; killing it", self._config.engine_timeout_s)
-        self._process.kill()
+        self._engine.kill()
+        self._lose()
 
     def _lose(self) -> None:
-        """Note that the engine is gone, and see to another."""
-        self._drop_pipe()
-        self._streams.engine_stats = EngineStats()
-        if self._is_closing:
-            return
-        _log.error("the engine died; %d streams wait for another", len(self._streams.unfinished()))
-        for stream in self._streams.note_crash():
-            if stream.num_crashes >= _MAX_CRASHES_OF_A_REQUEST:
-                stream.fail(
-                    EngineFaultError("the engine died of this request, or beside it, twice")
-                )
-        self._restart = asyncio.create_task(self._start_again())
+        """Note that nothing more is to be expected of the engine."""
+        if self._is_serving:
+            self._is_serving = False
+            self._watchdog.stop()
+            self._isolation.end()
+            self._is_lost.set()
 
-    async def _start_again(self) -> None:
-        await self._reap()
-        while self._num_fruitless < _MAX_FRUITLESS_RESTARTS:
-            self._num_fruitless += 1
-            self._num_restarts += 1
-            try:
-                await self.start()
-            except Exception as error:  # noqa: BLE001 - whatever it is, no stream may wait for ever
-                _log.error("the engine did not come back: %s", error)
-                continue
-            for stream in self._streams.unfinished():
-                self._send(stream.resumed())
-            return
-        self._streams.fail_all(EngineUnavailableError, "the engine died and did not come back")
+    async def _supervise(self) -> None:
+        """Replace each engine that is lost, until that is in vain."""
+        try:
+            while self._num_fruitless < _MOST_FRUITLESS:
+                await self._is_lost.wait()
+                self._is_lost.clear()
+                assert self._engine is not None, "an engine is lost that never was"
+                pause_s = self._note_death(await self._engine.end(self._stop_timeout_s))
+                await self._start_again(pause_s)
+        except Exception:  # noqa: BLE001 - whatever it is, no stream may wait for ever
+            _log.exception("the engine cannot be replaced")
+        self._is_serving = False
+        self._streams.close(EngineUnavailableError, "the engine died and did not come back")
         self.on_lost()
 
-    def _drop_pipe(self) -> None:
-        if self._pipe is not None:
-            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
-            self._pipe.close()
-            self._pipe = None
+    def _note_death(self, death: Death) -> float:
+        """Count a death; return how long to wait before the next start."""
+        num_waiting = len(self._streams.unfinished())
+        _log.error("the engine died (%s); %d streams wait for another", death.reason, num_waiting)
+        self._streams.engine_stats = EngineStats()
+        self._isolation.judge(is_outside=death.is_outside)
+        self._num_restarts += 1
+        pause_s = self._count_setback(is_shortage=death.is_shortage)
+        return pause_s if death.is_shortage else 0.0
 
-    async def _reap(self) -> None:
-        if self._process is None:
-            return
-        await asyncio.to_thread(self._process.join, self._stop_timeout_s)
-        if self._process.is_alive():
-            self._process.kill()
-            await asyncio.to_thread(self._process.join)
+    async def _start_again(self, pause_s: float) -> None:
+        while self._num_fruitless < _MOST_FRUITLESS:
+            if pause_s > 0:
+                _log.info("the next engine is started in %g s", pause_s)
+                self._start_began_s = time.monotonic() + pause_s
+                await self._sleep(pause_s)
+            try:
+                await self._bring_up()
+            except EngineStartError as error:
+                _log.error("the engine did not come back: %s", error)
+                pause_s = self._count_setback(is_shortage=error.is_shortage)
+            else:
+                return
+
+    def _count_setback(self, *, is_shortage: bool) -> float:
+        """Count what came to nothing; return how long to wait, if it is to help to wait.
+
+        What the machine lacks it may have again, so for that no count is too high.
+        """
+        self._num_setbacks += 1
+        self._num_fruitless += not is_shortage
+        if self._num_setbacks == 1:
+            return 0.0
+        return min(_LONGEST_PAUSE_S, 2.0 ** (self._num_setbacks - 2))
 
     def stats(self) -> EngineStats:
         """See `EngineClient`."""
@@ -310,20 +245,26 @@ class ProcessClient:
         self._streams.on_step(observer)
 
     def check(self) -> None:
-        """Assert every invariant on this side of the pipe."""
+        """Assert every invariant on this side of the channel."""
         self._streams.check()
+        self._isolation.check()
 
     async def close(self) -> None:
-        """See `EngineClient`."""
-        self._is_closing = True
+        """See `EngineClient`. Within the engine's stop timeout, whatever state it is in."""
         self._watchdog.stop()
-        if self._restart is not None:
-            self._restart.cancel()
-            await asyncio.wait([self._restart])
-        if self._pipe is None and self._process is not None:
-            # Dead, or building a model for nobody.
-            self._process.kill()
-        self._send(Shutdown())
-        self._drop_pipe()
-        await self._reap()
-        self._streams.fail_all(EngineUnavailableError, "the engine was closed")
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+        if self._engine is not None:
+            if self.is_alive:
+                self._engine.stop()
+            else:
+                # Dead or hung, or building a model for nobody.
+                self._engine.kill()
+            self._is_serving = False
+            await self._engine.end(self._stop_timeout_s)
+        self._streams.close(EngineUnavailableError, "the engine was closed")
+
+
+def _has_finished(result: StepResult) -> bool:
+    return any(reason is not FinishReason.ERROR for _, reason, _ in result.finished)

@@ -1,6 +1,7 @@
 """The API's side of the engine's messages: one stream a request, fed by columns, read as deltas.
 
-Knows nothing of how messages travel. Everything here happens on one event loop.
+Knows nothing of how messages travel, or of when a stream may be given to an engine
+(`scheduler/isolation.py`). Everything here happens on one event loop.
 """
 
 from __future__ import annotations
@@ -21,6 +22,21 @@ from scheduler.client import (
 from scheduler.messages import Begun, Cancel, EngineStats, FinishReason, Started, StepResult, Submit
 
 
+@dataclass(slots=True)
+class Suspicion:
+    """What speaks for it that engines die of a request; `scheduler/isolation.py` judges."""
+
+    #: Engines that died with it, one after another, at the same place of its output.
+    num_deaths: int = 0
+    #: How much speaks against it alone.
+    weight: int = 0
+    #: Tokens received when the last of them died.
+    num_tokens: int = 0
+    #: Times it was run alone, and how many tokens it is to have before others run again.
+    num_turns: int = 0
+    turn_ends: int = 0
+
+
 class Stream:
     """What one request has been told and has not read yet; bounded by its `max_tokens`."""
 
@@ -32,21 +48,30 @@ class Stream:
         "_started",
         "_token_ids",
         "_wakes",
+        "arrival",
         "has_begun",
-        "num_crashes",
+        "has_left",
+        "is_given",
         "num_scored",
         "sent_token_ids",
         "submit",
+        "suspicion",
+        "was_given",
     )
 
     def __init__(self, submit: Submit) -> None:
         self.submit = submit
+        #: Smaller: opened earlier.
+        self.arrival = submit.request_id
         #: Every token received, so that another engine can go on from here.
         self.sent_token_ids: list[int] = []
+        #: Whether an engine was ever given it, and whether the one there is now has it.
+        self.was_given = self.is_given = False
         #: Whether the engine has done anything for this request, or is about to.
         self.has_begun = False
-        #: Engines that died after they had begun with this request.
-        self.num_crashes = 0
+        #: Whether its reader went away before the end.
+        self.has_left = False
+        self.suspicion = Suspicion()
         #: Tokens of the prompt whose probabilities were received.
         self.num_scored = 0
         self._token_ids: list[int] = []
@@ -58,9 +83,14 @@ class Stream:
         self._wakes = asyncio.Event()
 
     @property
+    def request_id(self) -> int:
+        """What the engine calls it."""
+        return self.submit.request_id
+
+    @property
     def is_over(self) -> bool:
-        """Whether the engine has said its last word on it."""
-        return self._finish_reason is not None or self._error is not None
+        """Whether nothing more is wanted of an engine."""
+        return self.has_left or self._finish_reason is not None or self._error is not None
 
     def add_token(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Take in the next token."""
@@ -76,7 +106,9 @@ class Stream:
         self._prompt_logprobs += scores
 
     def resumed(self) -> Submit:
-        """Return what makes another engine go on where this stream is."""
+        """Return what makes another engine go on where this stream is; at first, the request."""
+        if not self.was_given:
+            return self.submit
         return replace(
             self.submit,
             output_token_ids=tuple(self.sent_token_ids),
@@ -134,6 +166,7 @@ class Streams:
     def __init__(self) -> None:
         self._ids = count()
         self._open: dict[int, Stream] = {}
+        self._end: tuple[type[EngineError], str] | None = None
         self._observers: list[Callable[[int], None]] = []
         self.engine_stats = EngineStats()
 
@@ -144,7 +177,13 @@ class Streams:
     async def generate(
         self, request: GenerateRequest, send: Callable[[Submit | Cancel], None]
     ) -> AsyncGenerator[Delta, None]:
-        """Submit, then yield until the end; cancel if the reader leaves before it."""
+        """Submit, then yield until the end; cancel if the reader leaves before it.
+
+        `send` may hold a `Submit` back for as long as it likes.
+        """
+        if self._end is not None:
+            kind, message = self._end
+            raise kind(message)
         submit = Submit(
             next(self._ids),
             request.prompt_token_ids,
@@ -161,28 +200,27 @@ class Streams:
                 finish_reason = delta.finish_reason
                 yield delta
         finally:
-            del self._open[submit.request_id]
+            del self._open[stream.request_id]
             if not stream.is_over:
-                send(Cancel(submit.request_id))
+                stream.has_left = True
+                send(Cancel(stream.request_id))
+
+    def get(self, request_id: int) -> Stream:
+        """Return the open stream of that id. Raises `KeyError`."""
+        return self._open[request_id]
+
+    def renew(self, stream: Stream) -> None:
+        """Give a stream another id: what is still on its way under the old one is of no use."""
+        del self._open[stream.request_id]
+        stream.submit = replace(stream.submit, request_id=next(self._ids))
+        stream.is_given = stream.has_begun = False
+        self._open[stream.request_id] = stream
 
     def begin(self, begun: Begun) -> None:
         """Note of whom the engine may die from now on."""
         for request_id in begun.request_ids:
             if request_id in self._open:
                 self._open[request_id].has_begun = True
-
-    def note_crash(self) -> list[Stream]:
-        """Count the engine's death against those it may have died of, and return these.
-
-        Where it had begun with nobody, whatever it died of was in what they all sent.
-        """
-        unfinished = self.unfinished()
-        suspects = [stream for stream in unfinished if stream.has_begun] or unfinished
-        for stream in suspects:
-            stream.num_crashes += 1
-        for stream in unfinished:
-            stream.has_begun = False
-        return suspects
 
     def dispatch(self, result: StepResult) -> None:
         """Hand a step's columns to their streams; those of requests nobody reads are dropped."""
@@ -216,14 +254,13 @@ class Streams:
                 _end(streams[request_id], reason, message)
 
     def unfinished(self) -> list[Stream]:
-        """Return the streams that still wait for the engine, in the order they were opened.
+        """Return the streams that still wait for an engine, in the order they were opened."""
+        streams = [stream for stream in self._open.values() if not stream.is_over]
+        return sorted(streams, key=lambda stream: stream.arrival)
 
-        May be asked from another thread: the copy is made in one go.
-        """
-        return [stream for stream in list(self._open.values()) if not stream.is_over]
-
-    def fail_all(self, kind: type[EngineError], message: str) -> None:
-        """End every stream that is not over yet, each with an error of its own."""
+    def close(self, kind: type[EngineError], message: str) -> None:
+        """End every stream that is not over yet, and all to come, each with an error of its own."""
+        self._end = self._end or (kind, message)
         for stream in self.unfinished():
             stream.fail(kind(message))
 

@@ -1,69 +1,69 @@
-"""Notices that somebody who owes an answer has fallen silent.
+"""Notices that somebody who is asked for a sign of life gives none.
 
-Looks from a thread of its own: a hung engine stops reading its pipe, and then the event loop may be
-stuck in a send. Knows nothing of engines.
+Looks from the event loop and counts looks, not seconds: a loop that stood still, or a machine that
+slept, has not waited. Knows nothing of engines.
 """
 
 from __future__ import annotations
 
-import threading
-import time
+import asyncio
 from collections.abc import Callable
 
 #: Looks within the timeout.
-_NUM_LOOKS = 4
+_NUM_LOOKS = 8
+#: Looks of silence after which it asks, and after which it says that nothing is to be expected.
+_ASKS_AFTER, _DOUBTS_AFTER = 2, 7
 
 
 class Watchdog:
-    """Calls `bite` once nothing was heard for `timeout_s` though something is owed.
+    """Calls `ask` when nothing was heard for a while, and `bite` if that stays without an answer.
 
-    It is never early, and late by half of `timeout_s` at most. It bites again only after another
-    such time. `is_owed` and `bite` are called from the watchdog's thread.
+    Whoever was asked has `timeout_s` to answer, so it bites between 1 and 1.25 times as long after
+    the last sign of life. `is_silent` is true before the timeout is over. After a bite it begins
+    anew.
     """
 
-    def __init__(
-        self,
-        timeout_s: float,
-        is_owed: Callable[[], bool],
-        bite: Callable[[], None],
-        clock_s: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, timeout_s: float, ask: Callable[[], None], bite: Callable[[], None]) -> None:
         self._period_s = timeout_s / _NUM_LOOKS
-        # What is owed since just after a look counts from that look.
-        self._patience_s = timeout_s + self._period_s
-        self._is_owed = is_owed
+        self._ask = ask
         self._bite = bite
-        self._clock_s = clock_s
-        self._heard_s = clock_s()
-        self._stops = threading.Event()
-        self._thread: threading.Thread | None = None
+        #: Looks since something was heard.
+        self._num_silent = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether an answer is overdue."""
+        return self._num_silent >= _DOUBTS_AFTER
 
     def start(self) -> None:
-        """Begin to look. Again is fine."""
+        """Begin to look, from the running loop."""
+        self.stop()
         self.heard()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-            self._thread.start()
+        self._wait()
 
     def stop(self) -> None:
         """Look no more. Without a start it is fine, too."""
-        self._stops.set()
-        if self._thread is not None:
-            self._thread.join()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def heard(self) -> None:
         """Note a sign of life."""
-        self._heard_s = self._clock_s()
+        self._num_silent = 0
 
     def look(self) -> None:
-        """Bite, if it is time to."""
-        now_s = self._clock_s()
-        if not self._is_owed():
-            self._heard_s = now_s
-        elif now_s - self._heard_s >= self._patience_s:
-            self._heard_s = now_s
+        """Ask or bite, if it is time to."""
+        self._num_silent += 1
+        if self._num_silent == _ASKS_AFTER:
+            self._ask()
+        elif self._num_silent == _ASKS_AFTER + _NUM_LOOKS:
+            self.heard()
             self._bite()
 
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._period_s, self._run)
+
     def _run(self) -> None:
-        while not self._stops.wait(self._period_s):
-            self.look()
+        self._wait()
+        self.look()

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from server.context import Interruption
 from server.errors import unavailable
 
+#: For those that are ended to say so.
+_END_TIMEOUT_S = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class LifecycleStats:
@@ -78,13 +81,14 @@ class Lifecycle:
     async def drain(self, timeout_s: float) -> bool:
         """Turn new requests away, let running ones finish, end those that need too long.
 
-        Returns whether all finished of themselves. At its return all have been told.
+        Returns whether all finished of themselves. At its return all others have been told so, but
+        for what does not let itself be ended within `_END_TIMEOUT_S`.
         """
         self.begin_drain()
         has_finished = await self.wait_idle(timeout_s)
         if not has_finished:
             self.end_running()
-            await self.wait_idle(None)
+            await self.wait_idle(_END_TIMEOUT_S)
         return has_finished
 
     def stats(self) -> LifecycleStats:

@@ -31,7 +31,7 @@ def probe_routes(service: Service, version: str) -> APIRouter:
         if service.lifecycle.is_draining:
             raise unavailable("the server is shutting down")
         if not service.client.is_alive:
-            raise unavailable("the engine is not running")
+            raise unavailable("the engine is not running or does not answer")
         return JsonResponse({"status": "ready"})
 
     @router.get(

@@ -41,7 +41,10 @@ LIGHT_IN_MODEL = {
 IMPURE = {"asyncio", "multiprocessing", "os", "random", "socket", "subprocess", "threading", "time"}
 WORLDLY = {
     f"scheduler/{name}.py"
-    for name in ("engine", "process", "inline", "client", "streams", "watchdog")
+    for name in (
+        *("engine", "engine_main", "engine_process", "process", "channel"),
+        *("inline", "client", "streams", "watchdog"),
+    )
 }
 
 BAD_NAMES = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}

@@ -1,13 +1,14 @@
-"""Of whom an engine died: those it had begun with, and nobody who only waited."""
+"""Of whom an engine died: who was alone with it, twice; and nobody who only ran beside."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
+import random
+import signal
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,48 +19,82 @@ from model.interface import Constraint, SamplingParams, StepInput
 from scheduler.client import EngineFaultError, GenerateRequest
 from scheduler.process import ProcessClient
 
-#: One at a time, so that whoever is not the first waits.
-_CONFIG = SchedulerSection(max_num_seqs=1, max_num_batched_tokens=32)
-_POISON = 13
+_CONFIG = SchedulerSection(max_num_seqs=32, max_num_batched_tokens=256)
+_POISON = 63
 _DEADLY_GRAMMAR = 'start: "deadly"'
+_SHORT, _LONG = 40, 200
 
 
 class _DeadlyRunner(FakeRunner):
-    """Takes the whole process with it, once it may, when it meets a certain token or grammar."""
+    """Takes the whole process with it when it meets a certain token or grammar."""
 
     def launch(self, step: StepInput) -> Any:
         if _POISON in step.token_ids:
-            _die()
+            os._exit(3)
         return super().launch(step)
 
     def prepare(self, grammar: str) -> Future[Constraint]:
         if grammar == _DEADLY_GRAMMAR:
-            _die()
+            os._exit(3)
         return super().prepare(grammar)
 
 
-def _die() -> None:
-    folder = Path(os.environ["DEADLY_FOLDER"])
-    (folder / "about to die").touch()
-    while not (folder / "may die").exists():
-        time.sleep(0.001)
-    os._exit(3)
+class _HangingRunner(FakeRunner):
+    """Stands still when it meets a certain token."""
+
+    def launch(self, step: StepInput) -> Any:
+        if _POISON in step.token_ids:
+            signal.sigwait([signal.SIGUSR1])
+        return super().launch(step)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DEADLY_FOLDER", str(tmp_path))
-    return tmp_path
+class _DeadlyInCompanyRunner(FakeRunner):
+    """Dies of three sequences side by side, whichever they are."""
+
+    def launch(self, step: StepInput) -> Any:
+        if len(step.counts) >= 3:
+            os._exit(3)
+        return super().launch(step)
 
 
-def _run(test: Callable[[ProcessClient], Awaitable[None]]) -> None:
+class _SlowRunner(FakeRunner):
+    """Leaves a moment between two tokens in which to kill it."""
+
+    def launch(self, step: StepInput) -> Any:
+        signal.sigtimedwait([], 0.001)
+        return super().launch(step)
+
+
+def _runner(kind: type[FakeRunner]) -> Callable[[], FakeRunner]:
+    return partial(kind, num_pages=4096, is_strict=False)
+
+
+def _is_harmless(prompt: tuple[int, ...], num_tokens: int) -> bool:
+    return _POISON not in fake_output(prompt, num_tokens)
+
+
+def _innocents(number: int, num_tokens: int) -> list[tuple[int, ...]]:
+    """Return prompts after which no token is poison."""
+    prompts = ((i, i // 50, 7) for i in range(1, 10_000) if _POISON not in (i, i // 50))
+    harmless = (p for p in ((a % 50, b, c) for a, b, c in prompts) if _is_harmless(p, num_tokens))
+    return [next(harmless) for _ in range(number)]
+
+
+def _run(
+    kind: type[FakeRunner],
+    test: Callable[[ProcessClient], Awaitable[None]],
+    config: SchedulerSection = _CONFIG,
+) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60):
-            client = ProcessClient(_DeadlyRunner, _CONFIG)
+        async with asyncio.timeout(120):
+            client = ProcessClient(_runner(kind), config)
             await client.start()
             try:
                 await test(client)
+                while not client.is_alive:  # noqa: ASYNC110 - the engine sets no event of ours
+                    await asyncio.sleep(0.001)
                 client.check()
+                assert not client._isolation.is_on
             finally:
                 await client.close()
 
@@ -67,73 +102,142 @@ def _run(test: Callable[[ProcessClient], Awaitable[None]]) -> None:
 
 
 def _ask(
-    client: ProcessClient, prompt: tuple[int, ...], grammar: str | None = None
+    client: ProcessClient, prompt: tuple[int, ...], num_tokens: int, grammar: str | None = None
 ) -> asyncio.Task[list[int]]:
-    params = SamplingParams(max_tokens=3, ignore_eos=True, grammar=grammar)
+    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, grammar=grammar)
 
     async def collect() -> list[int]:
         deltas = client.generate(GenerateRequest(prompt, params))
-        return [token async for delta in deltas for token in delta.token_ids]
+        tokens: list[int] = []
+        async for delta in deltas:
+            tokens += delta.token_ids
+            client.check()
+        return tokens
 
     return asyncio.create_task(collect())
 
 
-_INNOCENT = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+async def _kill(client: ProcessClient) -> None:
+    """Kill the engine as soon as there is one that serves, and wait until that is noticed."""
+    while not client.is_alive:  # noqa: ASYNC110 - the engine next door sets no event of ours
+        await asyncio.sleep(0.001)
+    num_restarts = client.num_restarts
+    assert client.engine_pid is not None
+    os.kill(client.engine_pid, signal.SIGKILL)
+    while client.num_restarts == num_restarts:  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.001)
+
+
+#: A prompt that is poison, one that brings it about after some tokens, and a grammar that is.
+_LATER = next(
+    p
+    for p in ((i, j) for i in range(60) for j in range(60))
+    if not _is_harmless(p, 30) and _is_harmless(p, 8)
+)
 
 
 @pytest.mark.parametrize(
     "poison",
-    [((_POISON, 14), None), ((1, 2), _DEADLY_GRAMMAR)],
-    ids=["in a step", "while a grammar is made ready"],
+    [((_POISON, 14), None), (_LATER, None), ((1, 2), _DEADLY_GRAMMAR)],
+    ids=["in its prompt", "after some tokens", "while a grammar is made ready"],
 )
-def test_those_that_waited_outlive_the_one_it_died_of(folder: Path, poison: Any) -> None:
+@pytest.mark.parametrize("place", [0, 31])
+def test_of_32_exactly_the_one_that_engines_die_of_is_ended(poison: Any, place: int) -> None:
     async def test(client: ProcessClient) -> None:
-        guilty = _ask(client, *poison)
-        tasks = [_ask(client, prompt) for prompt in _INNOCENT]
-        # Each has been sent by now, and none of them can be answered.
-        await asyncio.sleep(0)
-        (folder / "may die").touch()
+        prompt, grammar = poison
+        prompts = _innocents(31, _SHORT)
+        tasks = [_ask(client, innocent, _SHORT) for innocent in prompts[:place]]
+        guilty = _ask(client, prompt, _SHORT, grammar)
+        tasks += [_ask(client, innocent, _SHORT) for innocent in prompts[place:]]
         with pytest.raises(EngineFaultError, match="twice"):
             await guilty
-        assert await asyncio.gather(*tasks) == [fake_output(prompt, 3) for prompt in _INNOCENT]
+        assert await asyncio.gather(*tasks) == [fake_output(p, _SHORT) for p in prompts]
+        # Two of all, two alone, and one beside which the one before may still have run.
+        assert client.num_restarts <= 5
+
+    _run(_DeadlyRunner, test)
+
+
+def test_two_among_many_are_both_found() -> None:
+    async def test(client: ProcessClient) -> None:
+        prompts = _innocents(6, _SHORT)
+        guilty = [_ask(client, (_POISON, i), _SHORT) for i in range(2)]
+        tasks = [_ask(client, prompt, _SHORT) for prompt in prompts]
+        ends = await asyncio.gather(*guilty, return_exceptions=True)
+        assert [type(end) for end in ends] == [EngineFaultError, EngineFaultError]
+        assert await asyncio.gather(*tasks) == [fake_output(p, _SHORT) for p in prompts]
+
+    _run(_DeadlyRunner, test)
+
+
+def test_one_that_engines_hang_in_is_found_too() -> None:
+    config = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=256, engine_timeout_s=1.5)
+
+    async def test(client: ProcessClient) -> None:
+        prompts = _innocents(3, _SHORT)
+        guilty = _ask(client, (_POISON, 14), _SHORT)
+        tasks = [_ask(client, prompt, _SHORT) for prompt in prompts]
+        with pytest.raises(EngineFaultError, match="twice"):
+            await guilty
+        assert await asyncio.gather(*tasks) == [fake_output(p, _SHORT) for p in prompts]
+
+    _run(_HangingRunner, test, config)
+
+
+def test_who_only_waited_is_no_suspect() -> None:
+    """One sequence at a time, so that whoever is not the first waits."""
+    config = SchedulerSection(max_num_seqs=1, max_num_batched_tokens=32)
+
+    async def test(client: ProcessClient) -> None:
+        guilty = _ask(client, (_POISON, 14), 3)
+        prompts = _innocents(3, 3)
+        tasks = [_ask(client, prompt, 3) for prompt in prompts]
+        with pytest.raises(EngineFaultError, match="twice"):
+            await guilty
+        assert await asyncio.gather(*tasks) == [fake_output(prompt, 3) for prompt in prompts]
         assert client.num_restarts == 2
 
-    _run(test)
+    _run(_DeadlyRunner, test, config)
 
 
-def test_what_an_engine_said_last_counts_also_where_its_end_shows_first_in_sending(
-    folder: Path,
-) -> None:
+def test_where_nobody_is_guilty_alone_all_are_served() -> None:
     async def test(client: ProcessClient) -> None:
-        guilty = _ask(client, (_POISON, 14))
-        await asyncio.sleep(0)
-        # From here on nothing is read until something is sent.
-        while not (folder / "about to die").exists():
-            time.sleep(0.001)  # noqa: ASYNC251 - that the loop stands still is the point
-        (folder / "may die").touch()
-        assert client._process is not None
-        client._process.join()
-        innocent = _ask(client, (1, 2, 3))
-        await asyncio.sleep(0)
-        blamed = [stream.num_crashes for stream in client._streams.unfinished()]
-        assert blamed == [1, 0]
-        with pytest.raises(EngineFaultError, match="twice"):
-            await guilty
-        assert await innocent == fake_output((1, 2, 3), 3)
+        prompts = _innocents(4, _SHORT)
+        tasks = [_ask(client, prompt, _SHORT) for prompt in prompts]
+        assert await asyncio.gather(*tasks) == [fake_output(p, _SHORT) for p in prompts]
 
-    _run(test)
+    _run(_DeadlyInCompanyRunner, test)
 
 
-def test_where_an_engine_had_begun_with_nobody_all_are_suspects(folder: Path) -> None:
-    del folder
+@pytest.mark.parametrize("number", [1, 32])
+def test_two_kills_in_a_row_end_nobody(number: int) -> None:
+    async def test(client: ProcessClient) -> None:
+        prompts = _innocents(number, 0)
+        tasks = [_ask(client, prompt, _LONG) for prompt in prompts]
+        await asyncio.sleep(0.01)
+        for _ in range(2):
+            await _kill(client)
+        assert await asyncio.gather(*tasks) == [fake_output(p, _LONG) for p in prompts]
+
+    _run(_SlowRunner, test)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kills_at_any_moment_lose_no_token(seed: int) -> None:
+    """Among them of engines that are not ready yet, or that run a suspect alone."""
+    chance = random.Random(seed)
+
+    async def kill_again_and_again(client: ProcessClient) -> None:
+        for _ in range(6):
+            await asyncio.sleep(chance.choice([0.0, 0.01, 0.1, 0.5, 1.0]))
+            assert client._engine is not None
+            if client._engine.exit_code is None:
+                os.kill(client._engine.pid, signal.SIGKILL)
 
     async def test(client: ProcessClient) -> None:
-        assert client._process is not None
-        client._process.kill()
-        client._process.join()
-        task = _ask(client, (1, 2, 3))
-        await asyncio.sleep(0)
-        assert [stream.num_crashes for stream in client._streams.unfinished()] == [1]
-        assert await task == fake_output((1, 2, 3), 3)
+        prompts = _innocents(32, 0)
+        tasks = [_ask(client, prompt, _LONG) for prompt in prompts]
+        await kill_again_and_again(client)
+        assert await asyncio.gather(*tasks) == [fake_output(p, _LONG) for p in prompts]
 
-    _run(test)
+    _run(_SlowRunner, test)

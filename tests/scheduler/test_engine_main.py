@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,8 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner
 from model.interface import SamplingParams, StepInput
-from scheduler.messages import Submit
-from scheduler.process import engine_main
+from scheduler.engine_main import engine_main
+from scheduler.messages import Build, Failed, Ping, Pong, Ready, Shutdown, StepResult, Submit
 
 _CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
 
@@ -36,14 +39,74 @@ def test_an_engine_whose_api_is_gone_ends_quietly(
     monkeypatch.setenv("HANGING_MARKER", str(marker))
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    engine = context.Process(target=engine_main, args=(theirs, _HeldRunner, _CONFIG))
+    engine = context.Process(target=engine_main, args=(theirs,))
     engine.start()
     theirs.close()
+    ours.send(Build(_HeldRunner, _CONFIG))
     ours.recv()
     ours.send(Submit(0, (1, 2, 3), SamplingParams(max_tokens=5)))
     while not marker.exists():
         pass
     ours.close()
     marker.unlink()
+    engine.join(20)
+    assert engine.exitcode == 0
+
+
+@pytest.fixture
+def started() -> Iterator[tuple[Connection, BaseProcess]]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    engine = context.Process(target=engine_main, args=(theirs,))
+    engine.start()
+    theirs.close()
+    yield ours, engine
+    ours.close()
+    engine.join(20)
+
+
+def test_an_engine_that_is_never_told_what_to_build_ends_quietly(
+    started: tuple[Connection, BaseProcess],
+) -> None:
+    ours, engine = started
+    ours.close()
+    engine.join(20)
+    assert engine.exitcode == 0
+
+
+def test_an_engine_that_cannot_read_what_it_is_told_says_so(
+    started: tuple[Connection, BaseProcess],
+) -> None:
+    ours, engine = started
+    ours.send(Build(FakeRunner, _CONFIG))
+    assert isinstance(ours.recv(), Ready)
+    ours.send_bytes(b"no message")
+    failed = ours.recv()
+    assert isinstance(failed, Failed)
+    assert "UnpicklingError" in failed.message
+    engine.join(20)
+    assert engine.exitcode == 1
+
+
+def test_an_idle_engine_answers_a_ping(started: tuple[Connection, BaseProcess]) -> None:
+    ours, engine = started
+    ours.send(Build(FakeRunner, _CONFIG))
+    assert isinstance(ours.recv(), Ready)
+    for _ in range(3):
+        ours.send(Ping())
+        assert ours.recv() == Pong()
+        assert isinstance(ours.recv(), StepResult)
+    ours.send(Shutdown())
+    engine.join(20)
+    assert engine.exitcode == 0
+
+
+def test_an_idle_engine_whose_api_is_gone_ends_quietly(
+    started: tuple[Connection, BaseProcess],
+) -> None:
+    ours, engine = started
+    ours.send(Build(FakeRunner, _CONFIG))
+    assert isinstance(ours.recv(), Ready)
+    ours.close()
     engine.join(20)
     assert engine.exitcode == 0

@@ -5,11 +5,13 @@ import json
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from scheduler.client import Delta, FinishReason, GenerateRequest, Started
+from server import lifecycle as lifecycle_module
 from server.lifecycle import Lifecycle, LifecycleStats
 
 PATIENCE_S = 20.0
@@ -98,6 +100,29 @@ def test_a_request_that_waits_in_the_engines_queue_is_ended_too(
         assert live.client.was_asked.wait(PATIENCE_S)
         assert not live.call(live.lifecycle.drain(0))
         assert running.result(PATIENCE_S).status_code == 503
+
+
+def test_what_cannot_be_ended_does_not_hold_up_a_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle_module, "_END_TIMEOUT_S", 0.01)
+
+    async def run() -> None:
+        lifecycle, may_end = Lifecycle(), asyncio.Event()
+
+        async def stubborn() -> None:
+            with lifecycle.request():
+                while not may_end.is_set():
+                    with suppress(asyncio.CancelledError):
+                        await may_end.wait()
+
+        task = asyncio.create_task(stubborn())
+        await asyncio.sleep(0)
+        async with asyncio.timeout(PATIENCE_S):
+            assert not await lifecycle.drain(0)
+        assert lifecycle.stats().num_in_flight == 1
+        may_end.set()
+        await task
+
+    asyncio.run(run())
 
 
 def test_requests_are_counted_exactly() -> None:

@@ -1,0 +1,166 @@
+"""One engine's process and the channel to it, from its start to its end.
+
+Nothing here blocks the event loop: starting a process takes a millisecond (it is spawned, and what
+it is to build follows over the channel), its end is asked for again and again, not waited for.
+Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from model.interface import ModelInfo
+from scheduler.channel import Channel
+from scheduler.client import EngineUnavailableError
+from scheduler.engine_main import engine_main
+from scheduler.messages import Build, Failed, FromEngine, Ready, Shutdown, ToEngine
+from scheduler.shortage import is_shortage
+
+_log = logging.getLogger(__name__)
+
+#: Between two looks at a process that is to end.
+_LOOK_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How an engine's process ended."""
+
+    reason: str
+    #: Killed, and not by us.
+    is_outside: bool
+    #: For want of memory, processes or files, as far as can be told.
+    is_shortage: bool
+
+
+class EngineStartError(EngineUnavailableError):
+    """No engine could be started; `is_shortage`: for want of memory, processes or files."""
+
+    def __init__(self, message: str, *, is_shortage: bool) -> None:
+        super().__init__(message)
+        self.is_shortage = is_shortage
+
+
+class EngineProcess:
+    """An engine in the making, then at work, then gone.
+
+    `receive` is called with what it says after `Ready`; `lose` once, when it can say nothing more.
+    """
+
+    def __init__(
+        self, build: Build, receive: Callable[[FromEngine], None], lose: Callable[[], None]
+    ) -> None:
+        """Start the process. Raises `EngineStartError`."""
+        self._receive = receive
+        self._lose = lose
+        self._info: ModelInfo | None = None
+        self._failed: Failed | None = None
+        #: It has said that it is ready, or nothing can come from it any more.
+        self._is_settled = asyncio.Event()
+        self._was_killed = False
+        #: None: the process has not ended.
+        self.exit_code: int | None = None
+        try:
+            self._start(build)
+        except Exception as error:
+            message = f"the engine's process cannot be started: {error}"
+            raise EngineStartError(message, is_shortage=is_shortage(error)) from error
+
+    def _start(self, build: Build) -> None:
+        ours, theirs = socket.socketpair()
+        self._channel = Channel(ours, self._take, self._on_end)
+        try:
+            with Connection(theirs.detach()) as pipe:
+                context = multiprocessing.get_context("spawn")
+                self._process = context.Process(
+                    target=engine_main, args=(pipe,), name="octavo-engine", daemon=True
+                )
+                self._process.start()
+            assert self._process.pid is not None, "a started process has an id"
+            self.pid = self._process.pid
+            self._channel.send(build)
+        except BaseException:
+            # A process that has started all the same ends as it finds its pipe closed.
+            self._channel.close()
+            raise
+
+    async def ready(self, timeout_s: float, stop_timeout_s: float) -> ModelInfo:
+        """Wait until the model is built. Raises `EngineStartError`; the process is gone then."""
+        message = ""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._is_settled.wait()
+        except TimeoutError:
+            message = f"the engine was not ready {timeout_s:g} s after its start"
+            self.kill()
+        if self._info is not None:
+            return self._info
+        death = await self.end(stop_timeout_s)
+        if not message and self._failed:
+            message = self._failed.message
+        raise EngineStartError(
+            message or f"the engine died while it started, {death.reason}",
+            is_shortage=death.is_shortage,
+        )
+
+    def send(self, message: ToEngine) -> None:
+        """Send, as soon as it takes it."""
+        self._channel.send(message)
+
+    def stop(self) -> None:
+        """Tell it to end; one that cannot be told is killed."""
+        self._channel.send(Shutdown())
+        if not self._channel.is_drained:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it from outside."""
+        if not self._has_ended():
+            self._was_killed = True
+            self._process.kill()
+
+    async def end(self, timeout_s: float) -> Death:
+        """Wait for the end of the process; kill it if that takes longer than `timeout_s`."""
+        if not await self._ends_within(timeout_s):
+            self.kill()
+            if not await self._ends_within(timeout_s):
+                _log.error("process %s of the engine cannot be killed; it is left alone", self.pid)
+        self._channel.close()
+        self._is_settled.set()
+        is_outside = self.exit_code == -signal.SIGKILL and not self._was_killed
+        reason = self._failed.message if self._failed else f"exit code {self.exit_code}"
+        has_lacked = self._failed is not None and self._failed.is_shortage
+        return Death(reason, is_outside, is_shortage=is_outside or has_lacked)
+
+    async def _ends_within(self, timeout_s: float) -> bool:
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + timeout_s
+        while not self._has_ended() and loop.time() < until_s:  # noqa: ASYNC110 - it sets no event
+            await asyncio.sleep(_LOOK_S)
+        return self._has_ended()
+
+    def _has_ended(self) -> bool:
+        if self.exit_code is None and self._process.exitcode is not None:
+            self.exit_code = self._process.exitcode
+            self._process.close()
+        return self.exit_code is not None
+
+    def _take(self, message: FromEngine) -> None:
+        if isinstance(message, Ready):
+            self._info = message.info
+            self._is_settled.set()
+        elif isinstance(message, Failed):
+            self._failed = message
+        else:
+            self._receive(message)
+
+    def _on_end(self) -> None:
+        self._is_settled.set()
+        self._lose()
