@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "gpu" / "run.sh"
-PARTS = ("imports", "kernels", "proof", "measure", "http", "peer")
+PARTS = ("imports", "kernels", "dtypes", "proof", "measure", "http", "peer")
 
 
 @pytest.mark.slow

@@ -48,11 +48,13 @@ part imports 60 python3 $here/needs.py check
 ((${#failed[@]} == 0)) || exit 1
 python3 -c 'import torch; print("torch", torch.__version__, "triton", __import__("triton").__version__)
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
-python3 -c 'import flash_attn_interface' && echo "FlashAttention-3 loads"
+python3 -c 'import flash_attn_interface; print("FlashAttention-3 loads")' ||
+    echo "FlashAttention-3 does not load; attention is Triton's"
 if [[ $device == cpu ]]; then
     echo "a rehearsal: CUDA graphs, FlashAttention and Triton are not run (torch stands in for them);"
-    echo "Triton's kernels are compiled for the GPU"
+    echo "Triton's kernels are compiled, and FlashAttention-3 is called with tensors without memory"
     part kernels 100 python3 tests/model/compile_kernels.py 90
+    part dtypes 60 python3 $here/dtypes.py
 fi
 
 part proof 120 python3 $here/prove.py --device $device
