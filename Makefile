@@ -63,8 +63,8 @@ bench: $(VENV)/.installed-dev  ## put a running server under load (ARGS="--help"
 microbench: $(VENV)/.installed-dev  ## how long the inner loops take on this machine
 	@for script in tests/bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
-bench-gpu: $(VENV)/.installed-dev  ## prove and measure what was written for CUDA (needs a GPU)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/bench/gpu/run.sh
+bench-gpu: $(VENV)/.installed-dev  ## prove and measure what was written for CUDA (REHEARSE=1: without a GPU)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" WHEELS= tests/bench/gpu/run.sh
 
 # The stamps make a second `make run` start at once; a changed pyproject or pin installs anew.
 $(VENV)/.created:

@@ -14,7 +14,6 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 
 import uvicorn
 import uvloop
@@ -26,7 +25,7 @@ from configs.sizes import format_size
 from model import build
 from scheduler.client import EngineUnavailableError, ModelInfo
 from scheduler.process import ProcessClient
-from server import cli
+from server import __version__, cli
 from server.app import create_app
 from server.keys import Keyring, load_keys, reload_keys
 from server.lifecycle import Lifecycle
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     command = cli.parse(sys.argv[1:] if argv is None else argv)
     if command.command == "version":
-        print(f"octavo {version('octavo')}")  # noqa: T201 - what was asked for
+        print(f"octavo {__version__}")  # noqa: T201 - what was asked for
         return 0
     try:
         config = load_config(command.flags, os.environ, command.config)
@@ -77,7 +76,7 @@ async def _serve(config: OctavoConfig) -> None:
     # The port before the model: if it is taken, that is known before seconds go into loading.
     listener = _listen(config.server)
     _on_signals(os._exit, 0)  # Until there is an engine, nothing has to be put in order.
-    _log.info("starting", extra=fields(version=version("octavo"), **describe(config)))
+    _log.info("starting", extra=fields(version=__version__, **describe(config)))
     try:
         source = await asyncio.to_thread(build.resolve_source, config.model.model)
         text = await asyncio.to_thread(load_text, source.path)
@@ -89,7 +88,7 @@ async def _serve(config: OctavoConfig) -> None:
         config,
         client,
         text,
-        version=version("octavo"),
+        version=__version__,
         lifecycle=lifecycle,
         keyring=keyring,
         grammars=grammars,

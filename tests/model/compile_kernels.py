@@ -26,6 +26,10 @@ HEAD = {"HEAD_DIM": 128, "DIM_BLOCK": 128}
 NORM = {"NUM_INNER": 1, "WIDTH": 4096, "BLOCK": 4096}
 DECODE = HEAD | {"GROUP": 4, "GROUP_BLOCK": 16, "TILE": 64, "DOT_DTYPE": tl.bfloat16}
 PROMPT = HEAD | {"GROUP": 4, "QUERY_TILE": 128, "TILE": 64, "DOT_DTYPE": tl.bfloat16}
+#: Of a small model in float32, by which `tests/bench/gpu/prove.py` compares tokens.
+SMALL = {"HEAD_DIM": 64, "DIM_BLOCK": 64, "GROUP": 2, "PAGE_SIZE": 16, "TILE": 64}
+SMALL_DECODE = SMALL | {"GROUP_BLOCK": 16, "DOT_DTYPE": tl.float32}
+SMALL_PROMPT = SMALL | {"QUERY_TILE": 32, "DOT_DTYPE": tl.float32}
 ROPE = HEAD | {
     "NUM_HEADS": 32,
     "NUM_KV_HEADS": 8,
@@ -37,7 +41,7 @@ OTHER_POINTERS = {
     "partial_ptr": FP32,
     "lse_ptr": FP32,
     "residual_ptr": FP32,
-    "weight_ptr": BF16,
+    "weight_ptr": FP32,
     "cos_sin_ptr": FP32,
     "positions_ptr": INT64,
     "kv_slots_ptr": INT64,
@@ -52,6 +56,13 @@ VARIANTS: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
     (triton_kernels.combine_kernel, HEAD | {"NUM_SPLITS": 64}, {}),
     (triton_kernels.prompt_kernel, PROMPT | {"PAGE_SIZE": 16}, {"num_warps": 8, "num_stages": 2}),
     (triton_kernels.prompt_kernel, PROMPT | {"PAGE_SIZE": 64}, {"num_warps": 8, "num_stages": 2}),
+    (
+        triton_kernels.prompt_kernel,
+        PROMPT | {"PAGE_SIZE": 256, "QUERY_TILE": 16},
+        {"num_stages": 2},
+    ),
+    (triton_kernels.decode_kernel, SMALL_DECODE | {"NUM_SPLITS": 4}, {"num_stages": 3}),
+    (triton_kernels.prompt_kernel, SMALL_PROMPT, {"num_stages": 2}),
     (gpu_kernels.rms_norm_kernel, NORM | {"ADDS": True}, {"num_warps": 8}),
     (gpu_kernels.rms_norm_kernel, NORM | {"ADDS": False}, {"num_warps": 8}),
     (gpu_kernels.silu_and_mul_kernel, {"WIDTH": 14336, "BLOCK": 1024}, {}),
@@ -61,13 +72,17 @@ VARIANTS: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
 
 
 def compiled(kernel: Any, constants: dict[str, Any], options: dict[str, int], target: Any) -> Any:
-    """Return the compiled kernel, for bfloat16 tensors that begin at multiples of 16 bytes."""
+    """Return the compiled kernel, for tensors that begin at multiples of 16 bytes.
+
+    They are bfloat16 but for `OTHER_POINTERS`, and but for kernels that multiply in float32.
+    """
     signature, aligned = {}, {}
+    plain = FP32 if constants.get("DOT_DTYPE") == tl.float32 else BF16
     for place, name in enumerate(inspect.signature(kernel.fn).parameters):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = OTHER_POINTERS.get(name, BF16)
+            signature[name] = OTHER_POINTERS.get(name, plain)
             aligned[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in {"eps", "scale_log2"} else "i32"
