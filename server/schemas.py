@@ -165,7 +165,7 @@ class GenerateFields(Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="prefixes are shared only with requests of the same salt"
+        default=None, description="prefixes are shared by equal salts only, in the key's namespace"
     )
     priority: int | None = Field(default=None, description="smaller goes first; default 0")
     add_special_tokens: bool | None = Field(
