@@ -82,7 +82,8 @@ async def generate(
     tell it, once.
     """
     output = OutputText(service.text.tokenizer, job.output)
-    reasoning = None if job.spoken is None else job.spoken.counter(service.text.tokenizer)
+    pieces = service.text.tokenizer.pieces(skip_special_tokens=job.output.skip_special_tokens)
+    reasoning = None if job.spoken is None else job.spoken.counter(pieces)
     record.finish_reason = "abort"
     try:
         request = _kept_apart(job.requests[index], record.namespace)
