@@ -147,7 +147,7 @@ class ServerSection(Section):
     api_key: tuple[str, ...] = Field(default=(), description="accepted keys; none: open to all")
     api_key_file: Path | None = Field(
         default=None,
-        description="one key a line, or .toml: names and limits too; SIGHUP reloads",
+        description="one key a line, or .toml: names, limits, namespaces; SIGHUP reloads",
     )
     max_requests_per_key: int | None = Field(
         default=None, ge=1, description="requests running at once with one key, then 429"

@@ -54,7 +54,7 @@ class Submit:
     output_token_ids: tuple[int, ...] = ()
     #: Smaller goes first (vLLM's meaning); first come, first served within one priority.
     priority: int = 0
-    #: Prefixes are shared only within one namespace (`cache_salt`).
+    #: Prefixes are shared only within one namespace (the API key's, with `cache_salt` in it).
     namespace: str = ""
     #: Taken in before, so that a full queue is no reason to refuse it.
     is_resumed: bool = False

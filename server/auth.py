@@ -35,7 +35,8 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         key = self._accepted(scope)
-        RequestContext.of(scope).record.key_name = key.name
+        record = RequestContext.of(scope).record
+        record.key_name, record.owner, record.namespace = key.name, key.owner, key.namespace
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return

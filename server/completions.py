@@ -61,7 +61,7 @@ class CompletionDialect:
         if not self._has_logprobs and not self._has_token_ids:
             return self._envelope.text(self._text, piece.text, _NO_LOGPROBS)
         before = self._due_echo(piece.prompt_logprobs)
-        if not piece.num_tokens and not piece.text:
+        if not (piece.num_tokens or piece.text or piece.tokens):
             return before
         rest = {"logprobs": None, "finish_reason": None, **self._details([piece])}
         return before + self._envelope.text(self._text, piece.text, b"," + orjson.dumps(rest)[1:])

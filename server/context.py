@@ -55,6 +55,9 @@ class RequestRecord:
     stream_end: Callable[[ApiError], bytes] | None = field(default=None, repr=False)
     #: Of the API key, if it has a name.
     key_name: str = ""
+    #: Of the API key: see `ApiKey`. Empty where none is needed.
+    owner: str = ""
+    namespace: str = ""
     #: `error.code` of the answer, where it is an error.
     error_code: str = ""
 

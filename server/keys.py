@@ -24,6 +24,8 @@ from server.logs import LOGGER_NAME, fields
 
 #: What a file's name ends with if it holds names and limits too; any other has one key a line.
 TOML_SUFFIX = ".toml"
+#: The `cache_namespace` of keys that share cached prefixes with all others that say so.
+SHARED_NAMESPACE = "shared"
 
 _log = logging.getLogger(LOGGER_NAME)
 
@@ -33,10 +35,27 @@ class ApiKey:
     """One accepted key, without the key: what is kept of it cannot be turned back."""
 
     digest: bytes
-    #: For the log; may be empty. Several keys may share one, as when one replaces another.
+    #: May be empty. Several keys may share one, as when one replaces another.
     name: str = ""
     #: Requests that may run at once with it; None: as many as there is room for.
     max_requests: int | None = None
+    #: As the operator set it; None: the key's owner has one.
+    cache_namespace: str | None = None
+
+    @property
+    def owner(self) -> str:
+        """Whose stored responses are those made with it: its name's, or its own without one.
+
+        Not empty; no name is equal to what stands for a key without one.
+        """
+        return f"={self.name}" if self.name else f"#{self.digest.hex()}"
+
+    @property
+    def namespace(self) -> str:
+        """Within which cached prefixes are shared; empty: the one of all who share."""
+        if self.cache_namespace is None:
+            return self.owner
+        return "" if self.cache_namespace == SHARED_NAMESPACE else f"={self.cache_namespace}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +123,9 @@ def digest_of(secret: bytes) -> bytes:
 
 def load_keys(section: ServerSection) -> tuple[ApiKey, ...]:
     """Return the configured keys. Raises `ValueError` that says what is wrong, and no key."""
-    entries = [_Entry(key=secret) for secret in section.api_key]
+    # Without a file, all keys are one operator's.
+    namespace = SHARED_NAMESPACE if section.api_key_file is None else None
+    entries = [_Entry(key=secret, cache_namespace=namespace) for secret in section.api_key]
     if section.api_key_file is not None:
         entries += _entries_in(section.api_key_file)
     found: dict[bytes, ApiKey] = {}
@@ -112,11 +133,11 @@ def load_keys(section: ServerSection) -> tuple[ApiKey, ...]:
         if not entry.key.strip() or not entry.key.isascii() or not entry.key.isprintable():
             raise ValueError("api_key must be visible ASCII, and not empty")
         limit = entry.max_concurrent_requests or section.max_requests_per_key
-        key = ApiKey(digest_of(entry.key.strip().encode()), entry.name, limit)
+        digest = digest_of(entry.key.strip().encode())
+        key = ApiKey(digest, entry.name, limit, entry.cache_namespace)
         if found.setdefault(key.digest, key) != key:
             named = f" (the one named {key.name!r})" if key.name else ""
-            message = f"the same key stands twice among the API keys{named}, with different limits"
-            raise ValueError(message)
+            raise ValueError(f"the same key stands twice among the API keys{named}, and differs")
     return tuple(found.values())
 
 
@@ -131,12 +152,17 @@ def reload_keys(keyring: Keyring, section: ServerSection) -> None:
     _log.info("API keys reloaded", extra=fields(keys=len(keys)))
 
 
+#: Visible ASCII, with spaces only inside: names that look alike are equal.
+_Name = Annotated[str, Field(max_length=64, pattern=r"^([\x21-\x7e]+( +[\x21-\x7e]+)*)?$")]
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     key: str
-    name: Annotated[str, Field(max_length=64, pattern=r"^[\x20-\x7e]*$")] = ""
+    name: _Name = ""
     max_concurrent_requests: int | None = Field(default=None, ge=1)
+    cache_namespace: Annotated[_Name, Field(min_length=1)] | None = None
 
 
 class _File(BaseModel):

@@ -35,7 +35,10 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True)
 class TokenAt:
-    """A token whose probabilities were asked for, and where its text stands in the output."""
+    """A token whose probabilities were asked for, and where its text stands in the output.
+
+    Tokens that make a character together all stand where it does.
+    """
 
     logprobs: TokenLogprobs
     start_char: int
@@ -124,12 +127,15 @@ class OutputText:
     def _push_singly(self, delta: Delta, num_shown: int) -> tuple[str, int, str | None]:
         texts = []
         for index, token_id in enumerate(delta.token_ids[:num_shown]):
-            start = self._num_decoded_chars
+            start, was_holding = self._num_decoded_chars, self._decoder.is_holding
             decoded = self._decoder.push((token_id,))
             self._num_decoded_chars += len(decoded)
             logprobs = delta.logprobs[index] if delta.logprobs else None
             if logprobs is not None:
-                self._held.append(TokenAt(logprobs, start, self._num_decoded_chars))
+                # What stands for a broken character is the text of the tokens before.
+                start += was_holding and decoded.startswith("\ufffd")
+                end = self._num_decoded_chars + self._decoder.is_holding
+                self._held.append(TokenAt(logprobs, start, end))
             self._num_tokens += 1
             text, stop_text = self._match(decoded)
             texts.append(text)

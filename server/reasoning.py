@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from codecs import utf_8_decode
 from collections import deque
 from collections.abc import Sequence
 
-from server.text.tokenizer import Tokenizer
+from server.text.pieces import Pieces
 from server.tools.speech import ThinkTags
-
-_SPACES = b" \t\r\n"
 
 
 class ReasoningCounter:
@@ -18,9 +17,9 @@ class ReasoningCounter:
     tokens come. What it reads is what `SpeechParser` takes for reasoning, the tags excepted.
     """
 
-    def __init__(self, tokenizer: Tokenizer, tags: ThinkTags, *, is_thinking: bool) -> None:
-        """`is_thinking`: the prompt ended within the reasoning."""
-        self._piece_of = tokenizer.pieces(skip_special_tokens=False).__getitem__
+    def __init__(self, pieces: Pieces, tags: ThinkTags, *, is_thinking: bool) -> None:
+        """`pieces`: of the tokens as the parser sees them; `is_thinking`: so the prompt ended."""
+        self._piece_of = pieces.__getitem__
         self._opener = tags.opener.encode()
         self._closer = tags.closer.encode()
         self._is_thinking = is_thinking
@@ -53,12 +52,14 @@ class ReasoningCounter:
 
     def _begin(self) -> None:
         """Find out whether the reasoning begins here, with the opener or behind the prompt's."""
-        start = self._text.lstrip(_SPACES)
-        if start.startswith(self._opener):
-            self._drop_to(len(self._text) - len(start) + len(self._opener))
+        text, _ = utf_8_decode(self._text, "replace", False)  # noqa: FBT003 - takes no keywords
+        begun = text.lstrip().encode()
+        num_spaces = len(text.encode()) - len(begun)
+        if begun.startswith(self._opener):
+            self._drop_to(num_spaces + len(self._opener))
             self._starts = deque(at for at in self._starts if at >= self._num_before)
             self._is_begun = True
-        elif not self._opener.startswith(start):
+        elif not self._opener.startswith(begun):
             self._is_begun = self._is_thinking
             self._is_over = not self._is_thinking
 

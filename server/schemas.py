@@ -165,7 +165,7 @@ class GenerateFields(Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="prefixes are shared only with requests of the same salt"
+        default=None, description="prefixes are shared by equal salts only, in the key's namespace"
     )
     priority: int | None = Field(default=None, description="smaller goes first; default 0")
     add_special_tokens: bool | None = Field(
@@ -270,7 +270,9 @@ class ChatRequest(GenerateFields):
     max_completion_tokens: int | None = Field(
         default=None, description="default: as many as the context has room for"
     )
-    logprobs: bool | None = None
+    logprobs: bool | None = Field(
+        default=None, description="of all tokens, those of reasoning and of calls too"
+    )
     top_logprobs: int | None = Field(default=None, description="0 to 20; needs logprobs")
     add_generation_prompt: bool | None = Field(
         default=None, description="default true, or false with continue_final_message"

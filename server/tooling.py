@@ -14,7 +14,7 @@ from server.params import Warned
 from server.reasoning import ReasoningCounter
 from server.schemas import ChatRequest
 from server.service import Service
-from server.text.tokenizer import Tokenizer
+from server.text.pieces import Pieces
 from server.tools.declared import call_syntax, opens_reasoning, think_tags
 from server.tools.schemas import Tool, ToolChoice
 from server.tools.speech import Speech
@@ -34,12 +34,15 @@ class Spoken:
     #: The one call there is was asked for by its name (then OpenAI says "stop").
     is_named: bool = False
 
-    def counter(self, tokenizer: Tokenizer) -> ReasoningCounter | None:
-        """Return what counts the tokens of the reasoning; None: the model does none."""
+    def counter(self, pieces: Pieces) -> ReasoningCounter | None:
+        """Return what counts the tokens of the reasoning; None: the model does none.
+
+        `pieces`: of the tokens as they are shown.
+        """
         tags = self.speech.tags
         if tags is None:
             return None
-        return ReasoningCounter(tokenizer, tags, is_thinking=self.speech.is_thinking)
+        return ReasoningCounter(pieces, tags, is_thinking=self.speech.is_thinking)
 
 
 def is_forced(request: ChatRequest) -> bool:

@@ -128,8 +128,13 @@ class MessagesDialect:
         }
 
     def _octavo(self, told: dict[str, Any]) -> dict[str, Any]:
-        left_out = self._blocks.left_out
-        return {**told["octavo"], **({"left_out": left_out} if left_out else {})}
+        # Anthropic's usage has no place for the count.
+        own = {
+            "left_out": self._blocks.left_out or None,
+            "reasoning_tokens": self._record.reasoning_tokens,
+        }
+        known = {name: value for name, value in own.items() if value is not None}
+        return {**told["octavo"], **known}
 
 
 def _events(payloads: Iterable[Payload]) -> bytes:

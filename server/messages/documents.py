@@ -67,6 +67,8 @@ class MessageReport(Octavo):
     """What other servers do not tell."""
 
     left_out: LeftOut | None = None
+    #: Of the output's tokens; only of models that reason.
+    reasoning_tokens: int | None = None
 
 
 class MessageAnswer(Document):

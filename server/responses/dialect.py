@@ -15,10 +15,10 @@ from server.chat import logprobs_entry
 from server.context import RequestRecord
 from server.errors import ApiError
 from server.generate import Job
-from server.output import Piece
+from server.output import Piece, TokenAt
 from server.responses.exchange import Exchange
+from server.responses.logprobs import TextTokens
 from server.responses.output import Fields, OutputItems
-from server.responses.thinking import ReasoningTokens
 from server.service import Service
 from server.spoken import call_id
 from server.tools.events import Call, Content, CutCall, Event, Reasoning
@@ -46,14 +46,10 @@ class ResponseDialect:
         num_id_chars = calls.id_chars if calls is not None else None
         self._output = OutputItems(exchange.key, lambda: call_id(service.chance, num_id_chars))
         self._parser = SpeechParser(spoken.speech) if spoken is not None else None
-        tags = spoken.speech.tags if spoken is not None else None
-        self._thinking = ReasoningTokens(self._tokenizer, tags) if tags is not None else None
-        self._has_reasoning = False
         #: Nothing but text is told, event by event alike but for the text and the number.
         self._is_plain = spoken is None and not job.has_logprobs
         self._delta_head = b""
-        #: Of tokens whose text is not told yet.
-        self._logprobs: list[Fields] = []
+        self._tokens = TextTokens()
         #: What the reader is not given otherwise.
         self._left_out: Fields = {}
 
@@ -105,23 +101,14 @@ class ResponseDialect:
         return self._finished(choices[0]["finish_reason"], told)
 
     def _advance(self, piece: Piece) -> list[Fields]:
-        num_thought = self._thinking.push(piece.token_ids) if self._thinking is not None else 0
+        content = self._tokens.push(piece)
         if self._parser is not None:
-            said = self._parser.push(piece.text)
-        else:
-            said = [Content(piece.text)] if piece.text else []
-        if not self._has_reasoning and any(isinstance(event, Reasoning) for event in said):
-            self._has_reasoning = True
-            self._logprobs.clear()
-        if self._job.has_logprobs:
-            tokens = piece.tokens[num_thought if self._has_reasoning else 0 :]
-            self._logprobs += [logprobs_entry(self._tokenizer, at.logprobs) for at in tokens]
-        return self._said(said)
+            return self._said(self._parser.push(piece.text))
+        return self._said([content] if piece.text else [])
 
     def _finish(self, finish_reason: str) -> list[Fields]:
         events = self._said(self._parser.finish()) if self._parser is not None else []
-        if self._logprobs and self._output.is_message_open:
-            events += self._output.text("", self._taken_logprobs())
+        events += self._rest_of_logprobs()
         is_cut = finish_reason == "length"
         if not self._output.items():
             events += self._output.text("", [])
@@ -132,9 +119,8 @@ class ResponseDialect:
         for event in said:
             match event:
                 case Content(text):
-                    events += self._output.text(text, self._taken_logprobs())
+                    events += self._output.text(text, self._logprobs(self._tokens.of(event)))
                 case Reasoning(text):
-                    self._has_reasoning = True
                     is_told = self._job.spoken is None or self._job.spoken.has_reasoning
                     events += self._output.reasoning(text) if is_told else []
                 case Call():
@@ -144,16 +130,19 @@ class ResponseDialect:
         return events
 
     def _called(self, call: Call) -> list[Fields]:
-        self._logprobs.clear()
+        events = self._rest_of_logprobs()
         is_told = self._job.spoken is None or self._job.spoken.has_parallel_calls
         if is_told or not self._output.num_calls:
-            return self._output.call(call)
+            return events + self._output.call(call)
         self._left_out["num_tool_calls"] = self._left_out.get("num_tool_calls", 0) + 1
-        return []
+        return events
 
-    def _taken_logprobs(self) -> list[Fields]:
-        taken, self._logprobs = self._logprobs, []
-        return taken
+    def _rest_of_logprobs(self) -> list[Fields]:
+        rest = self._logprobs(self._tokens.rest())
+        return self._output.text("", rest) if rest else []
+
+    def _logprobs(self, tokens: Sequence[TokenAt]) -> list[Fields]:
+        return [logprobs_entry(self._tokenizer, token.logprobs) for token in tokens]
 
     def _finished(self, finish_reason: str, told: dict[str, Any]) -> Fields:
         """Return the whole response, and have it kept."""
@@ -172,7 +161,6 @@ class ResponseDialect:
     def _usage(self, usage: dict[str, Any]) -> Fields:
         num_prompt, num_output = usage["prompt_tokens"], usage["completion_tokens"]
         num_cached = usage["prompt_tokens_details"]["cached_tokens"]
-        num_reasoning = self._thinking.count if self._thinking and self._has_reasoning else 0
         return {
             "input_tokens": num_prompt,
             "input_tokens_details": {
@@ -181,7 +169,7 @@ class ResponseDialect:
                 "cache_write_tokens": num_prompt - num_cached,
             },
             "output_tokens": num_output,
-            "output_tokens_details": {"reasoning_tokens": num_reasoning},
+            "output_tokens_details": {"reasoning_tokens": self._record.reasoning_tokens or 0},
             "total_tokens": num_prompt + num_output,
         }
 

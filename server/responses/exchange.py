@@ -76,13 +76,9 @@ class Exchange:
         job = await chat_job(self._service, chat_request(request, conversation.messages))
         warnings += conversation.warnings
         warnings += renamed_warnings(job.warnings, conversation.origins)
-        # The usage is always told, and all tokens are counted, those without a text too.
+        # The usage is always told, at the end.
         return replace(
-            job,
-            warnings=tuple(warnings),
-            has_usage_chunk=True,
-            has_continuous_usage=False,
-            has_token_ids=True,
+            job, warnings=tuple(warnings), has_usage_chunk=True, has_continuous_usage=False
         )
 
     def as_told_here(self, error: ApiError) -> ApiError:

@@ -38,11 +38,6 @@ class OutputItems:
         return sum(item["type"] == "function_call" for item in self._items)
 
     @property
-    def has_reasoning(self) -> bool:
-        """Whether there was any."""
-        return any(item["type"] == "reasoning" for item in self._items)
-
-    @property
     def is_message_open(self) -> bool:
         """Whether text that follows goes on with what is there."""
         return self._is_open and self._items[-1]["type"] == "message"

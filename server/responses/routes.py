@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from typing import Any
 
@@ -12,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server import schemas
-from server.context import RequestRecord
+from server.context import RequestContext, RequestRecord
 from server.errors import ApiError, invalid, shortened
 from server.generate import Job
 from server.openapi import answers, body_of, generation_answers
@@ -44,7 +43,7 @@ def response_routes(service: Service, store: ResponseStore) -> APIRouter:
     async def create_response(request: Request) -> Response:
         body = await read_body(request, limit_bytes)
         asked = await schemas.parse(ResponsesRequest, body)
-        exchange = Exchange(service, store, _owner(service, request), asked)
+        exchange = Exchange(service, store, _owner(request), asked)
 
         def dialect(job: Job, record: RequestRecord, index: int) -> Dialect:
             assert index == 0, "a response has one answer"
@@ -74,7 +73,7 @@ class _Reply(GenerationResponse):
 def _add_stored_routes(router: APIRouter, service: Service, store: ResponseStore) -> None:
     def found(request: Request, response_id: str) -> Stored:
         now_s = service.clock.monotonic_s()
-        stored = store.recall(_owner(service, request), response_id, now_s)
+        stored = store.recall(_owner(request), response_id, now_s)
         if stored is None:
             raise _not_found(response_id)
         return stored
@@ -96,7 +95,7 @@ def _add_stored_routes(router: APIRouter, service: Service, store: ResponseStore
     )
     async def delete_response(request: Request, response_id: str) -> Response:
         _query(request, ())
-        if not store.forget(_owner(service, request), response_id, service.clock.monotonic_s()):
+        if not store.forget(_owner(request), response_id, service.clock.monotonic_s()):
             raise _not_found(response_id)
         return JsonResponse({"id": response_id, "object": "response", "deleted": True})
 
@@ -160,13 +159,9 @@ def _query(request: Request, known: Collection[str]) -> dict[str, str]:
     return dict(request.query_params)
 
 
-def _owner(service: Service, request: Request) -> str:
-    """Return whose responses are meant: those of the key in use, of which a digest will do."""
-    if not (service.config.server.api_key or service.config.server.api_key_file):
-        return ""
-    _, _, bearer = request.headers.get("authorization", "").partition(" ")
-    key = bearer or request.headers.get("x-api-key", "")
-    return hashlib.sha256(key.strip().encode()).hexdigest()
+def _owner(request: Request) -> str:
+    """Return whose responses are meant."""
+    return RequestContext.of(request.scope).record.owner
 
 
 def _not_found(response_id: str) -> ApiError:

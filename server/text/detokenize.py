@@ -28,6 +28,11 @@ class StreamDecoder:
         self._leading_spaces = 0 if continues else tokenizer.leading_spaces
         self._held = b""
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether a character is begun: the next one given out, or U+FFFD in its place."""
+        return bool(self._held)
+
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that became certain with these tokens."""
         data = b"".join(map(self._piece_of, token_ids))

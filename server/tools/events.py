@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,6 +10,8 @@ class Content:
     """Text for the reader."""
 
     text: str
+    #: Where in the output it stands, in characters; it is there letter by letter.
+    start_char: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

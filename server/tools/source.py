@@ -38,10 +38,13 @@ class Source:
         self.text = ""
         #: All before it has been told.
         self.pos = 0
+        #: Characters before `text`.
+        self.num_dropped = 0
         self.is_ended = False
 
     def drop_told(self) -> None:
         """Forget what has been told; positions of others in the text are void."""
+        self.num_dropped += self.pos
         self.text = self.text[self.pos :]
         self.pos = 0
 

@@ -190,11 +190,13 @@ class SpeechParser:
         self._source.pos = end
 
     def _tell(self, text: str) -> None:
+        """Tell `text`, which stands at the source's position."""
+        end = self._source.num_dropped + self._source.pos + len(text)
         if not self._has_content and (self._num_calls or self._has_reasoning):
             text = text.lstrip()
         if text:
             self._has_content = True
-            self._events.append(Content(text))
+            self._events.append(Content(text, end - len(text)))
 
 
 def _first(text: str, start: int, markers: tuple[str, ...]) -> tuple[int, str]:

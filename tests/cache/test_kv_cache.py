@@ -108,6 +108,7 @@ def test_a_page_that_is_being_computed_is_in_flight_until_it_is_committed() -> N
     assert cache.match([1, 2, 3, 4]).in_flight, "the page's head is worth waiting for too"
     assert not cache.match([1, 2, 3]).in_flight, "too short for the page"
     assert not cache.match([1, 2, 3, 9, 9]).in_flight
+    assert not cache.match(first, "another").in_flight
     cache.commit(allocation, first, 4)
     assert cache.match([1, 2, 3, 4, 5, 6, 7, 8, 0]).in_flight, "now the second page is"
     assert not cache.match([1, 2, 3, 4, 9, 9, 9, 9]).in_flight

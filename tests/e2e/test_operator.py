@@ -62,15 +62,25 @@ def test_sighup_exchanges_the_keys_of_a_running_server(
         headers = {"Authorization": f"Bearer {key}"}
         return httpx.get(f"{daemon.url}/v1/models", headers=headers).status_code
 
+    def answer(key: str, **more: Any) -> Any:
+        asked = {"input": "kept for alice", "max_output_tokens": 8, **more}
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.post(f"{daemon.url}/v1/responses", json=asked, headers=headers).json()
+
     allow("sk-first")
     with start_tiny("--api-key-file", str(file)) as daemon:
         assert (status("sk-first"), status("sk-second")) == (200, 401)
+        first = answer("sk-first")
         allow("sk-second")
         daemon.process.send_signal(signal.SIGHUP)
         end_s = time.monotonic() + PATIENCE_S
         while status("sk-second") != 200:
             assert time.monotonic() < end_s, "".join(daemon.log)
         assert status("sk-first") == 401
+        # The new key has the old one's name, and with it what the old one left.
+        second = answer("sk-second", previous_response_id=first["id"])
+        details = second["usage"]["input_tokens_details"]
+        assert details["cached_tokens"] >= first["usage"]["input_tokens"] - 1
         file.write_text("nonsense")
         daemon.process.send_signal(signal.SIGHUP)
         while not any("not reloaded" in line for line in daemon.log):

@@ -303,6 +303,12 @@ def scripted(start_server: StartServer) -> Callable[..., LiveServer]:
     return lambda script, **section: start_server(ScriptedClient(script), **section)
 
 
+@pytest.fixture(scope="session")
+def scripted_client() -> Callable[[Script], ScriptedClient]:
+    """An engine that follows a script."""
+    return ScriptedClient
+
+
 @pytest.fixture
 def speaking(scripted: Callable[..., LiveServer], text: ModelText) -> Callable[..., LiveServer]:
     """Start a server whose model says `outputs` in turn, `width` tokens at a time."""

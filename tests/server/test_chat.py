@@ -212,7 +212,7 @@ def test_every_parameter_reaches_the_engine(scripted: Callable[..., Any]) -> Non
     assert request.params.seed == 2**64 - 1
     assert request.params.logit_bias == ((7, 5.0), (8, -100.0))
     assert request.params.stop_token_ids == (3, 4)
-    assert (request.namespace, request.priority) == ("tenant", -3)
+    assert (request.namespace, request.priority) == ("0:tenant", -3)
 
 
 def test_a_limit_beyond_the_vocabulary_is_none(scripted: Callable[..., Any]) -> None:

@@ -8,14 +8,19 @@ from hypothesis import HealthCheck, given, settings
 
 from server.reasoning import ReasoningCounter
 from server.text.load import ModelText
+from server.text.pieces import Pieces
 from server.tools.declared import MISTRAL_THINK, THINK
 from server.tools.events import Reasoning
 from server.tools.speech import Speech, SpeechParser, ThinkTags
 
 
+def pieces_of(text: ModelText) -> Pieces:
+    return text.tokenizer.pieces(skip_special_tokens=True)
+
+
 def counted(text: ModelText, output: str, *, width: int = 1, is_thinking: bool = False) -> int:
     """A byte is a token here."""
-    counter = ReasoningCounter(text.tokenizer, THINK, is_thinking=is_thinking)
+    counter = ReasoningCounter(pieces_of(text), THINK, is_thinking=is_thinking)
     token_ids = [*output.encode()]
     for start in range(0, len(token_ids), width):
         counter.count(token_ids[start : start + width], is_last=False)
@@ -37,6 +42,8 @@ def counted(text: ModelText, output: str, *, width: int = 1, is_thinking: bool =
         ("<thi", False, 0),
         ("</think>yes", True, 0),
         ("", True, 0),
+        ("\u00a0\u3000\x0b<think>hm</think>", False, 2),
+        ("\u3000hm</think>", True, 5),
     ],
 )
 def test_what_stands_between_the_tags_counts(
@@ -46,7 +53,7 @@ def test_what_stands_between_the_tags_counts(
 
 
 def test_it_grows_with_the_stream(text: ModelText) -> None:
-    counter = ReasoningCounter(text.tokenizer, THINK, is_thinking=True)
+    counter = ReasoningCounter(pieces_of(text), THINK, is_thinking=True)
     told = [counter.count((byte,), is_last=False) for byte in b"a long thought</think>yes"]
     assert told == sorted(told)
     assert told[10] > 0
@@ -56,7 +63,7 @@ def test_it_grows_with_the_stream(text: ModelText) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(
     parts=st.lists(
-        st.sampled_from(["<think>", "</think>", "<thi", "nk>", " ", "\n", "a", "bc", "é"]),
+        st.sampled_from(["<think>", "</think>", "<thi", "nk>", " ", "\n\u3000", "a", "bc", "é"]),
         max_size=9,
     ),
     width=st.integers(1, 9),
@@ -67,7 +74,7 @@ def test_it_counts_what_the_parser_tells(
     text: ModelText, parts: list[str], width: int, is_thinking: bool, tags: ThinkTags
 ) -> None:
     output = "".join(parts).replace("<think>", tags.opener).replace("</think>", tags.closer)
-    counter = ReasoningCounter(text.tokenizer, tags, is_thinking=is_thinking)
+    counter = ReasoningCounter(pieces_of(text), tags, is_thinking=is_thinking)
     token_ids = [*output.encode()]
     for start in range(0, len(token_ids), width):
         counter.count(token_ids[start : start + width], is_last=False)
@@ -76,5 +83,5 @@ def test_it_counts_what_the_parser_tells(
     events = parser.push(output) + parser.finish()
     told = "".join(event.text for event in events if isinstance(event, Reasoning)).encode()
     # The parser leaves out the spaces at both ends, which are the template's.
-    num_spaces = sum(output.count(space) for space in " \n")
+    num_spaces = sum(len(letter.encode()) for letter in output if letter.isspace())
     assert len(told) <= count <= len(told) + num_spaces

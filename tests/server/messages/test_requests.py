@@ -159,7 +159,7 @@ def test_sampling_is_as_asked(saying: Saying) -> None:
     sampling = request.params
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.25, 0.5, 3)
     assert (sampling.seed, sampling.min_p, sampling.stop_token_ids) == (7, 0.125, (9,))
-    assert (sampling.max_tokens, request.namespace) == (9, "mine")
+    assert (sampling.max_tokens, request.namespace) == (9, "0:mine")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_reasoning_text_and_calls_are_items(speaking: Any, api_of: Any, width: i
     assert (first.name, json.loads(first.arguments)) == ("add", {"a": 1})
     assert first.call_id != second.call_id
     assert response.status == "completed"
-    assert response.usage.output_tokens_details.reasoning_tokens == len("One and one.\n</think>")
+    assert response.usage.output_tokens_details.reasoning_tokens == len("One and one.\n")
 
 
 def test_an_answer_of_nothing_is_an_empty_message(speaking: Any) -> None:
@@ -137,7 +137,7 @@ def test_reasoning_may_be_left_out(speaking: Any, include_reasoning: bool | None
     body = live.post(PATH, input="x", include_reasoning=include_reasoning).json()
     kinds = [item["type"] for item in body["output"]]
     assert kinds == (["message"] if include_reasoning is False else ["reasoning", "message"])
-    assert body["usage"]["output_tokens_details"]["reasoning_tokens"] == len("One.</think>")
+    assert body["usage"]["output_tokens_details"]["reasoning_tokens"] == len("One.")
 
 
 def test_without_parallel_calls_the_first_is_told(speaking: Any) -> None:

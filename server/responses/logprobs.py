@@ -1,0 +1,48 @@
+"""Which tokens of an output a text that is told came of. Knows nothing of how either is told."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from server.output import Piece, TokenAt
+from server.tools.events import Content
+
+
+class TextTokens:
+    """Finds the tokens of each text by where both stand in the output.
+
+    Text may be told later than its tokens come, or not at all (tags, calls, the spaces around
+    them), and a token's text may be told in part: then the token belongs to it too.
+    """
+
+    def __init__(self) -> None:
+        #: Those whose text is not told yet.
+        self._waiting: deque[TokenAt] = deque()
+        self._num_chars = 0
+        #: Where the text ends that was told last.
+        self._end = 0
+
+    def push(self, piece: Piece) -> Content:
+        """Take in what comes next; return its text, and where that stands."""
+        self._waiting += piece.tokens
+        self._num_chars += len(piece.text)
+        return Content(piece.text, self._num_chars - len(piece.text))
+
+    def of(self, content: Content) -> list[TokenAt]:
+        """Return the tokens of a text that is told now; those before it never are."""
+        start, waiting = content.start_char, self._waiting
+        while waiting and waiting[0].start_char < start and waiting[0].end_char <= start:
+            waiting.popleft()
+        self._end = start + len(content.text)
+        return self._taken()
+
+    def rest(self) -> list[TokenAt]:
+        """Return what is left of the text told last, now that no more of it is told."""
+        is_all = self._end == self._num_chars
+        return self._taken(is_all=is_all)
+
+    def _taken(self, *, is_all: bool = False) -> list[TokenAt]:
+        taken = []
+        while self._waiting and (is_all or self._waiting[0].start_char < self._end):
+            taken.append(self._waiting.popleft())
+        return taken
