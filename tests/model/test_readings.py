@@ -68,7 +68,7 @@ class Folder:
 
     def split(self, *shards: dict[str, Tensor]) -> None:
         (self.path / "model.safetensors").unlink()
-        placed = {}
+        placed: dict[str, str] = {}
         for index, tensors in enumerate(shards):
             self.save(tensors, f"part-{index}.safetensors")
             placed |= dict.fromkeys(tensors, f"part-{index}.safetensors")
