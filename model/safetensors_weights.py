@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +44,9 @@ class SafetensorsWeights:
         self._entries: dict[str, _Entry] = {}
         #: From the index: which file should have a tensor.
         self._placed: dict[str, str] = {}
-        notes = list(_notes_on_files(folder))
-        for path in self._paths():
+        paths = self._paths()
+        notes = list(_notes_on_files(folder, paths))
+        for path in paths:
             found = _read_header(path)
             if twice := self._entries.keys() & found:
                 name = min(twice)
@@ -110,18 +111,18 @@ def is_derived(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _notes_on_files(folder: Path) -> Iterator[str]:
+def _notes_on_files(folder: Path, read: Sequence[Path]) -> Iterator[str]:
     """Say which files of a folder are passed over, here and by `transformers`."""
-    has_whole, has_index = (folder / _WHOLE).is_file(), (folder / _INDEX).is_file()
-    if has_whole and has_index:
-        yield f"{_WHOLE} is read, and {_INDEX} is not"
-    if not has_whole and not has_index:
+    has_index = (folder / _INDEX).is_file()
+    if read == [folder / _WHOLE]:
+        if has_index:
+            yield f"{_WHOLE} is read, and {_INDEX} is not"
+    elif not has_index:
         yield f"there is neither {_WHOLE} nor {_INDEX}: all files of safetensors are read"
-    others = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if (folder / "adapter_config.json").is_file():
-        others.append("adapter_config.json")
-    if others:
-        yield f"{', '.join(others)} is not read"
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
+    others = {path for pattern in patterns for path in folder.glob(pattern)} - set(read)
+    for path in sorted(others):
+        yield f"{path.name} is not read"
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
