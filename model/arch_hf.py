@@ -29,6 +29,7 @@ _HF_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _ANY_FAMILY = (
     "configuration_files",
     "decoder",
+    "fusion_config",
     "generator",
     "per_layer_config",
     "text_config",
@@ -100,6 +101,8 @@ def _refuse_hf(keys: ConfigKeys) -> None:
     for key in _ANY_FAMILY:
         keys.refuse_unless(key)
     keys.refuse_unless("is_encoder_decoder", 0)
+    if "is_causal" in keys and keys.get("is_causal") is not True:
+        raise ArchError("is_causal must be true where it is there")
     keys.refuse_unless("hidden_act", "silu", "swish")
     keys.refuse_unless("rope_interleaved", 0)
     keys.refuse_unless("quantization_config")
