@@ -81,5 +81,5 @@ FROM runtime AS cpu
 COPY --from=build-cpu /opt/octavo /opt/octavo
 ENV OCTAVO_DEVICE=cpu
 # An op that cannot be loaded would only show as a slow server.
-RUN ["python", "-c", "import sys; from model.cpu_ops import load_cpu_ops; \
-ops = load_cpu_ops(); sys.exit(ops if isinstance(ops, str) else 0)"]
+RUN ["python", "-c", "import sys; from model.cpu_library import load_cpu_library; \
+found = load_cpu_library(); sys.exit(found if isinstance(found, str) else 0)"]

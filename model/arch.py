@@ -103,6 +103,8 @@ class ArchSpec:
     default_dtype: Dtype = "float32"
     #: Keys of the config that nobody here knows.
     unknown_keys: tuple[str, ...] = ()
+    #: How files were read that can be read in two ways.
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):

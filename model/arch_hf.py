@@ -1,7 +1,9 @@
-"""From a config.json, as `transformers` writes it, to an `ArchSpec`.
+"""From a config.json, as `transformers` reads it, to an `ArchSpec`.
 
-An option that would change the arithmetic and is not supported is an error that names its key; a
-key nobody here knows is kept in `unknown_keys`, to be told to the operator.
+The same file must give the same logits there and here: what that library takes where a key is
+absent or null, and which of two keys it prefers, is taken here too. An option that would change the
+arithmetic and is not supported is an error that names its key; a key nobody here knows is kept in
+`unknown_keys`, to be told to the operator.
 """
 
 from __future__ import annotations
@@ -22,7 +24,18 @@ _INERT = frozenset(
 
 #: What `transformers` takes where config.json says nothing.
 _HF_DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
-_HF_DEFAULT_KV_HEADS = {"mistral": 8}
+_HF_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+#: Keys that every config of `transformers` acts on, whatever its family.
+_ANY_FAMILY = (
+    "configuration_files",
+    "decoder",
+    "fusion_config",
+    "generator",
+    "per_layer_config",
+    "text_config",
+    "text_encoder",
+    "transformers_weights",
+)
 
 
 def from_hf_config(
@@ -50,7 +63,7 @@ def from_hf_config(
         intermediate_size=keys.count("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=keys.count("num_key_value_heads", _HF_DEFAULT_KV_HEADS.get(family, num_heads)),
+        num_kv_heads=_num_kv_heads(keys, family, num_heads),
         head_dim=head_dim,
         rms_eps=keys.number("rms_norm_eps", 1e-6),
         max_positions=max_positions,
@@ -66,10 +79,30 @@ def from_hf_config(
         has_qk_norm=family == "qwen3",
         default_dtype=_hf_dtype(keys),
         unknown_keys=keys.unread(inert=_INERT),
+        notes=_notes(config, family),
     )
 
 
+def _notes(config: Mapping[str, object], family: str) -> tuple[str, ...]:
+    expected, named = f"{family.capitalize()}ForCausalLM", config.get("architectures")
+    if not named or named == [expected]:
+        return ()
+    return (f"read as {expected} after its model_type {family!r}, though architectures is {named}",)
+
+
+def _num_kv_heads(keys: ConfigKeys, family: str, num_heads: int) -> int:
+    """Tell a key that is absent from one that is null, which is as many as heads."""
+    is_null = "num_key_value_heads" in keys
+    default = num_heads if is_null else _HF_DEFAULT_KV_HEADS.get(family, num_heads)
+    return keys.count("num_key_value_heads", default)
+
+
 def _refuse_hf(keys: ConfigKeys) -> None:
+    for key in _ANY_FAMILY:
+        keys.refuse_unless(key)
+    keys.refuse_unless("is_encoder_decoder", 0)
+    if "is_causal" in keys and keys.get("is_causal") is not True:
+        raise ArchError("is_causal must be true where it is there")
     keys.refuse_unless("hidden_act", "silu", "swish")
     keys.refuse_unless("rope_interleaved", 0)
     keys.refuse_unless("quantization_config")
@@ -111,6 +144,8 @@ def _hf_windows(keys: ConfigKeys, family: str, num_layers: int) -> tuple[int | N
     is_null = "sliding_window" in keys and keys.get("sliding_window") is None
     window = None if is_null else keys.count("sliding_window", 4096)
     if family == "mistral":
+        if "layer_types" in keys:
+            raise ArchError("layer_types is not supported with model_type 'mistral'")
         return (window,) * num_layers
     first = keys.count("max_window_layers", 28)
     if not keys.flag("use_sliding_window"):
@@ -123,10 +158,12 @@ def _hf_windows(keys: ConfigKeys, family: str, num_layers: int) -> tuple[int | N
     kinds = {"full_attention": None, "sliding_attention": window}
     if unknown := [kind for kind in types if kind not in kinds]:
         raise ArchError(f"layer_types: {unknown[0]!r} is not supported, only {', '.join(kinds)}")
+    if window is None and "sliding_attention" in types:
+        raise ArchError("layer_types: 'sliding_attention' needs a sliding_window that is used")
     return tuple(kinds[kind] for kind in types)
 
 
-#: Which keys a rope variant reads, apart from rope_theta and partial_rotary_factor.
+#: Which keys a rope variant reads, apart from rope_theta.
 _ROPE_KEYS: dict[RopeVariant, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -151,39 +188,58 @@ _ROPE_KEYS: dict[RopeVariant, tuple[str, ...]] = {
 
 def _hf_rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
     """`rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    values: dict[str, object] = {}
-    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
-        if keys.get(key) is not None:
-            values[key] = keys.get(key)
-    for key in ("rope_parameters", "rope_scaling"):
-        found = keys.get(key)
-        if not isinstance(found, dict | None):
-            raise ArchError(f"{key} must be an object, got {found!r}")
-        values |= {name: value for name, value in (found or {}).items() if value is not None}
-    variant = values.pop("rope_type", values.pop("type", "default"))
-    values.pop("type", None)
-    if variant not in _ROPE_KEYS:
-        raise ArchError(f"rope_type {variant!r} is not supported, only {', '.join(_ROPE_KEYS)}")
-    known = {*_ROPE_KEYS[variant], "rope_theta", "partial_rotary_factor"}
+    values = _rope_values(keys)
+    rope = ConfigKeys(values)
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    variant = next((one for one in _ROPE_KEYS if one == rope_type), None)
+    if variant is None:
+        raise ArchError(f"rope_type {rope_type!r} is not supported, only {', '.join(_ROPE_KEYS)}")
+    known = {*_ROPE_KEYS[variant], "rope_theta", "rope_type", "type", "partial_rotary_factor"}
     known.add("original_max_position_embeddings")
-    if unknown := sorted(set(values) - known):
+    said = {key for key, value in values.items() if value is not None}
+    if unknown := sorted(said - known):
         raise ArchError(
             f"rope_parameters: {unknown[0]!r} is not supported with rope_type {variant!r}"
         )
-    rope = ConfigKeys(values)
-    rotary_dim = int(head_dim * rope.number("partial_rotary_factor", 1.0))
-    return RopeSpec(
+    # transformers has these families turn whole heads, whatever the factor, or cannot run them.
+    rope.refuse_unless("partial_rotary_factor", 1.0)
+    spec = RopeSpec(
         theta=rope.number("rope_theta", 10000.0),
-        rotary_dim=rotary_dim,
+        rotary_dim=head_dim,
         variant=variant,
         factor=rope.number("factor", 1.0 if variant == "default" else None),
         original_max_positions=rope.count("original_max_position_embeddings", max_positions),
         low_freq_factor=rope.number("low_freq_factor", None if variant == "llama3" else 1.0),
         high_freq_factor=rope.number("high_freq_factor", None if variant == "llama3" else 4.0),
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
+        # Zero is as good as absent.
+        beta_fast=rope.number("beta_fast", 32.0) or 32.0,
+        beta_slow=rope.number("beta_slow", 1.0) or 1.0,
         attention_factor=rope.maybe_number("attention_factor"),
         mscale=rope.maybe_number("mscale"),
         mscale_all_dim=rope.maybe_number("mscale_all_dim"),
-        truncate=rope.flag("truncate", default=True),
+        # Null is false.
+        truncate=rope.flag("truncate", default="truncate" not in rope),
     )
+    if min(spec.theta, spec.factor, spec.original_max_positions) <= 0:
+        raise ArchError("rope_parameters: numbers must be above 0")
+    if spec.low_freq_factor >= spec.high_freq_factor:
+        raise ArchError("rope_parameters: low_freq_factor must be below high_freq_factor")
+    return spec
+
+
+def _rope_values(keys: ConfigKeys) -> dict[str, object]:
+    """Join what is said of rope in several places."""
+    values: dict[str, object] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        found = keys.get(key)
+        if not isinstance(found, dict | None):
+            raise ArchError(f"{key} must be an object, got {found!r}")
+        if values and found:
+            raise ArchError("rope_scaling beside rope_parameters is not supported")
+        values |= found or {}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        values.setdefault(key, keys.get(key))
+    # Wins over the one in the object.
+    if (original := keys.get("original_max_position_embeddings")) is not None:
+        values["original_max_position_embeddings"] = original
+    return values

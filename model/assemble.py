@@ -114,7 +114,8 @@ def _device(config: ModelSection) -> _Device:
     if isinstance(library, str):
         note = f"compiled CPU operations are not available ({library}); torch's are slower"
         return _Device(device, dtype, TorchOps(), (note,))
-    return _Device(device, dtype, CpuOps(library), (), library if library.isa == "amx" else None)
+    tiles = library if library.isa == "amx" else None
+    return _Device(device, dtype, CpuOps(library), library.notes, tiles)
 
 
 def _fastest(
@@ -185,7 +186,7 @@ def _info(
 ) -> ModelInfo:
     arch = decoder.arch
     unknown = ", ".join(arch.unknown_keys)
-    notes = [*decoder.notes, *where.notes, *offer.notes, *plan.notes]
+    notes = [*source.notes, *decoder.notes, *where.notes, *offer.notes, *plan.notes]
     if unknown:
         notes.append(f"keys of the model's config that were not understood: {unknown}")
     return ModelInfo(

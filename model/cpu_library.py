@@ -2,8 +2,9 @@
 
 The library (model/csrc) has a C interface and is not linked against torch, so a build needs no
 more than a C++ compiler and a few seconds, and a binary outlives updates of torch. It holds code
-for several instruction sets and asks the CPU which to use. Nothing here knows what the operations
-do: see `model/cpu_ops.py` and `model/attention/cpu.py`.
+for several instruction sets and asks the CPU which to use. It ends with its own checksum, without
+which it is not loaded. Nothing here knows what the operations do: see `model/cpu_ops.py` and
+`model/attention/cpu.py`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,9 @@ _ISA_FLAGS = {
     "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
 _BUILD_TIMEOUT_S = 300
+_BUILD_PREFIX = ".build-"
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _MATRIX, _ROWS = (_POINTER, _INT), (_POINTER, _LONG, _LONG)
@@ -91,6 +96,8 @@ class CpuLibrary:
     functions: ctypes.CDLL
     #: Address of the table of this instruction set's functions.
     kernels: int
+    #: What an operator should know of how it was found.
+    notes: tuple[str, ...] = ()
 
 
 def load_cpu_library(
@@ -103,18 +110,17 @@ def load_cpu_library(
     `isa`, else `OCTAVO_CPU_ISA`, asks for an instruction set other than the best.
     """
     variables = os.environ if environ is None else environ
+    isa = isa or variables.get("OCTAVO_CPU_ISA")
     if named := variables.get("OCTAVO_CPU_OPS"):
-        found: Path | str = Path(named)
-    else:
-        shipped = Path(__file__).with_name("_cpu_ops.so")
-        found = shipped if shipped.exists() else _cached_build(variables)
-    if isinstance(found, str):
-        return found
-    return _load(found, isa or variables.get("OCTAVO_CPU_ISA"))
+        return _load(Path(named), isa)
+    shipped = Path(__file__).with_name("_cpu_ops.so")
+    return _load(shipped, isa) if shipped.exists() else _load_cached(variables, isa)
 
 
-def _load(path: Path, isa: str | None) -> CpuLibrary | str:
+def _load(path: Path, isa: str | None, notes: tuple[str, ...] = ()) -> CpuLibrary | str:
     try:
+        if not _is_whole(path):
+            return f"{path} is damaged; build it anew with python -m model.cpu_ops"
         functions = ctypes.CDLL(str(path.resolve()))
         for name, (result, parameters) in _SIGNATURES.items():
             function = getattr(functions, name)
@@ -126,7 +132,16 @@ def _load(path: Path, isa: str | None) -> CpuLibrary | str:
     if isa is not None and (isa not in ISAS or not functions.octavo_supports(isa.encode())):
         return f"instruction set {isa!r} is not one of {', '.join(ISAS)}, or not this CPU's"
     isa = isa or next(name for name in ISAS if functions.octavo_supports(name.encode()))
-    return CpuLibrary(path, isa, functions, functions.octavo_kernels(isa.encode()))
+    return CpuLibrary(path, isa, functions, functions.octavo_kernels(isa.encode()), notes)
+
+
+def _is_whole(path: Path) -> bool:
+    """Compare a library with the checksum at its end: the loader jumps into whatever it is given.
+
+    Raises `OSError` where it cannot be read.
+    """
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest() == content[-_CHECKSUM_BYTES:]
 
 
 # ---- building ------------------------------------------------------------------------------------
@@ -142,9 +157,14 @@ def build(output: Path, compiler: str | None = None) -> str | None:
         return "no C++ compiler found"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as folder:
-            _compile(compiler, Path(folder), Path(folder) / output.name)
-            (Path(folder) / output.name).replace(output)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=_BUILD_PREFIX) as folder:
+            linked = Path(folder) / output.name
+            _compile(compiler, Path(folder), linked)
+            # The system's loader takes no notice of what comes after the sections.
+            content = linked.read_bytes()
+            linked.write_bytes(content + hashlib.sha256(content).digest())
+            linked.chmod(0o755)
+            linked.replace(output)
     except subprocess.CalledProcessError as error:
         return f"the C++ compiler failed: {_first_error(error.stderr)}"
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -184,25 +204,86 @@ def _first_error(stderr: str) -> str:
     return next((line for line in lines if "error" in line), lines[0] if lines else "no message")
 
 
-def _cached_build(variables: Mapping[str, str]) -> Path | str:
-    """Path of this machine's build of these sources, built now if it is not there."""
-    compiler = _find_compiler(variables)
+# ---- the builds of earlier starts ----------------------------------------------------------------
+
+
+def _load_cached(variables: Mapping[str, str], isa: str | None) -> CpuLibrary | str:
+    """Load this machine's build of these sources, built now if there is none to be trusted."""
     # The flags follow from this file and the architecture. Whichever compiler built it will do:
     # a machine that has lost its compiler keeps what it has.
     key = hashlib.sha256((_digest_of_sources() + platform.machine()).encode())
     key.update(Path(__file__).read_bytes())
-    folder = octavo_home(variables) / "build" / key.hexdigest()[:16]
-    output = folder / "cpu_ops.so"
-    if output.exists():
-        return output
+    builds = octavo_home(variables) / "build"
+    library = builds / key.hexdigest()[:16] / "cpu_ops.so"
+    fault = _fault_of(library)
+    if fault is None:
+        return _load(library, isa)
+    found = f"{fault}, and " if fault else ""
+    compiler = _find_compiler(variables)
     if compiler is None:
-        return "no C++ compiler found"
+        return f"{found}no C++ compiler found"
     try:
-        with _locked(folder):
-            reason = None if output.exists() else build(output, compiler)
+        with _locked(library.parent):
+            # Whoever held the lock before may have built it.
+            is_built = _fault_of(library) is None
+            reason = None if is_built else _rebuild(library, compiler)
     except OSError as error:
-        return f"the build folder cannot be used: {error}"
-    return reason or output
+        return f"{found}the build folder cannot be used: {error}"
+    _clear_abandoned(builds)
+    if reason is not None:
+        return found + reason
+    return _load(
+        library, isa, (f"{fault}: the compiled CPU operations were built anew",) * bool(fault)
+    )
+
+
+def _fault_of(library: Path) -> str | None:
+    """Say why a build must not be loaded: None where it may be, nothing where there is none."""
+    try:
+        for path in (library.parent, library):
+            status = path.lstat()
+            if status.st_uid not in {0, os.geteuid()}:
+                return f"{path} belongs to another user"
+            if status.st_mode & _WRITABLE_BY_OTHERS:
+                return f"{path} can be written by other users"
+        # What is no file might never be read to its end.
+        return None if library.is_file() and _is_whole(library) else f"{library} is damaged"
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        return f"{library} cannot be read ({error.strerror})"
+
+
+def _rebuild(library: Path, compiler: str) -> str | None:
+    if library.is_dir() and not library.is_symlink():
+        shutil.rmtree(library)
+    return build(library, compiler)
+
+
+def _clear_abandoned(builds: Path) -> None:
+    """Remove what killed builds have left, those of other versions too."""
+    for abandoned in builds.glob(f"*/{_BUILD_PREFIX}*"):
+        # A builder that lives holds the lock; what belongs to others is theirs to remove.
+        with suppress(OSError), (abandoned.parent / "lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(abandoned)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock against other processes on a folder that nobody else can write to."""
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid not in {0, os.geteuid()}:
+        raise PermissionError("set OCTAVO_HOME to a folder of your own")
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        folder.chmod(0o755)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ---- what a build is made of ---------------------------------------------------------------------
 
 
 def _find_compiler(variables: Mapping[str, str]) -> str | None:
@@ -217,12 +298,3 @@ def _digest_of_sources() -> str:
         if path.suffix in {".cpp", ".h"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock of this folder's against other processes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

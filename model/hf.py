@@ -9,7 +9,7 @@ is asked of it (`model/hf_attention.py`), and that it gets it is proved at each 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ from model.hf_attention import (
 from model.hf_config import HfConfig, faults_of, read_hf_config
 from model.hf_proof import Proof
 from model.linear import Format
+from model.safetensors_weights import SafetensorsWeights, is_derived
 from model.source import ModelSource
 
 
@@ -197,10 +198,12 @@ def load_hf_decoder(
     found = read_hf_config(source, max_positions)
     register()
     with torch.inference_mode(), _quiet(), faults_of(found.config.model_type):
-        model = _load(source, found, dtype).to(device).eval()
+        model, notes = _load(source, found, dtype)
+        model.to(device).eval()
         proof = Proof(model)
         decoder = HfDecoder(model, found, _wishes(model, found.max_positions))
         proof.check(decoder)
+    decoder.notes += notes
     return decoder
 
 
@@ -220,20 +223,23 @@ def _quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _load(source: ModelSource, found: HfConfig, dtype: torch.dtype) -> Any:  # noqa: ANN401 - as above
+def _load(source: ModelSource, found: HfConfig, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+    """Have `transformers` load a model as its users do; also what an operator should know of it."""
     # eager: what the library's authors hold everything else against.
     settings: dict[str, object] = {"dtype": dtype, "attn_implementation": "eager"}
     if source.kind == "dummy":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return transformers.AutoModelForCausalLM.from_config(found.config, **settings)
+            return transformers.AutoModelForCausalLM.from_config(found.config, **settings), ()
     if found.is_mxfp4:
         # Kernels that multiply it as it is are for GPUs alone, and would be fetched from the hub.
         settings["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
-    model, info = found.model_class.from_pretrained(
+    files = SafetensorsWeights(source.path)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
         source.path,
         config=found.config,
         local_files_only=True,
+        trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
         **settings,
@@ -242,7 +248,25 @@ def _load(source: ModelSource, found: HfConfig, dtype: torch.dtype) -> Any:  # n
         if tensors := sorted(map(str, info[what])):
             # transformers would go on with random ones.
             raise ArchError(f"{what.replace('_', ' ')}: {tensors[0]}")
-    return model
+    return model, (*files.notes, *_notes_on_weights(model, info))
+
+
+def _notes_on_weights(model: Any, info: Mapping[str, Iterable[object]]) -> Iterator[str]:  # noqa: ANN401 - as above
+    """Say which tensors were read otherwise than the config has it, or not at all."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for name in sorted(tied.keys() - model.all_tied_weights_keys.keys()):
+        yield f"the config ties {name} to {tied[name]}, but it is another: it is used"
+    others = sorted(one for one in map(str, info["unexpected_keys"]) if not is_derived(one))
+    if others:
+        yield f"{others[0]} has no place in this model ({len(others)} such tensors): not used"
+    odd = [
+        name
+        for name, one in model.named_parameters()
+        # As in `model.weights.read_into`.
+        if not one.sum(dtype=torch.float32).isfinite() and not one.isfinite().all()
+    ]
+    if odd:
+        yield f"weights that are not finite: {', '.join(odd)}"
 
 
 def _wishes(model: Any, max_positions: int) -> list[LayerWish]:  # noqa: ANN401 - as above

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -33,8 +34,6 @@ class HfConfig:
 
     #: Its own, with its own attributes.
     config: Any
-    #: Of the decoder with its head, such as `Gemma2ForCausalLM`.
-    model_class: Any
     #: Positions below this give the same result whatever else is in the batch.
     max_positions: int
     #: Whether the weights are in mxfp4, as those of gpt-oss.
@@ -59,40 +58,45 @@ def faults_of(model_type: object) -> Iterator[None]:
 
 def read_hf_config(source: ModelSource, wanted_positions: int | None) -> HfConfig:
     """Read and judge a config.json. `ArchError` says in a line why a model cannot be served."""
-    path = source.path if source.kind == "dummy" else source.path / "config.json"
-    values = read_json(path)
+    values = read_json(source.path if source.kind == "dummy" else source.path / "config.json")
     with faults_of(values.get("model_type")):
-        config = _parse(values)
+        config = _parse(source.path, values)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        if isinstance(model_class, tuple):
-            model_class = model_class[0]
         if reason := _why_not(config, model_class):
             raise ArchError(f"it {reason}")
         max_positions, notes = _positions(config.get_text_config(), wanted_positions)
-    is_mxfp4 = _quantization_method(values) is not None
+    if (named := config.architectures) and named != [model_class.__name__]:
+        notes = (f"read as {model_class.__name__}, though architectures is {named}", *notes)
+    is_mxfp4 = _quantization_method(config) is not None
     if is_mxfp4:
         notes = ("weights in mxfp4 are expanded", *notes)
-    return HfConfig(config, model_class, max_positions, is_mxfp4, notes)
+    return HfConfig(config, max_positions, is_mxfp4, notes)
 
 
-def _quantization_method(values: Mapping[str, object]) -> str | None:
-    """Return what a config.json says its weights are quantized by."""
-    found = values.get("quantization_config")
+def _quantization_method(config: Any) -> str | None:  # noqa: ANN401 - one of hundreds of classes
+    """Return what a config says its weights are quantized by."""
+    found = getattr(config, "quantization_config", None)
     if found is None:
         return None
     return str(found.get("quant_method")) if isinstance(found, dict) else "unknown"
 
 
-def _parse(values: Mapping[str, object]) -> Any:  # noqa: ANN401 - one of hundreds of classes
-    name = values.get("model_type")
-    if name not in transformers.CONFIG_MAPPING:
+def _parse(path: Path, values: Mapping[str, object]) -> Any:  # noqa: ANN401 - as above
+    """Have `transformers` read a config through the door that its users take.
+
+    Its classes by themselves read some files otherwise, such as a Mistral with layer_types.
+    """
+    if values.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ArchError(
             f"transformers {transformers.__version__} does not know it, and code that comes with "
             "a model is never run"
         )
-    if (method := _quantization_method(values)) not in {None, "mxfp4"}:
+    config = transformers.AutoConfig.from_pretrained(
+        path, local_files_only=True, trust_remote_code=False
+    )
+    if (method := _quantization_method(config)) not in {None, "mxfp4"}:
         raise ArchError(f"its weights are quantized ({method}); only .gguf and mxfp4 are read")
-    return transformers.CONFIG_MAPPING[name].from_dict(dict(values))
+    return config
 
 
 def _why_not(config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above

@@ -17,6 +17,7 @@ from model.ops import Ops
 from model.read_arch import read_arch
 from model.source import ModelSource
 from model.transformer import ServedDecoder
+from model.weights import WeightsError
 
 Implementation: TypeAlias = Literal["octavo", "transformers"]
 
@@ -51,21 +52,38 @@ def build_decoder(
     """Load a model by the one or the other. Raises `ValueError` that says what is in the way."""
     chosen, reason = choose_implementation(source, config.model_impl)
     if chosen == "octavo":
-        return build_transformer(
-            source,
-            quantization=config.quantization,
-            dtype=dtype,
-            device=device,
-            ops=ops,
-            progress=True,
-            max_positions=config.max_model_len,
-            tiles=tiles,
-        )
+        try:
+            return build_transformer(
+                source,
+                quantization=config.quantization,
+                dtype=dtype,
+                device=device,
+                ops=ops,
+                progress=True,
+                max_positions=config.max_model_len,
+                tiles=tiles,
+            )
+        except WeightsError as error:
+            if config.model_impl == "octavo" or source.kind == "gguf":
+                raise
+            # That library knows more ways to save a model.
+            reason = str(error)
     if config.quantization not in {"auto", "none"}:
         raise ValueError(
             f"quantization {config.quantization} is for what Octavo computes itself; with "
-            "transformers use none, and --dtype bfloat16 for half the weights"
+            "transformers use none, and --dtype bfloat16 for half the weights. Octavo's own code: "
+            f"{reason}"
         )
+    return _build_hf(source, config, dtype, device, reason)
+
+
+def _build_hf(
+    source: ModelSource,
+    config: ModelSection,
+    dtype: torch.dtype,
+    device: torch.device,
+    reason: str,
+) -> ServedDecoder:
     try:
         from model.hf import load_hf_decoder  # noqa: PLC0415 - importing transformers takes seconds
     except ImportError as error:
@@ -77,7 +95,7 @@ def build_decoder(
         decoder = load_hf_decoder(
             source, dtype=dtype, device=device, max_positions=config.max_model_len
         )
-    except ArchError as error:
+    except (ArchError, OSError) as error:
         raise ArchError(f"{error}. Octavo's own code: {reason}") from error
     decoder.notes = (f"not Octavo's own code: {reason}", *decoder.notes)
     return decoder

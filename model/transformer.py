@@ -123,11 +123,16 @@ class Transformer:
     """See `ServedDecoder`: with torch, on any device, for any packed format."""
 
     def __init__(
-        self, arch: ArchSpec, weights: TransformerWeights, ops: Ops, fmt: Format, note: str
+        self,
+        arch: ArchSpec,
+        weights: TransformerWeights,
+        ops: Ops,
+        fmt: Format,
+        notes: tuple[str, ...],
     ) -> None:
         self.arch = arch
         self.format = fmt
-        self.notes = (note,)
+        self.notes = notes
         self.weights_bytes = weights.num_bytes
         #: Positions that `forward` takes are below this.
         self.max_positions = weights.cos_sin.shape[0]

@@ -61,7 +61,7 @@ def row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int,
 
 
 def check_shapes(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare all that is there with all that should be. Raises `WeightsError`."""
+    """Compare all that should be there with what is. Raises `WeightsError`."""
     found = source.shapes
     for name, shape in expected.items():
         if name not in found:
@@ -71,17 +71,29 @@ def check_shapes(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) 
                 f"{source.describe(name)} has shape {list(found[name])}, "
                 f"the config asks for {list(shape)}"
             )
-    if left := [name for name in found if name not in expected]:
-        raise WeightsError(
-            f"{source.describe(left[0])} of shape {list(found[left[0]])} has no place in this "
-            f"architecture ({len(left)} such tensors)"
-        )
 
 
-def read_into(source: WeightSource, name: str, target: Tensor) -> None:
-    """Fill `target`, of any dtype and device, with a tensor of its shape."""
-    start = 0
+def say_of_others(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Say which tensors nobody asks for; None where there are none."""
+    others = [name for name in source.shapes if name not in expected]
+    if not others:
+        return None
+    return (
+        f"{source.describe(others[0])} of shape {list(source.shapes[others[0]])} has no place in "
+        f"this architecture ({len(others)} such tensors)"
+    )
+
+
+def read_into(source: WeightSource, name: str, target: Tensor) -> bool:
+    """Fill `target`, of any dtype and device, with a tensor of its shape.
+
+    Returns whether all values are finite.
+    """
+    start, is_finite = 0, True
     for block in source.blocks(name):
         target[start : start + len(block)].copy_(block)
         start += len(block)
+        # A sum is cheap, and what is not finite shows in it; so may what is only large.
+        is_finite &= bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
     assert start == len(target), f"{name}: {start} of {len(target)} rows"
+    return is_finite

@@ -117,10 +117,6 @@ def test_both_spellings_of_rope() -> None:
     assert (old.rope.theta, old.rope.factor, old.rope.original_max_positions) == (5e5, 32, 8192)
 
 
-def test_a_part_of_the_head_may_be_rotated() -> None:
-    assert _config(partial_rotary_factor=0.5).rope.rotary_dim == 32
-
-
 def test_gguf_rope_scaling() -> None:
     changes = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
     changes["llama.rope.scaling.original_context_length"] = 2048
@@ -152,7 +148,10 @@ def test_what_nobody_knows_is_kept_to_be_told() -> None:
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"num_key_value_heads": 4}, "num_kv_heads must divide num_heads 9, got 4"),
         ({"head_dim": 63}, "head_dim must be even, got 63"),
-        ({"partial_rotary_factor": 2.0}, "rotary_dim must be even and at most 64, got 128"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported, only 1.0"),
+        ({"model_type": "mistral", "layer_types": None}, "layer_types is not supported with"),
+        ({"per_layer_config": {}}, "per_layer_config: {} is not supported, only nothing"),
+        ({"rope_theta": 0}, "rope_parameters: numbers must be above 0"),
         ({"eos_token_id": "x"}, "eos_token_id must be a number or a list of them"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported, only"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),

