@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from server import api_table
+from tools import api_table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
 USER = {"role": "user", "content": "x"}
 
 
 def test_the_committed_page_is_the_generated_one() -> None:
-    assert DOCUMENT.read_text() == api_table.page(), "run: python -m server.api_table > docs/api.md"
+    assert DOCUMENT.read_text() == api_table.page(), "run: python -m tools.api_table > docs/api.md"
 
 
 def test_other_servers_are_told_of_under_names_there_are() -> None:

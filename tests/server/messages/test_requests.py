@@ -8,12 +8,12 @@ from typing import Any
 import anthropic
 import pytest
 
-from server import api_table
 from server import params as chat_params
 from server.messages import params
 from server.messages.documents import TokenCount
 from server.messages.schemas import MessagesRequest
 from server.schemas import ChatRequest
+from tools import api_table
 
 USER: Any = {"role": "user", "content": "1+1?"}
 TOOL: Any = {"name": "add", "input_schema": {"type": "object"}}

@@ -1,6 +1,6 @@
 """docs/api.md, made from the schemas and from the table of what is not honoured: it cannot drift.
 
-`python -m server.api_table > docs/api.md`. Knows of other servers only what is written here.
+`python -m tools.api_table > docs/api.md`. Knows of other servers only what is written here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from server.responses import schemas as responses_schemas
 _HEAD = """\
 # Parameters
 
-Made by `python -m server.api_table > docs/api.md` from `server/schemas.py` and `server/params.py`;
+Made by `python -m tools.api_table > docs/api.md` from `server/schemas.py` and `server/params.py`;
 a test keeps it equal to what they say.
 
 - **honoured**: it does what its documentation says; a wrong value is a 400 that names it.
