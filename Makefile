@@ -40,10 +40,10 @@ test-core: $(VENV)/.installed-dev  ## the tests of cache and scheduler, with the
 # What takes minutes: everything that `make test` only samples, and the bugs that were put in on purpose.
 test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
 	$(BIN)/python -m pytest -m slow
-	$(BIN)/python tests/seeded_bugs.py cache
-	$(BIN)/python tests/seeded_bugs.py scheduler
-	$(BIN)/python tests/seeded_bugs.py overlap
-	$(BIN)/python tests/seeded_bugs.py faults
+	$(BIN)/python -m tools.seeded_bugs cache
+	$(BIN)/python -m tools.seeded_bugs scheduler
+	$(BIN)/python -m tools.seeded_bugs overlap
+	$(BIN)/python -m tools.seeded_bugs faults
 
 clients: $(CLIENTS)/.installed $(NODE_CLIENTS)/node_modules/.installed  ## what tests/clients drives the daemon with
 

@@ -1,34 +1,8 @@
-"""Seed one bug after another, and see whether the state machine of that package finds it.
-
-`python tests/seeded_bugs.py cache [NAME ...]`: exits 1 if a bug stays unfound. Not part of the test
-suite: it says how good the suite is. Each bug is a piece of source text replaced in a copy of the
-project, so the checkout is never touched.
-"""
-
-# ruff: noqa: T201 - a script that reports
+"""Bugs to put in on purpose, as pieces of source text: see `tools/seeded_bugs.py`."""
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple
-
-ROOT = Path(__file__).resolve().parent.parent
-TIME_LIMIT_S = 300
-
-#: Search longer than the suite does, remember nothing, and do not simplify what is found.
-PROFILE = """
-from hypothesis import HealthCheck, Phase, settings
-settings.register_profile(
-    "seeded", max_examples=5_000, database=None, derandomize=True, deadline=None,
-    phases=[Phase.generate], suppress_health_check=list(HealthCheck),
-)
-"""
 
 
 class Bug(NamedTuple):
@@ -38,11 +12,6 @@ class Bug(NamedTuple):
     file: str
     old: str
     new: str
-
-
-class Suite(NamedTuple):
-    test_file: str
-    bugs: list[Bug]
 
 
 KV, RADIX, POLICY = "cache/kv_cache.py", "cache/radix.py", "cache/policy.py"
@@ -361,79 +330,3 @@ FAULT_BUGS = [
         "if (probe := self._suspects.drop(sequence)) and False:",
     ),
 ]
-
-SUITES = {
-    "cache": Suite("tests/cache/test_machine.py", CACHE_BUGS),
-    "scheduler": Suite("tests/scheduler/test_machine.py", SCHEDULER_BUGS),
-    "overlap": Suite("tests/scheduler/test_overlap.py", OVERLAP_BUGS),
-    "faults": Suite("tests/scheduler/test_faults.py", FAULT_BUGS),
-}
-
-
-def copy_project(folder: Path) -> None:
-    """Copy what the tests import; not the checkout's history, models and environments."""
-    for package in ("cache", "configs", "model", "scheduler", "server", "tests"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / package, folder / package, ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    (folder / "seeded_profile.py").write_text(PROFILE)
-
-
-def seed(folder: Path, bug: Bug) -> str:
-    """Put a bug in; the file's text as it was."""
-    path = folder / bug.file
-    text = path.read_text()
-    if text.count(bug.old) != 1 or bug.old == bug.new:
-        raise SystemExit(f"{bug.name}: the text to replace must stand exactly once in {bug.file}")
-    path.write_text(text.replace(bug.old, bug.new))
-    return text
-
-
-def is_found(folder: Path, test_file: str, profile: str = "seeded") -> bool:
-    """Run the state machine: whether it failed. A run that could not start ends the script."""
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "seeded_profile"]
-    command = [sys.executable, "-B", "-m", "pytest", *options, "--hypothesis-profile", profile]
-    try:
-        run = subprocess.run(
-            [*command, test_file],
-            cwd=folder,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=TIME_LIMIT_S,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    if run.returncode not in {0, 1}:
-        raise SystemExit(run.stdout + run.stderr)
-    return run.returncode == 1
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("package", choices=sorted(SUITES))
-    parser.add_argument("names", nargs="*", help="only bugs whose name contains one of these")
-    options = parser.parse_args()
-    suite = SUITES[options.package]
-    names = options.names or [""]
-    missed = 0
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        copy_project(folder)
-        if is_found(folder, suite.test_file, profile="default"):
-            raise SystemExit(f"{suite.test_file} fails without any bug seeded")
-        for bug in suite.bugs:
-            if not any(name in bug.name for name in names):
-                continue
-            text = seed(folder, bug)
-            start_s = perf_counter()
-            found = is_found(folder, suite.test_file)
-            duration_s = perf_counter() - start_s
-            (folder / bug.file).write_text(text)
-            missed += not found
-            print(f"{'found' if found else 'MISSED':7}{duration_s:6.1f} s  {bug.name}", flush=True)
-    return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
