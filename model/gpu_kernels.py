@@ -66,7 +66,9 @@ def _turned(x_ptr, at, cos_ptr, halves, first_mask, HALF: tl.constexpr):
     return first * cos - second * sin, second * cos + first * sin
 
 
-@triton.jit
+# Where in a step's arrays these begin differs from step to step; by default each alignment would be
+# compiled anew, amid requests.
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "kv_slots_ptr"])
 def rope_kernel(
     q_ptr,
     k_ptr,

@@ -13,6 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: Of a step: where its arrays begin and how wide its table is differ from step to step. By default
+#: Triton would compile anew for each alignment, and for each kind of width, amid requests.
+OF_A_STEP = ["table_ptr", "seq_lens_ptr", "query_starts_ptr"]
+WIDTH = ["table_stride"]
+
 
 @triton.jit
 def _slots(table_row, start, key_at, is_key, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
@@ -53,7 +58,7 @@ def _fold(q, k, v, is_seen, scale_log2, acc, peak, total):
     return acc, new_peak, total * kept + tl.sum(weights, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WIDTH, do_not_specialize_on_alignment=OF_A_STEP)
 def decode_kernel(
     q_ptr,
     keys_ptr,
@@ -131,7 +136,7 @@ def decode_kernel(
         tl.store(lse_ptr + split_at, peak + tl.log2(total), mask=members < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_A_STEP)
 def combine_kernel(
     partial_ptr,
     lse_ptr,
@@ -160,7 +165,7 @@ def combine_kernel(
     tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=is_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WIDTH, do_not_specialize_on_alignment=OF_A_STEP)
 def prompt_kernel(
     q_ptr,
     keys_ptr,
