@@ -86,7 +86,9 @@ async def generate(
     reasoning = None if job.spoken is None else job.spoken.counter(pieces)
     record.finish_reason = "abort"
     try:
-        request = _kept_apart(job.requests[index], record.namespace)
+        # The length first: so no salt of a client's makes two keys' namespaces equal.
+        key, request = record.namespace, job.requests[index]
+        request = replace(request, namespace=f"{len(key)}:{key}{request.namespace}")
         async with aclosing(service.client.generate(request)) as deltas:
             async for delta in deltas:
                 _require_sound(delta)
@@ -149,15 +151,6 @@ def octavo(job: Job, record: RequestRecord, now_s: float) -> dict[str, Any]:
         },
         "cache": {"reused_tokens": record.cached_tokens, "miss_reason": record.miss_reason or None},
     }
-
-
-def _kept_apart(request: GenerateRequest, namespace: str) -> GenerateRequest:
-    """Return the request with its salt's namespace put within that of its API key.
-
-    The length in front makes no two pairs of them equal, whatever a client takes for a salt.
-    """
-    within = f"{len(namespace)}:{namespace}{request.namespace}"
-    return replace(request, namespace=within)
 
 
 def _require_sound(delta: Delta) -> None:

@@ -44,10 +44,7 @@ class ApiKey:
 
     @property
     def owner(self) -> str:
-        """Whose stored responses are those made with it: its name's, or its own without one.
-
-        Not empty; no name is equal to what stands for a key without one.
-        """
+        """Whose responses it sees: its name's, or its own; no name is equal to a nameless key."""
         return f"={self.name}" if self.name else f"#{self.digest.hex()}"
 
     @property

@@ -270,9 +270,7 @@ class ChatRequest(GenerateFields):
     max_completion_tokens: int | None = Field(
         default=None, description="default: as many as the context has room for"
     )
-    logprobs: bool | None = Field(
-        default=None, description="of all tokens, those of reasoning and of calls too"
-    )
+    logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, description="0 to 20; needs logprobs")
     add_generation_prompt: bool | None = Field(
         default=None, description="default true, or false with continue_final_message"

@@ -35,10 +35,7 @@ class Spoken:
     is_named: bool = False
 
     def counter(self, pieces: Pieces) -> ReasoningCounter | None:
-        """Return what counts the tokens of the reasoning; None: the model does none.
-
-        `pieces`: of the tokens as they are shown.
-        """
+        """Return what counts reasoning in tokens shown as `pieces`; None: the model does none."""
         tags = self.speech.tags
         if tags is None:
             return None

@@ -44,7 +44,8 @@ choice, of a chat beside the choices) and, of completions, `echo` with `logprobs
 one, which evaluation harnesses use: `max_tokens` 0 or 1, also as a stream). Such a prompt is
 computed from its first token on, once for each answer, whatever is cached of it
 (`octavo.cache.miss_reason` says `limited`); what it computes is cached for others. An answer holds
-at most 1,048,576 of these probabilities.
+at most 1,048,576 of these probabilities. Of an answer's tokens, a chat tells those of reasoning and
+calls too, a response those of its text alone; a token that is shown in part is among them.
 
 `bad_words` are compared as tokens, written with a space before them and without: the same letters
 in other tokens are not found. `allowed_token_ids` goes before them, and before `min_tokens`: where

@@ -128,13 +128,10 @@ class MessagesDialect:
         }
 
     def _octavo(self, told: dict[str, Any]) -> dict[str, Any]:
-        # Anthropic's usage has no place for the count.
-        own = {
-            "left_out": self._blocks.left_out or None,
-            "reasoning_tokens": self._record.reasoning_tokens,
-        }
-        known = {name: value for name, value in own.items() if value is not None}
-        return {**told["octavo"], **known}
+        left_out, num_reasoning = self._blocks.left_out, self._record.reasoning_tokens
+        # Anthropic's usage has no place for it.
+        counted = {} if num_reasoning is None else {"reasoning_tokens": num_reasoning}
+        return {**told["octavo"], **counted, **({"left_out": left_out} if left_out else {})}
 
 
 def _events(payloads: Iterable[Payload]) -> bytes:

@@ -11,12 +11,11 @@ from server.tools.events import Content
 class TextTokens:
     """Finds the tokens of each text by where both stand in the output.
 
-    Text may be told later than its tokens come, or not at all (tags, calls, the spaces around
-    them), and a token's text may be told in part: then the token belongs to it too.
+    Text may be told later than its tokens come, in part, or not at all (tags, calls, the spaces
+    around them). A token belongs to a text that has any of its characters.
     """
 
     def __init__(self) -> None:
-        #: Those whose text is not told yet.
         self._waiting: deque[TokenAt] = deque()
         self._num_chars = 0
         #: Where the text ends that was told last.
@@ -30,19 +29,17 @@ class TextTokens:
 
     def of(self, content: Content) -> list[TokenAt]:
         """Return the tokens of a text that is told now; those before it never are."""
-        start, waiting = content.start_char, self._waiting
-        while waiting and waiting[0].start_char < start and waiting[0].end_char <= start:
-            waiting.popleft()
-        self._end = start + len(content.text)
-        return self._taken()
+        start, self._end = content.start_char, content.start_char + len(content.text)
+        taken = self._taken_before(self._end)
+        return [token for token in taken if token.end_char > start or token.start_char >= start]
 
     def rest(self) -> list[TokenAt]:
         """Return what is left of the text told last, now that no more of it is told."""
         is_all = self._end == self._num_chars
-        return self._taken(is_all=is_all)
+        return self._taken_before(self._end + is_all)
 
-    def _taken(self, *, is_all: bool = False) -> list[TokenAt]:
+    def _taken_before(self, end: int) -> list[TokenAt]:
         taken = []
-        while self._waiting and (is_all or self._waiting[0].start_char < self._end):
+        while self._waiting and self._waiting[0].start_char < end:
             taken.append(self._waiting.popleft())
         return taken

@@ -140,11 +140,7 @@ class ResponsesRequest(GenerateFields):
             Field(max_length=MAX_INCLUDED, fail_fast=True),
         ]
         | None
-    ) = Field(
-        default=None,
-        description="`message.output_text.logprobs`: of the tokens that the text came of, wholly or"
-        " in part; others are warned of",
-    )
+    ) = Field(default=None, description="`message.output_text.logprobs`; others are warned of")
     top_logprobs: int | None = Field(
         default=None, description="0 to 20; needs include to have message.output_text.logprobs"
     )
