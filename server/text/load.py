@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +18,9 @@ from server.text.tokenizer import Tokenizer
 
 Clock = Callable[[], datetime]
 
+_PROBE = "octavo"
+_TURN_END = re.compile(r"\s*(<[^<>\s]+>|\[\w+\])")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelText:
@@ -27,6 +31,8 @@ class ModelText:
     template: ChatTemplate | None
     #: What the model's makers ask for, by the names of parameters; unchecked.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    #: Choices between two readings of the model's files, for the log of the start.
+    notes: tuple[str, ...] = ()
 
 
 def local_time() -> datetime:
@@ -55,7 +61,8 @@ def load_text(path: Path, *, now: Clock = local_time) -> ModelText:
 
 def _from_folder(folder: ModelFolder, path: Path, now: Clock) -> ModelText:
     template = _template(folder.template_sources(), folder.special_tokens(), path, now)
-    return ModelText(folder.tokenizer(), template, folder.sampling_defaults())
+    tokenizer = folder.tokenizer(_turn_end(template))
+    return ModelText(tokenizer, template, folder.sampling_defaults(), tuple(folder.notes))
 
 
 def _from_gguf(path: Path, now: Clock) -> ModelText:
@@ -73,6 +80,19 @@ def _from_gguf(path: Path, now: Clock) -> ModelText:
     found = {name: metadata.text(key) for name, key in keys.items()}
     sources = {name: source for name, source in found.items() if source is not None}
     return ModelText(tokenizer, _template(sources, special, path, now))
+
+
+def _turn_end(template: ChatTemplate | None) -> str | None:
+    """Return the tag that a template writes right behind an assistant's message, if it does."""
+    if template is None:
+        return None
+    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        _, seen, behind = template.render(turns, add_generation_prompt=False).rpartition(_PROBE)
+    except TemplateError:
+        return None
+    found = _TURN_END.match(behind) if seen else None
+    return found and found[1]
 
 
 def _template(
