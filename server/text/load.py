@@ -11,7 +11,7 @@ from pathlib import Path
 from server.text.dummy import DUMMY_TEMPLATE, dummy_tokenizer
 from server.text.folder import ModelFolder
 from server.text.gguf_metadata import GGUFMetadata
-from server.text.gguf_tokenizer import gguf_tokenizer
+from server.text.gguf_tokenizer import gguf_tokenizer, named_ids
 from server.text.pieces import TextError
 from server.text.template import ChatTemplate, TemplateError
 from server.text.tokenizer import Tokenizer
@@ -20,6 +20,7 @@ Clock = Callable[[], datetime]
 
 _PROBE = "octavo"
 _TURN_END = re.compile(r"\s*(<[^<>\s]+>|\[\w+\])")
+_MARK = re.compile(r"<[|\uff5c][^<>\s]+[|\uff5c]>|<\w+_of_turn>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +68,18 @@ def _from_folder(folder: ModelFolder, path: Path, now: Clock) -> ModelText:
 
 def _from_gguf(path: Path, now: Clock) -> ModelText:
     metadata = GGUFMetadata(path)
-    tokenizer = gguf_tokenizer(metadata)
-    tokens = metadata.texts("tokenizer.ggml.tokens")
-    special = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = metadata.integer(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None and token_id < len(tokens):
-            special[f"{name}_token"] = tokens[token_id]
+    tokens, ids = metadata.texts("tokenizer.ggml.tokens"), named_ids(metadata)
+    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {name: tokens[ids[key]] for name, key in named.items() if key in ids}
     names = metadata.texts("tokenizer.chat_templates")
     keys = {"default": "tokenizer.chat_template"}
     keys |= {name: f"tokenizer.chat_template.{name}" for name in names}
     found = {name: metadata.text(key) for name, key in keys.items()}
     sources = {name: source for name, source in found.items() if source is not None}
-    return ModelText(tokenizer, _template(sources, special, path, now))
+    template = _template(sources, special, path, now)
+    marks = {mark for source in sources.values() for mark in _MARK.findall(source)}
+    tokenizer = gguf_tokenizer(metadata, _turn_end(template), marks)
+    return ModelText(tokenizer, template, notes=tuple(dict.fromkeys(metadata.notes)))
 
 
 def _turn_end(template: ChatTemplate | None) -> str | None:
