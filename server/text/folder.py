@@ -64,8 +64,11 @@ class ModelFolder:
             raise TextError(f"looked for {path} and found no such file{found}")
         try:
             core = Core.from_file(str(path))
-        # `tokenizers` raises plain Exception for whatever it cannot read.
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        # `tokenizers` raises plain Exception for what it cannot read; a panic of Rust is not even
+        # that.
+        except BaseException as error:
             raise TextError(f"{path} is not a readable tokenizer: {error}") from error
         self._add_tokens(core)
         tokenizer = Tokenizer(core, self._special_ids(core, turn_end))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from server.text.load import ModelText, load_text
 from server.text.pieces import BYTE_LEVEL_ALPHABET, TextError
@@ -179,6 +180,28 @@ def test_a_file_that_names_no_words_is_a_guess(write_gguf: WriteGGUF) -> None:
     text = load_text(write_gguf(**keys, merges=["1 2", "12 3"]))
     assert encoded(text, "1234") == [257, BYTE_LEVEL_ALPHABET.index("4")]
     assert "no tokenizer.ggml.pre: how words are cut is a guess" in notes(text)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "tekken"])
+def test_tokens_are_those_of_transformers(write_gguf: WriteGGUF, pre: str) -> None:
+    tokens = [*BYTE_LEVEL_ALPHABET, "12", "123", "he", "\u0120he", "<s>", "<|im_end|>", "<tool>"]
+    types = [NORMAL] * (len(tokens) - 3) + [CONTROL, CONTROL, USER_DEFINED]
+    keys: dict[str, object] = {"tokens": tokens, "token_type": types, "add_bos_token": True}
+    keys |= {"merges": ["1 2", "12 3", "h e", "\u0120 he"], "bos_token_id": 260}
+    path = write_gguf(model="gpt2", pre=pre, eos_token_id=261, **keys)
+    ours = load_text(path).tokenizer
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # Qwen's own tokenizer composes characters; from a GGUF file, transformers does not.
+    composed = [] if pre == "qwen2" else ["e\u0301"]
+    texts = ["hello  1234 he<|im_end|>he <tool>x", "a\n\n b 12345 It's HE'S  ", "🦊 ß\x00\u00a0 ½"]
+    for one in (*texts, *composed):
+        for adds in (False, True):
+            token_ids = ours.encode(one, add_special_tokens=adds)
+            assert token_ids == theirs.encode(one, add_special_tokens=adds), one
+            assert ours.decode(token_ids, skip_special_tokens=True) == theirs.decode(
+                token_ids, skip_special_tokens=True
+            )
+    assert (ours.bos_token_id, ours.eos_token_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
 
 
 @pytest.mark.parametrize(

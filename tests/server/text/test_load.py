@@ -288,6 +288,14 @@ def test_a_value_of_a_wrong_type_is_one_line(folder: Path, name: str, content: o
     assert "\n" not in str(caught.value)
 
 
+def test_a_panic_of_the_library_is_one_line(folder: Path) -> None:
+    found = json.loads((folder / "tokenizer.json").read_bytes())
+    found["model"] |= {"continuing_subword_prefix": "more than a token", "merges": [["h", "e"]]}
+    write(folder / "tokenizer.json", found)
+    with pytest.raises(TextError, match=r"tokenizer\.json is not a readable tokenizer: ."):
+        load_text(folder)
+
+
 def test_a_template_that_is_no_utf_8_is_one_line(folder: Path) -> None:
     (folder / "chat_template.jinja").write_bytes(b"{{ messages }}\xff")
     with pytest.raises(TextError, match=r"chat_template\.jinja is not UTF-8"):
