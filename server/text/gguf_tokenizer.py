@@ -23,6 +23,8 @@ from server.text.tokenizer import SpecialIds, Tokenizer
 
 # Values of `tokenizer.ggml.token_type`.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+#: Whether tokens of a type that is recognised in text are special.
+_SPECIAL_BY_TYPE: dict[float, bool] = {_UNKNOWN: True, _CONTROL: True, _USER_DEFINED: False}
 
 #: Tokens that end an answer: the first whatever their type, the others as control tokens.
 _TURN_END = re.compile(
@@ -128,8 +130,7 @@ def gguf_tokenizer(
         )
     types, named = _types(metadata, tokens), named_ids(metadata)
     ends = _ends(metadata, tokens, types, named, turn_end)
-    _retype(metadata, tokens, types, {*ends, *named.values()}, marks)
-    _add_special_tokens(core, tokens, types)
+    core.add_tokens(_tags(metadata, tokens, types, {*ends, *named.values()}, marks))
     return Tokenizer(core, _special_ids(metadata, named, ends, adds_bos=adds_bos))
 
 
@@ -158,13 +159,13 @@ def _special_ids(
     return SpecialIds(named.get("bos"), tuple(ends), adds_bos=adds["bos"], adds_eos=adds["eos"])
 
 
-def _types(metadata: GGUFMetadata, tokens: Sequence[str]) -> list[float]:
+def _types(metadata: GGUFMetadata, tokens: Sequence[str]) -> Sequence[float]:
     types = metadata.numbers("tokenizer.ggml.token_type")
     if not types:
         metadata.notes.append("the file has no token_type: tokens that it does not name are text")
     elif len(types) != len(tokens):
         raise TextError(f"{metadata.path}: tokens and token_type differ in length")
-    return [*types] or [_NORMAL] * len(tokens)
+    return types or (_NORMAL,) * len(tokens)
 
 
 def _ends(
@@ -191,23 +192,25 @@ def _ends(
     return [*ends]
 
 
-def _retype(
+def _tags(
     metadata: GGUFMetadata,
     tokens: Sequence[str],
-    types: list[float],
+    types: Sequence[float],
     special: Collection[int],
     marks: Collection[str],
-) -> None:
-    """Have tags that act as control tokens recognised in text, if the file calls them text."""
-    changed = []
+) -> list[AddedToken]:
+    """Return the tokens that are recognised in text before it is cut into words."""
+    tags, corrected = [], []
     for i, token in enumerate(tokens):
-        is_special = i in special and _TAG.fullmatch(token) is not None
-        kind = _CONTROL if is_special else _USER_DEFINED
-        if (is_special or token in marks) and types[i] not in (_UNKNOWN, _CONTROL, kind):
-            types[i] = kind
-            changed.append(token)
-    if changed:
-        metadata.notes.append(f"token_type is corrected for {', '.join(changed)}")
+        acts = i in special and _TAG.fullmatch(token) is not None
+        stated = _SPECIAL_BY_TYPE.get(types[i])
+        if acts or token in marks or stated is not None:
+            tags.append(AddedToken(token, special=acts or stated is True, normalized=False))
+        if (acts and not stated) or (token in marks and stated is None):
+            corrected.append(token)
+    if corrected:
+        metadata.notes.append(f"token_type is corrected for {', '.join(corrected)}")
+    return tags
 
 
 def _byte_level_bpe(metadata: GGUFMetadata) -> tuple[Core, bool]:
@@ -292,15 +295,3 @@ def _merges_from_scores(metadata: GGUFMetadata, tokens: Sequence[str]) -> list[t
                 merges.append((-scores[whole], left, right))
     merges.sort()
     return [(tokens[left], tokens[right]) for _, left, right in merges]
-
-
-def _add_special_tokens(core: Core, tokens: Sequence[str], types: Sequence[float]) -> None:
-    """Have tags recognised in text before it is cut into words."""
-    special = {_UNKNOWN: True, _CONTROL: True, _USER_DEFINED: False}
-    core.add_tokens(
-        [
-            AddedToken(token, special=special[int(kind)], normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in special
-        ]
-    )
