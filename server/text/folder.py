@@ -46,7 +46,8 @@ class ModelFolder:
         """Read the small files. Raises `TextError` that names the file if one cannot be used."""
         self._folder = folder
         self._tokenizer_config = read_json(folder / "tokenizer_config.json")
-        self._config = read_json(config or folder / "config.json")
+        self._config_path = config or folder / "config.json"
+        self._config = read_json(self._config_path)
         self._generation = read_json(folder / "generation_config.json")
         #: Choices between two readings of the files, a line each.
         self.notes: list[str] = []
@@ -186,7 +187,8 @@ class ModelFolder:
     def _special_ids(self, core: Core, turn_end: str | None) -> SpecialIds:
         named = self.special_tokens()
         eos = core.token_to_id(named.get("eos_token", ""))
-        stated = [eos, *eos_token_ids(self._generation), *eos_token_ids(self._config)]
+        stated = [eos, *eos_token_ids(self._generation, self._folder / "generation_config.json")]
+        stated += eos_token_ids(self._config, self._config_path)
         end = core.token_to_id(turn_end or "")
         if end is not None and end not in stated:
             core.add_tokens([AddedToken(turn_end, special=True, normalized=False)])
@@ -235,12 +237,13 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
-def eos_token_ids(config: Mapping[str, object]) -> list[int]:
+def eos_token_ids(config: Mapping[str, object], path: Path) -> list[int]:
     """Ids under `eos_token_id`, which may be one, a list, or null. Raises `TextError`."""
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise TextError(f"eos_token_id must be a number or a list of them, got {str(value)[:80]!r}")
+        shown = str(value)[:80]
+        raise TextError(f"{path}: eos_token_id must be a number or a list of them, got {shown}")
     return [*ids]
 
 

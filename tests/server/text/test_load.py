@@ -286,6 +286,7 @@ def test_a_value_of_a_wrong_type_is_one_line(folder: Path, name: str, content: o
         load_text(folder)
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
+    assert name in str(caught.value) or str(folder) in str(caught.value)
 
 
 def test_a_panic_of_the_library_is_one_line(folder: Path) -> None:
