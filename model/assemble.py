@@ -47,8 +47,13 @@ class _Device:
     tiles: CpuLibrary | None = None
 
 
-def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
-    """Build the runner that `config` asks for. Raises `ValueError` naming the setting at fault."""
+def assemble(
+    source: ModelSource, config: OctavoConfig, end_token_ids: tuple[int, ...] = ()
+) -> TorchRunner:
+    """Build the runner that `config` asks for. Raises `ValueError` naming the setting at fault.
+
+    `end_token_ids`: tokens that end an answer besides those that the model's config names.
+    """
     torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
     where = _device(config.model)
     decoder = build_decoder(
@@ -63,7 +68,7 @@ def assemble(source: ModelSource, config: OctavoConfig) -> TorchRunner:
     spec = decoder.attention_spec(kv_dtype)
     offer = choose_backend(config.model.attention_backend, spec)
     plan_of = partial(_plan_pool, config, decoder, kv_dtype, offer)
-    info_of = partial(_info, source, config, decoder, kv_dtype, offer, where)
+    info_of = partial(_info, source, config, decoder, kv_dtype, offer, where, end_token_ids)
     if where.device.type == "cuda":
         ops = where.ops if isinstance(where.ops, GpuOps) else None
         parts = GpuParts(decoder, offer, info_of, kv_dtype, ops, config)
@@ -182,9 +187,11 @@ def _info(
     kv_dtype: torch.dtype,
     offer: BackendOffer,
     where: _Device,
+    end_token_ids: tuple[int, ...],
     plan: PoolPlan,
 ) -> ModelInfo:
     arch = decoder.arch
+    more_ends = (token_id for token_id in end_token_ids if token_id < arch.vocab_size)
     unknown = ", ".join(arch.unknown_keys)
     notes = [*source.notes, *decoder.notes, *where.notes, *offer.notes, *plan.notes]
     if unknown:
@@ -193,7 +200,7 @@ def _info(
         name=config.model.served_model_name or source.name,
         max_model_len=plan.max_model_len,
         vocab_size=arch.vocab_size,
-        eos_token_ids=arch.eos_token_ids,
+        eos_token_ids=tuple(dict.fromkeys((*arch.eos_token_ids, *more_ends))),
         page_size=plan.page_size,
         num_pages=plan.num_pages,
         kv_bytes_per_token=plan.bytes_per_token,

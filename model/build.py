@@ -25,8 +25,13 @@ def resolve_source(model: str) -> ModelSource:
     return resolve(model, home=octavo_home(), progress=True)
 
 
-def make_runner(source: ModelSource, config: OctavoConfig) -> TorchRunner:
-    """Load the model and size its pages. Raises `ValueError` that names the setting at fault."""
+def make_runner(
+    source: ModelSource, config: OctavoConfig, end_token_ids: tuple[int, ...] = ()
+) -> TorchRunner:
+    """Load the model and size its pages. Raises `ValueError` that names the setting at fault.
+
+    `end_token_ids`: tokens that end an answer besides those that the model's config names.
+    """
     # Read when torch loads its OpenMP. Threads that wait for each other between two products spin
     # for some tens of microseconds, then sleep. By default they spin for milliseconds, and where
     # somebody else wants a core that is what they burn: half a second a step was measured beside
@@ -36,4 +41,4 @@ def make_runner(source: ModelSource, config: OctavoConfig) -> TorchRunner:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     from model.assemble import assemble  # noqa: PLC0415 - imports torch, see above
 
-    return assemble(source, config)
+    return assemble(source, config, end_token_ids)

@@ -82,7 +82,10 @@ async def _serve(config: OctavoConfig) -> None:
         text = await asyncio.to_thread(load_text, source.path)
     except (build.ModelSourceError, TextError, OSError) as error:
         raise StartError(str(error)) from error
-    client = ProcessClient(partial(build.make_runner, source, config), config.scheduler)
+    for note in text.notes:
+        _log.info("note", extra=fields(note=note))
+    make_runner = partial(build.make_runner, source, config, text.tokenizer.eos_token_ids)
+    client = ProcessClient(make_runner, config.scheduler)
     lifecycle, grammars = Lifecycle(), GrammarDesk()
     app = create_app(
         config,

@@ -38,7 +38,7 @@ def dummy_tokenizer(config_path: Path) -> Tokenizer:
         raise TextError(
             f"{config_path}: vocab_size must be at least {_NUM_BYTES} for text, got {vocab_size!r}"
         )
-    ends = eos_token_ids(config)
+    ends = eos_token_ids(config, config_path)
     tokens = [*BYTE_LEVEL_ALPHABET, *(f"Ġ{i}" for i in range(_NUM_BYTES, vocab_size))]
     special = {end: f"<|end{end}|>" for end in ends if _NUM_BYTES <= end < vocab_size}
     for end, text in special.items():

@@ -27,6 +27,8 @@ class GGUFMetadata:
     def __init__(self, path: Path) -> None:
         """Read the file's keys. Raises `TextError` that names the file if it cannot be read."""
         self.path = path
+        #: Choices that the file left to whoever reads it, a line each.
+        self.notes: list[str] = []
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m:
                 self._values = _Cursor(m).read_all()

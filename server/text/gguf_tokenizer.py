@@ -1,13 +1,15 @@
 """A tokenizer from a GGUF file's metadata.
 
-What the file does not hold, how text is cut into words, goes by the name in `tokenizer.ggml.pre`,
-as in llama.cpp (`src/llama-vocab.cpp`); its results are what the tests compare with. Knows nothing
-of chat templates or weights.
+What the file does not hold goes by names and texts, as in llama.cpp (`src/llama-vocab.cpp`), whose
+results the tests compare with: how text is cut into words by `tokenizer.ggml.pre`, which tokens
+end an answer by what they look like. Knows nothing of chat templates or weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -20,7 +22,19 @@ from server.text.pieces import TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
 
 # Values of `tokenizer.ggml.token_type`.
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+#: Whether tokens of a type that is recognised in text are special.
+_SPECIAL_BY_TYPE: dict[float, bool] = {_UNKNOWN: True, _CONTROL: True, _USER_DEFINED: False}
+
+#: Tokens that end an answer: the first whatever their type, the others as control tokens.
+_TURN_END = re.compile(
+    r"<\|(im_end|eot_id|eom_id|end|return|call|endoftext|end_of_text)\|>|<end_of_(turn|utterance)>"
+    "|<\uff5cend\u2581of\u2581sentence\uff5c>"
+)
+_TEXT_END = re.compile(r"</s>|<eos>|<EOT>|\[EO[TS]\]")
+#: Of OpenAI's harmony, where `<|end|>` is between the messages of one answer.
+_HARMONY_ENDS = frozenset(("<|return|>", "<|call|>"))
+_TAG = re.compile(r"<[^<>\s]+>|\[\w+\]")
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PUNCTUATION_AND_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,6 +42,9 @@ _LLAMA3 = (
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_PUNCTUATION_AND_SPACES}"
 )
 _QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_PUNCTUATION_AND_SPACES}"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+#: Of files that name no other: punctuation apart, digits by threes.
+_DEFAULT = (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -56,11 +73,11 @@ def _single_digits_then_gpt2_words() -> PreTokenizer:
     return pre_tokenizers.Sequence([digits, _gpt2_words()])
 
 
-def _words_by(pattern: str) -> Callable[[], PreTokenizer]:
+def _words_by(*patterns: str) -> Callable[[], PreTokenizer]:
     def make() -> PreTokenizer:
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        splits = [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in patterns]
         letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([split, letters])
+        return pre_tokenizers.Sequence([*splits, letters])
 
     return make
 
@@ -72,7 +89,7 @@ _LLAMA3_RULES = _WordRules(_words_by(_LLAMA3), ignores_merges=True, adds_bos=Tru
 _QWEN2_RULES = _WordRules(_words_by(_QWEN2), make_normalizer=normalizers.NFC)
 
 _RULES_BY_PRE = {
-    "default": _GPT2_RULES,
+    "default": _WordRules(_words_by(*_DEFAULT)),
     "gpt-2": _GPT2_RULES,
     "phi-2": _GPT2_RULES,
     "smollm": _SMOLLM_RULES,
@@ -86,14 +103,22 @@ _RULES_BY_PRE = {
 }
 
 
-def gguf_tokenizer(metadata: GGUFMetadata) -> Tokenizer:
-    """Build the tokenizer a GGUF file describes.
+def gguf_tokenizer(
+    metadata: GGUFMetadata, turn_end: str | None = None, marks: Collection[str] = ()
+) -> Tokenizer:
+    """Build the tokenizer a GGUF file describes; choices it leaves are added to its `notes`.
 
+    `turn_end`: what the chat template writes behind an answer, which ends texts if it is a token;
+    `marks`: tokens that it writes, which are recognised in text even if the file calls them text.
     Raises `TextError` that names the file for a kind of tokenizer that is not supported.
     """
     kind = metadata.text("tokenizer.ggml.model")
-    if not metadata.texts("tokenizer.ggml.tokens"):
+    tokens = metadata.texts("tokenizer.ggml.tokens")
+    if not tokens:
         raise TextError(f"{metadata.path} has no tokenizer (no tokenizer.ggml.tokens)")
+    [(token, count)] = Counter(tokens).most_common(1)
+    if count > 1:
+        raise TextError(f"{metadata.path}: tokenizer.ggml.tokens: {token!r} is there {count} times")
     if kind == "gpt2":
         core, adds_bos = _byte_level_bpe(metadata)
     elif kind == "llama":
@@ -103,24 +128,97 @@ def gguf_tokenizer(metadata: GGUFMetadata) -> Tokenizer:
             f"{metadata.path}: tokenizer.ggml.model {kind!r} is not supported; supported: "
             "'gpt2' (byte-level BPE), 'llama' (SentencePiece BPE)"
         )
-    _add_special_tokens(core, metadata)
-    return Tokenizer(core, _special_ids(metadata, adds_bos=adds_bos))
+    types, named = _types(metadata, tokens), named_ids(metadata)
+    ends = _ends(metadata, tokens, types, named, turn_end)
+    core.add_tokens(_tags(metadata, tokens, types, {*ends, *named.values()}, marks))
+    return Tokenizer(core, _special_ids(metadata, named, ends, adds_bos=adds_bos))
 
 
-def _special_ids(metadata: GGUFMetadata, *, adds_bos: bool) -> SpecialIds:
-    ends = (metadata.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    stated_bos = metadata.flag("tokenizer.ggml.add_bos_token")
-    return SpecialIds(
-        bos_token_id=metadata.integer("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-        adds_bos=adds_bos if stated_bos is None else stated_bos,
-        adds_eos=metadata.flag("tokenizer.ggml.add_eos_token") or False,
-    )
+def named_ids(metadata: GGUFMetadata) -> dict[str, int]:
+    """Return the ids that the file gives to bos, eos and others, if the vocabulary has them."""
+    size, named = len(metadata.texts("tokenizer.ggml.tokens")), {}
+    for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        token_id = metadata.integer(f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None and token_id in range(size):
+            named[name] = token_id
+        elif token_id is not None:
+            metadata.notes.append(f"{name}_token_id {token_id} is no token's; it is left out")
+    return named
+
+
+def _special_ids(
+    metadata: GGUFMetadata, named: dict[str, int], ends: Sequence[int], *, adds_bos: bool
+) -> SpecialIds:
+    adds = {}
+    for name, default in (("bos", adds_bos), ("eos", False)):
+        stated = metadata.flag(f"tokenizer.ggml.add_{name}_token")
+        wanted = default if stated is None else stated
+        if wanted and name not in named:
+            metadata.notes.append(f"texts should get a {name} token, but the file names none")
+        adds[name] = wanted and name in named
+    return SpecialIds(named.get("bos"), tuple(ends), adds_bos=adds["bos"], adds_eos=adds["eos"])
+
+
+def _types(metadata: GGUFMetadata, tokens: Sequence[str]) -> Sequence[float]:
+    types = metadata.numbers("tokenizer.ggml.token_type")
+    if not types:
+        metadata.notes.append("the file has no token_type: tokens that it does not name are text")
+    elif len(types) != len(tokens):
+        raise TextError(f"{metadata.path}: tokens and token_type differ in length")
+    return types or (_NORMAL,) * len(tokens)
+
+
+def _ends(
+    metadata: GGUFMetadata,
+    tokens: Sequence[str],
+    types: Sequence[float],
+    named: dict[str, int],
+    turn_end: str | None,
+) -> list[int]:
+    """Ids of the tokens that end an answer, `eos` first."""
+    stated = [named[name] for name in ("eos", "eot", "eom") if name in named]
+    found = [
+        i
+        for i, token in enumerate(tokens)
+        if token == turn_end
+        or _TURN_END.fullmatch(token)
+        or (types[i] == _CONTROL and _TEXT_END.fullmatch(token))
+    ]
+    is_harmony = {*tokens} >= _HARMONY_ENDS
+    ends = dict.fromkeys(i for i in (*stated, *found) if not is_harmony or tokens[i] != "<|end|>")
+    more = ", ".join(tokens[i] for i in ends if i not in stated)
+    if more:
+        metadata.notes.append(f"these end an answer, too, though no key says so: {more}")
+    return [*ends]
+
+
+def _tags(
+    metadata: GGUFMetadata,
+    tokens: Sequence[str],
+    types: Sequence[float],
+    special: Collection[int],
+    marks: Collection[str],
+) -> list[AddedToken]:
+    """Return the tokens that are recognised in text before it is cut into words."""
+    tags, corrected = [], []
+    for i, token in enumerate(tokens):
+        acts = i in special and _TAG.fullmatch(token) is not None
+        stated = _SPECIAL_BY_TYPE.get(types[i])
+        if acts or token in marks or stated is not None:
+            tags.append(AddedToken(token, special=acts or stated is True, normalized=False))
+        if (acts and not stated) or (token in marks and stated is None):
+            corrected.append(token)
+    if corrected:
+        metadata.notes.append(f"token_type is corrected for {', '.join(corrected)}")
+    return tags
 
 
 def _byte_level_bpe(metadata: GGUFMetadata) -> tuple[Core, bool]:
     """Return the tokenizer, and whether such ones put bos in front unless told otherwise."""
-    pre = metadata.text("tokenizer.ggml.pre") or "default"
+    pre = metadata.text("tokenizer.ggml.pre")
+    if pre is None:
+        pre = "default"
+        metadata.notes.append("the file has no tokenizer.ggml.pre: how words are cut is a guess")
     rules = _RULES_BY_PRE.get(pre)
     if rules is None:
         raise TextError(
@@ -197,16 +295,3 @@ def _merges_from_scores(metadata: GGUFMetadata, tokens: Sequence[str]) -> list[t
                 merges.append((-scores[whole], left, right))
     merges.sort()
     return [(tokens[left], tokens[right]) for _, left, right in merges]
-
-
-def _add_special_tokens(core: Core, metadata: GGUFMetadata) -> None:
-    """Have control and user-defined tokens recognised in text before it is cut into words."""
-    control, user_defined = [], []
-    types = metadata.numbers("tokenizer.ggml.token_type")
-    for token, kind in zip(metadata.texts("tokenizer.ggml.tokens"), types, strict=False):
-        if kind == _CONTROL:
-            control.append(AddedToken(token, special=True, normalized=False))
-        elif kind == _USER_DEFINED:
-            user_defined.append(AddedToken(token, special=False, normalized=False))
-    core.add_special_tokens(control)
-    core.add_tokens(user_defined)

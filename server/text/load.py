@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,12 +11,16 @@ from pathlib import Path
 from server.text.dummy import DUMMY_TEMPLATE, dummy_tokenizer
 from server.text.folder import ModelFolder
 from server.text.gguf_metadata import GGUFMetadata
-from server.text.gguf_tokenizer import gguf_tokenizer
+from server.text.gguf_tokenizer import gguf_tokenizer, named_ids
 from server.text.pieces import TextError
 from server.text.template import ChatTemplate, TemplateError
 from server.text.tokenizer import Tokenizer
 
 Clock = Callable[[], datetime]
+
+_PROBE = "octavo"
+_TURN_END = re.compile(r"\s*(<[^<>\s]+>|\[\w+\])")
+_MARK = re.compile(r"<[|\uff5c][^<>\s]+[|\uff5c]>|<\w+_of_turn>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,8 @@ class ModelText:
     template: ChatTemplate | None
     #: What the model's makers ask for, by the names of parameters; unchecked.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    #: Choices between two readings of the model's files, for the log of the start.
+    notes: tuple[str, ...] = ()
 
 
 def local_time() -> datetime:
@@ -55,24 +62,37 @@ def load_text(path: Path, *, now: Clock = local_time) -> ModelText:
 
 def _from_folder(folder: ModelFolder, path: Path, now: Clock) -> ModelText:
     template = _template(folder.template_sources(), folder.special_tokens(), path, now)
-    return ModelText(folder.tokenizer(), template, folder.sampling_defaults())
+    tokenizer = folder.tokenizer(_turn_end(template))
+    return ModelText(tokenizer, template, folder.sampling_defaults(), tuple(folder.notes))
 
 
 def _from_gguf(path: Path, now: Clock) -> ModelText:
     metadata = GGUFMetadata(path)
-    tokenizer = gguf_tokenizer(metadata)
-    tokens = metadata.texts("tokenizer.ggml.tokens")
-    special = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = metadata.integer(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None and token_id < len(tokens):
-            special[f"{name}_token"] = tokens[token_id]
+    tokens, ids = metadata.texts("tokenizer.ggml.tokens"), named_ids(metadata)
+    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {name: tokens[ids[key]] for name, key in named.items() if key in ids}
     names = metadata.texts("tokenizer.chat_templates")
     keys = {"default": "tokenizer.chat_template"}
     keys |= {name: f"tokenizer.chat_template.{name}" for name in names}
     found = {name: metadata.text(key) for name, key in keys.items()}
     sources = {name: source for name, source in found.items() if source is not None}
-    return ModelText(tokenizer, _template(sources, special, path, now))
+    template = _template(sources, special, path, now)
+    marks = {mark for source in sources.values() for mark in _MARK.findall(source)}
+    tokenizer = gguf_tokenizer(metadata, _turn_end(template), marks)
+    return ModelText(tokenizer, template, notes=tuple(dict.fromkeys(metadata.notes)))
+
+
+def _turn_end(template: ChatTemplate | None) -> str | None:
+    """Return the tag that a template writes right behind an assistant's message, if it does."""
+    if template is None:
+        return None
+    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        _, seen, behind = template.render(turns, add_generation_prompt=False).rpartition(_PROBE)
+    except TemplateError:
+        return None
+    found = _TURN_END.match(behind) if seen else None
+    return found and found[1]
 
 
 def _template(

@@ -46,7 +46,9 @@ class Tokenizer:
         self.bos_token_id = ids.bos_token_id
         self.eos_token_ids = ids.eos_token_ids
         added = core.get_added_tokens_decoder()
-        named = {*ids.eos_token_ids, *(() if ids.bos_token_id is None else (ids.bos_token_id,))}
+        # One that is never put in front may be plain text: a comma, in some GGUF files.
+        bos = ids.bos_token_id if ids.adds_bos else None
+        named = {*ids.eos_token_ids, *(() if bos is None else (bos,))}
         self.special_token_ids = frozenset(
             named | {token_id for token_id, token in added.items() if token.special}
         )

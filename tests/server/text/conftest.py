@@ -106,7 +106,7 @@ def write_gguf(tmp_path: Path) -> WriteGGUF:
                 case bool():
                     writer.add_bool(key, value)
                 case int():
-                    writer.add_uint32(key, value)
+                    (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
                 case str():
                     writer.add_string(key, value)
                 case _:

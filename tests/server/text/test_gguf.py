@@ -40,7 +40,7 @@ def words(tokenizer: Tokenizer, text: str) -> list[str]:
     ("pre", "expected"),
     [
         ("gpt-2", ["1234"]),
-        ("default", ["1234"]),
+        ("default", ["123", "4"]),
         ("smollm", ["1", "2", "3", "4"]),
         ("qwen2", ["1", "2", "3", "4"]),
         ("tekken", ["1", "2", "3", "4"]),
@@ -92,13 +92,15 @@ def test_every_token_that_ends_a_text_is_told_once(write_bpe: WriteGGUF) -> None
     path = write_bpe(bos_token_id=1, eos_token_id=7, eot_token_id=9, eom_token_id=7)
     tokenizer = load_text(path).tokenizer
     assert tokenizer.bos_token_id == 1
-    assert tokenizer.eos_token_ids == (7, 9)
-    assert {1, 7, 9} <= tokenizer.special_token_ids
+    # The last of them is `<|end|>`.
+    assert tokenizer.eos_token_ids == (7, 9, 262)
+    assert {7, 9} <= tokenizer.special_token_ids
 
 
 def test_the_real_file_says_what_smollm2_is(smollm2: ModelText) -> None:
     tokenizer = smollm2.tokenizer
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2,))
+    # `<|endoftext|>` ends an answer by its text, as in llama.cpp.
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (1, (2, 0))
     assert tokenizer.special_token_ids == set(range(17))
     assert smollm2.template is not None
 

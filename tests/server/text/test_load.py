@@ -55,21 +55,12 @@ def test_special_tokens_may_stand_in_their_own_file(folder: Path) -> None:
     assert load_text(folder).tokenizer.bos_token_id == 258
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ({}, [256]),
-        ({"add_bos_token": True}, [258, 256]),
-        ({"add_bos_token": True, "add_eos_token": True}, [258, 256, 257]),
-        ({"add_bos_token": False}, [256]),
-    ],
-)
-def test_bos_and_eos_are_added_as_the_config_says(
-    folder: Path, flags: dict[str, bool], expected: list[int]
-) -> None:
-    config = {"bos_token": "<s>", "eos_token": "<|end|>"}
-    write(folder / "tokenizer_config.json", config | flags)
-    assert load_text(folder).tokenizer.encode("he", add_special_tokens=True) == expected
+@pytest.mark.parametrize("adds", [True, False])
+def test_bos_and_eos_are_added_as_tokenizer_json_says(folder: Path, adds: bool) -> None:
+    config: dict[str, object] = {"bos_token": "<s>", "eos_token": "<|end|>"}
+    config |= {"add_bos_token": adds, "add_eos_token": adds}
+    write(folder / "tokenizer_config.json", config)
+    assert load_text(folder).tokenizer.encode("he", add_special_tokens=True) == [256]
 
 
 def test_the_ends_of_a_text_come_from_all_files(folder: Path) -> None:
@@ -205,3 +196,118 @@ def test_the_sampling_the_makers_ask_for(folder: Path) -> None:
     asked = {"temperature": 0.6, "top_k": 20, "do_sample": True, "top_p": None, "min_p": "0.1"}
     write(folder / "generation_config.json", asked)
     assert load_text(folder).sampling_defaults == {"temperature": 0.6, "top_k": 20}
+
+
+# ---- files that differ ---------------------------------------------------------------------------
+
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>\n{% endfor %}"
+
+
+def test_what_a_template_writes_behind_an_answer_ends_it(folder: Path) -> None:
+    write(folder / "tokenizer_config.json", {"eos_token": "<s>", "chat_template": TURNS})
+    text = load_text(folder)
+    assert text.tokenizer.eos_token_ids == (258, 257)
+    assert text.notes == ("<|end|> ends answers: the chat template writes it behind them",)
+    write(folder / "generation_config.json", {"eos_token_id": [257, 258]})
+    text = load_text(folder)
+    assert (text.tokenizer.eos_token_ids, text.notes) == ((258, 257), ())
+
+
+def test_a_choice_between_two_files_is_noted(folder: Path) -> None:
+    write(folder / "tokenizer_config.json", {"bos_token": "<s>", "chat_template": "old"})
+    write(folder / "special_tokens_map.json", {"bos_token": {"content": "<|end|>"}})
+    write(folder / "chat_template.jinja", "new")
+    text = load_text(folder)
+    assert text.tokenizer.bos_token_id == 257
+    assert any("those of special_tokens_map.json are taken" in note for note in text.notes)
+    assert any("templates of .jinja files are taken" in note for note in text.notes)
+    listed = {"257": {"content": "<|end|>", "special": True, "normalized": False}}
+    config = {"bos_token": "<s>", "added_tokens_decoder": listed, "add_bos_token": True}
+    write(folder / "tokenizer_config.json", config)
+    text = load_text(folder)
+    assert text.tokenizer.bos_token_id == 258
+    assert any("those of tokenizer_config.json are taken" in note for note in text.notes)
+    assert "add_bos_token says otherwise, but tokenizer.json does not add it" in text.notes
+
+
+def test_a_token_that_has_another_id_elsewhere_is_noted(folder: Path) -> None:
+    write(folder / "tokenizer_config.json", {"added_tokens_decoder": {"9000": {"content": "<x>"}}})
+    text = load_text(folder)
+    assert text.tokenizer.encode("<x>", add_special_tokens=False) == [259]
+    assert text.notes == ("tokenizer.json's ids are taken, not others for: ['<x>']",)
+
+
+@pytest.mark.parametrize("stated", [-1, 259, 2**63, [257, -5], [10**9, 257]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_ends_that_the_vocabulary_lacks_are_left_out(
+    folder: Path, name: str, stated: object
+) -> None:
+    (folder / name).write_text(json.dumps({"eos_token_id": stated}), encoding="utf-8")
+    text = load_text(folder)
+    assert set(text.tokenizer.eos_token_ids) <= {257}
+    assert any(note.startswith("eos_token_id: the vocabulary has no [") for note in text.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"bos_token": 5}),
+        ("tokenizer_config.json", {"eos_token": ["</s>"]}),
+        ("tokenizer_config.json", {"pad_token": {"lstrip": True}}),
+        ("tokenizer_config.json", {"pad_token": {"content": "<p>", "lstrip": "yes"}}),
+        ("tokenizer_config.json", {"extra_special_tokens": "<x>"}),
+        ("tokenizer_config.json", {"extra_special_tokens": [1]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"x": 1}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<x>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"-1": {"content": "<x>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": 1}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {"content": 1}}}),
+        ("tokenizer_config.json", {"chat_template": 5}),
+        ("special_tokens_map.json", {"bos_token": 5}),
+        ("special_tokens_map.json", []),
+        ("special_tokens_map.json", {"additional_special_tokens": {"a": 1}}),
+        ("added_tokens.json", {"<x>": "first"}),
+        ("added_tokens.json", {"<x>": None}),
+        ("added_tokens.json", {"<x>": [1]}),
+        ("config.json", {"eos_token_id": "2"}),
+        ("config.json", {"eos_token_id": [[2]]}),
+        ("generation_config.json", {"eos_token_id": True}),
+        ("generation_config.json", {"eos_token_id": 10**30}),
+        ("generation_config.json", {"eos_token_id": {"id": 2}}),
+        ("chat_template.json", {"chat_template": {"default": 1}}),
+        ("tokenizer.json", {"model": None}),
+        ("tokenizer.json", []),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_one_line(folder: Path, name: str, content: object) -> None:
+    write(folder / name, content)
+    with pytest.raises(TextError) as caught:
+        load_text(folder)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value) or str(folder) in str(caught.value)
+
+
+def test_a_panic_of_the_library_is_one_line(folder: Path) -> None:
+    found = json.loads((folder / "tokenizer.json").read_bytes())
+    found["model"] |= {"continuing_subword_prefix": "more than a token", "merges": [["h", "e"]]}
+    write(folder / "tokenizer.json", found)
+    with pytest.raises(TextError, match=r"tokenizer\.json is not a readable tokenizer: ."):
+        load_text(folder)
+
+
+def test_a_template_that_is_no_utf_8_is_one_line(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"{{ messages }}\xff")
+    with pytest.raises(TextError, match=r"chat_template\.jinja is not UTF-8"):
+        load_text(folder)
+
+
+def test_too_many_added_tokens_are_refused(folder: Path) -> None:
+    listed = {str(259 + i): {"content": f"<|{i}|>", "special": True} for i in range(65_537)}
+    write(folder / "tokenizer_config.json", {"added_tokens_decoder": listed})
+    with pytest.raises(TextError, match="65537 added tokens, at most 65536 are read"):
+        load_text(folder)
+    del listed["259"]
+    write(folder / "tokenizer_config.json", {"added_tokens_decoder": listed})
+    assert load_text(folder).tokenizer.vocab_size == 259 + 65_536
