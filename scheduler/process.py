@@ -214,7 +214,7 @@ class ProcessClient:
     async def _start_again(self, pause_s: float) -> None:
         while self._num_fruitless < _MOST_FRUITLESS:
             if pause_s > 0:
-                _log.info("the next engine is started in %g s", pause_s)
+                _log.warning("the next engine is started in %g s", pause_s)
                 self._start_began_s = time.monotonic() + pause_s
                 await self._sleep(pause_s)
             try:
