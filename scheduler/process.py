@@ -250,7 +250,7 @@ class ProcessClient:
         self._isolation.check()
 
     async def close(self) -> None:
-        """See `EngineClient`. Within the engine's stop timeout, whatever state it is in."""
+        """See `EngineClient`. Within twice the stop timeout, whatever state the engine is in."""
         self._watchdog.stop()
         if self._supervisor is not None:
             self._supervisor.cancel()
