@@ -214,7 +214,7 @@ class ProcessClient:
     async def _start_again(self, pause_s: float) -> None:
         while self._num_fruitless < _MOST_FRUITLESS:
             if pause_s > 0:
-                _log.info("the next engine is started in %g s", pause_s)
+                _log.warning("the next engine is started in %g s", pause_s)
                 self._start_began_s = time.monotonic() + pause_s
                 await self._sleep(pause_s)
             try:
@@ -250,7 +250,7 @@ class ProcessClient:
         self._isolation.check()
 
     async def close(self) -> None:
-        """See `EngineClient`. Within the engine's stop timeout, whatever state it is in."""
+        """See `EngineClient`. Within twice the stop timeout, whatever state the engine is in."""
         self._watchdog.stop()
         if self._supervisor is not None:
             self._supervisor.cancel()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -167,3 +168,30 @@ def test_a_start_that_takes_too_long_ends_the_daemon_and_says_so(model: list[str
     assert done.returncode == 1
     assert "octavo: the engine was not ready 0.1 s after its start" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_full_table_of_files_is_waited_out(
+    start_daemon: Callable[..., Any], model: list[str]
+) -> None:
+    with start_daemon(*model) as daemon, httpx.Client(base_url=daemon.url, timeout=30) as probe:
+        body = {"prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0}
+        answer = probe.post("/v1/completions", json=body)
+        before = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+        # What is open stays open, and nothing more can be opened.
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+        os.kill(_engine(daemon).pid, signal.SIGKILL)
+        end_s = time.monotonic() + PATIENCE_S
+        # After three tries, and pauses of 1 and 2 seconds.
+        while not any("started in 4 s" in line for line in daemon.log):
+            assert time.monotonic() < end_s, "".join(daemon.log)
+            assert probe.get("/health").status_code == 200
+            time.sleep(0.02)
+        refused = probe.post("/v1/completions", json=body)
+        assert refused.status_code == 503
+        assert 4 <= int(refused.headers["Retry-After"]) < 30
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, before)
+        time.sleep(int(refused.headers["Retry-After"]))
+        _until(daemon, "/ready", 200, PATIENCE_S)
+        again = probe.post("/v1/completions", json=body)
+        assert again.json()["choices"][0]["text"] == answer.json()["choices"][0]["text"]
+        assert daemon.stop() == 0
