@@ -7,6 +7,7 @@ Also the only one that knows of signals, exit codes and sockets. Exit codes: 0 s
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
 import signal
@@ -32,6 +33,7 @@ from server.keys import Keyring, load_keys, reload_keys
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, configure, fields
 from server.protocol import HttpProtocol
+from server.relay import Relay
 from server.structured.desk import GrammarDesk
 from server.text.load import load_text
 from server.text.pieces import TextError
@@ -40,6 +42,8 @@ from server.tls import Certificate
 _log = logging.getLogger(LOGGER_NAME)
 
 _BACKLOG = 2048
+#: To pass on the last log lines at the exit; a reader that stopped is not waited for longer.
+_FLUSH_TIMEOUT_S = 1.0
 
 
 class StartError(Exception):
@@ -61,9 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201 - before there is a log
         return 2
+    # Before the log, and the engine, get hold of them.
+    relays = [Relay(fd, _note_dropped) for fd in (sys.stdout.fileno(), sys.stderr.fileno())]
+    for relay in relays:
+        atexit.register(relay.flush, _FLUSH_TIMEOUT_S)
     configure(config.server.log_format)
     try:
-        uvloop.run(_serve(config))
+        uvloop.run(_serve(config, lambda: sum(relay.num_dropped for relay in relays)))
     except (StartError, UsageError, EngineUnavailableError) as error:
         print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - also where logs are JSON
         return 2 if isinstance(error, UsageError) else 1
@@ -72,7 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _serve(config: OctavoConfig) -> None:
+def _note_dropped(count: int) -> None:
+    _log.warning("%d log lines were dropped: nobody read them in time", count)
+
+
+async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> None:
     keyring, certificate = _guards(config.server)
     # The port before the model: if it is taken, that is known before seconds go into loading.
     listener = _listen(config.server)
@@ -93,6 +105,7 @@ async def _serve(config: OctavoConfig) -> None:
         lifecycle=lifecycle,
         keyring=keyring,
         grammars=grammars,
+        num_lines_dropped=num_lines_dropped,
     )
     server = _server(app, certificate)
     try:
