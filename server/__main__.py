@@ -10,9 +10,11 @@ import asyncio
 import atexit
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -107,7 +109,7 @@ async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> 
         grammars=grammars,
         num_lines_dropped=num_lines_dropped,
     )
-    server = _server(app, certificate)
+    server = _server(app, certificate, config.server.max_connections_per_address)
     try:
         await _run(config, client, lifecycle, server, listener)
     finally:
@@ -173,11 +175,16 @@ async def _run(
     _log.info("stopped")
 
 
-def _server(app: FastAPI, certificate: Certificate | None) -> _Server:
+def _server(app: FastAPI, certificate: Certificate | None, most_per_address: int) -> _Server:
+    protocol = partial(
+        HttpProtocol,
+        connections_by_address=Counter(),
+        most_per_address=most_per_address,
+    )
     config = uvicorn.Config(
         app,
         loop="none",
-        http=HttpProtocol,
+        http=protocol,  # type: ignore[arg-type] # it is only called
         ws="none",
         lifespan="off",
         log_config=None,
@@ -216,6 +223,9 @@ def _stop(stop: asyncio.Event, server: uvicorn.Server) -> None:
 
 def _listen(section: ServerSection) -> socket.socket:
     host, port = section.host, section.port
+    # A connection is a file; the soft limit is for programs that `select` among many.
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         # Named, so that asyncio knows it is TCP and turns Nagle off.

@@ -7,6 +7,7 @@ boundary (`server/boundary.py`), before the first byte and after it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, closing
 from functools import partial
@@ -35,8 +36,9 @@ _SCORE_CHARS = 8
 #: Of a body that is too large, this many times the limit is read and thrown away, so that a client
 #: that writes before it reads gets to see the answer.
 _DISCARD_FACTOR = 4
-#: A body may come slowly, but not stand still for longer.
+#: A body may come slowly, but not stand still for longer, nor be slower than this behind it.
 BODY_PATIENCE_S = 30.0
+LEAST_BYTES_PER_S = 8192
 
 
 class Dialect(Protocol):
@@ -189,8 +191,8 @@ async def send_json(
 async def read_body(request: Request, limit_bytes: int) -> bytes:
     """Return the request's JSON, unparsed, never holding more than `limit_bytes` of it.
 
-    Raises `ApiError`: 413 if it is larger, whatever its headers say; 408 if it stops coming; 400
-    if it is not said to be JSON. Raises `ClientGoneError`.
+    Raises `ApiError`: 413 if it is larger, whatever its headers say; 408 if it stops coming or
+    trickles; 400 if it is not said to be JSON. Raises `ClientGoneError`.
     """
     media_type = request.headers.get("content-type", "application/json").partition(";")[0]
     if media_type.strip().lower() != "application/json":
@@ -203,8 +205,10 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     num_bytes, has_more = 0, True
     if (announced_bytes := int(request.headers.get("content-length", "0"))) > most_bytes:
         num_bytes, has_more = announced_bytes, False
+    began_s = time.monotonic()
     while has_more and num_bytes <= most_bytes:
-        message = await _next_of_body(request)
+        left_s = began_s + num_bytes / LEAST_BYTES_PER_S - time.monotonic()
+        message = await _next_of_body(request, BODY_PATIENCE_S + min(0.0, left_s))
         num_bytes += len(message.get("body", b""))
         chunks.append(message.get("body", b""))
         if num_bytes > limit_bytes:
@@ -220,14 +224,15 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-async def _next_of_body(request: Request) -> Message:
+async def _next_of_body(request: Request, patience_s: float) -> Message:
     try:
-        async with asyncio.timeout(BODY_PATIENCE_S):
+        async with asyncio.timeout(patience_s):
             message = await request.receive()
     except TimeoutError as error:
         raise ApiError(
             408,
-            f"nothing came of the body for {BODY_PATIENCE_S:g} seconds",
+            f"nothing came of the body for {BODY_PATIENCE_S:g} seconds, or less than"
+            f" {LEAST_BYTES_PER_S} bytes a second for longer",
             code="request_timeout",
             headers={"Connection": "close"},
         ) from error
