@@ -185,6 +185,8 @@ def _server(app: FastAPI, certificate: Certificate | None, most_per_address: int
         log_config=None,
         access_log=False,
         server_header=False,
+        # Longer than clients keep a connection: who closes first must not be the one that is asked.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
     config.load()
