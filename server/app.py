@@ -79,7 +79,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     lifecycle = lifecycle or Lifecycle()
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
     grammars = grammars or GrammarDesk()
-    pace = QueuePace(client, clock.monotonic_s)
+    pace = QueuePace(client, clock.monotonic_s, config.scheduler)
     defaults = sampling_defaults(config, text)
     if defaults:
         note = "requests that do not say get the sampling of generation_config.json"

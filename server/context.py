@@ -55,6 +55,8 @@ class RequestRecord:
     stream_end: Callable[[ApiError], bytes] | None = field(default=None, repr=False)
     #: Of the API key, if it has a name.
     key_name: str = ""
+    #: The same for a request that comes again: of client and body.
+    whose: int = 0
     #: `error.code` of the answer, where it is an error.
     error_code: str = ""
 

@@ -18,10 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from scheduler.client import RejectKind, RequestRefusedError
 from server.choices import best, generate_choices
 from server.context import RequestContext, RequestRecord
 from server.deadline import Deadline
-from server.errors import ApiError, ClientGoneError
+from server.errors import ApiError, ClientGoneError, from_engine
 from server.event_stream import EventStream
 from server.generate import Job, octavo, usage
 from server.output import Piece
@@ -186,6 +187,23 @@ async def send_json(
     listed += [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
     await send({"type": "http.response.start", "status": status, "headers": listed})
     await send({"type": "http.response.body", "body": body})
+
+
+async def read_work(service: Service, request: Request) -> bytes:
+    """Return the body of a request for tokens, as `read_body` does.
+
+    Raises `ApiError` (429) where there is no place to wait, before anything is made of the body.
+    """
+    body = await read_body(request, service.config.server.max_request_bytes)
+    record = RequestContext.of(request.scope).record
+    record.whose = hash((record.key_name, record.client, body))
+    # With a priority it may take another's place, which the engine knows.
+    may_displace = b'"priority"' in body or service.client.stats().lowest_waiting_priority > 0
+    if not may_displace and not service.pace.has_place(record.whose):
+        message = "too many requests are waiting already, or were promised a place before this one"
+        refused = RequestRefusedError(message, RejectKind.BUSY, None)
+        raise from_engine(refused, service.pace.retry_after_s(record.whose))
+    return body
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
