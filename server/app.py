@@ -53,6 +53,9 @@ _DOCUMENTED = (
     ResponseEvent,
 )
 
+#: Bodies of the largest size that may be read at the same time.
+_MOST_BODIES = 16
+
 
 def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     config: OctavoConfig,
@@ -120,6 +123,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
         metrics=metrics,
         clock=clock,
         chance=chance,
+        most_body_bytes=_MOST_BODIES * config.server.max_request_bytes,
         error_forms=ERROR_FORMS,
     )
     if config.server.cors_origins:

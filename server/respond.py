@@ -210,7 +210,8 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     """Return the request's JSON, unparsed, never holding more than `limit_bytes` of it.
 
     Raises `ApiError`: 413 if it is larger, whatever its headers say; 408 if it stops coming or
-    trickles; 400 if it is not said to be JSON. Raises `ClientGoneError`.
+    trickles; 503 if others' take too much; 400 if it is not said to be JSON. Raises
+    `ClientGoneError`.
     """
     media_type = request.headers.get("content-type", "application/json").partition(";")[0]
     if media_type.strip().lower() != "application/json":
@@ -223,15 +224,18 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     num_bytes, has_more = 0, True
     if (announced_bytes := int(request.headers.get("content-length", "0"))) > most_bytes:
         num_bytes, has_more = announced_bytes, False
-    began_s = time.monotonic()
-    while has_more and num_bytes <= most_bytes:
-        left_s = began_s + num_bytes / LEAST_BYTES_PER_S - time.monotonic()
-        message = await _next_of_body(request, BODY_PATIENCE_S + min(0.0, left_s))
-        num_bytes += len(message.get("body", b""))
-        chunks.append(message.get("body", b""))
-        if num_bytes > limit_bytes:
-            chunks.clear()
-        has_more = message.get("more_body", False)
+    began_s, context = time.monotonic(), RequestContext.of(request.scope)
+    with context.bodies.reading(context.record.client) as take:
+        while has_more and num_bytes <= most_bytes:
+            left_s = began_s + num_bytes / LEAST_BYTES_PER_S - time.monotonic()
+            message = await _next_of_body(request, BODY_PATIENCE_S + min(0.0, left_s))
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > limit_bytes:
+                chunks.clear()
+            else:
+                take(len(message.get("body", b"")))
+                chunks.append(message.get("body", b""))
+            has_more = message.get("more_body", False)
     if num_bytes > limit_bytes:
         raise ApiError(
             413,
