@@ -158,15 +158,12 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _await_end(self) -> None:
-        self._giving_up = self.loop.call_later(self.head_patience_s, self._give_up)
+        self._giving_up = self.loop.call_later(self.head_patience_s, self.transport.close)
 
     def _stop_waiting(self) -> None:
         if self._giving_up is not None:
             self._giving_up.cancel()
             self._giving_up = None
-
-    def _give_up(self) -> None:
-        self.transport.close()
 
 
 def _too_much() -> ApiError:

@@ -94,8 +94,9 @@ class Relay:
             lines = left = self._queue.get()
             try:
                 while left:
+                    # It may be non-blocking: that is for whoever shares the file to say.
                     select.select([], [self._target], [])
-                    left = left[self._write_some(left) :]
+                    left = left[os.write(self._target, left) :]
             except OSError:  # The reader is gone for good.
                 self._num_unwritten += lines.count(b"\n")
             self._queue.task_done()
@@ -103,9 +104,3 @@ class Relay:
             if num_untold and self._queue.empty():
                 self._num_told += num_untold
                 self._on_dropped(num_untold)
-
-    def _write_some(self, data: bytes) -> int:
-        try:
-            return os.write(self._target, data)
-        except BlockingIOError:  # Somebody who shares the file made it non-blocking.
-            return 0
