@@ -19,6 +19,8 @@ _HALF_LIFE_S = 20.0
 #: No promise is shorter or longer: clients wait whole seconds, and OpenAI's no more than a minute.
 #: Who would have to wait longer is told the most, and promised nothing.
 LEAST_S, MOST_S = 1, 60
+#: Requests that are thought to have been let in, one a second, before anything was measured.
+_NUM_GUESSED = 5
 #: Answers differ in length: a promise leaves so much more time than the places come in.
 _MARGIN = 1.25
 #: Behind its time a promise is kept for so long.
@@ -91,11 +93,10 @@ class QueuePace:
     def retry_after_s(self, whose: int) -> int:
         """Promise a place and return in how many seconds, `LEAST_S` to `MOST_S`."""
         now_s = self._clock_s()
-        since_s = now_s - self._last_s if self._is_full else 0.0
-        # Where nobody was let in yet: as long again as they have waited.
-        a_place_s = max(1.0, self._queued_s + since_s)
-        if self._num_started:
-            a_place_s = (self._queued_s + since_s) / self._num_started
+        queued_s = self._queued_s + (now_s - self._last_s if self._is_full else 0.0)
+        # As measured; where that is little, no faster than a place a second comes near it.
+        guessed_s = (queued_s + _NUM_GUESSED) / (self._num_started + _NUM_GUESSED)
+        a_place_s = max(queued_s / max(1.0, self._num_started), guessed_s)
         left_s = (len(self._promises) + 1) * a_place_s * _MARGIN
         told_s = min(MOST_S, max(LEAST_S, math.ceil(left_s)))
         if left_s <= MOST_S:
