@@ -70,7 +70,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)  # noqa: T201 - before there is a log
         return 2
     # Before the log, and the engine, get hold of them.
-    relays = [Relay(fd, _note_dropped) for fd in (sys.stdout.fileno(), sys.stderr.fileno())]
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: it is closed.
+    relays = [Relay(stream.fileno(), _note_dropped) for stream in streams]
     for relay in relays:
         atexit.register(relay.flush, _FLUSH_TIMEOUT_S)
     configure(config.server.log_format)
