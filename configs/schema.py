@@ -186,6 +186,11 @@ class ServerSection(Section):
     drain_timeout_s: float = Field(
         default=30.0, ge=0, le=3600, description="after SIGTERM, finish what runs within this time"
     )
+    max_connections_per_address: int = Field(
+        default=1024,
+        ge=0,
+        description="connections of one address (IPv6: /64), then 429; 0: any, as behind a proxy",
+    )
     max_request_bytes: SizeBytes = Field(
         default=8 * 2**20, ge=1024, description="largest body of a request; more is answered 413"
     )

@@ -136,7 +136,7 @@ class Engine:
             self._submit(submit, constraint)
 
     def _submit(self, submit: Submit, constraint: Constraint | None = None) -> None:
-        if rejected := self._scheduler.submit(submit, constraint):
+        for rejected in self._scheduler.submit(submit, constraint):
             self._reject(rejected)
 
     def _reject(self, rejected: Rejected) -> None:
@@ -235,6 +235,7 @@ class Engine:
             num_running=steps.num_running,
             num_waiting=steps.num_waiting + len(self._preparing),
             num_waiting_tokens=steps.num_waiting_tokens,
+            lowest_waiting_priority=steps.lowest_waiting_priority,
             pages_total=pages.pages_total,
             pages_free=pages.pages_free,
             pages_private=pages.pages_private,

@@ -109,6 +109,8 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     num_waiting_tokens: int = 0
+    #: At least 0: greater only where a request without a priority would displace somebody.
+    lowest_waiting_priority: int = 0
     pages_total: int = 0
     #: free + private + cached == total; leased are those of `cached` that something running uses.
     pages_free: int = 0

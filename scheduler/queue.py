@@ -30,6 +30,16 @@ class WaitingQueue:
         for priority in self._priorities:
             yield from self._lanes[priority].values()
 
+    def __reversed__(self) -> Iterator[Sequence]:
+        """Beginning with the newest of the lowest priority. The queue must not change meanwhile."""
+        for priority in reversed(self._priorities):
+            yield from reversed(self._lanes[priority].values())
+
+    @property
+    def lowest_priority(self) -> int:
+        """The priority of the last that waits, at least 0, which is what nobody asks for."""
+        return max([0, *self._priorities[-1:]])
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all that wait: prompts, and what a preempted sequence had generated."""

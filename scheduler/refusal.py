@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from configs.schema import SchedulerSection
 from scheduler.messages import Rejected, RejectKind, Submit
 from scheduler.queue import WaitingQueue
+from scheduler.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def why_never(submit: Submit, max_model_len: int) -> Rejected | None:
 
 
 def why_not_now(
-    submit: Submit, waiting: WaitingQueue, room: Room, config: SchedulerSection
+    submit: Submit, num_waiting: int, num_waiting_tokens: int, room: Room, config: SchedulerSection
 ) -> Rejected | None:
     """Return the refusal of a request that would have to wait where too much waits already.
 
@@ -55,17 +56,49 @@ def why_not_now(
     arriving between two steps. A queue without tokens takes any request, however long: else one
     longer than `max_queue_tokens` would be refused for ever.
     """
-    num_waiting, num_tokens = len(waiting), len(submit.prompt_token_ids)
-    if submit.is_resumed or room.is_enough(num_waiting + 1, waiting.num_tokens + num_tokens):
+    num_tokens = len(submit.prompt_token_ids)
+    if submit.is_resumed or room.is_enough(num_waiting + 1, num_waiting_tokens + num_tokens):
         return None
     message = ""
     if num_waiting >= config.max_queue:
         message = f"{num_waiting} requests are waiting already, which is the limit"
         if not config.max_queue:
             message = "there is no room now, and no queue to wait in"
-    elif num_waiting and waiting.num_tokens + num_tokens > config.max_queue_tokens:
+    elif num_waiting and num_waiting_tokens + num_tokens > config.max_queue_tokens:
         message = (
-            f"requests of {waiting.num_tokens} tokens are waiting already; with the {num_tokens} "
+            f"requests of {num_waiting_tokens} tokens are waiting already; with the {num_tokens} "
             f"of this one they would be more than the limit of {config.max_queue_tokens}"
         )
     return Rejected(submit.request_id, RejectKind.BUSY, message) if message else None
+
+
+def place_for(
+    submit: Submit, waiting: WaitingQueue, room: Room, config: SchedulerSection
+) -> Rejected | list[Sequence]:
+    """Return who has to leave the queue so that a request can wait in it, or its refusal.
+
+    Those of lower priority leave that have not begun, the newest of the lowest first, and only as
+    many as it takes; where that is not enough, none.
+    """
+    num_waiting, num_tokens = len(waiting), waiting.num_tokens
+    refused = why_not_now(submit, num_waiting, num_tokens, room, config)
+    if refused is None:
+        return []
+    leaving: list[Sequence] = []
+    for sequence in reversed(waiting):
+        if sequence.priority <= submit.priority:
+            break
+        if sequence.has_begun:
+            continue
+        leaving.append(sequence)
+        num_waiting -= 1
+        num_tokens -= len(sequence.token_ids)
+        if why_not_now(submit, num_waiting, num_tokens, room, config) is None:
+            return leaving
+    return refused
+
+
+def displaced(sequence: Sequence) -> Rejected:
+    """Return the refusal of a request that had to leave the queue."""
+    message = "the queue is full, and a request of higher priority took the place of this one"
+    return Rejected(sequence.request_id, RejectKind.BUSY, message)

@@ -25,7 +25,7 @@ from model.interface import (
 from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
 from scheduler.pacing import Pacing
 from scheduler.plan import StepOutcome, StepPlan, add_row, new_plan
-from scheduler.refusal import Room, why_never, why_not_now
+from scheduler.refusal import Room, displaced, place_for, why_never
 from scheduler.sequence import Sequence, State
 from scheduler.stats import SchedulerStats
 from scheduler.suspects import ModelFaultError, Suspects
@@ -78,30 +78,35 @@ class Scheduler:
         """Whether a running sequence has a grammar, which must know a token before the next."""
         return any(sequence.constraint is not None for sequence in self._running)
 
-    def submit(self, submit: Submit, constraint: Constraint | None = None) -> Rejected | None:
-        """Queue a request, or say at once why it will not run. `constraint`: of its grammar."""
-        rejected = self._refusal(submit)
-        if rejected is None:
-            sequence = Sequence(
-                submit,
-                arrival=self._num_arrivals,
-                eos_token_ids=self._eos_token_ids,
-                max_model_len=self._max_model_len,
-                constraint=constraint,
-            )
-            self._num_arrivals += 1
-            self._table.add(sequence)
-        return rejected
+    def submit(self, submit: Submit, constraint: Constraint | None = None) -> list[Rejected]:
+        """Queue a request; return its refusal, or those of whom it displaced in a full queue.
 
-    def _refusal(self, submit: Submit) -> Rejected | None:
+        `constraint`: of its grammar.
+        """
+        found = self._place_for(submit)
+        if isinstance(found, Rejected):
+            return [found]
+        for leaving in found:
+            self._finish(leaving, FinishReason.ABORT)
+        sequence = Sequence(
+            submit,
+            arrival=self._num_arrivals,
+            eos_token_ids=self._eos_token_ids,
+            max_model_len=self._max_model_len,
+            constraint=constraint,
+        )
+        self._num_arrivals += 1
+        self._table.add(sequence)
+        return [displaced(leaving) for leaving in found]
+
+    def _place_for(self, submit: Submit) -> Rejected | list[Sequence]:
         if submit.request_id in self._table.requests:
             message = f"request id {submit.request_id} is in use"
             return Rejected(submit.request_id, RejectKind.INVALID, message, "request_id")
         free_pages = self._cache.available_pages - len(self._running)
         room = Room(len(self._table.free_slots), free_pages, self._page_size)
-        return why_never(submit, self._max_model_len) or why_not_now(
-            submit, self._waiting, room, self._config
-        )
+        never = why_never(submit, self._max_model_len)
+        return never or place_for(submit, self._waiting, room, self._config)
 
     def cancel(self, request_id: int) -> None:
         """Forget a request and give its pages back, at once. Unknown ids are fine."""
@@ -374,6 +379,7 @@ class Scheduler:
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             num_waiting_tokens=self._waiting.num_tokens,
+            lowest_waiting_priority=self._waiting.lowest_priority,
             prefix_queries_tokens_total=self._prefix_queries_tokens,
             prefix_hits_tokens_total=self._prefix_hits_tokens,
             prompt_tokens_computed_total=self._prompt_tokens_computed,

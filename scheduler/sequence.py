@@ -120,6 +120,12 @@ class Sequence:
         return self.priority, self.arrival
 
     @property
+    def has_begun(self) -> bool:
+        """Whether anything was computed for it, by this engine or for its client by another."""
+        has_tokens = len(self.token_ids) > self.num_prompt or self.num_scored > 0
+        return self.is_started or has_tokens
+
+    @property
     def most_cached_tokens(self) -> int | None:
         """How many of its tokens need not be computed again at most; None: as many as are there."""
         if not self.trusts_cache:

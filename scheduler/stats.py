@@ -12,6 +12,7 @@ class SchedulerStats:
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
+    lowest_waiting_priority: int
     prefix_queries_tokens_total: int
     prefix_hits_tokens_total: int
     prompt_tokens_computed_total: int

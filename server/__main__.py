@@ -1,257 +1,29 @@
-"""The `octavo` command: the composition root, the only module that knows everyone.
+"""The `octavo` command in its first moments: what it takes to be stopped in them.
 
-Also the only one that knows of signals, exit codes and sockets. Exit codes: 0 stopped, 1 failed,
-2 wrong usage.
+Nothing is imported here that takes time. The engine's process imports this module too.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import signal
-import socket
-import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-
-import uvicorn
-import uvloop
-from fastapi import FastAPI
-
-from configs.load import ConfigError, describe, load_config
-from configs.schema import OctavoConfig, ServerSection
-from configs.sizes import format_size
-from model import build
-from scheduler.client import EngineUnavailableError, ModelInfo
-from scheduler.process import ProcessClient
-from server import __version__, cli
-from server.app import create_app
-from server.keys import Keyring, load_keys, reload_keys
-from server.lifecycle import Lifecycle
-from server.logs import LOGGER_NAME, configure, fields
-from server.protocol import HttpProtocol
-from server.structured.desk import GrammarDesk
-from server.text.load import load_text
-from server.text.pieces import TextError
-from server.tls import Certificate
-
-_log = logging.getLogger(LOGGER_NAME)
-
-_BACKLOG = 2048
 
 
-class StartError(Exception):
-    """The daemon cannot start; the message is one line for the operator."""
-
-
-class UsageError(Exception):
-    """What a setting points to is wrong; the message is one line that names the setting."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run the command line and return the exit code."""
-    command = cli.parse(sys.argv[1:] if argv is None else argv)
-    if command.command == "version":
-        print(f"octavo {__version__}")  # noqa: T201 - what was asked for
-        return 0
-    try:
-        config = load_config(command.flags, os.environ, command.config)
-    except ConfigError as error:
-        print(error, file=sys.stderr)  # noqa: T201 - before there is a log
-        return 2
-    configure(config.server.log_format)
-    try:
-        uvloop.run(_serve(config))
-    except (StartError, UsageError, EngineUnavailableError) as error:
-        print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - also where logs are JSON
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        return 0
-    return 0
+    _exit_on_signals()
+    from server.daemon import run  # noqa: PLC0415 - takes a second, in which a signal may come
 
-
-async def _serve(config: OctavoConfig) -> None:
-    keyring, certificate = _guards(config.server)
-    # The port before the model: if it is taken, that is known before seconds go into loading.
-    listener = _listen(config.server)
-    _on_signals(os._exit, 0)  # Until there is an engine, nothing has to be put in order.
-    _log.info("starting", extra=fields(version=__version__, **describe(config)))
     try:
-        source = await asyncio.to_thread(build.resolve_source, config.model.model)
-        text = await asyncio.to_thread(load_text, source.path)
-    except (build.ModelSourceError, TextError, OSError) as error:
-        raise StartError(str(error)) from error
-    for note in text.notes:
-        _log.info("note", extra=fields(note=note))
-    make_runner = partial(build.make_runner, source, config, text.tokenizer.eos_token_ids)
-    client = ProcessClient(make_runner, config.scheduler)
-    lifecycle, grammars = Lifecycle(), GrammarDesk()
-    app = create_app(
-        config,
-        client,
-        text,
-        version=__version__,
-        lifecycle=lifecycle,
-        keyring=keyring,
-        grammars=grammars,
-    )
-    server = _server(app, certificate)
-    try:
-        await _run(config, client, lifecycle, server, listener)
+        return run()
     finally:
-        await grammars.close()
-        await client.close()
+        # The event loop takes its handlers with it.
+        _exit_on_signals()
 
 
-def _guards(section: ServerSection) -> tuple[Keyring, Certificate | None]:
-    """Load keys and certificate; their files are read again with each SIGHUP.
-
-    Without such a file SIGHUP ends the program as ever, such as when its terminal is closed.
-    """
-    try:
-        keyring = Keyring(load_keys(section))
-        certificate = Certificate(section) if section.ssl_certfile else None
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-    def reload() -> None:
-        if section.api_key_file:
-            reload_keys(keyring, section)
-        if certificate:
-            certificate.reload()
-
-    if section.api_key_file or certificate:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
-    return keyring, certificate
-
-
-async def _run(
-    config: OctavoConfig,
-    client: ProcessClient,
-    lifecycle: Lifecycle,
-    server: uvicorn.Server,
-    listener: socket.socket,
-) -> None:
-    stop = asyncio.Event()
-    lost = asyncio.Event()
-    _on_signals(_stop, stop, server)
-
-    def on_lost() -> None:
-        lost.set()
-        stop.set()
-
-    client.on_lost = on_lost
-    starting = asyncio.create_task(client.start())
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():
-        starting.cancel()
-        return
-    await starting
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    _announce(client.info, _url(listener, is_encrypted=server.config.ssl is not None))
-    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not lost.is_set():
-        _log.info("draining", extra=fields(timeout_s=config.server.drain_timeout_s))
-        await lifecycle.drain(config.server.drain_timeout_s)
-    server.should_exit = True
-    await serving
-    if lost.is_set():
-        raise StartError("the engine died again and again; the log above says why")
-    _log.info("stopped")
-
-
-def _server(app: FastAPI, certificate: Certificate | None) -> _Server:
-    config = uvicorn.Config(
-        app,
-        loop="none",
-        http=HttpProtocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
-    config.load()
-    config.ssl = certificate.context if certificate else None
-    return _Server(config)
-
-
-class _Server(uvicorn.Server):
-    """Signals are ours: the first one drains, and uvicorn would cut streams off."""
-
-    def install_signal_handlers(self) -> None:
-        """Leave them as they are."""
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve without capturing signals."""
-        await self._serve(sockets)
-
-
-def _on_signals(call: Callable[..., object], *args: object) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, call, *args)
-
-
-def _stop(stop: asyncio.Event, server: uvicorn.Server) -> None:
-    if stop.is_set():
-        # Asked twice: do not wait for anybody.
-        server.force_exit = True
-        os._exit(0)
-    stop.set()
-
-
-def _listen(section: ServerSection) -> socket.socket:
-    host, port = section.host, section.port
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # Named, so that asyncio knows it is TCP and turns Nagle off.
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it. The kernel sees who does not read, or is not there any more, and
-        # whatever was answered; to us it is a client that left.
-        timeout_ms = round(section.send_timeout_s * 1000)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)  # noqa: FBT003 - the standard library's signature
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StartError(f"cannot listen on {host}:{port}: {reason} (--host, --port)") from error
-    return listener
-
-
-def _url(listener: socket.socket, *, is_encrypted: bool) -> str:
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    return f"{'https' if is_encrypted else 'http'}://{shown}:{port}"
-
-
-def _announce(info: ModelInfo, url: str) -> None:
-    """Say once, in one line, that it is ready, and what fits."""
-    for note in info.notes:
-        _log.info("note", extra=fields(note=note))
-    num_tokens = info.num_pages * info.page_size
-    kv_bytes = num_tokens * info.kv_bytes_per_token
-    _log.info(
-        "ready",
-        extra=fields(
-            url=url,
-            model=info.name,
-            device=info.device,
-            weights=format_size(info.weights_bytes),
-            quantization=info.quantization,
-            attention=info.attention_backend,
-            kv_cache=format_size(kv_bytes),
-            pages=info.num_pages,
-            page_size=info.page_size,
-            tokens=num_tokens,
-            max_model_len=info.max_model_len,
-            full_length_requests=num_tokens // info.max_model_len,
-        ),
-    )
+def _exit_on_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
 
 
 if __name__ == "__main__":

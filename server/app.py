@@ -53,6 +53,9 @@ _DOCUMENTED = (
     ResponseEvent,
 )
 
+#: Bodies of the largest size that may be read at the same time.
+_MOST_BODIES = 16
+
 
 def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     config: OctavoConfig,
@@ -65,19 +68,21 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     clock: Clock | None = None,
     chance: random.Random | None = None,
     grammars: GrammarDesk | None = None,
+    num_lines_dropped: Callable[[], int] = lambda: 0,
 ) -> FastAPI:
     """Return the application. `client` may still be starting: until it is up, /ready says 503.
 
-    The caller starts and closes `client`, closes `grammars`, drains `lifecycle` and may change
-    `keyring`; where it is not given, the configuration's keys are loaded, which raises `ValueError`
-    if they are wrong; so does a model's sampling that cannot be meant.
+    The caller starts and closes `client`, closes `grammars`, drains `lifecycle`, counts log lines
+    that were dropped and may change `keyring`; where that is not given, the configuration's keys
+    are loaded, which raises `ValueError` if they are wrong; so does a model's sampling that cannot
+    be meant.
     """
     clock = clock or Clock()
     chance = chance or random.SystemRandom()
     lifecycle = lifecycle or Lifecycle()
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
     grammars = grammars or GrammarDesk()
-    pace = QueuePace(client, clock.monotonic_s)
+    pace = QueuePace(client, clock.monotonic_s, config.scheduler)
     defaults = sampling_defaults(config, text)
     if defaults:
         note = "requests that do not say get the sampling of generation_config.json"
@@ -91,6 +96,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
         ttl_s=config.server.responses_ttl_s,
     )
     _show_store(metrics, store, clock)
+    metrics.add_counter("log_lines_dropped", "log lines that nobody read", num_lines_dropped)
     app = DocumentedApp(version, _DOCUMENTED)
     routers = (
         generation_routes(service),
@@ -117,6 +123,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
         metrics=metrics,
         clock=clock,
         chance=chance,
+        most_body_bytes=_MOST_BODIES * config.server.max_request_bytes,
         error_forms=ERROR_FORMS,
     )
     if config.server.cors_origins:

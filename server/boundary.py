@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from scheduler.client import EngineError
 from server import sse
 from server.auth import PROBE_PATHS
-from server.context import Clock, Interruption, RequestContext, RequestRecord
+from server.context import BodyBudget, Clock, Interruption, RequestContext, RequestRecord
 from server.errors import (
     ApiError,
     ClientGoneError,
@@ -54,6 +54,7 @@ class BoundaryMiddleware:
         metrics: Metrics,
         clock: Clock,
         chance: random.Random,
+        most_body_bytes: int,
         error_forms: Mapping[str, ErrorForm] | None = None,
     ) -> None:
         """`error_forms`: of the paths whose errors do not look like OpenAI's."""
@@ -63,6 +64,7 @@ class BoundaryMiddleware:
         self._metrics = metrics
         self._clock = clock
         self._chance = chance
+        self._bodies = BodyBudget(most_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; there are no web sockets here."""
@@ -76,7 +78,7 @@ class BoundaryMiddleware:
         form = self._error_forms.get(scope["path"]) or OpenAIErrors()
         is_probe = scope["path"] in PROBE_PATHS
         with self._lifecycle.request(is_counted=not is_probe) as interruption:
-            RequestContext(record, interruption).attach(scope)
+            RequestContext(record, interruption, self._bodies).attach(scope)
             reply = _Reply(send, record, form, interruption)
             try:
                 async with interruption.reasoned():

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope
 
-from server.errors import ApiError, ClientGoneError
+from server.errors import ApiError, ClientGoneError, unavailable
 
 _SCOPE_KEY = "octavo.request"
 
@@ -58,6 +59,8 @@ class RequestRecord:
     #: Of the API key: see `ApiKey`. Empty where none is needed.
     owner: str = ""
     namespace: str = ""
+    #: The same for a request that comes again: of client and body.
+    whose: int = 0
     #: `error.code` of the answer, where it is an error.
     error_code: str = ""
 
@@ -136,12 +139,40 @@ class Interruption:
         self.interrupt(ClientGoneError())
 
 
+class BodyBudget:
+    """Bytes of the bodies that are being read; half of them is the most for one client."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._held = Counter[str]()
+
+    @contextmanager
+    def reading(self, client: str) -> Iterator[Callable[[int], None]]:
+        """Give what counts bytes as they come in, and raises `ApiError` (503) for one too many."""
+        num_held = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal num_held
+            num_held += num_bytes
+            self._held[client] += num_bytes
+            if max(self._held.total(), 2 * self._held[client]) > self._most_bytes:
+                raise unavailable("too much is being sent to the server", is_closing=True)
+
+        try:
+            yield take
+        finally:
+            self._held[client] -= num_held
+            # Only those stay that hold some.
+            self._held += Counter()
+
+
 @dataclass(frozen=True, slots=True)
 class RequestContext:
     """Travels in the ASGI scope from the boundary to the routes."""
 
     record: RequestRecord
     interruption: Interruption = field(repr=False)
+    bodies: BodyBudget = field(repr=False)
 
     def attach(self, scope: Scope) -> None:
         """Put it where `of` finds it."""

@@ -106,7 +106,7 @@ async def generate(
         _require_reason(record)
     except RequestRefusedError as error:
         record.finish_reason = ""
-        raise from_engine(error, service.pace.retry_after_s()) from error
+        raise from_engine(error, service.pace.retry_after_s(record.whose)) from error
     except EngineError as error:
         record.finish_reason = "error"
         raise from_engine(error) from error
@@ -172,6 +172,7 @@ def _note(service: Service, record: RequestRecord, delta: Delta, piece: Piece) -
         record.cached_tokens = started.cached_tokens
         record.miss_reason = started.miss_reason
         service.metrics.on_started(record)
+        service.pace.note_started()
     if piece.num_tokens:
         now_s = service.clock.monotonic_s()
         last_s = record.last_token_at_s

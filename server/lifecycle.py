@@ -1,6 +1,6 @@
 """Whether new requests are taken, and how many are being answered: what a clean stop needs.
 
-Knows nothing of signals (`server/__main__.py` does) or of HTTP.
+Knows nothing of signals (`server/daemon.py` does) or of HTTP.
 """
 
 from __future__ import annotations

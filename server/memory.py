@@ -24,7 +24,7 @@ class ResidentMemory:
 def resident_bytes() -> ResidentMemory:
     """Return what is resident now."""
     pid = os.getpid()
-    children = sum(_resident_bytes_of(child) for child in _descendants(pid))
+    children = sum(_resident_bytes_of(child) for child in descendants(pid))
     return ResidentMemory(_resident_bytes_of(pid), children)
 
 
@@ -36,7 +36,8 @@ def _resident_bytes_of(pid: int) -> int:
     return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _descendants(pid: int) -> Iterator[int]:
+def descendants(pid: int) -> Iterator[int]:
+    """Yield the children of a process, each before its own."""
     for children in (_PROC / str(pid) / "task").glob("*/children"):
         try:
             found = [int(child) for child in children.read_text().split()]
@@ -44,4 +45,4 @@ def _descendants(pid: int) -> Iterator[int]:
             continue
         for child in found:
             yield child
-            yield from _descendants(child)
+            yield from descendants(child)

@@ -127,6 +127,7 @@ class Metrics(Collector):
         self._rejected = dict.fromkeys(REJECTED_REASONS, 0)
         self._engine_counts = {field: GrowingCount() for _, field, _ in _ENGINE_COUNTERS}
         self._own_gauges: list[tuple[str, str, Callable[[], float]]] = []
+        self._own_counters: list[tuple[str, str, Callable[[], int]]] = []
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         client.on_step(self._histograms["iteration_tokens_total"].observe)
@@ -171,6 +172,10 @@ class Metrics(Collector):
     def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Show what `read` says with each scrape."""
         self._own_gauges.append((name, text, read))
+
+    def add_counter(self, name: str, text: str, read: Callable[[], int]) -> None:
+        """Show what `read` says with each scrape, as `name` + `_total`."""
+        self._own_counters.append((name, text, read))
 
     def on_rejected(self, code: str) -> None:
         """Count a request that could not be served now."""
@@ -219,6 +224,8 @@ class Metrics(Collector):
     def _counters(self, page: _Page, engine_counts: dict[str, int]) -> Iterator[Metric]:
         for name, field, text in _ENGINE_COUNTERS:
             yield page.counter(name, text, {(): engine_counts[field]})
+        for name, text, read in self._own_counters:
+            yield page.counter(name, text, {(): read()})
         yield page.counter("prompt_tokens", "of admitted requests", {(): self._prompt_tokens})
         yield page.counter("generation_tokens", "sent to clients", {(): self._generation_tokens})
         yield page.counter(

@@ -7,6 +7,7 @@ boundary (`server/boundary.py`), before the first byte and after it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, closing
 from functools import partial
@@ -17,10 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from scheduler.client import RejectKind, RequestRefusedError
 from server.choices import best, generate_choices
 from server.context import RequestContext, RequestRecord
 from server.deadline import Deadline
-from server.errors import ApiError, ClientGoneError
+from server.errors import ApiError, ClientGoneError, from_engine
 from server.event_stream import EventStream
 from server.generate import Job, octavo, usage
 from server.output import Piece
@@ -35,8 +37,9 @@ _SCORE_CHARS = 8
 #: Of a body that is too large, this many times the limit is read and thrown away, so that a client
 #: that writes before it reads gets to see the answer.
 _DISCARD_FACTOR = 4
-#: A body may come slowly, but not stand still for longer.
+#: A body may come slowly, but not stand still for longer, nor be slower than this behind it.
 BODY_PATIENCE_S = 30.0
+LEAST_BYTES_PER_S = 8192
 
 
 class Dialect(Protocol):
@@ -186,11 +189,29 @@ async def send_json(
     await send({"type": "http.response.body", "body": body})
 
 
+async def read_work(service: Service, request: Request) -> bytes:
+    """Return the body of a request for tokens, as `read_body` does.
+
+    Raises `ApiError` (429) where there is no place to wait, before anything is made of the body.
+    """
+    body = await read_body(request, service.config.server.max_request_bytes)
+    record = RequestContext.of(request.scope).record
+    record.whose = hash((record.key_name, record.client, body))
+    # With a priority it may take another's place, which the engine knows.
+    may_displace = b'"priority"' in body or service.client.stats().lowest_waiting_priority > 0
+    if not may_displace and not service.pace.has_place(record.whose):
+        message = "too many requests are waiting already, or were promised a place before this one"
+        refused = RequestRefusedError(message, RejectKind.BUSY, None)
+        raise from_engine(refused, service.pace.retry_after_s(record.whose))
+    return body
+
+
 async def read_body(request: Request, limit_bytes: int) -> bytes:
     """Return the request's JSON, unparsed, never holding more than `limit_bytes` of it.
 
-    Raises `ApiError`: 413 if it is larger, whatever its headers say; 408 if it stops coming; 400
-    if it is not said to be JSON. Raises `ClientGoneError`.
+    Raises `ApiError`: 413 if it is larger, whatever its headers say; 408 if it stops coming or
+    trickles; 503 if others' take too much; 400 if it is not said to be JSON. Raises
+    `ClientGoneError`.
     """
     media_type = request.headers.get("content-type", "application/json").partition(";")[0]
     if media_type.strip().lower() != "application/json":
@@ -203,13 +224,18 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     num_bytes, has_more = 0, True
     if (announced_bytes := int(request.headers.get("content-length", "0"))) > most_bytes:
         num_bytes, has_more = announced_bytes, False
-    while has_more and num_bytes <= most_bytes:
-        message = await _next_of_body(request)
-        num_bytes += len(message.get("body", b""))
-        chunks.append(message.get("body", b""))
-        if num_bytes > limit_bytes:
-            chunks.clear()
-        has_more = message.get("more_body", False)
+    began_s, context = time.monotonic(), RequestContext.of(request.scope)
+    with context.bodies.reading(context.record.client) as take:
+        while has_more and num_bytes <= most_bytes:
+            left_s = began_s + num_bytes / LEAST_BYTES_PER_S - time.monotonic()
+            message = await _next_of_body(request, BODY_PATIENCE_S + min(0.0, left_s))
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > limit_bytes:
+                chunks.clear()
+            else:
+                take(len(message.get("body", b"")))
+                chunks.append(message.get("body", b""))
+            has_more = message.get("more_body", False)
     if num_bytes > limit_bytes:
         raise ApiError(
             413,
@@ -220,14 +246,15 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-async def _next_of_body(request: Request) -> Message:
+async def _next_of_body(request: Request, patience_s: float) -> Message:
     try:
-        async with asyncio.timeout(BODY_PATIENCE_S):
+        async with asyncio.timeout(patience_s):
             message = await request.receive()
     except TimeoutError as error:
         raise ApiError(
             408,
-            f"nothing came of the body for {BODY_PATIENCE_S:g} seconds",
+            f"nothing came of the body for {BODY_PATIENCE_S:g} seconds, or less than"
+            f" {LEAST_BYTES_PER_S} bytes a second for longer",
             code="request_timeout",
             headers={"Connection": "close"},
         ) from error

@@ -18,7 +18,7 @@ from server.generate import Job
 from server.openapi import answers, body_of, generation_answers
 from server.prepare import chat_job, completion_job
 from server.prompts import prompt_tokens, require_tokens, token_text, token_texts
-from server.respond import Dialect, GenerationResponse, JsonResponse, read_body
+from server.respond import Dialect, GenerationResponse, JsonResponse, read_body, read_work
 from server.service import Service
 from server.spoken import SpokenDialect
 
@@ -26,7 +26,6 @@ from server.spoken import SpokenDialect
 def generation_routes(service: Service) -> APIRouter:
     """Return chat and text completions."""
     router = APIRouter()
-    limit_bytes = service.config.server.max_request_bytes
 
     def chat(job: Job, record: RequestRecord, index: int) -> Dialect:
         if job.spoken is not None:
@@ -43,7 +42,7 @@ def generation_routes(service: Service) -> APIRouter:
         responses=generation_answers(documents.ChatCompletion, documents.ChatChunk),
     )
     async def create_chat_completion(request: Request) -> Response:
-        asked = await schemas.parse(schemas.ChatRequest, await read_body(request, limit_bytes))
+        asked = await schemas.parse(schemas.ChatRequest, await read_work(service, request))
         return GenerationResponse(service, lambda: chat_job(service, asked), chat)
 
     @router.post(
@@ -53,9 +52,7 @@ def generation_routes(service: Service) -> APIRouter:
         responses=generation_answers(documents.Completion, documents.Completion),
     )
     async def create_completion(request: Request) -> Response:
-        asked = await schemas.parse(
-            schemas.CompletionRequest, await read_body(request, limit_bytes)
-        )
+        asked = await schemas.parse(schemas.CompletionRequest, await read_work(service, request))
         return GenerationResponse(service, lambda: completion_job(service, asked), completion)
 
     return router

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "server": {"scheduler", "configs"},
 }
 #: The composition roots: single files that know more than their folder.
-EXCEPTIONS = {"server/__main__.py": {"model.build", "model.source"}}
+EXCEPTIONS = {"server/daemon.py": {"model.build", "model.source"}}
 
 #: Heavy packages, for `model/` alone.
 ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_interface"}
@@ -128,7 +128,7 @@ def test_cache_and_scheduler_are_pure(path: Path) -> None:
 
 
 def test_the_api_process_does_not_load_torch() -> None:
-    """`server/__main__.py` is both processes' entry: what it imports, the API process pays for."""
+    """What `server/daemon.py` imports, the API process pays for."""
     modules = sorted(
         name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for path in SOURCES

@@ -12,7 +12,7 @@ from server.messages.documents import MessageAnswer, MessageEvent, MessagesError
 from server.messages.prepare import message_job, token_count
 from server.messages.schemas import CountTokensRequest, MessagesRequest, parse
 from server.openapi import answers, body_of, generation_answers
-from server.respond import Dialect, GenerationResponse, JsonResponse, read_body
+from server.respond import Dialect, GenerationResponse, JsonResponse, read_body, read_work
 from server.service import Service
 
 _PATH = "/v1/messages"
@@ -35,7 +35,7 @@ def message_routes(service: Service) -> APIRouter:
         responses=generation_answers(MessageAnswer, MessageEvent, MessagesErrorBody),
     )
     async def create_message(request: Request) -> Response:
-        body = await read_body(request, limit_bytes)
+        body = await read_work(service, request)
         asked = await parse(MessagesRequest, body)
 
         def dialect(job: Job, record: RequestRecord, index: int) -> Dialect:

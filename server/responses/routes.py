@@ -16,7 +16,7 @@ from server.errors import ApiError, invalid, shortened
 from server.generate import Job
 from server.openapi import answers, body_of, generation_answers
 from server.prompts import off_loop
-from server.respond import Dialect, GenerationResponse, JsonResponse, Understood, read_body
+from server.respond import Dialect, GenerationResponse, JsonResponse, Understood, read_work
 from server.responses import documents
 from server.responses.dialect import ResponseDialect
 from server.responses.exchange import Exchange
@@ -32,7 +32,6 @@ _MAX_LIMIT = 100
 def response_routes(service: Service, store: ResponseStore) -> APIRouter:
     """Return the one that generates, and those about what is kept of it."""
     router = APIRouter()
-    limit_bytes = service.config.server.max_request_bytes
 
     @router.post(
         _PATH,
@@ -41,7 +40,7 @@ def response_routes(service: Service, store: ResponseStore) -> APIRouter:
         responses=generation_answers(documents.ResponseBody, documents.ResponseEvent),
     )
     async def create_response(request: Request) -> Response:
-        body = await read_body(request, limit_bytes)
+        body = await read_work(service, request)
         asked = await schemas.parse(ResponsesRequest, body)
         exchange = Exchange(service, store, _owner(request), asked)
 

@@ -31,6 +31,7 @@ class Drive:
         self.outputs: dict[int, list[int]] = {}
         self.scores: dict[int, list[TokenLogprobs]] = {}
         self.finished: dict[int, FinishReason] = {}
+        self.displaced: list[int] = []
         self.plans: list[StepPlan] = []
 
     def submit(
@@ -41,7 +42,11 @@ class Drive:
         )
         self.outputs[request_id] = []
         self.scores[request_id] = []
-        return self.scheduler.submit(Submit(request_id, tuple(prompt), params, **submit))
+        refusals = self.scheduler.submit(Submit(request_id, tuple(prompt), params, **submit))
+        if [refused.request_id for refused in refusals] == [request_id]:
+            return refusals[0]
+        self.displaced += [refused.request_id for refused in refusals]
+        return None
 
     def step(self, elapsed_s: float = 0.0) -> StepPlan | None:
         plan = self.scheduler.plan()

@@ -65,7 +65,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.build(4, 2, 2, 4, 1)
 
     def build(
-        self, num_pages: int, page_size: int, max_num_seqs: int, budget: int, max_flights: int
+        self,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        budget: int,
+        max_flights: int,
+        max_queue: int = 1024,
     ) -> None:
         self.in_flight: deque[tuple[StepPlan, Flight]] = deque()
         self.runner = Hesitant(
@@ -79,7 +85,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             self.cache,
             SchedulerSection(
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=max(budget, max_num_seqs)
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max(budget, max_num_seqs),
+                max_queue=max_queue,
             ),
             self.runner.info,
         )
@@ -91,11 +99,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         budget=st.integers(1, 8),
         max_flights=st.integers(1, 3),
+        max_queue=st.sampled_from([0, 1, 3, 1024]),
     )
     def rebuild(
-        self, num_pages: int, page_size: int, max_num_seqs: int, budget: int, max_flights: int
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        budget: int,
+        max_flights: int,
+        max_queue: int,
     ) -> None:
-        self.build(num_pages, page_size, max_num_seqs, budget, max_flights)
+        self.build(num_pages, page_size, max_num_seqs, budget, max_flights, max_queue)
 
     @rule(
         prompt=st.lists(st.integers(1, 2), max_size=9),
@@ -147,8 +163,18 @@ class SchedulerMachine(RuleBasedStateMachine):
                 num_scored=min(num_scored, max(0, len(prompt) - 1)),
             )
         fits = bool(prompt) and len(prompt) + len(submit.output_token_ids) < self.max_len()
-        assert (self.scheduler.submit(submit, constraint=grammar) is None) == fits
-        if fits:
+        waiting = list(self.scheduler._waiting)
+        refusals = self.scheduler.submit(submit, constraint=grammar)
+        is_taken = fits and [one.request_id for one in refusals] != [submit.request_id]
+        assert fits or refusals, "taken in, though it never fits"
+        if fits and not is_taken and self.scheduler._config.max_queue:
+            assert all(one.priority <= priority or one.has_begun for one in waiting)
+        if is_taken:
+            for refused in refusals:
+                [gone] = [one for one in waiting if one.request_id == refused.request_id]
+                assert gone.priority > priority, "displaced by one that has no precedence"
+                assert self.outputs[gone.request_id] == [], "displaced though it had begun"
+                del self.submits[gone.request_id]
             self.submits[submit.request_id] = submit
             self.outputs[submit.request_id] = list(submit.output_token_ids)
             self.scores[submit.request_id] = self.expected_scores(submit)[: submit.num_scored]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from model.interface import SamplingParams
 from scheduler.messages import RejectKind
 from scheduler.refusal import Room
 
@@ -110,6 +111,57 @@ def test_a_burst_into_an_idle_engine_starts_whole_or_is_refused(make_drive: Make
         drive.run()
     assert num_refused > 40
     assert num_started > 40
+
+
+def test_a_full_queue_gives_a_higher_priority_the_place_of_the_last(full: MakeDrive) -> None:
+    drive = full(max_queue=3)
+    for request_id, priority in ((1, 5), (2, 9), (3, 5)):
+        assert drive.submit(request_id, range(5), priority=priority) is None
+    assert drive.scheduler.stats().lowest_waiting_priority == 9
+    for request_id, priority, gone in ((4, 0, 2), (5, 0, 3), (6, -1, 1), (7, -2, 5)):
+        assert drive.submit(request_id, range(5), priority=priority) is None
+        assert drive.displaced.pop() == gone, "the newest of the lowest priority"
+    assert drive.scheduler.stats().lowest_waiting_priority == 0
+    assert drive.submit(8, range(5), priority=0).kind is RejectKind.BUSY, "one of its own waits"
+    assert drive.submit(9, range(5), priority=1).kind is RejectKind.BUSY
+    drive.run()
+    assert set(drive.finished) == {0, 4, 6, 7}
+    assert not drive.displaced
+
+
+def test_the_displaced_are_as_few_as_make_room_in_tokens(full: MakeDrive) -> None:
+    drive = full(max_queue_tokens=30)
+    for request_id in (1, 2, 3):
+        assert drive.submit(request_id, range(10), priority=1) is None
+    assert drive.submit(4, range(15)) is None
+    assert drive.displaced == [3, 2]
+    assert drive.submit(5, range(16)).kind is RejectKind.BUSY, "10 tokens are not enough"
+    assert drive.displaced == [3, 2]
+    assert drive.scheduler.stats().num_waiting == 2
+
+
+def test_who_has_begun_is_not_displaced(make_drive: MakeDrive) -> None:
+    """One was preempted; another engine had given tokens, or a prompt's scores, to the others."""
+    drive = make_drive(num_pages=6, max_num_seqs=2, max_queue=3)
+    assert drive.submit(0, range(8), max_tokens=12) is None
+    assert drive.submit(1, range(10, 18), max_tokens=12, priority=9) is None
+    drive.step()
+    assert drive.scheduler.stats().num_running == 2
+    while drive.scheduler.stats().num_waiting == 0:
+        drive.step()
+    scored = SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=0)
+    resumed = {"is_resumed": True, "priority": 9}
+    assert drive.submit(2, range(5), output_token_ids=(1,), **resumed) is None
+    assert drive.submit(3, range(5), params=scored, num_scored=2, **resumed) is None
+    assert drive.submit(4, range(5)).kind is RejectKind.BUSY
+    assert drive.submit(5, range(5), **resumed) is None
+    drive.scheduler.cancel(2)
+    drive.scheduler.cancel(3)
+    assert drive.submit(6, range(5)) is None
+    assert drive.submit(7, range(5)) is None
+    assert drive.displaced == [5], "taken in by another engine, which had not begun with it"
+    drive.run()
+    assert set(drive.finished) == {0, 1, 6, 7}
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ import random
 import re
 import socket
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -166,6 +168,7 @@ class LiveServer:
 
     async def _serve(self) -> None:
         self.lifecycle, self.grammars = Lifecycle(), GrammarDesk()
+        self.connections_by_address = Counter[str]()
         await self.client.start()
         app = create_app(
             self.config,
@@ -179,7 +182,11 @@ class LiveServer:
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http=HttpProtocol,
+                http=partial(  # type: ignore[arg-type] # it is only called
+                    HttpProtocol,
+                    connections_by_address=self.connections_by_address,
+                    most_per_address=self.config.server.max_connections_per_address,
+                ),
                 log_config=None,
                 access_log=False,
                 ws="none",

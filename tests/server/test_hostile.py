@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import pytest
 from pydantic import BeforeValidator
 
 from server import respond, schemas
+from server.context import BodyBudget
+from server.errors import ApiError
 from server.prompts import LONG_PROMPT_CHARS
 from server.responses.schemas import ResponsesRequest
 from server.text.template import ChatTemplate
@@ -171,6 +175,43 @@ def test_a_body_that_stops_coming_is_given_up(shared: Any, monkeypatch: pytest.M
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 408")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+
+
+def test_bodies_that_are_never_finished_take_so_much_and_no_more(live_small: Any) -> None:
+    head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 4096\r\n\r\n"
+    with ExitStack() as stack:
+        held: list[socket.socket] = []
+        refused: list[socket.socket] = []
+        while not refused:
+            assert len(held) < 64, "all of them are held"
+            one = socket.create_connection(("127.0.0.1", live_small.port), timeout=10)
+            held.append(stack.enter_context(one))
+            one.sendall(head + b"x" * 4000)
+            refused = select.select(held, [], [], 0.05)[0]
+        answer = b"".join(iter(lambda: refused[0].recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "unavailable"
+    live_small.wait_idle()
+    assert live_small.post("/tokenize", prompt="x" * 4000).status_code == 200
+
+
+def test_half_of_the_room_for_bodies_is_for_others() -> None:
+    budget = BodyBudget(100)
+    with budget.reading("one") as take, budget.reading("other") as take_other:
+        take(50)
+        take_other(50)
+        with pytest.raises(ApiError), budget.reading("one") as take_more:
+            take_more(1)
+        with pytest.raises(ApiError), budget.reading("third") as take_more:
+            take_more(1)
+    with budget.reading("one") as take:
+        take(50)
+    assert not budget._held
+
+
+@pytest.fixture
+def live_small(start_server: Callable[..., Any]) -> Any:
+    return start_server(max_request_bytes=4096)
 
 
 def test_a_client_that_wants_a_web_socket_fills_no_log(live: Any) -> None:

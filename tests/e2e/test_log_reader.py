@@ -1,0 +1,125 @@
+"""A daemon whose log nobody reads any more goes on serving, and stops when it is told to."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+PATIENCE_S = 60.0
+_MODEL = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "eos_token_id": 0,
+}
+#: More bytes of log lines than pipe and queue hold together.
+_NUM_REQUESTS = 4000
+
+
+class Unread:
+    """A daemon of which everything is read up to `ready`, and then nothing."""
+
+    def __init__(self, model: Path, log_format: str) -> None:
+        flags = ("--port", "0", "--kv-cache-memory", "16MiB", "--log-format", log_format)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server", "serve", f"dummy:{model}", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr is not None
+        self.stderr = self.process.stderr
+        found = None
+        for line in self.stderr:
+            if found := re.search(r"http://127.0.0.1:(\d+)", line):
+                break
+        assert found is not None, "it did not start"
+        self.connection = http.client.HTTPConnection(
+            "127.0.0.1", int(found.group(1)), timeout=PATIENCE_S
+        )
+
+    def get(self, path: str) -> str:
+        self.connection.request("GET", path)
+        return self.connection.getresponse().read().decode()
+
+    def generate(self) -> int:
+        body = json.dumps({"prompt": "x", "max_tokens": 2})
+        self.connection.request("POST", "/v1/completions", body)
+        answer = self.connection.getresponse()
+        answer.read()
+        return answer.status
+
+    def num_dropped(self) -> int:
+        found = re.search(r"\noctavo_log_lines_dropped_total\S* (\d+)", self.get("/metrics"))
+        assert found is not None
+        return int(found.group(1))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], Unread]]:
+    model = tmp_path / "tiny.json"
+    model.write_text(json.dumps(_MODEL))
+    started: list[Unread] = []
+
+    def start(log_format: str) -> Unread:
+        started.append(Unread(model, log_format))
+        return started[-1]
+
+    yield start
+    for daemon in started:
+        daemon.process.kill()
+        daemon.process.wait(PATIENCE_S)
+        daemon.connection.close()
+        daemon.stderr.close()
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_it_serves_and_says_what_it_dropped_once_somebody_reads(
+    start: Callable[[str], Unread], log_format: str
+) -> None:
+    daemon = start(log_format)
+    for number in range(_NUM_REQUESTS):
+        daemon.get(f"/none/{number:0200}")
+    assert daemon.generate() == 200
+    num_dropped = daemon.num_dropped()
+    assert num_dropped > 1000
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(daemon.stderr))
+    reader.start()
+    end_s = time.monotonic() + PATIENCE_S
+    while not any("log lines were dropped" in line for line in lines):
+        assert time.monotonic() < end_s
+    daemon.get("/none/last")
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.process.wait(PATIENCE_S) == 0
+    reader.join(PATIENCE_S)
+    [told] = [line for line in lines if "log lines were dropped" in line]
+    assert f"{num_dropped} log lines" in told
+    assert lines.index(told) < next(i for i, line in enumerate(lines) if "/none/last" in line)
+    assert "stopped" in lines[-1]
+    if log_format == "json":
+        assert all(json.loads(line) for line in lines)
+
+
+def test_it_stops_though_nobody_reads(start: Callable[[str], Unread]) -> None:
+    daemon = start("text")
+    for number in range(_NUM_REQUESTS):
+        daemon.get(f"/none/{number:0200}")
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.process.wait(PATIENCE_S) == 0
