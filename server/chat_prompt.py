@@ -8,7 +8,7 @@ from typing import Any
 
 from server.errors import invalid
 from server.params import Warned
-from server.prompts import off_loop
+from server.prompts import off_loop, require_rows
 from server.schemas import ChatRequest, Message
 from server.service import Service
 from server.text.pieces import TextError
@@ -73,7 +73,9 @@ async def chat_tokens(
             continues_final=continues_final,
             **(variables or {}),
         )
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
+        token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
+        require_rows(service, token_ids, lambda text: _holder(text, messages, tools, variables))
+        return token_ids
 
     try:
         num_chars = sum(message.num_chars for message in messages) + len(json.dumps(tools))
@@ -83,6 +85,25 @@ async def chat_tokens(
         raise invalid(str(error), "messages" + at) from error
     except TextError as error:
         raise invalid(str(error), "messages") from error
+
+
+def _holder(
+    text: str,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    variables: dict[str, Any] | None,
+) -> str:
+    """Return the field that holds `text`; where it is the template's own, `messages`."""
+    fields: dict[str, object] = {
+        f"messages.{index}": message.for_template() for index, message in enumerate(messages)
+    }
+    fields |= {"tools": tools, "chat_template_kwargs": variables}
+    holding = (name for name, value in fields.items() if text in _json(value))
+    return next(holding, "messages")
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _with_effort(

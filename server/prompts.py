@@ -9,11 +9,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from scheduler.client import ModelInfo
-from server.errors import invalid
+from scheduler.client import EngineUnavailableError, ModelInfo
+from server.errors import invalid, shortened
 from server.schemas import CompletionRequest, GenerateFields
 from server.service import Service
 from server.text.pieces import TextError
+from server.text.tokenizer import Tokenizer
 
 ConvertedT = TypeVar("ConvertedT")
 
@@ -89,6 +90,34 @@ def truncated(
     return token_ids[-num_kept:]
 
 
+def row_notes(tokenizer: Tokenizer, num_rows: int) -> list[str]:
+    """Return what to say at the start of tokens that the model has no row for."""
+    num_tokens = tokenizer.vocab_size
+    if num_tokens <= num_rows:
+        return []
+    told = f"the tokenizer has {num_tokens} tokens, the model {num_rows} rows"
+    return [f"{told}: texts with the ids {num_rows} to {num_tokens - 1} are refused"]
+
+
+def require_rows(
+    service: Service, token_ids: Sequence[int], param_of: Callable[[str], str]
+) -> None:
+    """Raise `ApiError` (400) for a token of a text that the model has no row for.
+
+    `param_of`: which field holds the token's text.
+    """
+    try:
+        num_rows = service.client.info.vocab_size
+    except EngineUnavailableError:  # the words of the model are there before its weights
+        return
+    if max(token_ids, default=0) >= num_rows:
+        token_id = next(token_id for token_id in token_ids if token_id >= num_rows)
+        text = service.text.tokenizer.token_text(token_id)
+        param = param_of(text)
+        told = f"token {token_id} of the tokenizer; the model has only {num_rows}"
+        raise invalid(f"{param} holds {shortened(text)!r}, {told}", param)
+
+
 def require_tokens(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
     """Raise `ApiError` (400) for a token id outside the vocabulary."""
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
@@ -125,15 +154,15 @@ async def _encoded(
 
     `param`: the field they came in.
     """
-    encode = service.text.tokenizer.encode
+
+    def encoded(text: str) -> list[int]:
+        tokenizer = service.text.tokenizer
+        token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        require_rows(service, token_ids, lambda _: param)
+        return token_ids
 
     def encode_all() -> list[list[int]]:
-        return [
-            encode(prompt, add_special_tokens=add_special_tokens)
-            if isinstance(prompt, str)
-            else prompt
-            for prompt in prompts
-        ]
+        return [encoded(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     try:
         num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
