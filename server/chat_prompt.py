@@ -18,7 +18,14 @@ from server.tools.schemas import Tool
 #: To render a message takes as long as to encode this many characters, some 25 µs.
 _MESSAGE_CHARS = 80
 #: What `ChatTemplate.render` takes itself.
-_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt", "continues_final")
+_RESERVED_VARIABLES = (
+    "self",
+    "messages",
+    "tools",
+    "quote",
+    "add_generation_prompt",
+    "continues_final",
+)
 
 
 async def prompt_of_chat(
@@ -65,15 +72,20 @@ async def chat_tokens(
         message = "continue_final_message and add_generation_prompt exclude each other"
         raise invalid(message, "continue_final_message")
 
+    is_quoted = service.config.model.special_tokens_in_messages == "text"
+
     def encode() -> list[int]:
         text = template.render(
             [message.for_template() for message in messages],
             add_generation_prompt=add_generation_prompt is not False,
             tools=tools or None,
             continues_final=continues_final,
+            quote=tokenizer.quote if is_quoted else None,
             **(variables or {}),
         )
-        token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
+        token_ids = tokenizer.encode(
+            text, add_special_tokens=add_special_tokens is True, is_quoted=is_quoted
+        )
         require_rows(service, token_ids, lambda text: _holder(text, messages, tools, variables))
         return token_ids
 

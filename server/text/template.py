@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.text.quoting import with_marks
+
+ValueT = TypeVar("ValueT")
 
 #: What a template, being a program, may raise on messages it did not expect.
 _TEMPLATE_FAULTS = (
@@ -88,12 +92,14 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continues_final: bool = False,
         tools: Sequence[Mapping[str, object]] | None = None,
+        quote: Callable[[str], str] | None = None,
         **kwargs: object,
     ) -> str:
         """Return the prompt, to be encoded without adding special tokens: it holds its own.
 
         `continues_final`: it ends with the last message's content, to be gone on with (what
         `continue_final_message` means in transformers); no generation prompt then.
+        `quote` is applied to each text in the messages, tools and `kwargs`, wherever it stands.
         `kwargs` are further variables for the template. Raises `TemplateError` for messages the
         template refuses or a part of content that is no text.
         """
@@ -105,8 +111,11 @@ class ChatTemplate:
         reading = _Reading()
         tracked = [
             _Message(
-                _prepared(
-                    message, index, wants_parts=wants_parts, wants_json=self._wants_json[name]
+                _quoted(
+                    _prepared(
+                        message, index, wants_parts=wants_parts, wants_json=self._wants_json[name]
+                    ),
+                    quote,
                 ),
                 index,
                 reading,
@@ -115,9 +124,9 @@ class ChatTemplate:
         ]
         try:
             text = self._templates[name].render(
-                {"documents": None, **kwargs},
+                {"documents": None, **_quoted(kwargs, quote)},
                 messages=tracked,
-                tools=tools,
+                tools=_quoted(tools, quote),
                 add_generation_prompt=add_generation_prompt,
             )
         except _RefusedError as error:
@@ -212,9 +221,10 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,  # noqa: FBT001, FBT002 - likewise
 ) -> str:
-    return json.dumps(
+    text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    return with_marks(text) if ensure_ascii else text
 
 
 def _compile(environment: jinja2.Environment, name: str, source: str) -> jinja2.Template:
@@ -241,6 +251,20 @@ def _prepared(
     if isinstance(calls, list) and not wants_json:
         prepared["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     return prepared
+
+
+def _quoted(value: ValueT, quote: Callable[[str], str] | None) -> ValueT:
+    """Return `value`, which came as JSON, with each text in it quoted, keys too."""
+    if quote is None:
+        return value
+    quoted: Any = value
+    if isinstance(value, str):
+        quoted = quote(value)
+    elif isinstance(value, dict):
+        quoted = {quote(key): _quoted(inner, quote) for key, inner in value.items()}
+    elif isinstance(value, list):
+        quoted = [_quoted(inner, quote) for inner in value]
+    return cast("ValueT", quoted)
 
 
 def _marked(message: Mapping[str, object]) -> Mapping[str, object]:

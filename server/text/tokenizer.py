@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import tokenizers
 
 from server.text.pieces import Pieces, TextError, read_form
+from server.text.quoting import Quoting
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class Tokenizer:
         self.special_token_ids = frozenset(
             named | {token_id for token_id, token in added.items() if token.special}
         )
-        self._prefix, self._suffix, self._is_core_adding = _frame(ids)
+        self._prefix, self._suffix = _frame(core, ids)
+        self._quoting = Quoting(core, self.special_token_ids)
+        self.quote = self._quoting.quote
         omitted = sorted(self.special_token_ids)
         self._pieces = Pieces(core, self._form, self.vocab_size, ())
         self._plain_pieces = Pieces(core, self._form, self.vocab_size, omitted)
@@ -60,24 +63,20 @@ class Tokenizer:
         """How many spaces, if there are any, the start of a decoded text loses (SentencePiece)."""
         return self._form.leading_spaces
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, is_quoted: bool = False) -> list[int]:
         """Token ids of `text`; special tokens written in it are recognised as such.
 
+        `is_quoted`: except for those in parts of it that `quote` returned.
         `add_special_tokens`: bos and eos around it, as the model wants a plain prompt to have; not
         for what a chat template rendered, which writes its own. Lets other Python threads run.
         Raises `TextError` if `text` is not valid Unicode.
         """
-        try:
-            # Unlike `encode`, this one releases the GIL, and computes no offsets.
-            encoding = self._core.encode_batch_fast(
-                [text], add_special_tokens=add_special_tokens and self._is_core_adding
-            )[0]
-        except TypeError as error:
-            raise TextError("text holds a lone surrogate: it is not valid Unicode") from error
-        token_ids: list[int] = encoding.ids
-        if not add_special_tokens:
-            return token_ids
-        return [*self._prefix, *token_ids, *self._suffix]
+        if is_quoted and self._quoting.needs(text):
+            core, text = self._quoting.core, self._quoting.respelled(text)
+            token_ids = self._quoting.token_ids(_encoded(core, text))
+        else:
+            token_ids = _encoded(self._core, text)
+        return [*self._prefix, *token_ids, *self._suffix] if add_special_tokens else token_ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of `token_ids`. Ids outside the vocabulary stand for nothing."""
@@ -102,13 +101,25 @@ class Tokenizer:
         return self._plain_pieces if skip_special_tokens else self._pieces
 
 
-def _frame(ids: SpecialIds) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
-    """Ids put in front, ids put behind, and whether the core does it instead."""
+def _encoded(core: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        # Unlike `encode`, this one releases the GIL, and computes no offsets.
+        token_ids: list[int] = core.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    except TypeError as error:
+        raise TextError("text holds a lone surrogate: it is not valid Unicode") from error
+    return token_ids
+
+
+def _frame(core: tokenizers.Tokenizer, ids: SpecialIds) -> tuple[Sequence[int], Sequence[int]]:
+    """Ids put in front and behind; where nothing is stated, those that `core` puts there."""
     if ids.adds_bos is None and ids.adds_eos is None:
-        return (), (), True
+        bare, framed = (core.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+        ends = range(len(framed), -1, -1)
+        at = next((at for at in ends if framed[at : at + len(bare)] == bare), 0)
+        return framed[:at], framed[at + len(bare) :]
     bos = ids.bos_token_id
     prefix = (bos,) if ids.adds_bos and bos is not None else ()
-    return prefix, ids.eos_token_ids[:1] if ids.adds_eos else (), False
+    return prefix, ids.eos_token_ids[:1] if ids.adds_eos else ()
 
 
 def drop_spaces(data: bytes, count: int) -> bytes:
