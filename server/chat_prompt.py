@@ -8,12 +8,13 @@ from typing import Any
 
 from server.errors import invalid
 from server.params import Warned
-from server.prompts import off_loop, require_rows
+from server.prompts import require_room, require_rows
 from server.schemas import ChatRequest, Message
 from server.service import Service
 from server.text.pieces import TextError
 from server.text.template import TemplateError
 from server.tools.schemas import Tool
+from server.work import Check
 
 #: To render a message takes as long as to encode this many characters, some 25 µs.
 _MESSAGE_CHARS = 80
@@ -29,7 +30,12 @@ _RESERVED_VARIABLES = (
 
 
 async def prompt_of_chat(
-    service: Service, request: ChatRequest, tools: Sequence[Tool], warnings: list[Warned]
+    service: Service,
+    request: ChatRequest,
+    tools: Sequence[Tool],
+    warnings: list[Warned],
+    *,
+    must_fit: bool,
 ) -> list[int]:
     """Return a chat's prompt, however long; `tools`: the callable ones. Raises `ApiError`.
 
@@ -43,10 +49,12 @@ async def prompt_of_chat(
         variables=_with_effort(service, request, warnings),
         tools=[tool.for_template() for tool in tools],
         continues_final=request.continue_final_message is True,
+        must_fit=must_fit and request.truncate_prompt_tokens is None,
+        num_bytes=request.num_bytes,
     )
 
 
-async def chat_tokens(
+async def chat_tokens(  # noqa: PLR0913 - what two kinds of bodies say of a chat
     service: Service,
     messages: Sequence[Message],
     *,
@@ -55,10 +63,13 @@ async def chat_tokens(
     variables: dict[str, Any] | None,
     tools: Sequence[dict[str, Any]] = (),
     continues_final: bool = False,
+    must_fit: bool = False,
+    num_bytes: int,
 ) -> list[int]:
     """Return the prompt that the model's template makes of a chat; null flags mean the default.
 
-    Raises `ApiError`.
+    `num_bytes`: of the body it came in. Raises `ApiError`; with `must_fit` also for a prompt that
+    cannot be as short as the context, before it is encoded.
     """
     template, tokenizer = service.text.template, service.text.tokenizer
     if template is None:
@@ -74,7 +85,7 @@ async def chat_tokens(
 
     is_quoted = service.config.model.special_tokens_in_messages == "text"
 
-    def encode() -> list[int]:
+    def encode(check: Check) -> list[int]:
         text = template.render(
             [message.for_template() for message in messages],
             add_generation_prompt=add_generation_prompt is not False,
@@ -83,15 +94,19 @@ async def chat_tokens(
             quote=tokenizer.quote if is_quoted else None,
             **(variables or {}),
         )
+        if must_fit:
+            require_room(service, text, "messages")
         token_ids = tokenizer.encode(
-            text, add_special_tokens=add_special_tokens is True, is_quoted=is_quoted
+            text,
+            add_special_tokens=add_special_tokens is True,
+            is_quoted=is_quoted,
+            check=check,
         )
         require_rows(service, token_ids, lambda text: _holder(text, messages, tools, variables))
         return token_ids
 
     try:
-        num_chars = sum(message.num_chars for message in messages) + len(json.dumps(tools))
-        return await off_loop(encode, num_chars + len(messages) * _MESSAGE_CHARS)
+        return await service.work.run(encode, num_bytes + len(messages) * _MESSAGE_CHARS)
     except TemplateError as error:
         at = "" if error.message_index is None else f".{error.message_index}"
         raise invalid(str(error), "messages" + at) from error

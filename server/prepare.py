@@ -21,6 +21,7 @@ from server.prompts import (
     DEFAULT_COMPLETION_TOKENS,
     bad_word_tokens,
     completion_prompts,
+    context_words,
     echoes,
     require_tokens,
     truncated,
@@ -50,7 +51,7 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
     tools = callable_tools(service, request)
     warnings += tool_warnings(service, request, tools)
-    token_ids = await prompt_of_chat(service, request, tools, warnings)
+    token_ids = await prompt_of_chat(service, request, tools, warnings, must_fit=True)
     token_ids = truncated(service.client.info, request, token_ids, max_tokens)
     room = _room(service.client.info, token_ids, max_tokens, ("messages", name))
     sampling = sampling_of(
@@ -164,8 +165,7 @@ def _room(
     """
     limit, num_prompt, (prompt_name, max_name) = info.max_model_len, len(token_ids), names
     code = "context_length_exceeded"
-    # OpenAI's words: LiteLLM knows by them, and by nothing else, to try a model with more room.
-    known = f"This model's maximum context length is {limit} tokens, prompt and answer together"
+    known = context_words(limit)
     if num_prompt >= limit:
         raise invalid(f"{known}: {prompt_name} has {num_prompt}", prompt_name, code)
     if max_tokens is not None and num_prompt + max_tokens > limit:

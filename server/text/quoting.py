@@ -11,7 +11,7 @@ import re
 from bisect import bisect
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
-from secrets import token_hex
+from secrets import randbits
 from typing import TypeAlias
 
 import tokenizers
@@ -22,6 +22,7 @@ from tokenizers import AddedToken
 BREAK, ESCAPE = "\ufdd0", "\ufdd1"
 _NAMES = {BREAK: "0", ESCAPE: "1"}
 _MEANT = {name: char for char, name in _NAMES.items()}
+_ESCAPED = re.compile(f"{ESCAPE}.?", re.DOTALL)
 _IN_ASCII = re.compile(r"\\\\|\\ufdd(0|1[01]?)")
 _MARKS = {"0": BREAK, "1": ESCAPE, "10": r"\ufdd0", "11": r"\ufdd1"}
 #: Texts by their letters; one ends where there is `_END`.
@@ -41,7 +42,7 @@ class Quoting:
             for token_id, token in self._added.items()
             if token_id in special_ids and token.content
         }
-        secret = token_hex(16)
+        secret = randbits(128)  # without letters: a text is never cut within digits
         self._spellings = {text: f"<{secret}:{one}>" for text, one in self._special.items()}
         single = "".join(re.escape(text) for text in self._special if len(text) == 1)
         self._reserved = re.compile(f"[{BREAK}{ESCAPE}{single}]")
@@ -52,7 +53,7 @@ class Quoting:
         self._firsts = {BREAK, ESCAPE, *(text[0] for text in self._sorted)}
         self._first = re.compile(f"[{''.join(map(re.escape, self._firsts))}]")
         longer = [text for text in self._special if len(text) > 1]
-        self._starts = re.compile(f"(?=({_any_of(longer)}))(.)", re.DOTALL) if longer else None
+        self._longer = re.compile(_any_of(longer) if longer else "(?!)")
 
     def quote(self, text: str) -> str:
         """Return `text` with marks where it needs any. Costs a search where it does not."""
@@ -108,7 +109,9 @@ class Quoting:
 
     def _marked(self, text: str) -> str:
         text = self._reserved.sub(lambda at: ESCAPE + _NAMES.get(at[0], at[0]), text)
-        return self._starts.sub(rf"\2{BREAK}", text) if self._starts else text
+        while self._longer.search(text):  # again, for those that overlap
+            text = self._longer.sub(lambda at: at[0][0] + BREAK + at[0][1:], text)
+        return text
 
     def _begins_at_end(self, text: str, end: int) -> bool:
         """Whether a special token begins before `end` that the text behind might complete."""
@@ -160,6 +163,12 @@ class Quoting:
         """Whether other texts than its own can become a special token, once normalised."""
         normalized = any(token.normalized for token in self._added.values() if token.special)
         return self._core.normalizer is not None and (normalized or bool(self._letters))
+
+
+def without_marks(text: str) -> str:
+    """Return `text` without marks, nor what they escape."""
+    text = text.replace(BREAK, "")
+    return _ESCAPED.sub("", text) if ESCAPE in text else text
 
 
 def with_marks(ascii_json: str) -> str:

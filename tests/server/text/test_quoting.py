@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Core
 from transformers import PreTrainedTokenizerFast
 
@@ -48,79 +48,8 @@ TEMPLATE = """\
 {% endif %}{{ mood }}"""
 
 
-def _core(model: models.Model, **flags: bool) -> Core:
-    core = Core(model)
-    core.add_special_tokens([AddedToken(text, normalized=False, **flags) for text in SPECIAL])
-    core.add_tokens([AddedToken(text, normalized=False) for text in ADDED])
-    return core
-
-
-def _byte_level(**flags: bool) -> Core:
-    tokens = [*BYTE_LEVEL_ALPHABET, "he", "ll", "im", "_end", "_e", "nd", "|>", "<|", "Ġhe", "s>"]
-    tokens += ["<|im_end|>"]
-    merges = [("h", "e"), ("l", "l"), ("i", "m"), ("n", "d"), ("_", "e"), ("_e", "nd")]
-    merges += [("<", "|"), ("|", ">"), ("Ġ", "he"), ("s", ">")]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys(["_end", "nd", *tokens]))}
-    core = _core(models.BPE(vocab=vocab, merges=merges), **flags)
-    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+")
-    core.normalizer = normalizers.NFC()
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    return core
-
-
-def _sentencepiece(*, prepends: bool) -> Core:
-    words = ["▁", "▁▁", "he", "ll", "▁he", "s>", "</", "im", "<s>", "</s>", "<unk>"]
-    tokens = [f"<0x{byte:02X}>" for byte in range(256)] + [*"helo<>/s|im_"] + words
-    merges = [("▁", "▁"), ("h", "e"), ("l", "l"), ("▁", "he"), ("s", ">"), ("<", "/"), ("i", "m")]
-    merges += [("<", "s>"), ("</", "s>")]  # as a converter would write them that knows no better
-    model = models.BPE(
-        vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))},
-        merges=merges,
-        byte_fallback=True,
-        fuse_unk=True,
-        unk_token="<unk>",  # noqa: S106 - no password
-    )
-    core = _core(model)
-    if prepends:
-        replace = normalizers.Replace(" ", "▁")
-        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
-    else:
-        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    strip = [decoders.Strip(" ", 1, 0)]
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return core
-
-
-def _unigram() -> Core:
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -3.0), ("▁he", -2.0), ("ll", -2.5)]
-    pieces += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
-    pieces += [(char, -4.0) for char in "abcdefghijklmnopqrstuvwxyz<>/|_"]
-    core = _core(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    core.normalizer = normalizers.NFKC()
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    return core
-
-
-CORES = {
-    "byte-level": _byte_level(),
-    "stripping": _byte_level(lstrip=True, rstrip=True),
-    "sentencepiece": _sentencepiece(prepends=True),
-    "metaspace": _sentencepiece(prepends=False),
-    "unigram": _unigram(),
-}
-TOKENIZERS = {
-    name: Tokenizer(core, SpecialIds(bos_token_id=core.token_to_id("<s>")))
-    for name, core in CORES.items()
-}
+KINDS = ("byte-level", "stripping", "sentencepiece", "metaspace", "unigram")
+Kinds = dict[str, Tokenizer]
 LETTERS = "he lo<|im_s/>é\n{}\"\\'日" + BREAK + ESCAPE + "e\u0301"
 
 
@@ -191,11 +120,13 @@ PIECES = st.sampled_from([*SPECIAL, *(text[1:] for text in SPECIAL), *(t[:-1] fo
 INJECTED = st.lists(st.one_of(PIECES, st.text(LETTERS, max_size=4)), max_size=4).map("".join)
 
 
-@pytest.mark.parametrize("name", CORES)
+@pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(chat=chats(INJECTED))
-def test_no_message_can_spell_a_special_token(name: str, chat: dict[str, Any]) -> None:
-    tokenizer = TOKENIZERS[name]
+def test_no_message_can_spell_a_special_token(
+    kinds: Kinds, name: str, chat: dict[str, Any]
+) -> None:
+    tokenizer = kinds[name]
     special = tokenizer.special_token_ids
     counts, expected = (
         Counter(token for token in prompt(tokenizer, one) if token in special)
@@ -207,8 +138,8 @@ def test_no_message_can_spell_a_special_token(name: str, chat: dict[str, Any]) -
 @pytest.mark.parametrize("name", ["byte-level", "sentencepiece", "metaspace"])
 @settings(max_examples=60, deadline=None)
 @given(text=st.lists(st.one_of(PIECES, st.text(LETTERS[:-2], max_size=4))).map("".join))
-def test_what_a_message_says_comes_back_from_its_tokens(name: str, text: str) -> None:
-    tokenizer = TOKENIZERS[name]
+def test_what_a_message_says_comes_back_from_its_tokens(kinds: Kinds, name: str, text: str) -> None:
+    tokenizer = kinds[name]
     token_ids = prompt(tokenizer, {"messages": [{"role": "user", "content": text}]})
     decoded = tokenizer.decode(token_ids, skip_special_tokens=False)
     assert f"user\n{text.strip()}<|im_end|>" in decoded
@@ -220,13 +151,13 @@ PLAIN = st.lists(
 ).map("".join)
 
 
-@pytest.mark.parametrize("name", [*CORES, "smollm2"])
+@pytest.mark.parametrize("name", [*KINDS, "smollm2"])
 @settings(max_examples=40, deadline=None)
 @given(chat=chats(PLAIN), prompts=st.booleans())
 def test_texts_without_special_tokens_are_encoded_as_in_transformers(
-    smollm2: ModelText, name: str, chat: dict[str, Any], prompts: bool
+    smollm2: ModelText, kinds: Kinds, name: str, chat: dict[str, Any], prompts: bool
 ) -> None:
-    tokenizer = smollm2.tokenizer if name == "smollm2" else TOKENIZERS[name]
+    tokenizer = smollm2.tokenizer if name == "smollm2" else kinds[name]
     eos_token = "<|im_end|>" if name == "smollm2" else "</s>"
     theirs = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._core,
@@ -247,39 +178,43 @@ def test_texts_without_special_tokens_are_encoded_as_in_transformers(
     assert prompt(tokenizer, asked, template(eos_token)) == expected
 
 
-@pytest.mark.parametrize("name", CORES)
+@pytest.mark.parametrize("name", KINDS)
 @settings(max_examples=100, deadline=None)
 @given(
     text=st.lists(st.one_of(st.text(LETTERS, max_size=6), st.sampled_from(SPECIAL))).map("".join)
 )
-def test_a_templates_own_tokens_are_found_as_the_library_finds_them(name: str, text: str) -> None:
+def test_a_templates_own_tokens_are_found_as_the_library_finds_them(
+    kinds: Kinds, name: str, text: str
+) -> None:
     """The text is all the template's, and takes the other way only because of a mark behind it."""
-    tokenizer = TOKENIZERS[name]
+    tokenizer = kinds[name]
     text = text.replace(BREAK, "").replace(ESCAPE, "") + "<s>"
     plain = tokenizer.encode(text, add_special_tokens=True)
     assert tokenizer.encode(text + BREAK, add_special_tokens=True, is_quoted=True) == plain
 
 
-def test_wide_letters_that_are_folded_into_a_special_token_are_text() -> None:
-    tokenizer = TOKENIZERS["unigram"]
+def test_wide_letters_that_are_folded_into_a_special_token_are_text(kinds: Kinds) -> None:
+    tokenizer = kinds["unigram"]
     wide = "\uff1c/s\uff1e"
     [end] = tokenizer.encode("</s>", add_special_tokens=False)
     token_ids = prompt(tokenizer, {"messages": [{"role": "user", "content": wide}]})
     assert token_ids.count(end) == 1
 
 
-def test_a_text_without_them_is_not_even_copied() -> None:
+def test_a_text_without_them_is_not_even_copied(kinds: Kinds) -> None:
     for text in ("", "plain", "<|im_ end", "</think>", "x" * 100_000):
-        assert TOKENIZERS["byte-level"].quote(text) is text
+        assert kinds["byte-level"].quote(text) is text
 
 
-def test_plain_prompts_recognise_them() -> None:
-    tokenizer = TOKENIZERS["byte-level"]
+def test_plain_prompts_recognise_them(kinds: Kinds) -> None:
+    tokenizer = kinds["byte-level"]
     assert len(tokenizer.encode("<|im_start|>", add_special_tokens=False)) == 1
 
 
-def test_what_a_tokenizer_puts_around_a_text_is_put_around_quoted_ones() -> None:
-    core = _byte_level()
+def test_what_a_tokenizer_puts_around_a_text_is_put_around_quoted_ones(
+    byte_level: Callable[..., Core],
+) -> None:
+    core = byte_level()
     core.post_processor = processors.TemplateProcessing(
         single="<s> $0 </s>",
         special_tokens=[(text, core.token_to_id(text)) for text in ("<s>", "</s>")],
