@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from server.errors import invalid
@@ -12,18 +13,21 @@ from server.prompts import require_room, require_rows
 from server.schemas import ChatRequest, Message
 from server.service import Service
 from server.text.pieces import TextError
-from server.text.template import TemplateError
+from server.text.template import LIMIT_S, SlowTemplateError, TemplateError
 from server.tools.schemas import Tool
-from server.work import Check
+from server.work import LONG_CHARS, Check
 
 #: To render a message takes as long as to encode this many characters, some 25 µs.
 _MESSAGE_CHARS = 80
+#: A template may hold up the event loop for so long; if it needs longer, it begins anew beside it.
+_ON_LOOP_S = 0.02
 #: What `ChatTemplate.render` takes itself.
 _RESERVED_VARIABLES = (
     "self",
     "messages",
     "tools",
     "quote",
+    "limit_s",
     "add_generation_prompt",
     "continues_final",
 )
@@ -85,13 +89,14 @@ async def chat_tokens(  # noqa: PLR0913 - what two kinds of bodies say of a chat
 
     is_quoted = service.config.model.special_tokens_in_messages == "text"
 
-    def encode(check: Check) -> list[int]:
+    def encode(check: Check, *, limit_s: float = LIMIT_S) -> list[int]:
         text = template.render(
             [message.for_template() for message in messages],
             add_generation_prompt=add_generation_prompt is not False,
             tools=tools or None,
             continues_final=continues_final,
             quote=tokenizer.quote if is_quoted else None,
+            limit_s=limit_s,
             **(variables or {}),
         )
         if must_fit:
@@ -106,7 +111,11 @@ async def chat_tokens(  # noqa: PLR0913 - what two kinds of bodies say of a chat
         return token_ids
 
     try:
-        return await service.work.run(encode, num_bytes + len(messages) * _MESSAGE_CHARS)
+        length = num_bytes + len(messages) * _MESSAGE_CHARS
+        if length < LONG_CHARS:
+            with suppress(SlowTemplateError):
+                return encode(lambda: None, limit_s=_ON_LOOP_S)
+        return await service.work.run(encode, max(length, LONG_CHARS))
     except TemplateError as error:
         at = "" if error.message_index is None else f".{error.message_index}"
         raise invalid(str(error), "messages" + at) from error

@@ -16,9 +16,9 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.text.quoting import with_marks
+from server.text.sandbox import BoundedEnvironment, LimitError
 
 ValueT = TypeVar("ValueT")
 
@@ -33,6 +33,9 @@ _TEMPLATE_FAULTS = (
     ValueError,
 )
 _PROBE = "octavo"
+_PROBE_LIMIT_S = 0.05
+#: The longest chat that there may be takes a fifth of it.
+LIMIT_S = 2.0
 #: Where a final message that goes on ends: private characters, and a tab that trimming takes away.
 _MARK, _MARK_SPACE = "\ue000octavo\ue001", "\t"
 
@@ -48,6 +51,10 @@ class TemplateError(ValueError):
         super().__init__(message)
         #: Position of the message at fault, if known.
         self.message_index = message_index
+
+
+class SlowTemplateError(TemplateError):
+    """A render that takes longer than it may."""
 
 
 class ChatTemplate:
@@ -73,7 +80,7 @@ class ChatTemplate:
         """
         #: As they were given, by name.
         self.sources = dict(sources)
-        environment = _environment(now)
+        self._environment = environment = _environment(now)
         environment.globals.update(special_tokens)
         self._templates = {
             name: _compile(environment, name, source) for name, source in sources.items()
@@ -93,6 +100,7 @@ class ChatTemplate:
         continues_final: bool = False,
         tools: Sequence[Mapping[str, object]] | None = None,
         quote: Callable[[str], str] | None = None,
+        limit_s: float = LIMIT_S,
         **kwargs: object,
     ) -> str:
         """Return the prompt, to be encoded without adding special tokens: it holds its own.
@@ -100,8 +108,9 @@ class ChatTemplate:
         `continues_final`: it ends with the last message's content, to be gone on with (what
         `continue_final_message` means in transformers); no generation prompt then.
         `quote` is applied to each text in the messages, tools and `kwargs`, wherever it stands.
+        `limit_s`: of the processor's time.
         `kwargs` are further variables for the template. Raises `TemplateError` for messages the
-        template refuses or a part of content that is no text.
+        template refuses or a part of content that is no text, `SlowTemplateError` after `limit_s`.
         """
         if continues_final:
             messages = [*messages[:-1], _marked(messages[-1])]
@@ -123,12 +132,16 @@ class ChatTemplate:
             for index, message in enumerate(messages)
         ]
         try:
-            text = self._templates[name].render(
-                {"documents": None, **_quoted(kwargs, quote)},
-                messages=tracked,
-                tools=_quoted(tools, quote),
-                add_generation_prompt=add_generation_prompt,
-            )
+            with self._environment.limited(limit_s):
+                text = self._templates[name].render(
+                    {"documents": None, **_quoted(kwargs, quote)},
+                    messages=tracked,
+                    tools=_quoted(tools, quote),
+                    add_generation_prompt=add_generation_prompt,
+                )
+        except LimitError as error:
+            kind = SlowTemplateError if error.is_slow else TemplateError
+            raise kind(str(error), reading.index) from error
         except _RefusedError as error:
             raise TemplateError(str(error), reading.index) from error
         except _TEMPLATE_FAULTS as error:
@@ -157,7 +170,10 @@ class ChatTemplate:
 
     def _shows(self, name: str, *messages: Mapping[str, object]) -> bool:
         try:
-            text = self._templates[name].render(messages=[*messages], add_generation_prompt=True)
+            with self._environment.limited(_PROBE_LIMIT_S):
+                text = self._templates[name].render(
+                    messages=[*messages], add_generation_prompt=True
+                )
         except _TEMPLATE_FAULTS:
             return False
         return _PROBE in text
@@ -197,14 +213,15 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment(now: Callable[[], datetime]) -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,
         extensions=[_Generation, loopcontrols],
     )
     environment.filters["tojson"] = _to_json
+    environment.guard_filters()
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
     return environment
