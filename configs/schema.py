@@ -81,6 +81,11 @@ class ModelSection(Section):
     reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = Field(
         default="auto", description="how the model reasons; auto: as its chat template says"
     )
+    special_tokens_in_messages: Literal["text", "allow"] = Field(
+        default="text",
+        description="those that a message spells, such as <|im_end|>: text like any other, or"
+        " tokens; prompts of completions have tokens",
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="compute threads on a CPU; default: its cores"
     )

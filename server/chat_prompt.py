@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from server.errors import invalid
 from server.params import Warned
-from server.prompts import off_loop
+from server.prompts import require_room, require_rows
 from server.schemas import ChatRequest, Message
 from server.service import Service
 from server.text.pieces import TextError
-from server.text.template import TemplateError
+from server.text.template import LIMIT_S, SlowTemplateError, TemplateError
 from server.tools.schemas import Tool
+from server.work import LONG_CHARS, Check
 
 #: To render a message takes as long as to encode this many characters, some 25 µs.
 _MESSAGE_CHARS = 80
+#: A template may hold up the event loop for so long; if it needs longer, it begins anew beside it.
+_ON_LOOP_S = 0.02
 #: What `ChatTemplate.render` takes itself.
-_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt", "continues_final")
+_RESERVED_VARIABLES = (
+    "self",
+    "messages",
+    "tools",
+    "quote",
+    "limit_s",
+    "add_generation_prompt",
+    "continues_final",
+)
 
 
 async def prompt_of_chat(
-    service: Service, request: ChatRequest, tools: Sequence[Tool], warnings: list[Warned]
+    service: Service,
+    request: ChatRequest,
+    tools: Sequence[Tool],
+    warnings: list[Warned],
+    *,
+    must_fit: bool,
 ) -> list[int]:
     """Return a chat's prompt, however long; `tools`: the callable ones. Raises `ApiError`.
 
@@ -36,10 +53,12 @@ async def prompt_of_chat(
         variables=_with_effort(service, request, warnings),
         tools=[tool.for_template() for tool in tools],
         continues_final=request.continue_final_message is True,
+        must_fit=must_fit and request.truncate_prompt_tokens is None,
+        num_bytes=request.num_bytes,
     )
 
 
-async def chat_tokens(
+async def chat_tokens(  # noqa: PLR0913 - what two kinds of bodies say of a chat
     service: Service,
     messages: Sequence[Message],
     *,
@@ -48,10 +67,13 @@ async def chat_tokens(
     variables: dict[str, Any] | None,
     tools: Sequence[dict[str, Any]] = (),
     continues_final: bool = False,
+    must_fit: bool = False,
+    num_bytes: int,
 ) -> list[int]:
     """Return the prompt that the model's template makes of a chat; null flags mean the default.
 
-    Raises `ApiError`.
+    `num_bytes`: of the body it came in. Raises `ApiError`; with `must_fit` also for a prompt that
+    cannot be as short as the context, before it is encoded.
     """
     template, tokenizer = service.text.template, service.text.tokenizer
     if template is None:
@@ -65,24 +87,59 @@ async def chat_tokens(
         message = "continue_final_message and add_generation_prompt exclude each other"
         raise invalid(message, "continue_final_message")
 
-    def encode() -> list[int]:
+    is_quoted = service.config.model.special_tokens_in_messages == "text"
+
+    def encode(check: Check, *, limit_s: float = LIMIT_S) -> list[int]:
         text = template.render(
             [message.for_template() for message in messages],
             add_generation_prompt=add_generation_prompt is not False,
             tools=tools or None,
             continues_final=continues_final,
+            quote=tokenizer.quote if is_quoted else None,
+            limit_s=limit_s,
             **(variables or {}),
         )
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens is True)
+        if must_fit:
+            require_room(service, text, "messages")
+        token_ids = tokenizer.encode(
+            text,
+            add_special_tokens=add_special_tokens is True,
+            is_quoted=is_quoted,
+            check=check,
+        )
+        require_rows(service, token_ids, lambda text: _holder(text, messages, tools, variables))
+        return token_ids
 
     try:
-        num_chars = sum(message.num_chars for message in messages) + len(json.dumps(tools))
-        return await off_loop(encode, num_chars + len(messages) * _MESSAGE_CHARS)
+        length = num_bytes + len(messages) * _MESSAGE_CHARS
+        if length < LONG_CHARS:
+            with suppress(SlowTemplateError):
+                return encode(lambda: None, limit_s=_ON_LOOP_S)
+        return await service.work.run(encode, max(length, LONG_CHARS))
     except TemplateError as error:
         at = "" if error.message_index is None else f".{error.message_index}"
         raise invalid(str(error), "messages" + at) from error
     except TextError as error:
         raise invalid(str(error), "messages") from error
+
+
+def _holder(
+    text: str,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    variables: dict[str, Any] | None,
+) -> str:
+    """Return the field that holds `text`; where it is the template's own, `messages`."""
+    fields: dict[str, object] = {
+        f"messages.{index}": message.for_template() for index, message in enumerate(messages)
+    }
+    fields |= {"tools": tools, "chat_template_kwargs": variables}
+    holding = (name for name, value in fields.items() if text in _json(value))
+    return next(holding, "messages")
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _with_effort(

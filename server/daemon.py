@@ -35,11 +35,13 @@ from server.keys import Keyring, load_keys, reload_keys
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, configure, fields
 from server.memory import descendants
+from server.prompts import row_notes
 from server.protocol import HttpProtocol
 from server.relay import Relay
 from server.structured.desk import GrammarDesk
 from server.text.load import load_text
 from server.text.pieces import TextError
+from server.text.tokenizer import Tokenizer
 from server.tls import Certificate
 
 _log = logging.getLogger(LOGGER_NAME)
@@ -114,7 +116,7 @@ async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> 
     )
     server = _server(app, certificate, config.server.max_connections_per_address)
     try:
-        await _run(config, client, lifecycle, server, listener)
+        await _run(config, client, lifecycle, server, listener, text.tokenizer)
     finally:
         await grammars.close()
         await client.close()
@@ -148,6 +150,7 @@ async def _run(
     lifecycle: Lifecycle,
     server: uvicorn.Server,
     listener: socket.socket,
+    tokenizer: Tokenizer,
 ) -> None:
     stop = asyncio.Event()
     lost = asyncio.Event()
@@ -161,7 +164,7 @@ async def _run(
     _on_signals(_stop, stop)
     stopping = asyncio.create_task(stop.wait())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    _announce(client.info, _url(listener, is_encrypted=server.config.ssl is not None))
+    _announce(client.info, tokenizer, _url(listener, is_encrypted=server.config.ssl is not None))
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not lost.is_set():
         _log.info("draining", extra=fields(timeout_s=config.server.drain_timeout_s))
@@ -256,9 +259,9 @@ def _url(listener: socket.socket, *, is_encrypted: bool) -> str:
     return f"{'https' if is_encrypted else 'http'}://{shown}:{port}"
 
 
-def _announce(info: ModelInfo, url: str) -> None:
+def _announce(info: ModelInfo, tokenizer: Tokenizer, url: str) -> None:
     """Say once, in one line, that it is ready, and what fits."""
-    for note in info.notes:
+    for note in (*info.notes, *row_notes(tokenizer, info.vocab_size)):
         _log.info("note", extra=fields(note=note))
     num_tokens = info.num_pages * info.page_size
     kv_bytes = num_tokens * info.kv_bytes_per_token

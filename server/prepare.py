@@ -5,7 +5,7 @@ So a client hears at once what is wrong with its request. Knows nothing of respo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from scheduler.client import GenerateRequest, ModelInfo, SamplingParams
@@ -21,6 +21,7 @@ from server.prompts import (
     DEFAULT_COMPLETION_TOKENS,
     bad_word_tokens,
     completion_prompts,
+    context_words,
     echoes,
     require_tokens,
     truncated,
@@ -50,7 +51,7 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
         max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
     tools = callable_tools(service, request)
     warnings += tool_warnings(service, request, tools)
-    token_ids = await prompt_of_chat(service, request, tools, warnings)
+    token_ids = await prompt_of_chat(service, request, tools, warnings, must_fit=True)
     token_ids = truncated(service.client.info, request, token_ids, max_tokens)
     room = _room(service.client.info, token_ids, max_tokens, ("messages", name))
     sampling = sampling_of(
@@ -67,7 +68,7 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
     job = _job(
         service,
         request,
-        [(token_ids, replace(sampling, grammar=grammar))],
+        {"messages": (token_ids, replace(sampling, grammar=grammar))},
         warnings + relaxed,
         continues=request.continue_final_message is True,
         has_logprobs=request.logprobs is True,
@@ -83,20 +84,22 @@ async def completion_job(service: Service, request: CompletionRequest) -> Job:
     prompts = await completion_prompts(service, request)
     is_one = len(prompts) == 1
     bad_words = await bad_word_tokens(service, request.bad_words)
-    asked = [
-        (
+    named = {"prompt" if is_one else f"prompt.{i}": prompt for i, prompt in enumerate(prompts)}
+    asked = {
+        name: (
             prompt,
-            _completion_sampling(
-                service, request, prompt, "prompt" if is_one else name, bad_words=bad_words
-            ),
+            _completion_sampling(service, request, prompt, name, bad_words=bad_words),
         )
-        for prompt, name in ((prompt, f"prompt.{i}") for i, prompt in enumerate(prompts))
-    ]
+        for name, prompt in named.items()
+    }
     grammar, relaxed = await completion_grammar(service, request)
     return _job(
         service,
         request,
-        [(prompt, replace(sampling, grammar=grammar)) for prompt, sampling in asked],
+        {
+            name: (prompt, replace(sampling, grammar=grammar))
+            for name, (prompt, sampling) in asked.items()
+        },
         warnings + relaxed,
         continues=True,
         has_logprobs=request.logprobs is not None,
@@ -138,7 +141,6 @@ def _completion_sampling(
         raise invalid(f"{name} must not be empty", name)
     # The length first: it costs nothing, however many there are.
     room = _room(info, token_ids, request.max_tokens, (name, "max_tokens"))
-    require_tokens(token_ids, info.vocab_size, name)
     max_tokens = request.max_tokens
     # The tries are ranked by them, if there are more than choices.
     is_ranked = (request.best_of or 1) > (request.n or 1)
@@ -163,8 +165,7 @@ def _room(
     """
     limit, num_prompt, (prompt_name, max_name) = info.max_model_len, len(token_ids), names
     code = "context_length_exceeded"
-    # OpenAI's words: LiteLLM knows by them, and by nothing else, to try a model with more room.
-    known = f"This model's maximum context length is {limit} tokens, prompt and answer together"
+    known = context_words(limit)
     if num_prompt >= limit:
         raise invalid(f"{known}: {prompt_name} has {num_prompt}", prompt_name, code)
     if max_tokens is not None and num_prompt + max_tokens > limit:
@@ -176,7 +177,7 @@ def _room(
 def _job(
     service: Service,
     request: GenerateFields,
-    asked: Sequence[tuple[list[int], SamplingParams]],
+    asked: Mapping[str, tuple[list[int], SamplingParams]],
     warnings: list[Warned],
     *,
     continues: bool,
@@ -184,8 +185,15 @@ def _job(
     num_tries: int | None = None,
     prompt_texts: tuple[str, ...] = (),
 ) -> Job:
-    """Build the job; `asked`: prompt by prompt; `num_tries` of each, default n."""
-    [(_, sampling), *_] = asked
+    """Build the job; `asked`: prompts by the fields they came in; `num_tries` of each, default n.
+
+    The one place that requests to the engine come from, so none holds a token that the model does
+    not have, whatever it was made from. Raises `ApiError`.
+    """
+    for name, (token_ids, own) in asked.items():
+        for param, ids in ((name, token_ids), *(("bad_words", word) for word in own.bad_words)):
+            require_tokens(ids, service.client.info.vocab_size, param)
+    [(_, sampling), *_] = asked.values()
     num_choices = request.n or 1
     options = request.stream_options
     if options is not None:
@@ -196,7 +204,9 @@ def _job(
     if not sampling.ignore_eos:
         ends.update(service.client.info.eos_token_ids)
     if sampling.prompt_logprobs is not None:
-        prompts = [token_ids for token_ids, _ in asked for _ in range(num_tries or num_choices)]
+        prompts = [
+            token_ids for token_ids, _ in asked.values() for _ in range(num_tries or num_choices)
+        ]
         require_few(request, prompts, sampling.prompt_logprobs)
     return Job(
         requests=tuple(
@@ -206,7 +216,7 @@ def _job(
                 request.priority or 0,
                 request.cache_salt or "",
             )
-            for prompt, own in ((tuple(token_ids), own) for token_ids, own in asked)
+            for prompt, own in ((tuple(token_ids), own) for token_ids, own in asked.values())
             for index in range(num_tries or num_choices)
         ),
         output=OutputOptions(

@@ -1,24 +1,20 @@
-"""Plain text to token ids and back; what is long is done in a thread, off the event loop.
+"""Plain text to token ids and back.
 
 Knows nothing of chats or of what the tokens are for.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
-from scheduler.client import ModelInfo
-from server.errors import invalid
+from scheduler.client import EngineUnavailableError, ModelInfo
+from server.errors import invalid, shortened
 from server.schemas import CompletionRequest, GenerateFields
 from server.service import Service
 from server.text.pieces import TextError
+from server.text.tokenizer import Tokenizer
+from server.work import LONG_CHARS, Check
 
-ConvertedT = TypeVar("ConvertedT")
-
-#: From here on a prompt is encoded in a thread: 10,000 characters take about 3 ms.
-LONG_PROMPT_CHARS = 10_000
 #: OpenAI's, for completions; and what a prompt that is cut to what fits leaves room for.
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -35,7 +31,13 @@ async def completion_prompts(service: Service, request: CompletionRequest) -> li
     """Return each prompt's tokens. Raises `ApiError`."""
     info = service.client.info
     adds = request.add_special_tokens is not False
-    encoded = await _encoded(service, request.prompt, add_special_tokens=adds, param="prompt")
+    encoded = await _encoded(
+        service,
+        request.prompt,
+        add_special_tokens=adds,
+        param="prompt",
+        must_fit=request.truncate_prompt_tokens is None,
+    )
     return [truncated(info, request, token_ids, request.max_tokens) for token_ids in encoded]
 
 
@@ -63,7 +65,7 @@ async def echoes(
     is_decoded = request.truncate_prompt_tokens is not None or request.logprobs is not None
     skips = request.skip_special_tokens is not False
 
-    def decode_all() -> tuple[str, ...]:
+    def decode_all(_: Check) -> tuple[str, ...]:
         return tuple(
             given
             if isinstance(given, str) and not is_decoded
@@ -71,7 +73,7 @@ async def echoes(
             for given, token_ids in zip(request.prompt, prompts, strict=True)
         )
 
-    return await off_loop(decode_all, sum(map(len, prompts)))
+    return await service.work.run(decode_all, sum(map(len, prompts)))
 
 
 def truncated(
@@ -89,6 +91,34 @@ def truncated(
     return token_ids[-num_kept:]
 
 
+def row_notes(tokenizer: Tokenizer, num_rows: int) -> list[str]:
+    """Return what to say at the start of tokens that the model has no row for."""
+    num_tokens = tokenizer.vocab_size
+    if num_tokens <= num_rows:
+        return []
+    told = f"the tokenizer has {num_tokens} tokens, the model {num_rows} rows"
+    return [f"{told}: texts with the ids {num_rows} to {num_tokens - 1} are refused"]
+
+
+def require_rows(
+    service: Service, token_ids: Sequence[int], param_of: Callable[[str], str]
+) -> None:
+    """Raise `ApiError` (400) for a token of a text that the model has no row for.
+
+    `param_of`: which field holds the token's text.
+    """
+    try:
+        num_rows = service.client.info.vocab_size
+    except EngineUnavailableError:  # the words of the model are there before its weights
+        return
+    if max(token_ids, default=0) >= num_rows:
+        token_id = next(token_id for token_id in token_ids if token_id >= num_rows)
+        text = service.text.tokenizer.token_text(token_id)
+        param = param_of(text)
+        told = f"token {token_id} of the tokenizer; the model has only {num_rows}"
+        raise invalid(f"{param} holds {shortened(text)!r}, {told}", param)
+
+
 def require_tokens(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
     """Raise `ApiError` (400) for a token id outside the vocabulary."""
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
@@ -100,43 +130,63 @@ def require_tokens(token_ids: Sequence[int], vocab_size: int, param: str) -> Non
 
 
 async def token_text(service: Service, token_ids: Sequence[int]) -> str:
-    """Return the text of `token_ids`, special tokens and all."""
-    tokenizer = service.text.tokenizer
-    return await off_loop(
-        lambda: tokenizer.decode(token_ids, skip_special_tokens=False), len(token_ids)
-    )
+    """Return the text of `token_ids`, special tokens and all. Raises `ApiError`."""
+
+    def decode(_: Check) -> str:
+        require_tokens(token_ids, service.client.info.vocab_size, "tokens")
+        return service.text.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    return await service.work.run(decode, len(token_ids))
 
 
 async def token_texts(service: Service, token_ids: Sequence[int]) -> list[str]:
     """Return the text of each of `token_ids`."""
     text_of = service.text.tokenizer.token_text
-    return await off_loop(lambda: [*map(text_of, token_ids)], len(token_ids))
+    return await service.work.run(lambda _: [*map(text_of, token_ids)], len(token_ids))
 
 
-async def off_loop(convert: Callable[[], ConvertedT], length: int) -> ConvertedT:
-    """Return what `convert` gives for a text of `length` characters (or tokens)."""
-    return convert() if length < LONG_PROMPT_CHARS else await asyncio.to_thread(convert)
+def context_words(limit: int) -> str:
+    """Return what an error says first of a text that does not fit.
+
+    OpenAI's words: LiteLLM knows by them, and by nothing else, to try a model with more room.
+    """
+    return f"This model's maximum context length is {limit} tokens, prompt and answer together"
+
+
+def require_room(service: Service, text: str, param: str) -> None:
+    """Raise `ApiError` (400) for a text that cannot fit, however its letters make tokens."""
+    limit = service.client.info.max_model_len
+    if len(text) >= LONG_CHARS and (least := service.text.tokenizer.least_tokens(text)) >= limit:
+        told = f"{context_words(limit)}: {param} has at least {least}"
+        raise invalid(told, param, "context_length_exceeded")
 
 
 async def _encoded(
-    service: Service, prompts: Sequence[str | list[int]], *, add_special_tokens: bool, param: str
+    service: Service,
+    prompts: Sequence[str | list[int]],
+    *,
+    add_special_tokens: bool,
+    param: str,
+    must_fit: bool = False,
 ) -> list[list[int]]:
     """Return the prompts in tokens, all in one go; raise `ApiError` if one is no text.
 
-    `param`: the field they came in.
+    `param`: the field they came in; `must_fit`: those that cannot are refused before they are.
     """
-    encode = service.text.tokenizer.encode
 
-    def encode_all() -> list[list[int]]:
-        return [
-            encode(prompt, add_special_tokens=add_special_tokens)
-            if isinstance(prompt, str)
-            else prompt
-            for prompt in prompts
-        ]
+    def encoded(text: str, check: Check) -> list[int]:
+        if must_fit:
+            require_room(service, text, param)
+        tokenizer = service.text.tokenizer
+        token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens, check=check)
+        require_rows(service, token_ids, lambda _: param)
+        return token_ids
+
+    def encode_all(check: Check) -> list[list[int]]:
+        return [encoded(prompt, check) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     try:
         num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-        return await off_loop(encode_all, num_chars)
+        return await service.work.run(encode_all, num_chars)
     except TextError as error:
         raise invalid(str(error), param) from error

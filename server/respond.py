@@ -26,8 +26,8 @@ from server.errors import ApiError, ClientGoneError, from_engine
 from server.event_stream import EventStream
 from server.generate import Job, octavo, usage
 from server.output import Piece
-from server.prompts import off_loop
 from server.service import Service
+from server.work import Check
 
 #: What `generate_choices` yields.
 Batches: TypeAlias = AsyncGenerator[Sequence[tuple[int, Piece]], None]
@@ -123,7 +123,9 @@ class GenerationResponse(Response):
                 for index, piece in batch:
                     dialect = dialects[index]
                     if piece.prompt_logprobs:
-                        events += await off_loop(partial(dialect.piece, piece), _length([piece]))
+                        events += await self._service.work.run(
+                            partial(_told, dialect, piece), _length([piece])
+                        )
                     elif piece.text or piece.tokens or (job.has_token_ids and piece.token_ids):
                         events += dialect.piece(piece)
                     if piece.finish_reason is not None:
@@ -150,17 +152,21 @@ class GenerationResponse(Response):
                 collected[index].append(piece)
         told = self._told(job, record, has_usage=True)
 
-        def write() -> bytes:
+        def write(_: Check) -> bytes:
             answers = best(job, collected)
             choices = [dialect.choice(own) for dialect, own in zip(dialects, answers, strict=True)]
             return orjson.dumps(dialects[0].answer(choices, told))
 
-        body = await off_loop(write, sum(map(_length, collected)))
+        body = await self._service.work.run(write, sum(map(_length, collected)))
         await send_json(send, 200, body)
 
     def _told(self, job: Job, record: RequestRecord, *, has_usage: bool) -> dict[str, Any]:
         told = {"octavo": octavo(job, record, self._service.clock.monotonic_s())}
         return {"usage": usage(record)} | told if has_usage else told
+
+
+def _told(dialect: Dialect, piece: Piece, _: Check) -> bytes:
+    return dialect.piece(piece)
 
 
 def _length(pieces: Iterable[Piece]) -> int:
@@ -177,6 +183,20 @@ class JsonResponse(Response):
     def render(self, content: object) -> bytes:
         """See `Response`."""
         return orjson.dumps(content)
+
+
+class PreparedResponse(JsonResponse):
+    """What `prepare` returns, as JSON; a client that leaves cancels it."""
+
+    def __init__(self, prepare: Callable[[], Awaitable[object]]) -> None:
+        super().__init__()
+        self._prepare = prepare
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer. Raises what `prepare` does, `ClientGoneError` when nobody listens."""
+        async with RequestContext.of(scope).interruption.on_disconnect(receive):
+            body = self.render(await self._prepare())
+        await send_json(send, 200, body)
 
 
 async def send_json(

@@ -5,6 +5,8 @@ Each reads its own body (`server/respond.py`): size, JSON and errors are the sam
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -17,8 +19,15 @@ from server.errors import invalid
 from server.generate import Job
 from server.openapi import answers, body_of, generation_answers
 from server.prepare import chat_job, completion_job
-from server.prompts import prompt_tokens, require_tokens, token_text, token_texts
-from server.respond import Dialect, GenerationResponse, JsonResponse, read_body, read_work
+from server.prompts import prompt_tokens, token_text, token_texts
+from server.respond import (
+    Dialect,
+    GenerationResponse,
+    JsonResponse,
+    PreparedResponse,
+    read_body,
+    read_work,
+)
 from server.service import Service
 from server.spoken import SpokenDialect
 
@@ -42,7 +51,8 @@ def generation_routes(service: Service) -> APIRouter:
         responses=generation_answers(documents.ChatCompletion, documents.ChatChunk),
     )
     async def create_chat_completion(request: Request) -> Response:
-        asked = await schemas.parse(schemas.ChatRequest, await read_work(service, request))
+        body = await read_work(service, request)
+        asked = await schemas.parse(schemas.ChatRequest, body, service.work)
         return GenerationResponse(service, lambda: chat_job(service, asked), chat)
 
     @router.post(
@@ -52,7 +62,8 @@ def generation_routes(service: Service) -> APIRouter:
         responses=generation_answers(documents.Completion, documents.Completion),
     )
     async def create_completion(request: Request) -> Response:
-        asked = await schemas.parse(schemas.CompletionRequest, await read_work(service, request))
+        body = await read_work(service, request)
+        asked = await schemas.parse(schemas.CompletionRequest, body, service.work)
         return GenerationResponse(service, lambda: completion_job(service, asked), completion)
 
     return router
@@ -98,13 +109,10 @@ def model_routes(service: Service) -> APIRouter:
         responses=answers(documents.Tokenized, 400, 404, 408, 413, 503),
     )
     async def tokenize(request: Request) -> Response:
-        asked = await schemas.parse(schemas.TokenizeRequest, await read_body(request, limit_bytes))
-        token_ids = await _tokens_of(service, asked)
-        max_model_len = service.client.info.max_model_len
-        told = {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
-        if asked.return_token_strs:
-            told["token_strs"] = await token_texts(service, token_ids)
-        return JsonResponse(told)
+        asked = await schemas.parse(
+            schemas.TokenizeRequest, await read_body(request, limit_bytes), service.work
+        )
+        return PreparedResponse(lambda: _tokenized(service, asked))
 
     @router.post(
         "/detokenize",
@@ -114,13 +122,25 @@ def model_routes(service: Service) -> APIRouter:
     )
     async def detokenize(request: Request) -> Response:
         asked = await schemas.parse(
-            schemas.DetokenizeRequest, await read_body(request, limit_bytes)
+            schemas.DetokenizeRequest, await read_body(request, limit_bytes), service.work
         )
         service.require_model(asked.model)
-        require_tokens(asked.tokens, service.client.info.vocab_size, "tokens")
-        return JsonResponse({"prompt": await token_text(service, asked.tokens)})
+
+        async def detokenized() -> dict[str, Any]:
+            return {"prompt": await token_text(service, asked.tokens)}
+
+        return PreparedResponse(detokenized)
 
     return router
+
+
+async def _tokenized(service: Service, asked: schemas.TokenizeRequest) -> dict[str, Any]:
+    token_ids = await _tokens_of(service, asked)
+    max_model_len = service.client.info.max_model_len
+    told = {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
+    if asked.return_token_strs:
+        told["token_strs"] = await token_texts(service, token_ids)
+    return told
 
 
 async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[int]:
@@ -136,6 +156,7 @@ async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[i
             variables=asked.chat_template_kwargs,
             tools=[tool.for_template() for tool in asked.tools or ()],
             continues_final=asked.continue_final_message is True,
+            num_bytes=asked.num_bytes,
         )
     assert asked.prompt is not None
     adds = asked.add_special_tokens is not False

@@ -15,6 +15,7 @@ from server.metrics import Metrics
 from server.pace import QueuePace
 from server.structured.desk import GrammarDesk
 from server.text.load import ModelText
+from server.work import Workshop
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Service:
     grammars: GrammarDesk
     #: Of requests that do not say otherwise.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    #: Where long texts are converted.
+    work: Workshop = field(default_factory=Workshop)
 
     @property
     def model_name(self) -> str:

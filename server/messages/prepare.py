@@ -15,14 +15,13 @@ from server.messages.schemas import CountTokensRequest, MessagesRequest
 from server.messages.translate import Translated, translate
 from server.params import Warned
 from server.prepare import chat_job
-from server.prompts import off_loop
 from server.service import Service
 from server.tooling import callable_tools, tool_warnings
 
 
-async def message_job(service: Service, request: MessagesRequest, num_bytes: int) -> Job:
-    """Return what a request of `num_bytes` asks for. Raises `ApiError` that names the field."""
-    translated = await _translated(service, request, num_bytes)
+async def message_job(service: Service, request: MessagesRequest) -> Job:
+    """Return what a request asks for. Raises `ApiError` that names the field."""
+    translated = await _translated(service, request)
     try:
         job = await chat_job(service, translated.chat)
     except ApiError as error:
@@ -31,16 +30,14 @@ async def message_job(service: Service, request: MessagesRequest, num_bytes: int
     return _limited(replace(job, warnings=warnings), request.max_tokens)
 
 
-async def token_count(
-    service: Service, request: CountTokensRequest, num_bytes: int
-) -> dict[str, Any]:
+async def token_count(service: Service, request: CountTokensRequest) -> dict[str, Any]:
     """Return how long the prompt would be, even if it does not fit. Raises `ApiError`."""
     service.require_model(request.model)
-    translated = await _translated(service, request, num_bytes)
+    translated = await _translated(service, request)
     try:
         tools = callable_tools(service, translated.chat)
         told = tool_warnings(service, translated.chat, tools)
-        prompt = await prompt_of_chat(service, translated.chat, tools, told)
+        prompt = await prompt_of_chat(service, translated.chat, tools, told, must_fit=False)
     except ApiError as error:
         raise translated.error(error) from error
     warnings = translated.all_warnings(told)
@@ -66,5 +63,7 @@ def _limited(job: Job, max_tokens: int) -> Job:
     return replace(job, requests=(replace(request, params=params),))
 
 
-async def _translated(service: Service, request: CountTokensRequest, num_bytes: int) -> Translated:
-    return await off_loop(lambda: translate(request, service.text.template), num_bytes)
+async def _translated(service: Service, request: CountTokensRequest) -> Translated:
+    return await service.work.run(
+        lambda _: translate(request, service.text.template), request.num_bytes
+    )

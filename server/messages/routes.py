@@ -12,7 +12,13 @@ from server.messages.documents import MessageAnswer, MessageEvent, MessagesError
 from server.messages.prepare import message_job, token_count
 from server.messages.schemas import CountTokensRequest, MessagesRequest, parse
 from server.openapi import answers, body_of, generation_answers
-from server.respond import Dialect, GenerationResponse, JsonResponse, read_body, read_work
+from server.respond import (
+    Dialect,
+    GenerationResponse,
+    PreparedResponse,
+    read_body,
+    read_work,
+)
 from server.service import Service
 
 _PATH = "/v1/messages"
@@ -36,13 +42,13 @@ def message_routes(service: Service) -> APIRouter:
     )
     async def create_message(request: Request) -> Response:
         body = await read_work(service, request)
-        asked = await parse(MessagesRequest, body)
+        asked = await parse(MessagesRequest, body, service.work)
 
         def dialect(job: Job, record: RequestRecord, index: int) -> Dialect:
             assert index == 0, "there is one answer"
             return MessagesDialect(service, job, record, asked)
 
-        return GenerationResponse(service, lambda: message_job(service, asked, len(body)), dialect)
+        return GenerationResponse(service, lambda: message_job(service, asked), dialect)
 
     @router.post(
         _COUNT_PATH,
@@ -52,7 +58,7 @@ def message_routes(service: Service) -> APIRouter:
     )
     async def count_tokens(request: Request) -> Response:
         body = await read_body(request, limit_bytes)
-        asked = await parse(CountTokensRequest, body)
-        return JsonResponse(await token_count(service, asked, len(body)))
+        asked = await parse(CountTokensRequest, body, service.work)
+        return PreparedResponse(lambda: token_count(service, asked))
 
     return router

@@ -10,15 +10,16 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from server import schemas
 from server.errors import ApiError, invalid, shortened
 from server.schemas import MAX_MESSAGES, MAX_PARTS, Request
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
 from server.tools.schemas import MAX_TOOLS, ToolName
+from server.work import Workshop
 
-RequestT = TypeVar("RequestT", bound=BaseModel)
+RequestT = TypeVar("RequestT", bound=Request)
 
 #: Pydantic puts the kind of a block into the path to what is wrong in it; clients do not know it.
 _KIND_IN_PATH = re.compile(
@@ -26,10 +27,10 @@ _KIND_IN_PATH = re.compile(
 )
 
 
-async def parse(model: type[RequestT], body: bytes) -> RequestT:
+async def parse(model: type[RequestT], body: bytes, work: Workshop) -> RequestT:
     """Return the request that `body` holds. Raises `ApiError` (400) that names what is wrong."""
     try:
-        return await schemas.parse(model, body)
+        return await schemas.parse(model, body, work)
     except ApiError as error:
         param = None if error.param is None else _KIND_IN_PATH.sub(r"\1", error.param)
         raise invalid(_KIND_IN_PATH.sub(r"\1", error.message), param, error.code) from error

@@ -90,6 +90,7 @@ def translate(request: CountTokensRequest, template: ChatTemplate | None) -> Tra
         chat = ChatRequest.model_validate(fields)
     except ValidationError as error:
         raise _about_request(from_validation(error), origins) from error
+    chat.num_bytes = request.num_bytes
     return Translated(chat, origins, (*warnings, *conversation.warnings))
 
 

@@ -15,7 +15,6 @@ from server.errors import ApiError, invalid
 from server.generate import Job
 from server.params import Warned
 from server.prepare import chat_job
-from server.prompts import off_loop
 from server.responses.conversation import (
     Conversation,
     Reference,
@@ -33,6 +32,7 @@ from server.responses.translate import (
 )
 from server.schemas import MAX_MESSAGES
 from server.service import Service
+from server.work import Check
 
 _KEY_BITS = 192
 _ITEM_ID = re.compile(r"[a-z]+_(?P<key>[0-9a-f]{48})(?P<side>[io])(?P<index>[0-9]{1,5})")
@@ -54,6 +54,8 @@ class Exchange:
         self.key = f"{service.chance.getrandbits(_KEY_BITS):0{_KEY_BITS // 4}x}"
         self._previous: Turn | None = None
         self._input_json = b""
+        #: Of all that it answers.
+        self._num_bytes = 0
         #: Of the chat's messages; None: there is no chat yet.
         self._origins: list[str] | None = None
 
@@ -73,7 +75,11 @@ class Exchange:
         conversation = await self._read()
         self._input_json = conversation.input_json
         self._origins = conversation.origins
-        job = await chat_job(self._service, chat_request(request, conversation.messages))
+        chat = await self._service.work.run(
+            lambda _: chat_request(request, conversation.messages), self._num_bytes
+        )
+        chat.num_bytes = self._num_bytes
+        job = await chat_job(self._service, chat)
         warnings += conversation.warnings
         warnings += renamed_warnings(job.warnings, conversation.origins)
         # The usage is always told, at the end.
@@ -171,7 +177,7 @@ class Exchange:
         if num_bytes > limit_bytes:
             raise invalid("input: together the items referred to are too large", "input")
 
-        def read() -> Conversation:
+        def read(_: Check) -> Conversation:
             return read_conversation(
                 self.key,
                 request.input,
@@ -182,8 +188,9 @@ class Exchange:
             )
 
         chain_bytes = previous.chain_bytes if previous else 0
-        num_chars = len(request.input) * _ITEM_CHARS + chain_bytes + num_bytes
-        return await off_loop(read, num_chars)
+        self._num_bytes = request.num_bytes + chain_bytes + num_bytes
+        num_chars = len(request.input) * _ITEM_CHARS + self._num_bytes
+        return await self._service.work.run(read, num_chars)
 
     def _find(self, index: int, item: ItemReference) -> Reference:
         found = _ITEM_ID.fullmatch(item.id)

@@ -15,7 +15,6 @@ from server.context import RequestContext, RequestRecord
 from server.errors import ApiError, invalid, shortened
 from server.generate import Job
 from server.openapi import answers, body_of, generation_answers
-from server.prompts import off_loop
 from server.respond import Dialect, GenerationResponse, JsonResponse, Understood, read_work
 from server.responses import documents
 from server.responses.dialect import ResponseDialect
@@ -41,7 +40,7 @@ def response_routes(service: Service, store: ResponseStore) -> APIRouter:
     )
     async def create_response(request: Request) -> Response:
         body = await read_work(service, request)
-        asked = await schemas.parse(ResponsesRequest, body)
+        asked = await schemas.parse(ResponsesRequest, body, service.work)
         exchange = Exchange(service, store, _owner(request), asked)
 
         def dialect(job: Job, record: RequestRecord, index: int) -> Dialect:
@@ -110,7 +109,7 @@ def _add_stored_routes(router: APIRouter, service: Service, store: ResponseStore
             raise invalid("order can be 'asc' or 'desc'", "order")
         limit = _limit(query.get("limit", str(_DEFAULT_LIMIT)))
         stored = found(request, response_id)
-        items = await off_loop(lambda: _conversation(stored), stored.turn.chain_bytes)
+        items = await service.work.run(lambda _: _conversation(stored), stored.turn.chain_bytes)
         if order == "desc":
             items.reverse()
         return JsonResponse(_page(items, query.get("after"), limit))

@@ -10,7 +10,6 @@ from typing import Any
 
 from server.errors import invalid
 from server.params import Warned
-from server.prompts import LONG_PROMPT_CHARS, off_loop
 from server.schemas import ChatRequest, GenerateFields
 from server.service import Service
 from server.structured.calls import arguments_rule, call_rules
@@ -30,6 +29,7 @@ from server.structured.schemas import ResponseFormat, StructuredOutputs
 from server.tooling import Spoken, forced_tools, is_forced, prompt_end
 from server.tools.forms import call_form
 from server.tools.schemas import Tool, ToolFunction
+from server.work import LONG_CHARS
 
 #: Of the whole grammar. What is larger takes the library too long to refuse.
 MAX_GRAMMAR_BYTES = 512 * 1024
@@ -49,7 +49,7 @@ async def completion_grammar(
     service: Service, request: GenerateFields
 ) -> tuple[str | None, list[Warned]]:
     """Return the grammar of a completion, and what of it is not enforced. Raises `ApiError`."""
-    asked = await _asked(request)
+    asked = await _asked(service, request)
     if asked is None:
         return None, []
     return await _judged(service, request, whole(asked.form), asked.param)
@@ -66,7 +66,7 @@ async def chat_grammar(
 
     `tools`: the callable ones. With a form and tools to choose from, the answer is either.
     """
-    asked, has_calls = await _asked(request), is_forced(request)
+    asked, has_calls = await _asked(service, request), is_forced(request)
     if asked is None and not has_calls:
         return None, []
     if asked is not None and has_calls:
@@ -82,7 +82,7 @@ async def chat_grammar(
     return await _judged(service, request, grammar, asked.param if asked else param, fields)
 
 
-async def _asked(request: GenerateFields) -> _Asked | None:
+async def _asked(service: Service, request: GenerateFields) -> _Asked | None:
     """Return the one form that is asked for, if there is one."""
     named = _readers(request)
     if not named:
@@ -92,7 +92,7 @@ async def _asked(request: GenerateFields) -> _Asked | None:
         raise invalid(f"{first} and {second} exclude each other", second)
     [(name, read)] = named.items()
     try:
-        return await off_loop(read, _num_chars(request))
+        return await service.work.run(lambda _: read(), _num_chars(request))
     except ValueError as error:
         raise invalid(f"{name} {error}", name) from error
 
@@ -114,10 +114,11 @@ def _readers(request: GenerateFields) -> dict[str, Callable[[], _Asked]]:
 
 
 def _num_chars(request: GenerateFields) -> int:
-    """Return how long it takes to read, as `off_loop` counts: grammars of llama.cpp take long."""
+    """Return how long it takes to read, as `Workshop` counts: grammars of llama.cpp take long."""
     outputs = request.structured_outputs
     grammar = request.guided_grammar or (outputs.grammar if outputs is not None else None)
-    return LONG_PROMPT_CHARS if grammar is not None and "::=" in grammar else 0
+    is_slow = grammar is not None and "::=" in grammar
+    return max(request.num_bytes, LONG_CHARS * is_slow)
 
 
 def _response_format(wanted: ResponseFormat) -> _Asked:

@@ -60,13 +60,14 @@ class TokenForm:
         return token.encode()
 
 
-def _flat_steps(step: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
-    nested = step.get("decoders")
+def flat_steps(step: Mapping[str, object], inner: str) -> Iterator[Mapping[str, object]]:
+    """Yield the steps of a part of a tokenizer; a sequence has them under the key `inner`."""
+    nested = step.get(inner)
     if step.get("type") != "Sequence" or not isinstance(nested, list):
         yield step
         return
-    for inner in nested:
-        yield from _flat_steps(inner)
+    for one in nested:
+        yield from flat_steps(one, inner)
 
 
 class _FormReader:
@@ -114,7 +115,7 @@ def read_form(decoder: Decoder | None) -> TokenForm:
     if decoder is None:
         raise TextError(f"the tokenizer has no decoder; supported: {_SUPPORTED}")
     reader = _FormReader()
-    for step in _flat_steps(orjson.loads(decoder.__getstate__())):
+    for step in flat_steps(orjson.loads(decoder.__getstate__()), "decoders"):
         if not reader.read(step):
             name = orjson.dumps(step).decode()
             raise TextError(f"the tokenizer's decoder has a step {name}; supported: {_SUPPORTED}")

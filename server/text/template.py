@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.text.quoting import with_marks
+from server.text.sandbox import BoundedEnvironment, LimitError
+
+ValueT = TypeVar("ValueT")
 
 #: What a template, being a program, may raise on messages it did not expect.
 _TEMPLATE_FAULTS = (
@@ -29,6 +33,9 @@ _TEMPLATE_FAULTS = (
     ValueError,
 )
 _PROBE = "octavo"
+_PROBE_LIMIT_S = 0.05
+#: The longest chat that there may be takes a fifth of it.
+LIMIT_S = 2.0
 #: Where a final message that goes on ends: private characters, and a tab that trimming takes away.
 _MARK, _MARK_SPACE = "\ue000octavo\ue001", "\t"
 
@@ -44,6 +51,10 @@ class TemplateError(ValueError):
         super().__init__(message)
         #: Position of the message at fault, if known.
         self.message_index = message_index
+
+
+class SlowTemplateError(TemplateError):
+    """A render that takes longer than it may."""
 
 
 class ChatTemplate:
@@ -69,7 +80,7 @@ class ChatTemplate:
         """
         #: As they were given, by name.
         self.sources = dict(sources)
-        environment = _environment(now)
+        self._environment = environment = _environment(now)
         environment.globals.update(special_tokens)
         self._templates = {
             name: _compile(environment, name, source) for name, source in sources.items()
@@ -88,14 +99,18 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continues_final: bool = False,
         tools: Sequence[Mapping[str, object]] | None = None,
+        quote: Callable[[str], str] | None = None,
+        limit_s: float = LIMIT_S,
         **kwargs: object,
     ) -> str:
         """Return the prompt, to be encoded without adding special tokens: it holds its own.
 
         `continues_final`: it ends with the last message's content, to be gone on with (what
         `continue_final_message` means in transformers); no generation prompt then.
+        `quote` is applied to each text in the messages, tools and `kwargs`, wherever it stands.
+        `limit_s`: of the processor's time.
         `kwargs` are further variables for the template. Raises `TemplateError` for messages the
-        template refuses or a part of content that is no text.
+        template refuses or a part of content that is no text, `SlowTemplateError` after `limit_s`.
         """
         if continues_final:
             messages = [*messages[:-1], _marked(messages[-1])]
@@ -105,8 +120,11 @@ class ChatTemplate:
         reading = _Reading()
         tracked = [
             _Message(
-                _prepared(
-                    message, index, wants_parts=wants_parts, wants_json=self._wants_json[name]
+                _quoted(
+                    _prepared(
+                        message, index, wants_parts=wants_parts, wants_json=self._wants_json[name]
+                    ),
+                    quote,
                 ),
                 index,
                 reading,
@@ -114,12 +132,16 @@ class ChatTemplate:
             for index, message in enumerate(messages)
         ]
         try:
-            text = self._templates[name].render(
-                {"documents": None, **kwargs},
-                messages=tracked,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-            )
+            with self._environment.limited(limit_s):
+                text = self._templates[name].render(
+                    {"documents": None, **_quoted(kwargs, quote)},
+                    messages=tracked,
+                    tools=_quoted(tools, quote),
+                    add_generation_prompt=add_generation_prompt,
+                )
+        except LimitError as error:
+            kind = SlowTemplateError if error.is_slow else TemplateError
+            raise kind(str(error), reading.index) from error
         except _RefusedError as error:
             raise TemplateError(str(error), reading.index) from error
         except _TEMPLATE_FAULTS as error:
@@ -148,7 +170,10 @@ class ChatTemplate:
 
     def _shows(self, name: str, *messages: Mapping[str, object]) -> bool:
         try:
-            text = self._templates[name].render(messages=[*messages], add_generation_prompt=True)
+            with self._environment.limited(_PROBE_LIMIT_S):
+                text = self._templates[name].render(
+                    messages=[*messages], add_generation_prompt=True
+                )
         except _TEMPLATE_FAULTS:
             return False
         return _PROBE in text
@@ -188,14 +213,15 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment(now: Callable[[], datetime]) -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,
         extensions=[_Generation, loopcontrols],
     )
     environment.filters["tojson"] = _to_json
+    environment.guard_filters()
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
     return environment
@@ -212,9 +238,10 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,  # noqa: FBT001, FBT002 - likewise
 ) -> str:
-    return json.dumps(
+    text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    return with_marks(text) if ensure_ascii else text
 
 
 def _compile(environment: jinja2.Environment, name: str, source: str) -> jinja2.Template:
@@ -241,6 +268,20 @@ def _prepared(
     if isinstance(calls, list) and not wants_json:
         prepared["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     return prepared
+
+
+def _quoted(value: ValueT, quote: Callable[[str], str] | None) -> ValueT:
+    """Return `value`, which came as JSON, with each text in it quoted, keys too."""
+    if quote is None:
+        return value
+    quoted: Any = value
+    if isinstance(value, str):
+        quoted = quote(value)
+    elif isinstance(value, dict):
+        quoted = {quote(key): _quoted(inner, quote) for key, inner in value.items()}
+    elif isinstance(value, list):
+        quoted = [_quoted(inner, quote) for inner in value]
+    return cast("ValueT", quoted)
 
 
 def _marked(message: Mapping[str, object]) -> Mapping[str, object]:

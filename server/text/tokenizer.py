@@ -6,12 +6,15 @@ a stream of tokens and the whole of them give the same text. Knows nothing of fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import tokenizers
 
+from server.text.bounds import PIECE_CHARS, Bounds
 from server.text.pieces import Pieces, TextError, read_form
+from server.text.quoting import Quoting, without_marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,9 @@ class Tokenizer:
         self.special_token_ids = frozenset(
             named | {token_id for token_id, token in added.items() if token.special}
         )
-        self._prefix, self._suffix, self._is_core_adding = _frame(ids)
+        self._prefix, self._suffix = _frame(core, ids)
+        self._quoting = Quoting(core, self.special_token_ids)
+        self.quote = self._quoting.quote
         omitted = sorted(self.special_token_ids)
         self._pieces = Pieces(core, self._form, self.vocab_size, ())
         self._plain_pieces = Pieces(core, self._form, self.vocab_size, omitted)
@@ -62,29 +67,40 @@ class Tokenizer:
         """How many spaces, if there are any, the start of a decoded text loses (SentencePiece)."""
         return self._form.leading_spaces
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool,
+        is_quoted: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> list[int]:
         """Token ids of `text`; special tokens written in it are recognised as such.
 
+        `is_quoted`: except for those in parts of it that `quote` returned.
         `add_special_tokens`: bos and eos around it, as the model wants a plain prompt to have; not
         for what a chat template rendered, which writes its own. Lets other Python threads run.
-        Raises `TextError` if `text` is not valid Unicode.
+        `check` is called now and then, and may raise. Raises `TextError` if `text` is not valid
+        Unicode, or too long to be encoded at once and nowhere to be cut.
         """
-        try:
-            # Unlike `encode`, this one releases the GIL, and computes no offsets.
-            encoding = self._core.encode_batch_fast(
-                [text], add_special_tokens=add_special_tokens and self._is_core_adding
-            )[0]
-        except TypeError as error:
-            raise TextError("text holds a lone surrogate: it is not valid Unicode") from error
-        token_ids: list[int] = encoding.ids
-        if not add_special_tokens:
-            return token_ids
-        return [*self._prefix, *token_ids, *self._suffix]
+        if is_quoted and self._quoting.needs(text):
+            core, text = self._quoting.core, self._quoting.respelled(text)
+            token_ids = self._quoting.token_ids(self._encoded(core, text, check))
+        else:
+            token_ids = self._encoded(self._core, text, check)
+        return [*self._prefix, *token_ids, *self._suffix] if add_special_tokens else token_ids
+
+    def least_tokens(self, text: str) -> int:
+        """Return how many tokens `text` has at least: fast, and often far below what it has."""
+        return self._bounds.least_tokens(without_marks(text))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of `token_ids`. Ids outside the vocabulary stand for nothing."""
         pieces = self.pieces(skip_special_tokens=skip_special_tokens)
-        data = b"".join(map(pieces.__getitem__, token_ids))
+        data = b"".join(
+            b"".join(map(pieces.__getitem__, token_ids[start : start + PIECE_CHARS]))
+            for start in range(0, len(token_ids), PIECE_CHARS)
+        )
         return drop_spaces(data, self.leading_spaces).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -103,14 +119,41 @@ class Tokenizer:
         """Bytes by token id; where special tokens are skipped, theirs are empty."""
         return self._plain_pieces if skip_special_tokens else self._pieces
 
+    @cached_property
+    def _bounds(self) -> Bounds:
+        return Bounds(self._core, self._form)
 
-def _frame(ids: SpecialIds) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
-    """Ids put in front, ids put behind, and whether the core does it instead."""
+    def _encoded(
+        self, core: tokenizers.Tokenizer, text: str, check: Callable[[], None]
+    ) -> list[int]:
+        if len(text) <= PIECE_CHARS:
+            return _encoded(core, text)
+        token_ids: list[int] = []
+        for piece in self._bounds.pieces(text):
+            check()
+            token_ids += _encoded(core, piece)
+        return token_ids
+
+
+def _encoded(core: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        # Unlike `encode`, this one releases the GIL, and computes no offsets.
+        token_ids: list[int] = core.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    except TypeError as error:
+        raise TextError("text holds a lone surrogate: it is not valid Unicode") from error
+    return token_ids
+
+
+def _frame(core: tokenizers.Tokenizer, ids: SpecialIds) -> tuple[Sequence[int], Sequence[int]]:
+    """Ids put in front and behind; where nothing is stated, those that `core` puts there."""
     if ids.adds_bos is None and ids.adds_eos is None:
-        return (), (), True
+        bare, framed = (core.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+        ends = range(len(framed), -1, -1)
+        at = next((at for at in ends if framed[at : at + len(bare)] == bare), 0)
+        return framed[:at], framed[at + len(bare) :]
     bos = ids.bos_token_id
     prefix = (bos,) if ids.adds_bos and bos is not None else ()
-    return prefix, ids.eos_token_ids[:1] if ids.adds_eos else (), False
+    return prefix, ids.eos_token_ids[:1] if ids.adds_eos else ()
 
 
 def drop_spaces(data: bytes, count: int) -> bytes:

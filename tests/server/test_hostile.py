@@ -17,10 +17,10 @@ from pydantic import BeforeValidator
 from server import respond, schemas
 from server.context import BodyBudget
 from server.errors import ApiError
-from server.prompts import LONG_PROMPT_CHARS
 from server.responses.schemas import ResponsesRequest
 from server.text.template import ChatTemplate
 from server.text.tokenizer import Tokenizer
+from server.work import LONG_CHARS, Workshop
 
 USER = {"role": "user", "content": "x"}
 CHAT = "/v1/chat/completions"
@@ -122,14 +122,15 @@ def test_a_long_body_is_parsed_beside_the_event_loop() -> None:
         text: Annotated[str, BeforeValidator(noted)]
 
     for num_chars in (1, 100_000):
-        asyncio.run(schemas.parse(Noting, json.dumps({"text": "x" * num_chars}).encode()))
+        body = json.dumps({"text": "x" * num_chars}).encode()
+        asyncio.run(schemas.parse(Noting, body, Workshop()))
     assert threads[0] == threading.get_ident() != threads[1]
 
 
 @pytest.mark.parametrize(
     ("converter", "name", "path", "asked"),
     [
-        (Tokenizer, "decode", "/detokenize", {"tokens": [1] * LONG_PROMPT_CHARS}),
+        (Tokenizer, "decode", "/detokenize", {"tokens": [1] * LONG_CHARS}),
         (ChatTemplate, "render", "/tokenize", {"messages": [USER | {"content": ""}] * 200}),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
 from model.source import octavo_home, resolve
@@ -117,3 +117,93 @@ def write_gguf(tmp_path: Path) -> WriteGGUF:
         return path
 
     return write
+
+
+# ---- one of each kind, with special tokens and others that are added -----------------------------
+
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|im_end|>x")
+#: Tokens, but not special: a model writes them itself, and gets them back.
+ADDED = ("<think>", "</think>", "<tool_call>")
+
+
+def _core(model: models.Model, **flags: bool) -> Core:
+    core = Core(model)
+    core.add_special_tokens([AddedToken(text, normalized=False, **flags) for text in SPECIAL])
+    core.add_tokens([AddedToken(text, normalized=False) for text in ADDED])
+    return core
+
+
+def _byte_level(**flags: bool) -> Core:
+    tokens = [*BYTE_LEVEL_ALPHABET, "he", "ll", "im", "_end", "_e", "nd", "|>", "<|", "Ġhe", "s>"]
+    tokens += ["<|im_end|>"]
+    merges = [("h", "e"), ("l", "l"), ("i", "m"), ("n", "d"), ("_", "e"), ("_e", "nd")]
+    merges += [("<", "|"), ("|", ">"), ("Ġ", "he"), ("s", ">")]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(["_end", "nd", *tokens]))}
+    core = _core(models.BPE(vocab=vocab, merges=merges), **flags)
+    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+")
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _sentencepiece(*, prepends: bool) -> Core:
+    words = ["▁", "▁▁", "he", "ll", "▁he", "s>", "</", "im", "<s>", "</s>", "<unk>"]
+    tokens = [f"<0x{byte:02X}>" for byte in range(256)] + [*"helo<>/s|im_"] + words
+    merges = [("▁", "▁"), ("h", "e"), ("l", "l"), ("▁", "he"), ("s", ">"), ("<", "/"), ("i", "m")]
+    merges += [("<", "s>"), ("</", "s>")]  # as a converter would write them that knows no better
+    model = models.BPE(
+        vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))},
+        merges=merges,
+        byte_fallback=True,
+        fuse_unk=True,
+        unk_token="<unk>",  # noqa: S106 - no password
+    )
+    core = _core(model)
+    if prepends:
+        replace = normalizers.Replace(" ", "▁")
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    strip = [decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return core
+
+
+def _unigram() -> Core:
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -3.0), ("▁he", -2.0), ("ll", -2.5)]
+    pieces += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    pieces += [(char, -4.0) for char in "abcdefghijklmnopqrstuvwxyz<>/|_"]
+    core = _core(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    core.normalizer = normalizers.NFKC()
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return core
+
+
+@pytest.fixture(scope="session")
+def byte_level() -> Callable[..., Core]:
+    """Make a byte-level vocabulary; `flags` are those of its special tokens."""
+    return _byte_level
+
+
+@pytest.fixture(scope="session")
+def kinds() -> dict[str, Tokenizer]:
+    cores = {
+        "byte-level": _byte_level(),
+        "stripping": _byte_level(lstrip=True, rstrip=True),
+        "sentencepiece": _sentencepiece(prepends=True),
+        "metaspace": _sentencepiece(prepends=False),
+        "unigram": _unigram(),
+    }
+    return {
+        name: Tokenizer(core, SpecialIds(bos_token_id=core.token_to_id("<s>")))
+        for name, core in cores.items()
+    }
