@@ -6,6 +6,7 @@ grammar comes, so who uses none pays nothing. Free of torch. Knows nothing of sl
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from model.interface import Constraint, Vocabulary
+from model.json_schema import SchemaError, strict_schema
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 MAX_CACHED = 32
 #: How the library begins a reason: with a line and a column.
 _PLACE = re.compile(r"at (\d+)\(\d+\): ")
+#: A rule that is a schema, as the server writes them: with options, on one line.
+_SCHEMA_RULE = re.compile(r'(\w+: %json )(\{.*"x-guidance": \{"as_said": true.*\})')
 #: A request whose mask takes longer than this, of a processor's time, is ended.
 MAX_TURN_S = 0.25
 #: See `Compiler.try_out`.
@@ -85,6 +89,7 @@ class Compiler:
 
         Raises `GrammarError`.
         """
+        grammar, _ = translated(grammar)
         matcher = self._library.LLMatcher(
             self._tokenizer, grammar, log_level=0, limits=self._limits
         )
@@ -117,11 +122,36 @@ class Compiler:
             matcher.consume_token(8 * at + chance.choice(allowed))
 
     def warnings(self, grammar: str) -> list[str]:
-        """Return what the library does not do of a grammar that it compiles."""
+        """Return what is not kept of a grammar that compiles."""
+        grammar, left_out = translated(grammar)
         has_failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(
             grammar, self._tokenizer, limits=self._limits
         )
-        return [] if has_failed else messages
+        return [] if has_failed else [*left_out, *messages]
+
+
+def translated(grammar: str) -> tuple[str, list[str]]:
+    """Return a grammar whose schemas the library keeps as they are said, and what was left out.
+
+    What is translated already is returned as it is. Raises `GrammarError`.
+    """
+    if grammar.startswith("{"):
+        told = json.loads(grammar)
+        parts = [translated(part["lark_grammar"]) for part in told["grammars"]]
+        for part, (text, _) in zip(told["grammars"], parts, strict=True):
+            part["lark_grammar"] = text
+        return json.dumps(told), [warning for _, warnings in parts for warning in warnings]
+    lines, left_out = grammar.split("\n"), list[str]()
+    for index, line in enumerate(lines):
+        if found := _SCHEMA_RULE.fullmatch(line):
+            try:
+                schema = json.loads(found[2])
+                del schema["x-guidance"]["as_said"]
+                left_out += strict_schema(schema)
+            except (SchemaError, RecursionError) as fault:
+                raise GrammarError(str(fault), index + 1) from fault
+            lines[index] = found[1] + json.dumps(schema, ensure_ascii=False)
+    return "\n".join(lines), left_out
 
 
 class Grammars:

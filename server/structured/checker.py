@@ -25,13 +25,16 @@ from server.errors import unavailable
 _log = logging.getLogger(__name__)
 
 _COMMAND = (sys.executable, "-m", "model.grammar_check")
-#: The process bounds a judgement by its processor time; one without an answer for so long hangs.
+#: The process bounds a judgement by its processor time, and says so while it takes some. One that
+#: says nothing for so long hangs.
 _PATIENCE_S = 3.0
 _MAX_TRIES = 2
 _START_TIMEOUT_S = 20.0
 #: Judged side by side; others wait for their turn.
 _MAX_SIDE_BY_SIDE = 4
-_MAX_CACHED = 256
+_MAX_CACHED, _MAX_CACHED_CHARS = 256, 64 * 1024
+#: Twice the longest grammar, and its escapes.
+_MAX_ANSWER_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class Verdict:
     error_line: int = 0
     #: What of it is not enforced.
     warnings: tuple[str, ...] = ()
+    #: What an engine is sent: the grammar as its library keeps it.
+    grammar: str = ""
 
 
 class _NoAnswerError(Exception):
@@ -70,6 +75,8 @@ class GrammarChecker:
         self._numbers = count()
         #: Of the process that runs; the next one has its own.
         self._waiting: dict[int, asyncio.Future[Verdict]] = {}
+        #: Of which something was heard since it was looked at.
+        self._heard_of: set[int] = set()
         #: By the grammar's digest: clients send the same few again and again.
         self._cached: OrderedDict[bytes, Verdict] = OrderedDict()
 
@@ -80,8 +87,9 @@ class GrammarChecker:
         if verdict is None:
             async with self._places:
                 verdict = await self._ask(grammar, vocabulary)
-        self._cached[digest] = verdict
-        self._cached.move_to_end(digest)
+        if len(verdict.grammar) <= _MAX_CACHED_CHARS:
+            self._cached[digest] = verdict
+            self._cached.move_to_end(digest)
         if len(self._cached) > _MAX_CACHED:
             self._cached.popitem(last=False)
         return verdict
@@ -94,14 +102,20 @@ class GrammarChecker:
             answer = waiting[number] = asyncio.get_running_loop().create_future()
             try:
                 _send(process, number.to_bytes(8, "little") + grammar.encode())
-                async with asyncio.timeout(_PATIENCE_S):
-                    verdict: Verdict = await answer
+                self._heard_of.add(number)
+                while not answer.done() and number in self._heard_of:
+                    self._heard_of.discard(number)
+                    await asyncio.wait([answer], timeout=_PATIENCE_S)
+                if answer.done():
+                    verdict: Verdict = answer.result()
                     return verdict
-            except (TimeoutError, _NoAnswerError) as fault:
-                _log.warning("the grammar check gives no answer (%r) and is replaced", fault)
-                self._end(process)
+                _log.warning("the grammar check hangs and is replaced")
+            except _NoAnswerError:
+                _log.warning("the grammar check has ended and is replaced")
             finally:
                 del waiting[number]
+                self._heard_of.discard(number)
+            self._end(process)
         raise unavailable("grammars cannot be checked: their process gives no answer")
 
     async def _started(self, vocabulary: Vocabulary) -> asyncio.subprocess.Process:
@@ -122,9 +136,13 @@ class GrammarChecker:
             async for line in process.stdout:
                 number, *told = orjson.loads(line)
                 answer = waiting.get(number)
-                if answer is not None and not answer.done():
-                    error, error_line, warnings = told
-                    answer.set_result(Verdict(error, error_line, tuple(warnings)))
+                if not told:
+                    self._heard_of.add(number)
+                elif answer is not None and not answer.done():
+                    error, error_line, warnings, grammar = told
+                    if not error and not grammar:
+                        raise ValueError("neither a fault nor a grammar")  # noqa: TRY301 - as below
+                    answer.set_result(Verdict(error, error_line, tuple(warnings), grammar))
         except Exception:  # noqa: BLE001 - whatever it is, the process is replaced
             _log.exception("an answer of the grammar check cannot be read")
         finally:
@@ -167,6 +185,7 @@ async def _start(vocabulary: Vocabulary) -> asyncio.subprocess.Process:
         stderr=asyncio.subprocess.PIPE,
         # What it forks is killed with it.
         process_group=0,
+        limit=_MAX_ANSWER_BYTES,
     )
     assert process.stdout is not None, "it is a pipe"
     assert process.stderr is not None, "it is a pipe"

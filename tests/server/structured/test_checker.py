@@ -47,7 +47,7 @@ import os, signal, time
 from pathlib import Path
 from model import grammar_check
 real = grammar_check._judge
-def judge(compiler, number, grammar):
+def judge(compiler, turn, number, grammar):
     {judge}
     os._exit(0)
 if {is_always} or not Path({str(mark)!r}).exists():
@@ -85,12 +85,13 @@ FAULTS = {
     "no bytes of a text": 'os.write(1, b"\\xff\\xfe\\n")',
     "no list": 'os.write(1, b"7\\n")',
     "an object": 'os.write(1, b"{}\\n")',
+    "no grammar": 'os.write(1, b\'[0, "", 0, [], ""]\\n\')',
     "too short": 'os.write(1, b"[0]\\n")',
-    "too long": "os.write(1, b'[0, \"\", 0, [], 1]\\n')",
-    "the wrong types": "os.write(1, b'[0, \"\", 0, 5]\\n')",
-    "a number that is none": "os.write(1, b'[[], \"\", 0, []]\\n')",
-    "another's number": "os.write(1, b'[99, \"\", 0, []]\\n')",
-    "a line without an end": 'os.write(1, b"x" * 200_000)',
+    "too long": 'os.write(1, b\'[0, "", 0, [], "", 1]\\n\')',
+    "the wrong types": 'os.write(1, b\'[0, "", 0, 5, ""]\\n\')',
+    "a number that is none": 'os.write(1, b\'[[], "", 0, [], ""]\\n\')',
+    "another's number": 'os.write(1, b\'[99, "", 0, [], ""]\\n\')',
+    "a line without an end": 'os.write(1, b"x" * 5_000_000)',
     "a line that is cut": 'os.write(1, b"[0,"); os.kill(os.getppid(), signal.SIGKILL)',
 }
 
@@ -126,13 +127,20 @@ def test_a_fault_that_stays_is_503_for_all_who_wait(
     run(test, vocabulary)
 
 
+@pytest.mark.parametrize(
+    "waits",
+    ["time.sleep(1.2)", "[sum(range(10**6)) or time.sleep(0.8) for _ in range(4)]"],
+    ids=["for long", "again and again"],
+)
 def test_who_waits_for_a_processor_is_not_too_complex(
-    broken: Broken, vocabulary: Vocabulary
+    broken: Broken, vocabulary: Vocabulary, waits: str
 ) -> None:
-    broken("time.sleep(1.2); real(compiler, number, grammar)", is_always=True)
+    broken(f"{waits}; real(compiler, turn, number, grammar)")
 
     async def test(checker: GrammarChecker, vocabulary: Vocabulary) -> None:
         assert (await checker.judge(GOOD, vocabulary)).error == ""
+        # Nobody else would have judged it but the first process.
+        assert next(checker._numbers) == 1
 
     run(test, vocabulary)
 
@@ -145,7 +153,7 @@ def test_who_waits_for_a_processor_is_not_too_complex(
 def test_who_reaches_a_limit_is_too_complex_and_harms_nobody(
     broken: Broken, vocabulary: Vocabulary, monster: str
 ) -> None:
-    broken(f"compiler.compile = lambda _: {monster}; real(compiler, number, grammar)")
+    broken(f"compiler.compile = lambda _: {monster}; real(compiler, turn, number, grammar)")
 
     async def test(checker: GrammarChecker, vocabulary: Vocabulary) -> None:
         for grammar in (GOOD, 'start: "b"'):
