@@ -31,6 +31,8 @@ _MAX_GROWTH_BYTES = 512 * 2**20
 _NICENESS = 5
 _MAX_ERROR_CHARS = 600
 _MAX_WARNINGS, _MAX_WARNING_CHARS = 8, 200
+#: Patterns grow: what is one character to a client may be a class of thirty.
+_MAX_GRAMMAR_CHARS = 2**20
 _PROGRESS_S = 0.5
 _TOO_COMPLEX = "it is too complex: to understand it takes too long, or too much memory"
 #: What ends a child at its limits: of time; of memory, or of the stack.
@@ -111,6 +113,8 @@ def _judge(compiler: Compiler, turn: int, number: int, grammar: str) -> None:
     error, line = "", 0
     try:
         grammar, left_out = translated(grammar)
+        if len(grammar) > _MAX_GRAMMAR_CHARS:
+            raise GrammarError("it is too complex: its patterns, written out, are too long")  # noqa: TRY301
         compiler.try_out(compiler.compile(grammar))
         told = [*left_out, *compiler.warnings(grammar)]
         warnings = [one[:_MAX_WARNING_CHARS] for one in told]

@@ -33,8 +33,8 @@ _START_TIMEOUT_S = 20.0
 #: Judged side by side; others wait for their turn.
 _MAX_SIDE_BY_SIDE = 4
 _MAX_CACHED, _MAX_CACHED_CHARS = 256, 64 * 1024
-#: Twice the longest grammar, and its escapes.
-_MAX_ANSWER_BYTES = 4 * 2**20
+#: More than the longest grammar that it answers with takes in JSON.
+_MAX_ANSWER_BYTES = 5 * 2**20
 
 
 @dataclass(frozen=True, slots=True)

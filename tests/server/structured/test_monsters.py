@@ -40,6 +40,7 @@ _MONSTERS: dict[str, dict[str, Any]] = {
         "guided_json": {"properties": {f"p{i}": {"type": "integer"} for i in range(20_000)}}
     },
     "a multiple of a prime": {"guided_json": {"type": "integer", "multipleOf": 999_999_937}},
+    "patterns that grow": {"guided_json": {"anyOf": [{"pattern": "." * 16_000}] * 25}},
     "a rule that never ends": {"guided_grammar": 'start: a\na: a "x"'},
 }
 
