@@ -7,6 +7,7 @@ grammar comes, so who uses none pays nothing. Free of torch. Knows nothing of sl
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -22,6 +23,8 @@ from model.json_schema import SchemaError, strict_schema
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+_log = logging.getLogger(__name__)
 
 #: Compiled grammars kept for the next request with the same text. Each holds up to a few MiB.
 MAX_CACHED = 32
@@ -161,15 +164,13 @@ class Grammars:
     """
 
     def __init__(self) -> None:
-        self._compiler: Compiler | None = None
-        self._vocabulary: Vocabulary | None = None
+        self._compiler: Future[Compiler] | None = None
         self._cached: OrderedDict[str, Future[Constraint]] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, "grammars", initializer=step_back)
 
     def learn(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""
-        self._vocabulary = vocabulary
-        self._thread.submit(self._make_compiler)
+        self._compiler = self._thread.submit(Compiler, vocabulary)
 
     def prepare(self, grammar: str) -> Future[Constraint]:
         """See `ModelRunner`."""
@@ -181,14 +182,17 @@ class Grammars:
             self._cached.popitem(last=False)
         return found
 
-    def _make_compiler(self) -> None:
-        assert self._vocabulary is not None, "called by learn"
-        self._compiler, self._vocabulary = Compiler(self._vocabulary), None
-
     def _compile(self, grammar: str) -> Constraint:
         if self._compiler is None:
             raise GrammarError("the model's vocabulary is not known here")
-        return self._compiler.compile(grammar)
+        try:
+            return self._compiler.result().compile(grammar)
+        except GrammarError:
+            raise
+        except BaseException as fault:
+            # The library's panics are no `Exception`; they end this request alone.
+            _log.exception("a grammar could not be compiled")
+            raise GrammarError(f"it cannot be compiled: {fault}") from fault
 
     def close(self) -> None:
         """End the thread, once it is through with the grammar in hand."""
