@@ -19,7 +19,7 @@ from model.json_patterns import translated
 _MAX_PATTERN_CHARS = 16_384
 #: What is lenient may lose so much.
 _MAX_WARNINGS = 100
-#: The library refuses these too, but cannot say where they stand.
+#: The library refuses most of these too, but cannot say where they stand.
 _UNKNOWN = {
     *("not", "if", "then", "else", "contains", "uniqueItems", "propertyNames", "dependentSchemas"),
     *("dependentRequired", "dependencies", "unevaluatedItems", "unevaluatedProperties"),
@@ -28,6 +28,7 @@ _UNKNOWN = {
 _SCHEMAS = {"additionalProperties", "items"}
 _LISTS_OF_SCHEMAS = {"allOf", "anyOf", "oneOf", "prefixItems"}
 _MAPS_OF_SCHEMAS = {"properties", "patternProperties"}
+_NO_SCHEMAS = [[name] for name in (*_MAPS_OF_SCHEMAS, "$defs", "definitions")]
 #: Integers that are doubles end here.
 _MAX_INTEGER = 2**63 - 1024
 _MAX_PLACES = 18
@@ -137,9 +138,8 @@ class _Translation:
             del schema["uniqueItems"]
         if path and isinstance(schema.get("$id"), str):
             self._refuse(schema, "$id", path, "gives a part of the schema a name of its own")
-        if not self.is_lenient:
-            for key in [one for one in schema if one in _UNKNOWN]:
-                self._refuse(schema, key, path, "is a keyword that cannot be kept")
+        for key in [one for one in schema if one in _UNKNOWN]:
+            self._refuse(schema, key, path, "is a keyword that cannot be kept")
 
     def _follow(self, schema: dict[str, Any], ref: str, path: str) -> None:
         pointer = unquote(ref)
@@ -147,8 +147,12 @@ class _Translation:
             self._refuse(schema, "$ref", path, f"{ref!r} is no way from this schema's root (#/...)")
             return
         target: Any = self.root
+        parts = pointer.split("/")[1:]
+        if {"const", "enum"} & set(parts) or parts[-1:] in _NO_SCHEMAS:
+            self._refuse(schema, "$ref", path, f"{ref!r} may lead to what is no schema")
+            return
         try:
-            for part in pointer.split("/")[1:]:
+            for part in parts:
                 name = part.replace("~1", "/").replace("~0", "~")
                 target = target[int(name)] if isinstance(target, list) else target[name]
         except (LookupError, TypeError, ValueError):
