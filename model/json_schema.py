@@ -28,6 +28,8 @@ _UNKNOWN = {
 _SCHEMAS = {"additionalProperties", "items"}
 _LISTS_OF_SCHEMAS = {"allOf", "anyOf", "oneOf", "prefixItems"}
 _MAPS_OF_SCHEMAS = {"properties", "patternProperties"}
+#: Those that do not know `prefixItems`.
+_OLD_DRAFTS = re.compile("draft-0[3-7]|2019-09")
 _NO_SCHEMAS = [[name] for name in (*_MAPS_OF_SCHEMAS, "$defs", "definitions")]
 #: Integers that are doubles end here.
 _MAX_INTEGER = 2**63 - 1024
@@ -60,7 +62,8 @@ def strict_schema(schema: dict[str, Any]) -> list[str]:
     left out. Raises `SchemaError`.
     """
     options = schema.pop("x-guidance")
-    work = _Translation(schema, options.get("lenient", False))
+    is_old = bool(_OLD_DRAFTS.search(str(schema.get("$schema"))))
+    work = _Translation(schema, options.get("lenient", False), _is_old=is_old)
     try:
         work.visit(schema, "")
     except RecursionError:
@@ -82,6 +85,7 @@ class _Translation:
     _seen: dict[int, object] = field(default_factory=dict)
     _multiples: set[Decimal] = field(default_factory=set)
     _has_open_names: bool = False
+    _is_old: bool = False
     #: Where a text stands that can only be written with `\\uXXXX`.
     _escaped_at: str = ""
 
@@ -239,6 +243,8 @@ class _Translation:
 
     def _array(self, schema: dict[str, Any]) -> None:
         """Say of items by place what the newest draft says."""
+        if self._is_old:
+            schema.pop("prefixItems", None)
         rest = schema.pop("additionalItems", None)
         if isinstance(schema.get("items"), list):
             schema["prefixItems"] = schema.pop("items")

@@ -82,6 +82,8 @@ KEPT: list[tuple[dict[str, Any], list[str], list[str]]] = [
         ["[1]"],
         ["[1,1]", "[2]"],
     ),
+    ({"$schema": OLD, "prefixItems": [True], "items": {"const": 1}}, ["[1]", "2"], ["[2]"]),
+    ({"prefixItems": [True], "items": {"const": 1}}, ["[2]", "[2,1]"], ["[2,2]"]),
     ({"type": "string", "format": "date"}, ['"2024-02-29"'], ['"2023-02-29"', '"1900-02-29"']),
     ({"format": "time"}, ['"23:59:59Z"'], ['"23:59:60Z"', '"10:00:60Z"']),
     ({"format": "date-time"}, ['"2000-02-29T23:59:59Z"'], ['"2001-02-29T23:59:59Z"']),

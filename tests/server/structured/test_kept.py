@@ -38,7 +38,7 @@ _EVIL = frozenset([*b'"\\,:}]{[u0n./-e9 \x7f\n', *range(256, _END), 0xC3, 0xE2, 
 _CLOSING = frozenset(b'"}]')
 #: What Python reads otherwise, or warns of.
 _IN_PYTHON = {
-    "(?<n>": "(?P<n>",
+    "(?<n>": "(?:",
     "[[]": r"[\[]",
     "[&&a]": "[&a]",
     "[~~]": "[~]",
@@ -395,4 +395,4 @@ def test_no_answer_that_ends_is_invalid(compiler: Compiler) -> None:
 
 @pytest.mark.slow
 def test_no_answer_that_ends_is_invalid_for_long(compiler: Compiler) -> None:
-    _try_all(compiler, range(1000, 4000), 10_000)
+    _try_all(compiler, range(1000, 2000), 10_000)
