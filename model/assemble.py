@@ -191,16 +191,20 @@ def _info(
     plan: PoolPlan,
 ) -> ModelInfo:
     arch = decoder.arch
-    more_ends = (token_id for token_id in end_token_ids if token_id < arch.vocab_size)
     unknown = ", ".join(arch.unknown_keys)
     notes = [*source.notes, *decoder.notes, *where.notes, *offer.notes, *plan.notes]
+    stated = (*arch.eos_token_ids, *end_token_ids)
+    ends = {one: 0 <= one < arch.vocab_size for one in stated}
+    if outside := [str(one) for one, is_known in ends.items() if not is_known]:
+        told = f"stop ids outside the vocabulary of {arch.vocab_size} tokens are left out"
+        notes.append(f"{told}: {', '.join(outside)}")
     if unknown:
         notes.append(f"keys of the model's config that were not understood: {unknown}")
     return ModelInfo(
         name=config.model.served_model_name or source.name,
         max_model_len=plan.max_model_len,
         vocab_size=arch.vocab_size,
-        eos_token_ids=tuple(dict.fromkeys((*arch.eos_token_ids, *more_ends))),
+        eos_token_ids=tuple(one for one, is_known in ends.items() if is_known),
         page_size=plan.page_size,
         num_pages=plan.num_pages,
         kv_bytes_per_token=plan.bytes_per_token,

@@ -6,6 +6,8 @@ grammar comes, so who uses none pays nothing. Free of torch. Knows nothing of sl
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import random
 import re
@@ -17,14 +19,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from model.interface import Constraint, Vocabulary
+from model.json_schema import SchemaError, strict_schema
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+_log = logging.getLogger(__name__)
 
 #: Compiled grammars kept for the next request with the same text. Each holds up to a few MiB.
 MAX_CACHED = 32
 #: How the library begins a reason: with a line and a column.
 _PLACE = re.compile(r"at (\d+)\(\d+\): ")
+#: A rule that is a schema, as the server writes them: with options, on one line.
+_SCHEMA_RULE = re.compile(r'(\w+: %json )(\{.*"x-guidance": \{"as_said": true.*\})')
 #: A request whose mask takes longer than this, of a processor's time, is ended.
 MAX_TURN_S = 0.25
 #: See `Compiler.try_out`.
@@ -85,6 +92,7 @@ class Compiler:
 
         Raises `GrammarError`.
         """
+        grammar, _ = translated(grammar)
         matcher = self._library.LLMatcher(
             self._tokenizer, grammar, log_level=0, limits=self._limits
         )
@@ -117,11 +125,36 @@ class Compiler:
             matcher.consume_token(8 * at + chance.choice(allowed))
 
     def warnings(self, grammar: str) -> list[str]:
-        """Return what the library does not do of a grammar that it compiles."""
+        """Return what is not kept of a grammar that compiles."""
+        grammar, left_out = translated(grammar)
         has_failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(
             grammar, self._tokenizer, limits=self._limits
         )
-        return [] if has_failed else messages
+        return [] if has_failed else [*left_out, *messages]
+
+
+def translated(grammar: str) -> tuple[str, list[str]]:
+    """Return a grammar whose schemas the library keeps as they are said, and what was left out.
+
+    What is translated already is returned as it is. Raises `GrammarError`.
+    """
+    if grammar.startswith("{"):
+        told = json.loads(grammar)
+        parts = [translated(part["lark_grammar"]) for part in told["grammars"]]
+        for part, (text, _) in zip(told["grammars"], parts, strict=True):
+            part["lark_grammar"] = text
+        return json.dumps(told), [warning for _, warnings in parts for warning in warnings]
+    lines, left_out = grammar.split("\n"), list[str]()
+    for index, line in enumerate(lines):
+        if found := _SCHEMA_RULE.fullmatch(line):
+            try:
+                schema = json.loads(found[2])
+                del schema["x-guidance"]["as_said"]
+                left_out += strict_schema(schema)
+            except (SchemaError, RecursionError) as fault:
+                raise GrammarError(str(fault), index + 1) from fault
+            lines[index] = found[1] + json.dumps(schema, ensure_ascii=False)
+    return "\n".join(lines), left_out
 
 
 class Grammars:
@@ -131,15 +164,13 @@ class Grammars:
     """
 
     def __init__(self) -> None:
-        self._compiler: Compiler | None = None
-        self._vocabulary: Vocabulary | None = None
+        self._compiler: Future[Compiler] | None = None
         self._cached: OrderedDict[str, Future[Constraint]] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, "grammars", initializer=step_back)
 
     def learn(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""
-        self._vocabulary = vocabulary
-        self._thread.submit(self._make_compiler)
+        self._compiler = self._thread.submit(Compiler, vocabulary)
 
     def prepare(self, grammar: str) -> Future[Constraint]:
         """See `ModelRunner`."""
@@ -151,14 +182,17 @@ class Grammars:
             self._cached.popitem(last=False)
         return found
 
-    def _make_compiler(self) -> None:
-        assert self._vocabulary is not None, "called by learn"
-        self._compiler, self._vocabulary = Compiler(self._vocabulary), None
-
     def _compile(self, grammar: str) -> Constraint:
         if self._compiler is None:
             raise GrammarError("the model's vocabulary is not known here")
-        return self._compiler.compile(grammar)
+        try:
+            return self._compiler.result().compile(grammar)
+        except GrammarError:
+            raise
+        except BaseException as fault:
+            # The library's panics are no `Exception`; they end this request alone.
+            _log.exception("a grammar could not be compiled")
+            raise GrammarError(f"it cannot be compiled: {fault}") from fault
 
     def close(self) -> None:
         """End the thread, once it is through with the grammar in hand."""

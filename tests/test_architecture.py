@@ -33,7 +33,7 @@ LIGHT_IN_MODEL = {
     f"model/{name}.py"
     for name in (
         *("__init__", "interface", "fake", "source"),
-        *("grammar", "grammar_check", "matchers"),
+        *("grammar", "grammar_check", "json_patterns", "json_schema", "matchers"),
     )
 }
 

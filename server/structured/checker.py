@@ -7,26 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import os
 import pickle
+import signal
 import sys
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 import orjson
 
 from scheduler.client import Vocabulary
 from server.errors import unavailable
 
+_log = logging.getLogger(__name__)
+
 _COMMAND = (sys.executable, "-m", "model.grammar_check")
-#: A judgement may take this long: somewhat more than the deadline of the one who judges.
-_PATIENCE_S = 0.85
-_START_TIMEOUT_S = 60.0
+#: The process bounds a judgement by its processor time, and says so while it takes some. One that
+#: says nothing for so long hangs.
+_PATIENCE_S = 3.0
+_MAX_TRIES = 2
+_START_TIMEOUT_S = 20.0
 #: Judged side by side; others wait for their turn.
 _MAX_SIDE_BY_SIDE = 4
-_MAX_CACHED = 256
+_MAX_CACHED, _MAX_CACHED_CHARS = 256, 64 * 1024
+#: More than the longest grammar that it answers with takes in JSON.
+_MAX_ANSWER_BYTES = 5 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,12 @@ class Verdict:
     error_line: int = 0
     #: What of it is not enforced.
     warnings: tuple[str, ...] = ()
+    #: What an engine is sent: the grammar as its library keeps it.
+    grammar: str = ""
+
+
+class _NoAnswerError(Exception):
+    """The process, or the one it had forked for this grammar, ended before it answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +65,7 @@ class CheckerStats:
 
 
 class GrammarChecker:
-    """Judges grammars. Starts its process with the first one, and again if it dies."""
+    """Judges grammars. Starts its process with the first one, and again if it dies or hangs."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
@@ -59,79 +73,90 @@ class GrammarChecker:
         self._starts = asyncio.Lock()
         self._places = asyncio.Semaphore(_MAX_SIDE_BY_SIDE)
         self._numbers = count()
+        #: Of the process that runs; the next one has its own.
         self._waiting: dict[int, asyncio.Future[Verdict]] = {}
+        #: Of which something was heard since it was looked at.
+        self._heard_of: set[int] = set()
         #: By the grammar's digest: clients send the same few again and again.
         self._cached: OrderedDict[bytes, Verdict] = OrderedDict()
 
     async def judge(self, grammar: str, vocabulary: Vocabulary) -> Verdict:
-        """Return what is to be said of a grammar, within a second. Raises `ApiError` (503)."""
+        """Return what is to be said of a grammar. Raises `ApiError` (503) where nobody can say."""
         digest = hashlib.sha256(grammar.encode()).digest()
         verdict = self._cached.get(digest)
         if verdict is None:
             async with self._places:
                 verdict = await self._ask(grammar, vocabulary)
-        if verdict is None:
-            return Verdict("it is too complex: to understand it takes too long, or too much memory")
-        self._cached[digest] = verdict
-        self._cached.move_to_end(digest)
+        if len(verdict.grammar) <= _MAX_CACHED_CHARS:
+            self._cached[digest] = verdict
+            self._cached.move_to_end(digest)
         if len(self._cached) > _MAX_CACHED:
             self._cached.popitem(last=False)
         return verdict
 
-    async def _ask(self, grammar: str, vocabulary: Vocabulary) -> Verdict | None:
-        """Return the answer; None: there is none."""
-        process = await self._started(vocabulary)
-        number = next(self._numbers)
-        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
-        try:
-            _send(process, number.to_bytes(8, "little") + grammar.encode())
-            async with asyncio.timeout(_PATIENCE_S):
-                verdict: Verdict = await answer
-                return verdict
-        except TimeoutError:
-            return None
-        finally:
-            del self._waiting[number]
+    async def _ask(self, grammar: str, vocabulary: Vocabulary) -> Verdict:
+        """Return the answer. A process that gives none is replaced, and the next one asked."""
+        for _ in range(_MAX_TRIES):
+            process = await self._started(vocabulary)
+            waiting, number = self._waiting, next(self._numbers)
+            answer = waiting[number] = asyncio.get_running_loop().create_future()
+            try:
+                _send(process, number.to_bytes(8, "little") + grammar.encode())
+                self._heard_of.add(number)
+                while not answer.done() and number in self._heard_of:
+                    self._heard_of.discard(number)
+                    await asyncio.wait([answer], timeout=_PATIENCE_S)
+                if answer.done():
+                    verdict: Verdict = answer.result()
+                    return verdict
+                _log.warning("the grammar check hangs and is replaced")
+            except _NoAnswerError:
+                _log.warning("the grammar check has ended and is replaced")
+            finally:
+                del waiting[number]
+                self._heard_of.discard(number)
+            self._end(process)
+        raise unavailable("grammars cannot be checked: their process gives no answer")
 
     async def _started(self, vocabulary: Vocabulary) -> asyncio.subprocess.Process:
         async with self._starts:
             if self._process is None:
-                await self._start(vocabulary)
-            assert self._process is not None, "it was just started"
+                if self._reading is not None:
+                    await self._reading
+                self._process, self._waiting = await _start(vocabulary), {}
+                self._reading = asyncio.create_task(self._read(self._process, self._waiting))
             return self._process
 
-    async def _start(self, vocabulary: Vocabulary) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *_COMMAND,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            # What a child says while it is killed is of no use to anybody.
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        self._process = process
-        try:
-            _send(process, pickle.dumps(vocabulary))
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                assert process.stdout is not None, "it is a pipe"
-                line = await process.stdout.readline()
-        except BaseException:
-            await self.close()
-            raise
-        if not line:
-            await self.close()
-            raise unavailable("grammars cannot be checked: their process does not start")
-        self._reading = asyncio.create_task(self._read(process))
-
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+    async def _read(
+        self, process: asyncio.subprocess.Process, waiting: dict[int, asyncio.Future[Verdict]]
+    ) -> None:
+        """Hand out the answers of a process until it ends or says what cannot be read."""
         assert process.stdout is not None, "it is a pipe"
-        async for line in process.stdout:
-            told = orjson.loads(line)
-            answer = self._waiting.get(told["number"])
-            if answer is not None and not answer.done():
-                answer.set_result(_verdict(told))
-        # It died: whoever waits for it is told by the clock, the next one starts another.
-        self._process = None
-        await process.wait()
+        try:
+            async for line in process.stdout:
+                number, *told = orjson.loads(line)
+                answer = waiting.get(number)
+                if not told:
+                    self._heard_of.add(number)
+                elif answer is not None and not answer.done():
+                    error, error_line, warnings, grammar = told
+                    if not error and not grammar:
+                        raise ValueError("neither a fault nor a grammar")  # noqa: TRY301 - as below
+                    answer.set_result(Verdict(error, error_line, tuple(warnings), grammar))
+        except Exception:  # noqa: BLE001 - whatever it is, the process is replaced
+            _log.exception("an answer of the grammar check cannot be read")
+        finally:
+            self._end(process)
+            for answer in waiting.values():
+                if not answer.done():
+                    answer.set_exception(_NoAnswerError("it ended"))
+            await process.wait()
+
+    def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Kill a process and let nobody ask it any more; `_read` tells those that did."""
+        if self._process is process:
+            self._process = None
+        _kill(process)
 
     def stats(self) -> CheckerStats:
         """Return a snapshot."""
@@ -144,20 +169,50 @@ class GrammarChecker:
 
     async def close(self) -> None:
         """End the process, if there is one."""
-        process, self._process = self._process, None
-        if process is not None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        if self._process is not None:
+            self._end(self._process)
         if self._reading is not None:
             await self._reading
             self._reading = None
 
 
-def _verdict(told: dict[str, Any]) -> Verdict:
-    return Verdict(told["error"], told["error_line"], tuple(told["warnings"]))
+async def _start(vocabulary: Vocabulary) -> asyncio.subprocess.Process:
+    """Return a process that is ready. Raises `ApiError` (503), which says why there is none."""
+    process = await asyncio.create_subprocess_exec(
+        *_COMMAND,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        # What it forks is killed with it.
+        process_group=0,
+        limit=_MAX_ANSWER_BYTES,
+    )
+    assert process.stdout is not None, "it is a pipe"
+    assert process.stderr is not None, "it is a pipe"
+    is_ready, reason = False, f"it is not ready after {_START_TIMEOUT_S:.0f} s"
+    try:
+        _send(process, pickle.dumps(vocabulary))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                is_ready = bool(await process.stdout.readline())
+                if is_ready:
+                    return process
+                said = (await process.stderr.read()).decode(errors="replace").strip()
+                reason = said or f"exit status {await process.wait()}"
+    finally:
+        if not is_ready:
+            _kill(process)
+            await process.wait()
+    _log.error("the grammar check does not start: %s", reason)
+    told = reason.splitlines()[-1]
+    raise unavailable(f"grammars cannot be checked: their process does not start ({told})")
 
 
 def _send(process: asyncio.subprocess.Process, body: bytes) -> None:
     assert process.stdin is not None, "it is a pipe"
     process.stdin.write(len(body).to_bytes(8, "little") + body)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 #: Forced text may be cut into tokens as the model likes, not as a tokenizer would.
 _HEAD = '%llguidance {"no_forcing": true}'
 #: One space, or a line break with indentation: small models write blanks for ever if they may.
 _WHITESPACE = r"[ ]|\n[ ]{0,32}"
+#: Patterns of JSON's white space alone.
+_WHITE = re.compile(r"([ \t\n\r]|\\[tnrs]|\\x(20|0[9aAdD])|[][()|?*+]|\{\d*(,\d*)?\})*")
 #: How parts of a pattern are written between slashes. Digits and letters are ASCII's, as in the
 #: patterns of JSON Schema: a model that may write a date in Thai digits one day will.
 _IN_SLASHES = {
@@ -57,7 +57,8 @@ class Thinking:
 
 def literal(text: str) -> str:
     """Return the term for exactly this text."""
-    return json.dumps(text, ensure_ascii=False)
+    # U+007F is no part of a literal as it is.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def special(token_id: int) -> str:
@@ -79,15 +80,19 @@ def json_rule(
     of what may stand wherever JSON lets white space stand. Raises `ValueError` for one that is too
     deep, or no JSON.
     """
-    options: dict[str, Any] = {"whitespace_pattern": whitespace or _WHITESPACE}
+    if whitespace and not _WHITE.fullmatch(whitespace):
+        raise ValueError("has a whitespace_pattern that matches more than JSON's white space")
+    white = whitespace.replace(r"\s", r"[ \t\n\r]") if whitespace else _WHITESPACE
+    # The engine's side translates the schema into one that the library keeps as it is said.
+    options: dict[str, Any] = {"as_said": True, "whitespace_pattern": white}
     if is_compact:
-        options = {"whitespace_flexible": False}
+        options = {"as_said": True, "whitespace_flexible": False}
     if is_lenient:
         options["lenient"] = True
     try:
-        text = orjson.dumps({**schema, "x-guidance": options}).decode()
-    except orjson.JSONEncodeError as error:
-        raise ValueError(f"is no JSON that can be read: {error}") from error
+        text = json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
     return f"{name}: %json {text}"
 
 

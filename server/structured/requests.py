@@ -242,7 +242,7 @@ async def _judged(
     param: str,
     fields: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str, list[Warned]]:
-    """Return the grammar and what of it is not enforced. Raises `ApiError`.
+    """Return the grammar as the engine takes it, and what of it is not enforced. Raises `ApiError`.
 
     `param`: the field that asked for it; `fields`: those that single lines of it come from.
     """
@@ -262,6 +262,6 @@ async def _judged(
         param = fields.get(line, param)
         raise invalid(f"{param} cannot be enforced: {verdict.error}", param)
     told = "is enforced but for this: "
-    return grammar, [
+    return verdict.grammar, [
         {"param": param, "message": f"{param} {told}{warning}"} for warning in verdict.warnings
     ]

@@ -23,6 +23,6 @@ def vocabulary_of(tokenizer: Tokenizer, info: ModelInfo) -> Vocabulary:
     return Vocabulary(
         packed=b"".join(pieces),
         ends=ends,
-        special_token_ids=tuple(sorted(one for one in special if one < info.vocab_size)),
+        special_token_ids=tuple(sorted(one for one in special if 0 <= one < info.vocab_size)),
         eos_token_ids=info.eos_token_ids,
     )

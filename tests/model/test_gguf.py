@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model.arch_gguf import from_gguf
+from model.assemble import assemble
 from model.gguf_file import GgufError, read_gguf
 from model.gguf_weights import GgufWeights
 from model.source import ModelSource
@@ -55,7 +57,9 @@ def _permute(rows: Tensor, num_heads: int) -> Tensor:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _write(checkpoint: Any, path: Path, type_name: str = "F32", **more: Tensor) -> ModelSource:
+def _write(
+    checkpoint: Any, path: Path, type_name: str = "F32", eos_token_id: int = 5, **more: Tensor
+) -> ModelSource:
     """Convert a checkpoint as llama.cpp does; one-dimensional tensors stay float32."""
     config = checkpoint.config()
     family, num_heads = config["model_type"], config["num_attention_heads"]
@@ -70,7 +74,7 @@ def _write(checkpoint: Any, path: Path, type_name: str = "F32", **more: Tensor) 
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_key_length(config.get("head_dim", 16))
     writer.add_token_list(["token"] * config["vocab_size"])
-    writer.add_eos_token_id(5)
+    writer.add_eos_token_id(eos_token_id)
     kind = gguf.GGMLQuantizationType[type_name]
     for name, tensor in checkpoint.state().items():
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
@@ -132,6 +136,18 @@ def test_every_family_finds_its_tensors(
     assert model.arch.eos_token_ids == (5,)
     ours = session(model).feed(PROMPT)
     torch.testing.assert_close(ours, checkpoint.logits(PROMPT), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("eos_token_id", [96, 2**32 - 1])
+def test_a_stop_id_that_is_no_token_is_left_out(
+    make_checkpoint: Any, tmp_path: Path, eos_token_id: int
+) -> None:
+    checkpoint = make_checkpoint("llama", **SIZES)
+    source = _write(checkpoint, tmp_path / "m.gguf", eos_token_id=eos_token_id)
+    memory = CacheSection(kv_cache_memory=2**20)
+    info = assemble(source, OctavoConfig(model=ModelSection(threads=1), cache=memory)).info
+    assert info.eos_token_ids == ()
+    assert any(str(eos_token_id) in note for note in info.notes)
 
 
 def test_llama3s_rope_comes_as_a_tensor(

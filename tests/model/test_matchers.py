@@ -7,6 +7,7 @@ import threading
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -325,6 +326,29 @@ def test_a_bad_grammar_is_not_remembered(grammars: Grammars) -> None:
     _wait(grammars.prepare('start: "a"'))
     with pytest.raises(GrammarError, match="unknown name"):
         _wait(grammars.prepare("start: nothing"))
+
+
+def test_a_vocabulary_that_cannot_be_used_says_why(grammars: Grammars) -> None:
+    grammars.learn(replace(_vocabulary(), eos_token_ids=(VOCAB_SIZE + 5,)))
+    for _ in range(2):
+        with pytest.raises(GrammarError, match=str(VOCAB_SIZE + 5)):
+            _wait(grammars.prepare('start: "a"'))
+
+
+class _Panic(BaseException):
+    """As the library's are."""
+
+
+def test_a_panic_of_the_library_is_the_grammars(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(*_: object) -> None:
+        raise _Panic("index out of bounds")
+
+    grammars.learn(_vocabulary())
+    monkeypatch.setattr(Compiler, "compile", panic)
+    with pytest.raises(GrammarError, match="index out of bounds"):
+        _wait(grammars.prepare('start: "a"'))
 
 
 def test_a_grammar_is_tried_out() -> None:

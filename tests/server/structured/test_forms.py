@@ -77,6 +77,7 @@ def test_without_white_space_there_is_none(model: Any) -> None:
     [
         ("regex", r"^[ab]{3}/\d\.$", r"[ab]{3}/\d\."),
         ("choice", ["yes", 'no "never"', "maybe/\n"], 'yes|no "never"|maybe/\n'),
+        ("choice", ["\x7f\x01\x85\u2028"], "\x7f\x01\x85\u2028"),
         ("grammar", LARK, "(hi|hello) [A-Z][a-z]{2,4}"),
         ("grammar", EBNF, "(hi|hello) [A-Z][a-z]"),
     ],
@@ -133,6 +134,13 @@ def test_what_is_not_strict_is_relaxed_and_said(model: Any) -> None:
         (strict({"uniqueItems": True}), "response_format.json_schema.schema", "uniqueItems"),
         (strict({"type": "strin"}), "response_format.json_schema.schema", "strin"),
         (strict({"x-guidance": {}}), "response_format", "x-guidance"),
+        (strict({"items": {"not": {}}}), "response_format.json_schema.schema", "/items/not"),
+        ({"guided_json": {"const": 2**60 + 1}}, "guided_json", "/const"),
+        (
+            {"structured_outputs": {"json": {}, "whitespace_pattern": "x"}},
+            "structured_outputs",
+            "whitespace_pattern",
+        ),
         (strict({"$ref": "https://x.y/z"}), "response_format.json_schema.schema", "x.y"),
         ({"guided_json": "{"}, "guided_json", "JSON"),
         ({"guided_json": {"enum": []}}, "guided_json", "guided_json"),

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from model.fake import FakeRunner
-from server.errors import ApiError
-from server.structured.checker import GrammarChecker
-from server.structured.vocabulary import vocabulary_of
-from server.text.load import ModelText
 
 
 def _deep(levels: int) -> dict[str, Any]:
@@ -47,6 +40,7 @@ _MONSTERS: dict[str, dict[str, Any]] = {
         "guided_json": {"properties": {f"p{i}": {"type": "integer"} for i in range(20_000)}}
     },
     "a multiple of a prime": {"guided_json": {"type": "integer", "multipleOf": 999_999_937}},
+    "patterns that grow": {"guided_json": {"anyOf": [{"pattern": "." * 16_000}] * 25}},
     "a rule that never ends": {"guided_grammar": 'start: a\na: a "x"'},
 }
 
@@ -75,40 +69,3 @@ def test_what_only_looks_monstrous_is_served(live: Any, pattern: str) -> None:
     [choice] = answer.json()["choices"]
     assert choice["text"].removesuffix("x") == "a" * len(choice["text"].removesuffix("x"))
     assert choice["finish_reason"] == ("stop" if choice["text"].endswith("x") else "length")
-
-
-def test_a_judge_that_dies_is_replaced(text: ModelText) -> None:
-    vocabulary = vocabulary_of(text.tokenizer, FakeRunner(vocab_size=300).info)
-
-    async def test() -> None:
-        checker = GrammarChecker()
-        try:
-            assert (await checker.judge('start: "a"', vocabulary)).error == ""
-            assert checker._process is not None
-            os.kill(checker._process.pid, signal.SIGKILL)
-            assert checker._reading is not None
-            await checker._reading
-            assert not checker.stats().is_running
-            # What is known needs nobody.
-            assert (await checker.judge('start: "a"', vocabulary)).error == ""
-            assert not checker.stats().is_running
-            assert "nothing" in (await checker.judge("start: nothing", vocabulary)).error
-            checker.check()
-        finally:
-            await checker.close()
-
-    asyncio.run(test())
-
-
-def test_a_judge_that_cannot_start_is_503(text: ModelText, monkeypatch: pytest.MonkeyPatch) -> None:
-    vocabulary = vocabulary_of(text.tokenizer, FakeRunner(vocab_size=300).info)
-    monkeypatch.setattr("server.structured.checker._COMMAND", ("false",))
-
-    async def test() -> None:
-        checker = GrammarChecker()
-        with pytest.raises(ApiError) as error:
-            await checker.judge('start: "a"', vocabulary)
-        assert error.value.status == 503
-        await checker.close()
-
-    asyncio.run(test())
