@@ -298,8 +298,12 @@ def test_an_engine_that_hangs_is_killed_when_closing(
 def test_closing_while_an_engine_is_being_replaced() -> None:
     async def test() -> None:
         async with _running(ProcessClient(FakeRunner, _CONFIG)) as client:
+            stream = client.generate(_request((1, 2, 3), 240))
+            await anext(stream)
             _kill(client)
             await _until(lambda: not client.is_alive)
+            # There is nobody to be told that its reader leaves.
+            await stream.aclose()
 
     _run(test)
 
