@@ -135,7 +135,11 @@ def _save(folder: Path, family: str, sizes: dict[str, Any], chance: random.Rando
 
 
 def _expected(folder: Path) -> Tensor | None:
-    """Compute what a user of `transformers` gets; None where that is nothing."""
+    """Compute what a user of `transformers` gets.
+
+    None where that is nothing, or is more of rounding than of the model: some random models are so
+    steep that the last bits of their weights move the logits.
+    """
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -147,7 +151,16 @@ def _expected(folder: Path) -> Tensor | None:
         return None
     with torch.inference_mode():
         logits: Tensor = model(_TEXT.unsqueeze(0), use_cache=False).logits[0].float()
-    return logits if logits.isfinite().all() else None
+        for one in model.parameters():
+            one.mul_(1 + 1e-7 * torch.randn_like(one))
+        moved: Tensor = model(_TEXT.unsqueeze(0), use_cache=False).logits[0].float()
+    # Not "error > tolerance": NaN must not pass.
+    return logits if _error(moved, logits) <= _TOLERANCE / 4 else None
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a share of the largest logit where that is above one."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
 
 def _ours(source: ModelSource) -> ServedDecoder:
@@ -173,9 +186,9 @@ class Tally:
     served: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    #: Largest difference of logits, as a share of the largest logit where that is above one.
+    #: The largest.
     error: float = 0.0
-    #: Draws that `transformers` itself cannot load or run.
+    #: Draws that `transformers` itself cannot load or run, or whose logits are not settled.
     void: int = 0
 
 
@@ -208,8 +221,7 @@ def _try_family(
             tally.served[name] += 1
             one = session(decoder)
             found = torch.cat([one.feed(_TEXT[:11]), one.feed(_TEXT[11:])])
-            scale = max(1.0, float(expected.abs().max()))
-            error = float((found - expected).abs().max()) / scale
+            error = _error(found, expected)
             tally.error = max(tally.error, error)
             assert error <= _TOLERANCE, (name, error, (folder / "config.json").read_text())
     return tally
