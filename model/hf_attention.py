@@ -179,7 +179,7 @@ def window_of(rule: MaskRule, num_positions: int) -> int | None:
         seen = torch.as_tensor(rule(zero, zero, torch.tensor(at), key)).expand(num_positions)
         if at == last:
             reach = int(seen.sum())
-        if not torch.equal(seen, (key <= at) & (key > at - reach)):
+        if not reach or not torch.equal(seen, (key <= at) & (key > at - reach)):
             raise ArchError("its attention is neither causal nor a sliding window")
     return None if reach == num_positions else reach
 

@@ -2,25 +2,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs.schema import ModelSection
 from model.attention.interface import AttentionBatch
 from model.attention.reference import ReferenceAttention
 from model.attention.torch_sdpa import TorchAttention
 from model.cpu_library import CpuLibrary
 from model.graphs import DecodeGraphs, GraphPlan
+from model.implementation import build_decoder
 from model.kv_pool import KVPool
 from model.load import build_transformer
 from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
 from model.source import ModelSource
-from model.transformer import Transformer
+from model.transformer import ServedDecoder, Transformer
 
 CPU = torch.device("cpu")
 
@@ -166,7 +169,7 @@ def build() -> Callable[..., Transformer]:
 class Session:
     """One sequence on a transformer: pages, positions and attention looked after."""
 
-    def __init__(self, transformer: Transformer, num_pages: int = 16, page_size: int = 4) -> None:
+    def __init__(self, transformer: ServedDecoder, num_pages: int = 16, page_size: int = 4) -> None:
         arch = transformer.arch
         self._transformer = transformer
         pool = KVPool(
@@ -247,3 +250,123 @@ def overlapped() -> Callable[[TorchRunner, int], TorchRunner]:
 def session() -> type[Session]:
     """For tests to make: nothing under tests/ can be imported."""
     return Session
+
+
+# ---- one folder, read twice ----------------------------------------------------------------------
+
+#: Longer than any window here.
+_TEXT = torch.arange(24) * 7 % 90 + 3
+
+
+#: In a change of a config: the key is to go.
+ABSENT = "ABSENT"
+
+
+class Folder:
+    """A checkpoint whose files a case may change."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def configure(self, changes: dict[str, Any]) -> None:
+        config = json.loads((self.path / "config.json").read_text()) | changes
+        config = {key: value for key, value in config.items() if value != ABSENT}
+        (self.path / "config.json").write_text(json.dumps(config))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path / "model.safetensors")
+
+    def save(self, tensors: dict[str, Tensor], name: str = "model.safetensors") -> None:
+        whole = {key: one.contiguous().clone() for key, one in tensors.items()}
+        save_file(whole, self.path / name, metadata={"format": "pt"})
+
+    def split(self, *shards: dict[str, Tensor]) -> None:
+        (self.path / "model.safetensors").unlink()
+        placed: dict[str, str] = {}
+        for index, tensors in enumerate(shards):
+            self.save(tensors, f"part-{index}.safetensors")
+            placed |= dict.fromkeys(tensors, f"part-{index}.safetensors")
+        self.write_index(placed)
+
+    def write_index(self, placed: dict[str, str]) -> None:
+        index = {"metadata": {"total_size": 0}, "weight_map": placed}
+        (self.path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def expected(self) -> Tensor:
+        """What a user of `transformers` gets; an error where weights would be made up."""
+        import transformers  # noqa: PLC0415 - takes seconds, and only some tests want it
+
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            self.path,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        if info["missing_keys"]:
+            raise KeyError(info["missing_keys"])
+        with torch.inference_mode():
+            logits: Tensor = model(_TEXT.unsqueeze(0)).logits[0]
+        return logits
+
+
+@pytest.fixture
+def build_by() -> Callable[..., ServedDecoder]:
+    def build(folder: Folder, implementation: Any) -> ServedDecoder:
+        return build_decoder(
+            ModelSource("safetensors", folder.path, "m"),
+            ModelSection(quantization="none", model_impl=implementation, threads=1),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            ops=TorchOps(),
+            tiles=None,
+        )
+
+    return build
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models this small are not worth waiting for other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder_of(make_checkpoint: Callable[..., Checkpoint]) -> Callable[..., Folder]:
+    """Make a folder of a random model whose files a test may change."""
+    no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return lambda family, **changes: Folder(make_checkpoint(family, **no_ids, **changes).folder)
+
+
+@pytest.fixture
+def served_by(
+    build_by: Callable[..., ServedDecoder], session: type[Session]
+) -> Callable[[Folder], dict[str, ServedDecoder]]:
+    """Compare each implementation with `transformers`; return those that serve."""
+
+    def serve(folder: Folder) -> dict[str, ServedDecoder]:
+        try:
+            expected = folder.expected()
+        # What that library raises for a folder that it cannot load may be anything.
+        except Exception:  # noqa: BLE001 - see above
+            expected = None
+        served = {}
+        for implementation in ("octavo", "transformers", "auto"):
+            try:
+                decoder = build_by(folder, implementation)
+            except ValueError:
+                continue
+            served[implementation] = decoder
+            if expected is None:
+                continue
+            one = session(decoder)
+            found = torch.cat([one.feed(_TEXT[:11]), one.feed(_TEXT[11:])])
+            torch.testing.assert_close(
+                found, expected, rtol=1e-4, atol=1e-4, equal_nan=True, msg=f"by {implementation}"
+            )
+        return served
+
+    return serve
