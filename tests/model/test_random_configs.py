@@ -336,4 +336,5 @@ def test_random_keys_are_read_as_transformers_reads_them(
 ) -> None:
     tally = _try_family(family, 32, family_sizes(family), tmp_path, session, num_strange)
     print(family, tally)  # noqa: T201 - what one runs it for
-    assert tally.served["octavo"] >= 8, tally
+    # Each such key is likely to be one that we refuse.
+    assert tally.served["octavo"] >= 4, tally
