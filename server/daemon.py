@@ -118,8 +118,8 @@ async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> 
     try:
         await _run(config, client, lifecycle, server, listener, text.tokenizer)
     finally:
-        await grammars.close()
-        await client.close()
+        # Side by side: neither is to outlive the other because that one hangs.
+        await asyncio.gather(grammars.close(), client.close())
 
 
 def _guards(section: ServerSection) -> tuple[Keyring, Certificate | None]:

@@ -183,15 +183,17 @@ async def _start(vocabulary: Vocabulary) -> asyncio.subprocess.Process:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        # What it forks is killed with it.
-        process_group=0,
+        # What it forks is killed with it. (uvloop does not know `process_group`.)
+        start_new_session=True,
         limit=_MAX_ANSWER_BYTES,
     )
     assert process.stdout is not None, "it is a pipe"
     assert process.stderr is not None, "it is a pipe"
     is_ready, reason = False, f"it is not ready after {_START_TIMEOUT_S:.0f} s"
     try:
-        _send(process, pickle.dumps(vocabulary))
+        # Of one that has ended already, what it wrote says why.
+        with suppress(_NoAnswerError):
+            _send(process, pickle.dumps(vocabulary))
         with suppress(TimeoutError):
             async with asyncio.timeout(_START_TIMEOUT_S):
                 is_ready = bool(await process.stdout.readline())
@@ -209,8 +211,12 @@ async def _start(vocabulary: Vocabulary) -> asyncio.subprocess.Process:
 
 
 def _send(process: asyncio.subprocess.Process, body: bytes) -> None:
+    """Write a message. Raises `_NoAnswerError` if the process has closed its input."""
     assert process.stdin is not None, "it is a pipe"
-    process.stdin.write(len(body).to_bytes(8, "little") + body)
+    try:
+        process.stdin.write(len(body).to_bytes(8, "little") + body)
+    except RuntimeError as error:  # uvloop's, for a transport that is closed
+        raise _NoAnswerError("it has closed its input") from error
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

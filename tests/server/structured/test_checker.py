@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from model.fake import FakeRunner
 from model.interface import Vocabulary
@@ -71,7 +72,8 @@ def run(test: Test, vocabulary: Vocabulary) -> None:
         finally:
             await checker.close()
 
-    asyncio.run(closed())
+    # The daemon's own loop, which takes other arguments for a process than asyncio's.
+    uvloop.run(closed())
 
 
 #: What may go wrong between a question and its answer, in the words of the process.
