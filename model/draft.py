@@ -14,8 +14,9 @@ from model.interface import NO_TOKEN, StepOutput, TokenLogprobs
 
 #: In a draft's tokens: there were too few candidates.
 NOT_DECIDED = -1
-#: In the copy for the host: the row has no finite largest logit.
-_NOT_FINITE = -2
+#: In the copy for the host: the row's largest logit is not a number, or plus infinity; or it is
+#: minus infinity, so that no token is left.
+_NOT_FINITE, _NONE_LEFT = -2, -3
 
 
 class Draft:
@@ -36,15 +37,16 @@ class Draft:
         `NO_TOKEN` for those that cannot stand, and returns by row why its request cannot go on; it
         passes over those that are `NO_TOKEN`. `describe`: tells of them as they were drawn.
         """
-        is_faulty = peaks.isfinite().logical_not_()
+        is_finite = peaks.isfinite()
+        told = torch.where(peaks == -torch.inf, _NONE_LEFT, _NOT_FINITE)
         #: int64 `[rows]`; once the draft is settled, tokens of the vocabulary.
-        self.tokens = tokens.masked_fill_(is_faulty, 0)
+        self.tokens = tokens.masked_fill_(is_finite.logical_not(), 0)
         self._widen = widen
         self._follow = follow
         self._describe = describe
         self._drawn: list[int] | None = None
         self._output = StepOutput([])
-        self._host, self._is_there = _to_host(tokens.masked_fill(is_faulty, _NOT_FINITE))
+        self._host, self._is_there = _to_host(torch.where(is_finite, tokens, told))
 
     def settle(self) -> None:
         """See that all that the next step needs to know of it is known, before it begins.
@@ -71,7 +73,8 @@ class Draft:
             self._is_there()
             drawn: list[int] = self._host.tolist()
             not_finite = [row for row, token_id in enumerate(drawn) if token_id == _NOT_FINITE]
-            for row in not_finite:
+            none_left = [row for row, token_id in enumerate(drawn) if token_id == _NONE_LEFT]
+            for row in (*not_finite, *none_left):
                 drawn[row] = 0
             if self._widen is not None and NOT_DECIDED in drawn:
                 for row, token_id in enumerate(drawn):
@@ -79,9 +82,11 @@ class Draft:
                         drawn[row] = self._widen(row)
                 self.tokens.copy_(torch.tensor(drawn))
             token_ids = list(drawn)
-            for row in not_finite:
+            for row in (*not_finite, *none_left):
                 token_ids[row] = NO_TOKEN
-            failures = self._follow(token_ids) if self._follow is not None else {}
+            failures = dict.fromkeys(none_left, "no token is left that is allowed")
+            if self._follow is not None:
+                failures |= self._follow(token_ids)
             self._output = StepOutput(token_ids, [], failures, not_finite)
             # Last, so that what raises above raises again where the step is waited for.
             self._drawn = drawn

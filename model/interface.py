@@ -205,8 +205,8 @@ class StepOutput:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     #: By index: why a row's request cannot go on.
     failures: dict[int, str] = field(default_factory=dict)
-    #: Indices of rows without a finite largest logit, which got `NO_TOKEN`: the model, or what it
-    #: read of the row's pages, is at fault.
+    #: Indices of rows whose largest logit is NaN or infinite, which got `NO_TOKEN`: the model, or
+    #: what it read of the row's pages, is at fault.
     not_finite: list[int] = field(default_factory=list)
     #: Parallel to `StepInput.scored`, an entry a token.
     prompt_logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)

@@ -54,8 +54,8 @@ class Sampler:
     Which token a row gets depends on its logits, its request and its position alone: never on the
     other rows of this step or of earlier ones, nor on a restart in between.
 
-    A row with NaN, with plus infinity or with nothing but minus infinity gets no token, and harms
-    no other row (`StepOutput.not_finite`).
+    A row with NaN or plus infinity gets no token (`StepOutput.not_finite`), nor does one where all
+    is minus infinity, whose request fails. Neither harms another row.
     """
 
     def __init__(
@@ -258,6 +258,8 @@ class Sampler:
         for row, turn in turns.items():
             token = token_ids[row]
             if token == NO_TOKEN:
+                if turn is not None and turn.error:
+                    failures[row] = turn.error
                 continue
             if turn is None:
                 self._late_rows_total += 1

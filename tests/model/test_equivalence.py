@@ -105,7 +105,7 @@ class _Engine:
         for request in requests:
             grammar = request.params.grammar
             constraint = self.runner.prepare(grammar).result(20) if grammar else None
-            assert self.scheduler.submit(request, constraint) is None
+            assert self.scheduler.submit(request, constraint) == []
         in_flight: deque[tuple[StepPlan, Flight]] = deque()
         for _ in range(1000):
             if not self.scheduler.has_work and not in_flight:

@@ -125,7 +125,7 @@ class Engine:
         params = SamplingParams(max_tokens=_NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
         outputs: list[list[int]] = [[] for _ in prompts]
         for index, prompt in enumerate(prompts):
-            assert self.scheduler.submit(Submit(index, prompt, params)) is None
+            assert self.scheduler.submit(Submit(index, prompt, params)) == []
         while self.scheduler.has_work:
             plan = self.scheduler.plan()
             if plan is None:

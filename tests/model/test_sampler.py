@@ -244,7 +244,9 @@ def test_a_row_that_is_not_finite_gets_no_token_and_harms_no_other(
             rows[1, where] = value
         output = chooser.sample(rows, [0, 1, 2], [4, 4, 4])
         tokens.append(output.token_ids)
-        assert output.not_finite == [1] * is_broken
+        is_none_left = is_broken and value == -math.inf
+        assert output.not_finite == [1] * (is_broken and not is_none_left)
+        assert list(output.failures) == [1] * is_none_left
         for entry in output.logprobs[:1] + output.logprobs[2:]:
             assert entry is not None
             assert all(math.isfinite(logprob) for _, logprob in (entry.top or ((0, 0.0),)))
