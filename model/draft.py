@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,16 +38,15 @@ class Draft:
         `NO_TOKEN` for those that cannot stand, and returns by row why its request cannot go on; it
         passes over those that are `NO_TOKEN`. `describe`: tells of them as they were drawn.
         """
-        is_finite = peaks.isfinite()
-        told = torch.where(peaks == -torch.inf, _NONE_LEFT, _NOT_FINITE)
+        told = _told(tokens, peaks)
         #: int64 `[rows]`; once the draft is settled, tokens of the vocabulary.
-        self.tokens = tokens.masked_fill_(is_finite.logical_not(), 0)
+        self.tokens = tokens
         self._widen = widen
         self._follow = follow
         self._describe = describe
         self._drawn: list[int] | None = None
         self._output = StepOutput([])
-        self._host, self._is_there = _to_host(torch.where(is_finite, tokens, told))
+        self._host, self._is_there = _to_host(told)
 
     def settle(self) -> None:
         """See that all that the next step needs to know of it is known, before it begins.
@@ -91,6 +91,17 @@ class Draft:
             # Last, so that what raises above raises again where the step is waited for.
             self._drawn = drawn
         return self._drawn
+
+
+def _told(tokens: Tensor, peaks: Tensor) -> Tensor:
+    """Return what to tell the host of the tokens; those of rows without one become 0, in place."""
+    if peaks.device.type == "cpu" and np.isfinite(peaks.numpy()).all():
+        return tokens  # as ever, and at a tenth of the time of what follows
+    is_finite = peaks.isfinite()
+    fault = torch.where(peaks == -torch.inf, _NONE_LEFT, _NOT_FINITE)
+    told = torch.where(is_finite, tokens, fault)
+    tokens.masked_fill_(is_finite.logical_not(), 0)
+    return told
 
 
 def mark(device: torch.device) -> Callable[[], None]:
