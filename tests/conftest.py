@@ -16,10 +16,9 @@ import httpx
 import pytest
 
 from model.source import octavo_home, resolve
+from patience import PATIENCE_S
 
 _READY = re.compile(r"\bready url=(\S+)")
-_START_TIMEOUT_S = 180.0
-_STOP_TIMEOUT_S = 60.0
 
 
 class Daemon:
@@ -48,27 +47,30 @@ class Daemon:
         self._has_said.set()
 
     def wait_ready(self) -> None:
-        assert self._has_said.wait(_START_TIMEOUT_S), "neither ready nor dead"
+        assert self._has_said.wait(PATIENCE_S), "neither ready nor dead"
         assert self.url, "".join(self.log)
+
+    def metrics(self) -> str:
+        return httpx.get(f"{self.url}/metrics", timeout=PATIENCE_S).text
 
     def metric(self, name: str) -> float:
         """The sum over all label sets of one series."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        text = self.metrics()
         found = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
         assert found, f"no series {name}"
         return sum(map(float, found))
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(_STOP_TIMEOUT_S)
-        self._reader.join(_STOP_TIMEOUT_S)
+        code = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
         return code
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(_STOP_TIMEOUT_S)
-        self._reader.join(_STOP_TIMEOUT_S)
+            self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
         assert self.process.stderr is not None
         self.process.stderr.close()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from configs.schema import OctavoConfig
+from event_streams import chunks_of
 from scheduler.client import Delta, FinishReason, GenerateRequest
 from server import documents
 from server.service import sampling_defaults
@@ -164,9 +165,10 @@ def test_usage_tells_the_tokens_of_the_reasoning(
     answer = live.chat(n=2, include_reasoning=has_reasoning)
     documents.ChatCompletion.model_validate_json(answer.content)
     assert answer.json()["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
-    events = live.chat(stream=True, stream_options={"include_usage": True}).text.split("\n\n")
-    usages = [json.loads(e[6:]).get("usage") for e in events if e.startswith("data: {")]
-    assert usages[-1]["completion_tokens_details"] == {"reasoning_tokens": 2}
+    answer = live.chat(stream=True, stream_options={"include_usage": True})
+    assert chunks_of(answer.content)[-1]["usage"]["completion_tokens_details"] == {
+        "reasoning_tokens": 2
+    }
 
 
 def test_a_model_that_does_not_reason_has_no_such_count(start: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from event_streams import chunks_of
 from server import documents, params, schemas
 
 USER = {"role": "user", "content": "x"}
@@ -108,22 +109,18 @@ def test_a_parameter_is_honoured_or_judged_but_not_both(
         assert params.judge({name: neutral}, table) == []
 
 
-def streamed(answer: Any) -> list[str]:
-    return [line.removeprefix("data: ") for line in answer.text.splitlines() if line][:-1]
-
-
 @pytest.mark.parametrize("has_logprobs", [False, True])
 @pytest.mark.parametrize("has_usage", [False, True])
 def test_responses_are_as_documented(shared: Any, has_logprobs: bool, has_usage: bool) -> None:
     options = {"stream": True, "stream_options": {"include_usage": has_usage}}
     chat = {"max_tokens": 9, "logprobs": has_logprobs}
     documents.ChatCompletion.model_validate_json(shared.chat(**chat).content)
-    for chunk in streamed(shared.chat(**chat, **options)):
-        documents.ChatChunk.model_validate_json(chunk)
+    for chunk in chunks_of(shared.chat(**chat, **options).content):
+        documents.ChatChunk.model_validate(chunk)
     text = {"prompt": "x", "logprobs": 1 if has_logprobs else None}
     documents.Completion.model_validate_json(shared.post("/v1/completions", **text).content)
-    for chunk in streamed(shared.post("/v1/completions", **text, **options)):
-        documents.Completion.model_validate_json(chunk)
+    for chunk in chunks_of(shared.post("/v1/completions", **text, **options).content):
+        documents.Completion.model_validate(chunk)
 
 
 def test_the_other_answers_are_as_documented(shared: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from event_streams import chunks_of
 from scheduler.client import (
     Delta,
     EngineFaultError,
@@ -37,10 +38,6 @@ def request_bytes(path: str, body: dict[str, Any]) -> bytes:
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
-def events(text: str) -> list[str]:
-    return [line.removeprefix("data: ") for line in text.splitlines() if line]
-
-
 def test_a_streams_headers_keep_proxies_from_buffering(live: Any) -> None:
     answer = live.chat(max_tokens=1, stream=True)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -49,9 +46,7 @@ def test_a_streams_headers_keep_proxies_from_buffering(live: Any) -> None:
 
 
 def test_a_stream_ends_with_done_and_tells_octavos_own_once(live: Any) -> None:
-    told = events(live.chat(max_tokens=3, stream=True, nonsense=1).text)
-    assert told[-1] == "[DONE]"
-    chunks = [json.loads(event) for event in told[:-1]]
+    chunks = chunks_of(live.chat(max_tokens=3, stream=True, nonsense=1).content)
     assert all("usage" not in chunk for chunk in chunks)
     assert ["octavo" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
@@ -163,8 +158,8 @@ def test_deltas_of_many_tokens_are_one_write(scripted: Callable[..., Any]) -> No
         yield Delta((72, 101, 108), started=STARTED)
         yield Delta((108, 111), finish_reason=FinishReason.LENGTH)
 
-    told = events(scripted(script).chat(stream=True).text)
-    texts = [json.loads(event)["choices"][0]["delta"].get("content") for event in told[:-1]]
+    chunks = chunks_of(scripted(script).chat(stream=True).content)
+    texts = [chunk["choices"][0]["delta"].get("content") for chunk in chunks]
     assert texts == ["", "Hel", "lo", None]
 
 
@@ -190,9 +185,7 @@ def test_a_failure_reaches_the_client_of_a_stream(
     answer = live.chat(stream=True)
     if is_begun:
         assert answer.status_code == 200
-        told = events(answer.text)
-        assert told[-1] == "[DONE]"
-        error = json.loads(told[-2])["error"]
+        error = chunks_of(answer.content)[-1]["error"]
     else:
         assert answer.status_code == status
         error = answer.json()["error"]
@@ -225,8 +218,8 @@ def test_many_streams_at_once_get_their_own_text(live: Any) -> None:
     together: dict[str, str] = {}
 
     def ask(word: str) -> None:
-        told = events(live.post("/v1/completions", prompt=word, max_tokens=30, stream=True).text)
-        chunks = [json.loads(event) for event in told[:-1]]
+        answer = live.post("/v1/completions", prompt=word, max_tokens=30, stream=True)
+        chunks = chunks_of(answer.content)
         together[word] = "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
     threads = [threading.Thread(target=ask, args=(word,)) for word in alone]

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from event_streams import chunks_of
 from scheduler.client import FinishReason
 from server import documents
 
@@ -111,7 +112,7 @@ def test_each_of_several_choices_is_read_on_its_own(chatting: Chatting, is_strea
     live = chatting(CALL, width=5)
     asked = {"messages": [USER], "tools": [TOOL], "n": 2, "stream": is_stream}
     answer = live.post("/v1/chat/completions", **asked)
-    bodies = [answer.json()] if not is_stream else _events(answer.text)
+    bodies = [answer.json()] if not is_stream else chunks_of(answer.content)
     choices = [choice for body in bodies for choice in body["choices"]]
     parts = [choice.get("message") or choice.get("delta") for choice in choices]
     told = [
@@ -120,11 +121,6 @@ def test_each_of_several_choices_is_read_on_its_own(chatting: Chatting, is_strea
         for call in part.get("tool_calls", [])
     ]
     assert sorted(told) == [(0, '{"a": 1}'), (1, '{"a": 1}')]
-
-
-def _events(text: str) -> list[dict[str, Any]]:
-    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data")]
-    return [json.loads(line) for line in data if line != "[DONE]"]
 
 
 def test_tool_choice_none_hides_the_tools(chatting: Chatting) -> None:
@@ -149,7 +145,7 @@ def test_a_call_cut_by_the_limit_is_told_apart(chatting: Chatting, is_stream: bo
     live = chatting("Hm.\n" + CALL[:20], reason=FinishReason.LENGTH)
     asked = {"messages": [USER], "tools": [TOOL], "stream": is_stream}
     answer = live.post("/v1/chat/completions", **asked)
-    [choice] = (_events(answer.text)[-1] if is_stream else answer.json())["choices"]
+    [choice] = (chunks_of(answer.content)[-1] if is_stream else answer.json())["choices"]
     assert choice["finish_reason"] == "length"
     assert choice["octavo"] == {"left_out": {"cut_tool_call": CALL[:20]}}
 
@@ -180,7 +176,7 @@ def test_history_of_calls_reaches_the_template(chatting: Chatting) -> None:
 def test_reasoning_stands_apart(chatting: Chatting, is_stream: bool) -> None:
     live = chatting("One and one.\n</think>\n\nTwo.", THINKING)
     answer = live.post("/v1/chat/completions", messages=[USER], stream=is_stream)
-    bodies = _events(answer.text) if is_stream else [answer.json()]
+    bodies = chunks_of(answer.content) if is_stream else [answer.json()]
     parts = [
         choice.get("delta") or choice.get("message") or {}
         for body in bodies
@@ -200,7 +196,7 @@ def test_reasoning_may_be_left_out(chatting: Chatting) -> None:
 def test_each_token_of_a_call_tells_its_probability_once(chatting: Chatting) -> None:
     live = chatting(CALL, width=4)
     asked = {"messages": [USER], "tools": [TOOL], "logprobs": True, "stream": True}
-    events = _events(live.post("/v1/chat/completions", **asked).text)
+    events = chunks_of(live.post("/v1/chat/completions", **asked).content)
     listed = [choice["logprobs"] for event in events for choice in event["choices"]]
     tokens = [entry["token"] for one in listed if one for entry in one["content"]]
     assert "".join(tokens) == CALL
