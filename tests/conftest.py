@@ -14,9 +14,18 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 
 from model.source import octavo_home, resolve
 from patience import PATIENCE_S
+
+# How fast a machine draws and runs an example says nothing of the code.
+settings.register_profile(
+    "any speed",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("any speed")
 
 _READY = re.compile(r"\bready url=(\S+)")
 

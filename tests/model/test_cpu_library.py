@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 from model import cpu_library
 from model.cpu_library import CpuLibrary, build, load_cpu_library
+from patience import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -217,7 +217,7 @@ def _start(home: Path, *, python: str = LOAD, **more: str) -> subprocess.Popen[s
 
 
 def _said(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=300)
+    text, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     return text
 
@@ -235,11 +235,8 @@ def quick_compiler(tmp_path: Path, library: CpuLibrary) -> str:
 def test_a_killed_build_leaves_nothing_behind_the_next(tmp_path: Path, quick_compiler: str) -> None:
     home = tmp_path / "home"
     killed = _start(home, CXX=quick_compiler)
-    deadline = time.monotonic() + 120
-    while not list(home.glob("build/*/.build-*/*.o")):
-        assert time.monotonic() < deadline
-        assert killed.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: killed.poll() is not None or list(home.glob("build/*/.build-*/*.o")))
+    assert killed.poll() is None
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     (folder,) = (home / "build").iterdir()

@@ -15,6 +15,7 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, Fault, FaultKind, fake_logprobs, fake_output
 from model.interface import ModelRunner, SamplingParams
+from patience import PATIENCE_S
 from scheduler.client import (
     EngineClient,
     EngineFaultError,
@@ -64,14 +65,14 @@ async def _running(client: EngineClient) -> AsyncIterator[EngineClient]:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - the engine next door sets no event of ours
             await asyncio.sleep(0.001)
 
 
 def _run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await test()
 
     asyncio.run(bounded())

@@ -15,6 +15,7 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner
 from model.interface import SamplingParams, StepInput
+from patience import PATIENCE_S
 from scheduler.engine_main import engine_main
 from scheduler.messages import Build, Failed, Ping, Pong, Ready, Shutdown, StepResult, Submit
 
@@ -49,7 +50,7 @@ def test_an_engine_whose_api_is_gone_ends_quietly(
         pass
     ours.close()
     marker.unlink()
-    engine.join(20)
+    engine.join(PATIENCE_S)
     assert engine.exitcode == 0
 
 
@@ -62,7 +63,7 @@ def started() -> Iterator[tuple[Connection, BaseProcess]]:
     theirs.close()
     yield ours, engine
     ours.close()
-    engine.join(20)
+    engine.join(PATIENCE_S)
 
 
 def test_an_engine_that_is_never_told_what_to_build_ends_quietly(
@@ -70,7 +71,7 @@ def test_an_engine_that_is_never_told_what_to_build_ends_quietly(
 ) -> None:
     ours, engine = started
     ours.close()
-    engine.join(20)
+    engine.join(PATIENCE_S)
     assert engine.exitcode == 0
 
 
@@ -84,7 +85,7 @@ def test_an_engine_that_cannot_read_what_it_is_told_says_so(
     failed = ours.recv()
     assert isinstance(failed, Failed)
     assert "UnpicklingError" in failed.message
-    engine.join(20)
+    engine.join(PATIENCE_S)
     assert engine.exitcode == 1
 
 
@@ -97,7 +98,7 @@ def test_an_idle_engine_answers_a_ping(started: tuple[Connection, BaseProcess]) 
         assert ours.recv() == Pong()
         assert isinstance(ours.recv(), StepResult)
     ours.send(Shutdown())
-    engine.join(20)
+    engine.join(PATIENCE_S)
     assert engine.exitcode == 0
 
 
@@ -108,5 +109,5 @@ def test_an_idle_engine_whose_api_is_gone_ends_quietly(
     ours.send(Build(FakeRunner, _CONFIG))
     assert isinstance(ours.recv(), Ready)
     ours.close()
-    engine.join(20)
+    engine.join(PATIENCE_S)
     assert engine.exitcode == 0

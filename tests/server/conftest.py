@@ -26,6 +26,7 @@ import uvicorn
 
 from configs.schema import OctavoConfig, SchedulerSection
 from model.fake import FakeRunner
+from patience import PATIENCE_S
 from scheduler.client import (
     Delta,
     EngineClient,
@@ -48,7 +49,6 @@ from server.text.load import ModelText, load_text
 from server.text.template import ChatTemplate
 
 VOCAB_SIZE = 300
-PATIENCE_S = 20.0
 
 ValueT = TypeVar("ValueT")
 Script = Callable[["ScriptedClient", GenerateRequest], AsyncGenerator[Delta, None]]

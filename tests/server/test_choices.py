@@ -15,6 +15,7 @@ import pytest
 
 from event_streams import chunks_of
 from model.fake import FakeRunner
+from patience import PATIENCE_S
 from scheduler.client import (
     Delta,
     EngineFaultError,
@@ -27,7 +28,6 @@ from scheduler.client import (
 )
 from server import documents
 
-PATIENCE_S = 20.0
 USER = {"role": "user", "content": "hello"}
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from event_streams import chunks_of
+from patience import PATIENCE_S
 from scheduler.client import Delta, FinishReason, GenerateRequest, Started
 from server import lifecycle as lifecycle_module
 from server.lifecycle import Lifecycle, LifecycleStats
-
-PATIENCE_S = 20.0
 
 
 class Held:

@@ -15,7 +15,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
@@ -276,9 +276,7 @@ def reasoning_in(completion: Told, *, is_thinking: bool, num_hidden: int) -> int
 
 
 @pytest.mark.parametrize("mode", TEMPLATES)
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None
-)
+@settings(max_examples=100)
 @given(
     said=st.builds(
         Said,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from server.reasoning import ReasoningCounter
 from server.text.load import ModelText
@@ -60,7 +60,7 @@ def test_it_grows_with_the_stream(text: ModelText) -> None:
     assert told[-1] == len("a long thought")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(max_examples=150)
 @given(
     parts=st.lists(
         st.sampled_from(["<think>", "</think>", "<thi", "nk>", " ", "\n\u3000", "a", "bc", "é"]),

@@ -12,9 +12,9 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
+from patience import PATIENCE_S
 from server.relay import Relay
 
-PATIENCE_S = 20.0
 LINE = b"%06d " + b"x" * 200 + b"\n"
 
 

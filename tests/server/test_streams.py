@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from event_streams import chunks_of
+from patience import PATIENCE_S
 from scheduler.client import (
     Delta,
     EngineFaultError,
@@ -22,7 +23,6 @@ from scheduler.client import (
 )
 
 STARTED = Started(1, 0.0, 0, "")
-PATIENCE_S = 20.0
 
 
 async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
