@@ -29,9 +29,12 @@ install: $(VENV)/.installed  ## the environment with pinned dependencies, and th
 run: $(VENV)/.installed  ## serve the default model on 127.0.0.1:8000
 	@exec $(BIN)/octavo serve $(ARGS)
 
-# What starts real daemons has the machine to itself; all before it may run side by side (--jobs=2).
+# Two files of tests side by side, each computing in one thread; the daemons that they start use all
+# cores. In the files' own order, for the longest come early in it. All before may run side by side too
+# (--jobs=2), and the tests come last, so that the last line says how many passed.
 test: check test-core clients  ## lint, types and all tests
-	$(BIN)/python -m pytest --ignore=tests/cache --ignore=tests/scheduler
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --max-worker-restart=0 --dist=loadfile \
+		--no-loadscope-reorder --ignore=tests/cache --ignore=tests/scheduler
 
 # Coverage is measured where 100 % is asked for, in a run of its own: it would slow the others down.
 test-core: $(VENV)/.installed-dev  ## the tests of cache and scheduler, with their coverage
