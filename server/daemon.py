@@ -47,7 +47,7 @@ from server.tls import Certificate
 _log = logging.getLogger(LOGGER_NAME)
 
 _BACKLOG = 2048
-#: To pass on the last log lines at the exit; a reader that stopped is not waited for longer.
+#: At the exit, for a reader of the log that takes no line; one that takes some is waited for.
 _FLUSH_TIMEOUT_S = 1.0
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,8 +63,15 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("line", "delay_s"), MOMENTS)
+def _signals_at(moments: list[tuple[str | None, float]]) -> Iterator[Any]:
+    """Both signals at every moment; the faster half has one of them at each, in turns."""
+    for index, (line, delay_s) in enumerate(moments):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            is_sampled = index % 2 == (number == signal.SIGINT)
+            yield pytest.param(line, delay_s, number, marks=() if is_sampled else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("line", "delay_s", "number"), list(_signals_at(MOMENTS)))
 def test_a_start_is_stopped_at_any_moment(
     tiny_flags: tuple[str, ...], line: str | None, delay_s: float, number: signal.Signals
 ) -> None:
