@@ -11,6 +11,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # unpinned) environment.
 PIP_INSTALL := $(PIP) install --no-build-isolation --constraint constraints.txt
 BUILD_TOOLS := hatchling editables
+# Two files of tests side by side, each computing in one thread; daemons that they start use all cores.
+# In the files' own order, since the longest come early in it. A worker that dies is not replaced: the
+# rest would wait for it.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --max-worker-restart=0 \
+	--dist=loadfile --no-loadscope-reorder
 # Clients that the tests drive the daemon with, in an environment of their own.
 CLIENTS := .venv-clients
 NODE_CLIENTS := tests/clients/node
@@ -29,16 +34,14 @@ install: $(VENV)/.installed  ## the environment with pinned dependencies, and th
 run: $(VENV)/.installed  ## serve the default model on 127.0.0.1:8000
 	@exec $(BIN)/octavo serve $(ARGS)
 
-# Two files of tests side by side, each computing in one thread; the daemons that they start use all
-# cores. In the files' own order, for the longest come early in it. All before may run side by side too
-# (--jobs=2), and the tests come last, so that the last line says how many passed.
+# All before the tests may run side by side (--jobs=2). They come last, so that the last line says how
+# many passed.
 test: check test-core clients  ## lint, types and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --max-worker-restart=0 --dist=loadfile \
-		--no-loadscope-reorder --ignore=tests/cache --ignore=tests/scheduler
+	$(PYTEST) --ignore=tests/cache --ignore=tests/scheduler
 
 # Coverage is measured where 100 % is asked for, in a run of its own: it would slow the others down.
 test-core: $(VENV)/.installed-dev  ## the tests of cache and scheduler, with their coverage
-	$(BIN)/python -m pytest tests/cache tests/scheduler --cov
+	$(PYTEST) tests/cache tests/scheduler --cov
 
 # What takes minutes: everything that `make test` only samples, and the bugs that were put in on purpose.
 test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
