@@ -64,14 +64,15 @@ async def chat_grammar(
 ) -> tuple[str | None, list[Warned]]:
     """Return the grammar of a chat's answer, and what of it is not enforced. Raises `ApiError`.
 
-    `tools`: the callable ones. With a form and tools to choose from, the answer is either.
+    `tools`: the callable ones. With a form and tools to choose from, the answer is either; where
+    `tool_choice` forces a call, it is a call.
     """
     asked, has_calls = await _asked(service, request), is_forced(request)
     if asked is None and not has_calls:
         return None, []
+    warnings: list[Warned] = []
     if asked is not None and has_calls:
-        message = f"{asked.param} cannot be had together with a tool_choice that forces a call"
-        raise invalid(message, asked.param)
+        warnings, asked = [_without_effect(asked)], None
     thinking = None if spoken is None else _thinking(service, spoken, prompt)
     form = None if asked is None else asked.form
     calls, fields = "", dict[str, str]()
@@ -79,7 +80,15 @@ async def chat_grammar(
         calls, fields = _calls(service, request, tools, spoken)
     param = "tools" if len(fields) > 1 else "".join(fields.values())
     grammar = whole(form, thinking=thinking, calls=calls)
-    return await _judged(service, request, grammar, asked.param if asked else param, fields)
+    param = asked.param if asked else param
+    grammar, relaxed = await _judged(service, request, grammar, param, fields)
+    return grammar, warnings + relaxed
+
+
+def _without_effect(asked: _Asked) -> Warned:
+    """Return the warning for a form beside a forced call."""
+    param = asked.param.partition(".")[0]
+    return {"param": param, "message": f"{param} was ignored: tool_choice forces a call"}
 
 
 async def _asked(service: Service, request: GenerateFields) -> _Asked | None:

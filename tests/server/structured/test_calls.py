@@ -192,7 +192,45 @@ def test_a_form_and_tools_allow_either(starting: Starting) -> None:
     assert kinds == {"stop", "tool_calls"}
 
 
-def test_a_form_and_a_forced_call_exclude_each_other(starting: Starting) -> None:
-    wanted = {"type": "json_object"}
-    answer = starting(HERMES).chat("x", tools=TOOLS, tool_choice="required", response_format=wanted)
-    assert answer.json()["error"]["param"] == "response_format"
+_FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "it", "schema": SIZE}}),
+    ("structured_outputs", {"regex": "[ab]+"}),
+    ("guided_choice", ["a", "b"]),
+]
+
+
+@pytest.mark.parametrize("choice", ["required", _named("cut")], ids=["required", "named"])
+@pytest.mark.parametrize(("field", "form"), _FORMS, ids=["object", "schema", "regex", "choice"])
+def test_a_forced_call_wins_over_a_form_and_says_so(
+    starting: Starting, choice: Any, field: str, form: Any
+) -> None:
+    body = {"tool_choice": choice, "parallel_tool_calls": False, field: form}
+    answer = _ask(starting(HERMES), "x", **body)
+    assert len(_calls(answer["choices"][0])) == 1
+    assert [warning["param"] for warning in answer["octavo"]["warnings"]] == [field]
+
+
+def test_a_forced_call_wins_over_a_form_of_a_response(starting: Starting) -> None:
+    tool = {"type": "function", "name": "cut", "parameters": SIZE}
+    form = {"type": "json_schema", "name": "it", "schema": COLOR}
+    body = {"input": "x", "tools": [tool], "tool_choice": "required", "text": {"format": form}}
+    answer = starting(HERMES).post("/v1/responses", parallel_tool_calls=False, **body)
+    assert answer.status_code == 200, answer.text
+    [call] = answer.json()["output"]
+    jsonschema.validate(json.loads(call["arguments"]), SIZE)
+    assert [warning["param"] for warning in answer.json()["octavo"]["warnings"]] == ["text.format"]
+
+
+def test_a_forced_call_wins_over_a_form_of_a_message(starting: Starting) -> None:
+    tool = {"name": "cut", "input_schema": {**SIZE, "type": "object"}}
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    form = {"format": {"type": "json_schema", "schema": COLOR}}
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "tools": [tool]}
+    asked = {**body, "tool_choice": choice, "output_config": form}
+    answer = starting(HERMES).post("/v1/messages", **asked)
+    assert answer.status_code == 200, answer.text
+    [call] = answer.json()["content"]
+    jsonschema.validate(call["input"], SIZE)
+    [warning] = answer.json()["octavo"]["warnings"]
+    assert warning["param"] == "output_config.format"
