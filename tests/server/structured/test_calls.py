@@ -150,6 +150,14 @@ def test_a_schema_that_cannot_be_enforced_is_refused_by_its_place(
     assert said in error["message"]
 
 
+@pytest.mark.parametrize("content", "abcdef")
+def test_arguments_that_are_not_named_are_not_written(starting: Starting, content: str) -> None:
+    open_size = {key: value for key, value in SIZE.items() if key != "additionalProperties"}
+    body = {"tools": [_tool("cut", open_size)], "tool_choice": _named("cut")}
+    [choice] = _ask(starting(HERMES), content, **body)["choices"]
+    assert len(_calls(choice)) == 1
+
+
 def test_of_a_form_and_tools_the_one_at_fault_is_named(starting: Starting) -> None:
     live = starting(HERMES)
     bad = {"type": "object", "properties": {"a": {"type": "nothing"}}}
@@ -192,7 +200,7 @@ def test_a_form_and_tools_allow_either(starting: Starting) -> None:
     assert kinds == {"stop", "tool_calls"}
 
 
-_FORMS: list[tuple[str, dict[str, Any]]] = [
+_FORMS: list[tuple[str, Any]] = [
     ("response_format", {"type": "json_object"}),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "it", "schema": SIZE}}),
     ("structured_outputs", {"regex": "[ab]+"}),

@@ -94,6 +94,39 @@ def test_what_is_relaxed_is_named(compiler: Compiler, case: Any) -> None:
         assert accepts(compiler, grammar, json.dumps(case["valid"]))
 
 
+_POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+_LABEL = {"properties": {"label": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (_POINT, '{"x": 1}', '{"x": 1, "z": 1}'),
+        ({**_POINT, "required": ["y"]}, '{"y": [{"z": 1}]}', '{"y": 1, "z": 1}'),
+        ({"allOf": [_POINT, _LABEL]}, '{"x": 1, "label": ""}', '{"x": 1, "z": 1}'),
+        ({**_LABEL, "allOf": [_POINT]}, '{"label": "", "x": 1}', '{"x": 1, "z": 1}'),
+        ({"anyOf": [_POINT, {"type": "null"}]}, '{"x": 1}', '{"x": 1, "z": 1}'),
+        ({**_LABEL, "anyOf": [_POINT]}, '{"label": "", "x": 1}', '{"x": 1, "z": 1}'),
+        (
+            {"$ref": "#/$defs/p", "$defs": {"p": {"properties": {"p": {"$ref": "#/$defs/p"}}}}},
+            '{"p": {"p": {}}}',
+            '{"p": {"z": {}}}',
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_lenient", [True, False])
+def test_a_property_that_is_not_named_is_written_where_the_schema_says_so_alone(
+    compiler: Compiler, schema: Any, good: str, bad: str, is_lenient: bool
+) -> None:
+    grammar = whole(json_form(schema, is_lenient=is_lenient))
+    assert accepts(compiler, grammar, good)
+    assert not accepts(compiler, grammar, bad)
+    for rest in (True, {"type": ["integer", "object"]}):
+        said = {**_POINT, "additionalProperties": rest}
+        grammar = whole(json_form(said, is_lenient=is_lenient))
+        assert accepts(compiler, grammar, '{"x": 1, "z": 1}')
+
+
 @pytest.mark.parametrize("text", ['{  "a": 1}', '{\n\n"a": 1}', ' {"a": 1}', '{"a": 1}\n'])
 def test_blanks_do_not_go_on_for_ever(compiler: Compiler, text: str) -> None:
     grammar = whole(json_form({"type": "object"}, is_lenient=False))
