@@ -128,16 +128,34 @@ PromptLogprobs = list[dict[str, PromptCandidate] | None]
 
 
 class ToolCall(Document):
-    """A call of a tool; `index` stands in streams."""
+    """A call of a tool."""
 
-    index: int | None = None
     id: str
     type: Literal["function"]
     function: CalledFunction
 
 
+class FunctionDelta(Document):
+    """The tool, in a call's first delta, and what comes to its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(Document):
+    """What comes to a call; `id` and `type` stand in its first delta."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class LeftOut(Document):
-    """What the model wrote and the message does not hold."""
+    """What the model wrote and the message does not hold.
+
+    Where there is a `cut_tool_call`, a call is incomplete; it is the part that no call shows.
+    """
 
     num_tool_calls: int | None = None
     cut_tool_call: str | None = None
@@ -190,7 +208,7 @@ class MessageDelta(Document):
     role: Literal["assistant"] = "assistant"
     content: str = ""
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Document):

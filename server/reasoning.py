@@ -14,7 +14,7 @@ class ReasoningCounter:
     """Counts the tokens that begin between what opens the reasoning and what closes it.
 
     By the tokens' bytes, so it does not matter whether a tag is one token or many, nor how the
-    tokens come. What it reads is what `SpeechParser` takes for reasoning, the tags excepted.
+    tokens come. What it reads is what `OutputParser` takes for reasoning, the tags excepted.
     """
 
     def __init__(self, pieces: Pieces, tags: ThinkTags, *, is_thinking: bool) -> None:

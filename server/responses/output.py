@@ -12,7 +12,6 @@ from typing import Any, Literal
 import orjson
 
 from server.responses.conversation import item_id
-from server.tools.events import Call
 
 Fields = dict[str, Any]
 Ended = Literal["completed", "incomplete"]
@@ -33,11 +32,6 @@ class OutputItems:
         self._logprobs: list[Fields] = []
 
     @property
-    def num_calls(self) -> int:
-        """Calls so far."""
-        return sum(item["type"] == "function_call" for item in self._items)
-
-    @property
     def is_message_open(self) -> bool:
         """Whether text that follows goes on with what is there."""
         return self._is_open and self._items[-1]["type"] == "message"
@@ -46,7 +40,7 @@ class OutputItems:
         """Return them as they are by now."""
         if not self._is_open:
             return list(self._items)
-        return [*self._items[:-1], self._items[-1] | {"content": [self._part()]}]
+        return [*self._items[:-1], self._items[-1] | self._written()]
 
     def text(self, text: str, logprobs: list[Fields]) -> list[Fields]:
         """Go on with the message, or begin one."""
@@ -71,39 +65,49 @@ class OutputItems:
         events = [] if is_open else self._begin("reasoning", {"summary": []})
         return [*events, self._delta(text)]
 
-    def call(self, call: Call) -> list[Fields]:
-        """Add a call, which is complete."""
+    def call(self, name: str) -> list[Fields]:
+        """Begin a call."""
         events = self.end("completed")
-        called = {"call_id": self._new_call_id(), "name": call.name, "arguments": call.arguments}
-        item = self._add("function_call", called | {"status": "completed"})
-        at = self._at()
-        return [
-            *events,
-            self._added(item | {"arguments": "", "status": "in_progress"}),
-            {"type": "response.function_call_arguments.delta", **at, "delta": call.arguments},
-            {
-                "type": "response.function_call_arguments.done",
-                **at,
-                "name": call.name,
-                "arguments": call.arguments,
-            },
-            self._done(),
-        ]
+        called = {"call_id": self._new_call_id(), "name": name, "arguments": ""}
+        item = self._add("function_call", called | {"status": "in_progress"})
+        self._is_open = True
+        return [*events, self._added(dict(item))]
+
+    def arguments(self, text: str) -> list[Fields]:
+        """Go on with the arguments of the call that is open."""
+        self._texts.append(text)
+        kind = "response.function_call_arguments.delta"
+        return [{"type": kind, **self._at(), "delta": text}]
 
     def end(self, status: Ended) -> list[Fields]:
         """End the item that is open, if one is."""
         if not self._is_open:
             return []
-        part = self._part()
-        at = self._at() | {"content_index": 0}
-        self._items[-1] |= {"status": status, "content": [part]}
+        written = self._written()
+        self._items[-1] |= {"status": status, **written}
         self._is_open = False
         self._texts, self._logprobs = [], []
+        if "arguments" not in written:
+            return [*self._content_done(written["content"][0]), self._done()]
+        if status == "incomplete":
+            return [self._done()]
+        kind = "response.function_call_arguments.done"
+        return [
+            {"type": kind, **self._at(), "name": self._items[-1]["name"], **written},
+            self._done(),
+        ]
+
+    @property
+    def is_call_open(self) -> bool:
+        """Whether the last item is a call that is not complete."""
+        return self._is_open and self._items[-1]["type"] == "function_call"
+
+    def _content_done(self, part: Fields) -> list[Fields]:
+        at = self._at() | {"content_index": 0}
         text_done = {key: value for key, value in part.items() if key in {"text", "logprobs"}}
         return [
             {"type": f"response.{part['type']}.done", **at, **text_done},
             {"type": "response.content_part.done", **at, "part": part},
-            self._done(),
         ]
 
     def _begin(self, kind: str, fields: Fields) -> list[Fields]:
@@ -120,6 +124,12 @@ class OutputItems:
         own = item_id(kind, self._response_key, index, is_output=True)
         self._items.append({"id": own, "type": kind, **fields})
         return self._items[-1]
+
+    def _written(self) -> Fields:
+        """Return what the open item holds by now."""
+        if self._items[-1]["type"] == "function_call":
+            return {"arguments": "".join(self._texts)}
+        return {"content": [self._part()]}
 
     def _part(self) -> Fields:
         kind = _PARTS[self._items[-1]["type"]]

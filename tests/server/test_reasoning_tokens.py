@@ -11,7 +11,7 @@ from server.text.load import ModelText
 from server.text.pieces import Pieces
 from server.tools.declared import MISTRAL_THINK, THINK
 from server.tools.events import Reasoning
-from server.tools.speech import Speech, SpeechParser, ThinkTags
+from server.tools.speech import OutputParser, Speech, ThinkTags
 
 
 def pieces_of(text: ModelText) -> Pieces:
@@ -79,7 +79,7 @@ def test_it_counts_what_the_parser_tells(
     for start in range(0, len(token_ids), width):
         counter.count(token_ids[start : start + width], is_last=False)
     count = counter.count((), is_last=True)
-    parser = SpeechParser(Speech(None, tags, is_thinking=is_thinking))
+    parser = OutputParser(Speech(None, tags, is_thinking=is_thinking))
     events = parser.push(output) + parser.finish()
     told = "".join(event.text for event in events if isinstance(event, Reasoning)).encode()
     # The parser leaves out the spaces at both ends, which are the template's.

@@ -85,9 +85,15 @@ def test_a_stream_of_calls_adds_up(chatting: Chatting, width: int) -> None:
             calls += choice.delta.tool_calls or []
             reasons.append(choice.finish_reason)
     assert content == "Let me see."
-    assert [call.index for call in calls] == [0, 1]
-    assert [(call.type, call.function.name) for call in calls] == [("function", "add")] * 2
-    assert [json.loads(call.function.arguments) for call in calls] == [{"a": 1}] * 2
+    begun = [call for call in calls if call.id]
+    assert [call.index for call in begun] == [0, 1]
+    assert [(call.type, call.function.name) for call in begun] == [("function", "add")] * 2
+    for index in (0, 1):
+        [first, *more] = [call for call in calls if call.index == index]
+        assert first.function.arguments == ""
+        assert not any(call.id or call.type or call.function.name for call in more)
+        assert "".join(call.function.arguments for call in more) == '{"a": 1}'
+        assert len(more) > 3 or width > 1
     assert reasons == [*[None] * (len(reasons) - 1), "tool_calls"]
 
 
@@ -114,12 +120,11 @@ def test_each_of_several_choices_is_read_on_its_own(chatting: Chatting, is_strea
     bodies = [answer.json()] if not is_stream else _events(answer.text)
     choices = [choice for body in bodies for choice in body["choices"]]
     parts = [choice.get("message") or choice.get("delta") for choice in choices]
-    told = [
-        (choice["index"], call["function"]["arguments"])
-        for choice, part in zip(choices, parts, strict=True)
-        for call in part.get("tool_calls", [])
-    ]
-    assert sorted(told) == [(0, '{"a": 1}'), (1, '{"a": 1}')]
+    told = {0: "", 1: ""}
+    for choice, part in zip(choices, parts, strict=True):
+        for call in part.get("tool_calls", []):
+            told[choice["index"]] += call["function"]["arguments"]
+    assert told == {0: '{"a": 1}', 1: '{"a": 1}'}
 
 
 def _events(text: str) -> list[dict[str, Any]]:
@@ -152,6 +157,25 @@ def test_a_call_cut_by_the_limit_is_told_apart(chatting: Chatting, is_stream: bo
     [choice] = (_events(answer.text)[-1] if is_stream else answer.json())["choices"]
     assert choice["finish_reason"] == "length"
     assert choice["octavo"] == {"left_out": {"cut_tool_call": CALL[:20]}}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_call_cut_within_its_arguments_is_shown_as_far_as_it_came(
+    chatting: Chatting, is_stream: bool
+) -> None:
+    live = chatting(CALL + CALL[:-18], reason=FinishReason.LENGTH)
+    asked = {"messages": [USER], "tools": [TOOL], "stream": is_stream}
+    answer = live.post("/v1/chat/completions", **asked)
+    bodies = _events(answer.text) if is_stream else [answer.json()]
+    choices = [choice for body in bodies for choice in body["choices"]]
+    told: list[str] = []
+    for choice in choices:
+        for call in (choice.get("message") or choice["delta"]).get("tool_calls", []):
+            told += [""] if "id" in call else []
+            told[-1] += call["function"]["arguments"]
+    assert told == ['{"a": 1}', '{"a"']
+    assert choices[-1]["finish_reason"] == "length"
+    assert choices[-1]["octavo"] == {"left_out": {"cut_tool_call": ""}}
 
 
 def test_mistral_calls_have_ids_its_template_accepts(chatting: Chatting) -> None:

@@ -90,6 +90,42 @@ def test_a_stream_adds_up_to_the_whole_answer(
     assert message.usage.to_dict().items() >= whole["usage"].items()
 
 
+def test_arguments_come_as_they_are_written(saying: Saying) -> None:
+    events = events_of(saying(CALL).post("/v1/messages", **ASKED, stream=True).text)
+    block, *deltas, end = events[2:-2]
+    assert block["content_block"] | {"id": ""} == {
+        "type": "tool_use",
+        "id": "",
+        "name": "add",
+        "input": {},
+    }
+    written = [event["delta"]["partial_json"] for event in deltas]
+    assert written == ["{", '"', "a", '"', ":", " ", "1}"]
+    assert end["type"] == "content_block_stop"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [("", {}), ('"a": [1, {"b": "x', {"a": [1, {}]}), ('"a": 1, "b', {"a": 1})],
+)
+def test_a_call_that_the_limit_cuts_keeps_its_complete_members(
+    saying: Saying, client_of: Callable[[Any], Any], written: str, shown: dict[str, Any]
+) -> None:
+    output = CALL + '<tool_call>{"name": "add", "arguments": {' + written
+    live = saying(output, reason=FinishReason.LENGTH)
+    body = live.post("/v1/messages", **ASKED).json()
+    assert [block["input"] for block in body["content"]] == [{"a": 1}, shown]
+    assert body["stop_reason"] == "max_tokens"
+    assert body["octavo"]["left_out"] == {"cut_tool_call": ""}
+    events = events_of(live.post("/v1/messages", **ASKED, stream=True).text)
+    require_order(events)
+    added = [event["delta"].get("partial_json", "") for event in events if "delta" in event]
+    assert "".join(added) == '{"a": 1}{' + written
+    with client_of(live).messages.stream(**ASKED) as stream:
+        message = stream.get_final_message()
+    assert [block.name for block in message.content] == ["add", "add"]
+
+
 def test_blocks_are_the_sum_of_their_events_without_a_server() -> None:
     blocks = Blocks(None, lambda: "id")
     told = []

@@ -99,6 +99,51 @@ def _plain(item: dict[str, Any]) -> tuple[Any, ...]:
     return item["type"], item.get("arguments"), words
 
 
+def test_arguments_come_as_they_are_written(speaking: Any, events_of: Any) -> None:
+    events = events_of(speaking(CALL).post(PATH, stream=True, input="x", tools=[TOOL]).text)
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    [first, *_, last] = [i for i, k in enumerate(kinds) if k == "function_call_arguments.delta"]
+    assert events[first - 1]["item"] | {"id": "", "call_id": ""} == {
+        "id": "",
+        "call_id": "",
+        "type": "function_call",
+        "name": "add",
+        "arguments": "",
+        "status": "in_progress",
+    }
+    assert len({*kinds[first : last + 1]}) == 1
+    assert [event["delta"] for event in events[first : last + 1]] == [
+        "{",
+        '"',
+        "a",
+        '"',
+        ":",
+        " ",
+        "1}",
+    ]
+    assert kinds[last + 1 : last + 3] == ["function_call_arguments.done", "output_item.done"]
+    assert events[last + 1]["arguments"] == '{"a": 1}'
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_call_that_the_limit_cuts_is_an_incomplete_item(
+    speaking: Any, events_of: Any, is_stream: bool
+) -> None:
+    live = speaking(CALL + CALL[:-18], reason=FinishReason.LENGTH)
+    answer = live.post(PATH, input="1+1?", tools=[TOOL], stream=is_stream)
+    body = events_of(answer.text)[-1]["response"] if is_stream else answer.json()
+    OpenAIResponse.model_validate(body)
+    assert [(item["arguments"], item["status"]) for item in body["output"]] == [
+        ('{"a": 1}', "completed"),
+        ('{"a"', "incomplete"),
+    ]
+    assert body["status"] == "incomplete"
+    assert body["octavo"]["left_out"] == {"cut_tool_call": ""}
+    if is_stream:
+        *_, last, _ = events_of(answer.text)
+        assert (last["type"], last["item"]) == ("response.output_item.done", body["output"][-1])
+
+
 @pytest.mark.parametrize("width", [1, 9])
 def test_the_official_clients_helper_gives_what_is_stored(
     speaking: Any, api_of: Any, width: int

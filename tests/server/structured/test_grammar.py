@@ -24,9 +24,9 @@ from server.structured.grammar import (
     special,
     whole,
 )
-from server.tools.events import Call
+from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, joined
 from server.tools.forms import call_form
-from server.tools.speech import Speech, SpeechParser
+from server.tools.speech import OutputParser, Speech
 from server.tools.syntaxes import BARE, HERMES, LLAMA, MISTRAL
 
 #: All bytes, then <think> and </think> as special tokens, then the end.
@@ -204,9 +204,9 @@ def test_calls_are_written_as_they_are_read(
     assert accepts(compiler, whole(None, calls=single), text) == (num_calls == 1)
     assert not accepts(compiler, whole(None, calls=rules), text.replace("1", "true"))
     assert not accepts(compiler, whole(None, calls=rules), text.replace("f", "g"))
-    parser = SpeechParser(Speech(syntax, tool_names=frozenset({"f"})))
-    events = parser.push(text) + parser.finish()
-    assert events == [Call("f", '{"a": 1}')] * num_calls
+    parser = OutputParser(Speech(syntax, tool_names=frozenset({"f"})))
+    call = [CallStarted("f"), ArgumentsDelta('{"a": 1}'), CallEnded()]
+    assert joined(parser.push(text) + parser.finish()) == call * num_calls
 
 
 def test_a_special_mark_is_a_token(compiler: Compiler) -> None:

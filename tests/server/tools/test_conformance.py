@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from canitoolcall import checks, chunking, fixtures, results
 
 from server.tools.declared import MISTRAL_THINK, THINK, opens_reasoning
-from server.tools.events import Call, Content, Reasoning
+from server.tools.events import (
+    ArgumentsDelta,
+    CallEnded,
+    CallStarted,
+    Content,
+    CutCall,
+    Event,
+    Reasoning,
+)
 from server.tools.marked import DEEPSEEK
-from server.tools.speech import Speech, SpeechParser, ThinkTags
+from server.tools.speech import OutputParser, Speech, ThinkTags
 from server.tools.spelled import DSML, GLM, QWEN_XML
 from server.tools.syntaxes import HERMES, LLAMA, MISTRAL, CallSyntax
 
@@ -65,17 +74,28 @@ def _reasoning(fixture: Any) -> tuple[ThinkTags | None, bool]:
 
 
 def _parsed(fixture: Any, pieces: list[str]) -> Any:
-    parser = SpeechParser(_speech(fixture))
+    parser = OutputParser(_speech(fixture))
     events = [event for piece in pieces for event in parser.push(piece)] + parser.finish()
     return results.ParseResult(
         content="".join(event.text for event in events if isinstance(event, Content)),
         reasoning_content="".join(event.text for event in events if isinstance(event, Reasoning)),
-        tool_calls=tuple(
-            results.ParsedToolCall(event.name, event.arguments)
-            for event in events
-            if isinstance(event, Call)
-        ),
+        tool_calls=tuple(_calls(events)),
     )
+
+
+def _calls(events: list[Event]) -> Iterator[Any]:
+    """Yield the complete calls: the stream says of one that is cut that it has no end."""
+    name = arguments = ""
+    for event in events:
+        match event:
+            case CallStarted(name):
+                arguments = ""
+            case ArgumentsDelta(text):
+                arguments += text
+            case CallEnded():
+                yield results.ParsedToolCall(name, arguments)
+            case Content() | Reasoning() | CutCall():
+                pass
 
 
 def test_every_fixture_of_the_supported_families() -> None:

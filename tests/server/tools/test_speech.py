@@ -8,9 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.tools.declared import THINK
-from server.tools.events import Call, Content, CutCall, Reasoning
+from server.tools.events import (
+    ArgumentsDelta,
+    CallEnded,
+    CallStarted,
+    Content,
+    CutCall,
+    Event,
+    Reasoning,
+    joined,
+)
 from server.tools.marked import DEEPSEEK
-from server.tools.speech import Speech, SpeechParser
+from server.tools.speech import OutputParser, Speech
 from server.tools.spelled import DSML, GLM, QWEN_XML
 from server.tools.syntaxes import HERMES, LLAMA, MISTRAL
 
@@ -33,24 +42,53 @@ SPEECHES = {
 class Heard:
     content: str
     reasoning: str
+    #: Those that are complete: name and arguments.
     calls: tuple[tuple[str, str], ...]
-    cut: str
+    #: What the last one that is not complete holds: told and not told.
+    cut: str = ""
+    #: The arguments told of it; None: it is not even known which tool was meant.
+    begun: str | None = None
 
 
-def heard(speech: Speech, *pieces: str) -> Heard:
-    parser = SpeechParser(speech)
+def events_of(speech: Speech, *pieces: str) -> list[Event]:
+    parser = OutputParser(speech)
     events = []
     for piece in pieces:
         events += parser.push(piece)
         parser.check()
     events += parser.finish()
     parser.check()
-    return Heard(
-        "".join(event.text for event in events if isinstance(event, Content)),
-        "".join(event.text for event in events if isinstance(event, Reasoning)),
-        tuple((event.name, event.arguments) for event in events if isinstance(event, Call)),
-        "".join(event.text for event in events if isinstance(event, CutCall)),
-    )
+    return events
+
+
+def heard(speech: Speech, *pieces: str) -> Heard:
+    """Return what the events add up to; asserts that they follow each other as they should."""
+    content = reasoning = cut = ""
+    calls: list[tuple[str, str]] = []
+    opened: tuple[str, str] | None = None
+    begun = None
+    for event in events_of(speech, *pieces):
+        match event:
+            case Content(text):
+                assert opened is None
+                content += text
+            case Reasoning(text):
+                assert opened is None
+                reasoning += text
+            case CallStarted(name):
+                assert opened is None
+                opened = (name, "")
+            case ArgumentsDelta(text):
+                assert opened is not None
+                opened = (opened[0], opened[1] + text)
+            case CallEnded():
+                assert opened is not None
+                calls.append(opened)
+                opened = None
+            case CutCall(text):
+                cut, begun, opened = text, opened[1] if opened else None, None
+    assert opened is None
+    return Heard(content, reasoning, tuple(calls), cut, begun)
 
 
 FRAGMENTS = (
@@ -119,6 +157,7 @@ def test_every_way_to_cut_an_output_gives_the_same(speech: Speech, pieces: tuple
     expected = heard(speech, whole)
     assert heard(speech, *pieces) == expected
     assert heard(speech, *whole) == expected
+    assert joined(events_of(speech, *pieces)) == joined(events_of(speech, whole))
     for _, arguments in expected.calls:
         assert isinstance(json.loads(arguments), dict)
 
@@ -129,7 +168,8 @@ def test_no_word_is_lost(speech: Speech, pieces: tuple[str, ...]) -> None:
     """Where there is neither call nor reasoning, the content is the output, to the letter."""
     whole = "".join(pieces)
     told = heard(speech, whole)
-    if not told.calls and not told.cut and "<think>" not in whole and "</think>" not in whole:
+    is_calling = told.calls or told.cut or told.begun is not None
+    if not is_calling and "<think>" not in whole and "</think>" not in whole:
         expected = whole.strip() if speech.is_thinking else whole
         assert told.content + told.reasoning == expected
 
@@ -143,7 +183,7 @@ def test_calls_with_text_before_between_and_after(count: int) -> None:
 
 
 def test_what_cannot_be_a_call_is_let_out_at_once() -> None:
-    parser = SpeechParser(SPEECHES["hermes"])
+    parser = OutputParser(SPEECHES["hermes"])
     assert parser.push("a <tool") == [Content("a")]
     assert parser.push("box>") == [Content(" <toolbox>")]
     assert parser.push(' <tool_call>{"name"') == []
@@ -151,14 +191,14 @@ def test_what_cannot_be_a_call_is_let_out_at_once() -> None:
 
 
 def test_a_json_answer_is_held_back_to_its_first_key_only() -> None:
-    parser = SpeechParser(SPEECHES["llama"])
+    parser = OutputParser(SPEECHES["llama"])
     assert parser.push('{"capital') == []
     assert parser.push('": ') == [Content("{"), Content('"capital":')]
 
 
 def test_a_json_answer_that_names_no_offered_tool_is_content() -> None:
     answer = '{"name": "Ada", "parameters": {}}'
-    assert heard(SPEECHES["llama"], answer) == Heard(answer, "", (), "")
+    assert heard(SPEECHES["llama"], answer) == Heard(answer, "", ())
 
 
 @pytest.mark.parametrize(
@@ -185,31 +225,47 @@ def test_two_calls(name: str, output: str) -> None:
     assert heard(SPEECHES[name], output).calls == (("add", '{"a": 1}'), ("get_time", "{}"))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "{'a': 1}",
-        '{"a": 01}',
-        '{"a": True}',
-        '{"a": NaN}',
-        '{"a": "\\x"}',
-        "{,}",
-        '{"a": 1,}',
-        "[1]",
-        '"3"',
-        "3",
-        '{"a": [}]',
-        "[" * 200 + "]" * 200,
-    ],
-)  # fmt: skip - faults read best side by side
-def test_a_malformed_call_is_given_back_as_it_was(arguments: str) -> None:
+@pytest.mark.parametrize("arguments", ["[1]", '"3"', "3", '"{\\"a\\": 1"', "[" * 200 + "]" * 200])
+def test_a_call_without_an_object_of_arguments_is_given_back(arguments: str) -> None:
     output = f'<tool_call>{{"name": "add", "arguments": {arguments}}}</tool_call>'
-    assert heard(SPEECHES["hermes"], output) == Heard(output, "", (), "")
+    assert heard(SPEECHES["hermes"], output) == Heard(output, "", ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "begun"),
+    [
+        ("{'a': 1}", "{"),
+        ('{"a": 01}', '{"a": '),
+        ('{"a": True}', '{"a": '),
+        ('{"a": NaN}', '{"a": '),
+        ('{"a": "\\x"}', '{"a": "'),
+        ("{,}", "{"),
+        ('{"a": 1,}', '{"a": 1,'),
+        ('{"a": [}]', '{"a": ['),
+        ('{"a": ' + "[" * 200 + "]" * 200, '{"a": ' + "[" * 98),
+    ],
+)
+def test_a_call_whose_arguments_go_astray_is_cut_there(arguments: str, begun: str) -> None:
+    """What has been told stays, the rest is content, and the call is known to be incomplete."""
+    output = f'<tool_call>{{"name": "add", "arguments": {arguments}}}</tool_call>'
+    told = heard(SPEECHES["hermes"], output)
+    rest = output[output.index(arguments) + len(begun) :]
+    assert told == Heard(rest, "", (), "", begun)
+
+
+@pytest.mark.parametrize("is_offered", [True, False])
+def test_a_call_of_a_tool_that_was_not_offered_is_told_once_complete(is_offered: bool) -> None:
+    parser = OutputParser(Speech(HERMES, tool_names=TOOLS if is_offered else frozenset()))
+    events = parser.push('<tool_call>{"name": "add", "arguments": {"a": 1')
+    begun = [CallStarted("add"), ArgumentsDelta('{"a": ')]
+    assert events == (begun if is_offered else [])
+    events += parser.push("}}</tool_call>") + parser.finish()
+    assert joined(events) == [CallStarted("add"), ArgumentsDelta('{"a": 1}'), CallEnded()]
 
 
 def test_a_good_call_behind_a_malformed_one_is_found() -> None:
     told = heard(SPEECHES["hermes"], '<tool_call>{add}<tool_call>{"name": "add"}</tool_call>')
-    assert told == Heard("<tool_call>{add}", "", (("add", "{}"),), "")
+    assert told == Heard("<tool_call>{add}", "", (("add", "{}"),))
 
 
 def test_newlines_in_strings_become_strict_json() -> None:
@@ -218,19 +274,29 @@ def test_newlines_in_strings_become_strict_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "end", ["", '{"name": "add", "argu', '{"name": "add", "arguments": {"a": "']
+    ("end", "begun", "cut"),
+    [
+        ("", None, "<tool_call>"),
+        ('{"name": "add", "argu', None, '<tool_call>{"name": "add", "argu'),
+        ('{"name": "add", "arguments": {"a": "', '{"a": "', ""),
+        ('{"name": "add", "arguments": {"a": "x\\u00', '{"a": "x', "\\u00"),
+        ('{"name": "add", "arguments": {"a": 12', '{"a": ', "12"),
+        ('{"name": "add", "arguments": {"a": 12}', '{"a": 12}', ""),
+    ],
 )
-def test_a_call_that_the_end_cuts_is_told_apart(end: str) -> None:
+def test_a_call_that_the_end_cuts_is_told_as_far_as_it_came(
+    end: str, begun: str | None, cut: str
+) -> None:
     told = heard(SPEECHES["hermes"], "Well.\n<tool_call>" + end)
-    assert told == Heard("Well.", "", (), "<tool_call>" + end)
+    assert told == Heard("Well.", "", (), cut, begun)
 
 
 def test_calls_within_reasoning_are_reasoning() -> None:
     told = heard(
         SPEECHES["prefilled"], 'so <tool_call>{"name": "add"}</tool_call>\n</think>\n\nYes'
     )
-    assert told == Heard("Yes", 'so <tool_call>{"name": "add"}</tool_call>', (), "")
+    assert told == Heard("Yes", 'so <tool_call>{"name": "add"}</tool_call>', ())
 
 
 def test_reasoning_the_model_opens_itself_though_the_prompt_did() -> None:
-    assert heard(SPEECHES["prefilled"], "<think>\nhm</think>ok") == Heard("ok", "hm", (), "")
+    assert heard(SPEECHES["prefilled"], "<think>\nhm</think>ok") == Heard("ok", "hm", ())

@@ -1,0 +1,66 @@
+"""Reads one answer as its request asked for it; the three APIs tell what this gives.
+
+Knows nothing of how calls and reasoning are told apart (`server/tools/`) nor of how answers look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from server.tooling import Spoken
+from server.tools.events import CallEnded, CallStarted, Content, CutCall, Event, Reasoning
+from server.tools.speech import OutputParser
+
+
+class AnswerParser:
+    """Gives the events that the client is to see, in order."""
+
+    def __init__(self, spoken: Spoken | None) -> None:
+        """`spoken`: how the output is read; None: it is plain text."""
+        self._spoken = spoken
+        self._parser = None if spoken is None else OutputParser(spoken.speech)
+        #: Complete calls among the events.
+        self.num_calls = 0
+        self._num_started = 0
+        self._is_skipping = False
+        #: What the output holds and no event tells.
+        self.left_out: dict[str, Any] = {}
+
+    def push(self, text: str) -> list[Event]:
+        """Return what is known now that `text` follows."""
+        if self._parser is None:
+            return [Content(text)] if text else []
+        return self._shown(self._parser.push(text))
+
+    def finish(self) -> list[Event]:
+        """Return what is left now that nothing follows."""
+        return [] if self._parser is None else self._shown(self._parser.finish())
+
+    def _shown(self, events: Iterable[Event]) -> list[Event]:
+        return [event for event in events if self._is_shown(event)]
+
+    def _is_shown(self, event: Event) -> bool:
+        assert self._spoken is not None, "plain text has no events"
+        match event:
+            case Reasoning():
+                return self._spoken.has_reasoning
+            case Content():
+                return True
+            case CallStarted():
+                self._is_skipping = bool(self._num_started) and not self._spoken.has_parallel_calls
+                self._num_started += not self._is_skipping
+            case CallEnded() if self._is_skipping:
+                self.left_out["num_tool_calls"] = self.left_out.get("num_tool_calls", 0) + 1
+            case CallEnded():
+                self.num_calls += 1
+            case CutCall(text) if not self._is_skipping:
+                self.left_out["cut_tool_call"] = self.left_out.get("cut_tool_call", "") + text
+        return not self._end_of_skipping(event)
+
+    def _end_of_skipping(self, event: Event) -> bool:
+        """Return whether the event is one of a skipped call, which may end with it."""
+        was_skipping = self._is_skipping
+        if isinstance(event, CallEnded | CutCall):
+            self._is_skipping = False
+        return was_skipping
