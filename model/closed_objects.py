@@ -243,5 +243,6 @@ def _texts(schema: _Schema, name: str) -> list[object]:
     if not isinstance(part, dict):
         return []
     listed = [part["const"]] if "const" in part else part.get("enum")
-    is_known = isinstance(listed, list) and all(isinstance(one, str) for one in listed)
-    return listed if is_known and isinstance(listed, list) else []
+    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+        return []
+    return listed
