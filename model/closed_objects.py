@@ -189,8 +189,8 @@ class _Closing:
         arrays = [member for member in members if not member.keys().isdisjoint(_OF_ARRAYS)]
         for member in arrays:
             for key in _OF_ARRAYS:
-                found = member.get(key)
-                listed = found if isinstance(found, list) else [found]
+                given = member.get(key)
+                listed = given if isinstance(given, list) else [given]
                 self._take_all(listed, is_apart=len(arrays) == 1)
 
     def _take_all(self, schemas: Sequence[object], *, is_apart: bool) -> None:
@@ -242,7 +242,7 @@ def _texts(schema: _Schema, name: str) -> list[object]:
     part = dict(_mapped(schema, "properties")).get(name)
     if not isinstance(part, dict):
         return []
-    listed = [part["const"]] if "const" in part else part.get("enum")
+    listed: Any = [part["const"]] if "const" in part else part.get("enum")
     if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
         return []
     return listed

@@ -5,11 +5,20 @@ Knows nothing of how calls and reasoning are told apart (`server/tools/`) nor of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from server.tooling import Spoken
-from server.tools.events import CallEnded, CallStarted, Content, CutCall, Event, Reasoning
+from server.tools.custom import input_of
+from server.tools.events import (
+    ArgumentsDelta,
+    CallEnded,
+    CallStarted,
+    Content,
+    CutCall,
+    Event,
+    Reasoning,
+)
 from server.tools.speech import OutputParser
 
 
@@ -24,6 +33,8 @@ class AnswerParser:
         self.num_calls = 0
         self._num_started = 0
         self._is_skipping = False
+        #: Arguments of a custom tool's call, of which the input is told when it is complete.
+        self._held: str | None = None
         #: What the output holds and no event tells.
         self.left_out: dict[str, Any] = {}
 
@@ -38,7 +49,26 @@ class AnswerParser:
         return [] if self._parser is None else self._shown(self._parser.finish())
 
     def _shown(self, events: Iterable[Event]) -> list[Event]:
-        return [event for event in events if self._is_shown(event)]
+        return [event for event in self._with_inputs(events) if self._is_shown(event)]
+
+    def _with_inputs(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Yield the events with the input of custom tools in place of their arguments."""
+        assert self._spoken is not None, "plain text has no events"
+        for event in events:
+            match event:
+                case CallStarted(name) if name in self._spoken.custom_names:
+                    self._held = ""
+                    yield CallStarted(name, is_custom=True)
+                case ArgumentsDelta(text) if self._held is not None:
+                    self._held += text
+                case CallEnded() if self._held is not None:
+                    held, self._held = self._held, None
+                    yield from (ArgumentsDelta(input_of(held)), event)
+                case CutCall(text) if self._held is not None:
+                    held, self._held = self._held, None
+                    yield CutCall(held + text)
+                case _:
+                    yield event
 
     def _is_shown(self, event: Event) -> bool:
         assert self._spoken is not None, "plain text has no events"

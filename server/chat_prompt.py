@@ -51,7 +51,7 @@ async def prompt_of_chat(
         add_generation_prompt=request.add_generation_prompt,
         add_special_tokens=request.add_special_tokens,
         variables=_with_effort(service, request, warnings),
-        tools=[tool.for_template() for tool in tools],
+        tools=[tool.function.for_template() for tool in tools],
         continues_final=request.continue_final_message is True,
         must_fit=must_fit and request.truncate_prompt_tokens is None,
         num_bytes=request.num_bytes,

@@ -127,12 +127,20 @@ class PromptCandidate(Document):
 PromptLogprobs = list[dict[str, PromptCandidate] | None]
 
 
+class CalledCustom(Document):
+    """A custom tool and its input, a text."""
+
+    name: str
+    input: str
+
+
 class ToolCall(Document):
-    """A call of a tool."""
+    """A call of a tool: which of the two fields it has depends on its type."""
 
     id: str
-    type: Literal["function"]
-    function: CalledFunction
+    type: Literal["function", "custom"]
+    function: CalledFunction | None = None
+    custom: CalledCustom | None = None
 
 
 class FunctionDelta(Document):
@@ -142,13 +150,21 @@ class FunctionDelta(Document):
     arguments: str
 
 
+class CustomDelta(Document):
+    """The tool, in a call's first delta, and then its whole input."""
+
+    name: str | None = None
+    input: str
+
+
 class ToolCallDelta(Document):
     """What comes to a call; `id` and `type` stand in its first delta."""
 
     index: int
     id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionDelta
+    type: Literal["function", "custom"] | None = None
+    function: FunctionDelta | None = None
+    custom: CustomDelta | None = None
 
 
 class LeftOut(Document):

@@ -154,7 +154,7 @@ async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[i
             add_generation_prompt=asked.add_generation_prompt,
             add_special_tokens=asked.add_special_tokens,
             variables=asked.chat_template_kwargs,
-            tools=[tool.for_template() for tool in asked.tools or ()],
+            tools=[tool.function.for_template() for tool in asked.tools or ()],
             continues_final=asked.continue_final_message is True,
             num_bytes=asked.num_bytes,
         )

@@ -30,6 +30,8 @@ from server.tools.events import (
 
 _ID_CHARS = string.ascii_letters + string.digits
 _NUM_ID_CHARS = 24
+#: What the model writes of a call, by its kind.
+_WRITTEN = {"function": "arguments", "custom": "input"}
 
 
 class SpokenDialect(ChatDialect):
@@ -43,6 +45,8 @@ class SpokenDialect(ChatDialect):
         self._parser = AnswerParser(spoken)
         self._chance = service.chance
         self._num_started = 0
+        #: Of the call that was started last.
+        self._kind = "function"
 
     def piece(self, piece: Piece) -> bytes:
         """See `Dialect`."""
@@ -102,11 +106,12 @@ class SpokenDialect(ChatDialect):
                 return {"content": text}
             case Reasoning(text):
                 return {"reasoning_content": text}
-            case CallStarted(name):
+            case CallStarted(name, is_custom):
+                self._kind = "custom" if is_custom else "function"
                 return {"tool_calls": [self._started(name)]}
             case ArgumentsDelta(text):
-                added = {"index": self._num_started - 1, "function": {"arguments": text}}
-                return {"tool_calls": [added]}
+                added = {self._kind: {_WRITTEN[self._kind]: text}}
+                return {"tool_calls": [{"index": self._num_started - 1, **added}]}
             case CallEnded() | CutCall():
                 return None
 
@@ -118,8 +123,8 @@ class SpokenDialect(ChatDialect):
         return {
             "index": index,
             "id": call_id(self._chance, num_chars),
-            "type": "function",
-            "function": {"name": name, "arguments": ""},
+            "type": self._kind,
+            self._kind: {"name": name, _WRITTEN[self._kind]: ""},
         }
 
     def _reason(self, reason: str | None) -> str | None:
@@ -137,7 +142,8 @@ def _add_calls(calls: list[dict[str, Any]], deltas: Sequence[dict[str, Any]]) ->
         if "id" in delta:
             calls.append({name: value for name, value in delta.items() if name != "index"})
         else:
-            calls[-1]["function"]["arguments"] += delta["function"]["arguments"]
+            kind = calls[-1]["type"]
+            calls[-1][kind][_WRITTEN[kind]] += delta[kind][_WRITTEN[kind]]
 
 
 def call_id(chance: random.Random, num_chars: int | None, prefix: str = "call_") -> str:

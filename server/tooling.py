@@ -16,7 +16,7 @@ from server.schemas import ChatRequest
 from server.service import Service
 from server.text.pieces import Pieces
 from server.tools.declared import call_syntax, opens_reasoning, think_tags
-from server.tools.schemas import Tool, ToolChoice
+from server.tools.schemas import AllowedToolsChoice, CustomTool, Tool, ToolChoice
 from server.tools.speech import Speech
 from server.tools.syntaxes import BARE, CallSyntax
 
@@ -33,6 +33,8 @@ class Spoken:
     has_reasoning: bool = True
     #: The one call there is was asked for by its name (then OpenAI says "stop").
     is_named: bool = False
+    #: Of the tools that take a text.
+    custom_names: frozenset[str] = frozenset()
 
     def counter(self, pieces: Pieces) -> ReasoningCounter | None:
         """Return what counts reasoning in tokens shown as `pieces`; None: the model does none."""
@@ -44,7 +46,10 @@ class Spoken:
 
 def is_forced(request: ChatRequest) -> bool:
     """Whether the answer must be a call."""
-    return request.tool_choice not in (None, "none", "auto")
+    choice = request.tool_choice
+    if isinstance(choice, AllowedToolsChoice):
+        return choice.allowed_tools.mode == "required"
+    return choice not in (None, "none", "auto")
 
 
 def forced_tools(request: ChatRequest, tools: Sequence[Tool]) -> list[Tool]:
@@ -69,12 +74,28 @@ def callable_tools(service: Service, request: ChatRequest) -> list[Tool]:
             param = f"tools.{index}.function.name"
             raise invalid(f"{param}: two tools have this name", param)
         seen.add(tool.function.name)
-    if isinstance(choice, ToolChoice) and choice.function.name not in seen:
-        message = f"tool_choice names {choice.function.name!r}, which is none of the tools"
-        raise invalid(message, "tool_choice")
+    for name in _chosen(choice):
+        if name not in seen:
+            message = f"tool_choice names {name!r}, which is none of the tools"
+            raise invalid(message, "tool_choice")
+    if isinstance(choice, AllowedToolsChoice):
+        tools = [tool for tool in tools if tool.function.name in _chosen(choice)]
     if tools and not is_forced(request) and _syntax(service) is None:
         raise _no_tools()
     return tools
+
+
+def _chosen(choice: object) -> list[str]:
+    """Return the tools that a choice names."""
+    if isinstance(choice, AllowedToolsChoice):
+        return [one.function.name for one in choice.allowed_tools.tools]
+    return [choice.function.name] if isinstance(choice, ToolChoice) else []
+
+
+def numbered(request: ChatRequest, tools: Sequence[Tool]) -> list[tuple[int, Tool]]:
+    """Return tools with their places in the request."""
+    places = {id(tool): place for place, tool in enumerate(request.tools or ())}
+    return [(places[id(tool)], tool) for tool in tools]
 
 
 def tool_warnings(service: Service, request: ChatRequest, tools: Sequence[Tool]) -> list[Warned]:
@@ -83,9 +104,12 @@ def tool_warnings(service: Service, request: ChatRequest, tools: Sequence[Tool])
     if tools and _syntax(service) is None:
         told = "the model is not shown the tools: its chat template has no place for them"
         warnings.append({"param": "tools", "message": told})
-    for index, tool in enumerate(tools):
+    for index, tool in numbered(request, tools):
         at = f"tools.{index}."
         warnings += params.judge(tool.model_extra, {}, at)
+        if isinstance(tool, CustomTool):
+            warnings += _custom_warnings(tool, at, is_forced=is_forced(request))
+            continue
         warnings += params.judge(tool.function.model_extra, {}, at + "function.")
         if tool.function.strict and not is_forced(request):
             param = at + "function.strict"
@@ -95,6 +119,19 @@ def tool_warnings(service: Service, request: ChatRequest, tools: Sequence[Tool])
             )
             warnings.append({"param": param, "message": told})
     return warnings
+
+
+def _custom_warnings(tool: CustomTool, at: str, *, is_forced: bool) -> list[Warned]:
+    warnings = params.judge(tool.custom.model_extra, {}, at + "custom.")
+    grammar = tool.grammar
+    if grammar is None or (is_forced and grammar.syntax == "regex"):
+        return warnings
+    param = at + CustomTool.schema_field
+    told = (
+        f"{param} is shown to the model, which is not held to it: that is done for regex alone,"
+        " where tool_choice is 'required' or names the tool"
+    )
+    return [*warnings, {"param": param, "message": told}]
 
 
 def prompt_end(service: Service, prompt: Sequence[int]) -> str:
@@ -124,6 +161,7 @@ def spoken(
         has_parallel_calls=request.parallel_tool_calls is not False,
         has_reasoning=request.include_reasoning is not False,
         is_named=isinstance(request.tool_choice, ToolChoice),
+        custom_names=frozenset(one.custom.name for one in tools if isinstance(one, CustomTool)),
     )
 
 

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from server.messages.schemas import CountTokensRequest, MessagesRequest, ToolResultBlock
+from server.messages.schemas import (
+    LEFT_OUT,
+    CountTokensRequest,
+    MessagesRequest,
+    OtherTool,
+    ToolResultBlock,
+    kind_of_tool,
+)
 from server.params import Unsupported, Warned, judge
 from server.schemas import Request
 
@@ -73,8 +80,13 @@ def without_effect(request: CountTokensRequest) -> list[Warned]:
     extras = {k: v for k, v in (request.model_extra or {}).items() if k not in PASSED}
     warnings = judge(extras, MESSAGES)
     for at, part, table in _parts(request):
-        if part.model_extra:
+        if part.model_extra and not isinstance(part, OtherTool):
             warnings += judge(part.model_extra, table, at + ".")
+    for index, tool in enumerate(request.tools or ()):
+        if isinstance(tool, OtherTool):
+            param = f"tools.{index}"
+            told = f"{param} ({tool.type}) was left out: {LEFT_OUT[kind_of_tool(tool.type)]}"
+            warnings.append({"param": param, "message": told})
     return warnings
 
 

@@ -128,8 +128,8 @@ class ResponseDialect:
                     events += self._output.text(text, self._logprobs(self._tokens.of(event)))
                 case Reasoning(text):
                     events += self._output.reasoning(text)
-                case CallStarted(name):
-                    events += self._rest_of_logprobs() + self._output.call(name)
+                case CallStarted():
+                    events += self._rest_of_logprobs() + self._called(event)
                 case ArgumentsDelta(text):
                     events += self._output.arguments(text)
                 case CallEnded():
@@ -137,6 +137,12 @@ class ResponseDialect:
                 case CutCall():
                     events += self._output.end("incomplete") if self._output.is_call_open else []
         return events
+
+    def _called(self, call: CallStarted) -> list[Fields]:
+        tool = self._exchange.called(call.name)
+        name = call.name if tool is None else tool.given.name
+        namespace = None if tool is None else tool.namespace
+        return self._output.call(name, namespace, is_custom=call.is_custom)
 
     def _rest_of_logprobs(self) -> list[Fields]:
         rest = self._logprobs(self._tokens.rest())

@@ -96,15 +96,28 @@ class FunctionCallItem(Request):
     type: Literal["function_call"]
     call_id: Name
     name: ToolName
+    namespace: ToolName | None = None
     arguments: str
     id: Name | None = None
     status: Status | None = None
 
 
-class FunctionOutputItem(Request):
-    """What a called function gave."""
+class CustomCallItem(Request):
+    """A call of a custom tool that the model made."""
 
-    type: Literal["function_call_output"]
+    type: Literal["custom_tool_call"]
+    call_id: Name
+    name: ToolName
+    namespace: ToolName | None = None
+    input: str
+    id: Name | None = None
+    status: Status | None = None
+
+
+class ToolOutputItem(Request):
+    """What a called tool gave."""
+
+    type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: Name
     output: Content
     id: Name | None = None
@@ -134,12 +147,16 @@ class ItemReference(Request):
     id: Name
 
 
-Item = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem | ItemReference
+Item = (
+    MessageItem | FunctionCallItem | CustomCallItem | ToolOutputItem | ReasoningItem | ItemReference
+)
 
 ITEMS: Mapping[str, type[Item]] = {
     "message": MessageItem,
     "function_call": FunctionCallItem,
-    "function_call_output": FunctionOutputItem,
+    "function_call_output": ToolOutputItem,
+    "custom_tool_call": CustomCallItem,
+    "custom_tool_call_output": ToolOutputItem,
     "reasoning": ReasoningItem,
     "item_reference": ItemReference,
 }

@@ -17,6 +17,12 @@ Fields = dict[str, Any]
 Ended = Literal["completed", "incomplete"]
 
 _PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
+#: What the model writes of a call, by its kind, and the events that tell it.
+_WRITTEN = {"function_call": "arguments", "custom_tool_call": "input"}
+_CALL_EVENTS = {
+    "function_call": "function_call_arguments",
+    "custom_tool_call": "custom_tool_call_input",
+}
 
 
 class OutputItems:
@@ -65,19 +71,22 @@ class OutputItems:
         events = [] if is_open else self._begin("reasoning", {"summary": []})
         return [*events, self._delta(text)]
 
-    def call(self, name: str) -> list[Fields]:
+    def call(self, name: str, namespace: str | None, *, is_custom: bool) -> list[Fields]:
         """Begin a call."""
         events = self.end("completed")
-        called = {"call_id": self._new_call_id(), "name": name, "arguments": ""}
-        item = self._add("function_call", called | {"status": "in_progress"})
+        kind = "custom_tool_call" if is_custom else "function_call"
+        called = {"call_id": self._new_call_id(), "name": name, _WRITTEN[kind]: ""}
+        if namespace is not None:
+            called["namespace"] = namespace
+        item = self._add(kind, called | {"status": "in_progress"})
         self._is_open = True
         return [*events, self._added(dict(item))]
 
     def arguments(self, text: str) -> list[Fields]:
         """Go on with the arguments of the call that is open."""
         self._texts.append(text)
-        kind = "response.function_call_arguments.delta"
-        return [{"type": kind, **self._at(), "delta": text}]
+        kind = _CALL_EVENTS[self._items[-1]["type"]]
+        return [{"type": f"response.{kind}.delta", **self._at(), "delta": text}]
 
     def end(self, status: Ended) -> list[Fields]:
         """End the item that is open, if one is."""
@@ -87,20 +96,18 @@ class OutputItems:
         self._items[-1] |= {"status": status, **written}
         self._is_open = False
         self._texts, self._logprobs = [], []
-        if "arguments" not in written:
+        if "content" in written:
             return [*self._content_done(written["content"][0]), self._done()]
         if status == "incomplete":
             return [self._done()]
-        kind = "response.function_call_arguments.done"
-        return [
-            {"type": kind, **self._at(), "name": self._items[-1]["name"], **written},
-            self._done(),
-        ]
+        kind = _CALL_EVENTS[self._items[-1]["type"]]
+        named = {"name": self._items[-1]["name"]} if "arguments" in written else {}
+        return [{"type": f"response.{kind}.done", **self._at(), **named, **written}, self._done()]
 
     @property
     def is_call_open(self) -> bool:
         """Whether the last item is a call that is not complete."""
-        return self._is_open and self._items[-1]["type"] == "function_call"
+        return self._is_open and self._items[-1]["type"] in _WRITTEN
 
     def _content_done(self, part: Fields) -> list[Fields]:
         at = self._at() | {"content_index": 0}
@@ -127,8 +134,9 @@ class OutputItems:
 
     def _written(self) -> Fields:
         """Return what the open item holds by now."""
-        if self._items[-1]["type"] == "function_call":
-            return {"arguments": "".join(self._texts)}
+        kind = self._items[-1]["type"]
+        if kind in _WRITTEN:
+            return {_WRITTEN[kind]: "".join(self._texts)}
         return {"content": [self._part()]}
 
     def _part(self) -> Fields:

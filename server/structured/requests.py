@@ -26,7 +26,7 @@ from server.structured.grammar import (
     whole,
 )
 from server.structured.schemas import ResponseFormat, StructuredOutputs
-from server.tooling import Spoken, forced_tools, is_forced, prompt_end
+from server.tooling import Spoken, forced_tools, is_forced, numbered, prompt_end
 from server.tools.forms import call_form
 from server.tools.schemas import Tool, ToolFunction
 from server.work import LONG_CHARS
@@ -214,9 +214,9 @@ def _calls(
     forced = {tool.function.name for tool in forced_tools(request, tools)}
     shown: list[tuple[str, str]] = []
     fields: dict[str, str] = {}
-    for index, tool in enumerate(tools):
+    for index, tool in numbered(request, tools):
         if tool.function.name in forced:
-            param = f"tools.{index}.function.parameters"
+            param = f"tools.{index}.{tool.schema_field}"
             rule = _arguments(tool.function, param, arguments_rule(len(shown)))
             shown.append((tool.function.name, rule))
             fields[rule] = param

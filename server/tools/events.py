@@ -27,11 +27,13 @@ class CallStarted:
     """A call begins; the events up to its `CallEnded` or `CutCall` belong to it."""
 
     name: str
+    #: Its arguments are a text: the tool is a custom one.
+    is_custom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ArgumentsDelta:
-    """More of a call's arguments: all of them together are an object of strict JSON."""
+    """More of a call's arguments: all of them together are an object of strict JSON, or a text."""
 
     text: str
 

@@ -247,7 +247,8 @@ def test_each_token_of_a_call_tells_its_probability_once(chatting: Chatting) -> 
         ),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "perhaps"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.custom.name"),
         ({"messages": [USER, {"role": "tool", "content": "2"}]}, "messages.1"),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "x"}]}]},
@@ -261,6 +262,51 @@ def test_what_is_wrong_with_tools_is_named(
     answer = chatting("").post("/v1/chat/completions", **({"messages": [USER]} | asked))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+
+
+CUSTOM = {"type": "custom", "custom": {"name": "sh", "description": "Runs it."}}
+CUSTOM_CALL = '<tool_call>\n{"name": "sh", "arguments": {"input": "echo \\"a\\"\\n"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_custom_tool_gets_a_text(chatting: Chatting, is_stream: bool) -> None:
+    # The whole of the tools is longer than the context.
+    shown = "{{ tools[1].function.parameters | tojson }}<tool_call>{{ messages[0].content }}"
+    live = chatting(f"{CALL}\n{CUSTOM_CALL}", template=shown, width=3)
+    asked = {"messages": [USER], "tools": [TOOL, CUSTOM], "stream": is_stream}
+    answer = live.post("/v1/chat/completions", **asked)
+    if is_stream:
+        deltas = [event["choices"][0]["delta"] for event in _events(answer.text)]
+        calls = [call for delta in deltas for call in delta.get("tool_calls", ()) if call["index"]]
+        assert (calls[0]["type"], calls[0]["custom"]["name"]) == ("custom", "sh")
+        assert "".join(call["custom"]["input"] for call in calls) == 'echo "a"\n'
+    else:
+        documents.ChatCompletion.model_validate(answer.json())
+        function, custom = answer.json()["choices"][0]["message"]["tool_calls"]
+        assert function["function"]["arguments"] == '{"a": 1}'
+        assert custom["custom"] == {"name": "sh", "input": 'echo "a"\n'}
+    assert '"input"' in prompt_of(live)
+
+
+def test_what_a_custom_tool_was_called_with_is_shown_again(chatting: Chatting) -> None:
+    call = {"id": "c", "type": "custom", "custom": {"name": "sh", "input": "ls"}}
+    said = [USER, {"role": "assistant", "tool_calls": [call]}]
+    result = {"role": "tool", "tool_call_id": "c", "content": "a"}
+    source = HERMES.replace("arguments.a", "arguments.input")
+    live = chatting("", template=source)
+    answer = live.post("/v1/chat/completions", messages=[*said, result], tools=[CUSTOM])
+    assert answer.status_code == 200, answer.text
+    assert "[assistant]ls[tool]ac" in prompt_of(live)
+
+
+def test_allowed_tools_are_shown_alone(chatting: Chatting) -> None:
+    live = chatting("no")
+    allowed = {"mode": "auto", "tools": [{"type": "custom", "custom": {"name": "sh"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    asked = {"messages": [USER], "tools": [TOOL, CUSTOM], "tool_choice": choice}
+    assert live.post("/v1/chat/completions", **asked).status_code == 200
+    assert '"sh"' in prompt_of(live)
+    assert '"add"' not in prompt_of(live)
 
 
 def test_a_model_whose_template_has_no_tools_refuses_them(shared: Any) -> None:

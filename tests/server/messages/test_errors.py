@@ -78,7 +78,7 @@ def said(role: str, *blocks: Any) -> dict[str, Any]:
         ({"metadata": {"user_id": 3}}, "metadata.user_id"),
         ({"container": "x"}, "container"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "telepathy_20250305", "name": "telepathy"}]}, "tools.0.type"),
         ({"tools": [{"name": "add"}]}, "tools.0.input_schema"),
         ({"tools": [TOOL | {"name": "a b"}]}, "tools.0.name"),
         ({"tools": [TOOL, TOOL]}, "tools.1.name"),

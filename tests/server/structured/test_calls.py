@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -198,6 +199,35 @@ def test_a_form_and_tools_allow_either(starting: Starting) -> None:
         else:
             jsonschema.validate(json.loads(message["content"]), SIZE)
     assert kinds == {"stop", "tool_calls"}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "custom", "custom": {"name": "dates"}}])
+def test_a_custom_tool_gets_what_its_expression_matches(starting: Starting, choice: Any) -> None:
+    grammar = {"syntax": "regex", "definition": "[0-9]{4}-[0-9]{2}"}
+    form = {"type": "grammar", "grammar": grammar}
+    tool = {"type": "custom", "custom": {"name": "dates", "format": form}}
+    asked = {"tools": [tool], "tool_choice": choice, "parallel_tool_calls": False}
+    body = _ask(starting(HERMES), "x", **asked)
+    [call] = body["choices"][0]["message"]["tool_calls"]
+    assert re.fullmatch(grammar["definition"], call["custom"]["input"])
+    assert body["octavo"]["warnings"] == []
+
+
+def test_a_grammar_that_is_not_enforced_is_named(starting: Starting) -> None:
+    grammar = {"syntax": "lark", "definition": 'start: "a"'}
+    form = {"type": "grammar", "grammar": grammar}
+    tool = {"type": "custom", "custom": {"name": "say", "format": form}}
+    [warning] = _ask(starting(HERMES), "x", tools=[tool], max_tokens=3)["octavo"]["warnings"]
+    assert warning["param"] == "tools.0.custom.format.grammar"
+
+
+def test_of_the_allowed_tools_one_is_called(starting: Starting) -> None:
+    allowed = {"mode": "required", "tools": [_named("cut")]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    for content in "abc":
+        body = _ask(starting(HERMES), content, tool_choice=choice, parallel_tool_calls=False)
+        [call] = _calls(body["choices"][0])
+        assert call["function"]["name"] == "cut"
 
 
 _FORMS: list[tuple[str, Any]] = [
