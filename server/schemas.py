@@ -303,7 +303,7 @@ class ChatRequest(GenerateFields):
     tools: Tools | None = None
     tool_choice: Choice | None = Field(
         default=None,
-        description="none, auto, required or one by name; default: auto if there are tools",
+        description="none, auto, required, one by name, allowed_tools; default auto",
     )
     parallel_tool_calls: bool | None = Field(
         default=None, description="false: only the first call is told; default true"
