@@ -29,7 +29,7 @@ def speaking(speaking: Speaking) -> Speaking:
     """Start a server whose model says `outputs` in turn; it may think before each."""
 
     def start(*outputs: str, thinks: bool = False, **more: Any) -> Any:
-        return speaking(*outputs, template=THINKING if thinks else HERMES, **more)
+        return speaking(*outputs, **{"template": THINKING if thinks else HERMES} | more)
 
     return start
 
