@@ -44,8 +44,8 @@ class CallWriter:
         """Whether there is a tool of this name."""
         return name in self._tool_names
 
-    def start(self, name: str) -> None:
-        """Begin a call."""
+    def start(self, name: str, at: int) -> None:
+        """Begin a call; `at`: where what says so ends."""
         self._is_held = name not in self._tool_names
         self._held = []
         self.is_open = not self._is_held
@@ -53,6 +53,8 @@ class CallWriter:
         self._properties = properties if isinstance(properties, Mapping) else {}
         self._keys = set()
         self._add(CallStarted(name))
+        if self.is_open:
+            self._source.pos = at
 
     def json(self, text: str, at: int) -> None:
         """Add JSON to the arguments; `at`: where what it was made of ends."""

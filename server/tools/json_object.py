@@ -20,7 +20,7 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
 _ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 _IN_LITERAL = re.compile(r"[A-Za-z0-9+.\-]*")
-_LITERAL = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
+LITERAL = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
 
 
 class Status(Enum):
@@ -156,7 +156,7 @@ class JsonObject:
         self.pos = _end(_IN_LITERAL, text, self.pos)
         if self.pos == len(text):
             return False
-        if not _LITERAL.fullmatch(text, self._lexeme_start, self.pos):
+        if not LITERAL.fullmatch(text, self._lexeme_start, self.pos):
             self.status = Status.BROKEN
             return True
         self._is_in_literal = False

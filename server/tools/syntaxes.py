@@ -37,11 +37,9 @@ class CallSyntax:
     #: text may look like that, the tool must be one that was offered.
     read_bare: Reader | None = None
     #: What a call without a marker begins with.
-    bare_opener: str = "{"
+    bare_openers: str = "{"
     #: Whether its marks are special tokens in the model's vocabulary.
     has_special_marks: bool = False
-    #: Marks around calls that mean nothing by themselves and are left out.
-    noise: tuple[str, ...] = ()
     #: Whether spaces before and behind calls belong to the text there.
     keeps_spaces: bool = False
     #: Length of a call's id if the model's template insists on one.
@@ -68,7 +66,7 @@ def read_named(source: Source, at: int, name: str, out: CallWriter) -> Reading[i
         raise MismatchError
     at = yield from source.space(at)
     yield from source.word(at, "{")
-    out.start(name)
+    out.start(name, at)
     end = yield from read_arguments(source, at, out)
     out.end(end)
     return end
@@ -119,7 +117,7 @@ def _begin_object(
         raise MismatchError
     if start is None or text[start] != "{":
         return None
-    out.start(name)
+    out.start(name, start)
     return start
 
 
@@ -137,7 +135,7 @@ def _whole_object(parsed: JsonObject, text: str, out: CallWriter, *, is_bare: bo
     inner = JsonObject(0)
     if inner.advance(raw) is not Status.DONE or raw[inner.pos :].strip():
         raise MismatchError
-    out.start(name)
+    out.start(name, parsed.pos)
     out.json(inner.strict(raw, 0, inner.pos), parsed.pos)
 
 
@@ -159,7 +157,7 @@ def _name_of(parsed: JsonObject, text: str) -> str:
     return name
 
 
-def _read_bare(source: Source, at: int, out: CallWriter) -> Reading[None]:
+def read_bare_object(source: Source, at: int, out: CallWriter) -> Reading[None]:
     """Read a call without a marker, and those that follow it."""
     at = yield from read_object(source, at, out, out.is_offered)
     yield from _read_listed(source, at, out)
@@ -241,10 +239,10 @@ def _read_mistral_named(source: Source, at: int, out: CallWriter) -> Reading[Non
 
 HERMES = CallSyntax("hermes", ("<tool_call>",), _read_hermes)
 LLAMA = CallSyntax(
-    "llama", ("<|python_tag|>",), _read_llama, read_bare=_read_bare, has_special_marks=True
+    "llama", ("<|python_tag|>",), _read_llama, read_bare=read_bare_object, has_special_marks=True
 )
 #: Of models that were taught none, where a grammar makes them write it.
-BARE = CallSyntax("bare", (), _read_llama, read_bare=_read_bare)
+BARE = CallSyntax("bare", (), _read_llama, read_bare=read_bare_object)
 MISTRAL = CallSyntax(
     "mistral", ("[TOOL_CALLS]",), _read_mistral, has_special_marks=True, id_chars=9
 )
