@@ -28,8 +28,12 @@ KIMI_K3_THINK = ThinkTags(
         "<|close|>message<|sep|>",
     ),
 )
+#: What closes it begins the next message, as what a prompt ends with does.
 HARMONY_ANALYSIS = ThinkTags(
-    "<|channel|>analysis<|message|>", "<|end|>", is_special=True, has_messages=True
+    "<|channel|>analysis<|message|>",
+    "<|end|><|start|>assistant",
+    is_special=True,
+    has_messages=True,
 )
 #: What an operator may name (vLLM's names) where the template does not tell.
 SYNTAXES: Mapping[str, CallSyntax | None] = {
