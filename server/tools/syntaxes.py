@@ -8,18 +8,16 @@ missing: models forget it. Knows nothing of the text around calls.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.tools.call_writer import CallWriter
 from server.tools.json_object import JsonObject, Status
-from server.tools.source import TOOL_NAME, EndedError, MismatchError, Reading, Source
+from server.tools.source import EndedError, MismatchError, Reading, Source
 
 #: Reads the calls behind a marker, which stands before the given position.
 Reader = Callable[[Source, int, CallWriter], Reading[None]]
 
-_NAME = re.compile(TOOL_NAME)
 #: A bare object with others beside them is not a call.
 _BARE_KEYS = frozenset({"name", "parameters", "arguments", "type", "id"})
 _ARGUMENTS_KEYS = ("parameters", "arguments")
@@ -62,8 +60,6 @@ def read_arguments(source: Source, at: int, out: CallWriter) -> Reading[int]:
 
 def read_named(source: Source, at: int, name: str, out: CallWriter) -> Reading[int]:
     """Tell a call whose name is known and whose arguments are at `at`; return their end."""
-    if not _NAME.fullmatch(name):
-        raise MismatchError
     at = yield from source.space(at)
     yield from source.word(at, "{")
     out.start(name, at)
@@ -151,9 +147,9 @@ def _name_of(parsed: JsonObject, text: str) -> str:
     if "name" not in parsed.ends:
         raise MismatchError
     start, end = parsed.starts["name"], parsed.ends["name"]
-    name = json.loads(text[start:end], strict=False) if text[start] == '"' else ""
-    if not _NAME.fullmatch(name):
+    if text[start] != '"':
         raise MismatchError
+    name: str = json.loads(text[start:end], strict=False)
     return name
 
 

@@ -206,10 +206,10 @@ def test_no_word_is_lost(speech: Speech, pieces: tuple[str, ...]) -> None:
     told = heard(speech, whole)
     is_calling = told.calls or told.cut or told.begun is not None
     tags = speech.tags
-    closers = (tags.closer, *tags.other_closers, *tags.frame) if tags is not None else ()
-    marks = ("<think>", *closers)
-    if tags is not None and tags.has_messages:
-        marks += ("<|",)
+    marks: tuple[str, ...] = ()
+    if tags is not None:
+        marks = (tags.opener, tags.closer, *tags.other_closers, *tags.frame)
+        marks += ("<|",) if tags.has_messages else ()
     if not is_calling and not any(mark in whole for mark in marks):
         expected = whole.strip() if speech.is_thinking else whole
         assert told.content + told.reasoning == expected
