@@ -125,3 +125,18 @@ def test_without_tools_the_frame_around_content_is_not_shown(
     body = live.post("/v1/messages", max_tokens=99, messages=[USER]).json()
     assert [block["type"] for block in body["content"]] == ["thinking", "text"]
     assert body["octavo"]["reasoning_tokens"] >= len("Hm.")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+def test_a_forced_call_is_streamed_too(speaking: Callable[..., Any], choice: Any) -> None:
+    """In plain JSON, for the template knows no tools."""
+    live = speaking('{"name": "add", "arguments": {"n": [1, 2]}}', template=MESSAGES)
+    asked = {"messages": [USER], "tools": [TOOL], "tool_choice": choice}
+    text = live.post("/v1/chat/completions", **asked, stream=True).text
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line[6:7] == "{"]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+    assert calls[0]["function"] == {"name": "add", "arguments": ""}
+    written = [call["function"]["arguments"] for call in calls[1:]]
+    assert written == ["{", '"', "n", '"', ":", " ", "[", "1,", " ", "2]", "}"]
+    assert choices[-1]["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
