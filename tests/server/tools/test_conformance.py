@@ -17,6 +17,7 @@ from server.tools.events import (
     CutCall,
     Event,
     Reasoning,
+    joined,
 )
 from server.tools.speech import OutputParser, Speech, ThinkTags
 
@@ -161,6 +162,19 @@ def test_every_fixture(family: str) -> None:
         soft |= {fixture.id} if status == "soft_pass" else set()
     assert otherwise == {name for name in OTHERWISE if name.startswith(family + "/")}
     assert soft == {name for name in SOFT if name.startswith(family + "/")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_fixture_cut_at_every_place(family: str) -> None:
+    """In two, and into characters: what the events add up to stays the same."""
+    for fixture in FIXTURES:
+        if fixture.family == family:
+            output = fixture.raw_output
+            whole = joined(_events(fixture, [output]))
+            assert joined(_events(fixture, list(output))) == whole, fixture.id
+            # Of the long ones some: they repeat themselves.
+            for cut in range(1, len(output), 1 + len(output) // 250):
+                assert joined(_events(fixture, [output[:cut], output[cut:]])) == whole, fixture.id
 
 
 def test_no_fixture_is_left_out() -> None:
