@@ -59,8 +59,9 @@ class JsonObject:
         self.starts: dict[str, int] = {}
         #: Where those that are complete end.
         self.ends: dict[str, int] = {}
-        #: Own keys read so far, one without its value included.
+        #: Own keys read so far, one without its value included, and where each ends.
         self.keys: list[str] = []
+        self.key_ends: list[int] = []
         self._closers: list[str] = []
         self._next = _Next.VALUE
         self._is_in_string = False
@@ -173,6 +174,7 @@ class JsonObject:
             return
         if len(self._closers) == 1:
             self.keys.append(json.loads(quoted, strict=False))
+            self.key_ends.append(self.pos)
         self._next = _Next.COLON
 
     def _end_value(self) -> None:

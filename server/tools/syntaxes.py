@@ -8,6 +8,7 @@ missing: models forget it. Knows nothing of the text around calls.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -86,9 +87,8 @@ def read_object(
             known = min([parsed.known, *_ends(parsed)])
             out.json(parsed.strict(source.text, told, known), known)
             told = known
-        if offered is not None and not _BARE_KEYS.issuperset(parsed.keys):
-            raise MismatchError
-        if status is Status.BROKEN:
+        is_foreign = offered is not None and _foreign_at(parsed) < math.inf
+        if is_foreign or status is Status.BROKEN:
             raise MismatchError
         if status is Status.DONE:
             break
@@ -113,6 +113,8 @@ def _begin_object(
         raise MismatchError
     if start is None or text[start] != "{":
         return None
+    if offered is not None and _foreign_at(parsed) < max(start, parsed.ends["name"]):
+        raise MismatchError
     out.start(name, start)
     return start
 
@@ -133,6 +135,12 @@ def _whole_object(parsed: JsonObject, text: str, out: CallWriter, *, is_bare: bo
         raise MismatchError
     out.start(name, parsed.pos)
     out.json(inner.strict(raw, 0, inner.pos), parsed.pos)
+
+
+def _foreign_at(parsed: JsonObject) -> float:
+    """Return where the first key ends that a call does not have."""
+    ends = zip(parsed.keys, parsed.key_ends, strict=True)
+    return next((end for key, end in ends if key not in _BARE_KEYS), math.inf)
 
 
 def _starts(parsed: JsonObject) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.tools.declared import SYNTAXES, TAGS
-from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, joined
+from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, Event, joined
 from server.tools.speech import OutputParser, Speech
 from server.tools.syntaxes import HERMES
 
@@ -96,6 +96,37 @@ def test_a_call_of_a_tool_that_was_not_offered_is_told_once_complete(is_offered:
     assert events == (begun if is_offered else [])
     events += parser.push("}}</tool_call>") + parser.finish()
     assert joined(events) == [CallStarted("add"), ArgumentsDelta('{"a": 1}'), CallEnded()]
+
+
+@pytest.mark.parametrize("name", ["llama3_json", "hermes", "qwen3_coder"])
+@pytest.mark.parametrize(
+    "members",
+    [
+        '"foo": 1, "name": "add", "parameters": {"a": 1}',
+        '"name": "add", "foo": 1, "parameters": {"a": 1}',
+        '"name": "add", "parameters": {"a": 1}, "foo": 1',
+        '"parameters": {"a": 1}, "foo": 1, "name": "add"',
+        '"parameters": {"a": 1}, "name": "add", "foo": 1',
+        '"name": "add", "name": "sub", "arguments": {"a": 1}, "parameters": {"a": 2}',
+        '"parameters": null, "name": "add", "arguments": {"a": 2}',
+        '"parameters": [1], "name": "add"',
+        '"name": "sub", "parameters": {}',
+        '"name": 3, "parameters": {}',
+        '"name": "a b", "parameters": {}',
+        '"name": "add", "parameters": "{\\"a\\": 1}"',
+    ],
+)
+def test_members_in_any_order_give_the_same_however_they_are_cut(name: str, members: str) -> None:
+    output = ("<tool_call>" if name == "hermes" else "") + "{" + members + "}"
+
+    def told(*pieces: str) -> list[Event]:
+        parser = parser_of(name)
+        return joined([e for piece in pieces for e in parser.push(piece)] + parser.finish())
+
+    whole = told(output)
+    assert told(*output) == whole
+    for cut in range(len(output)):
+        assert told(output[:cut], output[cut:]) == whole
 
 
 def test_every_parser_an_operator_may_name_is_tried() -> None:
