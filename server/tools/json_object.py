@@ -16,7 +16,8 @@ MAX_DEPTH = 100
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _IN_STRING = re.compile(r'[^"\\]*')
-_CONTROL = re.compile(r"[\x00-\x1f]")
+#: Control characters, and halves of surrogate pairs, which UTF-8 does not have.
+_CONTROL = re.compile(r"[\x00-\x1f\ud800-\udfff]")
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
 _ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 _IN_LITERAL = re.compile(r"[A-Za-z0-9+.\-]*")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from server.tools.declared import SYNTAXES, TAGS
@@ -127,6 +129,31 @@ def test_members_in_any_order_give_the_same_however_they_are_cut(name: str, memb
     assert told(*output) == whole
     for cut in range(len(output)):
         assert told(output[:cut], output[cut:]) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("hermes", r'<tool_call>{"name": "add", "arguments": "{\"s\": \"\ud83c\"}"}'),
+        ("hermes", r'<tool_call>{"name": "add", "arguments": {"s": "\ud83c"}}'),
+        ("qwen3_coder", r'<function=add><parameter=l>["\ud83c"]</parameter></function>'),
+        ("pythonic", r"[add(s='\ud83c')]"),
+        (
+            "kimi_k3",
+            (
+                '<|close|>think<|sep|><|open|>call tool="add"<|sep|><|open|>argument key='
+                '"&#xD83C;" type="string"<|sep|>x<|close|>argument<|sep|><|close|>call<|sep|>'
+            ),
+        ),
+    ],
+)
+def test_half_a_surrogate_pair_is_escaped_for_utf8_has_no_such_character(
+    name: str, output: str
+) -> None:
+    parser = parser_of(name)
+    events = joined(parser.push(output) + parser.finish())
+    [arguments] = [event.text for event in events if isinstance(event, ArgumentsDelta)]
+    assert json.loads(arguments.encode())
 
 
 def test_every_parser_an_operator_may_name_is_tried() -> None:
