@@ -23,13 +23,32 @@ ToolCallParser = Literal[
     "none",
     "hermes",
     "llama3_json",
+    "llama4_json",
+    "llama4_pythonic",
+    "pythonic",
     "mistral",
     "qwen3_coder",
     "qwen3_xml",
     "glm45",
+    "glm47",
     "deepseek_v3",
     "deepseek_v31",
     "deepseek_v32",
+    "kimi_k2",
+    "kimi_k3",
+    "gemma4",
+    "openai",
+]
+ReasoningParser = Literal[
+    "auto",
+    "none",
+    "deepseek_r1",
+    "qwen3",
+    "mistral",
+    "kimi_k2",
+    "kimi_k3",
+    "gemma4",
+    "openai_gptoss",
 ]
 #: As in a browser's Origin header; one with a path, such as a lone slash, would never match.
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
@@ -78,7 +97,7 @@ class ModelSection(Section):
     tool_call_parser: ToolCallParser = Field(
         default="auto", description="how the model writes calls; auto: as its chat template says"
     )
-    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = Field(
+    reasoning_parser: ReasoningParser = Field(
         default="auto", description="how the model reasons; auto: as its chat template says"
     )
     special_tokens_in_messages: Literal["text", "allow"] = Field(

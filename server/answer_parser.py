@@ -73,24 +73,25 @@ class AnswerParser:
     def _is_shown(self, event: Event) -> bool:
         assert self._spoken is not None, "plain text has no events"
         match event:
-            case Reasoning():
-                return self._spoken.has_reasoning
             case Content():
                 return True
+            case Reasoning():
+                return self._spoken.has_reasoning
             case CallStarted():
-                self._is_skipping = bool(self._num_started) and not self._spoken.has_parallel_calls
+                is_single = not self._spoken.has_parallel_calls
+                self._is_skipping = is_single and self._num_started > 0
                 self._num_started += not self._is_skipping
-            case CallEnded() if self._is_skipping:
-                self.left_out["num_tool_calls"] = self.left_out.get("num_tool_calls", 0) + 1
+                return not self._is_skipping
+            case ArgumentsDelta():
+                return not self._is_skipping
             case CallEnded():
-                self.num_calls += 1
-            case CutCall(text) if not self._is_skipping:
-                self.left_out["cut_tool_call"] = self.left_out.get("cut_tool_call", "") + text
-        return not self._end_of_skipping(event)
-
-    def _end_of_skipping(self, event: Event) -> bool:
-        """Return whether the event is one of a skipped call, which may end with it."""
-        was_skipping = self._is_skipping
-        if isinstance(event, CallEnded | CutCall):
-            self._is_skipping = False
-        return was_skipping
+                if self._is_skipping:
+                    self.left_out["num_tool_calls"] = self.left_out.get("num_tool_calls", 0) + 1
+                else:
+                    self.num_calls += 1
+            case CutCall(text):
+                if not self._is_skipping:
+                    self.left_out["cut_tool_call"] = self.left_out.get("cut_tool_call", "") + text
+        # What ends a call ends its being skipped.
+        was_skipping, self._is_skipping = self._is_skipping, False
+        return not was_skipping

@@ -7,13 +7,16 @@ that of an offered tool; any other is told once it is complete. Knows no format.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, CutCall, Event
-from server.tools.source import Source
+from server.tools.source import TOOL_NAME, MismatchError, Source
 from server.tools.typed import allows_only_strings, typed
+
+_NAME = re.compile(TOOL_NAME)
 
 
 class CallWriter:
@@ -44,8 +47,10 @@ class CallWriter:
         """Whether there is a tool of this name."""
         return name in self._tool_names
 
-    def start(self, name: str) -> None:
-        """Begin a call."""
+    def start(self, name: str, at: int) -> None:
+        """Begin a call; `at`: where what says so ends. Raises `MismatchError` for a wrong name."""
+        if not _NAME.fullmatch(name):
+            raise MismatchError
         self._is_held = name not in self._tool_names
         self._held = []
         self.is_open = not self._is_held
@@ -53,6 +58,8 @@ class CallWriter:
         self._properties = properties if isinstance(properties, Mapping) else {}
         self._keys = set()
         self._add(CallStarted(name))
+        if self.is_open:
+            self._source.pos = at
 
     def json(self, text: str, at: int) -> None:
         """Add JSON to the arguments; `at`: where what it was made of ends."""

@@ -16,11 +16,12 @@ MAX_DEPTH = 100
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _IN_STRING = re.compile(r'[^"\\]*')
-_CONTROL = re.compile(r"[\x00-\x1f]")
+#: Control characters, and halves of surrogate pairs, which UTF-8 does not have.
+_CONTROL = re.compile(r"[\x00-\x1f\ud800-\udfff]")
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
 _ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 _IN_LITERAL = re.compile(r"[A-Za-z0-9+.\-]*")
-_LITERAL = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
+LITERAL = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
 
 
 class Status(Enum):
@@ -59,8 +60,9 @@ class JsonObject:
         self.starts: dict[str, int] = {}
         #: Where those that are complete end.
         self.ends: dict[str, int] = {}
-        #: Own keys read so far, one without its value included.
+        #: Own keys read so far, one without its value included, and where each ends.
         self.keys: list[str] = []
+        self.key_ends: list[int] = []
         self._closers: list[str] = []
         self._next = _Next.VALUE
         self._is_in_string = False
@@ -156,7 +158,7 @@ class JsonObject:
         self.pos = _end(_IN_LITERAL, text, self.pos)
         if self.pos == len(text):
             return False
-        if not _LITERAL.fullmatch(text, self._lexeme_start, self.pos):
+        if not LITERAL.fullmatch(text, self._lexeme_start, self.pos):
             self.status = Status.BROKEN
             return True
         self._is_in_literal = False
@@ -173,6 +175,7 @@ class JsonObject:
             return
         if len(self._closers) == 1:
             self.keys.append(json.loads(quoted, strict=False))
+            self.key_ends.append(self.pos)
         self._next = _Next.COLON
 
     def _end_value(self) -> None:

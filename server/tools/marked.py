@@ -15,13 +15,13 @@ def _deepseek(word: str) -> str:
     return "<\uff5c" + word.replace(" ", "\u2581") + "\uff5c>"
 
 
-_CALLS, _END_CALLS = _deepseek("tool calls begin"), _deepseek("tool calls end")
-_CALL, _END_CALL = _deepseek("tool call begin"), _deepseek("tool call end")
-_SEPARATOR = _deepseek("tool sep")
-_FENCE, _END_FENCE = "```json", "```"
-_SECTION, _END_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
-_KIMI_CALL, _END_KIMI_CALL = "<|tool_call_begin|>", "<|tool_call_end|>"
-_KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
+CALLS, END_CALLS = _deepseek("tool calls begin"), _deepseek("tool calls end")
+CALL, END_CALL = _deepseek("tool call begin"), _deepseek("tool call end")
+SEPARATOR = _deepseek("tool sep")
+FENCE, END_FENCE = "```json", "```"
+SECTION, END_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+KIMI_CALL, END_KIMI_CALL = "<|tool_call_begin|>", "<|tool_call_end|>"
+KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
 
 
 def _read_deepseek(source: Source, at: int, out: CallWriter) -> Reading[None]:
@@ -32,25 +32,25 @@ def _read_deepseek(source: Source, at: int, out: CallWriter) -> Reading[None]:
     """
     while True:
         at = yield from source.space(at)
-        mark = yield from source.word(at, _CALL, _END_CALLS)
+        mark = yield from source.word(at, CALL, END_CALLS)
         at += len(mark)
-        if mark == _END_CALLS:
+        if mark == END_CALLS:
             source.pos = at
             return
-        end, _ = yield from source.until(at, _SEPARATOR)
-        name, at = source.text[at:end], end + len(_SEPARATOR)
+        end, _ = yield from source.until(at, SEPARATOR)
+        name, at = source.text[at:end], end + len(SEPARATOR)
         start = yield from source.space(at)
         is_fenced = source.text[start] != "{"
         if is_fenced:
-            end, _ = yield from source.until(at, _FENCE)
-            name, start = source.text[at:end], end + len(_FENCE)
+            end, _ = yield from source.until(at, FENCE)
+            name, start = source.text[at:end], end + len(FENCE)
         at = yield from read_named(source, start, name.strip(), out)
         at = yield from source.space(at)
         if is_fenced:
-            yield from source.word(at, _END_FENCE)
-            at = yield from source.space(at + len(_END_FENCE))
-        yield from source.word(at, _END_CALL)
-        at += len(_END_CALL)
+            yield from source.word(at, END_FENCE)
+            at = yield from source.space(at + len(END_FENCE))
+        yield from source.word(at, END_CALL)
+        at += len(END_CALL)
 
 
 def _read_kimi(source: Source, at: int, out: CallWriter) -> Reading[None]:
@@ -59,19 +59,19 @@ def _read_kimi(source: Source, at: int, out: CallWriter) -> Reading[None]:
     Text between the calls of a section is left out.
     """
     while True:
-        at, mark = yield from source.until(at, _KIMI_CALL, _END_SECTION)
+        at, mark = yield from source.until(at, KIMI_CALL, END_SECTION)
         at += len(mark)
-        if mark == _END_SECTION:
+        if mark == END_SECTION:
             source.pos = at
             return
-        end, _ = yield from source.until(at, _KIMI_ARGUMENTS)
+        end, _ = yield from source.until(at, KIMI_ARGUMENTS)
         called, _, _ = source.text[at:end].strip().rpartition(":")
         name = called.removeprefix("functions.")
-        at = yield from read_named(source, end + len(_KIMI_ARGUMENTS), name, out)
+        at = yield from read_named(source, end + len(KIMI_ARGUMENTS), name, out)
         at = yield from source.space(at)
-        yield from source.word(at, _END_KIMI_CALL)
-        at += len(_END_KIMI_CALL)
+        yield from source.word(at, END_KIMI_CALL)
+        at += len(END_KIMI_CALL)
 
 
-DEEPSEEK = CallSyntax("deepseek_v3", (_CALLS,), _read_deepseek, has_special_marks=True)
-KIMI_K2 = CallSyntax("kimi_k2", (_SECTION,), _read_kimi, has_special_marks=True, keeps_spaces=True)
+DEEPSEEK = CallSyntax("deepseek_v3", (CALLS,), _read_deepseek, has_special_marks=True)
+KIMI_K2 = CallSyntax("kimi_k2", (SECTION,), _read_kimi, has_special_marks=True, keeps_spaces=True)

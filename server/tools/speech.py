@@ -14,6 +14,7 @@ from typing import Any
 
 from server.tools.call_writer import CallWriter
 from server.tools.events import Content, Event, Reasoning
+from server.tools.harmony import HARMONY, MESSAGE_ENDS, Header, read_header
 from server.tools.source import EndedError, MismatchError, Reading, Source, first_of, num_begun
 from server.tools.syntaxes import CallSyntax
 
@@ -28,6 +29,12 @@ class ThinkTags:
     is_special: bool = False
     #: Whether an output is reasoning up to the closer though nothing opened it.
     is_implied: bool = False
+    #: What ends the reasoning too, where it is missing.
+    other_closers: tuple[str, ...] = ()
+    #: Marks around content that are left out.
+    frame: tuple[str, ...] = ()
+    #: Whether an output is a list of messages with headers (`harmony.py`).
+    has_messages: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +95,65 @@ class OutputParser:
         return events
 
     def _read(self) -> Reading[None]:
-        if self._speech.tags is not None:
-            yield from self._read_reasoning(self._speech.tags)
-        calls = self._speech.calls
+        tags, calls = self._speech.tags, self._speech.calls
+        if calls is HARMONY or (tags is not None and tags.has_messages):
+            yield from self._read_messages()
+            return
+        if tags is not None:
+            yield from self._read_reasoning(tags)
         if calls is not None and calls.read_bare is not None:
             yield from self._read_bare(calls)
+        markers = calls.markers if calls is not None else ()
         while True:
-            marker = yield from self._read_content()
+            marker = yield from self._read_content(markers, tags.frame if tags else ())
             if calls is None or not marker:
                 return
             start = self._source.pos
             at = self._source.text.index(marker, start) + len(marker)
             yield from self._read_calls(calls.read(self._source, at, self._calls), at)
+
+    def _read_messages(self) -> Reading[None]:
+        """Read messages of the harmony format; text without a header is content."""
+        source = self._source
+        while not (source.is_ended and source.pos == len(source.text)):
+            source.drop_told()
+            try:
+                header = yield from read_header(source, 0)
+            except EndedError:
+                if not source.text.strip():
+                    yield from self._read_message()
+                    return
+                self._calls.cut(source.text.strip())
+                source.pos = len(source.text)
+            except MismatchError:
+                yield from self._read_message()
+            else:
+                yield from self._read_body(header)
+
+    def _read_body(self, header: Header) -> Reading[None]:
+        """Read the message behind a header, by whom it is for."""
+        source, calls = self._source, self._speech.calls
+        source.pos = header.end
+        if header.is_call and calls is not None:
+            reading = calls.read(source, 0, self._calls)
+            if not (yield from self._read_calls(reading, header.end)):
+                yield from self._read_message()
+        elif header.is_for_others:
+            try:
+                end, mark = yield from source.until(source.pos, *MESSAGE_ENDS)
+            except EndedError:
+                end, mark = len(source.text), ""
+            self._calls.cut(source.text[source.pos : end])
+            source.pos = end + len(mark)
+        elif header.channel == "analysis" and self._speech.tags is not None:
+            yield from self._read_reasoning_until(MESSAGE_ENDS[:1])
+        else:
+            yield from self._read_message()
+
+    def _read_message(self) -> Reading[None]:
+        mark = yield from self._read_content(MESSAGE_ENDS)
+        if mark:
+            self._source.pos = self._source.text.index(mark, self._source.pos) + len(mark)
 
     def _read_reasoning(self, tags: ThinkTags) -> Reading[None]:
         source = self._source
@@ -110,22 +164,24 @@ class OutputParser:
         except (MismatchError, EndedError):
             if not self._speech.is_thinking:
                 return
+        yield from self._read_reasoning_until((tags.closer, *tags.other_closers))
+
+    def _read_reasoning_until(self, closers: tuple[str, ...]) -> Reading[None]:
+        source = self._source
         self._has_reasoning = True
         has_begun = False
         while True:
             source.drop_told()
-            end = source.text.find(tags.closer)
-            known = (
-                end if end >= 0 else len(source.text) - num_begun(source.text, 0, (tags.closer,))
-            )
+            end, closer = first_of(source.text, 0, closers)
+            known = end if closer else len(source.text) - num_begun(source.text, 0, closers)
             text = source.text[:known].rstrip()
             source.pos = len(text)
             text = text if has_begun else text.lstrip()
             if text:
                 has_begun = True
                 self._events.append(Reasoning(text))
-            if end >= 0:
-                source.pos = end + len(tags.closer)
+            if closer:
+                source.pos = end + len(closer)
                 return
             try:
                 yield from source.more()
@@ -143,15 +199,18 @@ class OutputParser:
             at = yield from source.space(source.pos)
         except EndedError:
             return
-        if source.text[at] != calls.bare_opener:
+        if source.text[at] not in calls.bare_openers:
             return
         reading = calls.read_bare(source, at, self._calls)
         yield from self._read_calls(reading, at + 1, is_marked=False)
 
     def _read_calls(
         self, reading: Reading[None], opened: int, *, is_marked: bool = True
-    ) -> Reading[None]:
-        """Tell the calls that `reading` finds; `opened`: where what announces them ends."""
+    ) -> Reading[bool]:
+        """Tell the calls that `reading` finds; `opened`: where what announces them ends.
+
+        Return whether there was nothing but calls.
+        """
         source, calls, num_before = self._source, self._calls, self._calls.num_calls
         try:
             yield from reading
@@ -165,22 +224,27 @@ class OutputParser:
             elif calls.num_calls == num_before:
                 self._tell(source.text[source.pos : opened])
                 source.pos = opened
+            return False
+        return True
 
-    def _read_content(self) -> Reading[str]:
+    def _read_content(self, markers: tuple[str, ...], frame: tuple[str, ...] = ()) -> Reading[str]:
         """Tell the text up to the next marker. Return the marker, or "" at the end."""
         source = self._source
-        markers = () if self._speech.calls is None else self._speech.calls.markers
+        stops = markers + frame
         while True:
             if source.pos * 2 > len(source.text):
                 # Not each time: an output of nothing but markers would be copied once for each.
                 source.drop_told()
-            at, marker = first_of(source.text, source.pos, markers)
-            begun = num_begun(source.text, source.pos, markers)
-            text = source.text[source.pos : at if marker else len(source.text) - begun].rstrip()
+            at, stop = first_of(source.text, source.pos, stops)
+            known = at if stop else len(source.text) - num_begun(source.text, source.pos, stops)
+            text = self._shown(source.text[source.pos : known])
             self._tell(text)
             source.pos += len(text)
-            if marker:
-                return marker
+            if stop in frame:
+                source.pos = at + len(stop)
+                continue
+            if stop:
+                return stop
             try:
                 yield from source.more()
             except EndedError:
@@ -189,6 +253,13 @@ class OutputParser:
                 self._tell(rest.rstrip() if has_other else rest)
                 source.pos = len(source.text)
                 return ""
+
+    def _shown(self, text: str) -> str:
+        """Return what of the text up to a marker is told: not the spaces at its end."""
+        calls = self._speech.calls
+        if calls is not None and calls.keeps_spaces and (self._has_content or text.strip()):
+            return text
+        return text.rstrip()
 
     def _tell(self, text: str) -> None:
         """Tell `text`, which stands at the source's position."""

@@ -7,11 +7,12 @@ is read, any other once it is complete. Knows nothing of the text around calls.
 
 from __future__ import annotations
 
+import html
 import json
 
 from server.tools.call_writer import CallWriter
 from server.tools.source import Reading, Source, first_of, num_begun
-from server.tools.syntaxes import CallSyntax, read_closer
+from server.tools.syntaxes import CallSyntax, read_bare_object, read_closer
 
 _FUNCTION, _PARAMETER = "<function=", "<parameter="
 _END_PARAMETER, _END_FUNCTION = "</parameter>", "</function>"
@@ -21,6 +22,9 @@ _DSML = ("\uff5cDSML\uff5c", "\uff5cDSML\uff5c ")
 _DSML_MARKERS = tuple(
     f"<{_DSML[0]}{name}>" for name in ("function_calls", "tool_calls", " calls", "calls")
 )
+_SEP = "<|sep|>"
+_ARGUMENT, _END_ARGUMENT = '<|open|>argument key="', f"<|close|>argument{_SEP}"
+_END_KIMI_CALL = f"<|close|>call{_SEP}"
 
 
 def _read_value(
@@ -66,7 +70,7 @@ def _read_qwen(source: Source, at: int, out: CallWriter) -> Reading[None]:
         at += len(_FUNCTION)
     end = yield from source.name(at)
     yield from source.word(end, ">")
-    out.start(source.text[at:end])
+    out.start(source.text[at:end], end + 1)
     at = end + 1
     while True:
         at = yield from source.space(at)
@@ -104,7 +108,7 @@ def _read_glm(source: Source, at: int, out: CallWriter) -> Reading[None]:
         mark = yield from source.word(at, "<arg_key>", _END_CALL)
         at += len(mark)
         if not is_begun:
-            out.start(name)
+            out.start(name, at)
             is_begun = True
         if mark == _END_CALL:
             break
@@ -131,7 +135,7 @@ def _read_dsml(source: Source, at: int, out: CallWriter) -> Reading[None]:
             return
         end = yield from source.name(at)
         mark = yield from source.word(end, '">', '"/>')
-        out.start(source.text[at:end])
+        out.start(source.text[at:end], end + len(mark))
         at = end + len(mark)
         if mark == '">':
             at = yield from _read_dsml_values(source, at, out)
@@ -157,6 +161,53 @@ def _read_dsml_values(source: Source, at: int, out: CallWriter) -> Reading[int]:
         at += len(closer)
 
 
-QWEN_XML = CallSyntax("qwen3_xml", ("<tool_call>", _FUNCTION), _read_qwen)
-GLM = CallSyntax("glm45", ("<tool_call>",), _read_glm)
-DSML = CallSyntax("deepseek_v32", _DSML_MARKERS, _read_dsml, has_special_marks=True)
+def _read_kimi(source: Source, at: int, out: CallWriter) -> Reading[None]:
+    """Read a call of Kimi K3; its tags have attributes, each value says of which type it is.
+
+    A value may spell the tag that ends it, which counts only with another tag behind it.
+    """
+    end, _ = yield from source.until(at, '"')
+    name = html.unescape(source.text[at:end])
+    at, _ = yield from source.until(end, _SEP)
+    at += len(_SEP)
+    out.start(name, at)
+    while True:
+        at = yield from source.space(at)
+        mark = yield from source.word(at, _ARGUMENT, _END_KIMI_CALL)
+        at += len(mark)
+        if mark == _END_KIMI_CALL:
+            out.end_members(at)
+            return
+        key_end, mark = yield from source.until(at, '" type="')
+        key = html.unescape(source.text[at:key_end])
+        at = key_end + len(mark)
+        kind_end, _ = yield from source.until(at, '"')
+        is_string = source.text[at:kind_end] == "string"
+        at, _ = yield from source.until(kind_end, _SEP)
+        closers = (_END_ARGUMENT + _ARGUMENT, _END_ARGUMENT + _END_KIMI_CALL)
+        at, _ = yield from _read_value(
+            source, at + len(_SEP), out, key, closers, is_string=is_string
+        )
+        at += len(_END_ARGUMENT)
+
+
+#: Where a grammar makes models write calls, they write objects: what is between tags has no form.
+QWEN_XML = CallSyntax(
+    "qwen3_xml", ("<tool_call>", _FUNCTION), _read_qwen, read_bare=read_bare_object
+)
+GLM = CallSyntax("glm45", ("<tool_call>",), _read_glm, read_bare=read_bare_object)
+DSML = CallSyntax(
+    "deepseek_v32",
+    _DSML_MARKERS,
+    _read_dsml,
+    read_bare=read_bare_object,
+    has_special_marks=True,
+)
+KIMI_K3 = CallSyntax(
+    "kimi_k3",
+    ('<|open|>call tool="',),
+    _read_kimi,
+    read_bare=read_bare_object,
+    has_special_marks=True,
+    keeps_spaces=True,
+)

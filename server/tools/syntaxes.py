@@ -8,18 +8,17 @@ missing: models forget it. Knows nothing of the text around calls.
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.tools.call_writer import CallWriter
 from server.tools.json_object import JsonObject, Status
-from server.tools.source import TOOL_NAME, EndedError, MismatchError, Reading, Source
+from server.tools.source import EndedError, MismatchError, Reading, Source
 
 #: Reads the calls behind a marker, which stands before the given position.
 Reader = Callable[[Source, int, CallWriter], Reading[None]]
 
-_NAME = re.compile(TOOL_NAME)
 #: A bare object with others beside them is not a call.
 _BARE_KEYS = frozenset({"name", "parameters", "arguments", "type", "id"})
 _ARGUMENTS_KEYS = ("parameters", "arguments")
@@ -37,11 +36,9 @@ class CallSyntax:
     #: text may look like that, the tool must be one that was offered.
     read_bare: Reader | None = None
     #: What a call without a marker begins with.
-    bare_opener: str = "{"
+    bare_openers: str = "{"
     #: Whether its marks are special tokens in the model's vocabulary.
     has_special_marks: bool = False
-    #: Marks around calls that mean nothing by themselves and are left out.
-    noise: tuple[str, ...] = ()
     #: Whether spaces before and behind calls belong to the text there.
     keeps_spaces: bool = False
     #: Length of a call's id if the model's template insists on one.
@@ -64,11 +61,9 @@ def read_arguments(source: Source, at: int, out: CallWriter) -> Reading[int]:
 
 def read_named(source: Source, at: int, name: str, out: CallWriter) -> Reading[int]:
     """Tell a call whose name is known and whose arguments are at `at`; return their end."""
-    if not _NAME.fullmatch(name):
-        raise MismatchError
     at = yield from source.space(at)
     yield from source.word(at, "{")
-    out.start(name)
+    out.start(name, at)
     end = yield from read_arguments(source, at, out)
     out.end(end)
     return end
@@ -92,9 +87,8 @@ def read_object(
             known = min([parsed.known, *_ends(parsed)])
             out.json(parsed.strict(source.text, told, known), known)
             told = known
-        if offered is not None and not _BARE_KEYS.issuperset(parsed.keys):
-            raise MismatchError
-        if status is Status.BROKEN:
+        is_foreign = offered is not None and _foreign_at(parsed) < math.inf
+        if is_foreign or status is Status.BROKEN:
             raise MismatchError
         if status is Status.DONE:
             break
@@ -119,7 +113,9 @@ def _begin_object(
         raise MismatchError
     if start is None or text[start] != "{":
         return None
-    out.start(name)
+    if offered is not None and _foreign_at(parsed) < max(start, parsed.ends["name"]):
+        raise MismatchError
+    out.start(name, start)
     return start
 
 
@@ -137,8 +133,14 @@ def _whole_object(parsed: JsonObject, text: str, out: CallWriter, *, is_bare: bo
     inner = JsonObject(0)
     if inner.advance(raw) is not Status.DONE or raw[inner.pos :].strip():
         raise MismatchError
-    out.start(name)
+    out.start(name, parsed.pos)
     out.json(inner.strict(raw, 0, inner.pos), parsed.pos)
+
+
+def _foreign_at(parsed: JsonObject) -> float:
+    """Return where the first key ends that a call does not have."""
+    ends = zip(parsed.keys, parsed.key_ends, strict=True)
+    return next((end for key, end in ends if key not in _BARE_KEYS), math.inf)
 
 
 def _starts(parsed: JsonObject) -> list[int]:
@@ -153,13 +155,13 @@ def _name_of(parsed: JsonObject, text: str) -> str:
     if "name" not in parsed.ends:
         raise MismatchError
     start, end = parsed.starts["name"], parsed.ends["name"]
-    name = json.loads(text[start:end], strict=False) if text[start] == '"' else ""
-    if not _NAME.fullmatch(name):
+    if text[start] != '"':
         raise MismatchError
+    name: str = json.loads(text[start:end], strict=False)
     return name
 
 
-def _read_bare(source: Source, at: int, out: CallWriter) -> Reading[None]:
+def read_bare_object(source: Source, at: int, out: CallWriter) -> Reading[None]:
     """Read a call without a marker, and those that follow it."""
     at = yield from read_object(source, at, out, out.is_offered)
     yield from _read_listed(source, at, out)
@@ -241,10 +243,10 @@ def _read_mistral_named(source: Source, at: int, out: CallWriter) -> Reading[Non
 
 HERMES = CallSyntax("hermes", ("<tool_call>",), _read_hermes)
 LLAMA = CallSyntax(
-    "llama", ("<|python_tag|>",), _read_llama, read_bare=_read_bare, has_special_marks=True
+    "llama", ("<|python_tag|>",), _read_llama, read_bare=read_bare_object, has_special_marks=True
 )
 #: Of models that were taught none, where a grammar makes them write it.
-BARE = CallSyntax("bare", (), _read_llama, read_bare=_read_bare)
+BARE = CallSyntax("bare", (), _read_llama, read_bare=read_bare_object)
 MISTRAL = CallSyntax(
     "mistral", ("[TOOL_CALLS]",), _read_mistral, has_special_marks=True, id_chars=9
 )

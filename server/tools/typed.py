@@ -6,6 +6,7 @@ Knows nothing of how they were written down.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 
 #: Deeper schemas are taken to allow anything.
@@ -18,6 +19,7 @@ _KINDS: Mapping[type, tuple[str, ...]] = {
     list: ("array",),
     type(None): ("null",),
 }
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -40,7 +42,11 @@ def typed(text: str, schema: object, *, is_string: bool | None = None) -> str:
             kinds = _KINDS.get(type(parsed), ())
             if kinds and (not allowed or not allowed.isdisjoint(kinds)):
                 # As it was written: a number may have more digits than a float holds.
-                return stripped if isinstance(parsed, int | float) else _dumped(parsed)
+                if isinstance(parsed, int | float):
+                    return stripped
+                written = _dumped(parsed)
+                # Half a surrogate pair is a character that UTF-8 does not have.
+                return written if _SURROGATE.search(written) is None else json.dumps(parsed)
         except (ValueError, RecursionError):
             pass
     return _dumped(text)

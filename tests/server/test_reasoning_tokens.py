@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from server.reasoning import ReasoningCounter
 from server.text.load import ModelText
 from server.text.pieces import Pieces
-from server.tools.declared import MISTRAL_THINK, THINK
+from server.tools.declared import GEMMA_THOUGHT, KIMI_K3_THINK, MISTRAL_THINK, THINK
 from server.tools.events import Reasoning
 from server.tools.speech import OutputParser, Speech, ThinkTags
 
@@ -63,17 +63,20 @@ def test_it_grows_with_the_stream(text: ModelText) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(
     parts=st.lists(
-        st.sampled_from(["<think>", "</think>", "<thi", "nk>", " ", "\n\u3000", "a", "bc", "é"]),
+        st.sampled_from(
+            ["<think>", "</think>", "</answer>", "<thi", "nk>", " ", "\n\u3000", "a", "bc", "é"]
+        ),
         max_size=9,
     ),
     width=st.integers(1, 9),
     is_thinking=st.booleans(),
-    tags=st.sampled_from([THINK, MISTRAL_THINK]),
+    tags=st.sampled_from([THINK, MISTRAL_THINK, GEMMA_THOUGHT, KIMI_K3_THINK]),
 )
 def test_it_counts_what_the_parser_tells(
     text: ModelText, parts: list[str], width: int, is_thinking: bool, tags: ThinkTags
 ) -> None:
     output = "".join(parts).replace("<think>", tags.opener).replace("</think>", tags.closer)
+    output = output.replace("</answer>", "".join(tags.other_closers))
     counter = ReasoningCounter(pieces_of(text), tags, is_thinking=is_thinking)
     token_ids = [*output.encode()]
     for start in range(0, len(token_ids), width):

@@ -24,10 +24,12 @@ from server.structured.grammar import (
     special,
     whole,
 )
+from server.tools.declared import SYNTAXES
 from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, joined
 from server.tools.forms import call_form
+from server.tools.marked import DEEPSEEK
 from server.tools.speech import OutputParser, Speech
-from server.tools.syntaxes import BARE, HERMES, LLAMA, MISTRAL
+from server.tools.syntaxes import BARE, MISTRAL
 
 #: All bytes, then <think> and </think> as special tokens, then the end.
 OPEN, CLOSE, END = 256, 257, 258
@@ -185,8 +187,12 @@ def test_the_form_begins_behind_the_reasoning(
 
 @pytest.mark.parametrize(
     ("syntax", "template"),
-    [(HERMES, ""), (LLAMA, ""), (MISTRAL, ""), (MISTRAL, "[ARGS]"), (BARE, "")],
-    ids=["hermes", "llama", "mistral", "mistral, later", "bare"],
+    [
+        *((syntax, "") for syntax in {*SYNTAXES.values(), BARE} - {None}),
+        (MISTRAL, "[ARGS]"),
+        (DEEPSEEK, "```json"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
 )
 @pytest.mark.parametrize("num_calls", [1, 2])
 def test_calls_are_written_as_they_are_read(

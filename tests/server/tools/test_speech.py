@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.tools.declared import THINK
+from server.tools.declared import GEMMA_THOUGHT, HARMONY_ANALYSIS, KIMI_K3_THINK, THINK
 from server.tools.events import (
     ArgumentsDelta,
     CallEnded,
@@ -18,23 +18,32 @@ from server.tools.events import (
     Reasoning,
     joined,
 )
-from server.tools.marked import DEEPSEEK
+from server.tools.harmony import HARMONY
+from server.tools.marked import DEEPSEEK, KIMI_K2
+from server.tools.notation import GEMMA, PYTHONIC
 from server.tools.speech import OutputParser, Speech
-from server.tools.spelled import DSML, GLM, QWEN_XML
+from server.tools.spelled import DSML, GLM, KIMI_K3, QWEN_XML
 from server.tools.syntaxes import HERMES, LLAMA, MISTRAL
 
 TOOLS = frozenset({"add", "get_time"})
-SCHEMAS = {"add": {"properties": {"a": {"type": "integer"}}}}
+SCHEMAS = {"add": {"properties": {"a": {"type": "integer"}, "s": {"type": "string"}}}}
 SPEECHES = {
     "hermes": Speech(HERMES, THINK, tool_names=TOOLS),
     "prefilled": Speech(HERMES, THINK, is_thinking=True, tool_names=TOOLS),
     "llama": Speech(LLAMA, None, tool_names=TOOLS),
     "mistral": Speech(MISTRAL, None, tool_names=TOOLS),
     "thinking": Speech(None, THINK),
-    "qwen": Speech(QWEN_XML, THINK, schemas=SCHEMAS),
-    "glm": Speech(GLM, THINK, schemas=SCHEMAS),
-    "deepseek": Speech(DEEPSEEK, THINK),
-    "dsml": Speech(DSML, None),
+    "qwen": Speech(QWEN_XML, THINK, tool_names=TOOLS, schemas=SCHEMAS),
+    "qwen, not offered": Speech(QWEN_XML, THINK, schemas=SCHEMAS),
+    "glm": Speech(GLM, THINK, tool_names=TOOLS, schemas=SCHEMAS),
+    "deepseek": Speech(DEEPSEEK, THINK, tool_names=TOOLS),
+    "dsml": Speech(DSML, None, tool_names=TOOLS),
+    "kimi_k2": Speech(KIMI_K2, THINK, tool_names=TOOLS),
+    "kimi_k3": Speech(KIMI_K3, KIMI_K3_THINK, is_thinking=True, tool_names=TOOLS),
+    "gemma": Speech(GEMMA, GEMMA_THOUGHT, tool_names=TOOLS),
+    "pythonic": Speech(PYTHONIC, None, tool_names=TOOLS),
+    "harmony": Speech(HARMONY, HARMONY_ANALYSIS, tool_names=TOOLS),
+    "harmony, no tools": Speech(None, HARMONY_ANALYSIS),
 }
 
 
@@ -140,6 +149,33 @@ FRAGMENTS = (
     '<\uff5cDSML\uff5ctool_calls><\uff5cDSML\uff5cinvoke name="add">',
     '<\uff5cDSML\uff5cparameter name="a" string="false">',
     "</\uff5cDSML\uff5cparameter></\uff5cDSML\uff5cinvoke>",
+    "<parameter=s>\n",
+    "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0",
+    '<|tool_call_argument_begin|>{"a": 1}',
+    "<|tool_call_end|>",
+    "<|tool_calls_section_end|>",
+    "<|close|>think<|sep|><|open|>response<|sep|>",
+    "<|close|>response<|sep|>",
+    '<|open|>call tool="add" index="1"<|sep|>',
+    '<|open|>argument key="a" type="number"<|sep|>',
+    '<|open|>argument key="s" type="string"<|sep|>',
+    "<|close|>argument<|sep|>",
+    "<|close|>call<|sep|>",
+    "<|tool_call>call:add{",
+    'a:<|"|>',
+    '<|"|>',
+    "}<tool_call|>",
+    "<|channel>thought",
+    "<channel|>",
+    "[add(",
+    "a='x\\u00e9\\'",
+    "')",
+    "<|start|>assistant to=functions.add",
+    "<|channel|>commentary",
+    "<|channel|>analysis",
+    " to=python",
+    "<|message|>",
+    "<|end|>",
 )  # fmt: skip - one a line would hide how few they are
 
 
@@ -169,7 +205,12 @@ def test_no_word_is_lost(speech: Speech, pieces: tuple[str, ...]) -> None:
     whole = "".join(pieces)
     told = heard(speech, whole)
     is_calling = told.calls or told.cut or told.begun is not None
-    if not is_calling and "<think>" not in whole and "</think>" not in whole:
+    tags = speech.tags
+    marks: tuple[str, ...] = ()
+    if tags is not None:
+        marks = (tags.opener, tags.closer, *tags.other_closers, *tags.frame)
+        marks += ("<|",) if tags.has_messages else ()
+    if not is_calling and not any(mark in whole for mark in marks):
         expected = whole.strip() if speech.is_thinking else whole
         assert told.content + told.reasoning == expected
 
@@ -251,16 +292,6 @@ def test_a_call_whose_arguments_go_astray_is_cut_there(arguments: str, begun: st
     told = heard(SPEECHES["hermes"], output)
     rest = output[output.index(arguments) + len(begun) :]
     assert told == Heard(rest, "", (), "", begun)
-
-
-@pytest.mark.parametrize("is_offered", [True, False])
-def test_a_call_of_a_tool_that_was_not_offered_is_told_once_complete(is_offered: bool) -> None:
-    parser = OutputParser(Speech(HERMES, tool_names=TOOLS if is_offered else frozenset()))
-    events = parser.push('<tool_call>{"name": "add", "arguments": {"a": 1')
-    begun = [CallStarted("add"), ArgumentsDelta('{"a": ')]
-    assert events == (begun if is_offered else [])
-    events += parser.push("}}</tool_call>") + parser.finish()
-    assert joined(events) == [CallStarted("add"), ArgumentsDelta('{"a": 1}'), CallEnded()]
 
 
 def test_a_good_call_behind_a_malformed_one_is_found() -> None:

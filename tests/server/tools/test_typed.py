@@ -80,7 +80,7 @@ def test_whatever_is_written_it_is_strict_json(texts: list[tuple[str, str]], sch
     schemas = {"f": {"properties": {key: schema for key, _ in texts}}}
     events: list[Event] = []
     out = CallWriter(Source(), events, {"f"}, schemas)
-    out.start("f")
+    out.start("f", 0)
     for key, text in texts:
         out.value(key, text, 0, is_string=None)
     out.end_members(0)
