@@ -37,10 +37,14 @@ class RejectKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """The first message: what to serve. `make_runner` is pickled; it is called in the engine."""
+    """The first message: what to serve. Both functions are pickled and called in the engine.
+
+    `prepare` is called first, such as to give log lines their format.
+    """
 
     make_runner: Callable[[], ModelRunner]
     config: SchedulerSection
+    prepare: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

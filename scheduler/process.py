@@ -57,11 +57,15 @@ class ProcessClient:
         make_runner: MakeRunner,
         config: SchedulerSection,
         *,
+        prepare: Callable[[], None] | None = None,
         stop_timeout_s: float = _STOP_TIMEOUT_S,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`stop_timeout_s`: how long an engine may take to end before it is killed."""
-        self._build = Build(make_runner, config)
+        """`stop_timeout_s`: how long an engine may take to end before it is killed.
+
+        `prepare` is called first in each engine's process (see `Build`).
+        """
+        self._build = Build(make_runner, config, prepare)
         self._config = config
         self._stop_timeout_s = stop_timeout_s
         self._sleep = sleep

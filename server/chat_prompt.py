@@ -118,7 +118,9 @@ async def chat_tokens(  # noqa: PLR0913 - what two kinds of bodies say of a chat
         return await service.work.run(encode, max(length, LONG_CHARS))
     except TemplateError as error:
         at = "" if error.message_index is None else f".{error.message_index}"
-        raise invalid(str(error), "messages" + at) from error
+        # A template may say anything, such as what stands in the message.
+        reason = "the chat template, or a limit on it, refuses the messages"
+        raise invalid(str(error), "messages" + at, log_reason=reason) from error
     except TextError as error:
         raise invalid(str(error), "messages") from error
 

@@ -61,8 +61,8 @@ class RequestRecord:
     namespace: str = ""
     #: The same for a request that comes again: of client and body.
     whose: int = 0
-    #: `error.code` of the answer, where it is an error.
-    error_code: str = ""
+    #: Of the answer, where it is one.
+    error: ApiError | None = None
 
     @property
     def ttft_s(self) -> float | None:

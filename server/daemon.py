@@ -23,7 +23,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from configs.load import ConfigError, describe, load_config
+from configs.load import ConfigError, describe_changes, load_config
 from configs.schema import OctavoConfig, ServerSection
 from configs.sizes import format_size
 from model import build
@@ -35,6 +35,7 @@ from server.keys import Keyring, load_keys, reload_keys
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, configure, fields
 from server.memory import descendants
+from server.progress import reported
 from server.prompts import row_notes
 from server.protocol import HttpProtocol
 from server.relay import Relay
@@ -79,7 +80,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         uvloop.run(_serve(config, lambda: sum(relay.num_dropped for relay in relays)))
     except (StartError, UsageError, EngineUnavailableError) as error:
-        print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - also where logs are JSON
+        if config.server.log_format == "json":
+            _log.error("failed", extra=fields(reason=str(error)))
+        else:
+            print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - the answer to a command
         return 2 if isinstance(error, UsageError) else 1
     return 0
 
@@ -93,16 +97,19 @@ async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> 
     # The port before the model: if it is taken, that is known before seconds go into loading.
     listener = _listen(config.server)
     _on_signals(_leave)  # Until requests are taken, nothing has to be put in order.
-    _log.info("starting", extra=fields(version=__version__, **describe(config)))
+    told = {"model": config.model.model, **describe_changes(config)}
+    _log.info("starting", extra=fields(version=__version__, **told))
     try:
-        source = await asyncio.to_thread(build.resolve_source, config.model.model)
-        text = await asyncio.to_thread(load_text, source.path)
+        async with reported("loading", model=config.model.model):
+            source = await asyncio.to_thread(build.resolve_source, config.model.model)
+            text = await asyncio.to_thread(load_text, source.path)
     except (build.ModelSourceError, TextError, OSError) as error:
         raise StartError(str(error)) from error
     for note in text.notes:
         _log.info("note", extra=fields(note=note))
     make_runner = partial(build.make_runner, source, config, text.tokenizer.eos_token_ids)
-    client = ProcessClient(make_runner, config.scheduler)
+    prepare = partial(configure, config.server.log_format)
+    client = ProcessClient(make_runner, config.scheduler, prepare=prepare)
     lifecycle, grammars = Lifecycle(), GrammarDesk()
     app = create_app(
         config,
@@ -160,14 +167,17 @@ async def _run(
         stop.set()
 
     client.on_lost = on_lost
-    await client.start()
+    async with reported("loading the weights"):
+        await client.start()
     _on_signals(_stop, stop)
     stopping = asyncio.create_task(stop.wait())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     _announce(client.info, tokenizer, _url(listener, is_encrypted=server.config.ssl is not None))
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not lost.is_set():
-        _log.info("draining", extra=fields(timeout_s=config.server.drain_timeout_s))
+        hint = "press Ctrl-C again to stop at once"
+        timeout_s, running = config.server.drain_timeout_s, lifecycle.stats().num_in_flight
+        _log.info("draining", extra=fields(timeout_s=timeout_s, running=running, hint=hint))
         await lifecycle.drain(config.server.drain_timeout_s)
     server.should_exit = True
     await serving

@@ -17,7 +17,8 @@ import pytest
 
 from model.source import octavo_home, resolve
 
-_READY = re.compile(r"\bready url=(\S+)")
+#: As text and as JSON.
+_READY = re.compile(r'\bready(?: url=|", "url": ")([^\s"]+)')
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 60.0
 

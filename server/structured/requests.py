@@ -8,7 +8,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from server.errors import invalid
+from server.errors import ApiError, invalid
 from server.params import Warned
 from server.schemas import ChatRequest, GenerateFields
 from server.service import Service
@@ -94,7 +94,7 @@ async def _asked(service: Service, request: GenerateFields) -> _Asked | None:
     try:
         return await service.work.run(lambda _: read(), _num_chars(request))
     except ValueError as error:
-        raise invalid(f"{name} {error}", name) from error
+        raise _unusable(name, error) from error
 
 
 def _readers(request: GenerateFields) -> dict[str, Callable[[], _Asked]]:
@@ -232,7 +232,12 @@ def _arguments(function: ToolFunction, param: str, rule: str) -> str:
     try:
         return json_rule(rule, schema, is_lenient=function.strict is not True)
     except ValueError as error:
-        raise invalid(f"{param} {error}", param) from error
+        raise _unusable(param, error) from error
+
+
+def _unusable(param: str, error: ValueError) -> ApiError:
+    """Return the error for a form that cannot be read; the log does not get its text."""
+    return invalid(f"{param} {error}", param, log_reason=f"{param} cannot be used")
 
 
 async def _judged(
@@ -260,7 +265,8 @@ async def _judged(
         # An error without a line asks for the one before the first: there is none.
         line = "".join(grammar.split("\n")[verdict.error_line - 1 : verdict.error_line])
         param = fields.get(line, param)
-        raise invalid(f"{param} cannot be enforced: {verdict.error}", param)
+        reason = f"{param} cannot be enforced"
+        raise invalid(f"{reason}: {verdict.error}", param, log_reason=reason)
     told = "is enforced but for this: "
     return verdict.grammar, [
         {"param": param, "message": f"{param} {told}{warning}"} for warning in verdict.warnings

@@ -6,6 +6,7 @@ The model has random weights and is tiny: none of this is about what it says.
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -138,6 +139,79 @@ def test_a_setting_that_cannot_be_meant_is_one_line_and_exit_code_2(
     assert re.fullmatch(rf".*{re.escape(told)}.*\n", done.stderr)
 
 
+#: In every event, so that few tokens are many bytes.
+_LONG_NAME = "x" * 8192
+#: Warns at the end of each Python process; no start is to show it.
+_WARNS = "import atexit, warnings\natexit.register(warnings.warn, 'for developers')\n"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--kv-cache-memory", "1KiB"], "kv_cache_memory: 1 KiB hold no page of 16 tokens"),
+        (["--device", "cuda"], "device: cuda was asked for, but torch finds no GPU here"),
+        (["--dtype", "float16"], "dtype on a CPU is float32, got float16"),
+        (["--host", "256.256.256.256"], "cannot listen on 256.256.256.256:0"),
+    ],
+)
+def test_a_start_error_is_one_plain_line(
+    tmp_path: Path, flags: list[str], told: str, log_format: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_WARNS)
+    (tmp_path / "tiny.json").write_text(json.dumps(_MODEL))
+    command = [sys.executable, "-m", "server", "serve", f"dummy:{tmp_path / 'tiny.json'}"]
+    environ = {name: text for name, text in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run(
+        [*command, "--port", "0", "--log-format", log_format, *flags],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        env={**environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    *before, last = done.stderr.splitlines()
+    if log_format == "json":
+        assert json.loads(last)["reason"].startswith(told)
+        assert all(json.loads(line)["level"] == "INFO" for line in before)
+    else:
+        assert last.startswith(f"octavo: {told}")
+        assert all(" INFO " in line for line in before), done.stderr
+
+
+def test_every_line_has_the_format_and_says_what_an_operator_needs(
+    start_tiny: Callable[..., Any],
+) -> None:
+    flags = ("--log-format", "json", "--api-key", "sesame", "--served-model-name", _LONG_NAME)
+    with start_tiny(*flags) as daemon:
+        body = {"prompt": "x", "max_tokens": 10_000, "ignore_eos": True, "stream": True}
+        headers = {"Authorization": "Bearer sesame"}
+        url = f"{daemon.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=PATIENCE_S) as answer:
+            lines = answer.iter_lines()
+            assert "data: " in next(lines)
+            daemon.process.send_signal(signal.SIGINT)
+            end_s = time.monotonic() + PATIENCE_S
+            while not any("draining" in line for line in daemon.log):
+                assert time.monotonic() < end_s, "".join(daemon.log)
+            assert httpx.get(f"{daemon.url}/ready").status_code == 503
+            daemon.process.send_signal(signal.SIGINT)
+            assert daemon.process.wait(PATIENCE_S) == 0
+    logged = [json.loads(line) for line in daemon.log]
+    by_event = {line["event"]: line for line in logged}
+    starting = by_event["starting"]
+    assert set(starting) - {"time", "level", "event", "version"} == {
+        *("model", "port", "log_format", "api_key", "served_model_name", "kv_cache_memory")
+    }
+    assert starting["api_key"] == ["***"]
+    assert by_event["loading"]["model"] == starting["model"]
+    assert by_event["draining"]["hint"] == "press Ctrl-C again to stop at once"
+    assert by_event["draining"]["running"] == 1
+    assert {line["level"] for line in logged} <= {"INFO", "WARNING"}
+    assert "sesame" not in "".join(daemon.log)
+
+
 class Unread:
     """A streamed request whose client does not read."""
 
@@ -179,10 +253,6 @@ def _api_bytes(daemon: Any) -> int:
     found = re.search(r"VmRSS:\s+(\d+) kB", status)
     assert found is not None
     return int(found.group(1)) * 1024
-
-
-#: In every event, so that few tokens are many bytes.
-_LONG_NAME = "x" * 8192
 
 
 def test_readers_that_stopped_cost_no_memory_and_slow_nobody(
