@@ -14,6 +14,7 @@ BUILD_TOOLS := hatchling editables
 # Clients that the tests drive the daemon with, in an environment of their own.
 CLIENTS := .venv-clients
 NODE_CLIENTS := tests/clients/node
+PROMETHEUS := $(CLIENTS)/prometheus
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -45,7 +46,7 @@ test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
 	$(BIN)/python -m tools.seeded_bugs overlap
 	$(BIN)/python -m tools.seeded_bugs faults
 
-clients: $(CLIENTS)/.installed $(NODE_CLIENTS)/node_modules/.installed  ## what tests/clients drives the daemon with
+clients: $(CLIENTS)/.installed $(NODE_CLIENTS)/node_modules/.installed $(PROMETHEUS)/.installed  ## what tests/clients drives the daemon with
 
 check: $(VENV)/.installed-dev  ## lint and types
 	$(BIN)/ruff check
@@ -100,6 +101,17 @@ $(NODE_CLIENTS)/node_modules/.installed: export NODE_EXTRA_CA_CERTS ?= $(wildcar
 $(NODE_CLIENTS)/node_modules/.installed: $(CLIENTS)/.installed $(wildcard $(NODE_CLIENTS)/package*.json)
 	cd $(NODE_CLIENTS) && ../../../$(CLIENTS)/bin/node \
 		../../../$(CLIENTS)/bin/nodejs/lib/node_modules/npm/bin/npm-cli.js ci
+	@touch $@
+
+# Debian's and Ubuntu's package of Prometheus and promtool, unpacked: that needs no root. Elsewhere
+# the tests take those on the PATH, or are skipped.
+$(PROMETHEUS)/.installed: $(CLIENTS)/.installed
+	rm -rf $(PROMETHEUS)
+	mkdir -p $(PROMETHEUS)
+	@if command -v promtool; then :; elif command -v apt-get; then \
+		cd $(PROMETHEUS) && { apt-get download -qq prometheus || { echo "run: apt-get update"; exit 1; }; } \
+		&& dpkg -x prometheus_*.deb . && rm prometheus_*.deb; \
+	else echo "neither promtool nor apt-get: tests/e2e/test_prometheus.py will be skipped"; fi
 	@touch $@
 
 # From the ranges of pyproject.toml to exact pins, in an environment of its own. A local version

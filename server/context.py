@@ -84,6 +84,13 @@ class RequestRecord:
             return None
         return self.last_token_at_s - self.first_token_at_s
 
+    @property
+    def inference_s(self) -> float | None:
+        """From admission to the last token."""
+        if self.prefill_s is None or self.decode_s is None:
+            return None
+        return self.prefill_s + self.decode_s
+
 
 class Interruption:
     """Ends the task that answers a request, with a reason; as `asyncio.timeout` does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 
 from server import documents
@@ -40,8 +41,8 @@ def probe_routes(service: Service, version: str) -> APIRouter:
         responses=answers(None),
         response_class=Response,
     )
-    async def metrics() -> Response:
-        body, content_type = service.metrics.exposition()
+    async def metrics(request: Request) -> Response:
+        body, content_type = service.metrics.exposition(request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": content_type})
 
     @router.get(

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of random weights that computes a token in no time, as `octavo serve` takes it."""
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    config = {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+    }
+    path.write_text(json.dumps(config))
+    return f"dummy:{path}"
 
 
 @pytest.fixture(scope="session")
