@@ -127,7 +127,8 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
         error_forms=ERROR_FORMS,
     )
     if config.server.cors_origins:
-        app.add_middleware(Cors, origins=config.server.cors_origins)
+        methods = sorted({method for route in known for method in route.methods or ()})
+        app.add_middleware(Cors, origins=config.server.cors_origins, methods=methods)
     return app
 
 

@@ -52,6 +52,38 @@ def test_what_is_no_http_is_told_so_in_our_shape(shared: Any, nonsense: bytes) -
     assert shared.http.get("/health").status_code == 200
 
 
+_ASKED = {"prompt": "x", "max_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("line", "body", "status", "end"),
+    [
+        (b"POST /v1/completions", {**_ASKED, "stream": True}, 200, b"data: [DONE]\n\n"),
+        (b"POST /v1/completions", _ASKED, 200, b"}"),
+        (b"POST /v1/completions", {"prompt": 5}, 400, b"}}"),
+        (b"GET /metrics", None, 200, b"\n"),
+        (b"GET /nothing", None, 404, b"}}"),
+        (b"HEAD /health", None, 200, b""),
+    ],
+)
+@pytest.mark.parametrize("more", [b"", b"Connection: keep-alive\r\n"])
+def test_a_client_of_http_1_0_gets_a_body_that_ends_with_the_connection(
+    shared: Any, line: bytes, body: dict[str, Any] | None, status: int, end: bytes, more: bytes
+) -> None:
+    sent = b"" if body is None else json.dumps(body).encode()
+    head = line + b" HTTP/1.0\r\n" + more + b"Content-Length: %d\r\n\r\n" % len(sent)
+    answer, _, heard = talk(shared, head + sent).partition(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    headers = answer.lower()
+    assert b"transfer-encoding" not in headers
+    assert b"connection: close" in headers
+    assert heard.endswith(end)
+    if b"content-length" in headers and not line.startswith(b"HEAD"):
+        assert len(heard) == int(headers.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    if body and body.get("stream"):
+        assert heard.startswith(b"data: {")
+
+
 @pytest.mark.parametrize("said", [b"", b"G", HEAD[:-2], HEAD + HEAD[:-2]])
 def test_a_client_that_does_not_say_what_it_wants_is_left(
     live: Any, monkeypatch: pytest.MonkeyPatch, said: bytes
