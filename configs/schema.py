@@ -182,6 +182,12 @@ class ServerSection(Section):
     sse_keep_alive_s: float = Field(
         default=10.0, ge=0, le=3600, description="comment in a stream silent for so long; 0: none"
     )
+    force_include_usage: bool = Field(
+        default=False, description="tell the usage in every stream, asked for or not"
+    )
+    dev_endpoints: bool = Field(
+        default=False, description="serve POST /reset_prefix_cache, for benchmarks and tests"
+    )
     send_timeout_s: float = Field(
         default=60.0,
         ge=0,

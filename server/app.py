@@ -21,6 +21,7 @@ from server.auth import PROBE_PATHS, AuthMiddleware
 from server.boundary import BoundaryMiddleware
 from server.context import Clock
 from server.cors import Cors
+from server.docs_page import docs_routes
 from server.documents import ChatChunk
 from server.errors import from_status, shortened
 from server.gate import DrainGate
@@ -104,6 +105,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
         response_routes(service, store),
         model_routes(service),
         probe_routes(service, version),
+        docs_routes(),
     )
     for router in routers:
         app.include_router(router)

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import uvicorn
 import uvloop
@@ -40,6 +41,7 @@ from server.prompts import row_notes
 from server.protocol import HttpProtocol
 from server.relay import Relay
 from server.structured.desk import GrammarDesk
+from server.text.export import export_tokenizer
 from server.text.load import load_text
 from server.text.pieces import TextError
 from server.text.tokenizer import Tokenizer
@@ -71,6 +73,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201 - before there is a log
         return 2
+    if command.folder is not None:
+        return _export_tokenizer(config, command.folder)
     # Before the log, and the engine, get hold of them.
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: it is closed.
     relays = [Relay(stream.fileno(), _note_dropped) for stream in streams]
@@ -85,6 +89,18 @@ def run(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - the answer to a command
         return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def _export_tokenizer(config: OctavoConfig, folder: Path) -> int:
+    """Write the tokenizer's files and return the exit code."""
+    try:
+        text = load_text(build.resolve_source(config.model.model).path)
+        paths = export_tokenizer(text, folder)
+    except (build.ModelSourceError, TextError, OSError) as error:
+        print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - the answer to a command
+        return 1
+    print("\n".join(map(str, paths)))  # noqa: T201 - the answer to a command
     return 0
 
 

@@ -278,6 +278,16 @@ class Tokenized(Document):
     token_strs: list[str] | None = None
 
 
+class TokenizerInfo(BaseModel):
+    """What tokenizer_config.json holds; special tokens have fields of their names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    #: One, or a list of objects with `name` and `template`.
+    chat_template: str | list[dict[str, str]] | None = None
+
+
 class Detokenized(Document):
     """Answer of `POST /detokenize`."""
 

@@ -230,7 +230,8 @@ def _job(
         created_s=int(service.clock.wall_s()),
         warnings=tuple(warnings),
         is_stream=request.stream is True,
-        has_usage_chunk=options is not None and options.include_usage is True,
+        has_usage_chunk=service.config.server.force_include_usage
+        or (options is not None and options.include_usage is True),
         has_continuous_usage=options is not None and options.continuous_usage_stats is True,
         has_logprobs=has_logprobs,
         has_token_ids=request.return_token_ids is True,

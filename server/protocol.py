@@ -120,7 +120,7 @@ class HttpProtocol(HttpToolsProtocol):
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before and self.parser.get_http_version() == "1.0":
-            self.cycle.send = _unchunked(self.cycle)  # type: ignore[method-assign] # only there
+            self.cycle.send = _unchunked(self.cycle)  # type: ignore[assignment, method-assign] # as uvicorn calls it
 
     def on_body(self, body: bytes) -> None:
         """Hand it on."""

@@ -30,6 +30,7 @@ from server.respond import (
 )
 from server.service import Service
 from server.spoken import SpokenDialect
+from server.text.export import tokenizer_config
 
 
 def generation_routes(service: Service) -> APIRouter:
@@ -113,6 +114,14 @@ def model_routes(service: Service) -> APIRouter:
             schemas.TokenizeRequest, await read_body(request, limit_bytes), service.work
         )
         return PreparedResponse(lambda: _tokenized(service, asked))
+
+    @router.get(
+        "/tokenizer_info",
+        summary="The tokenizer's settings and the chat template",
+        responses=answers(documents.TokenizerInfo),
+    )
+    async def tokenizer_info() -> Response:
+        return JsonResponse(tokenizer_config(service.text))
 
     @router.post(
         "/detokenize",

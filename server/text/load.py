@@ -34,6 +34,8 @@ class ModelText:
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     #: Choices between two readings of the model's files, for the log of the start.
     notes: tuple[str, ...] = ()
+    #: By their names in `transformers`, such as `bos_token`.
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 def local_time() -> datetime:
@@ -61,9 +63,10 @@ def load_text(path: Path, *, now: Clock = local_time) -> ModelText:
 
 
 def _from_folder(folder: ModelFolder, path: Path, now: Clock) -> ModelText:
-    template = _template(folder.template_sources(), folder.special_tokens(), path, now)
+    special = folder.special_tokens()
+    template = _template(folder.template_sources(), special, path, now)
     tokenizer = folder.tokenizer(_turn_end(template))
-    return ModelText(tokenizer, template, folder.sampling_defaults(), tuple(folder.notes))
+    return ModelText(tokenizer, template, folder.sampling_defaults(), tuple(folder.notes), special)
 
 
 def _from_gguf(path: Path, now: Clock) -> ModelText:
@@ -79,7 +82,8 @@ def _from_gguf(path: Path, now: Clock) -> ModelText:
     template = _template(sources, special, path, now)
     marks = {mark for source in sources.values() for mark in _MARK.findall(source)}
     tokenizer = gguf_tokenizer(metadata, _turn_end(template), marks)
-    return ModelText(tokenizer, template, notes=tuple(dict.fromkeys(metadata.notes)))
+    notes = tuple(dict.fromkeys(metadata.notes))
+    return ModelText(tokenizer, template, notes=notes, special_tokens=special)
 
 
 def _turn_end(template: ChatTemplate | None) -> str | None:

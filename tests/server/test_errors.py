@@ -203,7 +203,7 @@ def test_a_client_that_leaves_before_its_body_is_no_error(start_server: Callable
         ("GET", "/nothing", 404),
         ("POST", "/v1/chat/completions/", 404),
         ("POST", "//v1/chat/completions", 404),
-        ("GET", "/docs", 404),
+        ("GET", "/redoc", 404),
         ("GET", "/v1/chat/completions", 405),
         ("PUT", "/v1/models", 405),
         ("OPTIONS", "/health", 405),

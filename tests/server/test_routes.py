@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from server import documents, params, schemas
+from server.text.export import export_tokenizer
 
 USER = {"role": "user", "content": "x"}
 
@@ -153,6 +155,7 @@ def test_openapi_knows_every_route_its_body_and_its_errors(shared: Any) -> None:
         "/v1/responses/{response_id}",
         "/v1/responses/{response_id}/input_items",
         "/tokenize",
+        "/tokenizer_info",
         "/detokenize",
         "/health",
         "/ready",
@@ -188,3 +191,13 @@ def test_openapi_tells_the_types_that_are_taken(
     document = shared.http.get("/openapi.json").json()
     schema = document["components"]["schemas"][model]
     assert {kind["type"] for kind in schema["properties"][field]["anyOf"]} == types
+
+
+def test_the_tokenizers_settings_are_those_of_an_exported_folder(
+    shared: Any, tmp_path: Path
+) -> None:
+    export_tokenizer(shared.text, tmp_path)
+    told = shared.http.get("/tokenizer_info").json()
+    assert told == json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert told["chat_template"] == shared.text.template.sources["default"]

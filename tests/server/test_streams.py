@@ -235,3 +235,27 @@ def test_many_streams_at_once_get_their_own_text(live: Any) -> None:
     for thread in threads:
         thread.join(PATIENCE_S)
     assert together == alone
+
+
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": False}}])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_every_stream_tells_the_usage_if_the_operator_wants_it(
+    start_server: Callable[..., Any], path: str, asked: dict[str, Any], options: dict[str, Any]
+) -> None:
+    def last(**section: Any) -> dict[str, Any]:
+        live = start_server(**section)
+        text = live.post(path, **asked, **options, max_tokens=3, stream=True).text
+        told = [line.removeprefix("data: ") for line in text.splitlines() if line]
+        assert told.pop() == "[DONE]"
+        chunk: dict[str, Any] = json.loads(told[-1])
+        return chunk
+
+    assert "usage" not in last()
+    chunk = last(force_include_usage=True)
+    assert (chunk["choices"], chunk["usage"]["completion_tokens"]) == ([], 3)
