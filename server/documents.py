@@ -288,6 +288,12 @@ class TokenizerInfo(BaseModel):
     chat_template: str | list[dict[str, str]] | None = None
 
 
+class CacheReset(Document):
+    """Answer of `POST /reset_prefix_cache`."""
+
+    freed_pages: int
+
+
 class Detokenized(Document):
     """Answer of `POST /detokenize`."""
 

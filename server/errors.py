@@ -73,13 +73,18 @@ class ApiError(Exception):
         #: Of the request it answers; the boundary knows it.
         self.request_id = ""
 
+    @property
+    def type(self) -> str:
+        """OpenAI's `error.type`."""
+        return ERROR_TYPES.get(self.status, ERROR_TYPES[400])
+
     def body(self) -> bytes:
         """Return the JSON that tells it, the same in a response and in a stream."""
         return orjson.dumps(
             {
                 "error": {
                     "message": self.message,
-                    "type": ERROR_TYPES.get(self.status, ERROR_TYPES[400]),
+                    "type": self.type,
                     "param": self.param,
                     "code": self.code,
                 }

@@ -81,7 +81,7 @@ def log_request(record: RequestRecord, now_s: float, *, is_probe: bool) -> None:
             ttft_ms=milliseconds(record.ttft_s),
             total_ms=milliseconds(now_s - record.arrived_at_s),
             finish_reason=record.finish_reason or None,
-            error=error and error.code,
+            error=error and (error.code or error.type),
             param=error and error.param,
             reason=error and error.log_reason,
             key=record.key_name or None,

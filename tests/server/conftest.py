@@ -83,6 +83,9 @@ class ScriptedClient:
         finally:
             self.was_closed.set()
 
+    async def reset_cache(self) -> int:
+        return self.engine_stats.pages_cached
+
     def stats(self) -> EngineStats:
         return self.engine_stats
 
@@ -100,6 +103,9 @@ class AbsentClient(ScriptedClient):
         super().__init__(_absence)
         del self.info
         self.is_alive = False
+
+    async def reset_cache(self) -> int:
+        raise EngineUnavailableError("the model is still being loaded")
 
     def __getattr__(self, name: str) -> Any:
         if name == "info":

@@ -54,7 +54,12 @@ def test_contents_are_never_logged(live: Any) -> None:
         (
             "/v1/completions",
             {"prompt": "x", "temperature": 9},
-            {"status": 400, "param": "temperature", "reason": "temperature"},
+            {
+                "status": 400,
+                "error": "invalid_request_error",
+                "param": "temperature",
+                "reason": "temperature must be between 0 and 2",
+            },
         ),
         (
             "/v1/completions",

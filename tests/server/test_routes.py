@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,25 @@ def test_the_tokenizers_settings_are_those_of_an_exported_folder(
     assert told == json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert told["chat_template"] == shared.text.template.sources["default"]
+
+
+def test_the_cache_is_reset_where_the_operator_allows_it(start_server: Callable[..., Any]) -> None:
+    live = start_server(dev_endpoints=True)
+    prompt = "x" * 100
+    live.post("/v1/completions", prompt=prompt, max_tokens=1)
+    cached = live.metric('octavo_kv_cache_pages{state="cached"}')
+    assert cached > 10
+    assert live.http.post("/reset_prefix_cache").json() == {"freed_pages": cached}
+    usage = live.post("/v1/completions", prompt=prompt, max_tokens=1).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    assert live.http.get("/reset_prefix_cache").status_code == 405
+
+
+def test_the_cache_is_not_reset_elsewhere_nor_without_an_engine(
+    shared: Any, start_server: Callable[..., Any], absent: Any
+) -> None:
+    assert shared.http.post("/reset_prefix_cache").status_code == 404
+    live = start_server(type(absent.client)(), dev_endpoints=True)
+    answer = live.http.post("/reset_prefix_cache")
+    assert answer.status_code == 503
+    assert "retry-after" in answer.headers
