@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -86,6 +87,50 @@ def test_an_engine_that_cannot_read_what_it_is_told_says_so(
     assert "UnpicklingError" in failed.message
     engine.join(20)
     assert engine.exitcode == 1
+
+
+def _raise(fault: Exception) -> FakeRunner:
+    raise fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (
+            ValueError("kv_cache_memory: 1 KiB is too little"),
+            "kv_cache_memory: 1 KiB is too little",
+        ),
+        (FileNotFoundError(2, "No such file", "x"), "[Errno 2] No such file: 'x'"),
+        (UnicodeEncodeError("utf-8", "x", 0, 1, "no"), "'utf-8' codec can't encode"),
+        (KeyError("wq"), "KeyError: 'wq'"),
+        (ValueError(), "ValueError: "),
+    ],
+)
+def test_a_fault_is_told_in_its_words_if_it_has_a_sentence(
+    started: tuple[Connection, BaseProcess], fault: Exception, told: str
+) -> None:
+    ours, engine = started
+    ours.send(Build(partial(_raise, fault), _CONFIG))
+    failed = ours.recv()
+    assert isinstance(failed, Failed)
+    assert failed.message.startswith(told)
+    engine.join(20)
+
+
+def _build_behind(marker: Path) -> FakeRunner:
+    assert marker.exists()
+    return FakeRunner()
+
+
+def test_the_process_is_prepared_before_the_model_is_built(
+    started: tuple[Connection, BaseProcess], tmp_path: Path
+) -> None:
+    ours, engine = started
+    marker = tmp_path / "prepared"
+    ours.send(Build(partial(_build_behind, marker), _CONFIG, partial(marker.touch)))
+    assert isinstance(ours.recv(), Ready)
+    ours.send(Shutdown())
+    engine.join(20)
 
 
 def test_an_idle_engine_answers_a_ping(started: tuple[Connection, BaseProcess]) -> None:
