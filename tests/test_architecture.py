@@ -43,7 +43,7 @@ WORLDLY = {
     f"scheduler/{name}.py"
     for name in (
         *("engine", "engine_main", "engine_process", "process", "channel"),
-        *("inline", "client", "streams", "watchdog"),
+        *("inline", "client", "resets", "streams", "watchdog"),
     )
 }
 
