@@ -16,7 +16,8 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from model.arch import ArchError
-from model.read_arch import read_json
+from model.formats import FormatError
+from model.formats.json_file import read_json_object
 from model.source import ModelSource
 
 _SERVED = "served are decoders of text that attend in every layer and keep no other state"
@@ -51,14 +52,15 @@ def faults_of(model_type: object) -> Iterator[None]:
     # Hundreds of authors' code: what it makes of a config it cannot work with is anybody's guess.
     except Exception as error:
         reason = " ".join(str(error).split())[:_LONGEST_REASON]
-        if not isinstance(error, ArchError):
+        if not isinstance(error, ArchError | FormatError):
             reason = f"{type(error).__name__}: {reason}"
         raise ArchError(f"model_type {model_type!r}: {reason}; {_SERVED}") from error
 
 
 def read_hf_config(source: ModelSource, wanted_positions: int | None) -> HfConfig:
     """Read and judge a config.json. `ArchError` says in a line why a model cannot be served."""
-    values = read_json(source.path if source.kind == "dummy" else source.path / "config.json")
+    path = source.path if source.kind == "dummy" else source.path / "config.json"
+    values = read_json_object(path)
     with faults_of(values.get("model_type")):
         config = _parse(source.path, values)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)

@@ -59,7 +59,7 @@ def build_transformer(
     `tiles`: pack bf16 and int8 weights for this library's products instead of torch's.
     `dtype` is that of the activations, on a CPU float32; `max_positions` (default: the model's
     own) bounds the table of angles. With `progress`, a bar on stderr where that is a terminal.
-    Raises `ValueError` (`WeightsError`, `ArchError`, `GgufError` are ones) or `OSError`.
+    Raises `ValueError` (`WeightsError`, `ArchError`, `FormatError` are ones) or `OSError`.
     """
     fmt, note = choose_format(quantization, device, dtype, has_tiles=tiles is not None)
     arch, weights = open_weights(source)

@@ -22,7 +22,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def open_weights(source: ModelSource) -> tuple[ArchSpec, WeightSource]:
     """Open a model and check that every tensor is there, whole and of the right shape.
 
-    Raises `WeightsError`, `ArchError`, `GgufError` (each a `ValueError`) or `OSError`.
+    Raises `WeightsError`, `ArchError`, `FormatError` (each a `ValueError`) or `OSError`.
     """
     if source.kind == "safetensors":
         return _open_folder(source)

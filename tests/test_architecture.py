@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "loadtest": set[str](),
     "model": {"configs"},
     "scheduler": {"cache", "configs", "model.interface"},
-    "server": {"scheduler", "configs"},
+    "server": {"scheduler", "configs", "model.formats"},
 }
 #: The composition roots: single files that know more than their folder.
 EXCEPTIONS = {"server/daemon.py": {"model.build", "model.source"}}
@@ -34,6 +34,7 @@ LIGHT_IN_MODEL = {
     for name in (
         *("__init__", "interface", "fake", "source"),
         *("grammar", "grammar_check", "json_patterns", "json_schema", "matchers"),
+        *("formats/__init__", "formats/gguf", "formats/json_file"),
     )
 }
 

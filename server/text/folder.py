@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-import orjson
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Core
 
+from model.formats import FormatError
+from model.formats.json_file import read_json_object
 from server.text.pieces import TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
 
@@ -227,14 +228,11 @@ def _text(token: object) -> str | None:
 def read_json(path: Path) -> dict[str, object]:
     """Return the object in a JSON file, empty if there is no file. Raises `TextError`."""
     try:
-        content = orjson.loads(path.read_bytes())
+        return read_json_object(path)
     except FileNotFoundError:
         return {}
-    except orjson.JSONDecodeError as error:
-        raise TextError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TextError(f"{path} must hold a JSON object")
-    return content
+    except FormatError as error:
+        raise TextError(str(error)) from error
 
 
 def eos_token_ids(config: Mapping[str, object], path: Path) -> list[int]:

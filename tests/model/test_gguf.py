@@ -13,7 +13,8 @@ from torch import Tensor
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model.arch_gguf import from_gguf
 from model.assemble import assemble
-from model.gguf_file import GgufError, read_gguf
+from model.formats import FormatError
+from model.gguf_file import read_gguf
 from model.gguf_weights import GgufWeights
 from model.source import ModelSource
 from model.weights import WeightsError
@@ -218,7 +219,7 @@ def test_the_directory_is_that_of_the_gguf_package(make_checkpoint: Any, tmp_pat
     ]
     for key, value in ours.metadata.items():
         field = theirs.get_field(key)
-        assert value == (None if key == "tokenizer.ggml.tokens" else field.contents()), key
+        assert (list(value) if isinstance(value, tuple) else value) == field.contents(), key
 
 
 def _cut(path: Path, num_bytes: int) -> None:
@@ -238,12 +239,12 @@ def _overwrite(offset: int, data: bytes) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (lambda path: _cut(path, 0), "is empty"),
-        (lambda path: _cut(path, 100), "is cut off: it ends inside its own header"),
+        (lambda path: _cut(path, 100), "is cut off or damaged: its header should have"),
         (lambda path: _cut(path, path.stat().st_size - 64), r"cut off: tensor \S+ of shape \["),
         (_overwrite(0, b"GGML"), "is not a GGUF file"),
         (_overwrite(4, b"\x09"), "has GGUF version 9"),
-        (_overwrite(8, b"\xff" * 8), "is cut off|is damaged"),
-        (_overwrite(24, b"\xff" * 8), "is cut off|is damaged"),
+        (_overwrite(8, b"\xff" * 8), "cut off or damaged: its header should have 1844674407370955"),
+        (_overwrite(24, b"\xff" * 8), "cut off or damaged: its header should have a string of 18"),
     ],
 )
 def test_a_damaged_file_is_named(
@@ -251,7 +252,7 @@ def test_a_damaged_file_is_named(
 ) -> None:
     path = _write(make_checkpoint("llama", **SIZES), tmp_path / "m.gguf").path
     damage(path)
-    with pytest.raises(GgufError, match=f"m.gguf.*({message})"):
+    with pytest.raises(FormatError, match=f"m.gguf.*({message})"):
         read_gguf(path)
 
 

@@ -237,7 +237,7 @@ def test_a_token_that_has_another_id_elsewhere_is_noted(folder: Path) -> None:
     assert text.notes == ("tokenizer.json's ids are taken, not others for: ['<x>']",)
 
 
-@pytest.mark.parametrize("stated", [-1, 259, 2**63, [257, -5], [10**9, 257]])
+@pytest.mark.parametrize("stated", [-1, 259, 2**63, 10**30, [257, -5], [10**9, 257]])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_ends_that_the_vocabulary_lacks_are_left_out(
     folder: Path, name: str, stated: object
@@ -273,7 +273,6 @@ def test_ends_that_the_vocabulary_lacks_are_left_out(
         ("config.json", {"eos_token_id": "2"}),
         ("config.json", {"eos_token_id": [[2]]}),
         ("generation_config.json", {"eos_token_id": True}),
-        ("generation_config.json", {"eos_token_id": 10**30}),
         ("generation_config.json", {"eos_token_id": {"id": 2}}),
         ("chat_template.json", {"chat_template": {"default": 1}}),
         ("tokenizer.json", {"model": None}),
