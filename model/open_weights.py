@@ -47,7 +47,11 @@ def _open_folder(source: ModelSource) -> tuple[ArchSpec, SafetensorsWeights]:
     weights = SafetensorsWeights(source.path)
     notes = [*arch.notes, *weights.notes]
     if arch.is_tied and _HEAD in weights.shapes:
-        if _are_equal(weights, _HEAD, _EMBEDDING):
+        if _EMBEDDING not in weights.shapes:
+            # Some trainers save of a pair that shares its memory the one that sorts first.
+            weights.rename(_HEAD, _EMBEDDING)
+            notes.append(f"{_EMBEDDING} is not there, and tied to {_HEAD}: that is taken")
+        elif _are_equal(weights, _HEAD, _EMBEDDING):
             weights.leave_out([_HEAD])
         else:
             arch = replace(arch, is_tied=False)

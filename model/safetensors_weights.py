@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.formats import FormatError
 from model.formats.json_file import parse_json_object, read_json_object, shown
+from model.weight_files import safetensors_files
 from model.weights import WeightsError, read_bytes, row_blocks
 
 _DTYPES = {
@@ -65,12 +66,17 @@ class SafetensorsWeights:
         if whole.is_file():
             return [whole]
         if not index.is_file():
-            return sorted(self._folder.glob("*.safetensors"))
+            return safetensors_files(self._folder)
         self._placed = _weight_map(index)
         paths = [self._folder / name for name in sorted(set(self._placed.values()))]
         if missing := [path for path in paths if not path.is_file()]:
             raise WeightsError(f"{missing[0]} is missing, but {_INDEX} lists it")
         return paths
+
+    def rename(self, name: str, other: str) -> None:
+        """Give a tensor the name of one that is not there."""
+        self._entries[other] = self._entries.pop(name)
+        self.leave_out(())
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Pass over tensors from now on."""

@@ -23,6 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from model.formats import FormatError
+from model.formats.gguf import model_stem, shard_paths
+from model.weight_files import gguf_files, other_files, safetensors_files
+
 ALLOWED = "a folder of safetensors, a .gguf file, a hub id (org/name), smollm2, dummy:CONFIG.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -89,11 +93,11 @@ def resolve(model: str, *, home: Path, progress: bool) -> ModelSource:
         return _dummy(model)
     path = Path(model).expanduser()
     if path.is_dir():
-        return ModelSource("safetensors", _checked_folder(path), path.resolve().name)
+        return _folder(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelSourceError(f"model {model!r} is a file but not a .gguf one; give {ALLOWED}")
-        return ModelSource("gguf", path, path.stem)
+        return _gguf(path)
     if _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
         return _from_hub(model, progress=progress)
     raise ModelSourceError(f"model {model!r}: no such file or folder here; give {ALLOWED}")
@@ -106,12 +110,30 @@ def _dummy(model: str) -> ModelSource:
     return ModelSource("dummy", path, f"dummy-{path.stem}")
 
 
+def _folder(folder: Path) -> ModelSource:
+    found = [] if safetensors_files(folder) else gguf_files(folder)
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise ModelSourceError(f"model {str(folder)!r}: give one of the files in it: {names}")
+    if found:
+        return _gguf(found[0])
+    return ModelSource("safetensors", _checked_folder(folder), folder.resolve().name)
+
+
+def _gguf(path: Path) -> ModelSource:
+    """Take a file of one model; of a split one any part stands for all, and the first is opened."""
+    try:
+        return ModelSource("gguf", shard_paths(path)[0], model_stem(path))
+    except FormatError as error:
+        raise ModelSourceError(str(error)) from error
+
+
 def _checked_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelSourceError(f"model {str(folder)!r}: the folder has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        others = sorted(found.name for found in folder.glob("*.bin"))
-        found = f"only {others[0]}, which is a pickle: convert it" if others else "none"
+    if not safetensors_files(folder):
+        others = other_files(folder)
+        found = f"only {others}" if others else "none"
         raise ModelSourceError(f"model {str(folder)!r}: needs .safetensors files, there is {found}")
     return folder
 

@@ -27,6 +27,7 @@ from server.gate import DrainGate
 from server.keys import Keyring, load_keys
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, fields
+from server.makers_sampling import makers_sampling
 from server.messages.routes import DOCUMENTED as MESSAGES_DOCUMENTED
 from server.messages.routes import ERROR_FORMS, message_routes
 from server.metrics import Metrics
@@ -38,7 +39,7 @@ from server.responses.routes import response_routes
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, StoreStats
 from server.routes import generation_routes, model_routes
-from server.service import Service, sampling_defaults, served_name
+from server.service import Service, served_name
 from server.structured.desk import GrammarDesk
 from server.text.load import ModelText
 
@@ -74,8 +75,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
 
     The caller starts and closes `client`, closes `grammars`, drains `lifecycle`, counts log lines
     that were dropped and may change `keyring`; where that is not given, the configuration's keys
-    are loaded, which raises `ValueError` if they are wrong; so does a model's sampling that cannot
-    be meant.
+    are loaded, which raises `ValueError` if they are wrong.
     """
     clock = clock or Clock()
     chance = chance or random.SystemRandom()
@@ -83,10 +83,14 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
     grammars = grammars or GrammarDesk()
     pace = QueuePace(client, clock.monotonic_s, config.scheduler)
-    defaults = sampling_defaults(config, text)
+    asks = config.model.generation_config != "vllm"
+    defaults, notes = makers_sampling(text.sampling_defaults if asks else {})
+    log = logging.getLogger(LOGGER_NAME)
+    for note in notes:
+        log.info("note", extra=fields(note=note))
     if defaults:
         note = "requests that do not say get the sampling of generation_config.json"
-        logging.getLogger(LOGGER_NAME).info("note", extra=fields(note=note, **defaults))
+        log.info("note", extra=fields(note=note, **defaults))
     service = Service(
         config, client, text, lifecycle, metrics, clock, chance, pace, grammars, defaults
     )

@@ -36,9 +36,6 @@ _STEPS_OF_CLASSES = {
 _MAX_LISTED = 65_536
 _EXTRA, _EXTRA_BEFORE = "extra_special_tokens", "additional_special_tokens"
 
-#: Those of generation_config.json that vLLM takes, too.
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
 
 class ModelFolder:
     """The text side of a model folder. `config` may be another file than its config.json."""
@@ -95,14 +92,9 @@ class ModelFolder:
             self.notes.append(f"the chat templates of .jinja files are taken, not those in {where}")
         return sources or stated
 
-    def sampling_defaults(self) -> dict[str, float]:
-        """Return the sampling that the model's makers ask for, by vLLM's names of parameters."""
-        stated = {name: self._generation.get(name) for name in _SAMPLING_DEFAULTS}
-        return {
-            name: value
-            for name, value in stated.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+    def sampling_defaults(self) -> Mapping[str, object]:
+        """Return generation_config.json as it is: what the model's makers ask for."""
+        return self._generation
 
     def _special_tokens(self) -> list[tuple[str, AddedToken]]:
         """Return special tokens, their names or "" first, in the order `transformers` adds them."""

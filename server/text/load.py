@@ -30,8 +30,8 @@ class ModelText:
     tokenizer: Tokenizer
     #: None where the model has none: it completes text, it does not chat.
     template: ChatTemplate | None
-    #: What the model's makers ask for, by the names of parameters; unchecked.
-    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    #: What the model's makers ask for; unchecked (`server/makers_sampling.py`).
+    sampling_defaults: Mapping[str, object] = field(default_factory=dict)
     #: Choices between two readings of the model's files, for the log of the start.
     notes: tuple[str, ...] = ()
 
