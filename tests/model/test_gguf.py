@@ -16,7 +16,7 @@ from model.assemble import assemble
 from model.formats import FormatError
 from model.gguf_file import read_gguf
 from model.gguf_weights import GgufWeights
-from model.source import ModelSource
+from model.source import ModelSource, resolve
 from model.weights import WeightsError
 
 PROMPT = torch.randint(0, 96, (24,), generator=torch.Generator().manual_seed(3))
@@ -59,12 +59,17 @@ def _permute(rows: Tensor, num_heads: int) -> Tensor:
 
 
 def _write(
-    checkpoint: Any, path: Path, type_name: str = "F32", eos_token_id: int = 5, **more: Tensor
+    checkpoint: Any,
+    path: Path,
+    type_name: str = "F32",
+    eos_token_id: int = 5,
+    most_tensors: int = 0,
+    **more: Tensor,
 ) -> ModelSource:
     """Convert a checkpoint as llama.cpp does; one-dimensional tensors stay float32."""
     config = checkpoint.config()
     family, num_heads = config["model_type"], config["num_attention_heads"]
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, family, split_max_tensors=most_tensors)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -137,6 +142,29 @@ def test_every_family_finds_its_tensors(
     assert model.arch.eos_token_ids == (5,)
     ours = session(model).feed(PROMPT)
     torch.testing.assert_close(ours, checkpoint.logits(PROMPT), atol=1e-4, rtol=1e-4)
+
+
+def test_a_split_model_is_one(
+    make_checkpoint: Any, build: Any, session: Any, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("llama", **SIZES)
+    _write(checkpoint, tmp_path / "m.gguf", most_tensors=9)
+    parts = sorted(path.name for path in tmp_path.glob("*.gguf"))
+    count = len(parts)
+    assert parts == [f"m-0000{i + 1}-of-0000{count}.gguf" for i in range(count)]
+    assert count > 2
+    given = resolve(str(tmp_path / parts[1]), home=tmp_path, progress=False)
+    ours = session(build(given)).feed(PROMPT)
+    torch.testing.assert_close(ours, checkpoint.logits(PROMPT), atol=1e-4, rtol=1e-4)
+    _cut(tmp_path / parts[2], (tmp_path / parts[2]).stat().st_size - 64)
+    with pytest.raises(FormatError, match=f"{parts[2]} is cut off: tensor"):
+        read_gguf(given.path)
+    (tmp_path / parts[2]).unlink()
+    with pytest.raises(FormatError, match=f"{parts[2]} is missing"):
+        read_gguf(given.path)
+    alone = given.path.rename(tmp_path / "alone.gguf")
+    with pytest.raises(FormatError, match=f"is one of {count} parts: they lie in one folder"):
+        read_gguf(alone)
 
 
 @pytest.mark.parametrize("eos_token_id", [96, 2**32 - 1])
