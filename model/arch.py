@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
 from model.formats.json_file import shown
 
-RopeVariant: TypeAlias = Literal["default", "linear", "llama3", "yarn"]
+RopeVariant: TypeAlias = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -43,7 +43,7 @@ class RopeSpec:
     rotary_dim: int
     variant: RopeVariant = "default"
     factor: float = 1.0
-    #: Context length before stretching, in tokens (llama3, yarn).
+    #: Context length before stretching, in tokens (dynamic, llama3, yarn).
     original_max_positions: int = 0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -166,6 +166,26 @@ class ArchSpec:
                 shapes[f"{at}self_attn.q_norm.weight"] = (self.head_dim,)
                 shapes[f"{at}self_attn.k_norm.weight"] = (self.head_dim,)
         return shapes
+
+
+def lengthened(arch: ArchSpec, wanted_positions: int | None) -> ArchSpec:
+    """Return the architecture for texts of this length, where that changes it.
+
+    Under dynamic rope all angles change once a text is longer than the model was trained for, and
+    they would with each token more. Keys that are kept cannot follow, nor can the keys of two
+    texts of different length be shared. So where longer texts are wanted, all texts get the angles
+    of the longest.
+    """
+    original = arch.rope.original_max_positions
+    if arch.rope.variant != "dynamic":
+        return arch
+    most = max(int(original * arch.rope.factor), original)
+    if wanted_positions is None or wanted_positions <= original:
+        note = f"limited to {original} tokens, for past them the model turns all positions by other"
+        note += f" angles; --max-model-len up to {most} takes those throughout"
+        return replace(arch, notes=(*arch.notes, note))
+    note = f"angles are those for texts of {wanted_positions} tokens, in short requests too"
+    return replace(arch, max_positions=most, notes=(*arch.notes, note))
 
 
 class ConfigKeys:

@@ -9,6 +9,7 @@ arithmetic and is not supported is an error that names its key; a key nobody her
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast, get_args
 
 from model.arch import (
@@ -81,7 +82,8 @@ def from_hf_config(
         rope=_hf_rope(keys, head_dim, max_positions),
         windows=_hf_windows(keys, family, num_layers),
         eos_token_ids=_token_ids(
-            (generation_config or {}).get("eos_token_id"), keys.get("eos_token_id")
+            ("generation_config.json: ", (generation_config or {}).get("eos_token_id")),
+            ("", keys.get("eos_token_id")),
         ),
         is_tied=keys.flag("tie_word_embeddings"),
         has_qkv_bias=has_bias,
@@ -138,15 +140,15 @@ def _hf_dtype(keys: ConfigKeys) -> Dtype:
     return cast("Dtype", found)
 
 
-def _token_ids(*candidates: object) -> tuple[int, ...]:
+def _token_ids(*candidates: tuple[str, object]) -> tuple[int, ...]:
     """Return the first candidate that says something, a number or a list of them."""
-    for found in candidates:
+    for where, found in candidates:
         if found is None:
             continue
         ids = found if isinstance(found, list) else [found]
         if not all(type(one) is int for one in ids):
             raise BadValueError(
-                f"eos_token_id must be a number or a list of them, got {shown(found)}"
+                f"{where}eos_token_id must be a number or a list of them, got {shown(found)}"
             )
         return tuple(ids)
     return ()
@@ -185,6 +187,7 @@ def _hf_windows(keys: ConfigKeys, family: str, num_layers: int) -> tuple[int | N
 _ROPE_KEYS: dict[RopeVariant, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": (
         "factor",
         "low_freq_factor",
@@ -240,6 +243,11 @@ def _hf_rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
         # Null is false.
         truncate=rope.flag("truncate", default="truncate" not in rope),
     )
+    if variant == "dynamic":
+        if head_dim <= 2:
+            raise ArchError(f"rope_type 'dynamic' needs heads wider than {head_dim}")
+        # transformers counts from there, whatever else is said.
+        spec = replace(spec, original_max_positions=max_positions)
     if min(spec.theta, spec.factor, spec.original_max_positions) <= 0:
         raise ArchError("rope_parameters: numbers must be above 0")
     if spec.low_freq_factor >= spec.high_freq_factor:

@@ -108,6 +108,8 @@ class HfDecoder:
     """See `ServedDecoder`: a causal language model of `transformers`, taken in two."""
 
     format: Format = "none"
+    #: Angles are computed with each step, or are among the weights.
+    bytes_per_position = 0
 
     def __init__(self, model: Any, found: HfConfig, wishes: Sequence[LayerWish]) -> None:  # noqa: ANN401 - transformers' class
         """Take over `model`, whose attention must be `PAGED`; `wishes` are those of its layers."""
@@ -165,6 +167,9 @@ class HfDecoder:
         )
         hidden: Tensor = found[0].squeeze(0)
         return hidden.float()
+
+    def hold_positions(self, max_positions: int) -> None:
+        """See `ServedDecoder`: there is nothing to make."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder`: by the model's own code, for some cap or scale them."""

@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from model.arch import ArchError
+from model.arch import MOST_LAYERS, ArchError, ConfigKeys
 from model.formats import FormatError
 from model.formats.json_file import read_json_object
 from model.source import ModelSource
@@ -26,6 +26,7 @@ _OTHER_SENSES = re.compile("audio|image|speech|video|vision|vq")
 _LONGEST_REASON = 300
 #: As many as the proof computes.
 _FEWEST_POSITIONS = 8
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _PAGED_KINDS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -62,6 +63,11 @@ def read_hf_config(source: ModelSource, wanted_positions: int | None) -> HfConfi
     path = source.path if source.kind == "dummy" else source.path / "config.json"
     values = read_json_object(path)
     with faults_of(values.get("model_type")):
+        for part in (values, *values.values()):
+            if isinstance(part, dict):
+                # The library loops over them before it looks at anything.
+                for key in _LAYER_COUNTS:
+                    ConfigKeys(part).count(key, 0, most=MOST_LAYERS)
         config = _parse(source.path, values)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if reason := _why_not(config, model_class):
@@ -121,7 +127,7 @@ def _why_not(config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above
             "does not let others compute its attention (transformers' attention interface)",
         ),
         (
-            "dynamic" in ropes or {"longrope"} < ropes,
+            {"longrope"} < ropes,
             "has rope scaling by which one long request would change all others",
         ),
     )
@@ -138,13 +144,19 @@ def _rope_types(config: Any) -> set[str]:  # noqa: ANN401 - as above
 def _positions(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...]]:  # noqa: ANN401 - as above
     """Return how long a text may be.
 
+    Under dynamic rope all angles change with each token past what the model was trained for, in the
+    keys that are kept, too; texts end there.
     Under longrope all angles change once one text of the batch is longer than the model was first
     trained for. Where such texts are wanted, everything gets their angles.
     """
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < _FEWEST_POSITIONS:
         raise ArchError(f"its max_position_embeddings is {longest}, so its length is not known")
-    if "longrope" not in _rope_types(config):
+    kinds = _rope_types(config)
+    if "dynamic" in kinds:
+        note = f"limited to {longest} tokens, for past them each changes the angles of all"
+        return longest, (note,)
+    if "longrope" not in kinds:
         return longest, ()
     rope = config.rope_parameters
     short = rope["original_max_position_embeddings"]

@@ -11,7 +11,7 @@ from model.arch_gguf import from_gguf
 from model.dummy_weights import DummyWeights
 from model.gguf_file import read_gguf
 from model.gguf_weights import ROPE_FACTORS, GgufWeights
-from model.read_arch import read_arch
+from model.read_arch import naming, read_arch
 from model.safetensors_weights import SafetensorsWeights
 from model.source import ModelSource
 from model.weights import WeightsError, WeightSource, check_shapes, say_of_others
@@ -30,7 +30,8 @@ def open_weights(source: ModelSource) -> tuple[ArchSpec, WeightSource]:
         arch = read_arch(source)
         return arch, DummyWeights(arch)
     file = read_gguf(source.path)
-    arch = from_gguf(file)
+    with naming(source.path):
+        arch = from_gguf(file)
     weights = GgufWeights(file, arch)
     expected = arch.tensor_shapes()
     if ROPE_FACTORS in weights.shapes:

@@ -81,8 +81,13 @@ def config_of(**model: Any) -> OctavoConfig:
             {"quantization_config": {"quant_method": "gptq"}},
             "weights are quantized (gptq)",
         ),
-        ("olmo2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "one long request"),
         ("olmo2", {"num_attention_heads": "four"}, "num_attention_heads"),
+        (
+            "gemma2",
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers must be at most 4096",
+        ),
+        ("gemma3", {"text_config": {"num_hidden_layers": 10**9}}, "must be at most 4096"),
         ("olmo2", {"max_position_embeddings": 1}, "max_position_embeddings is 1"),
         ("no_such_family", {}, "does not know it"),
     ],
@@ -174,7 +179,9 @@ def test_ours_where_it_knows_the_architecture(
 def test_the_choice_is_said(dummy: Callable[..., ModelSource]) -> None:
     source = dummy("llama", hidden_act="gelu", eos_token_id=[7, 9])
     info = assemble(source, config_of()).info
-    assert info.notes[0].startswith("not Octavo's own code: hidden_act: 'gelu' is not supported")
+    assert info.notes[0].startswith(
+        "not Octavo's own code: config.json: hidden_act: 'gelu' is not supported"
+    )
     assert "LlamaForCausalLM" in info.notes[1]
     assert (info.eos_token_ids, info.vocab_size, info.quantization) == ((7, 9), 96, "none")
     assert info.kv_bytes_per_token == 2 * 4 * 2 * 16 * 4
@@ -191,7 +198,11 @@ def test_the_choice_is_said(dummy: Callable[..., ModelSource]) -> None:
     [
         ("gemma2", {"quantization": "int8"}, "quantization int8 is for what Octavo computes"),
         ("gemma2", {"model_impl": "octavo"}, "'gemma2' is not supported, only llama"),
-        ("mamba", {}, "recurrent state.*Octavo's own code: model_type 'mamba' is not supported"),
+        (
+            "mamba",
+            {},
+            "recurrent state.*Octavo's own code: config.json: model_type 'mamba' is not supported",
+        ),
         ("gemma2", {"attention_backend": "cpu"}, "the model caps its attention scores"),
     ],
 )
