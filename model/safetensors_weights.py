@@ -29,6 +29,8 @@ _DTYPES = {
 }
 #: As the format's own library has it.
 _MOST_HEADER_BYTES = 100_000_000
+#: Of a file, on any disk.
+_LONGEST_NAME_BYTES = 255
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -137,7 +139,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(placed, dict) or not placed:
         raise FormatError(f"{index} is damaged: weight_map must be an object, got {shown(placed)}")
     for name, file in placed.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        is_name = isinstance(file, str) and Path(file).name == file and file.isprintable()
+        if not is_name or len(file.encode()) > _LONGEST_NAME_BYTES:
             raise FormatError(f"{index} is damaged: weight_map: {name[:80]} is in {shown(file)}")
     return placed
 

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Core
 
 from model.formats import FormatError
-from model.formats.json_file import read_json_object
+from model.formats.json_file import read_json_object, shown
 from server.text.pieces import TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
 
@@ -132,7 +132,7 @@ class ModelFolder:
         """Make a token of its text or of the object around it. `flags`: where that has none."""
         stated = {"content": value} if isinstance(value, str) else value
         if not isinstance(stated, dict) or _text(stated) is None:
-            raise TextError(f"{self._folder}: {name} is no token: {str(value)[:80]}")
+            raise TextError(f"{self._folder}: {name} is no token: {shown(value)}")
         stated = {key: flag for key, flag in stated.items() if key != "__type"}
         try:
             return AddedToken(**{**flags, **stated})
@@ -232,8 +232,9 @@ def eos_token_ids(config: Mapping[str, object], path: Path) -> list[int]:
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        shown = str(value)[:80]
-        raise TextError(f"{path}: eos_token_id must be a number or a list of them, got {shown}")
+        raise TextError(
+            f"{path}: eos_token_id must be a number or a list of them, got {shown(value)}"
+        )
     return [*ids]
 
 
