@@ -132,7 +132,8 @@ class ModelFolder:
         """Make a token of its text or of the object around it. `flags`: where that has none."""
         stated = {"content": value} if isinstance(value, str) else value
         if not isinstance(stated, dict) or _text(stated) is None:
-            raise TextError(f"{self._folder}: {name} is no token: {shown(value)}")
+            where = "tokenizer_config.json or special_tokens_map.json"
+            raise TextError(f"{self._folder}: {name} in {where} is no token: {shown(value)}")
         stated = {key: flag for key, flag in stated.items() if key != "__type"}
         try:
             return AddedToken(**{**flags, **stated})
@@ -155,7 +156,10 @@ class ModelFolder:
                 for text, i in added.items()
             }
         if not isinstance(listed, dict) or not all(i.isdecimal() for i in listed):
-            raise TextError(f"{self._folder}: ids of added tokens must be numbers of tokens")
+            raise TextError(
+                f"{self._folder}: ids of added tokens must be numbers of tokens "
+                "(added_tokens_decoder of tokenizer_config.json, or added_tokens.json)"
+            )
         if (count := len(listed) + len(present)) > _MAX_LISTED:
             raise TextError(f"{self._folder}: {count} added tokens, at most {_MAX_LISTED} are read")
         name = "added_tokens_decoder"
@@ -255,6 +259,7 @@ def _named_templates(value: object, path: Path) -> Iterator[tuple[str, str]]:
                 case {"name": str(name), "template": str(template)}:
                     yield name, template
                 case _:
-                    raise TextError(f"chat_template: an entry must have name and template: {entry}")
+                    wanted = "an entry of chat_template must have name and template"
+                    raise TextError(f"{path}: {wanted}: {shown(entry)}")
     elif value is not None:
         raise TextError(f"{path}: chat_template must be a text or a list of named ones")

@@ -178,6 +178,29 @@ def test_an_odd_header_of_safetensors_is_read_or_named(folder: Path, key: str, v
     one_line(told.value)
 
 
+TOKEN_KEYS = (
+    *("bos_token", "eos_token", "unk_token", "pad_token", "added_tokens_decoder", "add_bos_token"),
+    *("extra_special_tokens", "additional_special_tokens", "tokenizer_class", "chat_template"),
+)
+
+
+@pytest.mark.parametrize("key", TOKEN_KEYS)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_an_odd_value_of_a_tokenizer_is_served_or_named(folder: Path, name: str, key: str) -> None:
+    for value in ODD:
+        write(folder / name, {key: value})
+        told = refusal(partial(load_text, folder))
+        assert not told or (str(folder) in told and ("special_tokens" in told or key in told)), told
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "chat_template.json"])
+def test_an_odd_value_beside_a_tokenizer_is_served_or_named(folder: Path, name: str) -> None:
+    for value in ODD:
+        write(folder / name, {"chat_template": value})
+        told = refusal(partial(load_text, folder))
+        assert not told or str(folder) in told, told
+
+
 FILES = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
