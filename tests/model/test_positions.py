@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
-from model.assemble import assemble
+from model.assemble import _plan_pool, assemble
+from model.attention.registry import choose_backend
 from model.hf import load_hf_decoder
 from model.load import build_transformer
 from model.memory import MemoryPlanError, angles_bytes
@@ -113,5 +115,12 @@ def test_the_table_of_angles_is_in_the_plan(tmp_path: Path) -> None:
         model=ModelSection(threads=1, quantization="none", max_model_len=2**20),
         cache=CacheSection(kv_cache_memory=2**28),
     )
-    info = assemble(dummy(tmp_path, max_position_embeddings=2**22), config).info
+    source = dummy(tmp_path, max_position_embeddings=2**22)
+    decoder = load(source, 2**20)
+    offer = choose_backend("auto", decoder.attention_spec(torch.float32))
+    plan = partial(_plan_pool, config, decoder, torch.float32, offer)
+    assert plan(2**28 + 2**26).max_model_len == 2**20
+    with pytest.raises(MemoryPlanError, match="lower --kv-cache-memory by 1 B"):
+        plan(2**28 + 2**26 - 1)
+    info = assemble(source, config).info
     assert any("the angles of 1048576 positions take 64 MiB" in note for note in info.notes)
