@@ -106,7 +106,7 @@ $(NODE_CLIENTS)/node_modules/.installed: $(CLIENTS)/.installed $(wildcard $(NODE
 # (+cpu) is cut off, so that the pin fits every build of the same release.
 constraints:  ## pin the newest versions that fit pyproject.toml
 	$(PYTHON) -m venv --clear .venv-pins
-	.venv-pins/bin/python -m pip install $(BUILD_TOOLS) '.[dev]'
+	.venv-pins/bin/python -m pip install $(BUILD_TOOLS) '.[cuda,dev]'
 	{ sed -n '/^#/p' constraints.txt; .venv-pins/bin/python -m pip freeze --all --exclude pip --exclude octavo \
 		| sed 's/+[a-z0-9]*$$//'; } > constraints.new
 	mv constraints.new constraints.txt

@@ -2,7 +2,8 @@
 
 Free of torch: the API process, which needs the tokenizer's files, resolves the same name. Knows
 nothing of what is in the files (`model/arch.py`, `model/weights.py`), and names no registry's
-host: pip and huggingface_hub have their own settings, which the operator may have changed.
+host: pip and the hub's library (`model/hub.py`) have settings of their own, which the operator may
+have changed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from typing import Literal
 
 ALLOWED = "a folder of safetensors, a .gguf file, a hub id (org/name), smollm2, dummy:CONFIG.json"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+#: org/name, or org/name@revision.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _DOWNLOAD_PREFIX = ".download-"
 
 
@@ -120,22 +121,18 @@ def _checked_folder(folder: Path) -> Path:
 
 
 def _from_hub(model: str, *, progress: bool) -> ModelSource:
-    # The imports cost a third of a second that every other kind of model starts without.
-    import httpx  # noqa: PLC0415 - see above
-    import huggingface_hub  # noqa: PLC0415 - see above
-    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415 - see above
+    # A third of a second that every other kind of model starts without.
+    from model.hub import HubError, NotOnHubError, fetch_snapshot  # noqa: PLC0415 - see above
 
-    if not progress:
-        disable_progress_bars()
+    repo_id, _, revision = model.partition("@")
     try:
-        folder = huggingface_hub.snapshot_download(model, allow_patterns=_HUB_PATTERNS)
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        folder, notes = fetch_snapshot(repo_id, revision or "main", progress=progress)
+    except HubError as error:
+        hint = f"; give {ALLOWED}" if isinstance(error, NotOnHubError) else ""
         raise ModelSourceError(
-            f"model {model!r} is no path here and the hub did not give it ({reason}); "
-            f"give {ALLOWED}"
+            f"model {model!r}: no such file or folder here, and {error}{hint}"
         ) from error
-    return ModelSource("safetensors", _checked_folder(Path(folder)), model)
+    return ModelSource("safetensors", _checked_folder(folder), repo_id, notes)
 
 
 # ---- a model inside a wheel ----------------------------------------------------------------------

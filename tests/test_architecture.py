@@ -32,7 +32,7 @@ ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_in
 LIGHT_IN_MODEL = {
     f"model/{name}.py"
     for name in (
-        *("__init__", "interface", "fake", "source"),
+        *("__init__", "interface", "fake", "source", "hub"),
         *("grammar", "grammar_check", "json_patterns", "json_schema", "matchers"),
     )
 }
