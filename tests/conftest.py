@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,12 +26,19 @@ _STOP_TIMEOUT_S = 60.0
 class Daemon:
     """One `octavo serve`, as a user starts it."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        program: Sequence[str] = (sys.executable, "-m", "server"),
+        environ: Mapping[str, str] = os.environ,
+        folder: Path | None = None,
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", "serve", "--port", "0", *flags],
+            [*program, "serve", "--port", "0", *flags],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**environ, "PYTHONUNBUFFERED": "1"},
+            cwd=folder,
         )
         self.log: list[str] = []
         self.url = ""
@@ -74,8 +82,8 @@ class Daemon:
 
 
 @contextmanager
-def _started(*flags: str) -> Iterator[Daemon]:
-    daemon = Daemon(*flags)
+def _started(*flags: str, **how: Any) -> Iterator[Daemon]:
+    daemon = Daemon(*flags, **how)
     try:
         daemon.wait_ready()
         yield daemon

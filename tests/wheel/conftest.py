@@ -324,7 +324,9 @@ def model_files() -> dict[str, bytes]:
         name = f"model-0000{index}-of-00002.safetensors"
         files[name] = save(shard)
         places |= dict.fromkeys(shard, name)
-    files["model.safetensors.index.json"] = json.dumps({"weight_map": places}).encode()
+    files["model.safetensors.index.json"] = json.dumps(
+        {"metadata": {}, "weight_map": places}
+    ).encode()
     return files
 
 
