@@ -127,7 +127,7 @@ def _check_is_model(repo_id: str, wanted: Collection[str], names: Collection[str
         raise HubError("it has no config.json on the hub, so it is not a model that can be served")
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     there = f"only {pickles[0]}, which is a pickle: convert it" if pickles else "none"
-    raise HubError(f"needs .safetensors files: on the hub there is {there}")
+    raise HubError(f"it needs .safetensors files: on the hub there is {there}")
 
 
 def _cached(repo_id: str, revision: str, fault: Exception) -> Snapshot:
