@@ -120,8 +120,8 @@ def _check_is_model(repo_id: str, wanted: Collection[str], names: Collection[str
         return
     if files := sorted(name for name in names if name.endswith(".gguf")):
         raise HubError(
-            f"the hub has it as GGUF ({len(files)} files): fetch one, such as with `hf download"
-            f" {repo_id} {files[0]}`, and give its path"
+            "the hub has it only as GGUF: fetch one of the files, such as with"
+            f" `hf download {repo_id} {files[0]}`, and give its path"
         )
     if has_weights:
         raise HubError("it has no config.json on the hub, so it is not a model that can be served")
@@ -144,6 +144,9 @@ def _cached(repo_id: str, revision: str, fault: Exception) -> Snapshot:
     except errors.IncompleteSnapshotError:
         raise HubError(f"{reason} (the hub's cache holds only some of its files)") from fault
     except (errors.LocalEntryNotFoundError, ValueError):  # ValueError: the name cannot be an id.
+        if isinstance(fault, errors.OfflineModeIsEnabled):
+            where = constants.HF_HUB_CACHE
+            raise HubError(f"{reason}, whose cache ({where}) does not have it") from fault
         raise reason from fault
     return Snapshot(Path(folder), (f"the copy in the hub's cache is served: {reason}",))
 
@@ -159,7 +162,7 @@ def _explained(error: BaseException, revision: str) -> HubError:
     cache = f"the hub's cache ({constants.HF_HUB_CACHE})"
     match error:
         case errors.OfflineModeIsEnabled():
-            sentence = f"HF_HUB_OFFLINE is set and {cache} does not have it"
+            sentence = "HF_HUB_OFFLINE keeps from asking the hub"
         case errors.GatedRepoError():
             sentence = (
                 "the hub gives it only to those who accepted its terms: do so on the model's page,"
