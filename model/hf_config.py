@@ -5,7 +5,6 @@ Knows nothing of layers: what only a run can tell is found out in `model/hf_proo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
 from model.arch import ArchError
+from model.hf_text import text_class
 from model.read_arch import read_json
 from model.source import ModelSource
 
 _SERVED = "served are decoders of text that attend in every layer and keep no other state"
-_OTHER_SENSES = re.compile("audio|image|speech|video|vision|vq")
 #: Some libraries' messages are pages long.
 _LONGEST_REASON = 300
 #: As many as the proof computes.
 _FEWEST_POSITIONS = 8
-_PAGED_KINDS = frozenset({"full_attention", "sliding_attention"})
+_PAGED_KINDS = frozenset({"attention", "full_attention", "sliding_attention"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,10 @@ class HfConfig:
 
     #: Its own, with its own attributes.
     config: Any
+    #: What of it is for text: itself, where it is for nothing else.
+    text_config: Any
+    #: The class to be loaded where there are parts for more than text; see `text_class`.
+    text_class: Any
     #: Positions below this give the same result whatever else is in the batch.
     max_positions: int
     #: Whether the weights are in mxfp4, as those of gpt-oss.
@@ -61,16 +67,31 @@ def read_hf_config(source: ModelSource, wanted_positions: int | None) -> HfConfi
     values = read_json(source.path if source.kind == "dummy" else source.path / "config.json")
     with faults_of(values.get("model_type")):
         config = _parse(source.path, values)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        if reason := _why_not(config, model_class):
+        model_class = _model_class(config)
+        text_config = config.get_text_config(decoder=True)
+        if reason := _why_not(config, text_config, model_class):
             raise ArchError(f"it {reason}")
-        max_positions, notes = _positions(config.get_text_config(), wanted_positions)
+        max_positions, notes = _positions(text_config, wanted_positions)
+        is_text_class = model_class.config_class is type(text_config)
     if (named := config.architectures) and named != [model_class.__name__]:
         notes = (f"read as {model_class.__name__}, though architectures is {named}", *notes)
     is_mxfp4 = _quantization_method(config) is not None
     if is_mxfp4:
         notes = ("weights in mxfp4 are expanded", *notes)
-    return HfConfig(config, max_positions, is_mxfp4, notes)
+    # `AutoModelForCausalLM` takes the part of a config that is for such a class.
+    is_all_text = is_text_class and not text_config.sub_configs and _is_causal_lm(config)
+    found_class = None if is_all_text else text_class(model_class)
+    return HfConfig(config, text_config, found_class, max_positions, is_mxfp4, notes)
+
+
+def _is_causal_lm(config: Any) -> bool:  # noqa: ANN401 - one of hundreds of classes
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _model_class(config: Any) -> Any:  # noqa: ANN401 - as above
+    """Return the class that computes logits of text; None where there is none."""
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    return next((one[type(config)] for one in mappings if type(config) in one), None)
 
 
 def _quantization_method(config: Any) -> str | None:  # noqa: ANN401 - one of hundreds of classes
@@ -99,31 +120,32 @@ def _parse(path: Path, values: Mapping[str, object]) -> Any:  # noqa: ANN401 - a
     return config
 
 
-def _why_not(config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above
+def _why_not(config: Any, text_config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above
     """Say what is in the way; nothing where nothing is."""
-    senses = sorted(name for name in config.sub_configs if _OTHER_SENSES.search(name))
-    kinds = getattr(config, "layer_types", None) or ()
-    ropes = _rope_types(config)
-    unpaged = sorted({str(kind) for kind in kinds} - _PAGED_KINDS)
+    kinds = _layer_kinds(text_config)
+    ropes = _rope_types(text_config)
+    unpaged = sorted(kinds - _PAGED_KINDS)
     reasons = (
         (getattr(config, "is_encoder_decoder", False), "has an encoder"),
         (model_class is None, "is no causal language model"),
-        (senses, f"has parts that are not for text ({', '.join(senses)})"),
         (
-            getattr(model_class, "_is_stateful", False),
+            # Not where the config says that no layer is one that does.
+            getattr(model_class, "_is_stateful", False) and (unpaged or not kinds),
             "keeps a recurrent state, which has no pages to be shared or brought back",
         ),
         (unpaged, f"has layers of kind {', '.join(unpaged)}"),
-        (
-            not getattr(model_class, "_supports_attention_backend", False),
-            "does not let others compute its attention (transformers' attention interface)",
-        ),
         (
             "dynamic" in ropes or {"longrope"} < ropes,
             "has rope scaling by which one long request would change all others",
         ),
     )
     return next((reason for is_so, reason in reasons if is_so), "")
+
+
+def _layer_kinds(config: Any) -> set[str]:  # noqa: ANN401 - as above
+    """Return the kinds of layers that a config speaks of, which may be none."""
+    names = ("layer_types", "layers_block_type")
+    return {str(kind) for name in names for kind in getattr(config, name, None) or ()}
 
 
 def _rope_types(config: Any) -> set[str]:  # noqa: ANN401 - as above

@@ -68,10 +68,12 @@ def config_of(**model: Any) -> OctavoConfig:
         ("qwen3_next", {}, "recurrent state"),
         ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "layers of kind conv"),
         ("llama4_text", {}, "layers of kind chunked_attention"),
-        ("gemma3", {}, "not for text (vision_config)"),
-        ("falcon", {}, "does not let others compute its attention"),
+        ("granitemoehybrid", {"mamba_n_heads": 8}, "recurrent state"),
+        ("llama4", {"text_config": {}}, "layers of kind chunked_attention"),
+        ("kosmos-2", {"text_config": _SIZES}, "either `pixel_values` or `image_embeds`"),
+        ("bloom", {}, "does not let others compute its attention"),
+        ("falcon", {"alibi": True}, "scores depend on distances (alibi)"),
         ("doge", {}, "masks of its own"),
-        ("diffllama", {}, "attends 8 times in 4 layers"),
         # Counts positions itself, from the padding token's id.
         ("roberta", {"pad_token_id": 1, "is_decoder": True}, "something else on pages"),
         # Sees what comes after.
