@@ -156,6 +156,10 @@ _INERT = frozenset(
 )
 
 
+#: Configs may name millions of positions.
+_KEYS_AT_ONCE = 2**16
+
+
 class Inquirer:
     """See `Attender`: writes down what each layer wants and attends to nothing."""
 
@@ -199,16 +203,22 @@ def window_of(rule: MaskRule, num_positions: int) -> int | None:
     chunk, a prefix that sees all of itself) does not from the others.
     """
     last = num_positions - 1
-    key = torch.arange(num_positions)
-    zero = torch.zeros((), dtype=torch.int64)
     reach = num_positions
     for at in sorted({0, 1, last // 3, last // 2, last - 1, last}, reverse=True):
-        seen = torch.as_tensor(rule(zero, zero, torch.tensor(at), key)).expand(num_positions)
         if at == last:
-            reach = int(seen.sum())
-        if not reach or not torch.equal(seen, (key <= at) & (key > at - reach)):
-            raise ArchError("its attention is neither causal nor a sliding window")
+            reach = sum(int(seen.sum()) for _, seen in _seen(rule, at, num_positions))
+        for key, seen in _seen(rule, at, num_positions):
+            if not reach or not torch.equal(seen, (key <= at) & (key > at - reach)):
+                raise ArchError("its attention is neither causal nor a sliding window")
     return None if reach == num_positions else reach
+
+
+def _seen(rule: MaskRule, at: int, num_positions: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the positions of keys, and whether a query sees them; in blocks, for there are many."""
+    zero = torch.zeros((), dtype=torch.int64)
+    for start in range(0, num_positions, _KEYS_AT_ONCE):
+        key = torch.arange(start, min(start + _KEYS_AT_ONCE, num_positions))
+        yield key, torch.as_tensor(rule(zero, zero, torch.tensor(at), key)).expand(len(key))
 
 
 @dataclass(frozen=True, slots=True)

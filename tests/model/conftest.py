@@ -86,7 +86,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 1},
     "paligemma": {"sliding_window": None},
     "granitemoehybrid": {"layer_types": ["attention"] * 4, "mamba_n_heads": 8},
-    **dict.fromkeys(("gptj", "codegen"), {"rotary_dim": 8}),
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
 }
 
 

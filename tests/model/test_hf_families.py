@@ -20,7 +20,8 @@ from model.source import ModelSource
 
 #: Of those that can be had on the hub, the ones an operator is likeliest to bring.
 _POPULAR = set(
-    """apertus arcee bitnet falcon stablelm nemotron granitemoehybrid cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2
+    """falcon granitemoehybrid nemotron stablelm
+    apertus arcee bitnet cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2
     gemma3_text gemma3n_text gemma4_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss granite
     gemma3 gemma4 llava llava_next llava_onevision mistral3 paligemma idefics3 smolvlm internvl
     qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v molmo2 voxtral phi4_multimodal kimi_k25

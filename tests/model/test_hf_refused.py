@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model.arch import ArchError
@@ -97,6 +98,31 @@ def test_a_model_that_cannot_be_served_is_refused_in_a_line(
     assert str(caught.value).startswith(f"model_type '{family}': ")
     assert "\n" not in str(caught.value)
     assert "served are decoders of text" in str(caught.value)
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor that is made."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(one, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, one.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "llama", "phi3", "stablelm"])
+def test_nothing_is_as_long_as_the_longest_text(
+    dummy: Callable[..., ModelSource], family: str
+) -> None:
+    longest = 2**24
+    with Largest() as largest:
+        decoder = load(dummy(family, max_position_embeddings=longest))
+    assert decoder.arch.max_positions == longest
+    # Pages for the proof are the largest.
+    assert 0 < largest.num_bytes < 4 * longest
 
 
 def test_without_the_package_it_is_named(
