@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from model.arch import ArchError
 
+#: Said before weights are read where that can be known.
+NOT_OPEN = "does not let others compute its attention (transformers' attention interface)"
 ASKING, PAGED = "octavo-asking", "octavo"
 
 #: Is the key seen by the query: (batch, head, query's position, key's position) to bool.
@@ -238,9 +240,7 @@ class CommonWish:
 def common_wish(wishes: Sequence[LayerWish], num_layers: int) -> CommonWish:
     """Find what fits every layer; `ArchError` where nothing does."""
     if not wishes:
-        raise ArchError(
-            "it does not let others compute its attention (transformers' interface for it)"
-        )
+        raise ArchError(f"it {NOT_OPEN}")
     if len(wishes) % num_layers:
         raise ArchError(f"it attends {len(wishes)} times in {num_layers} layers")
     first = wishes[0]

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from model.arch import ArchError
+from model.hf_attention import NOT_OPEN
 from model.hf_text import text_class
 from model.read_arch import read_json
 from model.source import ModelSource
@@ -122,24 +123,34 @@ def _parse(path: Path, values: Mapping[str, object]) -> Any:  # noqa: ANN401 - a
 
 def _why_not(config: Any, text_config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above
     """Say what is in the way; nothing where nothing is."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "has an encoder"
+    if model_class is None:
+        return "is no causal language model"
     kinds = _layer_kinds(text_config)
     ropes = _rope_types(text_config)
     unpaged = sorted(kinds - _PAGED_KINDS)
     reasons = (
-        (getattr(config, "is_encoder_decoder", False), "has an encoder"),
-        (model_class is None, "is no causal language model"),
         (
             # Not where the config says that no layer is one that does.
             getattr(model_class, "_is_stateful", False) and (unpaged or not kinds),
             "keeps a recurrent state, which has no pages to be shared or brought back",
         ),
         (unpaged, f"has layers of kind {', '.join(unpaged)}"),
+        # Of others, too, but this is known before their weights are read.
+        (config is text_config and not _is_open(model_class), NOT_OPEN),
         (
             "dynamic" in ropes or {"longrope"} < ropes,
             "has rope scaling by which one long request would change all others",
         ),
     )
     return next((reason for is_so, reason in reasons if is_so), "")
+
+
+def _is_open(model_class: Any) -> bool:  # noqa: ANN401 - as above
+    """Tell whether a class calls what is registered as its attention; see `open_attention`."""
+    is_open: bool = model_class._can_set_attn_implementation()  # noqa: SLF001 - nothing else says it
+    return is_open or model_class is transformers.FalconForCausalLM
 
 
 def _layer_kinds(config: Any) -> set[str]:  # noqa: ANN401 - as above

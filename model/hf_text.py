@@ -82,4 +82,4 @@ def notes_on_parts(model: nn.Module) -> Iterator[str]:
     """Say what is left out, and what that saves."""
     if parts := left_out(model):
         size = format_size(sum(parts.values()))
-        yield f"text alone is served: {', '.join(parts)} are left out ({size} not loaded)"
+        yield f"text alone is served; not loaded: {', '.join(parts)} ({size})"

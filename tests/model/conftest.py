@@ -88,6 +88,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["attention"] * 4, "mamba_n_heads": 8},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
+    "blt": {"encoder_hash_byte_group_vocab": 96},
 }
 
 

@@ -278,10 +278,9 @@ def test_what_is_not_for_text_is_neither_loaded_nor_missed(
     served = load_hf_decoder(whole.source, dtype=torch.float32, device=torch.device("cpu"))
     # Angles are computed, not loaded.
     assert 0 <= served.weights_bytes - text_bytes < 1000
-    told = [note for note in served.notes if "left out" in note]
+    told = [note for note in served.notes if "text alone" in note]
     parts = "model.vision_tower, model.multi_modal_projector"
-    size = f"({format_size(eyes_bytes)} not loaded)"
-    assert told == [f"text alone is served: {parts} are left out {size}"]
+    assert told == [f"text alone is served; not loaded: {parts} ({format_size(eyes_bytes)})"]
     assert not any("no place in this model" in note for note in served.notes)
 
     blind = {name: one for name, one in tensors.items() if name not in eyes}

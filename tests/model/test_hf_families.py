@@ -18,6 +18,7 @@ from model.arch import ArchError
 from model.hf import load_hf_decoder
 from model.source import ModelSource
 
+_ROOT = Path(__file__).parents[2]
 #: Of those that can be had on the hub, the ones an operator is likeliest to bring.
 _POPULAR = set(
     """falcon granitemoehybrid nemotron stablelm
@@ -49,5 +50,15 @@ def test_every_family_is_served_or_refused(
     assert served >= _POPULAR, {one: refused[one] for one in sorted(_POPULAR - served)}
     for family, reason in refused.items():
         assert reason.startswith(f"model_type '{family}': "), reason
+    for document, claim in (
+        ("README.md", f"{len(served)} families in all"),
+        (
+            "docs/adr/0012-universal-models.md",
+            f"Of {len(set(families))} families that transformers",
+        ),
+        ("docs/adr/0012-universal-models.md", f"language models, {len(served)} were served"),
+    ):
+        told = " ".join((_ROOT / document).read_text(encoding="utf-8").split())
+        assert claim in told, (document, claim)
     print(f"{len(served)} served: {', '.join(sorted(served))}")  # noqa: T201 - what one runs it for
     print(*sorted(refused.values()), sep="\n")  # noqa: T201 - likewise

@@ -100,7 +100,7 @@ def test_a_model_that_cannot_be_served_is_refused_in_a_line(
     assert "served are decoders of text" in str(caught.value)
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
     """Keeps the size of the largest tensor that is made."""
 
     num_bytes = 0
@@ -119,7 +119,7 @@ def test_nothing_is_as_long_as_the_longest_text(
     dummy: Callable[..., ModelSource], family: str
 ) -> None:
     longest = 2**24
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call] # torch's
         decoder = load(dummy(family, max_position_embeddings=longest))
     assert decoder.arch.max_positions == longest
     # Pages for the proof are the largest.
