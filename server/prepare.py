@@ -41,7 +41,7 @@ from server.tooling import callable_tools, spoken, tool_warnings
 async def chat_job(service: Service, request: ChatRequest) -> Job:
     """Return what a chat asks for. Raises `ApiError` that names the field at fault."""
     service.require_model(request.model)
-    warnings = params.judge(request.model_extra, params.CHAT)
+    warnings = [*request.notes, *params.judge(request.model_extra, params.CHAT)]
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     max_tokens, name = request.max_tokens, "max_tokens"
@@ -79,7 +79,7 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
 async def completion_job(service: Service, request: CompletionRequest) -> Job:
     """Return what a completion asks for. Raises `ApiError` that names the field at fault."""
     service.require_model(request.model)
-    warnings = params.judge(request.model_extra, params.COMPLETION)
+    warnings = [*request.notes, *params.judge(request.model_extra, params.COMPLETION)]
     num_tries = _tries(request)
     prompts = await completion_prompts(service, request)
     is_one = len(prompts) == 1

@@ -20,7 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from server.errors import from_validation, invalid
+from server.errors import ApiError, from_validation, invalid
+from server.params import Warned
 from server.structured.schemas import (
     Grammar,
     Pattern,
@@ -29,6 +30,7 @@ from server.structured.schemas import (
     StructuredOutputs,
     Texts,
 )
+from server.text import json_text
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
 from server.tools.schemas import Choice, ToolCalls, Tools
 from server.work import Workshop
@@ -49,6 +51,12 @@ MAX_CHOICES = 16
 MAX_CHOICES_IN_ALL = 64
 #: A day; a client that wants to wait longer does not mean it.
 MAX_TIMEOUT_S = 86_400
+#: What a client is told whose body could be read only so.
+_MENDED: Warned = {
+    "param": "*",
+    "message": "U+FFFD was read for each lone surrogate, and a string for each number of more than"
+    f" {json_text.MAX_DIGITS} digits",
+}
 #: Of one body, in all its lists and objects: to read more would hold everybody up.
 MAX_VALUES = 2**19
 
@@ -62,11 +70,22 @@ async def parse(model: type[RequestT], body: bytes, work: Workshop) -> RequestT:
 def _parsed(model: type[RequestT], body: bytes) -> RequestT:
     _require_few(body)
     try:
-        request = model.model_validate_json(body)
-    except ValidationError as error:
-        raise from_validation(error) from error
+        request = _validated(model, body)
+    except ApiError as error:
+        mended = json_text.mended(body) if error.code == "invalid_json" else body
+        if mended == body:
+            raise
+        request = _validated(model, mended)
+        request.notes = (_MENDED,)
     request.num_bytes = len(body)
     return request
+
+
+def _validated(model: type[RequestT], body: bytes) -> RequestT:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise from_validation(error) from error
 
 
 def _require_few(body: bytes) -> None:
@@ -87,6 +106,7 @@ class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     _num_bytes: int = PrivateAttr(default=0)
+    _notes: tuple[Warned, ...] = PrivateAttr(default=())
 
     @property
     def num_bytes(self) -> int:
@@ -96,6 +116,15 @@ class Request(BaseModel):
     @num_bytes.setter
     def num_bytes(self, count: int) -> None:
         self._num_bytes = count
+
+    @property
+    def notes(self) -> tuple[Warned, ...]:
+        """Warnings of how the body was read."""
+        return self._notes
+
+    @notes.setter
+    def notes(self, notes: tuple[Warned, ...]) -> None:
+        self._notes = notes
 
 
 def _as_stops(value: object) -> object:

@@ -71,7 +71,7 @@ _TOOL = {
 def without_effect(request: CountTokensRequest) -> list[Warned]:
     """Return a warning for everything in it that is no field. Raises `ApiError` for the refused."""
     extras = {k: v for k, v in (request.model_extra or {}).items() if k not in PASSED}
-    warnings = judge(extras, MESSAGES)
+    warnings = [*request.notes, *judge(extras, MESSAGES)]
     for at, part, table in _parts(request):
         if part.model_extra:
             warnings += judge(part.model_extra, table, at + ".")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import orjson
+from pydantic import BaseModel
 
 from server.errors import ApiError, invalid
 from server.generate import Job
@@ -96,7 +97,7 @@ class Exchange:
         request, sampling = self._request, job.requests[0].params
         reasoning, text = request.reasoning, request.text
         text_format = text.format if text is not None else None
-        tools = [tool.model_dump() for tool in request.tools or ()]
+        tools = [_json_of(tool) for tool in request.tools or ()]
         choice = request.tool_choice or "auto"
         return {
             "id": self.response_id,
@@ -115,7 +116,7 @@ class Exchange:
             "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
             "store": self._is_kept,
             "temperature": sampling.temperature,
-            "text": {"format": text_format.model_dump() if text_format else {"type": "text"}},
+            "text": {"format": _json_of(text_format) if text_format else {"type": "text"}},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "tools": tools,
             "top_logprobs": request.top_logprobs or 0,
@@ -204,3 +205,8 @@ class Exchange:
 def response_id(key: str) -> str:
     """Return the name of the response with this key."""
     return f"resp_{key}"
+
+
+def _json_of(asked: BaseModel) -> orjson.Fragment:
+    """Return what a request holds as JSON: schemas may hold numbers that orjson does not write."""
+    return orjson.Fragment(asked.model_dump_json())

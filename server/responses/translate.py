@@ -83,7 +83,7 @@ def has_logprobs(request: ResponsesRequest) -> bool:
 
 def own_warnings(request: ResponsesRequest) -> list[Warned]:
     """Return what of the request has no effect. Raises `ApiError` for what is refused."""
-    warnings = params.judge(request.model_extra, RESPONSES)
+    warnings = [*request.notes, *params.judge(request.model_extra, RESPONSES)]
     if request.text is not None:
         warnings += params.judge(request.text.model_extra, {}, "text.")
         text_format = request.text.format

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from server.text.json_text import with_escapes
 from server.tools.events import Call, SpelledCall
 from server.tools.json_object import JsonObject, Status
 from server.tools.source import TOOL_NAME, EndedError, MismatchError, Reading, Source
@@ -55,7 +56,7 @@ def call_of(found: JsonObject, text: str) -> Call:
     if raw == "null":
         return Call(name, "{}")
     if raw.startswith('"'):
-        raw = json.loads(raw, strict=False)
+        raw = with_escapes(json.loads(raw, strict=False))
     return Call(name, arguments_of(raw))
 
 

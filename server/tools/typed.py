@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from server.text.json_text import with_escapes
 from server.tools.events import SpelledValue
 
 #: Deeper schemas are taken to allow anything.
@@ -54,7 +55,7 @@ def _typed(value: SpelledValue, schema: object) -> str:
 
 
 def _dumped(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return with_escapes(json.dumps(value, ensure_ascii=False))
 
 
 def _refuse(name: str) -> None:

@@ -128,7 +128,6 @@ def test_a_wrong_field_is_named(shared: Any, asked: dict[str, Any], param: str) 
         b'"x"',
         b"\xff\xfe",
         b'{"messages": [{"role": "user", "content": "\xff"}]}',
-        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
         b'{"messages": ' + b"[" * 3000,
         b'{"prompt": "x", "x": ' + b"[" * 500 + b"]" * 500 + b', "messages": [] }',
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',

@@ -135,7 +135,6 @@ def test_tools_without_a_template_for_them(shared: Any) -> None:
         b"",
         b"{",
         b"[]",
-        b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1}',
         b'{"messages": ' + b"[" * 3000,
         b'{"max_tokens": 1, "messages": [{"role": "assistant", "content": [{"type": "tool_use",'
         b'"id": "x", "name": "add", "input": ' + b'{"a":' * 300 + b"1" + b"}" * 300 + b"}]}]}",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from server.tools.events import Call, SpelledValue
 from server.tools.speech import Speech, SpeechParser
 from server.tools.spelled import GLM, QWEN_XML
+from server.tools.syntaxes import HERMES
 from server.tools.typed import typed_arguments
 
 
@@ -116,3 +117,19 @@ def test_a_tool_that_was_not_offered_is_told_all_the_same() -> None:
         Speech(GLM), "<tool_call>g<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
     )
     assert call == Call("g", '{"a": 1}')
+
+
+_SPELLED = "<tool_call>\n<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>"
+
+
+@pytest.mark.parametrize(
+    ("speech", "output"),
+    [
+        (QWEN_XML, _SPELLED.replace("{}", r'["\ud83d"]')),
+        (HERMES, r'<tool_call>{"name": "f", "arguments": "{\"a\": [\"\ud83d\"]}"}</tool_call>'),
+        (HERMES, r'<tool_call>{"name": "f", "arguments": {"a": ["\ud83d"]}}</tool_call>'),
+    ],
+)
+def test_half_a_pair_of_surrogates_is_told_as_the_escape_it_was(speech: Any, output: str) -> None:
+    [call] = calls(Speech(speech), output)
+    assert call.arguments == r'{"a": ["\ud83d"]}'
