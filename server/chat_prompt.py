@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from server.chat_messages import Message
 from server.errors import invalid
 from server.params import Warned
 from server.prompts import require_room, require_rows
-from server.schemas import ChatRequest, Message
+from server.schemas import ChatRequest
 from server.service import Service
 from server.text.pieces import TextError
 from server.text.template import LIMIT_S, SlowTemplateError, TemplateError

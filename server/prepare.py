@@ -36,6 +36,7 @@ from server.schemas import (
 from server.service import Service
 from server.structured.requests import chat_grammar, completion_grammar
 from server.tooling import callable_tools, spoken, tool_warnings
+from server.unread import unread_fields
 
 
 async def chat_job(service: Service, request: ChatRequest) -> Job:
@@ -50,6 +51,9 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
             raise invalid("max_tokens and max_completion_tokens disagree", "max_tokens")
         max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
     tools = callable_tools(service, request)
+    warnings += await service.work.run(
+        lambda _: unread_fields(request, service.text.template), request.num_bytes
+    )
     warnings += tool_warnings(service, request, tools)
     token_ids = await prompt_of_chat(service, request, tools, warnings, must_fit=True)
     token_ids = truncated(service.client.info, request, token_ids, max_tokens)

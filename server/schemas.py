@@ -7,7 +7,7 @@ Lists end at their first fault: a body of four million of them is not worth ten 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -17,9 +17,9 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
+from server.chat_messages import Message
 from server.errors import ApiError, from_validation, invalid
 from server.params import Warned
 from server.structured.schemas import (
@@ -32,14 +32,13 @@ from server.structured.schemas import (
 )
 from server.text import json_text
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
-from server.tools.schemas import Choice, ToolCalls, Tools
+from server.tools.schemas import Choice, Tools
 from server.work import Workshop
 
 RequestT = TypeVar("RequestT", bound="Request")
 
 #: More of these in one request are a mistake or an attack; each costs time and the engine memory.
 MAX_MESSAGES = 16_384
-MAX_PARTS = 4096
 MAX_LISTED_TOKENS = 4096
 MAX_TEMPLATE_VARIABLES = 64
 #: Each is a row of the vocabulary's length in the engine, made anew for each answer.
@@ -262,54 +261,6 @@ class GenerateFields(Request):
         return value
 
 
-class TextPart(BaseModel):
-    """A piece of a message. Pictures and sounds are not supported."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    type: Literal["text"]
-    text: str
-
-
-def _as_parts(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class Message(BaseModel):
-    """One message; further fields (`name`, ...) reach the template as they are."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: Annotated[
-        Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None,
-        BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart] | None),
-    ] = None
-    tool_calls: ToolCalls | None = Field(default=None, description="what the assistant called")
-    tool_call_id: str | None = Field(default=None, description="needed by the role tool")
-
-    @model_validator(mode="after")
-    def _answers_a_call(self) -> Self:
-        if self.role == "tool" and self.tool_call_id is None:
-            raise ValueError("a message of the role tool needs a tool_call_id")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """Return it as templates know it: OpenAI's `developer` is their `system`, null is ""."""
-        parts = [part.model_dump() for part in self.content or ()]
-        calls: dict[str, Any] = {}
-        if self.tool_calls is not None:
-            calls["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            calls["tool_call_id"] = self.tool_call_id
-        return {
-            **(self.model_extra or {}),
-            **calls,
-            "role": "system" if self.role == "developer" else self.role,
-            "content": parts if len(parts) > 1 else "".join(part["text"] for part in parts),
-        }
-
-
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
@@ -338,8 +289,8 @@ class ChatRequest(GenerateFields):
         default=None, description="false: only the first call is told; default true"
     )
     include_reasoning: bool | None = Field(default=None, description="default true")
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        default=None, description="for models whose template knows it; else it is warned of"
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        Field(default=None, description="for models whose template knows it; else it is warned of")
     )
 
 

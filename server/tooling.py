@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server import params
 from server.errors import ApiError, invalid
 from server.params import Warned
 from server.reasoning import ReasoningCounter
@@ -84,11 +83,8 @@ def tool_warnings(service: Service, request: ChatRequest, tools: Sequence[Tool])
         told = "the model is not shown the tools: its chat template has no place for them"
         warnings.append({"param": "tools", "message": told})
     for index, tool in enumerate(tools):
-        at = f"tools.{index}."
-        warnings += params.judge(tool.model_extra, {}, at)
-        warnings += params.judge(tool.function.model_extra, {}, at + "function.")
         if tool.function.strict and not is_forced(request):
-            param = at + "function.strict"
+            param = f"tools.{index}.function.strict"
             told = (
                 f"{param} was ignored: arguments are held to the schema only where tool_choice is"
                 " 'required' or names the tool"

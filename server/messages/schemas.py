@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from server import schemas
+from server.chat_messages import MAX_PARTS, require_kind
 from server.errors import ApiError, invalid, shortened
-from server.schemas import MAX_MESSAGES, MAX_PARTS, Request
+from server.schemas import MAX_MESSAGES, Request
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
 from server.tools.schemas import MAX_TOOLS, ToolName
 from server.work import Workshop
@@ -41,9 +42,7 @@ def _known_kinds(*kinds: str) -> Callable[[object], object]:
 
     def require_known(value: object) -> object:
         kind = value.get("type") if isinstance(value, dict) else None
-        if isinstance(kind, str) and kind not in kinds:
-            told = f"blocks of the type {shortened(kind)!r} are not supported here; "
-            raise ValueError(told + " and ".join(kinds) + (" are" if len(kinds) > 1 else " is"))
+        require_kind(kind, kinds)
         return value
 
     return require_known

@@ -15,14 +15,14 @@ from pydantic import ValidationError
 
 from server.errors import ApiError, from_validation
 from server.messages.conversation import Conversation
-from server.messages.params import passed, summed_up, without_effect
+from server.messages.params import passed, without_effect
 from server.messages.schemas import (
     CountTokensRequest,
     InputTool,
     InputToolChoice,
     MessagesRequest,
 )
-from server.params import Warned
+from server.params import Warned, summed_up
 from server.schemas import ChatRequest
 from server.text.template import ChatTemplate
 from server.tools.declared import think_tags

@@ -6,13 +6,14 @@ Knows nothing of HTTP or of stores.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from server import params
+from server.chat_messages import Message
 from server.errors import invalid
 from server.params import Warned
 from server.responses.items import (
@@ -25,7 +26,6 @@ from server.responses.items import (
     ReasoningItem,
 )
 from server.responses.store import Turn
-from server.schemas import Message
 
 #: What an id begins with, by the type of its item.
 PREFIXES = {
@@ -238,24 +238,11 @@ def _item_warnings(items: Sequence[Item]) -> list[Warned]:
     warnings: list[Warned] = []
     seen: set[tuple[str, str]] = set()
     for index, item in enumerate(items):
-        for prefix, kind, extras in _extras(item):
+        for at, part in params.nested(item, f"input.{index}"):
+            kind, extras = str(getattr(part, "type", "")), dict(part.model_extra or {})
+            if isinstance(part, ReasoningItem):
+                extras["encrypted_content"] = part.encrypted_content
             fresh = {name: value for name, value in extras.items() if (kind, name) not in seen}
-            seen.update((kind, name) for name in fresh)
-            warnings += params.judge(fresh, {}, f"input.{index}.{prefix}")
+            seen.update((kind, name) for name, value in fresh.items() if value is not None)
+            warnings += params.judge(fresh, {}, f"{at}.")
     return warnings
-
-
-def _extras(item: Item) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield what is not read of an item: (path within it, the type it belongs to, fields)."""
-    if item.model_extra:
-        yield "", item.type or "", item.model_extra
-    if isinstance(item, ReasoningItem) and item.encrypted_content is not None:
-        yield "", item.type, {"encrypted_content": item.encrypted_content}
-    parts: Sequence[ContentPart] = ()
-    if isinstance(item, MessageItem):
-        parts = item.content
-    elif isinstance(item, FunctionOutputItem):
-        parts = item.output
-    for index, part in enumerate(parts):
-        if part.model_extra:
-            yield f"content.{index}.", part.type, part.model_extra

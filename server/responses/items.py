@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from server.errors import shortened
-from server.schemas import MAX_MESSAGES, MAX_PARTS, Request
+from server.chat_messages import MAX_PARTS, require_kind
+from server.schemas import MAX_MESSAGES, Request
 from server.tools.schemas import ToolName
 
 #: Of ids and the like that are only kept.
@@ -31,10 +31,7 @@ class _Typed(Request):
     @field_validator("type", mode="before")
     @classmethod
     def _is_known(cls, value: object) -> object:
-        if value not in cls.types:
-            shown = repr(shortened(value)) if isinstance(value, str) else "this"
-            known = ", ".join(cls.types)
-            raise ValueError(f"{shown} is not supported; it can be one of: {known}")
+        require_kind(value, cls.types)
         return value
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from server import params
+from server.chat_messages import Message
 from server.errors import ApiError, from_validation, invalid
 from server.params import Warned
 from server.responses.params import INCLUDABLE, LOGPROBS, REASONING, RESPONSES
@@ -22,7 +23,7 @@ from server.responses.schemas import (
     ResponsesRequest,
     TextFormat,
 )
-from server.schemas import ChatRequest, GenerateFields, Message
+from server.schemas import ChatRequest, GenerateFields
 
 _PASSED = (
     *(name for name in GenerateFields.model_fields if name not in WITHOUT_MEANING),
@@ -91,6 +92,8 @@ def own_warnings(request: ResponsesRequest) -> list[Warned]:
             warnings += params.judge(text_format.model_extra, {}, "text.format.")
     if request.reasoning is not None:
         warnings += params.judge(request.reasoning.model_extra, REASONING, "reasoning.")
+    if isinstance(request.tool_choice, NamedFunction):
+        warnings += params.judge(request.tool_choice.model_extra, {}, "tool_choice.")
     for index, included in enumerate(request.include or ()):
         if included == LOGPROBS:
             continue

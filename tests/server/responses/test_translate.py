@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from server.chat_messages import Message
 from server.errors import ApiError
 from server.responses.params import RESPONSES
 from server.responses.schemas import WITHOUT_MEANING, ResponsesRequest
 from server.responses.translate import chat_request, renamed_error
-from server.schemas import ChatRequest, GenerateFields, Message
+from server.schemas import ChatRequest, GenerateFields
 
 
 def chat(**asked: Any) -> ChatRequest:
