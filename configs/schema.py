@@ -81,6 +81,15 @@ class ModelSection(Section):
     reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = Field(
         default="auto", description="how the model reasons; auto: as its chat template says"
     )
+    chat_template: str | None = Field(
+        default=None,
+        description="Jinja file, or the name of a built-in template, instead of the model's own",
+    )
+    tools_in_prompt: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: a system message lists tools where the chat template has no place for"
+        " them, and calls are read in the form of Hermes; off: they are refused there",
+    )
     special_tokens_in_messages: Literal["text", "allow"] = Field(
         default="text",
         description="those that a message spells, such as <|im_end|>: text like any other, or"

@@ -40,6 +40,7 @@ from server.protocol import HttpProtocol
 from server.relay import Relay
 from server.structured.desk import GrammarDesk
 from server.text.load import load_text
+from server.text.named_templates import chosen_template
 from server.text.pieces import TextError
 from server.text.tokenizer import Tokenizer
 from server.tls import Certificate
@@ -90,13 +91,18 @@ def _note_dropped(count: int) -> None:
 
 async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> None:
     keyring, certificate = _guards(config.server)
+    chosen = config.model.chat_template
+    try:
+        chat_template = None if chosen is None else chosen_template(chosen)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     # The port before the model: if it is taken, that is known before seconds go into loading.
     listener = _listen(config.server)
     _on_signals(_leave)  # Until requests are taken, nothing has to be put in order.
     _log.info("starting", extra=fields(version=__version__, **describe(config)))
     try:
         source = await asyncio.to_thread(build.resolve_source, config.model.model)
-        text = await asyncio.to_thread(load_text, source.path)
+        text = await asyncio.to_thread(load_text, source.path, chat_template=chat_template)
     except (build.ModelSourceError, TextError, OSError) as error:
         raise StartError(str(error)) from error
     for note in text.notes:

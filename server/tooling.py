@@ -17,10 +17,11 @@ from server.text.pieces import Pieces
 from server.tools.declared import call_syntax, opens_reasoning, think_tags
 from server.tools.schemas import Tool, ToolChoice
 from server.tools.speech import Speech
-from server.tools.syntaxes import BARE, CallSyntax
+from server.tools.syntaxes import BARE, HERMES, CallSyntax
 
 #: Enough of a prompt's end to hold a tag that opens reasoning and the lines behind it.
 _TAIL_TOKENS = 24
+_IN_TEXT = "a system message lists them, and calls are read in the form of Hermes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,13 @@ class Spoken:
         if tags is None:
             return None
         return ReasoningCounter(pieces, tags, is_thinking=self.speech.is_thinking)
+
+
+def tools_are_text(service: Service) -> bool:
+    """Whether the model is shown tools, calls and results as text: its template has no place."""
+    template, model = service.text.template, service.config.model
+    is_wanted = model.tools_in_prompt == "auto" and model.tool_call_parser in {"auto", "hermes"}
+    return is_wanted and template is not None and not template.shows_tools
 
 
 def is_forced(request: ChatRequest) -> bool:
@@ -79,8 +87,10 @@ def callable_tools(service: Service, request: ChatRequest) -> list[Tool]:
 def tool_warnings(service: Service, request: ChatRequest, tools: Sequence[Tool]) -> list[Warned]:
     """Return what of the tools has no effect."""
     warnings: list[Warned] = []
-    if tools and _syntax(service) is None:
-        told = "the model is not shown the tools: its chat template has no place for them"
+    template = service.text.template
+    if tools and template is not None and not template.shows_tools:
+        told = "the model's chat template has no place for tools: "
+        told += _IN_TEXT if tools_are_text(service) else "the model is not shown them"
         warnings.append({"param": "tools", "message": told})
     for index, tool in enumerate(tools):
         if tool.function.strict and not is_forced(request):
@@ -127,12 +137,14 @@ def _syntax(service: Service) -> CallSyntax | None:
     template = service.text.template
     if template is None:
         return None
+    if tools_are_text(service):
+        return HERMES
     return call_syntax(template.sources, service.config.model.tool_call_parser)
 
 
 def _no_tools() -> ApiError:
     message = (
-        "tools are not supported by this model: its chat template has none,"
-        " or a format of calls that is not read here (--tool-call-parser)"
+        "tools are not supported by this model: its chat template has none (--tools-in-prompt auto"
+        " shows them all the same), or a format of calls that is not read here (--tool-call-parser)"
     )
     return invalid(message, "tools", code="unsupported_parameter")

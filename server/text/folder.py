@@ -255,9 +255,11 @@ def _read_text(path: Path) -> str:
 
 
 def _named_templates(value: object, path: Path) -> Iterator[tuple[str, str]]:
-    """One template, or a list of objects with a name and a template."""
+    """One template, an object of them by name, or a list of objects with a name and a template."""
     if isinstance(value, str):
         yield "default", value
+    elif isinstance(value, dict) and all(isinstance(one, str) for one in value.values()):
+        yield from value.items()
     elif isinstance(value, list):
         for entry in value:
             match entry:

@@ -41,32 +41,38 @@ def local_time() -> datetime:
     return datetime.now(tz=UTC).astimezone()
 
 
-def load_text(path: Path, *, now: Clock = local_time) -> ModelText:
+def load_text(
+    path: Path, *, now: Clock = local_time, chat_template: str | None = None
+) -> ModelText:
     """Load the text side of a model: a folder, a .gguf file, or a dummy's CONFIG.json.
 
     A tokenizer.json beside CONFIG.json is used, else the dummy's own bytes. Takes 0.1 s for a
-    vocabulary of 49k tokens, 0.4 s for 128k, so nothing is cached on disk.
+    vocabulary of 49k tokens, 0.4 s for 128k, so nothing is cached on disk. `chat_template`: the
+    source of one to be used instead of the model's own.
     Raises `TextError` that names the file at fault.
     """
     if path.is_dir():
-        return _from_folder(ModelFolder(path), path, now)
+        return _from_folder(ModelFolder(path), path, now, chat_template)
     if path.suffix == ".gguf":
-        return _from_gguf(path, now)
+        return _from_gguf(path, now, chat_template)
     if path.suffix != ".json" or not path.is_file():
         raise TextError(f"{path} is neither a model folder, nor a .gguf file, nor a CONFIG.json")
     if (path.parent / "tokenizer.json").is_file():
-        return _from_folder(ModelFolder(path.parent, config=path), path, now)
-    template = _template({"default": DUMMY_TEMPLATE}, {}, path, now)
+        return _from_folder(ModelFolder(path.parent, config=path), path, now, chat_template)
+    template = _template({"default": chat_template or DUMMY_TEMPLATE}, {}, path, now)
     return ModelText(dummy_tokenizer(path), template)
 
 
-def _from_folder(folder: ModelFolder, path: Path, now: Clock) -> ModelText:
-    template = _template(folder.template_sources(), folder.special_tokens(), path, now)
+def _from_folder(
+    folder: ModelFolder, path: Path, now: Clock, chat_template: str | None
+) -> ModelText:
+    sources = {"default": chat_template} if chat_template else folder.template_sources()
+    template = _template(_with_default(sources, folder.notes), folder.special_tokens(), path, now)
     tokenizer = folder.tokenizer(_turn_end(template))
     return ModelText(tokenizer, template, folder.sampling_defaults(), tuple(folder.notes))
 
 
-def _from_gguf(path: Path, now: Clock) -> ModelText:
+def _from_gguf(path: Path, now: Clock, chat_template: str | None) -> ModelText:
     metadata = GGUFMetadata(path)
     tokens, ids = metadata.texts("tokenizer.ggml.tokens"), named_ids(metadata)
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -76,10 +82,21 @@ def _from_gguf(path: Path, now: Clock) -> ModelText:
     keys |= {name: f"tokenizer.chat_template.{name}" for name in names}
     found = {name: metadata.text(key) for name, key in keys.items()}
     sources = {name: source for name, source in found.items() if source is not None}
+    if chat_template:
+        sources = {"default": chat_template}
+    sources = _with_default(sources, metadata.notes)
     template = _template(sources, special, path, now)
     marks = {mark for source in sources.values() for mark in _MARK.findall(source)}
     tokenizer = gguf_tokenizer(metadata, _turn_end(template), marks)
     return ModelText(tokenizer, template, notes=tuple(dict.fromkeys(metadata.notes)))
+
+
+def _with_default(sources: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+    """Return the templates with one named `default`: that for tools, if there is no other."""
+    if "default" in sources or "tool_use" not in sources:
+        return dict(sources)
+    notes.append("the chat template tool_use is used for all chats: there is none named default")
+    return {"default": sources["tool_use"], **sources}
 
 
 def _turn_end(template: ChatTemplate | None) -> str | None:

@@ -91,6 +91,10 @@ class ChatTemplate:
             raise TemplateError(f"there is no template named default among: {names}")
         self._wants_parts = {name: self._reads_only_parts(name) for name in self._templates}
         self._wants_json = {name: self._reads_only_json(name) for name in self._templates}
+        #: Whether the model can be shown tools.
+        self.shows_tools = "tools" in sources.get("tool_use", sources["default"])
+        #: Whether the model is shown what a system message says.
+        self.shows_system = self._reads_system()
 
     def render(
         self,
@@ -150,6 +154,14 @@ class ChatTemplate:
             raise TemplateError(message, reading.index) from error
         text = without_surrogates(text)
         return _up_to_mark(text, len(messages) - 1) if continues_final else text
+
+    def _reads_system(self) -> bool:
+        said = [{"role": "system", "content": _PROBE}, {"role": "user", "content": ""}]
+        wants_parts = self._wants_parts["default"]
+        return self._shows(
+            "default",
+            *(_prepared(one, 0, wants_parts=wants_parts, wants_json=True) for one in said),
+        )
 
     def _reads_only_parts(self, name: str) -> bool:
         """Whether content is seen as a list of parts, but not as a string."""

@@ -239,8 +239,20 @@ def test_what_is_wrong_with_tools_is_named(
     assert answer.json()["error"]["param"] == param
 
 
-def test_a_model_whose_template_has_no_tools_refuses_them(shared: Any) -> None:
-    error = shared.chat(tools=[TOOL]).json()["error"]
+@pytest.mark.parametrize(
+    ("template", "section"),
+    [
+        ("{{ messages }}", {"tools_in_prompt": "off"}),
+        (HERMES.replace("<tool_call>", "<|python_start|>"), {}),
+        (HERMES, {"tool_call_parser": "none"}),
+    ],
+    ids=["no place", "a format that is not read", "nothing to be read"],
+)
+def test_a_model_whose_calls_are_not_read_refuses_tools(
+    chatting: Chatting, template: str, section: dict[str, Any]
+) -> None:
+    live = chatting("x", template, model=section)
+    error = live.chat(tools=[TOOL]).json()["error"]
     assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
     assert "template" in error["message"]
 

@@ -123,9 +123,10 @@ def test_a_template_that_refuses_a_message_names_it(saying: Callable[..., Any]) 
         assert "no system: Be kind." in error["message"]
 
 
-def test_tools_without_a_template_for_them(shared: Any) -> None:
+def test_tools_without_a_template_for_them(start_server: Callable[..., Any]) -> None:
+    live = start_server(model={"tools_in_prompt": "off"})
     for path in PATHS:
-        answer = shared.post(path, **ASKED, tools=[TOOL])
+        answer = live.post(path, **ASKED, tools=[TOOL])
         assert error_of(answer, 400, "invalid_request_error")["param"] == "tools"
 
 

@@ -56,7 +56,11 @@ def starting(start_server: Callable[..., Any], text: ModelText) -> Starting:
             {"default": source}, special_tokens={}, now=lambda: datetime.now(tz=UTC)
         )
         runner = FakeRunner(vocab_size=300, max_model_len=2048, num_pages=600, is_strict=False)
-        return start_server(runner=runner, words=replace(text, template=words))
+        return start_server(
+            runner=runner,
+            words=replace(text, template=words),
+            model={"tools_in_prompt": "off"},
+        )
 
     return start
 

@@ -83,6 +83,24 @@ def test_templates_may_be_named(folder: Path) -> None:
     assert rendered(folder, has_tools=True) == "tools"
 
 
+@pytest.mark.parametrize(
+    "named", [[{"name": "tool_use", "template": "tools"}], {"tool_use": "tools"}]
+)
+def test_a_template_for_tools_alone_is_one_for_all_chats(folder: Path, named: object) -> None:
+    write(folder / "tokenizer_config.json", {"chat_template": named})
+    assert rendered(folder) == rendered(folder, has_tools=True) == "tools"
+    [note] = load_text(folder).notes
+    assert "tool_use" in note
+
+
+def test_named_templates_may_be_an_object(folder: Path) -> None:
+    named = {"default": "plain", "tool_use": "tools"}
+    write(folder / "tokenizer_config.json", {"chat_template": named})
+    assert rendered(folder) == "plain"
+    assert rendered(folder, has_tools=True) == "tools"
+    assert load_text(folder).notes == ()
+
+
 def test_template_files_go_before_the_config(folder: Path) -> None:
     write(folder / "tokenizer_config.json", {"chat_template": "old"})
     write(folder / "chat_template.jinja", "new")
