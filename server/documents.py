@@ -269,6 +269,12 @@ class ModelList(Document):
     data: list[ModelCard]
 
 
+class WordsReport(Document):
+    """What of the request had no effect; not there if all had."""
+
+    warnings: list[ParamWarning]
+
+
 class Tokenized(Document):
     """Answer of `POST /tokenize`."""
 
@@ -276,12 +282,16 @@ class Tokenized(Document):
     count: int
     max_model_len: int
     token_strs: list[str] | None = None
+    octavo: WordsReport | None = None
 
 
 class Detokenized(Document):
     """Answer of `POST /detokenize`."""
 
     prompt: str
+    #: The same, for clients of llama-server.
+    content: str
+    octavo: WordsReport | None = None
 
 
 class Health(Document):

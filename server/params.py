@@ -85,6 +85,12 @@ COMPLETION = {
     "suffix": _refused("", because="is not supported: text cannot be inserted"),
     "prompt_embeds": _refused(),
 }
+TOKENIZE = {
+    **{name: known for name, known in CHAT.items() if known.is_refused},
+    "add_special": _warned("it is called add_special_tokens here"),
+    "parse_special": _warned("special tokens in a prompt are always read as such", _TRUE),
+    "with_pieces": _warned("it is called return_token_strs here", _FALSE),
+}
 STREAM_OPTIONS = {
     "include_obfuscation": _warned("chunks are not padded", _FALSE),
 }

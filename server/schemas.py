@@ -309,17 +309,12 @@ class CompletionRequest(GenerateFields):
     )
 
 
-class Closed(Request):
-    """Its answer has no place for warnings, so what is unknown is refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class TokenizeRequest(Closed):
+class TokenizeRequest(Request):
     """Body of `POST /tokenize`: either `prompt` or `messages`."""
 
     model: str | None = None
     prompt: str | None = None
+    content: str | None = Field(default=None, description="llama-server's name of prompt")
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -329,7 +324,7 @@ class TokenizeRequest(Closed):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(Closed):
+class DetokenizeRequest(Request):
     """Body of `POST /detokenize`."""
 
     model: str | None = None

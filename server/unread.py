@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from server.chat_messages import ContentPart, Message
 from server.params import Unsupported, Warned, judge, nested, summed_up
-from server.schemas import ChatRequest
+from server.schemas import ChatRequest, TokenizeRequest
 from server.text.template import ChatTemplate
 from server.tools.schemas import CalledFunction, ToolCall
 
@@ -34,7 +34,9 @@ _TABLES: Mapping[type[BaseModel], Mapping[str, Unsupported]] = {
 }
 
 
-def unread_fields(request: ChatRequest, template: ChatTemplate | None) -> list[Warned]:
+def unread_fields(
+    request: ChatRequest | TokenizeRequest, template: ChatTemplate | None
+) -> list[Warned]:
     """Return a warning for each field without effect, once for each kind of object."""
     source = "" if template is None else "\n".join(template.sources.values())
     warnings: list[Warned] = []
@@ -53,10 +55,10 @@ def unread_fields(request: ChatRequest, template: ChatTemplate | None) -> list[W
     return summed_up(warnings)
 
 
-def _parts(request: ChatRequest) -> Iterator[tuple[str, BaseModel]]:
-    for index, message in enumerate(request.messages):
+def _parts(request: ChatRequest | TokenizeRequest) -> Iterator[tuple[str, BaseModel]]:
+    for index, message in enumerate(request.messages or ()):
         yield from nested(message, f"messages.{index}")
     for index, tool in enumerate(request.tools or ()):
         yield from nested(tool, f"tools.{index}")
-    if isinstance(request.tool_choice, BaseModel):
+    if isinstance(request, ChatRequest) and isinstance(request.tool_choice, BaseModel):
         yield from nested(request.tool_choice, "tool_choice")

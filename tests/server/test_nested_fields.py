@@ -11,7 +11,13 @@ from pydantic import BaseModel
 
 from server.messages.schemas import MessagesRequest
 from server.responses.schemas import ResponsesRequest
-from server.schemas import ChatRequest, CompletionRequest, Request
+from server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Request,
+    TokenizeRequest,
+)
 
 _TEMPLATE = "{% if tools %}<tool_call>{% endif %}{% for m in messages %}{{ m.role }}{% endfor %}"
 _USER = {"role": "user", "content": [{"type": "text", "text": "x"}]}
@@ -118,6 +124,12 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
         ],
     ),
 }
+_CHAT = _BODIES["/v1/chat/completions"][1][0]
+_BODIES["/tokenize"] = (
+    TokenizeRequest,
+    [{"messages": _CHAT["messages"], "tools": _CHAT["tools"]}, {"prompt": "x"}],
+)
+_BODIES["/detokenize"] = (DetokenizeRequest, [{"tokens": [97]}])
 #: Objects that mean something to others: a schema, arguments.
 _FREE = {"parameters", "input_schema", "schema", "input"}
 

@@ -22,7 +22,21 @@ def test_tokenize_and_detokenize_are_each_others_inverse(shared: Any) -> None:
     told = shared.post("/tokenize", prompt="häß 260").json()
     assert told["count"] == len(told["tokens"])
     assert told["max_model_len"] == 256
-    assert shared.post("/detokenize", tokens=told["tokens"]).json() == {"prompt": "häß 260"}
+    assert shared.post("/detokenize", tokens=told["tokens"]).json() == {
+        "prompt": "häß 260",
+        "content": "häß 260",
+    }
+
+
+def test_llama_servers_clients_find_their_names(shared: Any) -> None:
+    told = shared.post("/tokenize", content="häß", parse_special=True, with_pieces=True).json()
+    assert told["tokens"] == list("häß".encode())
+    assert [warning["param"] for warning in told["octavo"]["warnings"]] == ["with_pieces"]
+    documents.Tokenized.model_validate(told)
+    back = shared.post("/detokenize", tokens=told["tokens"], x=1).json()
+    assert back["content"] == "häß"
+    assert [warning["param"] for warning in back["octavo"]["warnings"]] == ["x"]
+    documents.Detokenized.model_validate(back)
 
 
 def test_a_conversation_is_tokenized_as_a_chat_is(shared: Any) -> None:
@@ -40,7 +54,8 @@ def test_a_conversation_is_tokenized_as_a_chat_is(shared: Any) -> None:
         ("/tokenize", {"prompt": "x", "messages": [USER]}, "prompt"),
         ("/tokenize", {"prompt": 3}, "prompt"),
         ("/tokenize", {"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
-        ("/tokenize", {"prompt": "x", "unknown": 1}, "unknown"),
+        ("/tokenize", {"prompt": "x", "content": "x"}, "prompt"),
+        ("/tokenize", {"prompt": "x", "suffix": 1, "chat_template": "x"}, "chat_template"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [300]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
