@@ -107,9 +107,9 @@ def test_values_no_request_could_have_stop_the_start(text: ModelText) -> None:
 
 
 def test_a_parser_may_be_named_where_the_template_does_not_tell(start: Callable[..., Any]) -> None:
-    asked = {"tools": [TOOL]}
-    assert start(CALL).chat(**asked).status_code == 400
-    [choice] = start(CALL, tool_call_parser="hermes").chat(**asked).json()["choices"]
+    asked, off = {"tools": [TOOL]}, {"tools_in_prompt": "off"}
+    assert start(CALL, **off).chat(**asked).status_code == 400
+    [choice] = start(CALL, **off, tool_call_parser="hermes").chat(**asked).json()["choices"]
     assert choice["finish_reason"] == "tool_calls"
     llama = json.dumps({"name": "add", "parameters": {}})
     [choice] = start(llama, tool_call_parser="llama3_json").chat(**asked).json()["choices"]

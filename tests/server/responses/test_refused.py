@@ -135,6 +135,9 @@ def test_what_the_engine_refuses_is_named_as_here(scripted: Callable[..., Any]) 
     assert (error["param"], error["message"]) == ("max_output_tokens", "max_output_tokens is odd")
 
 
-def test_a_model_whose_template_has_no_tools_refuses_them(live: Any) -> None:
+def test_a_model_whose_template_has_no_tools_refuses_them(
+    start_server: Callable[..., Any],
+) -> None:
+    live = start_server(model={"tools_in_prompt": "off"})
     error = live.post(PATH, input="x", tools=[TOOL]).json()["error"]
     assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
