@@ -14,9 +14,11 @@ RUN python -m pip install --no-cache-dir --constraint constraints.txt hatchling
 COPY pyproject.toml README.md LICENSE ./
 # The dependencies' ranges in a file of their own: the layers that install them, by far the
 # largest, then outlive changes of the source.
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+    && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['cuda'], sep='\n')" > requirements-cuda.txt
 COPY cache cache
 COPY configs configs
+COPY loadtest loadtest
 COPY model model
 COPY scheduler scheduler
 COPY server server
@@ -26,9 +28,9 @@ RUN python -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-di
 FROM python:3.11-bookworm AS build-cuda
 WORKDIR /build
 RUN python -m venv /opt/octavo
-COPY --from=wheel /build/requirements.txt /build/constraints.txt ./
+COPY --from=wheel /build/requirements.txt /build/requirements-cuda.txt /build/constraints.txt ./
 RUN /opt/octavo/bin/python -m pip install --no-cache-dir \
-    --requirement requirements.txt --constraint constraints.txt
+    --requirement requirements.txt --requirement requirements-cuda.txt --constraint constraints.txt
 COPY --from=wheel /build/dist dist
 RUN /opt/octavo/bin/python -m pip install --no-cache-dir --no-deps dist/*.whl
 

@@ -11,9 +11,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # unpinned) environment.
 PIP_INSTALL := $(PIP) install --no-build-isolation --constraint constraints.txt
 BUILD_TOOLS := hatchling editables
+# Two files of tests side by side, each computing in one thread; daemons that they start use all cores.
+# In the files' own order, since the longest come early in it. A worker that dies is not replaced: the
+# rest would wait for it.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --max-worker-restart=0 \
+	--dist=loadfile --no-loadscope-reorder
 # Clients that the tests drive the daemon with, in an environment of their own.
 CLIENTS := .venv-clients
 NODE_CLIENTS := tests/clients/node
+PROMETHEUS := $(CLIENTS)/prometheus
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -29,13 +35,14 @@ install: $(VENV)/.installed  ## the environment with pinned dependencies, and th
 run: $(VENV)/.installed  ## serve the default model on 127.0.0.1:8000
 	@exec $(BIN)/octavo serve $(ARGS)
 
-# What starts real daemons has the machine to itself; all before it may run side by side (--jobs=2).
+# All before the tests may run side by side (--jobs=2). They come last, so that the last line says how
+# many passed.
 test: check test-core clients  ## lint, types and all tests
-	$(BIN)/python -m pytest --ignore=tests/cache --ignore=tests/scheduler
+	$(PYTEST) --ignore=tests/cache --ignore=tests/scheduler
 
 # Coverage is measured where 100 % is asked for, in a run of its own: it would slow the others down.
 test-core: $(VENV)/.installed-dev  ## the tests of cache and scheduler, with their coverage
-	$(BIN)/python -m pytest tests/cache tests/scheduler --cov
+	$(PYTEST) tests/cache tests/scheduler --cov
 
 # What takes minutes: everything that `make test` only samples, and the bugs that were put in on purpose.
 test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
@@ -45,7 +52,7 @@ test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
 	$(BIN)/python -m tools.seeded_bugs overlap
 	$(BIN)/python -m tools.seeded_bugs faults
 
-clients: $(CLIENTS)/.installed $(NODE_CLIENTS)/node_modules/.installed  ## what tests/clients drives the daemon with
+clients: $(CLIENTS)/.installed $(NODE_CLIENTS)/node_modules/.installed $(PROMETHEUS)/.installed  ## what tests/clients drives the daemon with
 
 check: $(VENV)/.installed-dev  ## lint and types
 	$(BIN)/ruff check
@@ -102,11 +109,22 @@ $(NODE_CLIENTS)/node_modules/.installed: $(CLIENTS)/.installed $(wildcard $(NODE
 		../../../$(CLIENTS)/bin/nodejs/lib/node_modules/npm/bin/npm-cli.js ci
 	@touch $@
 
+# Debian's and Ubuntu's package of Prometheus and promtool, unpacked: that needs no root. Elsewhere
+# the tests take those on the PATH, or are skipped.
+$(PROMETHEUS)/.installed: $(CLIENTS)/.installed
+	rm -rf $(PROMETHEUS)
+	mkdir -p $(PROMETHEUS)
+	@if command -v promtool; then :; elif command -v apt-get; then \
+		cd $(PROMETHEUS) && { apt-get download -qq prometheus || { echo "run: apt-get update"; exit 1; }; } \
+		&& dpkg -x prometheus_*.deb . && rm prometheus_*.deb; \
+	else echo "neither promtool nor apt-get: tests/e2e/test_prometheus.py will be skipped"; fi
+	@touch $@
+
 # From the ranges of pyproject.toml to exact pins, in an environment of its own. A local version
 # (+cpu) is cut off, so that the pin fits every build of the same release.
 constraints:  ## pin the newest versions that fit pyproject.toml
 	$(PYTHON) -m venv --clear .venv-pins
-	.venv-pins/bin/python -m pip install $(BUILD_TOOLS) '.[dev]'
+	.venv-pins/bin/python -m pip install $(BUILD_TOOLS) '.[cuda,dev]'
 	{ sed -n '/^#/p' constraints.txt; .venv-pins/bin/python -m pip freeze --all --exclude pip --exclude octavo \
 		| sed 's/+[a-z0-9]*$$//'; } > constraints.new
 	mv constraints.new constraints.txt

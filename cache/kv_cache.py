@@ -265,9 +265,11 @@ class KVCache:
         del self._pins[pin]
         self._tree.pin(pin.nodes, -1)
 
-    def reset(self) -> None:
-        """Forget every cached page which no allocation holds, pinned ones too."""
-        self._pool.give_back(self._tree.evict() for _ in range(self._tree.num_evictable))
+    def reset(self) -> int:
+        """Forget every cached page that no allocation holds, pinned ones too; return how many."""
+        num_pages = self._tree.num_evictable
+        self._pool.give_back(self._tree.evict() for _ in range(num_pages))
+        return num_pages
 
     # ---- parts -----------------------------------------------------------------------------------
 

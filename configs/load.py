@@ -117,6 +117,12 @@ def describe(config: OctavoConfig) -> dict[str, object]:
     }
 
 
+def describe_changes(config: OctavoConfig) -> dict[str, object]:
+    """Return the fields that differ from the defaults, as `describe` does."""
+    defaults = describe(OctavoConfig())
+    return {name: value for name, value in describe(config).items() if value != defaults[name]}
+
+
 def _masked(value: object) -> object:
     """Show how many secrets there are, and whether there is one."""
     return [MASK for _ in value] if isinstance(value, list) else value and MASK

@@ -23,13 +23,32 @@ ToolCallParser = Literal[
     "none",
     "hermes",
     "llama3_json",
+    "llama4_json",
+    "llama4_pythonic",
+    "pythonic",
     "mistral",
     "qwen3_coder",
     "qwen3_xml",
     "glm45",
+    "glm47",
     "deepseek_v3",
     "deepseek_v31",
     "deepseek_v32",
+    "kimi_k2",
+    "kimi_k3",
+    "gemma4",
+    "openai",
+]
+ReasoningParser = Literal[
+    "auto",
+    "none",
+    "deepseek_r1",
+    "qwen3",
+    "mistral",
+    "kimi_k2",
+    "kimi_k3",
+    "gemma4",
+    "openai_gptoss",
 ]
 #: As in a browser's Origin header; one with a path, such as a lone slash, would never match.
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
@@ -78,8 +97,17 @@ class ModelSection(Section):
     tool_call_parser: ToolCallParser = Field(
         default="auto", description="how the model writes calls; auto: as its chat template says"
     )
-    reasoning_parser: Literal["auto", "none", "deepseek_r1", "qwen3", "mistral"] = Field(
+    reasoning_parser: ReasoningParser = Field(
         default="auto", description="how the model reasons; auto: as its chat template says"
+    )
+    chat_template: str | None = Field(
+        default=None,
+        description="Jinja file, or the name of a built-in template, instead of the model's own",
+    )
+    tools_in_prompt: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: a system message lists tools where the chat template has no place for"
+        " them, and calls are read in the form of Hermes; off: they are refused there",
     )
     special_tokens_in_messages: Literal["text", "allow"] = Field(
         default="text",
@@ -181,6 +209,12 @@ class ServerSection(Section):
     )
     sse_keep_alive_s: float = Field(
         default=10.0, ge=0, le=3600, description="comment in a stream silent for so long; 0: none"
+    )
+    force_include_usage: bool = Field(
+        default=False, description="tell the usage in every stream, asked for or not"
+    )
+    dev_endpoints: bool = Field(
+        default=False, description="serve POST /reset_prefix_cache, for benchmarks and tests"
     )
     send_timeout_s: float = Field(
         default=60.0,

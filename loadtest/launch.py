@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import shlex
 import signal
@@ -13,10 +14,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
+from typing import TYPE_CHECKING
 
 from loadtest.target import Target, TargetError
+
+if TYPE_CHECKING:
+    import psutil
 
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 60.0
@@ -53,6 +56,8 @@ class Started:
 
     def memory_bytes(self) -> int:
         """Return what the process and its children hold; pages they share count once."""
+        import psutil  # noqa: PLC0415 - `started` says where it comes from
+
         try:
             top = psutil.Process(self.process.pid)
             return sum(_memory_bytes(one) for one in (top, *top.children(recursive=True)))
@@ -61,6 +66,8 @@ class Started:
 
 
 def _memory_bytes(process: psutil.Process) -> int:
+    import psutil  # noqa: PLC0415 - as above
+
     with suppress(psutil.Error):
         full = process.memory_full_info()
         return int(getattr(full, "pss", 0) or full.rss)
@@ -72,6 +79,11 @@ async def started(
     name: str, command: Command, api_key: str, log: Path, timeout_s: float
 ) -> AsyncIterator[Started]:
     """Start the server on a free port and yield it once it serves. Raises `TargetError`."""
+    if importlib.util.find_spec("psutil") is None:
+        raise TargetError(
+            "psutil, which reads the memory of servers that are started, is not installed: "
+            "pip install 'octavo[loadtest]', in a checkout `make bench`"
+        )
     port = _free_port()
     began_s = time.perf_counter()
     with log.open("ab") as output:

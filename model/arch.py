@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
-RopeVariant: TypeAlias = Literal["default", "linear", "llama3", "yarn"]
+from model.formats.json_file import shown
+
+RopeVariant: TypeAlias = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+#: Thirty times what models have. What a file says of its sizes is looped over.
+MOST_LAYERS = 4096
+
+
+#: Beyond what a file can hold in 64 bits.
+_BEYOND = 2.0**64
 
 
 class ArchError(ValueError):
     """The model is of no supported shape; the message names the key and what is supported."""
+
+
+class BadValueError(ArchError):
+    """The config says what no reader can mean; another implementation need not be tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +43,7 @@ class RopeSpec:
     rotary_dim: int
     variant: RopeVariant = "default"
     factor: float = 1.0
-    #: Context length before stretching, in tokens (llama3, yarn).
+    #: Context length before stretching, in tokens (dynamic, llama3, yarn).
     original_max_positions: int = 0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -156,6 +168,26 @@ class ArchSpec:
         return shapes
 
 
+def lengthened(arch: ArchSpec, wanted_positions: int | None) -> ArchSpec:
+    """Return the architecture for texts of this length, where that changes it.
+
+    Under dynamic rope all angles change once a text is longer than the model was trained for, and
+    they would with each token more. Keys that are kept cannot follow, nor can the keys of two
+    texts of different length be shared. So where longer texts are wanted, all texts get the angles
+    of the longest.
+    """
+    original = arch.rope.original_max_positions
+    if arch.rope.variant != "dynamic":
+        return arch
+    most = max(int(original * arch.rope.factor), original)
+    if wanted_positions is None or wanted_positions <= original:
+        note = f"limited to {original} tokens, for past them the model turns all positions by other"
+        note += f" angles; --max-model-len up to {most} takes those throughout"
+        return replace(arch, notes=(*arch.notes, note))
+    note = f"angles are those for texts of {wanted_positions} tokens, in short requests too"
+    return replace(arch, max_positions=most, notes=(*arch.notes, note))
+
+
 class ConfigKeys:
     """A config whose reads are typed and remembered, so that what nobody read can be named."""
 
@@ -173,19 +205,23 @@ class ConfigKeys:
         return self._values.get(self._prefix + key)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return a number; `default` where the key is absent."""
+        """Return a finite number; `default` where the key is absent."""
         value = self.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            problem = "is missing" if value is None else f"must be a number, got {value!r}"
-            raise ArchError(f"{self._prefix}{key} {problem}")
-        return value
+        if value is None:
+            raise ArchError(f"{self._prefix}{key} is missing")
+        # Infinity is not within the bounds, nor is NaN.
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _BEYOND:
+            return value
+        raise self._bad_value(key, "a number", value)
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """Return a whole number, likewise."""
+    def count(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
+        """Return a whole number up to `most`, likewise."""
         value = self.number(key, default)
         if value != int(value):
-            raise ArchError(f"{self._prefix}{key} must be a whole number, got {value!r}")
+            raise self._bad_value(key, "a whole number", value)
+        if not -most <= value <= most:
+            raise self._bad_value(key, f"at most {most}", value)
         return int(value)
 
     def maybe_number(self, key: str) -> float | None:
@@ -196,7 +232,7 @@ class ConfigKeys:
         """Return true or false."""
         value = self.get(key)
         if not isinstance(value, bool | None):
-            raise ArchError(f"{self._prefix}{key} must be true or false, got {value!r}")
+            raise self._bad_value(key, "true or false", value)
         return default if value is None else value
 
     def refuse_unless(self, key: str, *allowed: object) -> None:
@@ -204,7 +240,10 @@ class ConfigKeys:
         value = self.get(key)
         if value is not None and value not in allowed:
             only = " or ".join(json.dumps(one) for one in allowed) or "nothing"
-            raise ArchError(f"{self._prefix}{key}: {value!r} is not supported, only {only}")
+            raise ArchError(f"{self._prefix}{key}: {shown(value)} is not supported, only {only}")
+
+    def _bad_value(self, key: str, wanted: str, value: object) -> BadValueError:
+        return BadValueError(f"{self._prefix}{key} must be {wanted}, got {shown(value)}")
 
     def unread(self, *, inert: frozenset[str]) -> tuple[str, ...]:
         """Keys with a say (no null, no false, no zero) that were neither read nor are inert."""

@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from model.arch import FAMILIES, ArchError, ArchSpec, ConfigKeys, Dtype, RopeSpec, RopeVariant
+from model.arch import (
+    FAMILIES,
+    MOST_LAYERS,
+    ArchError,
+    ArchSpec,
+    ConfigKeys,
+    Dtype,
+    RopeSpec,
+    RopeVariant,
+)
+from model.formats.json_file import shown
 from model.gguf_file import GgufFile
 
 #: general.file_type of a file that is mostly of one 16-bit type, or of float32.
@@ -31,14 +41,14 @@ def from_gguf_metadata(
     family = metadata.get("general.architecture")
     if family not in FAMILIES:
         raise ArchError(
-            f"general.architecture {family!r} is not supported, only {', '.join(FAMILIES)}"
+            f"general.architecture {shown(family)} is not supported, only {', '.join(FAMILIES)}"
         )
     assert isinstance(family, str)
     own = {key: value for key, value in metadata.items() if key.startswith(f"{family}.")}
     keys = ConfigKeys(own, prefix=f"{family}.")
     hidden_size, num_heads = keys.count("embedding_length"), keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", hidden_size // max(num_heads, 1))
-    num_layers = keys.count("block_count")
+    num_layers = keys.count("block_count", most=MOST_LAYERS)
     max_positions = keys.count("context_length")
     keys.refuse_unless("attention.value_length", head_dim)
     keys.refuse_unless("expert_count", 0)
@@ -80,15 +90,13 @@ def _vocab_size(keys: ConfigKeys, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 def _rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
     """llama3's stretching is no key but a tensor, rope_freqs: see `model/rope.py`."""
-    variants: dict[object, RopeVariant] = {
-        None: "default",
-        "none": "default",
-        "linear": "linear",
-        "yarn": "yarn",
-    }
-    kind = keys.get("rope.scaling.type")
-    if kind not in variants:
-        raise ArchError(f"rope.scaling.type {kind!r} is not supported, only none, linear, yarn")
+    variants: dict[object, RopeVariant] = {"none": "default", "linear": "linear", "yarn": "yarn"}
+    found = keys.get("rope.scaling.type")
+    kind = "none" if found is None else found
+    # A tuple: what stands there need not be hashable.
+    if kind not in tuple(variants):
+        only = ", ".join(map(str, variants))
+        raise ArchError(f"rope.scaling.type {shown(kind)} is not supported, only {only}")
     variant = variants[kind]
     factor = keys.number("rope.scaling.factor", 1.0 if variant == "default" else None)
     if variant == "default" and factor not in {0, 1}:

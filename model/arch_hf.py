@@ -9,9 +9,21 @@ arithmetic and is not supported is an error that names its key; a key nobody her
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast, get_args
 
-from model.arch import FAMILIES, ArchError, ArchSpec, ConfigKeys, Dtype, RopeSpec, RopeVariant
+from model.arch import (
+    FAMILIES,
+    MOST_LAYERS,
+    ArchError,
+    ArchSpec,
+    BadValueError,
+    ConfigKeys,
+    Dtype,
+    RopeSpec,
+    RopeVariant,
+)
+from model.formats.json_file import shown
 
 #: Keys of config.json that have no say in inference.
 _INERT = frozenset(
@@ -44,7 +56,7 @@ def from_hf_config(
     """Read a config.json, and the generation_config.json beside it for its end-of-sequence ids."""
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise ArchError(f"model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
+        raise ArchError(f"model_type {shown(family)} is not supported, only {', '.join(FAMILIES)}")
     assert isinstance(family, str)
     keys = ConfigKeys(config)
     keys.get("model_type")
@@ -55,7 +67,7 @@ def from_hf_config(
     max_positions = keys.count("max_position_embeddings", _HF_DEFAULT_MAX_POSITIONS[family])
     # Qwen2's bias and Mistral's lack of one are no options.
     has_bias = keys.flag("attention_bias") if family in {"llama", "qwen3"} else family == "qwen2"
-    num_layers = keys.count("num_hidden_layers")
+    num_layers = keys.count("num_hidden_layers", most=MOST_LAYERS)
     return ArchSpec(
         family=family,
         vocab_size=keys.count("vocab_size"),
@@ -70,7 +82,8 @@ def from_hf_config(
         rope=_hf_rope(keys, head_dim, max_positions),
         windows=_hf_windows(keys, family, num_layers),
         eos_token_ids=_token_ids(
-            (generation_config or {}).get("eos_token_id"), keys.get("eos_token_id")
+            ("generation_config.json: ", (generation_config or {}).get("eos_token_id")),
+            ("", keys.get("eos_token_id")),
         ),
         is_tied=keys.flag("tie_word_embeddings"),
         has_qkv_bias=has_bias,
@@ -120,19 +133,23 @@ def _hf_dtype(keys: ConfigKeys) -> Dtype:
     # Both are read: newer files say dtype, older ones torch_dtype.
     dtype, torch_dtype = keys.get("dtype"), keys.get("torch_dtype")
     found = dtype or torch_dtype or "float32"
+    # As the weights have it; either way they are read in whatever they are saved in.
+    found = "float32" if found == "auto" else found
     if found not in get_args(Dtype):
-        raise ArchError(f"dtype {found!r} is not supported, only {', '.join(get_args(Dtype))}")
+        raise ArchError(f"dtype {shown(found)} is not supported, only {', '.join(get_args(Dtype))}")
     return cast("Dtype", found)
 
 
-def _token_ids(*candidates: object) -> tuple[int, ...]:
+def _token_ids(*candidates: tuple[str, object]) -> tuple[int, ...]:
     """Return the first candidate that says something, a number or a list of them."""
-    for found in candidates:
+    for where, found in candidates:
         if found is None:
             continue
         ids = found if isinstance(found, list) else [found]
-        if not all(isinstance(one, int) for one in ids):
-            raise ArchError(f"eos_token_id must be a number or a list of them, got {found!r}")
+        if not all(type(one) is int for one in ids):
+            raise BadValueError(
+                f"{where}eos_token_id must be a number or a list of them, got {shown(found)}"
+            )
         return tuple(ids)
     return ()
 
@@ -154,10 +171,13 @@ def _hf_windows(keys: ConfigKeys, family: str, num_layers: int) -> tuple[int | N
     if types is None:
         return tuple(window if layer >= first else None for layer in range(num_layers))
     if not isinstance(types, list) or len(types) != num_layers:
-        raise ArchError(f"layer_types must list {num_layers} layers, got {types!r}")
+        raise ArchError(f"layer_types must list {num_layers} layers, got {shown(types)}")
     kinds = {"full_attention": None, "sliding_attention": window}
-    if unknown := [kind for kind in types if kind not in kinds]:
-        raise ArchError(f"layer_types: {unknown[0]!r} is not supported, only {', '.join(kinds)}")
+    # A tuple: what stands there need not be hashable.
+    if unknown := [kind for kind in types if kind not in tuple(kinds)]:
+        raise ArchError(
+            f"layer_types: {shown(unknown[0])} is not supported, only {', '.join(kinds)}"
+        )
     if window is None and "sliding_attention" in types:
         raise ArchError("layer_types: 'sliding_attention' needs a sliding_window that is used")
     return tuple(kinds[kind] for kind in types)
@@ -167,6 +187,7 @@ def _hf_windows(keys: ConfigKeys, family: str, num_layers: int) -> tuple[int | N
 _ROPE_KEYS: dict[RopeVariant, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": (
         "factor",
         "low_freq_factor",
@@ -193,13 +214,15 @@ def _hf_rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     variant = next((one for one in _ROPE_KEYS if one == rope_type), None)
     if variant is None:
-        raise ArchError(f"rope_type {rope_type!r} is not supported, only {', '.join(_ROPE_KEYS)}")
+        raise ArchError(
+            f"rope_type {shown(rope_type)} is not supported, only {', '.join(_ROPE_KEYS)}"
+        )
     known = {*_ROPE_KEYS[variant], "rope_theta", "rope_type", "type", "partial_rotary_factor"}
     known.add("original_max_position_embeddings")
     said = {key for key, value in values.items() if value is not None}
     if unknown := sorted(said - known):
         raise ArchError(
-            f"rope_parameters: {unknown[0]!r} is not supported with rope_type {variant!r}"
+            f"rope_parameters: {shown(unknown[0])} is not supported with rope_type {variant!r}"
         )
     # transformers has these families turn whole heads, whatever the factor, or cannot run them.
     rope.refuse_unless("partial_rotary_factor", 1.0)
@@ -220,6 +243,11 @@ def _hf_rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
         # Null is false.
         truncate=rope.flag("truncate", default="truncate" not in rope),
     )
+    if variant == "dynamic":
+        if head_dim <= 2:
+            raise ArchError(f"rope_type 'dynamic' needs heads wider than {head_dim}")
+        # transformers counts from there, whatever else is said.
+        spec = replace(spec, original_max_positions=max_positions)
     if min(spec.theta, spec.factor, spec.original_max_positions) <= 0:
         raise ArchError("rope_parameters: numbers must be above 0")
     if spec.low_freq_factor >= spec.high_freq_factor:
@@ -233,7 +261,7 @@ def _rope_values(keys: ConfigKeys) -> dict[str, object]:
     for key in ("rope_parameters", "rope_scaling"):
         found = keys.get(key)
         if not isinstance(found, dict | None):
-            raise ArchError(f"{key} must be an object, got {found!r}")
+            raise ArchError(f"{key} must be an object, got {shown(found)}")
         if values and found:
             raise ArchError("rope_scaling beside rope_parameters is not supported")
         values |= found or {}

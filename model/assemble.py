@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
+from configs.sizes import format_size
 from model import gpu_ops
 from model.attention.interface import AttentionBackend, BackendOffer
 from model.attention.registry import choose_backend
@@ -23,7 +24,7 @@ from model.gpu_ops import GpuOps
 from model.implementation import build_decoder
 from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
 from model.kv_pool import KVPool
-from model.memory import PoolPlan, free_memory_bytes, plan_pool
+from model.memory import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
 from model.sampler import Sampler
@@ -35,6 +36,9 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+#: Below this a table of angles is not worth a line.
+_LARGE_TABLE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ def assemble(
         runner = assemble_on_gpu(parts, plan_of)
     else:
         plan = plan_of(free_memory_bytes())
+        decoder.hold_positions(plan.max_model_len)
         pool = _pool(decoder, plan, kv_dtype)
         runner = _on_cpu(config, decoder, pool, offer.build(spec, pool), info_of(plan), where)
     _warm_up(runner)
@@ -151,13 +156,19 @@ def _plan_pool(
     offer: BackendOffer,
     free_bytes: int,
 ) -> PoolPlan:
-    arch = decoder.arch
+    arch, stated_bytes = decoder.arch, config.cache.kv_cache_memory
+    bytes_per_token = KVPool.bytes_per_token(
+        arch.num_layers, arch.num_kv_heads, arch.head_dim, kv_dtype
+    )
+    table_bytes = angles_bytes(
+        decoder.bytes_per_position,
+        config.model.max_model_len or arch.max_positions,
+        (stated_bytes or free_bytes) // bytes_per_token,
+    )
     return plan_pool(
-        stated_bytes=config.cache.kv_cache_memory,
-        free_bytes=free_bytes,
-        bytes_per_token=KVPool.bytes_per_token(
-            arch.num_layers, arch.num_kv_heads, arch.head_dim, kv_dtype
-        ),
+        stated_bytes=stated_bytes,
+        free_bytes=max(free_bytes - table_bytes, 0),
+        bytes_per_token=bytes_per_token,
         page_size=offer.page_size(config.cache.page_size),
         max_num_seqs=config.scheduler.max_num_seqs,
         stated_max_model_len=config.model.max_model_len,
@@ -193,6 +204,10 @@ def _info(
     arch = decoder.arch
     unknown = ", ".join(arch.unknown_keys)
     notes = [*source.notes, *decoder.notes, *where.notes, *offer.notes, *plan.notes]
+    table_bytes = decoder.bytes_per_position * plan.max_model_len
+    if table_bytes >= _LARGE_TABLE_BYTES:
+        told = f"the angles of {plan.max_model_len} positions take {format_size(table_bytes)}"
+        notes.append(f"{told} beside the pages (--max-model-len)")
     stated = (*arch.eos_token_ids, *end_token_ids)
     ends = {one: 0 <= one < arch.vocab_size for one in stated}
     if outside := [str(one) for one, is_known in ends.items() if not is_known]:

@@ -37,7 +37,7 @@ class CpuDecoder:
             arch.num_heads,
             arch.num_kv_heads,
             arch.head_dim,
-            weights.cos_sin.shape[1],
+            arch.rope.rotary_dim,
         )
         pointers = [pointer for layer in weights.layers for pointer in _pointers(layer)]
         self._handle: int = library.functions.octavo_decoder_new(
@@ -46,7 +46,7 @@ class CpuDecoder:
             arch.rms_eps,
             (ctypes.c_int64 * len(pointers))(*pointers),
             arch.num_layers,
-            weights.cos_sin.data_ptr(),
+            transformer.cos_sin.data_ptr(),
         )
         self._forward = library.functions.octavo_decoder_forward
         weakref.finalize(self, library.functions.octavo_decoder_free, self._handle)

@@ -46,7 +46,7 @@ _ISA_FLAGS = {
     "avx512": _AVX512_FLAGS,
     "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
-_BUILD_TIMEOUT_S = 300
+_BUILD_TIMEOUT_S = 1200
 _BUILD_PREFIX = ".build-"
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH

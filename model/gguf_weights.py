@@ -64,14 +64,14 @@ class GgufWeights:
         """See `WeightSource`."""
         found = self._tensors.get(name)
         shown = f"{found.name} ({found.type_name})" if found else _gguf_name(name)
-        return f"tensor {shown} in {self._path}"
+        return f"tensor {shown} in {found.path if found else self._path}"
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """See `WeightSource`."""
         tensor = self._tensors[name]
         swap = self._is_interleaved and (".q_proj." in name or ".k_proj." in name)
         row_bytes = tensor.num_bytes // tensor.shape[0]
-        with self._path.open("rb") as file:
+        with tensor.path.open("rb") as file:
             for start, count in row_blocks(tensor.shape, self._head_dim if swap else 1):
                 offset_bytes = tensor.offset_bytes + start * row_bytes
                 raw = read_bytes(file, offset_bytes, count * row_bytes)

@@ -65,6 +65,7 @@ def assemble_on_gpu(parts: GpuParts, plan_of: Callable[[int], PoolPlan]) -> Torc
     use = _measure(parts)
     page_bytes = use.page_bytes
     plan = plan_of(page_bytes)
+    parts.decoder.hold_positions(plan.max_model_len)
     account = use.account(parts.decoder.weights_bytes, plan.total_bytes)
     told = ", ".join(f"{name} {format_size(size)}" for name, size in account)
     info = parts.info_of(plan)
@@ -128,6 +129,8 @@ def _measure(parts: GpuParts) -> DeviceUse:
         torch.cuda.synchronize(device)
         return torch.cuda.mem_get_info(device)[0]
 
+    # No step under measurement goes further.
+    parts.decoder.hold_positions(min(max_len, config.scheduler.max_num_batched_tokens))
     before = free_bytes()
     runner = _runner(parts, info, ())
     step = largest_step(

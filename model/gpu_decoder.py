@@ -42,7 +42,7 @@ class GpuDecoder:
             q = ops.rms_norm(q, layer.q_norm, arch.rms_eps, q.dtype)
             k = ops.rms_norm(k, layer.k_norm, arch.rms_eps, k.dtype)
         pages = (*paged.pages(index), paged.kv_slots)
-        ops.rope_and_store(q, k, v, positions, self._transformer.weights.cos_sin, pages)
+        ops.rope_and_store(q, k, v, positions, self._transformer.cos_sin, pages)
         return layer.o(paged.read(index, q))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ compiled for sm_80 and sm_90. Knows nothing of weights or of attention.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from model.extras import why_missing
 
 #: Heads one program rotates.
 _HEADS_EACH = 8
@@ -148,7 +148,7 @@ class GpuOps:
 
 def why_not() -> str:
     """Say what keeps a CUDA machine from these; nothing where it can have them."""
-    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+    return why_missing("triton", "cuda")
 
 
 def _power_of_two(value: int) -> int:

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -25,6 +26,7 @@ from model.attention.interface import AttentionBackend, AttentionSpec
 from model.hf_attention import (
     ASKING,
     PAGED,
+    AttenderSlot,
     AttentionCall,
     CommonWish,
     Inquirer,
@@ -33,7 +35,9 @@ from model.hf_attention import (
     register,
 )
 from model.hf_config import HfConfig, faults_of, read_hf_config
+from model.hf_falcon import open_attention
 from model.hf_proof import Proof
+from model.hf_text import decoder_of, left_out, notes_on_parts
 from model.linear import Format
 from model.safetensors_weights import SafetensorsWeights, is_derived
 from model.source import ModelSource
@@ -58,13 +62,6 @@ class _Given(MoeModelOutputWithPast):  # type: ignore[misc] # transformers has n
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-
-
-class _GivenHidden(nn.Module):
-    """Stands where a model's layers were, so that the rest of it computes logits and no more."""
-
-    def forward(self, *_args: object, octavo: Tensor, **_kwargs: object) -> _Given:
-        return _Given(last_hidden_state=octavo)
 
 
 class _PagedLayers:
@@ -108,10 +105,14 @@ class HfDecoder:
     """See `ServedDecoder`: a causal language model of `transformers`, taken in two."""
 
     format: Format = "none"
+    #: Angles are computed with each step, or are among the weights.
+    bytes_per_position = 0
 
-    def __init__(self, model: Any, found: HfConfig, wishes: Sequence[LayerWish]) -> None:  # noqa: ANN401 - transformers' class
-        """Take over `model`, whose attention must be `PAGED`; `wishes` are those of its layers."""
-        text_config = model.config.get_text_config()
+    def __init__(self, model: Any, found: HfConfig) -> None:  # noqa: ANN401 - transformers' class
+        """Take over `model`."""
+        text_config = found.text_config
+        self._slot = AttenderSlot(model)
+        wishes = _wishes(model, self._slot, found.max_positions)
         self._wishes = tuple(wishes)
         self._common = common_wish(wishes, text_config.num_hidden_layers)
         self.arch = HfShape(
@@ -120,7 +121,7 @@ class HfDecoder:
             head_dim=self._common.head_dim,
             max_positions=found.max_positions,
             vocab_size=text_config.vocab_size,
-            eos_token_ids=_eos_token_ids(model),
+            eos_token_ids=_eos_token_ids(model, text_config),
         )
         dtype = model.dtype
         library = f"transformers {transformers.__version__} ({type(model).__name__})"
@@ -129,13 +130,13 @@ class HfDecoder:
         self.weights_bytes = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
         self.attention_dtype: torch.dtype = dtype
         self.device: torch.device = model.device
-        body = model.get_decoder()
-        # Some have a last product of that name.
-        self._body = body if isinstance(body, transformers.PreTrainedModel) else model.base_model
-        name = next(name for name, module in model.named_modules() if module is self._body)
-        if not name:
+        body = decoder_of(model)
+        if body is model:
             raise ArchError("its layers and its logits are in one piece")
-        model.set_submodule(name, _GivenHidden())
+        self._run_layers = body.forward
+        # So that all but the layers computes logits and no more.
+        body.forward = self._given_hidden
+        self._hidden: Tensor | None = None
         self._head = model
 
     def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
@@ -157,26 +158,33 @@ class HfDecoder:
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """See `Decoder`; what it returns is behind the final norm already."""
-        found = self._body(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            octavo=_PagedLayers(self._wishes, self._common, self.attention_dtype, attention),
-        )
+        layers = _PagedLayers(self._wishes, self._common, self.attention_dtype, attention)
+        with self._slot.filled(layers):
+            found = self._run_layers(
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+            )
         hidden: Tensor = found[0].squeeze(0)
         return hidden.float()
 
+    def hold_positions(self, max_positions: int) -> None:
+        """See `ServedDecoder`: there is nothing to make."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder`: by the model's own code, for some cap or scale them."""
-        rows = hidden.to(self.attention_dtype).unsqueeze(0)
-        # Nothing is looked up in them; some models count them.
-        ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=rows.device)
-        logits: Tensor = self._head(input_ids=ids, octavo=rows, use_cache=False).logits.squeeze(0)
+        self._hidden = hidden.to(self.attention_dtype).unsqueeze(0)
+        # What is looked up for them goes nowhere; some models count them.
+        ids = torch.zeros(self._hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        logits: Tensor = self._head(input_ids=ids, use_cache=False).logits.squeeze(0)
         return logits.float()
 
+    def _given_hidden(self, *_args: object, **_kwargs: object) -> _Given:
+        return _Given(last_hidden_state=self._hidden)
 
-def _eos_token_ids(model: Any) -> tuple[int, ...]:  # noqa: ANN401 - as above
-    for config in (model.generation_config, model.config.get_text_config()):
+
+def _eos_token_ids(model: Any, text_config: Any) -> tuple[int, ...]:  # noqa: ANN401 - as above
+    for config in (model.generation_config, model.config, text_config):
         found = getattr(config, "eos_token_id", None)
         if found is not None:
             return tuple(found) if isinstance(found, list) else (found,)
@@ -200,8 +208,8 @@ def load_hf_decoder(
     with torch.inference_mode(), _quiet(), faults_of(found.config.model_type):
         model, notes = _load(source, found, dtype)
         model.to(device).eval()
-        proof = Proof(model)
-        decoder = HfDecoder(model, found, _wishes(model, found.max_positions))
+        proof = Proof(model, found.text_config.vocab_size)
+        decoder = HfDecoder(model, found)
         proof.check(decoder)
     decoder.notes += notes
     return decoder
@@ -227,6 +235,8 @@ def _load(source: ModelSource, found: HfConfig, dtype: torch.dtype) -> tuple[Any
     """Have `transformers` load a model as its users do; also what an operator should know of it."""
     # eager: what the library's authors hold everything else against.
     settings: dict[str, object] = {"dtype": dtype, "attn_implementation": "eager"}
+    if found.text_class is not None:
+        return _load_text(source, found, settings)
     if source.kind == "dummy":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -234,10 +244,36 @@ def _load(source: ModelSource, found: HfConfig, dtype: torch.dtype) -> tuple[Any
     if found.is_mxfp4:
         # Kernels that multiply it as it is are for GPUs alone, and would be fetched from the hub.
         settings["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
-    files = SafetensorsWeights(source.path)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        source.path,
-        config=found.config,
+    return _read(transformers.AutoModelForCausalLM, source.path, found.config, settings)
+
+
+def _load_text(
+    source: ModelSource, found: HfConfig, settings: dict[str, object]
+) -> tuple[Any, tuple[str, ...]]:
+    """Load all of a model but what is not for text."""
+    if source.kind == "dummy":
+        # Tensors that are nowhere are made up; what is left out is not.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            # Not by a class's own door: some fetch other files, too.
+            make = transformers.PreTrainedModel.from_pretrained.__func__
+            model = make(found.text_class, None, config=found.config, state_dict={}, **settings)
+        return model, tuple(notes_on_parts(model))
+    model, notes = _read(found.text_class, source.path, found.config, settings)
+    return model, (*notes_on_parts(model), *notes)
+
+
+def _read(
+    model_class: Any,  # noqa: ANN401 - as above
+    path: Path,
+    config: Any,  # noqa: ANN401 - as above
+    settings: dict[str, object],
+) -> tuple[Any, tuple[str, ...]]:
+    """Read a folder's files; `ArchError` where they lack anything."""
+    files = SafetensorsWeights(path)
+    model, info = model_class.from_pretrained(
+        path,
+        config=config,
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
@@ -256,7 +292,12 @@ def _notes_on_weights(model: Any, info: Mapping[str, Iterable[object]]) -> Itera
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     for name in sorted(tied.keys() - model.all_tied_weights_keys.keys()):
         yield f"the config ties {name} to {tied[name]}, but it is another: it is used"
-    others = sorted(one for one in map(str, info["unexpected_keys"]) if not is_derived(one))
+    parts = tuple(f"{name}." for name in left_out(model))
+    others = sorted(
+        one
+        for one in map(str, info["unexpected_keys"])
+        if not is_derived(one) and not one.startswith(parts)
+    )
     if others:
         yield f"{others[0]} has no place in this model ({len(others)} such tensors): not used"
     odd = [
@@ -269,16 +310,21 @@ def _notes_on_weights(model: Any, info: Mapping[str, Iterable[object]]) -> Itera
         yield f"weights that are not finite: {', '.join(odd)}"
 
 
-def _wishes(model: Any, max_positions: int) -> list[LayerWish]:  # noqa: ANN401 - as above
+def _wishes(model: Any, slot: AttenderSlot, max_positions: int) -> list[LayerWish]:  # noqa: ANN401 - as above
     """Have the model tell what it wants of attention, and leave it ready to be served."""
     inquirer = Inquirer(max_positions)
-    model.set_attn_implementation(ASKING)
+    open_attention(model)
+    _set_attention(model, ASKING)
     # One token: with more, some models cut the masks of layers that need not see all of them.
-    model(
-        input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device),
-        position_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device),
-        use_cache=False,
-        octavo=inquirer,
-    )
-    model.set_attn_implementation(PAGED)
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with slot.filled(inquirer):
+        model(input_ids=zero, position_ids=zero, use_cache=False)
+    _set_attention(model, PAGED)
     return inquirer.wishes
+
+
+def _set_attention(model: Any, name: str) -> None:  # noqa: ANN401 - as above
+    """Choose the attention of all models within; the library's own way passes over some."""
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            part.config._attn_implementation = name  # noqa: SLF001 - see above

@@ -3,13 +3,15 @@
 Every attention layer calls the function registered under the name in its config, and every mask is
 made by the function registered for that name. Two names are ours: under `ASKING` a model tells
 what it wants of attention, mask included, and under `PAGED` it makes no masks and is served.
-Whoever runs the model goes along as the keyword `octavo` through all of its layers. Knows nothing
-of pages, of files or of any architecture.
+Whoever runs the model sits in an `AttenderSlot` that each of its modules has, for not all layers
+hand on to their attention what they are called with. Knows nothing of pages, of files or of any
+architecture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from model.arch import ArchError
 
+#: Said before weights are read where that can be known.
+NOT_OPEN = "does not let others compute its attention (transformers' attention interface)"
 ASKING, PAGED = "octavo-asking", "octavo"
 
 #: Is the key seen by the query: (batch, head, query's position, key's position) to bool.
@@ -49,6 +53,31 @@ class Attender(Protocol):
         """Return `[tokens, heads, head_dim of v]`."""
 
 
+class AttenderSlot:
+    """The attender of the pass that a model is in, if it is in one of ours."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Make the slot known to every module of `model`."""
+        self._attender: Attender | None = None
+        for module in model.modules():
+            module.octavo = self  # type: ignore[assignment] # torch knows of tensors and modules
+
+    @contextmanager
+    def filled(self, attender: Attender) -> Iterator[None]:
+        """Have `attender` attend until the end of the context."""
+        self._attender = attender
+        try:
+            yield
+        finally:
+            self._attender = None
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """See `Attender`."""
+        if self._attender is None:
+            raise ArchError("it attends where only logits are computed")
+        return self._attender.attend(call)
+
+
 def register() -> None:
     """Make the two names known to `transformers`; more than once does no harm."""
     for name in (ASKING, PAGED):
@@ -58,21 +87,21 @@ def register() -> None:
 
 
 def _attention(
-    _module: nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    octavo: Attender | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Have the names and shapes of `transformers`: `[1, heads, tokens, head_dim]`."""
-    if octavo is None:
-        raise ArchError("it does not hand on to its attention what it is called with")
+    slot = getattr(module, "octavo", None)
+    if not isinstance(slot, AttenderSlot):
+        raise ArchError("it does not say which of its modules attends")
     call = AttentionCall(
         q=_flat(query),
         k=_flat(key),
@@ -83,7 +112,7 @@ def _attention(
         sinks=s_aux,
         others={name: one for name, one in others.items() if one is not None},
     )
-    return octavo.attend(call).unsqueeze(0), None
+    return slot.attend(call).unsqueeze(0), None
 
 
 def _flat(heads: Tensor) -> Tensor:
@@ -125,8 +154,12 @@ class LayerWish:
 #: the mask, which is what the library's own attention goes by.
 _INERT = frozenset(
     """dropout sliding_window position_ids use_cache output_attentions output_hidden_states
-    output_router_logits return_dict cache_position is_causal""".split()  # noqa: SIM905 - reads best as one text
+    output_router_logits return_dict cache_position is_causal logits_to_keep""".split()  # noqa: SIM905 - reads best as one text
 )
+
+
+#: Configs may name millions of positions.
+_KEYS_AT_ONCE = 2**16
 
 
 class Inquirer:
@@ -172,16 +205,22 @@ def window_of(rule: MaskRule, num_positions: int) -> int | None:
     chunk, a prefix that sees all of itself) does not from the others.
     """
     last = num_positions - 1
-    key = torch.arange(num_positions)
-    zero = torch.zeros((), dtype=torch.int64)
     reach = num_positions
     for at in sorted({0, 1, last // 3, last // 2, last - 1, last}, reverse=True):
-        seen = torch.as_tensor(rule(zero, zero, torch.tensor(at), key)).expand(num_positions)
         if at == last:
-            reach = int(seen.sum())
-        if not reach or not torch.equal(seen, (key <= at) & (key > at - reach)):
-            raise ArchError("its attention is neither causal nor a sliding window")
+            reach = sum(int(seen.sum()) for _, seen in _seen(rule, at, num_positions))
+        for key, seen in _seen(rule, at, num_positions):
+            if not reach or not torch.equal(seen, (key <= at) & (key > at - reach)):
+                raise ArchError("its attention is neither causal nor a sliding window")
     return None if reach == num_positions else reach
+
+
+def _seen(rule: MaskRule, at: int, num_positions: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the positions of keys, and whether a query sees them; in blocks, for there are many."""
+    zero = torch.zeros((), dtype=torch.int64)
+    for start in range(0, num_positions, _KEYS_AT_ONCE):
+        key = torch.arange(start, min(start + _KEYS_AT_ONCE, num_positions))
+        yield key, torch.as_tensor(rule(zero, zero, torch.tensor(at), key)).expand(len(key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +239,9 @@ class CommonWish:
 
 def common_wish(wishes: Sequence[LayerWish], num_layers: int) -> CommonWish:
     """Find what fits every layer; `ArchError` where nothing does."""
-    if len(wishes) != num_layers:
+    if not wishes:
+        raise ArchError(f"it {NOT_OPEN}")
+    if len(wishes) % num_layers:
         raise ArchError(f"it attends {len(wishes)} times in {num_layers} layers")
     first = wishes[0]
     num_kv_heads = max(wish.num_kv_heads for wish in wishes)

@@ -5,7 +5,6 @@ Knows nothing of layers: what only a run can tell is found out in `model/hf_proo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,19 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
-from model.arch import ArchError
-from model.read_arch import read_json
+from model.arch import MOST_LAYERS, ArchError, ConfigKeys
+from model.formats import FormatError
+from model.formats.json_file import read_json_object
+from model.hf_attention import NOT_OPEN
+from model.hf_text import text_class
 from model.source import ModelSource
 
 _SERVED = "served are decoders of text that attend in every layer and keep no other state"
-_OTHER_SENSES = re.compile("audio|image|speech|video|vision|vq")
 #: Some libraries' messages are pages long.
 _LONGEST_REASON = 300
 #: As many as the proof computes.
 _FEWEST_POSITIONS = 8
-_PAGED_KINDS = frozenset({"full_attention", "sliding_attention"})
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_PAGED_KINDS = frozenset({"attention", "full_attention", "sliding_attention"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,10 @@ class HfConfig:
 
     #: Its own, with its own attributes.
     config: Any
+    #: What of it is for text: itself, where it is for nothing else.
+    text_config: Any
+    #: The class to be loaded where there are parts for more than text; see `text_class`.
+    text_class: Any
     #: Positions below this give the same result whatever else is in the batch.
     max_positions: int
     #: Whether the weights are in mxfp4, as those of gpt-oss.
@@ -51,26 +60,47 @@ def faults_of(model_type: object) -> Iterator[None]:
     # Hundreds of authors' code: what it makes of a config it cannot work with is anybody's guess.
     except Exception as error:
         reason = " ".join(str(error).split())[:_LONGEST_REASON]
-        if not isinstance(error, ArchError):
+        if not isinstance(error, ArchError | FormatError):
             reason = f"{type(error).__name__}: {reason}"
         raise ArchError(f"model_type {model_type!r}: {reason}; {_SERVED}") from error
 
 
 def read_hf_config(source: ModelSource, wanted_positions: int | None) -> HfConfig:
     """Read and judge a config.json. `ArchError` says in a line why a model cannot be served."""
-    values = read_json(source.path if source.kind == "dummy" else source.path / "config.json")
+    path = source.path if source.kind == "dummy" else source.path / "config.json"
+    values = read_json_object(path)
     with faults_of(values.get("model_type")):
+        for part in (values, *values.values()):
+            if isinstance(part, dict):
+                # The library loops over them before it looks at anything.
+                for key in _LAYER_COUNTS:
+                    ConfigKeys(part).count(key, 0, most=MOST_LAYERS)
         config = _parse(source.path, values)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        if reason := _why_not(config, model_class):
+        model_class = _model_class(config)
+        text_config = config.get_text_config(decoder=True)
+        if reason := _why_not(config, text_config, model_class):
             raise ArchError(f"it {reason}")
-        max_positions, notes = _positions(config.get_text_config(), wanted_positions)
+        max_positions, notes = _positions(text_config, wanted_positions)
+        is_text_class = model_class.config_class is type(text_config)
     if (named := config.architectures) and named != [model_class.__name__]:
         notes = (f"read as {model_class.__name__}, though architectures is {named}", *notes)
     is_mxfp4 = _quantization_method(config) is not None
     if is_mxfp4:
         notes = ("weights in mxfp4 are expanded", *notes)
-    return HfConfig(config, max_positions, is_mxfp4, notes)
+    # `AutoModelForCausalLM` takes the part of a config that is for such a class.
+    is_all_text = is_text_class and not text_config.sub_configs and _is_causal_lm(config)
+    found_class = None if is_all_text else text_class(model_class)
+    return HfConfig(config, text_config, found_class, max_positions, is_mxfp4, notes)
+
+
+def _is_causal_lm(config: Any) -> bool:  # noqa: ANN401 - one of hundreds of classes
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _model_class(config: Any) -> Any:  # noqa: ANN401 - as above
+    """Return the class that computes logits of text; None where there is none."""
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    return next((one[type(config)] for one in mappings if type(config) in one), None)
 
 
 def _quantization_method(config: Any) -> str | None:  # noqa: ANN401 - one of hundreds of classes
@@ -99,31 +129,42 @@ def _parse(path: Path, values: Mapping[str, object]) -> Any:  # noqa: ANN401 - a
     return config
 
 
-def _why_not(config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above
+def _why_not(config: Any, text_config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above
     """Say what is in the way; nothing where nothing is."""
-    senses = sorted(name for name in config.sub_configs if _OTHER_SENSES.search(name))
-    kinds = getattr(config, "layer_types", None) or ()
-    ropes = _rope_types(config)
-    unpaged = sorted({str(kind) for kind in kinds} - _PAGED_KINDS)
+    if getattr(config, "is_encoder_decoder", False):
+        return "has an encoder"
+    if model_class is None:
+        return "is no causal language model"
+    kinds = _layer_kinds(text_config)
+    ropes = _rope_types(text_config)
+    unpaged = sorted(kinds - _PAGED_KINDS)
     reasons = (
-        (getattr(config, "is_encoder_decoder", False), "has an encoder"),
-        (model_class is None, "is no causal language model"),
-        (senses, f"has parts that are not for text ({', '.join(senses)})"),
         (
-            getattr(model_class, "_is_stateful", False),
+            # Not where the config says that no layer is one that does.
+            getattr(model_class, "_is_stateful", False) and (unpaged or not kinds),
             "keeps a recurrent state, which has no pages to be shared or brought back",
         ),
         (unpaged, f"has layers of kind {', '.join(unpaged)}"),
+        # Of others, too, but this is known before their weights are read.
+        (config is text_config and not _is_open(model_class), NOT_OPEN),
         (
-            not getattr(model_class, "_supports_attention_backend", False),
-            "does not let others compute its attention (transformers' attention interface)",
-        ),
-        (
-            "dynamic" in ropes or {"longrope"} < ropes,
+            {"longrope"} < ropes,
             "has rope scaling by which one long request would change all others",
         ),
     )
     return next((reason for is_so, reason in reasons if is_so), "")
+
+
+def _is_open(model_class: Any) -> bool:  # noqa: ANN401 - as above
+    """Tell whether a class calls what is registered as its attention; see `open_attention`."""
+    is_open: bool = model_class._can_set_attn_implementation()  # noqa: SLF001 - nothing else says it
+    return is_open or model_class is transformers.FalconForCausalLM
+
+
+def _layer_kinds(config: Any) -> set[str]:  # noqa: ANN401 - as above
+    """Return the kinds of layers that a config speaks of, which may be none."""
+    names = ("layer_types", "layers_block_type")
+    return {str(kind) for name in names for kind in getattr(config, name, None) or ()}
 
 
 def _rope_types(config: Any) -> set[str]:  # noqa: ANN401 - as above
@@ -136,13 +177,19 @@ def _rope_types(config: Any) -> set[str]:  # noqa: ANN401 - as above
 def _positions(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...]]:  # noqa: ANN401 - as above
     """Return how long a text may be.
 
+    Under dynamic rope all angles change with each token past what the model was trained for, in the
+    keys that are kept, too; texts end there.
     Under longrope all angles change once one text of the batch is longer than the model was first
     trained for. Where such texts are wanted, everything gets their angles.
     """
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < _FEWEST_POSITIONS:
         raise ArchError(f"its max_position_embeddings is {longest}, so its length is not known")
-    if "longrope" not in _rope_types(config):
+    kinds = _rope_types(config)
+    if "dynamic" in kinds:
+        note = f"limited to {longest} tokens, for past them each changes the angles of all"
+        return longest, (note,)
+    if "longrope" not in kinds:
         return longest, ()
     rope = config.rope_parameters
     short = rope["original_max_position_embeddings"]

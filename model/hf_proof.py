@@ -41,9 +41,8 @@ _TOLERANCE_16_BITS = 0.6
 class Proof:
     """Two short texts and their logits, by the model as `transformers` made it."""
 
-    def __init__(self, model: Any) -> None:  # noqa: ANN401 - transformers' class
+    def __init__(self, model: Any, vocab_size: int) -> None:  # noqa: ANN401 - transformers' class
         """Run it; its attention must be the library's own still."""
-        vocab_size = model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         self._texts = [
             torch.randint(vocab_size, (length,), generator=generator).to(model.device)

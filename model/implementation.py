@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from configs.schema import ModelSection
-from model.arch import ArchError
+from model.arch import ArchError, BadValueError
 from model.cpu_library import CpuLibrary
 from model.load import build_transformer
 from model.ops import Ops
@@ -35,6 +35,8 @@ def choose_implementation(source: ModelSource, asked: str) -> tuple[Implementati
         return "transformers", "as asked"
     try:
         read_arch(source)
+    except BadValueError:
+        raise
     except ArchError as reason:
         return "transformers", str(reason)
     return "octavo", ""

@@ -14,6 +14,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any, TypeGuard
 from urllib.parse import unquote
 
+from model.closed_objects import close_objects, referred
 from model.json_patterns import translated
 
 _MAX_PATTERN_CHARS = 16_384
@@ -65,6 +66,7 @@ def strict_schema(schema: dict[str, Any]) -> list[str]:
     is_old = bool(_OLD_DRAFTS.search(str(schema.get("$schema"))))
     work = _Translation(schema, options.get("lenient", False), _is_old=is_old)
     try:
+        close_objects(schema)
         work.visit(schema, "")
     except RecursionError:
         raise SchemaError("it is nested too deeply") from None
@@ -150,16 +152,13 @@ class _Translation:
         if pointer[:1] != "#" or pointer[1:2] not in {"", "/"}:
             self._refuse(schema, "$ref", path, f"{ref!r} is no way from this schema's root (#/...)")
             return
-        target: Any = self.root
         parts = pointer.split("/")[1:]
         if {"const", "enum"} & set(parts) or parts[-1:] in _NO_SCHEMAS:
             self._refuse(schema, "$ref", path, f"{ref!r} may lead to what is no schema")
             return
         try:
-            for part in parts:
-                name = part.replace("~1", "/").replace("~0", "~")
-                target = target[int(name)] if isinstance(target, list) else target[name]
-        except (LookupError, TypeError, ValueError):
+            target = referred(self.root, ref)
+        except LookupError:
             self._refuse(schema, "$ref", path, f"{ref!r} leads nowhere")
         else:
             self.visit(target, pointer[1:])

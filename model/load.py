@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.arch import ArchSpec
+from model.arch import ArchSpec, lengthened
 from model.arena import Arena
 from model.cpu_library import CpuLibrary
 from model.gguf_weights import ROPE_FACTORS
@@ -30,7 +30,6 @@ from model.linear import (
 )
 from model.open_weights import open_weights
 from model.ops import Ops
-from model.rope import cos_sin_table
 from model.source import ModelSource
 from model.tiled_linear import TILED_FORMATS, TiledEmbedding, TiledLinear, Tiles
 from model.transformer import (
@@ -57,12 +56,13 @@ def build_transformer(
     """Load a model onto `device`.
 
     `tiles`: pack bf16 and int8 weights for this library's products instead of torch's.
-    `dtype` is that of the activations, on a CPU float32; `max_positions` (default: the model's
-    own) bounds the table of angles. With `progress`, a bar on stderr where that is a terminal.
-    Raises `ValueError` (`WeightsError`, `ArchError`, `GgufError` are ones) or `OSError`.
+    `dtype` is that of the activations, on a CPU float32; `max_positions`: as long as requests will
+    be at most, where that is known. With `progress`, a bar on stderr where that is a terminal.
+    Raises `ValueError` (`WeightsError`, `ArchError`, `FormatError` are ones) or `OSError`.
     """
     fmt, note = choose_format(quantization, device, dtype, has_tiles=tiles is not None)
     arch, weights = open_weights(source)
+    arch = lengthened(arch, max_positions)
     packs_tiles = fmt in TILED_FORMATS
     loader = _Loader(arch, weights, device, fmt, dtype, tiles if packs_tiles else None)
     bar = tqdm(
@@ -73,14 +73,14 @@ def build_transformer(
         disable=None if progress else True,
     )
     with _without_holes(), closing(bar):
-        loaded = _load(loader, max_positions or arch.max_positions, bar)
+        loaded = _load(loader, bar)
     notes = [note, *arch.notes]
     if loader.not_finite:
         notes.append(f"weights that are not finite: {', '.join(sorted(loader.not_finite))}")
     return Transformer(arch, loaded, ops, fmt, tuple(notes))
 
 
-def _load(loader: _Loader, max_positions: int, bar: tqdm) -> TransformerWeights:
+def _load(loader: _Loader, bar: tqdm) -> TransformerWeights:
     """Load the vocabulary and the layers side by side.
 
     Decoding and packing release the interpreter's lock, and each is single-threaded or too short
@@ -105,7 +105,7 @@ def _load(loader: _Loader, max_positions: int, bar: tqdm) -> TransformerWeights:
         layers=decoder_layers,
         final_norm=loader.kept("model.norm.weight"),
         lm_head=lm_head,
-        cos_sin=loader.cos_sin(max_positions),
+        rope_factors=loader.rope_factors(),
         is_head_shared=loader.is_head_shared,
     )
 
@@ -199,13 +199,13 @@ class _Loader:
         """Read a tensor that stays as it is; norms in float32, since they are small."""
         return self._stacked([name], dtype)
 
-    def cos_sin(self, max_positions: int) -> Tensor:
-        """Make the table of angles, with the file's own factors where it has some."""
-        factors = None
-        if ROPE_FACTORS in self._weights.shapes:
-            factors = torch.empty(self._weights.shapes[ROPE_FACTORS])
-            read_into(self._weights, ROPE_FACTORS, factors)
-        return cos_sin_table(self.arch.rope, max_positions, factors).to(self._device)
+    def rope_factors(self) -> Tensor | None:
+        """Read what the file divides rope's frequencies by, where it does."""
+        if ROPE_FACTORS not in self._weights.shapes:
+            return None
+        factors = torch.empty(self._weights.shapes[ROPE_FACTORS])
+        read_into(self._weights, ROPE_FACTORS, factors)
+        return factors
 
     def _linear(
         self, parts: Sequence[str], fmt: Format, *, scale_tiles: int = _LAYER_SCALE_TILES

@@ -66,6 +66,15 @@ def free_memory_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
     return max(free, 0)
 
 
+def angles_bytes(bytes_per_position: int, longest: int, most_tokens: int) -> int:
+    """Return what the table of angles takes at most.
+
+    It has a row for each position of the longest sequence: at most as many as the model's, and no
+    more than there is room for tokens.
+    """
+    return bytes_per_position * min(longest, most_tokens)
+
+
 def plan_pool(
     *,
     stated_bytes: int | None,

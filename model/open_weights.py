@@ -11,7 +11,7 @@ from model.arch_gguf import from_gguf
 from model.dummy_weights import DummyWeights
 from model.gguf_file import read_gguf
 from model.gguf_weights import ROPE_FACTORS, GgufWeights
-from model.read_arch import read_arch
+from model.read_arch import naming, read_arch
 from model.safetensors_weights import SafetensorsWeights
 from model.source import ModelSource
 from model.weights import WeightsError, WeightSource, check_shapes, say_of_others
@@ -22,7 +22,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def open_weights(source: ModelSource) -> tuple[ArchSpec, WeightSource]:
     """Open a model and check that every tensor is there, whole and of the right shape.
 
-    Raises `WeightsError`, `ArchError`, `GgufError` (each a `ValueError`) or `OSError`.
+    Raises `WeightsError`, `ArchError`, `FormatError` (each a `ValueError`) or `OSError`.
     """
     if source.kind == "safetensors":
         return _open_folder(source)
@@ -30,7 +30,8 @@ def open_weights(source: ModelSource) -> tuple[ArchSpec, WeightSource]:
         arch = read_arch(source)
         return arch, DummyWeights(arch)
     file = read_gguf(source.path)
-    arch = from_gguf(file)
+    with naming(source.path):
+        arch = from_gguf(file)
     weights = GgufWeights(file, arch)
     expected = arch.tensor_shapes()
     if ROPE_FACTORS in weights.shapes:
@@ -47,7 +48,11 @@ def _open_folder(source: ModelSource) -> tuple[ArchSpec, SafetensorsWeights]:
     weights = SafetensorsWeights(source.path)
     notes = [*arch.notes, *weights.notes]
     if arch.is_tied and _HEAD in weights.shapes:
-        if _are_equal(weights, _HEAD, _EMBEDDING):
+        if _EMBEDDING not in weights.shapes:
+            # Some trainers save of a pair that shares its memory the one that sorts first.
+            weights.rename(_HEAD, _EMBEDDING)
+            notes.append(f"{_EMBEDDING} is not there, and tied to {_HEAD}: that is taken")
+        elif _are_equal(weights, _HEAD, _EMBEDDING):
             weights.leave_out([_HEAD])
         else:
             arch = replace(arch, is_tied=False)

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from model.arch import ArchError, ArchSpec
 from model.arch_gguf import from_gguf
 from model.arch_hf import from_hf_config
+from model.formats.json_file import read_json_object
 from model.gguf_file import read_gguf
 from model.source import ModelSource
 
 
 def read_arch(source: ModelSource) -> ArchSpec:
-    """Read the architecture of a resolved model. Raises `ArchError`, `GgufError` or `OSError`."""
+    """Read the architecture of a resolved model. Raises `ArchError`, `FormatError` or `OSError`."""
     if source.kind == "gguf":
-        return from_gguf(read_gguf(source.path))
-    if source.kind == "dummy":
-        return from_hf_config(read_json(source.path))
-    config = read_json(source.path / "config.json")
-    generation = source.path / "generation_config.json"
-    return from_hf_config(config, read_json(generation) if generation.is_file() else {})
+        with naming(source.path):
+            return from_gguf(read_gguf(source.path))
+    path = source.path if source.kind == "dummy" else source.path / "config.json"
+    config, generation = read_json_object(path), path.with_name("generation_config.json")
+    has_generation = source.kind != "dummy" and generation.is_file()
+    ends = read_json_object(generation) if has_generation else {}
+    with naming(path):
+        return from_hf_config(config, ends)
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """Read a file that holds one JSON object; `ArchError` where it does not."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file's name before what is wrong with a key of it."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArchError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ArchError(f"{path} must hold a JSON object")
-    return found
+        yield
+    except ArchError as error:
+        raise type(error)(f"{path.name}: {error}") from error

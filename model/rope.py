@@ -2,7 +2,8 @@
 
 The embedding is RoFormer's (arXiv:2104.09864). Its stretchings to longer contexts: linear, that
 is position interpolation (arXiv:2306.15595); llama3 (the Llama 3.1 model, by wavelength); yarn
-(arXiv:2309.00071). Applying it is `Ops.apply_rope`.
+(arXiv:2309.00071); dynamic (NTK-aware, with a base that grows with the text). Applying it is
+`Ops.apply_rope`.
 """
 
 from __future__ import annotations
@@ -23,24 +24,31 @@ def cos_sin_table(
     The attention factor is folded in. `frequency_factors` `[rotary_dim / 2]`, which a GGUF brings
     in place of llama3's numbers, divide the frequencies.
     """
-    frequencies = inverse_frequencies(spec)
+    frequencies = inverse_frequencies(spec, max_positions)
     if frequency_factors is not None:
         frequencies = frequencies / frequency_factors
-    angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
     table = torch.empty(max_positions, spec.rotary_dim)
-    half = spec.rotary_dim // 2
-    torch.cos(angles, out=table[:, :half])
-    torch.sin(angles, out=table[:, half:])
-    return table.mul_(attention_factor(spec))
+    # In place: the table of a long context is large, and another one beside it is not planned for.
+    cosines, sines = table.chunk(2, dim=1)
+    torch.mul(torch.arange(max_positions, dtype=torch.float32)[:, None], frequencies, out=sines)
+    torch.cos(sines, out=cosines)
+    sines.sin_()
+    factor = attention_factor(spec)
+    return table if factor == 1 else table.mul_(factor)
 
 
-def inverse_frequencies(spec: RopeSpec) -> Tensor:
-    """Return float32 `[rotary_dim / 2]`: radians a position, the fastest first."""
+def inverse_frequencies(spec: RopeSpec, max_positions: int = 0) -> Tensor:
+    """Return float32 `[rotary_dim / 2]`: radians a position, the fastest first.
+
+    Only dynamic's depend on `max_positions`, the length of the longest text.
+    """
     exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
     frequencies = 1.0 / spec.theta**exponents
     match spec.variant:
         case "default":
             return frequencies
+        case "dynamic":
+            return 1.0 / _dynamic_theta(spec, max_positions) ** exponents
         case "linear":
             return frequencies / spec.factor
         case "llama3":
@@ -58,6 +66,12 @@ def attention_factor(spec: RopeSpec) -> float:
     if spec.mscale and spec.mscale_all_dim:
         return _mscale(spec.factor, spec.mscale) / _mscale(spec.factor, spec.mscale_all_dim)
     return _mscale(spec.factor, 1.0)
+
+
+def _dynamic_theta(spec: RopeSpec, max_positions: int) -> float:
+    stretch = max(max_positions / spec.original_max_positions, 1.0)
+    grown = spec.factor * stretch - (spec.factor - 1)
+    return float(spec.theta * grown ** (spec.rotary_dim / (spec.rotary_dim - 2)))
 
 
 def _mscale(factor: float, weight: float) -> float:

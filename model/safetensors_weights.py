@@ -8,7 +8,6 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.formats import FormatError
+from model.formats.json_file import parse_json_object, read_json_object, shown
+from model.weight_files import safetensors_files
 from model.weights import WeightsError, read_bytes, row_blocks
 
 _DTYPES = {
@@ -25,6 +27,10 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+#: As the format's own library has it.
+_MOST_HEADER_BYTES = 100_000_000
+#: Of a file, on any disk.
+_LONGEST_NAME_BYTES = 255
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -37,7 +43,7 @@ class _Entry:
 
 
 class SafetensorsWeights:
-    """See `WeightSource`: a folder's safetensors. Raises `WeightsError` or `OSError`."""
+    """See `WeightSource`: a folder's safetensors. Raises `ValueError`, `OSError`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -62,15 +68,17 @@ class SafetensorsWeights:
         if whole.is_file():
             return [whole]
         if not index.is_file():
-            return sorted(self._folder.glob("*.safetensors"))
-        try:
-            self._placed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"{index} is damaged: {error}") from error
+            return safetensors_files(self._folder)
+        self._placed = _weight_map(index)
         paths = [self._folder / name for name in sorted(set(self._placed.values()))]
         if missing := [path for path in paths if not path.is_file()]:
             raise WeightsError(f"{missing[0]} is missing, but {_INDEX} lists it")
         return paths
+
+    def rename(self, name: str, other: str) -> None:
+        """Give a tensor the name of one that is not there."""
+        self._entries[other] = self._entries.pop(name)
+        self.leave_out(())
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Pass over tensors from now on."""
@@ -125,37 +133,49 @@ def _notes_on_files(folder: Path, read: Sequence[Path]) -> Iterator[str]:
         yield f"{path.name} is not read"
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Read which file has which tensor; each must lie beside the index."""
+    placed = read_json_object(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise FormatError(f"{index} is damaged: weight_map must be an object, got {shown(placed)}")
+    for name, file in placed.items():
+        is_name = isinstance(file, str) and Path(file).name == file and file.isprintable()
+        if not is_name or len(file.encode()) > _LONGEST_NAME_BYTES:
+            raise FormatError(f"{index} is damaged: weight_map: {name[:80]} is in {shown(file)}")
+    return placed
+
+
 def _read_header(path: Path) -> dict[str, _Entry]:
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         start_bytes = 8 + int.from_bytes(file.read(8), "little")
         if not 8 < start_bytes <= size_bytes:
-            raise WeightsError(f"{path} is cut off, or no safetensors file")
-        text = file.read(start_bytes - 8)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {name: _entry(path, fields, start_bytes) for name, fields in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is damaged: its header: {error!r}") from error
-    for name, fields in header.items():
-        end = start_bytes + fields["data_offsets"][1]
-        if end > size_bytes:
-            raise WeightsError(
-                f"{path} is cut off: tensor {name} of shape {fields['shape']} ends at byte "
-                f"{end}, the file at {size_bytes}"
-            )
-    return entries
+            raise FormatError(f"{path} is cut off, or no safetensors file")
+        if start_bytes - 8 > _MOST_HEADER_BYTES:
+            raise FormatError(f"{path} is damaged: a header of {start_bytes - 8} bytes")
+        header = parse_json_object(file.read(start_bytes - 8), f"{path} is damaged: its header")
+    header.pop("__metadata__", None)
+    return {
+        name: _entry(path, name, fields, start_bytes, size_bytes) for name, fields in header.items()
+    }
 
 
-def _entry(path: Path, fields: Mapping[str, object], start_bytes: int) -> _Entry:
-    shape, offsets = fields["shape"], fields["data_offsets"]
-    if not (isinstance(shape, list) and isinstance(offsets, list)):
-        raise TypeError("shape and data_offsets must be lists")
-    begin, end = offsets
-    if not 0 <= begin <= end:
-        raise ValueError(f"bytes {begin} to {end}")
-    dtype = _DTYPES.get(str(fields["dtype"]))
+def _entry(path: Path, name: str, fields: object, start_bytes: int, size_bytes: int) -> _Entry:
+    match fields:
+        case {"dtype": str(dtype_name), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise FormatError(f"{path} is damaged: tensor {name[:80]}: {shown(fields)}")
+    if not (all(type(size) is int and size >= 0 for size in shape) and 0 <= begin <= end):
+        raise FormatError(f"{path} is damaged: tensor {name[:80]}: {shown(fields)}")
+    dtype = _DTYPES.get(dtype_name)
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{end - begin} bytes for shape {shape}")
-    return _Entry(path, tuple(shape), str(fields["dtype"]), start_bytes + begin)
+        raise FormatError(
+            f"{path} is damaged: tensor {name[:80]}: {end - begin} bytes for shape {shown(shape)}"
+        )
+    if start_bytes + end > size_bytes:
+        raise FormatError(
+            f"{path} is cut off: tensor {name[:80]} of shape {shown(shape)} ends at byte "
+            f"{start_bytes + end}, the file at {size_bytes}"
+        )
+    return _Entry(path, tuple(shape), dtype_name, start_bytes + begin)

@@ -2,7 +2,8 @@
 
 Free of torch: the API process, which needs the tokenizer's files, resolves the same name. Knows
 nothing of what is in the files (`model/arch.py`, `model/weights.py`), and names no registry's
-host: pip and huggingface_hub have their own settings, which the operator may have changed.
+host: pip and the hub's library (`model/hub.py`) have settings of their own, which the operator may
+have changed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from model.formats import FormatError
+from model.formats.gguf import model_stem, shard_paths
+from model.weight_files import gguf_files, other_files, safetensors_files
+
 ALLOWED = "a folder of safetensors, a .gguf file, a hub id (org/name), smollm2, dummy:CONFIG.json"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+#: org/name, or org/name@revision.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _DOWNLOAD_PREFIX = ".download-"
 
 
@@ -89,11 +94,11 @@ def resolve(model: str, *, home: Path, progress: bool) -> ModelSource:
         return _dummy(model)
     path = Path(model).expanduser()
     if path.is_dir():
-        return ModelSource("safetensors", _checked_folder(path), path.resolve().name)
+        return _folder(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelSourceError(f"model {model!r} is a file but not a .gguf one; give {ALLOWED}")
-        return ModelSource("gguf", path, path.stem)
+        return _gguf(path)
     if _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
         return _from_hub(model, progress=progress)
     raise ModelSourceError(f"model {model!r}: no such file or folder here; give {ALLOWED}")
@@ -106,12 +111,30 @@ def _dummy(model: str) -> ModelSource:
     return ModelSource("dummy", path, f"dummy-{path.stem}")
 
 
+def _folder(folder: Path) -> ModelSource:
+    found = [] if safetensors_files(folder) else gguf_files(folder)
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise ModelSourceError(f"model {str(folder)!r}: give one of the files in it: {names}")
+    if found:
+        return _gguf(found[0])
+    return ModelSource("safetensors", _checked_folder(folder), folder.resolve().name)
+
+
+def _gguf(path: Path) -> ModelSource:
+    """Take a file of one model; of a split one any part stands for all, and the first is opened."""
+    try:
+        return ModelSource("gguf", shard_paths(path)[0], model_stem(path))
+    except FormatError as error:
+        raise ModelSourceError(str(error)) from error
+
+
 def _checked_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelSourceError(f"model {str(folder)!r}: the folder has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        others = sorted(found.name for found in folder.glob("*.bin"))
-        found = f"only {others[0]}, which is a pickle: convert it" if others else "none"
+    if not safetensors_files(folder):
+        others = other_files(folder)
+        found = f"only {others}" if others else "none"
         raise ModelSourceError(f"model {str(folder)!r}: needs .safetensors files, there is {found}")
     return folder
 
@@ -120,22 +143,18 @@ def _checked_folder(folder: Path) -> Path:
 
 
 def _from_hub(model: str, *, progress: bool) -> ModelSource:
-    # The imports cost a third of a second that every other kind of model starts without.
-    import httpx  # noqa: PLC0415 - see above
-    import huggingface_hub  # noqa: PLC0415 - see above
-    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415 - see above
+    # A third of a second that every other kind of model starts without.
+    from model.hub import HubError, NotOnHubError, fetch_snapshot  # noqa: PLC0415 - see above
 
-    if not progress:
-        disable_progress_bars()
+    repo_id, _, revision = model.partition("@")
     try:
-        folder = huggingface_hub.snapshot_download(model, allow_patterns=_HUB_PATTERNS)
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        folder, notes = fetch_snapshot(repo_id, revision or "main", progress=progress)
+    except HubError as error:
+        hint = f"; give {ALLOWED}" if isinstance(error, NotOnHubError) else ""
         raise ModelSourceError(
-            f"model {model!r} is no path here and the hub did not give it ({reason}); "
-            f"give {ALLOWED}"
+            f"model {model!r}: no such file or folder here, and {error}{hint}"
         ) from error
-    return ModelSource("safetensors", _checked_folder(Path(folder)), model)
+    return ModelSource("safetensors", _checked_folder(folder), repo_id, notes)
 
 
 # ---- a model inside a wheel ----------------------------------------------------------------------

@@ -19,6 +19,7 @@ from model.arch import ArchSpec, DecoderShape
 from model.attention.interface import AttentionBackend, AttentionSpec
 from model.linear import Format, Linear
 from model.ops import Ops
+from model.rope import cos_sin_table
 
 
 class Decoder(Protocol):
@@ -53,8 +54,14 @@ class ServedDecoder(Decoder, Protocol):
     def notes(self) -> tuple[str, ...]:
         """Say, for the operator, why it is this format and whose code computes."""
 
+    #: What `hold_positions` takes for each.
+    bytes_per_position: int
+
     def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
         """Say what an attention backend has to know of this model."""
+
+    def hold_positions(self, max_positions: int) -> None:
+        """Make the table of angles for positions below this, the longest that was planned for."""
 
 
 class Embedding(Protocol):
@@ -101,14 +108,14 @@ class TransformerWeights:
     layers: tuple[DecoderLayer, ...]
     final_norm: Tensor
     lm_head: Linear
-    #: float32 `[max_positions, rotary_dim]`.
-    cos_sin: Tensor
+    #: Divisors of rope's frequencies; None: the file has none.
+    rope_factors: Tensor | None
     #: Whether `lm_head` multiplies with the embedding itself.
     is_head_shared: bool
 
     @property
     def num_bytes(self) -> int:
-        """All of it but the table of angles."""
+        """All of it but the divisors, which are few."""
         kept = [self.final_norm]
         packed = [] if self.is_head_shared else [self.lm_head]
         for layer in self.layers:
@@ -134,12 +141,26 @@ class Transformer:
         self.format = fmt
         self.notes = notes
         self.weights_bytes = weights.num_bytes
-        #: Positions that `forward` takes are below this.
-        self.max_positions = weights.cos_sin.shape[0]
         self.attention_dtype = weights.layers[0].qkv.out_dtype
         self.device = weights.final_norm.device
         self.weights = weights
+        #: float32: a row of the table of angles.
+        self.bytes_per_position = 4 * arch.rope.rotary_dim
         self._ops = ops
+        self._cos_sin: Tensor | None = None
+
+    def hold_positions(self, max_positions: int) -> None:
+        """See `ServedDecoder`."""
+        table = cos_sin_table(self.arch.rope, max_positions, self.weights.rope_factors)
+        self._cos_sin = table.to(self.device)
+
+    @property
+    def cos_sin(self) -> Tensor:
+        """Float32 `[positions, rotary_dim]`; as many as the model has, unless told otherwise."""
+        if self._cos_sin is None:
+            self.hold_positions(self.arch.max_positions)
+        assert self._cos_sin is not None
+        return self._cos_sin
 
     def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
         """See `ServedDecoder`."""
@@ -201,7 +222,7 @@ class Transformer:
         if layer.q_norm is not None and layer.k_norm is not None:
             q = ops.rms_norm(q, layer.q_norm, arch.rms_eps, q.dtype)
             k = ops.rms_norm(k, layer.k_norm, arch.rms_eps, k.dtype)
-        ops.apply_rope(q, k, positions, self.weights.cos_sin)
+        ops.apply_rope(q, k, positions, self.cos_sin)
         return layer.o(attention.attend(index, q, k, v))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -108,6 +108,12 @@ class EngineClient(Protocol):
         `EngineUnavailableError`.
         """
 
+    async def reset_cache(self) -> int:
+        """Forget every cached page that no sequence uses; return how many there were.
+
+        Raises `EngineUnavailableError`.
+        """
+
     def stats(self) -> EngineStats:
         """Return the newest snapshot the engine sent."""
 

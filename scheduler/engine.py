@@ -23,6 +23,7 @@ from scheduler.messages import (
     Prepared,
     Rejected,
     RejectKind,
+    ResetCache,
     Started,
     StepResult,
     Submit,
@@ -81,6 +82,7 @@ class Engine:
         self._started: list[Started] = []
         self._rejected: list[Rejected] = []
         self._failed: list[tuple[int, str]] = []
+        self._reset_pages: list[int] = []
         self._has_news = False
 
     @property
@@ -88,7 +90,7 @@ class Engine:
         """Whether `step` has something to do or to tell."""
         return self._has_news or self._scheduler.has_work or bool(self._launched)
 
-    def handle(self, message: Submit | Cancel | Learn | Prepared) -> None:
+    def handle(self, message: Submit | Cancel | Learn | ResetCache | Prepared) -> None:
         """Take in one message; refusals are told by the next step."""
         if isinstance(message, Learn):
             self._runner.learn(message.vocabulary)
@@ -104,6 +106,8 @@ class Engine:
             # It may have been cancelled meanwhile.
             if found := self._preparing.pop(message.request_id, None):
                 self._submit_prepared(*found)
+        elif isinstance(message, ResetCache):
+            self._reset_pages.append(self._cache.reset())
         else:
             self._arrived_s.pop(message.request_id, None)
             if self._preparing.pop(message.request_id, None) is None:
@@ -209,6 +213,7 @@ class Engine:
         outcome = outcome or StepOutcome([], [], [], [], [], [])
         started, self._started = tuple(self._started), []
         failed, self._failed = [*self._failed, *outcome.failed], []
+        reset_pages, self._reset_pages = tuple(self._reset_pages), []
         return StepResult(
             stats=self.stats(),
             request_ids=tuple(outcome.request_ids),
@@ -222,6 +227,7 @@ class Engine:
                 *((id_, FinishReason.ERROR, why) for id_, why in failed),
             ),
             num_step_tokens=num_step_tokens,
+            reset_pages=reset_pages,
         )
 
     def _take_rejected(self) -> tuple[Rejected, ...]:

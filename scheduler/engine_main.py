@@ -38,8 +38,18 @@ def engine_main(pipe: Connection) -> None:
         return  # The API is gone, and with it everybody who could want a token.
     except Exception as fault:
         _log.debug("the engine gives up", exc_info=True)
-        pipe.send(Failed(f"{type(fault).__name__}: {fault}", is_shortage(fault)))
+        pipe.send(Failed(_words_of(fault), is_shortage(fault)))
         raise SystemExit(1) from fault
+
+
+def _words_of(fault: Exception) -> str:
+    """Return a fault's message for an operator, with its class where the message needs one.
+
+    Wrong input is a `ValueError` with a sentence, here as everywhere; so is an `OSError`'s message.
+    """
+    text = str(fault)
+    has_sentence = bool(text) and isinstance(fault, ValueError | OSError)
+    return text if has_sentence else f"{type(fault).__name__}: {text}"
 
 
 def _run(pipe: Connection) -> None:
@@ -52,6 +62,8 @@ def _run(pipe: Connection) -> None:
     # Before the model is built: that may take minutes, and nobody may be left to want it.
     args = pipe, inbox, is_built
     threading.Thread(target=_drain, args=args, name="inbox", daemon=True).start()
+    if build.prepare is not None:
+        build.prepare()
     runner = build.make_runner()
     engine = Engine(runner, build.config, time.monotonic, inbox.put, pipe.send)
     is_built.set()

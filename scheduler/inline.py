@@ -14,7 +14,8 @@ from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, Vocabulary
 from scheduler.client import Delta, EngineFaultError, EngineUnavailableError, GenerateRequest
 from scheduler.engine import Engine
-from scheduler.messages import Cancel, EngineStats, Learn, Prepared, Submit
+from scheduler.messages import Cancel, EngineStats, Learn, Prepared, ResetCache, Submit
+from scheduler.resets import CacheResets
 from scheduler.streams import Streams
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class InlineClient:
         self._runner = runner
         self._engine = Engine(runner, config, clock_s, self._post)
         self._streams = Streams()
+        self._resets = CacheResets()
         self._wakes = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -63,7 +65,13 @@ class InlineClient:
         assert self._loop is not None, "nothing is prepared before the start"
         self._loop.call_soon_threadsafe(self._send, message)
 
-    def _send(self, message: Submit | Cancel | Learn | Prepared) -> None:
+    async def reset_cache(self) -> int:
+        """See `EngineClient`."""
+        if not self.is_alive:
+            raise EngineUnavailableError("the engine is not running")
+        return await self._resets.ask(self._send)
+
+    def _send(self, message: Submit | Cancel | Learn | ResetCache | Prepared) -> None:
         self._engine.handle(message)
         self._wakes.set()
 
@@ -73,11 +81,14 @@ class InlineClient:
                 await self._wakes.wait()
                 self._wakes.clear()
                 while self._engine.has_work:
-                    self._streams.dispatch(self._engine.step())
+                    result = self._engine.step()
+                    self._streams.dispatch(result)
+                    self._resets.dispatch(result)
                     await asyncio.sleep(0)
         except Exception as fault:  # noqa: BLE001 - whatever it was, no stream may wait for ever
             _log.exception("the engine gives up")
             self._streams.close(EngineFaultError, f"the engine failed: {fault}")
+            self._resets.fail(f"the engine failed: {fault}")
 
     def stats(self) -> EngineStats:
         """See `EngineClient`."""
@@ -98,4 +109,5 @@ class InlineClient:
             self._pump.cancel()
             await asyncio.wait([self._pump])
         self._streams.close(EngineUnavailableError, "the engine was closed")
+        self._resets.fail("the engine was closed")
         self._engine.close()

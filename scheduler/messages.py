@@ -37,10 +37,14 @@ class RejectKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """The first message: what to serve. `make_runner` is pickled; it is called in the engine."""
+    """The first message: what to serve. Both functions are pickled and called in the engine.
+
+    `prepare` is called first, such as to give log lines their format.
+    """
 
     make_runner: Callable[[], ModelRunner]
     config: SchedulerSection
+    prepare: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,11 @@ class Learn:
 
 
 @dataclass(frozen=True, slots=True)
+class ResetCache:
+    """Forget every cached page that no sequence uses; `StepResult.reset_pages` answers."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A grammar is ready, or is known to be none: said within the engine, by the thread that knows.
 
@@ -96,7 +105,7 @@ class Prepared:
     request_id: int
 
 
-ToEngine: TypeAlias = Build | Submit | Cancel | Learn | Ping | Shutdown
+ToEngine: TypeAlias = Build | Submit | Cancel | Learn | Ping | ResetCache | Shutdown
 
 
 # ---- engine to API -------------------------------------------------------------------------------
@@ -178,6 +187,8 @@ class StepResult:
     finished: tuple[tuple[int, FinishReason, str], ...] = ()
     #: Tokens the step computed, prompt and decode together; 0 where no step ran.
     num_step_tokens: int = 0
+    #: Pages that each `ResetCache` freed.
+    reset_pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

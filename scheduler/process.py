@@ -26,9 +26,11 @@ from scheduler.messages import (
     FromEngine,
     Learn,
     Ping,
+    ResetCache,
     StepResult,
     Submit,
 )
+from scheduler.resets import CacheResets
 from scheduler.streams import Streams
 from scheduler.watchdog import Watchdog
 
@@ -57,15 +59,20 @@ class ProcessClient:
         make_runner: MakeRunner,
         config: SchedulerSection,
         *,
+        prepare: Callable[[], None] | None = None,
         stop_timeout_s: float = _STOP_TIMEOUT_S,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`stop_timeout_s`: how long an engine may take to end before it is killed."""
-        self._build = Build(make_runner, config)
+        """`stop_timeout_s`: how long an engine may take to end before it is killed.
+
+        `prepare` is called first in each engine's process (see `Build`).
+        """
+        self._build = Build(make_runner, config, prepare)
         self._config = config
         self._stop_timeout_s = stop_timeout_s
         self._sleep = sleep
         self._streams = Streams()
+        self._resets = CacheResets()
         self._isolation = Isolation(self._streams, self._send)
         self._watchdog = Watchdog(config.engine_timeout_s, self._ping, self._kill_hung)
         self._info: ModelInfo | None = None
@@ -122,6 +129,12 @@ class ProcessClient:
             raise EngineUnavailableError(message, self._start_left_s())
         return self._streams.generate(request, self._isolation.send)
 
+    async def reset_cache(self) -> int:
+        """See `EngineClient`."""
+        if not self._is_serving:
+            raise EngineUnavailableError("the engine is not running", self._start_left_s())
+        return await self._resets.ask(self._send)
+
     def _start_left_s(self) -> float | None:
         """Guess when an engine in the making will be ready: as long after its start as the last.
 
@@ -131,7 +144,7 @@ class ProcessClient:
             return None
         return abs(self._start_took_s - (time.monotonic() - self._start_began_s))
 
-    def _send(self, message: Submit | Cancel | Learn | Ping) -> None:
+    def _send(self, message: Submit | Cancel | Learn | ResetCache | Ping) -> None:
         # The next engine is told anew whatever is still wanted.
         if self._is_serving and self._engine is not None:
             self._engine.send(message)
@@ -142,6 +155,7 @@ class ProcessClient:
             if message.request_ids or _has_finished(message):
                 self._num_fruitless = self._num_setbacks = 0
             self._streams.dispatch(message)
+            self._resets.dispatch(message)
             self._isolation.advance()
         elif isinstance(message, Begun):
             self._isolation.note_begun(message)
@@ -184,6 +198,7 @@ class ProcessClient:
             self._is_serving = False
             self._watchdog.stop()
             self._isolation.end()
+            self._resets.fail("the engine ended before it had reset its cache")
             self._is_lost.set()
 
     async def _supervise(self) -> None:
@@ -264,6 +279,7 @@ class ProcessClient:
             self._is_serving = False
             await self._engine.end(self._stop_timeout_s)
         self._streams.close(EngineUnavailableError, "the engine was closed")
+        self._resets.fail("the engine was closed")
 
 
 def _has_finished(result: StepResult) -> bool:

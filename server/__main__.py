@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import warnings
 
 
 def main() -> int:
     """Run the command line and return the exit code."""
     _exit_on_signals()
+    _silence_warnings()
     from server.daemon import run  # noqa: PLC0415 - takes a second, in which a signal may come
 
     try:
@@ -19,6 +22,16 @@ def main() -> int:
     finally:
         # The event loop takes its handlers with it.
         _exit_on_signals()
+
+
+def _silence_warnings() -> None:
+    """Ignore Python's warnings, which are for developers, here and in child processes.
+
+    Unless some are asked for, with `python -W` or `PYTHONWARNINGS`.
+    """
+    if not sys.warnoptions:
+        sys.warnoptions.append("ignore")
+        warnings.simplefilter("ignore")
 
 
 def _exit_on_signals() -> None:

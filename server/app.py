@@ -21,12 +21,14 @@ from server.auth import PROBE_PATHS, AuthMiddleware
 from server.boundary import BoundaryMiddleware
 from server.context import Clock
 from server.cors import Cors
+from server.docs_page import docs_routes
 from server.documents import ChatChunk
 from server.errors import from_status, shortened
 from server.gate import DrainGate
 from server.keys import Keyring, load_keys
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, fields
+from server.makers_sampling import makers_sampling
 from server.messages.routes import DOCUMENTED as MESSAGES_DOCUMENTED
 from server.messages.routes import ERROR_FORMS, message_routes
 from server.metrics import Metrics
@@ -38,7 +40,7 @@ from server.responses.routes import response_routes
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, StoreStats
 from server.routes import generation_routes, model_routes
-from server.service import Service, sampling_defaults, served_name
+from server.service import Service, served_name
 from server.structured.desk import GrammarDesk
 from server.text.load import ModelText
 
@@ -74,8 +76,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
 
     The caller starts and closes `client`, closes `grammars`, drains `lifecycle`, counts log lines
     that were dropped and may change `keyring`; where that is not given, the configuration's keys
-    are loaded, which raises `ValueError` if they are wrong; so does a model's sampling that cannot
-    be meant.
+    are loaded, which raises `ValueError` if they are wrong.
     """
     clock = clock or Clock()
     chance = chance or random.SystemRandom()
@@ -83,10 +84,14 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
     grammars = grammars or GrammarDesk()
     pace = QueuePace(client, clock.monotonic_s, config.scheduler)
-    defaults = sampling_defaults(config, text)
+    asks = config.model.generation_config != "vllm"
+    defaults, notes = makers_sampling(text.sampling_defaults if asks else {})
+    log = logging.getLogger(LOGGER_NAME)
+    for note in notes:
+        log.info("note", extra=fields(note=note))
     if defaults:
         note = "requests that do not say get the sampling of generation_config.json"
-        logging.getLogger(LOGGER_NAME).info("note", extra=fields(note=note, **defaults))
+        log.info("note", extra=fields(note=note, **defaults))
     service = Service(
         config, client, text, lifecycle, metrics, clock, chance, pace, grammars, defaults
     )
@@ -104,6 +109,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
         response_routes(service, store),
         model_routes(service),
         probe_routes(service, version),
+        docs_routes(),
     )
     for router in routers:
         app.include_router(router)
@@ -127,7 +133,8 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
         error_forms=ERROR_FORMS,
     )
     if config.server.cors_origins:
-        app.add_middleware(Cors, origins=config.server.cors_origins)
+        methods = sorted({method for route in known for method in route.methods or ()})
+        app.add_middleware(Cors, origins=config.server.cors_origins, methods=methods)
     return app
 
 

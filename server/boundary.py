@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -95,7 +96,7 @@ class BoundaryMiddleware:
                 log_request(record, self._clock.monotonic_s(), is_probe=is_probe)
 
     async def _fail(self, reply: _Reply, error: ApiError, record: RequestRecord) -> None:
-        record.error_code = error.code or ""
+        record.error = error
         if error.status in {429, 503} and error.code:
             self._metrics.on_rejected(error.code)
         await reply.fail(error)
@@ -168,10 +169,11 @@ def _as_api_error(error: Exception, record: RequestRecord) -> ApiError:
     if isinstance(error, EngineError):
         error = from_engine(error)
     if isinstance(error, ApiError):
-        if error.status >= 500:
+        # A 503 is not a fault: a probe is told that the server stops, or a client to come again.
+        if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
             logger.error(
                 "request failed",
-                extra=fields(id=record.request_id, status=error.status, reason=error.message),
+                extra=fields(id=record.request_id, status=error.status, reason=error.log_reason),
             )
         return error
     logger.error(

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from server.chat_messages import Message
 from server.errors import invalid
 from server.params import Warned
 from server.prompts import require_room, require_rows
-from server.schemas import ChatRequest, Message
+from server.schemas import ChatRequest
 from server.service import Service
 from server.text.pieces import TextError
 from server.text.template import LIMIT_S, SlowTemplateError, TemplateError
+from server.text.tool_text import with_tools_in_text
+from server.tooling import tools_are_text
 from server.tools.schemas import Tool
 from server.work import LONG_CHARS, Check
 
@@ -51,7 +54,7 @@ async def prompt_of_chat(
         add_generation_prompt=request.add_generation_prompt,
         add_special_tokens=request.add_special_tokens,
         variables=_with_effort(service, request, warnings),
-        tools=[tool.for_template() for tool in tools],
+        tools=[tool.function.for_template() for tool in tools],
         continues_final=request.continue_final_message is True,
         must_fit=must_fit and request.truncate_prompt_tokens is None,
         num_bytes=request.num_bytes,
@@ -78,22 +81,23 @@ async def chat_tokens(  # noqa: PLR0913 - what two kinds of bodies say of a chat
     template, tokenizer = service.text.template, service.text.tokenizer
     if template is None:
         raise invalid("this model has no chat template; use /v1/completions", "messages")
-    for name in _RESERVED_VARIABLES:
-        if name in (variables or {}):
-            message = f"chat_template_kwargs: the variable {name!r} is the server's own"
-            raise invalid(message, "chat_template_kwargs")
-
+    _require_free(variables or {})
     if continues_final and add_generation_prompt:
         message = "continue_final_message and add_generation_prompt exclude each other"
         raise invalid(message, "continue_final_message")
-
     is_quoted = service.config.model.special_tokens_in_messages == "text"
+    in_text = tools_are_text(service)
+    origins: Sequence[int] = range(len(messages))
 
     def encode(check: Check, *, limit_s: float = LIMIT_S) -> list[int]:
+        nonlocal origins
+        shown = [message.for_template() for message in messages]
+        if in_text:
+            shown, origins = with_tools_in_text(shown, tools, has_system_role=template.shows_system)
         text = template.render(
-            [message.for_template() for message in messages],
+            shown,
             add_generation_prompt=add_generation_prompt is not False,
-            tools=tools or None,
+            tools=None if in_text else tools or None,
             continues_final=continues_final,
             quote=tokenizer.quote if is_quoted else None,
             limit_s=limit_s,
@@ -117,10 +121,20 @@ async def chat_tokens(  # noqa: PLR0913 - what two kinds of bodies say of a chat
                 return encode(lambda: None, limit_s=_ON_LOOP_S)
         return await service.work.run(encode, max(length, LONG_CHARS))
     except TemplateError as error:
-        at = "" if error.message_index is None else f".{error.message_index}"
-        raise invalid(str(error), "messages" + at) from error
+        at = "" if error.message_index is None else f".{origins[error.message_index]}"
+        # A template may say anything, such as what stands in the message.
+        reason = "the chat template, or a limit on it, refuses the messages"
+        raise invalid(str(error), "messages" + at, log_reason=reason) from error
     except TextError as error:
         raise invalid(str(error), "messages") from error
+
+
+def _require_free(variables: dict[str, Any]) -> None:
+    """Raise `ApiError` for a template's variable that the server sets itself."""
+    for name in _RESERVED_VARIABLES:
+        if name in variables:
+            message = f"chat_template_kwargs: the variable {name!r} is the server's own"
+            raise invalid(message, "chat_template_kwargs")
 
 
 def _holder(

@@ -30,9 +30,12 @@ async def generate_choices(
     record.model = service.model_name
     record.prompt_tokens = sum(map(len, job.prompts))
     if len(job.requests) == 1:
-        async with aclosing(generate(service, job, 0, record)) as pieces:
-            async for piece in pieces:
-                yield ((0, piece),)
+        try:
+            async with aclosing(generate(service, job, 0, record)) as pieces:
+                async for piece in pieces:
+                    yield ((0, piece),)
+        finally:
+            service.metrics.on_answered([record])
         return
     records = [_record_of_choice(job, index, record) for index in range(len(job.requests))]
     sources = [generate(service, job, index, own) for index, own in enumerate(records)]
@@ -43,6 +46,8 @@ async def generate_choices(
                 yield batch
     finally:
         _sum_up(record, records, job.num_tries)
+        for first in range(0, len(records), job.num_tries):
+            service.metrics.on_answered(records[first : first + job.num_tries])
 
 
 def best(job: Job, answers: Sequence[list[Piece]]) -> list[list[Piece]]:

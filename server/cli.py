@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, cast
 
 from configs.fields import ENV_PREFIX, POSITIONAL, ConfigField, config_fields, sections
 from configs.load import RESERVED_VARIABLES, config_file, presets
+from server import __version__
 
 _METAVARS = {
     "bool": "",
@@ -25,26 +27,40 @@ _METAVARS = {
 }
 
 
+#: argparse's words, whose quotes differ from version to version of Python.
+_WRONG_CHOICE = re.compile(r"invalid choice: '([^']+)' \(choose from (.+)\)")
+
+
 class CommandLine(NamedTuple):
     """What was asked for."""
 
-    command: Literal["serve", "version"]
+    command: Literal["serve", "version", "export"]
     #: Field name to value, only those given: for `configs.load.load_config`.
     flags: dict[str, object]
     #: `--config`, a preset's name resolved to its file.
     config: Path | None
+    #: Where `tokenizer export` writes.
+    folder: Path | None = None
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
     """Read the arguments after the program's name.
 
-    Exits 2 with one line on a wrong one, 0 after `--help`.
+    Exits 2 with one line on a wrong one, or with the help where there is none; 0 after the help
+    that was asked for.
     """
-    parsed = vars(_parser().parse_args(argv))
-    command = cast("Literal['serve', 'version']", parsed.pop("command"))
-    config = parsed.pop("config", None)
+    parser = _parser()
+    if not argv:
+        parser.exit(2, parser.format_help())
+    parsed = vars(parser.parse_args(argv))
+    if parsed["command"] is None:
+        parser.error("a COMMAND is needed")
+    if parsed["command"] == "help":
+        parser.parse_args([*parsed["words"], "--help"])
+    command = cast("Literal['serve', 'version', 'export']", parsed.pop("command"))
+    config, folder = parsed.pop("config", None), parsed.pop("folder", None)
     flags = {name: value for name, value in parsed.items() if value is not None}
-    return CommandLine(command, flags, None if config is None else config_file(config))
+    return CommandLine(command, flags, None if config is None else config_file(config), folder)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,11 +68,18 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         hint = f"see {self.prog} --help"
-        unknown = message.partition("unrecognized arguments: ")[2].split()
-        if unknown:
-            flags = ["--config", *(known.flag for known in config_fields().values())]
+        near: list[str] = []
+        if unknown := message.partition("unrecognized arguments: ")[2].split():
+            flags = [
+                "--config",
+                "--help",
+                "--version",
+                *(known.flag for known in config_fields().values()),
+            ]
             near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-            hint = f"did you mean {near[0]}?" if near else hint
+        elif wrong := _WRONG_CHOICE.search(message):
+            near = difflib.get_close_matches(wrong[1], re.findall(r"\w+", wrong[2]), n=1)
+        hint = f"did you mean {near[0]}?" if near else hint
         self.exit(2, f"{self.prog}: {message}; {hint}\n")
 
 
@@ -66,8 +89,12 @@ def _parser() -> argparse.ArgumentParser:
         description="An OpenAI-compatible serving daemon for language models.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"octavo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("version", help="print the version", allow_abbrev=False)
+    shown = commands.add_parser("help", help="print this, or a command's help", allow_abbrev=False)
+    shown.add_argument("words", nargs="*", metavar="COMMAND")
+    _add_tokenizer(commands)
     serve = commands.add_parser(
         "serve",
         help="serve a model over HTTP",
@@ -89,6 +116,25 @@ def _parser() -> argparse.ArgumentParser:
     for known in config_fields().values():
         _add_field(by_section[known.section], known)
     return parser
+
+
+def _add_tokenizer(commands: argparse._SubParsersAction[_Parser]) -> None:
+    tokenizer = commands.add_parser(
+        "tokenizer", help="write a model's tokenizer to a folder", allow_abbrev=False
+    )
+    actions = tokenizer.add_subparsers(metavar="ACTION", required=True)
+    export = actions.add_parser(
+        "export",
+        help="write the files that AutoTokenizer of transformers reads",
+        description="Write tokenizer.json, tokenizer_config.json with the chat template, and"
+        " special_tokens_map.json, for programs that want a folder.",
+        allow_abbrev=False,
+    )
+    export.set_defaults(command="export")
+    export.add_argument("folder", metavar="DIR", type=Path, help="made if it is not there")
+    export.add_argument(
+        POSITIONAL, nargs="?", metavar="MODEL", help=_help(config_fields()[POSITIONAL])
+    )
 
 
 def _add_field(group: argparse._ArgumentGroup, known: ConfigField) -> None:

@@ -61,8 +61,8 @@ class RequestRecord:
     namespace: str = ""
     #: The same for a request that comes again: of client and body.
     whose: int = 0
-    #: `error.code` of the answer, where it is an error.
-    error_code: str = ""
+    #: Of the answer, where it is one.
+    error: ApiError | None = None
 
     @property
     def ttft_s(self) -> float | None:
@@ -83,6 +83,13 @@ class RequestRecord:
         if self.first_token_at_s is None or self.last_token_at_s is None:
             return None
         return self.last_token_at_s - self.first_token_at_s
+
+    @property
+    def inference_s(self) -> float | None:
+        """From admission to the last token."""
+        if self.prefill_s is None or self.decode_s is None:
+            return None
+        return self.prefill_s + self.decode_s
 
 
 class Interruption:

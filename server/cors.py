@@ -6,6 +6,8 @@ error carries the headers too. Preflights leave no log line.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -18,14 +20,17 @@ _PREFLIGHT_LASTS_S = 600
 
 
 class Cors(CORSMiddleware):
-    """Answers preflights, and marks answers as readable by `origins`."""
+    """Answers preflights, and marks answers as readable by `origins`.
 
-    def __init__(self, app: ASGIApp, *, origins: tuple[str, ...]) -> None:
+    `methods`: those of the routes.
+    """
+
+    def __init__(self, app: ASGIApp, *, origins: tuple[str, ...], methods: Sequence[str]) -> None:
         # No credentials: a key is sent by the page itself, never by the browser of its own accord.
         super().__init__(
             app,
             allow_origins=origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=methods,
             allow_headers=("*",),
             expose_headers=(REQUEST_ID_HEADER, "Retry-After"),
             max_age=_PREFLIGHT_LASTS_S,

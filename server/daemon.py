@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from configs.load import ConfigError, describe, load_config
+from configs.load import ConfigError, describe_changes, load_config
 from configs.schema import OctavoConfig, ServerSection
 from configs.sizes import format_size
 from model import build
@@ -35,11 +36,14 @@ from server.keys import Keyring, load_keys, reload_keys
 from server.lifecycle import Lifecycle
 from server.logs import LOGGER_NAME, configure, fields
 from server.memory import descendants
+from server.progress import reported
 from server.prompts import row_notes
 from server.protocol import HttpProtocol
 from server.relay import Relay
 from server.structured.desk import GrammarDesk
+from server.text.export import export_tokenizer
 from server.text.load import load_text
+from server.text.named_templates import chosen_template
 from server.text.pieces import TextError
 from server.text.tokenizer import Tokenizer
 from server.tls import Certificate
@@ -47,7 +51,7 @@ from server.tls import Certificate
 _log = logging.getLogger(LOGGER_NAME)
 
 _BACKLOG = 2048
-#: To pass on the last log lines at the exit; a reader that stopped is not waited for longer.
+#: At the exit, for a reader of the log that takes no line; one that takes some is waited for.
 _FLUSH_TIMEOUT_S = 1.0
 
 
@@ -70,6 +74,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)  # noqa: T201 - before there is a log
         return 2
+    if command.folder is not None:
+        return _export_tokenizer(config, command.folder)
     # Before the log, and the engine, get hold of them.
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: it is closed.
     relays = [Relay(stream.fileno(), _note_dropped) for stream in streams]
@@ -79,8 +85,23 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         uvloop.run(_serve(config, lambda: sum(relay.num_dropped for relay in relays)))
     except (StartError, UsageError, EngineUnavailableError) as error:
-        print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - also where logs are JSON
+        if config.server.log_format == "json":
+            _log.error("failed", extra=fields(reason=str(error)))
+        else:
+            print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - the answer to a command
         return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def _export_tokenizer(config: OctavoConfig, folder: Path) -> int:
+    """Write the tokenizer's files and return the exit code."""
+    try:
+        text = load_text(build.resolve_source(config.model.model).path)
+        paths = export_tokenizer(text, folder)
+    except (build.ModelSourceError, TextError, OSError) as error:
+        print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - the answer to a command
+        return 1
+    print("\n".join(map(str, paths)))  # noqa: T201 - the answer to a command
     return 0
 
 
@@ -90,19 +111,27 @@ def _note_dropped(count: int) -> None:
 
 async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> None:
     keyring, certificate = _guards(config.server)
+    chosen = config.model.chat_template
+    try:
+        chat_template = None if chosen is None else chosen_template(chosen)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     # The port before the model: if it is taken, that is known before seconds go into loading.
     listener = _listen(config.server)
     _on_signals(_leave)  # Until requests are taken, nothing has to be put in order.
-    _log.info("starting", extra=fields(version=__version__, **describe(config)))
+    told = {"model": config.model.model, **describe_changes(config)}
+    _log.info("starting", extra=fields(version=__version__, **told))
     try:
-        source = await asyncio.to_thread(build.resolve_source, config.model.model)
-        text = await asyncio.to_thread(load_text, source.path)
+        async with reported("loading", model=config.model.model):
+            source = await asyncio.to_thread(build.resolve_source, config.model.model)
+            text = await asyncio.to_thread(load_text, source.path, chat_template=chat_template)
     except (build.ModelSourceError, TextError, OSError) as error:
         raise StartError(str(error)) from error
     for note in text.notes:
         _log.info("note", extra=fields(note=note))
     make_runner = partial(build.make_runner, source, config, text.tokenizer.eos_token_ids)
-    client = ProcessClient(make_runner, config.scheduler)
+    prepare = partial(configure, config.server.log_format)
+    client = ProcessClient(make_runner, config.scheduler, prepare=prepare)
     lifecycle, grammars = Lifecycle(), GrammarDesk()
     app = create_app(
         config,
@@ -160,14 +189,17 @@ async def _run(
         stop.set()
 
     client.on_lost = on_lost
-    await client.start()
+    async with reported("loading the weights"):
+        await client.start()
     _on_signals(_stop, stop)
     stopping = asyncio.create_task(stop.wait())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     _announce(client.info, tokenizer, _url(listener, is_encrypted=server.config.ssl is not None))
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not lost.is_set():
-        _log.info("draining", extra=fields(timeout_s=config.server.drain_timeout_s))
+        hint = "press Ctrl-C again to stop at once"
+        timeout_s, running = config.server.drain_timeout_s, lifecycle.stats().num_in_flight
+        _log.info("draining", extra=fields(timeout_s=timeout_s, running=running, hint=hint))
         await lifecycle.drain(config.server.drain_timeout_s)
     server.should_exit = True
     await serving

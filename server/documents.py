@@ -127,17 +127,51 @@ class PromptCandidate(Document):
 PromptLogprobs = list[dict[str, PromptCandidate] | None]
 
 
-class ToolCall(Document):
-    """A call of a tool; `index` stands in streams."""
+class CalledCustom(Document):
+    """A custom tool and its input, a text."""
 
-    index: int | None = None
+    name: str
+    input: str
+
+
+class ToolCall(Document):
+    """A call of a tool: which of the two fields it has depends on its type."""
+
     id: str
-    type: Literal["function"]
-    function: CalledFunction
+    type: Literal["function", "custom"]
+    function: CalledFunction | None = None
+    custom: CalledCustom | None = None
+
+
+class FunctionDelta(Document):
+    """The tool, in a call's first delta, and what comes to its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class CustomDelta(Document):
+    """The tool, in a call's first delta, and then its whole input."""
+
+    name: str | None = None
+    input: str
+
+
+class ToolCallDelta(Document):
+    """What comes to a call; `id` and `type` stand in its first delta."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function", "custom"] | None = None
+    function: FunctionDelta | None = None
+    custom: CustomDelta | None = None
 
 
 class LeftOut(Document):
-    """What the model wrote and the message does not hold."""
+    """What the model wrote and the message does not hold.
+
+    Where there is a `cut_tool_call`, a call is incomplete; it is the part that no call shows.
+    """
 
     num_tool_calls: int | None = None
     cut_tool_call: str | None = None
@@ -190,7 +224,7 @@ class MessageDelta(Document):
     role: Literal["assistant"] = "assistant"
     content: str = ""
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Document):
@@ -269,6 +303,12 @@ class ModelList(Document):
     data: list[ModelCard]
 
 
+class WordsReport(Document):
+    """What of the request had no effect; not there if all had."""
+
+    warnings: list[ParamWarning]
+
+
 class Tokenized(Document):
     """Answer of `POST /tokenize`."""
 
@@ -276,12 +316,32 @@ class Tokenized(Document):
     count: int
     max_model_len: int
     token_strs: list[str] | None = None
+    octavo: WordsReport | None = None
+
+
+class TokenizerInfo(BaseModel):
+    """What tokenizer_config.json holds; special tokens have fields of their names."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    #: One, or a list of objects with `name` and `template`.
+    chat_template: str | list[dict[str, str]] | None = None
+
+
+class CacheReset(Document):
+    """Answer of `POST /reset_prefix_cache`."""
+
+    freed_pages: int
 
 
 class Detokenized(Document):
     """Answer of `POST /detokenize`."""
 
     prompt: str
+    #: The same, for clients of llama-server.
+    content: str
+    octavo: WordsReport | None = None
 
 
 class Health(Document):

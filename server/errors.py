@@ -7,6 +7,7 @@ Three kinds only: the request is wrong (4xx), not now (429, 503 with Retry-After
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -41,9 +42,16 @@ UNAVAILABLE_RETRY_AFTER_S = 5
 _MAX_LISTED_FAULTS = 3
 _MAX_ECHOED_CHARS = 200
 
+#: What a message quotes of a request, such as a name. An apostrophe in a word opens no quotation.
+_QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", re.DOTALL)
+
 
 class ApiError(Exception):
-    """An answer other than success. `param` names the field at fault, `code` is for machines."""
+    """An answer other than success. `param` names the field at fault, `code` is for machines.
+
+    `log_reason`: the message for the log, which must not hold a client's text; by default the
+    message without what it quotes. Give one where the message has such text without quotes.
+    """
 
     def __init__(
         self,
@@ -53,6 +61,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
+        log_reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -60,8 +69,14 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = headers or {}
+        self.log_reason = _QUOTED.sub("'…'", message) if log_reason is None else log_reason
         #: Of the request it answers; the boundary knows it.
         self.request_id = ""
+
+    @property
+    def type(self) -> str:
+        """OpenAI's `error.type`."""
+        return ERROR_TYPES.get(self.status, ERROR_TYPES[400])
 
     def body(self) -> bytes:
         """Return the JSON that tells it, the same in a response and in a stream."""
@@ -69,7 +84,7 @@ class ApiError(Exception):
             {
                 "error": {
                     "message": self.message,
-                    "type": ERROR_TYPES.get(self.status, ERROR_TYPES[400]),
+                    "type": self.type,
                     "param": self.param,
                     "code": self.code,
                 }
@@ -103,9 +118,11 @@ class ClientGoneError(Exception):
     """The client closed its connection: there is nobody to tell anything."""
 
 
-def invalid(message: str, param: str | None, code: str | None = None) -> ApiError:
+def invalid(
+    message: str, param: str | None, code: str | None = None, *, log_reason: str | None = None
+) -> ApiError:
     """Return the error for a request that is wrong in its field `param`."""
-    return ApiError(400, message, param=param, code=code)
+    return ApiError(400, message, param=param, code=code, log_reason=log_reason)
 
 
 def unavailable(
@@ -132,7 +149,9 @@ def from_engine(error: EngineError, retry_after_s: int = BUSY_RETRY_AFTER_S) -> 
     """
     if isinstance(error, RequestRefusedError):
         if error.kind is RejectKind.INVALID:
-            return invalid(str(error), error.param)
+            # What a grammar's library says has lines of the grammar in it.
+            reason = "the grammar cannot be enforced" if error.param == "grammar" else None
+            return invalid(str(error), error.param, log_reason=reason)
         headers = {"Retry-After": str(retry_after_s)}
         return ApiError(429, str(error), param=error.param, code="queue_full", headers=headers)
     if isinstance(error, EngineUnavailableError):

@@ -117,7 +117,7 @@ async def generate(
         raise
     finally:
         if record.finish_reason:
-            service.metrics.on_finished(record, service.clock.monotonic_s())
+            service.metrics.on_finished(record, service.clock.monotonic_s(), job.requests[index])
 
 
 def usage(record: RequestRecord) -> dict[str, Any]:

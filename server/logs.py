@@ -64,7 +64,7 @@ def configure(log_format: Literal["text", "json"], stream: TextIO | None = None)
 
 def log_request(record: RequestRecord, now_s: float, *, is_probe: bool) -> None:
     """Write the one line of a request; probes and scrapes only where debug lines are wanted."""
-    has_generated = bool(record.model)
+    has_generated, error = bool(record.model), record.error
     logging.getLogger(LOGGER_NAME).log(
         logging.DEBUG if is_probe else logging.INFO,
         "request",
@@ -81,7 +81,9 @@ def log_request(record: RequestRecord, now_s: float, *, is_probe: bool) -> None:
             ttft_ms=milliseconds(record.ttft_s),
             total_ms=milliseconds(now_s - record.arrived_at_s),
             finish_reason=record.finish_reason or None,
-            error=record.error_code or None,
+            error=error and (error.code or error.type),
+            param=error and error.param,
+            reason=error and error.log_reason,
             key=record.key_name or None,
             client=record.client,
         ),

@@ -1,29 +1,24 @@
-"""What Prometheus reads: the only file that knows it.
+"""What Prometheus reads: the counts, and when they are shown.
 
-Every series stands in the first scrape. Stems are vLLM's, buckets finer. Counts are kept in plain
-numbers (one event loop, no locks: an observation is a bisection and two additions) and become
-metric families only when somebody scrapes.
+Every series stands in the first scrape. Stems are vLLM's. Counts are kept in plain numbers (one
+event loop, no locks: an observation is a bisection and two additions) and become metric families
+(`server/exposition.py`) only when somebody scrapes.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.metrics_core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from scheduler.client import EngineClient, EngineStats, EngineUnavailableError, ModelInfo
+from scheduler.client import EngineClient, EngineUnavailableError, GenerateRequest
 from server.context import RequestRecord
-from server.memory import resident_bytes
+from server.exposition import Histogram, Page, VllmPage, gauges
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 #: 499 is a client that closed its connection before its answer.
@@ -34,6 +29,8 @@ REJECTED_REASONS = ("queue_full", "key_limit", "unavailable")
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _LONG_SECONDS = (*_SECONDS[1:], 20.0, 60.0, 120.0, 300.0)
 _STEP_TOKENS = tuple(float(2**power) for power in range(15))
+_TOKENS = tuple(float(mantissa * 10**power) for power in range(7) for mantissa in (1, 2, 5))
+_ANSWERS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "time_to_first_token_seconds": ("from a request's arrival to its first token", _LONG_SECONDS),
@@ -42,7 +39,14 @@ _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "request_queue_time_seconds": ("from submission to admission", _LONG_SECONDS),
     "request_prefill_time_seconds": ("from admission to the first token", _LONG_SECONDS),
     "request_decode_time_seconds": ("from the first token to the last", _LONG_SECONDS),
-    "iteration_tokens_total": ("tokens, prompt and decode together, a step", _STEP_TOKENS),
+    "request_inference_time_seconds": ("from admission to the last token", _LONG_SECONDS),
+    "request_time_per_output_token_seconds": ("mean of a request, without its first", _SECONDS),
+    "iteration_tokens": ("tokens, prompt and decode together, a step", _STEP_TOKENS),
+    "request_prompt_tokens": ("tokens of a request's prompt", _TOKENS),
+    "request_generation_tokens": ("tokens of an answer", _TOKENS),
+    "request_max_num_generation_tokens": ("tokens of the longest answer to a prompt", _TOKENS),
+    "request_params_n": ("answers generated to a prompt", _ANSWERS),
+    "request_params_max_tokens": ("most tokens that an answer may have", _TOKENS),
 }
 #: Counters the engine keeps: our name, its field, help.
 _ENGINE_COUNTERS = (
@@ -56,31 +60,6 @@ _ENGINE_COUNTERS = (
     ("faulty_rows", "faulty_rows_total", "rows taken back: their step failed, or was not finite"),
     ("steps", "steps_total", "steps of the engine"),
 )
-
-
-class Histogram:
-    """Counts of observations by upper bound."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, count: int = 1) -> None:
-        """Take in `value`, seen `count` times."""
-        self._counts[bisect_left(self._bounds, value)] += count
-        self._sum += value * count
-
-    def buckets(self) -> tuple[list[tuple[str, float]], float]:
-        """Return Prometheus' cumulative buckets, and the sum."""
-        total = 0
-        cumulative: list[tuple[str, float]] = []
-        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
-            total += count
-            cumulative.append((str(bound), total))
-        return cumulative, self._sum
 
 
 class GrowingCount:
@@ -117,7 +96,7 @@ class Metrics(Collector):
     def __init__(self, client: EngineClient, model_name: Callable[[], str], alias: str) -> None:
         self._client = client
         self._model_name = model_name
-        self._prefixes = ("octavo_", "vllm:") if alias == "vllm" else ("octavo_",)
+        self._pages = (Page, VllmPage) if alias == "vllm" else (Page,)
         self._histograms = {name: Histogram(of[1]) for name, of in _HISTOGRAMS.items()}
         self._inter_token = self._histograms["inter_token_latency_seconds"]
         self._prompt_tokens = 0
@@ -130,7 +109,7 @@ class Metrics(Collector):
         self._own_counters: list[tuple[str, str, Callable[[], int]]] = []
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
-        client.on_step(self._histograms["iteration_tokens_total"].observe)
+        client.on_step(self._histograms["iteration_tokens"].observe)
 
     # ---- what requests report
 
@@ -155,15 +134,30 @@ class Metrics(Collector):
         if since_last_token_s is not None:
             self._inter_token.observe(since_last_token_s / count, count)
 
-    def on_finished(self, record: RequestRecord, now_s: float) -> None:
-        """Count the end of a request that the engine had."""
+    def on_finished(self, record: RequestRecord, now_s: float, request: GenerateRequest) -> None:
+        """Count the end of a request that the engine had: one answer to one prompt."""
         self._finished[record.finish_reason] += 1
-        for name, duration_s in (
-            ("request_decode_time_seconds", record.decode_s),
-            ("e2e_request_latency_seconds", now_s - record.arrived_at_s),
-        ):
-            if duration_s is not None:
-                self._histograms[name].observe(duration_s)
+        num_tokens = record.output_tokens
+        seen: dict[str, float | None] = {
+            "e2e_request_latency_seconds": now_s - record.arrived_at_s,
+            "request_inference_time_seconds": record.inference_s,
+            "request_decode_time_seconds": record.decode_s,
+            "request_prompt_tokens": len(request.prompt_token_ids),
+            "request_generation_tokens": num_tokens,
+            "request_params_max_tokens": request.params.max_tokens,
+        }
+        if num_tokens > 1 and record.decode_s is not None:
+            seen["request_time_per_output_token_seconds"] = record.decode_s / (num_tokens - 1)
+        for name, value in seen.items():
+            if value is not None:
+                self._histograms[name].observe(value)
+
+    def on_answered(self, records: Sequence[RequestRecord]) -> None:
+        """Count the end of all answers to one prompt, unless the engine refused one."""
+        if all(record.finish_reason for record in records):
+            longest = max(record.output_tokens for record in records)
+            self._histograms["request_params_n"].observe(len(records))
+            self._histograms["request_max_num_generation_tokens"].observe(longest)
 
     def on_response(self, status: int) -> None:
         """Count an answer, to whatever route."""
@@ -193,12 +187,17 @@ class Metrics(Collector):
 
     # ---- what Prometheus asks
 
-    def exposition(self) -> tuple[bytes, str]:
-        """Return the page and its content type: plain text, which every scraper reads."""
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """Return the page and its content type: OpenMetrics for who accepts it, else plain text."""
+        if "openmetrics" in choose_encoder(accept)[1]:
+            # No name needs escaping; the escaping would take vLLM's colons for a fault.
+            encode: Callable[..., bytes] = openmetrics.generate_latest
+            page = encode(self._registry, escaping=openmetrics.ALLOWUTF8)
+            return page, openmetrics.CONTENT_TYPE_LATEST
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every family, once for each prefix."""
+        """Yield every family, on our page and on vLLM's."""
         stats = self._client.stats()
         try:
             info = self._client.info
@@ -208,109 +207,43 @@ class Metrics(Collector):
             field: counts.read(getattr(stats, field))
             for field, counts in self._engine_counts.items()
         }
-        for prefix in self._prefixes:
-            page = _Page(prefix, self._model_name())
+        for kind in self._pages:
+            page = kind(self._model_name())
             yield from self._counters(page, engine_counts)
-            yield from _gauges(page, stats, info)
+            yield from gauges(page, stats, info)
             for name, text, read in self._own_gauges:
-                yield page.gauge(name, text, {(): read()})
+                yield from page.gauge(name, text, {(): read()})
             for name, histogram in self._histograms.items():
-                yield page.histogram(name, _HISTOGRAMS[name][0], histogram)
+                yield from page.histogram(name, _HISTOGRAMS[name][0], histogram)
 
     def describe(self) -> Iterator[Metric]:
         """Yield nothing: the registry is ours alone, nobody else's names can collide."""
         return iter(())
 
-    def _counters(self, page: _Page, engine_counts: dict[str, int]) -> Iterator[Metric]:
+    def _counters(self, page: Page, engine_counts: dict[str, int]) -> Iterator[Metric]:
         for name, field, text in _ENGINE_COUNTERS:
-            yield page.counter(name, text, {(): engine_counts[field]})
+            yield from page.counter(name, text, {(): engine_counts[field]})
         for name, text, read in self._own_counters:
-            yield page.counter(name, text, {(): read()})
-        yield page.counter("prompt_tokens", "of admitted requests", {(): self._prompt_tokens})
-        yield page.counter("generation_tokens", "sent to clients", {(): self._generation_tokens})
-        yield page.counter(
+            yield from page.counter(name, text, {(): read()})
+        yield from page.counter("prompt_tokens", "of admitted requests", {(): self._prompt_tokens})
+        yield from page.counter(
+            "generation_tokens", "sent to clients", {(): self._generation_tokens}
+        )
+        yield from page.counter(
             "request_success",
             "requests the engine ended, by reason",
             {(reason,): count for reason, count in self._finished.items()},
             "finished_reason",
         )
-        yield page.counter(
+        yield from page.counter(
             "http_responses",
             "answers on every route, by status; 499: the client left first",
             {(str(status),): count for status, count in self._responses.items()},
             "status",
         )
-        yield page.counter(
+        yield from page.counter(
             "requests_rejected",
             "requests that could not be served now, by the error's code",
             {(code,): count for code, count in self._rejected.items()},
             "reason",
         )
-
-
-class _Page:
-    """Builds families under one prefix, each with the model's name as its first label."""
-
-    def __init__(self, prefix: str, model_name: str) -> None:
-        self._prefix = prefix
-        self._model_name = model_name
-
-    def counter(
-        self, name: str, text: str, values: dict[tuple[str, ...], float], *labels: str
-    ) -> Metric:
-        """Return the counter `name` + `_total`."""
-        family = CounterMetricFamily(self._prefix + name, text, labels=["model_name", *labels])
-        for label_values, value in values.items():
-            family.add_metric([self._model_name, *label_values], value)
-        return family
-
-    def gauge(
-        self, name: str, text: str, values: dict[tuple[str, ...], float], *labels: str
-    ) -> Metric:
-        """Return the gauge `name`."""
-        family = GaugeMetricFamily(self._prefix + name, text, labels=["model_name", *labels])
-        for label_values, value in values.items():
-            family.add_metric([self._model_name, *label_values], value)
-        return family
-
-    def histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
-        """Return the histogram `name`."""
-        family = HistogramMetricFamily(self._prefix + name, text, labels=["model_name"])
-        buckets, total = histogram.buckets()
-        family.add_metric([self._model_name], buckets, total)
-        return family
-
-
-def _gauges(page: _Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[Metric]:
-    pages: dict[tuple[str, ...], float] = {
-        ("free",): stats.pages_free,
-        ("private",): stats.pages_private,
-        ("cached",): stats.pages_cached,
-        ("leased",): stats.pages_leased,
-    }
-    page_bytes = info.page_size * info.kv_bytes_per_token if info else 0
-    used = (stats.pages_private + stats.pages_leased) / max(1, stats.pages_total)
-    memory = resident_bytes()
-    yield page.gauge("num_requests_running", "in the batch", {(): stats.num_running})
-    yield page.gauge("num_requests_waiting", "in the queue", {(): stats.num_waiting})
-    num_tokens = stats.num_waiting_tokens
-    yield page.gauge("num_tokens_waiting", "tokens of those in the queue", {(): num_tokens})
-    yield page.gauge("kv_cache_usage_perc", "pages in use by requests, 0 to 1", {(): used})
-    yield page.gauge("kv_cache_pages", "leased pages are cached ones too", pages, "state")
-    yield page.gauge(
-        "kv_cache_bytes",
-        "the same in bytes",
-        {state: count * page_bytes for state, count in pages.items()},
-        "state",
-    )
-    weights_bytes = info.weights_bytes if info else 0
-    yield page.gauge("model_weights_bytes", "the model's weights", {(): weights_bytes})
-    if info and info.device_bytes:
-        states: dict[tuple[str, ...], float] = {(name,): size for name, size in info.device_bytes}
-        yield page.gauge("cuda_memory_bytes", "what the GPU's memory is for", states, "state")
-    yield page.gauge(
-        "process_resident_memory_bytes",
-        "resident memory; engine: all child processes together",
-        {("api",): memory.own_bytes, ("engine",): memory.children_bytes},
-        "process",
-    )

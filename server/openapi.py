@@ -73,8 +73,8 @@ class DocumentedApp(FastAPI):
     """FastAPI, whose document has also what the routes read by themselves."""
 
     def __init__(self, version: str, documented: tuple[type[BaseModel], ...]) -> None:
-        # No documentation pages: theirs load scripts from elsewhere. No redirect for a trailing
-        # slash: it would answer for a path that does not exist.
+        # No documentation pages: theirs load scripts from elsewhere (see `server/docs_page.py`). No
+        # redirect for a trailing slash: it would answer for a path that does not exist.
         super().__init__(
             title="Octavo", version=version, docs_url=None, redoc_url=None, redirect_slashes=False
         )

@@ -6,13 +6,16 @@ here: refused by name unless its value asks for nothing, or answered in `octavo.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from pydantic import BaseModel
+
 from server.errors import invalid, shortened
 
-_MAX_WARNINGS = 64
+#: More are summed up.
+MAX_WARNINGS = 64
 _MAX_EXTRAS = 1024
 
 
@@ -82,6 +85,12 @@ COMPLETION = {
     "suffix": _refused("", because="is not supported: text cannot be inserted"),
     "prompt_embeds": _refused(),
 }
+TOKENIZE = {
+    **{name: known for name, known in CHAT.items() if known.is_refused},
+    "add_special": _warned("it is called add_special_tokens here"),
+    "parse_special": _warned("special tokens in a prompt are always read as such", _TRUE),
+    "with_pieces": _warned("it is called return_token_strs here", _FALSE),
+}
 STREAM_OPTIONS = {
     "include_obfuscation": _warned("chunks are not padded", _FALSE),
 }
@@ -106,11 +115,29 @@ def judge(
             raise invalid(f"{param} {known.reason}", param, code="unsupported_parameter")
         else:
             warnings.append({"param": param, "message": f"{param} was ignored: {known.reason}"})
-    left = len(warnings) - _MAX_WARNINGS
-    if left > 0:
-        told = f"and {left} more parameters were ignored"
-        warnings[_MAX_WARNINGS:] = [{"param": "*", "message": told}]
-    return warnings
+    return summed_up(warnings)
+
+
+def summed_up(warnings: list[Warned]) -> list[Warned]:
+    """Return no more of them than anybody reads."""
+    left = len(warnings) - MAX_WARNINGS
+    told = f"and {left} more parameters were ignored"
+    more: list[Warned] = [{"param": "*", "message": told}] if left > 0 else []
+    return warnings[:MAX_WARNINGS] + more
+
+
+def nested(part: BaseModel, at: str = "") -> Iterator[tuple[str, BaseModel]]:
+    """Yield an object of a request and those within it, each with its path."""
+    yield at, part
+    prefix = at and at + "."
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        if isinstance(value, BaseModel):
+            yield from nested(value, prefix + name)
+        elif isinstance(value, list):
+            for index, inner in enumerate(value):
+                if isinstance(inner, BaseModel):
+                    yield from nested(inner, f"{prefix}{name}.{index}")
 
 
 def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:

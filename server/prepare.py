@@ -36,12 +36,13 @@ from server.schemas import (
 from server.service import Service
 from server.structured.requests import chat_grammar, completion_grammar
 from server.tooling import callable_tools, spoken, tool_warnings
+from server.unread import unread_fields
 
 
 async def chat_job(service: Service, request: ChatRequest) -> Job:
     """Return what a chat asks for. Raises `ApiError` that names the field at fault."""
     service.require_model(request.model)
-    warnings = params.judge(request.model_extra, params.CHAT)
+    warnings = [*request.notes, *params.judge(request.model_extra, params.CHAT)]
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     max_tokens, name = request.max_tokens, "max_tokens"
@@ -50,6 +51,9 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
             raise invalid("max_tokens and max_completion_tokens disagree", "max_tokens")
         max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
     tools = callable_tools(service, request)
+    warnings += await service.work.run(
+        lambda _: unread_fields(request, service.text.template), request.num_bytes
+    )
     warnings += tool_warnings(service, request, tools)
     token_ids = await prompt_of_chat(service, request, tools, warnings, must_fit=True)
     token_ids = truncated(service.client.info, request, token_ids, max_tokens)
@@ -79,7 +83,7 @@ async def chat_job(service: Service, request: ChatRequest) -> Job:
 async def completion_job(service: Service, request: CompletionRequest) -> Job:
     """Return what a completion asks for. Raises `ApiError` that names the field at fault."""
     service.require_model(request.model)
-    warnings = params.judge(request.model_extra, params.COMPLETION)
+    warnings = [*request.notes, *params.judge(request.model_extra, params.COMPLETION)]
     num_tries = _tries(request)
     prompts = await completion_prompts(service, request)
     is_one = len(prompts) == 1
@@ -230,7 +234,8 @@ def _job(
         created_s=int(service.clock.wall_s()),
         warnings=tuple(warnings),
         is_stream=request.stream is True,
-        has_usage_chunk=options is not None and options.include_usage is True,
+        has_usage_chunk=service.config.server.force_include_usage
+        or (options is not None and options.include_usage is True),
         has_continuous_usage=options is not None and options.continuous_usage_stats is True,
         has_logprobs=has_logprobs,
         has_token_ids=request.return_token_ids is True,

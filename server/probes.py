@@ -1,12 +1,14 @@
-"""The routes that probes, load balancers and scrapers ask for."""
+"""The routes that probes, load balancers, scrapers and benchmarks ask for."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 
+from scheduler.client import EngineUnavailableError
 from server import documents
-from server.errors import unavailable
+from server.errors import from_engine, unavailable
 from server.openapi import answers
 from server.respond import JsonResponse
 from server.service import Service
@@ -40,8 +42,8 @@ def probe_routes(service: Service, version: str) -> APIRouter:
         responses=answers(None),
         response_class=Response,
     )
-    async def metrics() -> Response:
-        body, content_type = service.metrics.exposition()
+    async def metrics(request: Request) -> Response:
+        body, content_type = service.metrics.exposition(request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": content_type})
 
     @router.get(
@@ -51,6 +53,19 @@ def probe_routes(service: Service, version: str) -> APIRouter:
     )
     async def get_version() -> Response:
         return JsonResponse({"version": version})
+
+    if service.config.server.dev_endpoints:
+
+        @router.post(
+            "/reset_prefix_cache",
+            summary="Forget the cached prefixes that no request uses",
+            responses=answers(documents.CacheReset, 503),
+        )
+        async def reset_prefix_cache() -> Response:
+            try:
+                return JsonResponse({"freed_pages": await service.client.reset_cache()})
+            except EngineUnavailableError as error:
+                raise from_engine(error) from error
 
     # Probes that only want the status, such as `wget --spider`.
     router.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)

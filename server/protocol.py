@@ -14,7 +14,8 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import Message, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import ApiError, invalid
 
@@ -116,7 +117,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._stop_waiting()
         if len(self.pipeline) == MOST_PIPELINED:
             raise _TooMuchError
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before and self.parser.get_http_version() == "1.0":
+            self.cycle.send = _unchunked(self.cycle)  # type: ignore[assignment, method-assign] # as uvicorn calls it
 
     def on_body(self, body: bytes) -> None:
         """Hand it on."""
@@ -164,6 +168,27 @@ class HttpProtocol(HttpToolsProtocol):
         if self._giving_up is not None:
             self._giving_up.cancel()
             self._giving_up = None
+
+
+def _unchunked(cycle: RequestResponseCycle) -> Send:
+    """Return the `send` of a cycle whose client knows no chunks: the end of the body is the close.
+
+    uvicorn closes after each answer to HTTP/1.0, but chunks whatever has no length.
+    """
+    send: Send = cycle.send  # type: ignore[assignment] # uvicorn's types of the same messages
+    has_length = False
+
+    async def send_plain(message: Message) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            names = [name.lower() for name, _ in message.get("headers", ())]
+            has_length = b"content-length" in names
+            cycle.chunked_encoding = None if has_length else False
+        elif message["type"] == "http.response.body" and not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return send_plain
 
 
 def _too_much() -> ApiError:

@@ -14,14 +14,14 @@ class ReasoningCounter:
     """Counts the tokens that begin between what opens the reasoning and what closes it.
 
     By the tokens' bytes, so it does not matter whether a tag is one token or many, nor how the
-    tokens come. What it reads is what `SpeechParser` takes for reasoning, the tags excepted.
+    tokens come. What it reads is what `OutputParser` takes for reasoning, the tags excepted.
     """
 
     def __init__(self, pieces: Pieces, tags: ThinkTags, *, is_thinking: bool) -> None:
         """`pieces`: of the tokens as the parser sees them; `is_thinking`: so the prompt ended."""
         self._piece_of = pieces.__getitem__
         self._opener = tags.opener.encode()
-        self._closer = tags.closer.encode()
+        self._closers = [closer.encode() for closer in (tags.closer, *tags.other_closers)]
         self._is_thinking = is_thinking
         #: Bytes that may be part of a tag, and how many there were before them.
         self._text = b""
@@ -64,9 +64,10 @@ class ReasoningCounter:
             self._is_over = not self._is_thinking
 
     def _read_on(self) -> None:
-        end = self._text.find(self._closer)
-        self._is_over = end >= 0
-        known = end if self._is_over else max(0, len(self._text) - len(self._closer) + 1)
+        ends = [end for closer in self._closers if (end := self._text.find(closer)) >= 0]
+        self._is_over = bool(ends)
+        longest = max(map(len, self._closers))
+        known = min(ends) if ends else max(0, len(self._text) - longest + 1)
         self._drop_to(known)
         while self._starts and self._starts[0] < self._num_before:
             self._starts.popleft()

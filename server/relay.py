@@ -45,6 +45,8 @@ class Relay:
         self._queue: queue.Queue[bytes] = queue.Queue(_MOST_CHUNKS)
         self._lock = threading.Lock()
         self._num_dropped = self._num_unwritten = self._num_told = 0
+        #: Writes that the reader had room for.
+        self._num_passed = 0
         os.dup2(sink, fd)
         os.close(sink)
         for work in (self._collect, self._write):
@@ -56,10 +58,12 @@ class Relay:
         return self._num_dropped + self._num_unwritten
 
     def flush(self, timeout_s: float) -> None:
-        """Wait until all that was written so far is passed on, at most `timeout_s`."""
-        end_s = time.monotonic() + timeout_s
+        """Wait until all that was written so far is passed on, or nothing is for `timeout_s`."""
+        num_passed, end_s = self._num_passed, time.monotonic() + timeout_s
         while time.monotonic() < end_s and not self._is_idle():
             time.sleep(0.005)
+            if self._num_passed != num_passed:
+                num_passed, end_s = self._num_passed, time.monotonic() + timeout_s
 
     def _is_idle(self) -> bool:
         with self._lock:
@@ -97,6 +101,7 @@ class Relay:
                     # It may be non-blocking: that is for whoever shares the file to say.
                     select.select([], [self._target], [])
                     left = left[os.write(self._target, left) :]
+                    self._num_passed += 1
             except OSError:  # The reader is gone for good.
                 self._num_unwritten += lines.count(b"\n")
             self._queue.task_done()

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server import documents, schemas
+from server import documents, params, schemas
 from server.chat import ChatDialect
 from server.chat_prompt import chat_tokens
 from server.completions import CompletionDialect
@@ -18,6 +18,7 @@ from server.context import RequestRecord
 from server.errors import invalid
 from server.generate import Job
 from server.openapi import answers, body_of, generation_answers
+from server.params import Warned
 from server.prepare import chat_job, completion_job
 from server.prompts import prompt_tokens, token_text, token_texts
 from server.respond import (
@@ -30,6 +31,8 @@ from server.respond import (
 )
 from server.service import Service
 from server.spoken import SpokenDialect
+from server.text.export import tokenizer_config
+from server.unread import unread_fields
 
 
 def generation_routes(service: Service) -> APIRouter:
@@ -114,6 +117,14 @@ def model_routes(service: Service) -> APIRouter:
         )
         return PreparedResponse(lambda: _tokenized(service, asked))
 
+    @router.get(
+        "/tokenizer_info",
+        summary="The tokenizer's settings and the chat template",
+        responses=answers(documents.TokenizerInfo),
+    )
+    async def tokenizer_info() -> Response:
+        return JsonResponse(tokenizer_config(service.text))
+
     @router.post(
         "/detokenize",
         summary="Token ids to text",
@@ -127,7 +138,9 @@ def model_routes(service: Service) -> APIRouter:
         service.require_model(asked.model)
 
         async def detokenized() -> dict[str, Any]:
-            return {"prompt": await token_text(service, asked.tokens)}
+            text = await token_text(service, asked.tokens)
+            told = {"prompt": text, "content": text}
+            return _warned(told, [*asked.notes, *params.judge(asked.model_extra, {})])
 
         return PreparedResponse(detokenized)
 
@@ -135,18 +148,28 @@ def model_routes(service: Service) -> APIRouter:
 
 
 async def _tokenized(service: Service, asked: schemas.TokenizeRequest) -> dict[str, Any]:
+    warnings = [*asked.notes, *params.judge(asked.model_extra, params.TOKENIZE)]
+    warnings += await service.work.run(
+        lambda _: unread_fields(asked, service.text.template), asked.num_bytes
+    )
     token_ids = await _tokens_of(service, asked)
     max_model_len = service.client.info.max_model_len
     told = {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
     if asked.return_token_strs:
         told["token_strs"] = await token_texts(service, token_ids)
-    return told
+    return _warned(told, warnings)
+
+
+def _warned(told: dict[str, Any], warnings: list[Warned]) -> dict[str, Any]:
+    """Return an answer with the warnings, if there are any."""
+    return told | {"octavo": {"warnings": warnings}} if warnings else told
 
 
 async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[int]:
     service.require_model(asked.model)
-    if (asked.prompt is None) == (asked.messages is None):
-        raise invalid("either prompt or messages must be given", "prompt")
+    prompt = asked.content if asked.prompt is None else asked.prompt
+    if [asked.prompt, asked.content, asked.messages].count(None) != 2:
+        raise invalid("one of prompt, content and messages must be given", "prompt")
     if asked.messages is not None:
         return await chat_tokens(
             service,
@@ -154,10 +177,10 @@ async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[i
             add_generation_prompt=asked.add_generation_prompt,
             add_special_tokens=asked.add_special_tokens,
             variables=asked.chat_template_kwargs,
-            tools=[tool.for_template() for tool in asked.tools or ()],
+            tools=[tool.function.for_template() for tool in asked.tools or ()],
             continues_final=asked.continue_final_message is True,
             num_bytes=asked.num_bytes,
         )
-    assert asked.prompt is not None
+    assert prompt is not None
     adds = asked.add_special_tokens is not False
-    return await prompt_tokens(service, asked.prompt, add_special_tokens=adds)
+    return await prompt_tokens(service, prompt, add_special_tokens=adds)

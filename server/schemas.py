@@ -7,7 +7,7 @@ Lists end at their first fault: a body of four million of them is not worth ten 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -17,10 +17,11 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
-from server.errors import from_validation, invalid
+from server.chat_messages import Message
+from server.errors import ApiError, from_validation, invalid
+from server.params import Warned
 from server.structured.schemas import (
     Grammar,
     Pattern,
@@ -29,15 +30,15 @@ from server.structured.schemas import (
     StructuredOutputs,
     Texts,
 )
+from server.text import json_text
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
-from server.tools.schemas import Choice, ToolCalls, Tools
+from server.tools.schemas import Choice, Tools
 from server.work import Workshop
 
 RequestT = TypeVar("RequestT", bound="Request")
 
 #: More of these in one request are a mistake or an attack; each costs time and the engine memory.
 MAX_MESSAGES = 16_384
-MAX_PARTS = 4096
 MAX_LISTED_TOKENS = 4096
 MAX_TEMPLATE_VARIABLES = 64
 #: Each is a row of the vocabulary's length in the engine, made anew for each answer.
@@ -49,6 +50,12 @@ MAX_CHOICES = 16
 MAX_CHOICES_IN_ALL = 64
 #: A day; a client that wants to wait longer does not mean it.
 MAX_TIMEOUT_S = 86_400
+#: What a client is told whose body could be read only so.
+_MENDED: Warned = {
+    "param": "*",
+    "message": "U+FFFD was read for each lone surrogate, and a string for each number of more than"
+    f" {json_text.MAX_DIGITS} digits",
+}
 #: Of one body, in all its lists and objects: to read more would hold everybody up.
 MAX_VALUES = 2**19
 
@@ -62,11 +69,22 @@ async def parse(model: type[RequestT], body: bytes, work: Workshop) -> RequestT:
 def _parsed(model: type[RequestT], body: bytes) -> RequestT:
     _require_few(body)
     try:
-        request = model.model_validate_json(body)
-    except ValidationError as error:
-        raise from_validation(error) from error
+        request = _validated(model, body)
+    except ApiError as error:
+        mended = json_text.mended(body) if error.code == "invalid_json" else body
+        if mended == body:
+            raise
+        request = _validated(model, mended)
+        request.notes = (_MENDED,)
     request.num_bytes = len(body)
     return request
+
+
+def _validated(model: type[RequestT], body: bytes) -> RequestT:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise from_validation(error) from error
 
 
 def _require_few(body: bytes) -> None:
@@ -87,6 +105,7 @@ class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     _num_bytes: int = PrivateAttr(default=0)
+    _notes: tuple[Warned, ...] = PrivateAttr(default=())
 
     @property
     def num_bytes(self) -> int:
@@ -96,6 +115,15 @@ class Request(BaseModel):
     @num_bytes.setter
     def num_bytes(self, count: int) -> None:
         self._num_bytes = count
+
+    @property
+    def notes(self) -> tuple[Warned, ...]:
+        """Warnings of how the body was read."""
+        return self._notes
+
+    @notes.setter
+    def notes(self, notes: tuple[Warned, ...]) -> None:
+        self._notes = notes
 
 
 def _as_stops(value: object) -> object:
@@ -233,54 +261,6 @@ class GenerateFields(Request):
         return value
 
 
-class TextPart(BaseModel):
-    """A piece of a message. Pictures and sounds are not supported."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    type: Literal["text"]
-    text: str
-
-
-def _as_parts(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class Message(BaseModel):
-    """One message; further fields (`name`, ...) reach the template as they are."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: Annotated[
-        Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None,
-        BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart] | None),
-    ] = None
-    tool_calls: ToolCalls | None = Field(default=None, description="what the assistant called")
-    tool_call_id: str | None = Field(default=None, description="needed by the role tool")
-
-    @model_validator(mode="after")
-    def _answers_a_call(self) -> Self:
-        if self.role == "tool" and self.tool_call_id is None:
-            raise ValueError("a message of the role tool needs a tool_call_id")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """Return it as templates know it: OpenAI's `developer` is their `system`, null is ""."""
-        parts = [part.model_dump() for part in self.content or ()]
-        calls: dict[str, Any] = {}
-        if self.tool_calls is not None:
-            calls["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            calls["tool_call_id"] = self.tool_call_id
-        return {
-            **(self.model_extra or {}),
-            **calls,
-            "role": "system" if self.role == "developer" else self.role,
-            "content": parts if len(parts) > 1 else "".join(part["text"] for part in parts),
-        }
-
-
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
@@ -303,14 +283,14 @@ class ChatRequest(GenerateFields):
     tools: Tools | None = None
     tool_choice: Choice | None = Field(
         default=None,
-        description="none, auto, required or one by name; default: auto if there are tools",
+        description="none, auto, required, one by name, allowed_tools; default auto",
     )
     parallel_tool_calls: bool | None = Field(
         default=None, description="false: only the first call is told; default true"
     )
     include_reasoning: bool | None = Field(default=None, description="default true")
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        default=None, description="for models whose template knows it; else it is warned of"
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        Field(default=None, description="for models whose template knows it; else it is warned of")
     )
 
 
@@ -329,17 +309,12 @@ class CompletionRequest(GenerateFields):
     )
 
 
-class Closed(Request):
-    """Its answer has no place for warnings, so what is unknown is refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class TokenizeRequest(Closed):
+class TokenizeRequest(Request):
     """Body of `POST /tokenize`: either `prompt` or `messages`."""
 
     model: str | None = None
     prompt: str | None = None
+    content: str | None = Field(default=None, description="llama-server's name of prompt")
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -349,7 +324,7 @@ class TokenizeRequest(Closed):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(Closed):
+class DetokenizeRequest(Request):
     """Body of `POST /detokenize`."""
 
     model: str | None = None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from configs.schema import OctavoConfig
-from scheduler.client import EngineClient, EngineUnavailableError, SamplingParams
+from scheduler.client import EngineClient, EngineUnavailableError
 from server.context import Clock
 from server.errors import model_not_found
 from server.lifecycle import Lifecycle
@@ -56,22 +56,3 @@ def served_name(config: OctavoConfig, client: EngineClient) -> str:
         return client.info.name
     except EngineUnavailableError:
         return config.model.model
-
-
-def sampling_defaults(config: OctavoConfig, text: ModelText) -> dict[str, float]:
-    """Return what the model's makers ask for, if it is to be used.
-
-    Raises `ValueError` for a value that no request could have.
-    """
-    if config.model.generation_config == "vllm":
-        return {}
-    stated = dict(text.sampling_defaults)
-    if "top_k" in stated:
-        # Both mean that there is no limit.
-        stated["top_k"] = max(0, int(stated["top_k"]))
-    try:
-        SamplingParams(max_tokens=1, **stated)  # type: ignore[arg-type] # top_k is an int
-    except ValueError as error:
-        message = f"generation_config.json: {error} (--generation-config vllm: do not use it)"
-        raise ValueError(message) from error
-    return stated

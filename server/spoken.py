@@ -10,32 +10,43 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+from server.answer_parser import AnswerParser
 from server.chat import ChatDialect
 from server.context import RequestRecord
 from server.generate import Job
 from server.output import Piece
 from server.service import Service
 from server.tooling import Spoken
-from server.tools.events import Call, Content, CutCall, Event, Reasoning
-from server.tools.speech import SpeechParser
+from server.tools.events import (
+    ArgumentsDelta,
+    CallEnded,
+    CallStarted,
+    Content,
+    CutCall,
+    Event,
+    Reasoning,
+    joined,
+)
 
 _ID_CHARS = string.ascii_letters + string.digits
 _NUM_ID_CHARS = 24
+#: What the model writes of a call, by its kind.
+_WRITTEN = {"function": "arguments", "custom": "input"}
 
 
 class SpokenDialect(ChatDialect):
-    """See `Dialect`. A call is told in one delta: it is known only when it is complete."""
+    """See `Dialect`. A call's first delta has its name, the further ones add to its arguments."""
 
     def __init__(
         self, service: Service, job: Job, record: RequestRecord, index: int, spoken: Spoken
     ) -> None:
         super().__init__(service, job, record, index)
         self._spoken = spoken
-        self._parser = SpeechParser(spoken.speech)
+        self._parser = AnswerParser(spoken)
         self._chance = service.chance
-        self._num_calls = 0
-        #: What the reader is not given otherwise.
-        self._left_out: dict[str, Any] = {}
+        self._num_started = 0
+        #: Of the call that was started last.
+        self._kind = "function"
 
     def piece(self, piece: Piece) -> bytes:
         """See `Dialect`."""
@@ -50,17 +61,16 @@ class SpokenDialect(ChatDialect):
     def choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """See `Dialect`."""
         events = self._parser.push("".join(piece.text for piece in pieces))
-        deltas = self._deltas(events + self._parser.finish())
+        deltas = self._deltas(joined(events + self._parser.finish()))
         self._note_prompt(pieces)
         message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
         for delta in deltas:
             for name, value in delta.items():
-                if isinstance(value, list):
-                    calls = [{k: v for k, v in call.items() if k != "index"} for call in value]
-                    message[name] = [*message.get(name, ()), *calls]
+                if name == "tool_calls":
+                    _add_calls(message.setdefault(name, []), value)
                 else:
                     message[name] = (message.get(name) or "") + value
-        if not self._num_calls:
+        if "tool_calls" not in message:
             message["content"] = message["content"] or ""
         return {
             "index": self._index,
@@ -95,34 +105,45 @@ class SpokenDialect(ChatDialect):
             case Content(text):
                 return {"content": text}
             case Reasoning(text):
-                return {"reasoning_content": text} if self._spoken.has_reasoning else None
-            case Call() if self._num_calls and not self._spoken.has_parallel_calls:
-                self._left_out["num_tool_calls"] = self._left_out.get("num_tool_calls", 0) + 1
-                return None
-            case Call():
-                return {"tool_calls": [self._call(event)]}
-            case CutCall(text):
-                self._left_out["cut_tool_call"] = text
+                return {"reasoning_content": text}
+            case CallStarted(name, is_custom):
+                self._kind = "custom" if is_custom else "function"
+                return {"tool_calls": [self._started(name)]}
+            case ArgumentsDelta(text):
+                added = {self._kind: {_WRITTEN[self._kind]: text}}
+                return {"tool_calls": [{"index": self._num_started - 1, **added}]}
+            case CallEnded() | CutCall():
                 return None
 
-    def _call(self, call: Call) -> dict[str, Any]:
-        index = self._num_calls
-        self._num_calls += 1
+    def _started(self, name: str) -> dict[str, Any]:
+        index = self._num_started
+        self._num_started += 1
         syntax = self._spoken.speech.calls
         num_chars = syntax.id_chars if syntax is not None else None
         return {
             "index": index,
             "id": call_id(self._chance, num_chars),
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
+            "type": self._kind,
+            self._kind: {"name": name, _WRITTEN[self._kind]: ""},
         }
 
     def _reason(self, reason: str | None) -> str | None:
-        is_told = self._num_calls and reason == "stop" and not self._spoken.is_named
+        is_told = self._parser.num_calls and reason == "stop" and not self._spoken.is_named
         return "tool_calls" if is_told else reason
 
     def _told_left_out(self) -> dict[str, Any]:
-        return {"octavo": {"left_out": self._left_out}} if self._left_out else {}
+        left_out = self._parser.left_out
+        return {"octavo": {"left_out": left_out}} if left_out else {}
+
+
+def _add_calls(calls: list[dict[str, Any]], deltas: Sequence[dict[str, Any]]) -> None:
+    """Add the deltas to the calls of a whole answer."""
+    for delta in deltas:
+        if "id" in delta:
+            calls.append({name: value for name, value in delta.items() if name != "index"})
+        else:
+            kind = calls[-1]["type"]
+            calls[-1][kind][_WRITTEN[kind]] += delta[kind][_WRITTEN[kind]]
 
 
 def call_id(chance: random.Random, num_chars: int | None, prefix: str = "call_") -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server import params
 from server.errors import ApiError, invalid
 from server.params import Warned
 from server.reasoning import ReasoningCounter
@@ -16,12 +15,13 @@ from server.schemas import ChatRequest
 from server.service import Service
 from server.text.pieces import Pieces
 from server.tools.declared import call_syntax, opens_reasoning, think_tags
-from server.tools.schemas import Tool, ToolChoice
+from server.tools.schemas import AllowedToolsChoice, CustomTool, Tool, ToolChoice
 from server.tools.speech import Speech
-from server.tools.syntaxes import BARE, CallSyntax
+from server.tools.syntaxes import BARE, HERMES, CallSyntax
 
 #: Enough of a prompt's end to hold a tag that opens reasoning and the lines behind it.
 _TAIL_TOKENS = 24
+_IN_TEXT = "a system message lists them, and calls are read in the form of Hermes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class Spoken:
     has_reasoning: bool = True
     #: The one call there is was asked for by its name (then OpenAI says "stop").
     is_named: bool = False
+    #: Of the tools that take a text.
+    custom_names: frozenset[str] = frozenset()
 
     def counter(self, pieces: Pieces) -> ReasoningCounter | None:
         """Return what counts reasoning in tokens shown as `pieces`; None: the model does none."""
@@ -42,9 +44,19 @@ class Spoken:
         return ReasoningCounter(pieces, tags, is_thinking=self.speech.is_thinking)
 
 
+def tools_are_text(service: Service) -> bool:
+    """Whether the model is shown tools, calls and results as text: its template has no place."""
+    template, model = service.text.template, service.config.model
+    is_wanted = model.tools_in_prompt == "auto" and model.tool_call_parser in {"auto", "hermes"}
+    return is_wanted and template is not None and not template.shows_tools
+
+
 def is_forced(request: ChatRequest) -> bool:
     """Whether the answer must be a call."""
-    return request.tool_choice not in (None, "none", "auto")
+    choice = request.tool_choice
+    if isinstance(choice, AllowedToolsChoice):
+        return choice.allowed_tools.mode == "required"
+    return choice not in (None, "none", "auto")
 
 
 def forced_tools(request: ChatRequest, tools: Sequence[Tool]) -> list[Tool]:
@@ -69,32 +81,62 @@ def callable_tools(service: Service, request: ChatRequest) -> list[Tool]:
             param = f"tools.{index}.function.name"
             raise invalid(f"{param}: two tools have this name", param)
         seen.add(tool.function.name)
-    if isinstance(choice, ToolChoice) and choice.function.name not in seen:
-        message = f"tool_choice names {choice.function.name!r}, which is none of the tools"
-        raise invalid(message, "tool_choice")
+    for name in _chosen(choice):
+        if name not in seen:
+            message = f"tool_choice names {name!r}, which is none of the tools"
+            raise invalid(message, "tool_choice")
+    if isinstance(choice, AllowedToolsChoice):
+        tools = [tool for tool in tools if tool.function.name in _chosen(choice)]
     if tools and not is_forced(request) and _syntax(service) is None:
         raise _no_tools()
     return tools
 
 
+def _chosen(choice: object) -> list[str]:
+    """Return the tools that a choice names."""
+    if isinstance(choice, AllowedToolsChoice):
+        return [one.function.name for one in choice.allowed_tools.tools]
+    return [choice.function.name] if isinstance(choice, ToolChoice) else []
+
+
+def numbered(request: ChatRequest, tools: Sequence[Tool]) -> list[tuple[int, Tool]]:
+    """Return tools with their places in the request."""
+    places = {id(tool): place for place, tool in enumerate(request.tools or ())}
+    return [(places[id(tool)], tool) for tool in tools]
+
+
 def tool_warnings(service: Service, request: ChatRequest, tools: Sequence[Tool]) -> list[Warned]:
     """Return what of the tools has no effect."""
     warnings: list[Warned] = []
-    if tools and _syntax(service) is None:
-        told = "the model is not shown the tools: its chat template has no place for them"
+    template = service.text.template
+    if tools and template is not None and not template.shows_tools:
+        told = "the model's chat template has no place for tools: "
+        told += _IN_TEXT if tools_are_text(service) else "the model is not shown them"
         warnings.append({"param": "tools", "message": told})
-    for index, tool in enumerate(tools):
-        at = f"tools.{index}."
-        warnings += params.judge(tool.model_extra, {}, at)
-        warnings += params.judge(tool.function.model_extra, {}, at + "function.")
+    for index, tool in numbered(request, tools):
+        if isinstance(tool, CustomTool):
+            warnings += _custom_warnings(tool, f"tools.{index}.", is_forced=is_forced(request))
+            continue
         if tool.function.strict and not is_forced(request):
-            param = at + "function.strict"
+            param = f"tools.{index}.function.strict"
             told = (
                 f"{param} was ignored: arguments are held to the schema only where tool_choice is"
                 " 'required' or names the tool"
             )
             warnings.append({"param": param, "message": told})
     return warnings
+
+
+def _custom_warnings(tool: CustomTool, at: str, *, is_forced: bool) -> list[Warned]:
+    grammar = tool.grammar
+    if grammar is None or (is_forced and grammar.syntax == "regex"):
+        return []
+    param = at + CustomTool.schema_field
+    told = (
+        f"{param} is shown to the model, which is not held to it: that is done for regex alone,"
+        " where tool_choice is 'required' or names the tool"
+    )
+    return [{"param": param, "message": told}]
 
 
 def prompt_end(service: Service, prompt: Sequence[int]) -> str:
@@ -124,6 +166,7 @@ def spoken(
         has_parallel_calls=request.parallel_tool_calls is not False,
         has_reasoning=request.include_reasoning is not False,
         is_named=isinstance(request.tool_choice, ToolChoice),
+        custom_names=frozenset(one.custom.name for one in tools if isinstance(one, CustomTool)),
     )
 
 
@@ -131,12 +174,14 @@ def _syntax(service: Service) -> CallSyntax | None:
     template = service.text.template
     if template is None:
         return None
+    if tools_are_text(service):
+        return HERMES
     return call_syntax(template.sources, service.config.model.tool_call_parser)
 
 
 def _no_tools() -> ApiError:
     message = (
-        "tools are not supported by this model: its chat template has none,"
-        " or a format of calls that is not read here (--tool-call-parser)"
+        "tools are not supported by this model: its chat template has none (--tools-in-prompt auto"
+        " shows them all the same), or a format of calls that is not read here (--tool-call-parser)"
     )
     return invalid(message, "tools", code="unsupported_parameter")

@@ -8,29 +8,46 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 
 from model.source import octavo_home, resolve
+from patience import PATIENCE_S
 
-_READY = re.compile(r"\bready url=(\S+)")
-_START_TIMEOUT_S = 180.0
-_STOP_TIMEOUT_S = 60.0
+# How fast a machine draws and runs an example says nothing of the code.
+settings.register_profile(
+    "any speed",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("any speed")
+
+#: As text and as JSON.
+_READY = re.compile(r'\bready(?: url=|", "url": ")([^\s"]+)')
 
 
 class Daemon:
     """One `octavo serve`, as a user starts it."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        program: Sequence[str] = (sys.executable, "-m", "server"),
+        environ: Mapping[str, str] = os.environ,
+        folder: Path | None = None,
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", "serve", "--port", "0", *flags],
+            [*program, "serve", "--port", "0", *flags],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**environ, "PYTHONUNBUFFERED": "1"},
+            cwd=folder,
         )
         self.log: list[str] = []
         self.url = ""
@@ -48,34 +65,37 @@ class Daemon:
         self._has_said.set()
 
     def wait_ready(self) -> None:
-        assert self._has_said.wait(_START_TIMEOUT_S), "neither ready nor dead"
+        assert self._has_said.wait(PATIENCE_S), "neither ready nor dead"
         assert self.url, "".join(self.log)
+
+    def metrics(self) -> str:
+        return httpx.get(f"{self.url}/metrics", timeout=PATIENCE_S).text
 
     def metric(self, name: str) -> float:
         """The sum over all label sets of one series."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        text = self.metrics()
         found = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
         assert found, f"no series {name}"
         return sum(map(float, found))
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(_STOP_TIMEOUT_S)
-        self._reader.join(_STOP_TIMEOUT_S)
+        code = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
         return code
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(_STOP_TIMEOUT_S)
-        self._reader.join(_STOP_TIMEOUT_S)
+            self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
         assert self.process.stderr is not None
         self.process.stderr.close()
 
 
 @contextmanager
-def _started(*flags: str) -> Iterator[Daemon]:
-    daemon = Daemon(*flags)
+def _started(*flags: str, **how: Any) -> Iterator[Daemon]:
+    daemon = Daemon(*flags, **how)
     try:
         daemon.wait_ready()
         yield daemon

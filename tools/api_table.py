@@ -74,8 +74,8 @@ differs:
 - `usage`: `cache_read_input_tokens` were found in the cache; `cache_creation_input_tokens` were
   computed and are in it from then on, in whole pages; `input_tokens` are the few behind the last
   whole page. Together they are the prompt.
-- A call is told when it is complete: its input is one `input_json_delta`. What the model wrote of
-  a call that the limit cut is in `octavo.left_out`.
+- A call's input is streamed as it is written, in `input_json_delta`s. If the limit cuts a call,
+  `octavo.left_out.cut_tool_call` is there, and a whole answer's `input` holds the complete members.
 - Errors are `{"type": "error", "error": {...}, "request_id": ...}`, with `param` and `code` in
   `error`; the header `request-id` has the id too. `octavo` stands in the message, and in a
   stream in `message_delta`.

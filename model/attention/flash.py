@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
+from model.extras import why_missing
 from model.kv_pool import KVPool
 
 _MAX_HEAD_DIM = 256
@@ -111,13 +112,18 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
     if reason := _why_not(spec) or spec.beyond_softmax:
         return reason
     is_hopper = torch.cuda.get_device_capability(spec.device) == _HOPPER
+    missing = why_missing("flash_attn_interface", "cuda") if is_hopper else ""
     if is_hopper and (module := _installed("flash_attn_interface")):
         return _offer("FlashAttention-3", 16, 64, partial(_flash_attention_3, module))
+    notes = (f"FlashAttention-3 would be faster: {missing}",) if missing else ()
     if module := _installed("flash_attn"):
-        return _offer("FlashAttention-2", 256, 256, partial(_flash_attention_2, module))
+        kernel = partial(_flash_attention_2, module)
+        return _offer("FlashAttention-2", 256, 256, kernel, notes)
     if module := _torch_with_paging():
-        return _offer("torch's own FlashAttention-2", 256, 256, partial(_torch_varlen, module))
-    return "neither flash_attn_interface nor flash_attn is installed, nor a torch that has paging"
+        kernel = partial(_torch_varlen, module)
+        return _offer("torch's own FlashAttention-2", 256, 256, kernel, notes)
+    missing = missing or "flash_attn is not installed"
+    return f"{missing}; nor has torch a FlashAttention with pages"
 
 
 def _why_not(spec: AttentionSpec) -> str | None:
@@ -144,14 +150,18 @@ def _torch_with_paging() -> ModuleType | None:
 
 
 def _offer(
-    what: str, page_multiple: int, default_page_size: int, kernel: FlashKernel
+    what: str,
+    page_multiple: int,
+    default_page_size: int,
+    kernel: FlashKernel,
+    notes: tuple[str, ...] = (),
 ) -> BackendOffer:
     return BackendOffer(
         name=FlashAttention.name,
         page_multiple=page_multiple,
         default_page_size=default_page_size,
         build=partial(FlashAttention, kernel=kernel),
-        notes=(f"attention by {what}",),
+        notes=(f"attention by {what}", *notes),
     )
 
 

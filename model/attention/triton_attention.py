@@ -6,7 +6,6 @@ compiled for sm_80 and sm_90 (`tests/model/test_kernels_compile.py`); nobody has
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
+from model.extras import why_missing
 from model.kv_pool import KVPool
 
 _AMPERE = (8, 0)
@@ -184,8 +184,8 @@ class TritonAttention:
 
 def offer(spec: AttentionSpec) -> BackendOffer | str:
     """Offer the kernels, or say in a line why they cannot serve the model here."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if reason := why_missing("triton", "cuda"):
+        return reason
     if reason := spec.beyond_softmax or _why_not_on(spec.device):
         return reason
     if spec.head_dim > _MAX_HEAD_DIM:

@@ -6,14 +6,25 @@ of usage, of why an answer ends, or of how events are sent.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import orjson
+from pydantic_core import from_json
 
+from server.answer_parser import AnswerParser
 from server.tooling import Spoken
-from server.tools.events import Call, Content, CutCall, Event, Reasoning
-from server.tools.speech import SpeechParser
+from server.tools.events import (
+    ArgumentsDelta,
+    CallEnded,
+    CallStarted,
+    Content,
+    CutCall,
+    Event,
+    Reasoning,
+)
+from server.tools.json_object import JsonObject, Status
 
 _DELTA_OF = {"text": "text_delta", "thinking": "thinking_delta"}
 
@@ -31,26 +42,29 @@ class Blocks:
 
         Without `shows_thinking` a block of thoughts is told of, but is empty.
         """
-        self._spoken = spoken
-        self._parser = None if spoken is None else SpeechParser(spoken.speech)
+        self._parser = AnswerParser(spoken)
         self._new_id = new_id
         self._shows_thinking = shows_thinking
         self._num_started = 0
-        self._open: Literal["text", "thinking"] | None = None
-        self.num_calls = 0
-        #: What the model wrote and no block holds.
-        self.left_out: dict[str, Any] = {}
+        self._open: Literal["text", "thinking", "tool_use"] | None = None
+
+    @property
+    def num_calls(self) -> int:
+        """Complete calls among the blocks."""
+        return self._parser.num_calls
+
+    @property
+    def left_out(self) -> dict[str, Any]:
+        """What the model wrote and no block holds."""
+        return self._parser.left_out
 
     def push(self, text: str) -> list[Payload]:
         """Return the events of what is known now that `text` follows."""
-        if self._parser is not None:
-            return self._told(self._parser.push(text))
-        return self._told([Content(text)] if text else [])
+        return self._told(self._parser.push(text))
 
     def finish(self) -> list[Payload]:
         """Return the events of what is left now that nothing follows."""
-        events = [] if self._parser is None else self._parser.finish()
-        return self._told(events) + self._closed()
+        return self._told(self._parser.finish()) + self._closed()
 
     def check(self) -> None:
         """Assert that at most the last block is open."""
@@ -66,14 +80,14 @@ class Blocks:
                 return self._more("text", text)
             case Reasoning(text):
                 return self._more("thinking", text if self._shows_thinking else "")
-            case Call() if self.num_calls and self._spoken and not self._spoken.has_parallel_calls:
-                self.left_out["num_tool_calls"] = self.left_out.get("num_tool_calls", 0) + 1
-                return []
-            case Call():
-                return self._call(event)
-            case CutCall(text):
-                self.left_out["cut_tool_call"] = text
-                return []
+            case CallStarted(name):
+                return self._call(name)
+            case ArgumentsDelta(text):
+                return [self._delta({"type": "input_json_delta", "partial_json": text})]
+            case CallEnded():
+                return self._closed()
+            case CutCall():
+                return self._closed() if self._open == "tool_use" else []
 
     def _more(self, kind: Literal["text", "thinking"], text: str) -> list[Payload]:
         """Return the events of text that belongs to the open block of its kind, or to a new one."""
@@ -87,11 +101,11 @@ class Blocks:
             payloads.append(self._delta({"type": _DELTA_OF[kind], kind: text}))
         return payloads
 
-    def _call(self, call: Call) -> list[Payload]:
-        self.num_calls += 1
-        block = {"type": "tool_use", "id": self._new_id(), "name": call.name, "input": {}}
-        arguments = {"type": "input_json_delta", "partial_json": call.arguments}
-        return [*self._closed(), self._started(block), self._delta(arguments), self._stopped()]
+    def _call(self, name: str) -> list[Payload]:
+        block = {"type": "tool_use", "id": self._new_id(), "name": name, "input": {}}
+        payloads = [*self._closed(), self._started(block)]
+        self._open = "tool_use"
+        return payloads
 
     def _closed(self) -> list[Payload]:
         if self._open is None:
@@ -114,17 +128,30 @@ class Blocks:
 def summed(payloads: Iterable[Payload]) -> list[dict[str, Any]]:
     """Return the blocks that the events tell of."""
     blocks: list[dict[str, Any]] = []
+    inputs: dict[int, str] = {}
     for payload in payloads:
         match payload:
             case {"content_block": block}:
                 blocks.append(dict(block))
             case {"delta": {"partial_json": text}}:
-                # As the model wrote it: a number may have more digits than Python reads.
-                blocks[-1]["input"] = orjson.Fragment(text)
+                inputs[len(blocks) - 1] = inputs.get(len(blocks) - 1, "") + text
             case {"delta": {"type": "text_delta", "text": text}}:
                 blocks[-1]["text"] += text
             case {"delta": {"type": "thinking_delta", "thinking": text}}:
                 blocks[-1]["thinking"] += text
             case _:
                 pass
+    for index, text in inputs.items():
+        blocks[index]["input"] = _object_of(text)
     return blocks
+
+
+def _object_of(text: str) -> orjson.Fragment:
+    """Return the object that a call's arguments are; if they are cut, its complete members."""
+    if JsonObject(0).advance(text) is Status.DONE:
+        # As the model wrote it: a number may have more digits than Python reads.
+        return orjson.Fragment(text)
+    try:
+        return orjson.Fragment(json.dumps(from_json(text, allow_partial=True)))
+    except ValueError:
+        return orjson.Fragment("{}")

@@ -5,15 +5,17 @@ Knows the names; the judging is `server/params.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
-from server.messages.schemas import CountTokensRequest, MessagesRequest, ToolResultBlock
-from server.params import Unsupported, Warned, judge
-from server.schemas import Request
-
-#: More are summed up.
-MAX_WARNINGS = 64
+from server.messages.schemas import (
+    LEFT_OUT,
+    Block,
+    CountTokensRequest,
+    InputTool,
+    OtherTool,
+    kind_of_tool,
+)
+from server.params import Unsupported, Warned, judge, nested
 
 #: Chats' parameters that mean the same here: `ChatRequest` has them, and judges their values.
 PASSED = (
@@ -66,47 +68,24 @@ _TOOL = {
     "eager_input_streaming": _warned("a call is told when it is complete", False),  # noqa: FBT003 - likewise
     "input_examples": _warned("they are not shown to the model", []),
 }
+_TABLES = {InputTool: _TOOL, **dict.fromkeys(get_args(Block), _BLOCK)}
 
 
 def without_effect(request: CountTokensRequest) -> list[Warned]:
     """Return a warning for everything in it that is no field. Raises `ApiError` for the refused."""
     extras = {k: v for k, v in (request.model_extra or {}).items() if k not in PASSED}
-    warnings = judge(extras, MESSAGES)
-    for at, part, table in _parts(request):
-        if part.model_extra:
-            warnings += judge(part.model_extra, table, at + ".")
+    warnings = [*request.notes, *judge(extras, MESSAGES)]
+    for at, part in nested(request):
+        if part is not request and part.model_extra and not isinstance(part, OtherTool):
+            warnings += judge(part.model_extra, _TABLES.get(type(part), {}), at + ".")
+    for index, tool in enumerate(request.tools or ()):
+        if isinstance(tool, OtherTool):
+            param = f"tools.{index}"
+            told = f"{param} ({tool.type}) was left out: {LEFT_OUT[kind_of_tool(tool.type)]}"
+            warnings.append({"param": param, "message": told})
     return warnings
-
-
-def summed_up(warnings: list[Warned]) -> list[Warned]:
-    """Return no more of them than anybody reads."""
-    left = len(warnings) - MAX_WARNINGS
-    told = f"and {left} more parameters were ignored"
-    more: list[Warned] = [{"param": "*", "message": told}] if left > 0 else []
-    return warnings[:MAX_WARNINGS] + more
 
 
 def passed(request: CountTokensRequest) -> dict[str, Any]:
     """Return the parameters that chats have too."""
     return {k: v for k, v in (request.model_extra or {}).items() if k in PASSED}
-
-
-def _parts(request: CountTokensRequest) -> Iterator[tuple[str, Request, dict[str, Unsupported]]]:
-    """Yield the path, the part and the table of everything that may have fields of its own."""
-    for name in ("tool_choice", "thinking", "output_config"):
-        if (part := getattr(request, name)) is not None:
-            yield name, part, {}
-    if isinstance(request, MessagesRequest) and request.metadata is not None:
-        yield "metadata", request.metadata, {}
-    for index, tool in enumerate(request.tools or ()):
-        yield f"tools.{index}", tool, _TOOL
-    for index, block in enumerate(request.system or ()):
-        yield f"system.{index}", block, _BLOCK
-    for index, turn in enumerate(request.messages):
-        yield f"messages.{index}", turn, {}
-        for place, part in enumerate(turn.content):
-            at = f"messages.{index}.content.{place}"
-            yield at, part, _BLOCK
-            if isinstance(part, ToolResultBlock):
-                for depth, text in enumerate(part.content or ()):
-                    yield f"{at}.content.{depth}", text, _BLOCK

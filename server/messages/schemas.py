@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from server import schemas
+from server.chat_messages import MAX_PARTS, require_kind
 from server.errors import ApiError, invalid, shortened
-from server.schemas import MAX_MESSAGES, MAX_PARTS, Request
+from server.schemas import MAX_MESSAGES, Request
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
 from server.tools.schemas import MAX_TOOLS, ToolName
 from server.work import Workshop
@@ -41,9 +42,7 @@ def _known_kinds(*kinds: str) -> Callable[[object], object]:
 
     def require_known(value: object) -> object:
         kind = value.get("type") if isinstance(value, dict) else None
-        if isinstance(kind, str) and kind not in kinds:
-            told = f"blocks of the type {shortened(kind)!r} are not supported here; "
-            raise ValueError(told + " and ".join(kinds) + (" are" if len(kinds) > 1 else " is"))
+        require_kind(kind, kinds)
         return value
 
     return require_known
@@ -53,9 +52,34 @@ def _as_blocks(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+#: Anthropic's own tools, by their names without the date, and why they are left out.
+_RUN_THERE = "it runs on Anthropic's servers, and this one runs no tools"
+_TRAINED = "models learn its form for it alone; give it with an input_schema"
+LEFT_OUT = {
+    **dict.fromkeys(("web_search", "web_fetch", "code_execution", "advisor"), _RUN_THERE),
+    **dict.fromkeys(("tool_search_tool_bm25", "tool_search_tool_regex"), "all tools are shown"),
+    "mcp_toolset": _RUN_THERE,
+    **dict.fromkeys(("bash", "text_editor", "memory", "computer"), _TRAINED),
+    **dict.fromkeys(("browser_toolset", "computer_toolset"), _TRAINED),
+}
+_DATE = re.compile(r"_\d{8}\Z")
+
+
+def kind_of_tool(name: str) -> str:
+    """Return the kind of one of Anthropic's tools, which have a date."""
+    return _DATE.sub("", name)
+
+
+def _as_tool(value: object) -> object:
+    """Read a tool as its type says, so that a fault is one of that type alone."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    is_other = isinstance(kind, str) and kind_of_tool(kind) in LEFT_OUT
+    return (OtherTool if is_other else InputTool).model_validate(value)
+
+
 def _as_custom(value: object) -> object:
     if isinstance(value, str) and value != "custom":
-        raise ValueError(f"{shortened(value)!r} is a tool of Anthropic's servers, not of this one")
+        raise ValueError(f"{shortened(value)!r} is not a kind of tool that is known here")
     return value
 
 
@@ -148,6 +172,12 @@ class InputTool(Request):
     cache_control: CacheControl | None = None
 
 
+class OtherTool(Request):
+    """A tool of Anthropic's, which is left out."""
+
+    type: str
+
+
 class InputToolChoice(Request):
     """Which tools may or must be called."""
 
@@ -183,6 +213,10 @@ class RequestMetadata(Request):
     user_id: str | None = None
 
 
+Tools = Annotated[
+    list[Annotated[Any, BeforeValidator(_as_tool, json_schema_input_type=InputTool | OtherTool)]],
+    Field(max_length=MAX_TOOLS, fail_fast=True),
+]
 Turns = Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 StopSequences = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
@@ -198,8 +232,8 @@ class CountTokensRequest(Request):
         description="texts, calls, results, thoughts; a last one of the assistant is gone on with"
     )
     system: TextBlocks | None = None
-    tools: Annotated[list[InputTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
-        default=None, description="those the client runs; Anthropic's own are refused"
+    tools: Tools | None = Field(
+        default=None, description="those with an input_schema; Anthropic's own are left out"
     )
     tool_choice: InputToolChoice | None = Field(
         default=None, description="default: auto if there are tools"

@@ -7,7 +7,7 @@ nothing of responses.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,14 @@ from pydantic import ValidationError
 
 from server.errors import ApiError, from_validation
 from server.messages.conversation import Conversation
-from server.messages.params import passed, summed_up, without_effect
+from server.messages.params import passed, without_effect
 from server.messages.schemas import (
     CountTokensRequest,
     InputTool,
     InputToolChoice,
     MessagesRequest,
 )
-from server.params import Warned
+from server.params import Warned, summed_up
 from server.schemas import ChatRequest
 from server.text.template import ChatTemplate
 from server.tools.declared import think_tags
@@ -41,24 +41,31 @@ _RENAMED = {
 
 
 @dataclass(frozen=True, slots=True)
+class _Paths:
+    """Where things stand in the request, by their places in the chat."""
+
+    messages: tuple[str, ...]
+    tools: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Translated:
     """A request as a chat."""
 
     chat: ChatRequest
-    #: By the chat's message: where it stands in the request.
-    origins: tuple[str, ...]
+    paths: _Paths
     #: What the chat cannot tell.
     warnings: tuple[Warned, ...]
 
     def error(self, error: ApiError) -> ApiError:
         """Return an error about the chat as one about the request."""
-        return _about_request(error, self.origins)
+        return _about_request(error, self.paths)
 
     def all_warnings(self, of_chat: Iterable[Warned]) -> tuple[Warned, ...]:
         """Return the warnings, those about the chat too."""
         renamed: list[Warned] = []
         for warning in of_chat:
-            param = _name(warning["param"], self.origins)
+            param = _name(warning["param"], self.paths)
             message = warning["message"].replace(warning["param"], param)
             renamed.append({"param": param, "message": message})
         return tuple(summed_up([*self.warnings, *renamed]))
@@ -85,13 +92,14 @@ def translate(request: CountTokensRequest, template: ChatTemplate | None) -> Tra
         fields["chat_template_kwargs"] = variables | (fields.get("chat_template_kwargs") or {})
     if isinstance(request, MessagesRequest):
         fields |= _sampling(request)
-    origins = tuple(conversation.origins)
+    places = [at for at, tool in enumerate(request.tools or ()) if isinstance(tool, InputTool)]
+    paths = _Paths(tuple(conversation.origins), tuple(places))
     try:
         chat = ChatRequest.model_validate(fields)
     except ValidationError as error:
-        raise _about_request(from_validation(error), origins) from error
+        raise _about_request(from_validation(error), paths) from error
     chat.num_bytes = request.num_bytes
-    return Translated(chat, origins, (*warnings, *conversation.warnings))
+    return Translated(chat, paths, (*warnings, *conversation.warnings))
 
 
 def _sampling(request: MessagesRequest) -> dict[str, Any]:
@@ -107,11 +115,13 @@ def _sampling(request: MessagesRequest) -> dict[str, Any]:
     }
 
 
-def _tools(tools: list[InputTool] | None, choice: InputToolChoice | None) -> dict[str, Any]:
+def _tools(tools: Sequence[object] | None, choice: InputToolChoice | None) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    own = [_tool(tool) for tool in tools or () if isinstance(tool, InputTool)]
     if tools is not None:
-        fields["tools"] = [_tool(tool) for tool in tools]
-    if choice is not None:
+        fields["tools"] = own
+    # Of tools that are all left out, none is called.
+    if choice is not None and (own or choice.type != "auto" or not tools):
         fields["tool_choice"] = {
             "any": "required",
             "tool": {"type": "function", "function": {"name": choice.name}},
@@ -176,23 +186,26 @@ def _warning(param: str, because: str) -> Warned:
     return {"param": param, "message": f"{param} was ignored: {because}"}
 
 
-def _about_request(error: ApiError, origins: tuple[str, ...]) -> ApiError:
+def _about_request(error: ApiError, paths: _Paths) -> ApiError:
     if error.param is None:
         return error
-    param = _name(error.param, origins)
+    param = _name(error.param, paths)
     message = error.message.replace(error.param, param)
     return ApiError(error.status, message, param=param, code=error.code, headers=error.headers)
 
 
-def _name(param: str, origins: tuple[str, ...]) -> str:
+def _name(param: str, paths: _Paths) -> str:
     """Return what the request calls the chat's field `param`."""
     found = _PATH.fullmatch(param)
     if found is None:
         return param
     head, index, rest = found["head"], found["index"], found["rest"] or ""
     if head == "messages" and index is not None:
+        origins = paths.messages
         return origins[int(index)] if int(index) < len(origins) else head
     if head == "tools" and index is not None:
+        tools = paths.tools
+        index = str(tools[int(index)]) if int(index) < len(tools) else index
         rest = rest.removeprefix(".function").replace(".parameters", ".input_schema", 1)
     if head == "response_format":
         rest = rest.removeprefix(".json_schema")

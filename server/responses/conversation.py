@@ -6,32 +6,37 @@ Knows nothing of HTTP or of stores.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 from server import params
+from server.chat_messages import Message
 from server.errors import invalid
 from server.params import Warned
 from server.responses.items import (
     ContentPart,
+    CustomCallItem,
     FunctionCallItem,
-    FunctionOutputItem,
     Item,
     ItemReference,
     MessageItem,
     ReasoningItem,
+    ToolOutputItem,
 )
 from server.responses.store import Turn
-from server.schemas import Message
+from server.responses.tools import chat_name
+from server.tools.custom import arguments_of
 
 #: What an id begins with, by the type of its item.
 PREFIXES = {
     "message": "msg",
     "function_call": "fc",
     "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
     "reasoning": "rs",
 }
 _MAX_WARNINGS = 64
@@ -105,15 +110,15 @@ class _Folding:
     def take(self, origin: str, item: dict[str, Any]) -> None:
         """Take in an item as it is kept."""
         match item["type"]:
-            case "function_call_output":
+            case "function_call_output" | "custom_tool_call_output":
                 self.close()
                 output = item["output"]
                 texts = [output] if isinstance(output, str) else _texts(output)
                 self.add(origin, "tool", texts, call_id=item["call_id"])
             case "function_call":
-                called = {"name": item["name"], "arguments": item["arguments"]}
-                call = {"id": item["call_id"], "type": "function", "function": called}
-                self._assistant(origin).setdefault("tool_calls", []).append(call)
+                self._take_call(origin, item, item["arguments"])
+            case "custom_tool_call":
+                self._take_call(origin, item, arguments_of(item["input"]))
             case "reasoning":
                 self._take_reasoning(origin, item)
             case _ if item["role"] == "assistant":
@@ -141,6 +146,11 @@ class _Folding:
             return
         self.messages.append(message)
         self.origins.append(self._opened)
+
+    def _take_call(self, origin: str, item: dict[str, Any], arguments: str) -> None:
+        called = {"name": chat_name(item.get("namespace"), item["name"]), "arguments": arguments}
+        call = {"id": item["call_id"], "type": "function", "function": called}
+        self._assistant(origin).setdefault("tool_calls", []).append(call)
 
     def _take_words(self, origin: str, text: str) -> None:
         if self._open is not None and "content" in self._open and "tool_calls" not in self._open:
@@ -209,9 +219,10 @@ def _kept(item: Item) -> dict[str, Any]:
         case MessageItem():
             parts = [_kept_part(part, is_said=item.role == "assistant") for part in item.content]
             own: dict[str, Any] = {"type": "message", "role": item.role, "content": parts}
-        case FunctionCallItem():
-            own = item.model_dump(include={"type", "call_id", "name", "arguments"})
-        case FunctionOutputItem():
+        case FunctionCallItem() | CustomCallItem():
+            fields = {"type", "call_id", "name", "namespace", "arguments", "input"}
+            own = item.model_dump(include=fields, exclude_none=True)
+        case ToolOutputItem():
             outputs = [_kept_part(part, is_said=False) for part in item.output]
             is_one = len(outputs) == 1 and outputs[0]["type"] == "input_text"
             output = outputs[0]["text"] if is_one else outputs
@@ -238,24 +249,11 @@ def _item_warnings(items: Sequence[Item]) -> list[Warned]:
     warnings: list[Warned] = []
     seen: set[tuple[str, str]] = set()
     for index, item in enumerate(items):
-        for prefix, kind, extras in _extras(item):
+        for at, part in params.nested(item, f"input.{index}"):
+            kind, extras = str(getattr(part, "type", "")), dict(part.model_extra or {})
+            if isinstance(part, ReasoningItem):
+                extras["encrypted_content"] = part.encrypted_content
             fresh = {name: value for name, value in extras.items() if (kind, name) not in seen}
-            seen.update((kind, name) for name in fresh)
-            warnings += params.judge(fresh, {}, f"input.{index}.{prefix}")
+            seen.update((kind, name) for name, value in fresh.items() if value is not None)
+            warnings += params.judge(fresh, {}, f"{at}.")
     return warnings
-
-
-def _extras(item: Item) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield what is not read of an item: (path within it, the type it belongs to, fields)."""
-    if item.model_extra:
-        yield "", item.type or "", item.model_extra
-    if isinstance(item, ReasoningItem) and item.encrypted_content is not None:
-        yield "", item.type, {"encrypted_content": item.encrypted_content}
-    parts: Sequence[ContentPart] = ()
-    if isinstance(item, MessageItem):
-        parts = item.content
-    elif isinstance(item, FunctionOutputItem):
-        parts = item.output
-    for index, part in enumerate(parts):
-        if part.model_extra:
-            yield f"content.{index}.", part.type, part.model_extra

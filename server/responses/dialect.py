@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from server import sse
+from server.answer_parser import AnswerParser
 from server.chat import logprobs_entry
 from server.context import RequestRecord
 from server.errors import ApiError
@@ -21,8 +22,15 @@ from server.responses.logprobs import TextTokens
 from server.responses.output import Fields, OutputItems
 from server.service import Service
 from server.spoken import call_id
-from server.tools.events import Call, Content, CutCall, Event, Reasoning
-from server.tools.speech import SpeechParser
+from server.tools.events import (
+    ArgumentsDelta,
+    CallEnded,
+    CallStarted,
+    Content,
+    CutCall,
+    Event,
+    Reasoning,
+)
 
 #: OpenAI's `error.code` of a response that failed.
 _ERROR_CODES = {429: "rate_limit_exceeded", 400: "invalid_prompt"}
@@ -45,13 +53,11 @@ class ResponseDialect:
         calls = spoken.speech.calls if spoken is not None else None
         num_id_chars = calls.id_chars if calls is not None else None
         self._output = OutputItems(exchange.key, lambda: call_id(service.chance, num_id_chars))
-        self._parser = SpeechParser(spoken.speech) if spoken is not None else None
+        self._parser = AnswerParser(spoken) if spoken is not None else None
         #: Nothing but text is told, event by event alike but for the text and the number.
         self._is_plain = spoken is None and not job.has_logprobs
         self._delta_head = b""
         self._tokens = TextTokens()
-        #: What the reader is not given otherwise.
-        self._left_out: Fields = {}
 
     def opening(self) -> bytes:
         """See `Dialect`."""
@@ -121,21 +127,22 @@ class ResponseDialect:
                 case Content(text):
                     events += self._output.text(text, self._logprobs(self._tokens.of(event)))
                 case Reasoning(text):
-                    is_told = self._job.spoken is None or self._job.spoken.has_reasoning
-                    events += self._output.reasoning(text) if is_told else []
-                case Call():
-                    events += self._called(event)
-                case CutCall(text):
-                    self._left_out["cut_tool_call"] = text
+                    events += self._output.reasoning(text)
+                case CallStarted():
+                    events += self._rest_of_logprobs() + self._called(event)
+                case ArgumentsDelta(text):
+                    events += self._output.arguments(text)
+                case CallEnded():
+                    events += self._output.end("completed")
+                case CutCall():
+                    events += self._output.end("incomplete") if self._output.is_call_open else []
         return events
 
-    def _called(self, call: Call) -> list[Fields]:
-        events = self._rest_of_logprobs()
-        is_told = self._job.spoken is None or self._job.spoken.has_parallel_calls
-        if is_told or not self._output.num_calls:
-            return events + self._output.call(call)
-        self._left_out["num_tool_calls"] = self._left_out.get("num_tool_calls", 0) + 1
-        return events
+    def _called(self, call: CallStarted) -> list[Fields]:
+        tool = self._exchange.called(call.name)
+        name = call.name if tool is None else tool.given.name
+        namespace = None if tool is None else tool.namespace
+        return self._output.call(name, namespace, is_custom=call.is_custom)
 
     def _rest_of_logprobs(self) -> list[Fields]:
         rest = self._logprobs(self._tokens.rest())
@@ -147,13 +154,13 @@ class ResponseDialect:
     def _finished(self, finish_reason: str, told: dict[str, Any]) -> Fields:
         """Return the whole response, and have it kept."""
         is_cut = finish_reason == "length"
-        left_out = {"left_out": self._left_out} if self._left_out else {}
+        left_out = self._parser.left_out if self._parser is not None else {}
         shell = self._shell | {
             "status": "incomplete" if is_cut else "completed",
             "completed_at": None if is_cut else int(self._clock.wall_s()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "usage": self._usage(told["usage"]),
-            "octavo": told["octavo"] | left_out,
+            "octavo": told["octavo"] | ({"left_out": left_out} if left_out else {}),
         }
         items = self._output.items()
         return {**self._exchange.keep(shell, items), "output": items}

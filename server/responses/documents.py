@@ -74,7 +74,20 @@ class FunctionCallOutput(Document):
     status: Status
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str
+
+
+class CustomCallOutput(Document):
+    """A call of a custom tool: `input` is a text."""
+
+    id: str
+    type: Literal["custom_tool_call"]
+    status: Status
+    call_id: str
+    name: str
+    namespace: str | None = None
+    input: str
 
 
 class AnyMessage(Document):
@@ -88,16 +101,16 @@ class AnyMessage(Document):
 
 
 class ToolResult(Document):
-    """What a called function gave."""
+    """What a called tool gave."""
 
     id: str
-    type: Literal["function_call_output"]
+    type: Literal["function_call_output", "custom_tool_call_output"]
     status: Status
     call_id: str
     output: str | list[InputText | Refusal]
 
 
-OutputItem = OutputMessage | ReasoningOutput | FunctionCallOutput
+OutputItem = OutputMessage | ReasoningOutput | FunctionCallOutput | CustomCallOutput
 
 
 class InputTokensDetails(Document):
@@ -195,6 +208,8 @@ class ResponseEvent(Document):
         "response.content_part.done",
         "response.function_call_arguments.delta",
         "response.function_call_arguments.done",
+        "response.custom_tool_call_input.delta",
+        "response.custom_tool_call_input.done",
         "response.output_item.done",
         "response.completed",
         "response.incomplete",
@@ -213,6 +228,7 @@ class ResponseEvent(Document):
     logprobs: list[TokenLogprob] | None = None
     name: str | None = None
     arguments: str | None = None
+    input: str | None = None
     code: str | None = None
     message: str | None = None
     param: str | None = None
@@ -231,7 +247,7 @@ class InputItems(Document):
     """Answer of `GET /v1/responses/{id}/input_items`."""
 
     object: Literal["list"]
-    data: list[AnyMessage | ToolResult | FunctionCallOutput | ReasoningOutput]
+    data: list[AnyMessage | ToolResult | FunctionCallOutput | CustomCallOutput | ReasoningOutput]
     first_id: str | None
     last_id: str | None
     has_more: bool

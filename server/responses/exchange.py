@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import orjson
+from pydantic import BaseModel
 
 from server.errors import ApiError, invalid
 from server.generate import Job
@@ -24,7 +25,9 @@ from server.responses.conversation import (
 from server.responses.items import ItemReference
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, Turn
+from server.responses.tools import CallableTool, callable_tools
 from server.responses.translate import (
+    Renaming,
     chat_request,
     own_warnings,
     renamed_error,
@@ -56,8 +59,9 @@ class Exchange:
         self._input_json = b""
         #: Of all that it answers.
         self._num_bytes = 0
-        #: Of the chat's messages; None: there is no chat yet.
-        self._origins: list[str] | None = None
+        self._tools = callable_tools(request.tools or ())
+        #: None: there is no chat yet.
+        self._renaming: Renaming | None = None
 
     @property
     def response_id(self) -> str:
@@ -74,14 +78,15 @@ class Exchange:
         self._previous = self._find_previous()
         conversation = await self._read()
         self._input_json = conversation.input_json
-        self._origins = conversation.origins
+        renaming = Renaming(conversation.origins, [tool.path for tool in self._tools])
+        self._renaming = renaming
         chat = await self._service.work.run(
             lambda _: chat_request(request, conversation.messages), self._num_bytes
         )
         chat.num_bytes = self._num_bytes
         job = await chat_job(self._service, chat)
         warnings += conversation.warnings
-        warnings += renamed_warnings(job.warnings, conversation.origins)
+        warnings += renamed_warnings(job.warnings, renaming)
         # The usage is always told, at the end.
         return replace(
             job, warnings=tuple(warnings), has_usage_chunk=True, has_continuous_usage=False
@@ -89,14 +94,18 @@ class Exchange:
 
     def as_told_here(self, error: ApiError) -> ApiError:
         """Return an error in the words of this API: from some point on, it comes from a chat."""
-        return error if self._origins is None else renamed_error(error, self._origins)
+        return error if self._renaming is None else renamed_error(error, self._renaming)
+
+    def called(self, name: str) -> CallableTool | None:
+        """Return the tool that a chat's call means; None: there is none of that name."""
+        return next((tool for tool in self._tools if tool.name == name), None)
 
     def shell(self, job: Job) -> dict[str, Any]:
         """Return the response as it is at its beginning, without its output."""
         request, sampling = self._request, job.requests[0].params
         reasoning, text = request.reasoning, request.text
         text_format = text.format if text is not None else None
-        tools = [tool.model_dump() for tool in request.tools or ()]
+        tools = [_json_of(tool) for tool in request.tools or ()]
         choice = request.tool_choice or "auto"
         return {
             "id": self.response_id,
@@ -115,7 +124,7 @@ class Exchange:
             "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
             "store": self._is_kept,
             "temperature": sampling.temperature,
-            "text": {"format": text_format.model_dump() if text_format else {"type": "text"}},
+            "text": {"format": _json_of(text_format) if text_format else {"type": "text"}},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "tools": tools,
             "top_logprobs": request.top_logprobs or 0,
@@ -204,3 +213,8 @@ class Exchange:
 def response_id(key: str) -> str:
     """Return the name of the response with this key."""
     return f"resp_{key}"
+
+
+def _json_of(asked: BaseModel) -> orjson.Fragment:
+    """Return what a request holds as JSON: schemas may hold numbers that orjson does not write."""
+    return orjson.Fragment(asked.model_dump_json())

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from server.errors import shortened
-from server.schemas import MAX_MESSAGES, MAX_PARTS, Request
+from server.chat_messages import MAX_PARTS, require_kind
+from server.schemas import MAX_MESSAGES, Request
 from server.tools.schemas import ToolName
 
 #: Of ids and the like that are only kept.
@@ -31,10 +31,7 @@ class _Typed(Request):
     @field_validator("type", mode="before")
     @classmethod
     def _is_known(cls, value: object) -> object:
-        if value not in cls.types:
-            shown = repr(shortened(value)) if isinstance(value, str) else "this"
-            known = ", ".join(cls.types)
-            raise ValueError(f"{shown} is not supported; it can be one of: {known}")
+        require_kind(value, cls.types)
         return value
 
 
@@ -96,15 +93,28 @@ class FunctionCallItem(Request):
     type: Literal["function_call"]
     call_id: Name
     name: ToolName
+    namespace: ToolName | None = None
     arguments: str
     id: Name | None = None
     status: Status | None = None
 
 
-class FunctionOutputItem(Request):
-    """What a called function gave."""
+class CustomCallItem(Request):
+    """A call of a custom tool that the model made."""
 
-    type: Literal["function_call_output"]
+    type: Literal["custom_tool_call"]
+    call_id: Name
+    name: ToolName
+    namespace: ToolName | None = None
+    input: str
+    id: Name | None = None
+    status: Status | None = None
+
+
+class ToolOutputItem(Request):
+    """What a called tool gave."""
+
+    type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: Name
     output: Content
     id: Name | None = None
@@ -134,12 +144,16 @@ class ItemReference(Request):
     id: Name
 
 
-Item = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem | ItemReference
+Item = (
+    MessageItem | FunctionCallItem | CustomCallItem | ToolOutputItem | ReasoningItem | ItemReference
+)
 
 ITEMS: Mapping[str, type[Item]] = {
     "message": MessageItem,
     "function_call": FunctionCallItem,
-    "function_call_output": FunctionOutputItem,
+    "function_call_output": ToolOutputItem,
+    "custom_tool_call": CustomCallItem,
+    "custom_tool_call_output": ToolOutputItem,
     "reasoning": ReasoningItem,
     "item_reference": ItemReference,
 }

@@ -12,12 +12,17 @@ from typing import Any, Literal
 import orjson
 
 from server.responses.conversation import item_id
-from server.tools.events import Call
 
 Fields = dict[str, Any]
 Ended = Literal["completed", "incomplete"]
 
 _PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
+#: What the model writes of a call, by its kind, and the events that tell it.
+_WRITTEN = {"function_call": "arguments", "custom_tool_call": "input"}
+_CALL_EVENTS = {
+    "function_call": "function_call_arguments",
+    "custom_tool_call": "custom_tool_call_input",
+}
 
 
 class OutputItems:
@@ -33,11 +38,6 @@ class OutputItems:
         self._logprobs: list[Fields] = []
 
     @property
-    def num_calls(self) -> int:
-        """Calls so far."""
-        return sum(item["type"] == "function_call" for item in self._items)
-
-    @property
     def is_message_open(self) -> bool:
         """Whether text that follows goes on with what is there."""
         return self._is_open and self._items[-1]["type"] == "message"
@@ -46,7 +46,7 @@ class OutputItems:
         """Return them as they are by now."""
         if not self._is_open:
             return list(self._items)
-        return [*self._items[:-1], self._items[-1] | {"content": [self._part()]}]
+        return [*self._items[:-1], self._items[-1] | self._written()]
 
     def text(self, text: str, logprobs: list[Fields]) -> list[Fields]:
         """Go on with the message, or begin one."""
@@ -71,39 +71,50 @@ class OutputItems:
         events = [] if is_open else self._begin("reasoning", {"summary": []})
         return [*events, self._delta(text)]
 
-    def call(self, call: Call) -> list[Fields]:
-        """Add a call, which is complete."""
+    def call(self, name: str, namespace: str | None, *, is_custom: bool) -> list[Fields]:
+        """Begin a call."""
         events = self.end("completed")
-        called = {"call_id": self._new_call_id(), "name": call.name, "arguments": call.arguments}
-        item = self._add("function_call", called | {"status": "completed"})
-        at = self._at()
-        return [
-            *events,
-            self._added(item | {"arguments": "", "status": "in_progress"}),
-            {"type": "response.function_call_arguments.delta", **at, "delta": call.arguments},
-            {
-                "type": "response.function_call_arguments.done",
-                **at,
-                "name": call.name,
-                "arguments": call.arguments,
-            },
-            self._done(),
-        ]
+        kind = "custom_tool_call" if is_custom else "function_call"
+        called = {"call_id": self._new_call_id(), "name": name, _WRITTEN[kind]: ""}
+        if namespace is not None:
+            called["namespace"] = namespace
+        item = self._add(kind, called | {"status": "in_progress"})
+        self._is_open = True
+        return [*events, self._added(dict(item))]
+
+    def arguments(self, text: str) -> list[Fields]:
+        """Go on with the arguments of the call that is open."""
+        self._texts.append(text)
+        kind = _CALL_EVENTS[self._items[-1]["type"]]
+        return [{"type": f"response.{kind}.delta", **self._at(), "delta": text}]
 
     def end(self, status: Ended) -> list[Fields]:
         """End the item that is open, if one is."""
         if not self._is_open:
             return []
-        part = self._part()
-        at = self._at() | {"content_index": 0}
-        self._items[-1] |= {"status": status, "content": [part]}
+        written = self._written()
+        self._items[-1] |= {"status": status, **written}
         self._is_open = False
         self._texts, self._logprobs = [], []
+        if "content" in written:
+            return [*self._content_done(written["content"][0]), self._done()]
+        if status == "incomplete":
+            return [self._done()]
+        kind = _CALL_EVENTS[self._items[-1]["type"]]
+        named = {"name": self._items[-1]["name"]} if "arguments" in written else {}
+        return [{"type": f"response.{kind}.done", **self._at(), **named, **written}, self._done()]
+
+    @property
+    def is_call_open(self) -> bool:
+        """Whether the last item is a call that is not complete."""
+        return self._is_open and self._items[-1]["type"] in _WRITTEN
+
+    def _content_done(self, part: Fields) -> list[Fields]:
+        at = self._at() | {"content_index": 0}
         text_done = {key: value for key, value in part.items() if key in {"text", "logprobs"}}
         return [
             {"type": f"response.{part['type']}.done", **at, **text_done},
             {"type": "response.content_part.done", **at, "part": part},
-            self._done(),
         ]
 
     def _begin(self, kind: str, fields: Fields) -> list[Fields]:
@@ -120,6 +131,13 @@ class OutputItems:
         own = item_id(kind, self._response_key, index, is_output=True)
         self._items.append({"id": own, "type": kind, **fields})
         return self._items[-1]
+
+    def _written(self) -> Fields:
+        """Return what the open item holds by now."""
+        kind = self._items[-1]["type"]
+        if kind in _WRITTEN:
+            return {_WRITTEN[kind]: "".join(self._texts)}
+        return {"content": [self._part()]}
 
     def _part(self) -> Fields:
         kind = _PARTS[self._items[-1]["type"]]

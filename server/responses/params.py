@@ -40,6 +40,7 @@ _OWN = {
     "continue_final_message": _refused(_FALSE),
     "max_tool_calls": _warned("it counts calls of built-in tools, and there are none"),
     "prompt_cache_options": _warned("prefixes are kept as long as there is room", {}),
+    "client_metadata": _warned("is not used", {}),
     "access_programs": _warned("there are none", {}),
     "image": _warned("there are no pictures", {}),
 }

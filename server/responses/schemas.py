@@ -7,14 +7,13 @@ those that all our routes have (`GenerateFields`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from server.errors import shortened
 from server.responses.items import Items, Name
+from server.responses.tools import ToolChoice, Tools
 from server.schemas import GenerateFields, Request, StreamOptions, TemplateVariables
-from server.tools.schemas import MAX_TOOLS, ToolName
 
 MAX_INCLUDED = 64
 MAX_METADATA = 16
@@ -28,43 +27,6 @@ WITHOUT_MEANING: Mapping[str, str] = {
     "prompt_logprobs": "the prompt's probabilities have no place in a response",
 }
 _NEUTRAL: Mapping[str, object] = {"n": 1, "return_token_ids": False}
-
-
-def _only_functions(value: object) -> object:
-    if isinstance(value, str) and value != "function":
-        raise ValueError(f"{shortened(value)!r} is not supported; the only kind is 'function'")
-    return value
-
-
-class FunctionTool(Request):
-    """A function that the model may call: the only kind of tool."""
-
-    type: Annotated[Literal["function"], BeforeValidator(_only_functions)]
-    name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(
-        default=None, description="a JSON Schema of the arguments; default: none are taken"
-    )
-    strict: bool | None = None
-
-
-class NamedFunction(Request):
-    """The one tool to be called."""
-
-    type: Literal["function"]
-    name: ToolName
-
-
-def _as_choice(value: object) -> object:
-    """One fault of the field, not one of each shape it could have had."""
-    if isinstance(value, str) and value in {"none", "auto", "required"}:
-        return value
-    if isinstance(value, dict):
-        try:
-            return NamedFunction.model_validate(value)
-        except ValidationError:
-            pass
-    raise ValueError("must be 'none', 'auto', 'required' or a function by its name")
 
 
 class TextFormat(Request):
@@ -118,17 +80,11 @@ class ResponsesRequest(GenerateFields):
     max_output_tokens: int | None = Field(
         default=None, description="default: as many as the context has room for"
     )
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: (
-        Annotated[
-            Any,
-            BeforeValidator(
-                _as_choice,
-                json_schema_input_type=Literal["none", "auto", "required"] | NamedFunction,
-            ),
-        ]
-        | None
-    ) = Field(default=None, description="default auto")
+    tools: Tools | None = Field(
+        default=None,
+        description="function, custom, namespace; others are left out with a warning",
+    )
+    tool_choice: ToolChoice | None = Field(default=None, description="default auto")
     parallel_tool_calls: bool | None = Field(
         default=None, description="false: only the first call is told; default true"
     )

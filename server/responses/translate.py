@@ -12,17 +12,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from server import params
+from server.chat_messages import Message
 from server.errors import ApiError, from_validation, invalid
 from server.params import Warned
 from server.responses.params import INCLUDABLE, LOGPROBS, REASONING, RESPONSES
-from server.responses.schemas import (
-    WITHOUT_MEANING,
-    FunctionTool,
-    NamedFunction,
-    ResponsesRequest,
-    TextFormat,
-)
-from server.schemas import ChatRequest, GenerateFields, Message
+from server.responses.schemas import WITHOUT_MEANING, ResponsesRequest, TextFormat
+from server.responses.tools import callable_tools, chat_choice, tool_warnings
+from server.schemas import ChatRequest, GenerateFields, Request
 
 _PASSED = (
     *(name for name in GenerateFields.model_fields if name not in WITHOUT_MEANING),
@@ -42,7 +38,8 @@ _NAMES = {
     "logprobs": "include",
 }
 _NAME = re.compile(
-    r"(?<![\w.])(?:messages(?:\.(?P<message>\d+)(?:\.\w+)*)?|tools\.(?P<tool>\d+)\.function"
+    r"(?<![\w.])(?:messages(?:\.(?P<message>\d+)(?:\.\w+)*)?"
+    r"|tools\.(?P<tool>\d+)\.(?:function|custom(?P<format>\.format\.grammar)?)"
     r"|(?P<name>" + "|".join(map(re.escape, _NAMES)) + r"))(?!\w)"
 )
 
@@ -58,11 +55,12 @@ def chat_request(request: ResponsesRequest, messages: Sequence[Message]) -> Chat
     fields["top_logprobs"] = request.top_logprobs if has_logprobs(request) else None
     if request.truncation == "auto" and request.truncate_prompt_tokens is None:
         fields["truncate_prompt_tokens"] = -1
-    if request.tools:
-        fields["tools"] = [_tool(tool) for tool in request.tools]
+    tools = callable_tools(request.tools or ())
+    if tools:
+        fields["tools"] = [tool.for_chat() for tool in tools]
     # OpenAI's default, which many clients send along with no tools at all.
-    if request.tools or request.tool_choice != "auto":
-        fields["tool_choice"] = _choice(request.tool_choice)
+    if tools or request.tool_choice != "auto":
+        fields["tool_choice"] = chat_choice(request.tool_choice, request.tools or ())
     if request.reasoning is not None:
         fields["reasoning_effort"] = request.reasoning.effort
     if request.text is not None:
@@ -83,7 +81,7 @@ def has_logprobs(request: ResponsesRequest) -> bool:
 
 def own_warnings(request: ResponsesRequest) -> list[Warned]:
     """Return what of the request has no effect. Raises `ApiError` for what is refused."""
-    warnings = params.judge(request.model_extra, RESPONSES)
+    warnings = [*request.notes, *params.judge(request.model_extra, RESPONSES)]
     if request.text is not None:
         warnings += params.judge(request.text.model_extra, {}, "text.")
         text_format = request.text.format
@@ -91,6 +89,9 @@ def own_warnings(request: ResponsesRequest) -> list[Warned]:
             warnings += params.judge(text_format.model_extra, {}, "text.format.")
     if request.reasoning is not None:
         warnings += params.judge(request.reasoning.model_extra, REASONING, "reasoning.")
+    warnings += tool_warnings(request.tools or ())
+    if isinstance(request.tool_choice, Request):
+        warnings += params.judge(request.tool_choice.model_extra, {}, "tool_choice.")
     for index, included in enumerate(request.include or ()):
         if included == LOGPROBS:
             continue
@@ -104,9 +105,8 @@ def own_warnings(request: ResponsesRequest) -> list[Warned]:
     return warnings
 
 
-def renamed_error(error: ApiError, origins: Sequence[str]) -> ApiError:
-    """Return a chat's error in the words of this API; `origins`: of the chat's messages."""
-    renamed = _Renaming(origins)
+def renamed_error(error: ApiError, renamed: Renaming) -> ApiError:
+    """Return a chat's error in the words of this API."""
     return ApiError(
         error.status,
         renamed(error.message),
@@ -116,41 +116,33 @@ def renamed_error(error: ApiError, origins: Sequence[str]) -> ApiError:
     )
 
 
-def renamed_warnings(warnings: Sequence[Warned], origins: Sequence[str]) -> list[Warned]:
+def renamed_warnings(warnings: Sequence[Warned], renamed: Renaming) -> list[Warned]:
     """Return a chat's warnings in the words of this API."""
-    renamed = _Renaming(origins)
     return [{"param": renamed(w["param"]), "message": renamed(w["message"])} for w in warnings]
 
 
-class _Renaming:
+class Renaming:
     """Puts our names in place of a chat's, wherever they stand in a text."""
 
-    def __init__(self, origins: Sequence[str]) -> None:
+    def __init__(self, origins: Sequence[str], tools: Sequence[str]) -> None:
+        """`origins`: of the chat's messages; `tools`: where its tools stand."""
         self._origins = origins
+        self._tools = tools
 
     def __call__(self, text: str) -> str:
+        """Return a text with our names."""
         return _NAME.sub(self._name, text)
 
     def _name(self, found: re.Match[str]) -> str:
         if found["name"]:
             return _NAMES[found["name"]]
         if found["tool"]:
-            return f"tools.{found['tool']}"
+            place = int(found["tool"])
+            path = self._tools[place] if place < len(self._tools) else f"tools.{place}"
+            return path + (".format" if found["format"] else "")
         if found["message"] and int(found["message"]) < len(self._origins):
             return self._origins[int(found["message"])]
         return "input"
-
-
-def _tool(tool: FunctionTool) -> dict[str, Any]:
-    function = {"name": tool.name, "parameters": tool.parameters, "strict": tool.strict}
-    function |= {"description": tool.description, **(tool.model_extra or {})}
-    return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
-
-
-def _choice(choice: str | NamedFunction | None) -> str | dict[str, Any] | None:
-    if isinstance(choice, NamedFunction):
-        return {"type": "function", "function": {"name": choice.name}}
-    return choice
 
 
 def _response_format(text_format: TextFormat) -> dict[str, Any] | None:

@@ -26,10 +26,10 @@ _log = logging.getLogger(__name__)
 
 _COMMAND = (sys.executable, "-m", "model.grammar_check")
 #: The process bounds a judgement by its processor time, and says so while it takes some. One that
-#: says nothing for so long hangs.
-_PATIENCE_S = 3.0
+#: says nothing for so long hangs: on no machine does it wait so long for a processor.
+_PATIENCE_S = 30.0
 _MAX_TRIES = 2
-_START_TIMEOUT_S = 20.0
+_START_TIMEOUT_S = 120.0
 #: Judged side by side; others wait for their turn.
 _MAX_SIDE_BY_SIDE = 4
 _MAX_CACHED, _MAX_CACHED_CHARS = 256, 64 * 1024

@@ -8,7 +8,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from server.errors import invalid
+from server.errors import ApiError, invalid
 from server.params import Warned
 from server.schemas import ChatRequest, GenerateFields
 from server.service import Service
@@ -26,7 +26,7 @@ from server.structured.grammar import (
     whole,
 )
 from server.structured.schemas import ResponseFormat, StructuredOutputs
-from server.tooling import Spoken, forced_tools, is_forced, prompt_end
+from server.tooling import Spoken, forced_tools, is_forced, numbered, prompt_end
 from server.tools.forms import call_form
 from server.tools.schemas import Tool, ToolFunction
 from server.work import LONG_CHARS
@@ -64,14 +64,15 @@ async def chat_grammar(
 ) -> tuple[str | None, list[Warned]]:
     """Return the grammar of a chat's answer, and what of it is not enforced. Raises `ApiError`.
 
-    `tools`: the callable ones. With a form and tools to choose from, the answer is either.
+    `tools`: the callable ones. With a form and tools to choose from, the answer is either; where
+    `tool_choice` forces a call, it is a call.
     """
     asked, has_calls = await _asked(service, request), is_forced(request)
     if asked is None and not has_calls:
         return None, []
+    warnings: list[Warned] = []
     if asked is not None and has_calls:
-        message = f"{asked.param} cannot be had together with a tool_choice that forces a call"
-        raise invalid(message, asked.param)
+        warnings, asked = [_without_effect(asked)], None
     thinking = None if spoken is None else _thinking(service, spoken, prompt)
     form = None if asked is None else asked.form
     calls, fields = "", dict[str, str]()
@@ -79,7 +80,15 @@ async def chat_grammar(
         calls, fields = _calls(service, request, tools, spoken)
     param = "tools" if len(fields) > 1 else "".join(fields.values())
     grammar = whole(form, thinking=thinking, calls=calls)
-    return await _judged(service, request, grammar, asked.param if asked else param, fields)
+    param = asked.param if asked else param
+    grammar, relaxed = await _judged(service, request, grammar, param, fields)
+    return grammar, warnings + relaxed
+
+
+def _without_effect(asked: _Asked) -> Warned:
+    """Return the warning for a form beside a forced call."""
+    param = asked.param.partition(".")[0]
+    return {"param": param, "message": f"{param} was ignored: tool_choice forces a call"}
 
 
 async def _asked(service: Service, request: GenerateFields) -> _Asked | None:
@@ -94,7 +103,7 @@ async def _asked(service: Service, request: GenerateFields) -> _Asked | None:
     try:
         return await service.work.run(lambda _: read(), _num_chars(request))
     except ValueError as error:
-        raise invalid(f"{name} {error}", name) from error
+        raise _unusable(name, error) from error
 
 
 def _readers(request: GenerateFields) -> dict[str, Callable[[], _Asked]]:
@@ -205,9 +214,9 @@ def _calls(
     forced = {tool.function.name for tool in forced_tools(request, tools)}
     shown: list[tuple[str, str]] = []
     fields: dict[str, str] = {}
-    for index, tool in enumerate(tools):
+    for index, tool in numbered(request, tools):
         if tool.function.name in forced:
-            param = f"tools.{index}.function.parameters"
+            param = f"tools.{index}.{tool.schema_field}"
             rule = _arguments(tool.function, param, arguments_rule(len(shown)))
             shown.append((tool.function.name, rule))
             fields[rule] = param
@@ -232,7 +241,12 @@ def _arguments(function: ToolFunction, param: str, rule: str) -> str:
     try:
         return json_rule(rule, schema, is_lenient=function.strict is not True)
     except ValueError as error:
-        raise invalid(f"{param} {error}", param) from error
+        raise _unusable(param, error) from error
+
+
+def _unusable(param: str, error: ValueError) -> ApiError:
+    """Return the error for a form that cannot be read; the log does not get its text."""
+    return invalid(f"{param} {error}", param, log_reason=f"{param} cannot be used")
 
 
 async def _judged(
@@ -260,7 +274,8 @@ async def _judged(
         # An error without a line asks for the one before the first: there is none.
         line = "".join(grammar.split("\n")[verdict.error_line - 1 : verdict.error_line])
         param = fields.get(line, param)
-        raise invalid(f"{param} cannot be enforced: {verdict.error}", param)
+        reason = f"{param} cannot be enforced"
+        raise invalid(f"{reason}: {verdict.error}", param, log_reason=reason)
     told = "is enforced but for this: "
     return verdict.grammar, [
         {"param": param, "message": f"{param} {told}{warning}"} for warning in verdict.warnings

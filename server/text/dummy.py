@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
+from model.formats.json_file import shown
 from server.text.folder import eos_token_ids, read_json
 from server.text.pieces import BYTE_LEVEL_ALPHABET, TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
@@ -25,6 +26,8 @@ DUMMY_TEMPLATE = """\
 """
 
 _NUM_BYTES = 256
+#: Ten times what models have. All of them are made.
+_MOST_TOKENS = 2**22
 
 
 def dummy_tokenizer(config_path: Path) -> Tokenizer:
@@ -34,9 +37,10 @@ def dummy_tokenizer(config_path: Path) -> Tokenizer:
     """
     config = read_json(config_path)
     vocab_size = config.get("vocab_size")
-    if not isinstance(vocab_size, int) or vocab_size < _NUM_BYTES:
+    if not isinstance(vocab_size, int) or not _NUM_BYTES <= vocab_size <= _MOST_TOKENS:
         raise TextError(
-            f"{config_path}: vocab_size must be at least {_NUM_BYTES} for text, got {vocab_size!r}"
+            f"{config_path}: vocab_size must be at least {_NUM_BYTES} for text, and at most "
+            f"{_MOST_TOKENS}, got {shown(vocab_size)}"
         )
     ends = eos_token_ids(config, config_path)
     tokens = [*BYTE_LEVEL_ALPHABET, *(f"Ġ{i}" for i in range(_NUM_BYTES, vocab_size))]

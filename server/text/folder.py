@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-import orjson
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Core
 
+from model.formats import FormatError
+from model.formats.json_file import read_json_object, shown
 from server.text.pieces import TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
 
@@ -34,9 +35,6 @@ _STEPS_OF_CLASSES = {
 #: Ten times what models have; each costs 30 microseconds and 1.5 KB.
 _MAX_LISTED = 65_536
 _EXTRA, _EXTRA_BEFORE = "extra_special_tokens", "additional_special_tokens"
-
-#: Those of generation_config.json that vLLM takes, too.
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class ModelFolder:
@@ -94,14 +92,9 @@ class ModelFolder:
             self.notes.append(f"the chat templates of .jinja files are taken, not those in {where}")
         return sources or stated
 
-    def sampling_defaults(self) -> dict[str, float]:
-        """Return the sampling that the model's makers ask for, by vLLM's names of parameters."""
-        stated = {name: self._generation.get(name) for name in _SAMPLING_DEFAULTS}
-        return {
-            name: value
-            for name, value in stated.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+    def sampling_defaults(self) -> Mapping[str, object]:
+        """Return generation_config.json as it is: what the model's makers ask for."""
+        return self._generation
 
     def _special_tokens(self) -> list[tuple[str, AddedToken]]:
         """Return special tokens, their names or "" first, in the order `transformers` adds them."""
@@ -139,7 +132,8 @@ class ModelFolder:
         """Make a token of its text or of the object around it. `flags`: where that has none."""
         stated = {"content": value} if isinstance(value, str) else value
         if not isinstance(stated, dict) or _text(stated) is None:
-            raise TextError(f"{self._folder}: {name} is no token: {str(value)[:80]}")
+            where = "tokenizer_config.json or special_tokens_map.json"
+            raise TextError(f"{self._folder}: {name} in {where} is no token: {shown(value)}")
         stated = {key: flag for key, flag in stated.items() if key != "__type"}
         try:
             return AddedToken(**{**flags, **stated})
@@ -162,7 +156,10 @@ class ModelFolder:
                 for text, i in added.items()
             }
         if not isinstance(listed, dict) or not all(i.isdecimal() for i in listed):
-            raise TextError(f"{self._folder}: ids of added tokens must be numbers of tokens")
+            raise TextError(
+                f"{self._folder}: ids of added tokens must be numbers of tokens "
+                "(added_tokens_decoder of tokenizer_config.json, or added_tokens.json)"
+            )
         if (count := len(listed) + len(present)) > _MAX_LISTED:
             raise TextError(f"{self._folder}: {count} added tokens, at most {_MAX_LISTED} are read")
         name = "added_tokens_decoder"
@@ -227,14 +224,11 @@ def _text(token: object) -> str | None:
 def read_json(path: Path) -> dict[str, object]:
     """Return the object in a JSON file, empty if there is no file. Raises `TextError`."""
     try:
-        content = orjson.loads(path.read_bytes())
+        return read_json_object(path)
     except FileNotFoundError:
         return {}
-    except orjson.JSONDecodeError as error:
-        raise TextError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TextError(f"{path} must hold a JSON object")
-    return content
+    except FormatError as error:
+        raise TextError(str(error)) from error
 
 
 def eos_token_ids(config: Mapping[str, object], path: Path) -> list[int]:
@@ -242,8 +236,9 @@ def eos_token_ids(config: Mapping[str, object], path: Path) -> list[int]:
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        shown = str(value)[:80]
-        raise TextError(f"{path}: eos_token_id must be a number or a list of them, got {shown}")
+        raise TextError(
+            f"{path}: eos_token_id must be a number or a list of them, got {shown(value)}"
+        )
     return [*ids]
 
 
@@ -255,15 +250,18 @@ def _read_text(path: Path) -> str:
 
 
 def _named_templates(value: object, path: Path) -> Iterator[tuple[str, str]]:
-    """One template, or a list of objects with a name and a template."""
+    """One template, an object of them by name, or a list of objects with a name and a template."""
     if isinstance(value, str):
         yield "default", value
+    elif isinstance(value, dict) and all(isinstance(one, str) for one in value.values()):
+        yield from value.items()
     elif isinstance(value, list):
         for entry in value:
             match entry:
                 case {"name": str(name), "template": str(template)}:
                     yield name, template
                 case _:
-                    raise TextError(f"chat_template: an entry must have name and template: {entry}")
+                    wanted = "an entry of chat_template must have name and template"
+                    raise TextError(f"{path}: {wanted}: {shown(entry)}")
     elif value is not None:
         raise TextError(f"{path}: chat_template must be a text or a list of named ones")

@@ -30,10 +30,12 @@ class ModelText:
     tokenizer: Tokenizer
     #: None where the model has none: it completes text, it does not chat.
     template: ChatTemplate | None
-    #: What the model's makers ask for, by the names of parameters; unchecked.
-    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    #: What the model's makers ask for; unchecked (`server/makers_sampling.py`).
+    sampling_defaults: Mapping[str, object] = field(default_factory=dict)
     #: Choices between two readings of the model's files, for the log of the start.
     notes: tuple[str, ...] = ()
+    #: By their names in `transformers`, such as `bos_token`.
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 def local_time() -> datetime:
@@ -41,32 +43,39 @@ def local_time() -> datetime:
     return datetime.now(tz=UTC).astimezone()
 
 
-def load_text(path: Path, *, now: Clock = local_time) -> ModelText:
+def load_text(
+    path: Path, *, now: Clock = local_time, chat_template: str | None = None
+) -> ModelText:
     """Load the text side of a model: a folder, a .gguf file, or a dummy's CONFIG.json.
 
     A tokenizer.json beside CONFIG.json is used, else the dummy's own bytes. Takes 0.1 s for a
-    vocabulary of 49k tokens, 0.4 s for 128k, so nothing is cached on disk.
+    vocabulary of 49k tokens, 0.4 s for 128k, so nothing is cached on disk. `chat_template`: the
+    source of one to be used instead of the model's own.
     Raises `TextError` that names the file at fault.
     """
     if path.is_dir():
-        return _from_folder(ModelFolder(path), path, now)
+        return _from_folder(ModelFolder(path), path, now, chat_template)
     if path.suffix == ".gguf":
-        return _from_gguf(path, now)
+        return _from_gguf(path, now, chat_template)
     if path.suffix != ".json" or not path.is_file():
         raise TextError(f"{path} is neither a model folder, nor a .gguf file, nor a CONFIG.json")
     if (path.parent / "tokenizer.json").is_file():
-        return _from_folder(ModelFolder(path.parent, config=path), path, now)
-    template = _template({"default": DUMMY_TEMPLATE}, {}, path, now)
+        return _from_folder(ModelFolder(path.parent, config=path), path, now, chat_template)
+    template = _template({"default": chat_template or DUMMY_TEMPLATE}, {}, path, now)
     return ModelText(dummy_tokenizer(path), template)
 
 
-def _from_folder(folder: ModelFolder, path: Path, now: Clock) -> ModelText:
-    template = _template(folder.template_sources(), folder.special_tokens(), path, now)
+def _from_folder(
+    folder: ModelFolder, path: Path, now: Clock, chat_template: str | None
+) -> ModelText:
+    sources = {"default": chat_template} if chat_template else folder.template_sources()
+    special = folder.special_tokens()
+    template = _template(_with_default(sources, folder.notes), special, path, now)
     tokenizer = folder.tokenizer(_turn_end(template))
-    return ModelText(tokenizer, template, folder.sampling_defaults(), tuple(folder.notes))
+    return ModelText(tokenizer, template, folder.sampling_defaults(), tuple(folder.notes), special)
 
 
-def _from_gguf(path: Path, now: Clock) -> ModelText:
+def _from_gguf(path: Path, now: Clock, chat_template: str | None) -> ModelText:
     metadata = GGUFMetadata(path)
     tokens, ids = metadata.texts("tokenizer.ggml.tokens"), named_ids(metadata)
     named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -76,10 +85,22 @@ def _from_gguf(path: Path, now: Clock) -> ModelText:
     keys |= {name: f"tokenizer.chat_template.{name}" for name in names}
     found = {name: metadata.text(key) for name, key in keys.items()}
     sources = {name: source for name, source in found.items() if source is not None}
+    if chat_template:
+        sources = {"default": chat_template}
+    sources = _with_default(sources, metadata.notes)
     template = _template(sources, special, path, now)
     marks = {mark for source in sources.values() for mark in _MARK.findall(source)}
     tokenizer = gguf_tokenizer(metadata, _turn_end(template), marks)
-    return ModelText(tokenizer, template, notes=tuple(dict.fromkeys(metadata.notes)))
+    notes = tuple(dict.fromkeys(metadata.notes))
+    return ModelText(tokenizer, template, notes=notes, special_tokens=special)
+
+
+def _with_default(sources: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+    """Return the templates with one named `default`: that for tools, if there is no other."""
+    if "default" in sources or "tool_use" not in sources:
+        return dict(sources)
+    notes.append("the chat template tool_use is used for all chats: there is none named default")
+    return {"default": sources["tool_use"], **sources}
 
 
 def _turn_end(template: ChatTemplate | None) -> str | None:

@@ -17,6 +17,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
+from server.text.json_text import read_value, with_escapes, without_surrogates
 from server.text.quoting import with_marks
 from server.text.sandbox import BoundedEnvironment, LimitError
 
@@ -90,6 +91,10 @@ class ChatTemplate:
             raise TemplateError(f"there is no template named default among: {names}")
         self._wants_parts = {name: self._reads_only_parts(name) for name in self._templates}
         self._wants_json = {name: self._reads_only_json(name) for name in self._templates}
+        #: Whether the model can be shown tools.
+        self.shows_tools = "tools" in sources.get("tool_use", sources["default"])
+        #: Whether the model is shown what a system message says.
+        self.shows_system = self._reads_system()
 
     def render(
         self,
@@ -147,7 +152,16 @@ class ChatTemplate:
         except _TEMPLATE_FAULTS as error:
             message = f"the chat template failed: {type(error).__name__}: {error}"
             raise TemplateError(message, reading.index) from error
+        text = without_surrogates(text)
         return _up_to_mark(text, len(messages) - 1) if continues_final else text
+
+    def _reads_system(self) -> bool:
+        said = [{"role": "system", "content": _PROBE}, {"role": "user", "content": ""}]
+        wants_parts = self._wants_parts["default"]
+        return self._shows(
+            "default",
+            *(_prepared(one, 0, wants_parts=wants_parts, wants_json=True) for one in said),
+        )
 
     def _reads_only_parts(self, name: str) -> bool:
         """Whether content is seen as a list of parts, but not as a string."""
@@ -241,7 +255,7 @@ def _to_json(
     text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-    return with_marks(text) if ensure_ascii else text
+    return with_marks(text) if ensure_ascii else with_escapes(text)
 
 
 def _compile(environment: jinja2.Environment, name: str, source: str) -> jinja2.Template:
@@ -311,12 +325,15 @@ def _part_text(part: object, index: int) -> str:
 
 
 def _with_parsed_arguments(call: object) -> object:
-    """Arguments arrive as a string of JSON, and templates write them as JSON themselves."""
+    """Arguments arrive as a string of JSON, and templates write them as JSON themselves.
+
+    What cannot be read stays the text that it is: most templates can do with it.
+    """
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):
         return call
     try:
-        arguments = json.loads(function.get("arguments", ""))
+        arguments = read_value(function.get("arguments", ""))
     except (TypeError, ValueError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import tokenizers
+from tokenizers import processors
 
 from server.text.bounds import PIECE_CHARS, Bounds
 from server.text.pieces import Pieces, TextError, read_form
@@ -114,6 +115,20 @@ class Tokenizer:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def to_json(self) -> str:
+        """Return the text of a tokenizer.json that puts the same tokens around a plain prompt."""
+        core = tokenizers.Tokenizer.from_str(self._core.to_str())
+        if self._prefix or self._suffix:
+            framing = {core.id_to_token(i): i for i in (*self._prefix, *self._suffix)}
+            before, behind = (
+                [f"{core.id_to_token(i)}:0" for i in ids] for ids in (self._prefix, self._suffix)
+            )
+            core.post_processor = processors.TemplateProcessing(
+                single=[*before, "$A:0", *behind], special_tokens=[*framing.items()]
+            )
+        text: str = core.to_str(pretty=True)
+        return text
 
     def pieces(self, *, skip_special_tokens: bool) -> Pieces:
         """Bytes by token id; where special tokens are skipped, theirs are empty."""

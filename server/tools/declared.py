@@ -5,49 +5,93 @@ Templates are programs; what a family writes around calls stands in them as plai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-from server.tools.marked import DEEPSEEK
+from server.tools.harmony import HARMONY
+from server.tools.marked import DEEPSEEK, KIMI_K2
+from server.tools.notation import GEMMA, PYTHONIC
 from server.tools.speech import ThinkTags
-from server.tools.spelled import DSML, GLM, QWEN_XML
+from server.tools.spelled import DSML, GLM, KIMI_K3, QWEN_XML
 from server.tools.syntaxes import HERMES, LLAMA, MISTRAL, CallSyntax
 
 THINK = ThinkTags("<think>", "</think>")
 MISTRAL_THINK = ThinkTags("[THINK]", "[/THINK]", is_special=True)
+GEMMA_THOUGHT = ThinkTags("<|channel>thought", "<channel|>", is_special=True)
+KIMI_K3_THINK = ThinkTags(
+    "<|open|>think<|sep|>",
+    "<|close|>think<|sep|>",
+    is_special=True,
+    other_closers=("<|open|>response<|sep|>",),
+    frame=(
+        *(f"<|{tag}|>{name}<|sep|>" for tag in ("open", "close") for name in ("response", "tools")),
+        "<|close|>message<|sep|>",
+    ),
+)
+#: What closes it begins the next message, as what a prompt ends with does.
+HARMONY_ANALYSIS = ThinkTags(
+    "<|channel|>analysis<|message|>",
+    "<|end|><|start|>assistant",
+    is_special=True,
+    has_messages=True,
+)
 #: What an operator may name (vLLM's names) where the template does not tell.
 SYNTAXES: Mapping[str, CallSyntax | None] = {
     "none": None,
     "hermes": HERMES,
     "llama3_json": LLAMA,
+    "llama4_json": PYTHONIC,
+    "llama4_pythonic": PYTHONIC,
+    "pythonic": PYTHONIC,
     "mistral": MISTRAL,
     "qwen3_coder": QWEN_XML,
     "qwen3_xml": QWEN_XML,
     "glm45": GLM,
+    "glm47": GLM,
     "deepseek_v3": DEEPSEEK,
     "deepseek_v31": DEEPSEEK,
     "deepseek_v32": DSML,
+    "kimi_k2": KIMI_K2,
+    "kimi_k3": KIMI_K3,
+    "gemma4": GEMMA,
+    "openai": HARMONY,
 }
 TAGS: Mapping[str, ThinkTags | None] = {
     "none": None,
     "qwen3": THINK,
     "deepseek_r1": replace(THINK, is_implied=True),
     "mistral": MISTRAL_THINK,
+    "kimi_k2": THINK,
+    "kimi_k3": KIMI_K3_THINK,
+    "gemma4": GEMMA_THOUGHT,
+    "openai_gptoss": HARMONY_ANALYSIS,
 }
 #: What stands in the templates of each, to be looked for in this order: some share a mark, and are
 #: told apart by another; None: it is not read here.
 _MARKS: tuple[tuple[str, CallSyntax | None], ...] = (
     ("\uff5cDSML\uff5c", DSML),
     ("tool\u2581calls\u2581begin", DEEPSEEK),
+    ("<|tool_calls_section_begin|>", KIMI_K2),
+    ("<|open|>", KIMI_K3),
+    ("<|tool_call>", GEMMA),
+    ("<|channel|>", HARMONY),
     ("<arg_key>", GLM),
     ("<function=", QWEN_XML),
     ("<invoke", None),
     ("<tool_calls>", None),
-    ("<|python_start|>", None),
+    ("<|python_start|>", PYTHONIC),
     ("[TOOL_CALLS]", MISTRAL),
     ("<tool_call>", HERMES),
     ("<|python_tag|>", LLAMA),
     ('{"name": function name, "parameters"', LLAMA),
+)
+#: Any of these in a template, looked for in this order, and the tags the model reasons with.
+_THINK_MARKS: tuple[tuple[tuple[str, ...], ThinkTags], ...] = (
+    (("[THINK]", "[/THINK]"), MISTRAL_THINK),
+    (("<|open|>",), KIMI_K3_THINK),
+    (("<|channel>",), GEMMA_THOUGHT),
+    (("<|channel|>",), HARMONY_ANALYSIS),
+    (("<think>", "</think>"), THINK),
 )
 
 
@@ -72,8 +116,8 @@ def think_tags(templates: Mapping[str, str], named: str = "auto") -> ThinkTags |
     """
     if named != "auto":
         return TAGS[named]
-    for tags in (MISTRAL_THINK, THINK):
-        if any(_has(source, (tags.opener, tags.closer)) for source in templates.values()):
+    for marks, tags in _THINK_MARKS:
+        if any(mark in source for source in templates.values() for mark in marks):
             return tags
     return None
 
@@ -82,7 +126,3 @@ def opens_reasoning(prompt: str, tags: ThinkTags) -> bool:
     """Whether the prompt ends within reasoning, so that the output begins there."""
     end = prompt.rstrip()
     return end.endswith(tags.opener) or (tags.is_implied and not end.endswith(tags.closer))
-
-
-def _has(source: str, marks: Iterable[str]) -> bool:
-    return any(mark in source for mark in marks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -22,37 +23,48 @@ class Reasoning:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A whole call: it is told once its JSON is complete, so that none is ever taken back."""
+class CallStarted:
+    """A call begins; the events up to its `CallEnded` or `CutCall` belong to it."""
 
     name: str
-    #: An object of JSON, as the model wrote it.
-    arguments: str
+    #: Its arguments are a text: the tool is a custom one.
+    is_custom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class SpelledValue:
-    """An argument written as bare text."""
+class ArgumentsDelta:
+    """More of a call's arguments: all of them together are an object of strict JSON, or a text."""
 
-    key: str
     text: str
-    #: Whether it is a string; None: the tool's schema says.
-    is_string: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class SpelledCall:
-    """A whole call whose arguments are bare texts: what they are is still to be found out."""
-
-    name: str
-    values: tuple[SpelledValue, ...]
+class CallEnded:
+    """The call is complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class CutCall:
-    """The output ended within a call; this is all there is of it."""
+    """The output ended or went astray within a call; if one had started, it stays incomplete."""
 
+    #: What the output holds of the call and no event has told.
     text: str
 
 
-Event = Content | Reasoning | Call | CutCall
+Event = Content | Reasoning | CallStarted | ArgumentsDelta | CallEnded | CutCall
+
+
+def joined(events: Iterable[Event]) -> list[Event]:
+    """Return the events with texts that follow each other as one, as if the output had no cuts."""
+    whole: list[Event] = []
+    for event in events:
+        match whole[-1:], event:
+            case [Content(before, start)], Content(text):
+                whole[-1] = Content(before + text, start)
+            case [Reasoning(before)], Reasoning(text):
+                whole[-1] = Reasoning(before + text)
+            case [ArgumentsDelta(before)], ArgumentsDelta(text):
+                whole[-1] = ArgumentsDelta(before + text)
+            case _:
+                whole.append(event)
+    return whole

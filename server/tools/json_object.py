@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from enum import Enum, auto
 
 #: Deeper ones are refused: what clients parse with has its limits too.
@@ -15,11 +16,12 @@ MAX_DEPTH = 100
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _IN_STRING = re.compile(r'[^"\\]*')
-_CONTROL = re.compile(r"[\x00-\x1f]")
+#: Control characters, and halves of surrogate pairs, which UTF-8 does not have.
+_CONTROL = re.compile(r"[\x00-\x1f\ud800-\udfff]")
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
 _ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 _IN_LITERAL = re.compile(r"[A-Za-z0-9+.\-]*")
-_LITERAL = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
+LITERAL = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
 
 
 class Status(Enum):
@@ -54,18 +56,35 @@ class JsonObject:
         #: Up to here the text has been read; the object's end once it is done.
         self.pos = start
         self.status = Status.OPEN
-        #: Where the values of its own keys stand in the text, by key.
-        self.members: dict[str, tuple[int, int]] = {}
-        #: Own keys read so far, one without its value included.
+        #: Where the values of its own keys begin in the text, by key; of two alike, the first.
+        self.starts: dict[str, int] = {}
+        #: Where those that are complete end.
+        self.ends: dict[str, int] = {}
+        #: Own keys read so far, one without its value included, and where each ends.
         self.keys: list[str] = []
-        #: Whether a string holds a character that strict JSON would escape.
-        self.has_control = False
+        self.key_ends: list[int] = []
         self._closers: list[str] = []
         self._next = _Next.VALUE
         self._is_in_string = False
         self._is_in_literal = False
         self._lexeme_start = start
-        self._value_start = start
+        #: Where characters stand in strings that strict JSON escapes, in order.
+        self._controls: list[int] = []
+
+    @property
+    def known(self) -> int:
+        """The position up to which the text surely stays as it is: a literal has to end first."""
+        return self._lexeme_start if self._is_in_literal else self.pos
+
+    def strict(self, text: str, start: int, end: int) -> str:
+        """Return a part of what was read of `text` as strict JSON."""
+        first = bisect_left(self._controls, start)
+        controls = self._controls[first : bisect_left(self._controls, end)]
+        parts = []
+        for at in controls:
+            parts += [text[start:at], json.dumps(text[at])[1:-1]]
+            start = at + 1
+        return "".join([*parts, text[start:end]])
 
     def advance(self, text: str) -> Status:
         """Read on in `text`, which begins with all that was read before."""
@@ -87,15 +106,15 @@ class JsonObject:
 
     def _begin(self, char: str) -> None:
         is_value = self._next in _VALUE_PLACES
+        if is_value:
+            self._note_value_start()
         if not self._closers and char != "{":
             self.status = Status.BROKEN
         elif is_value and char in "{[" and len(self._closers) < MAX_DEPTH:
-            self._note_value_start()
             self._closers.append("}" if char == "{" else "]")
             self._next = _Next.KEY_OR_END if char == "{" else _Next.VALUE_OR_END
             self.pos += 1
         elif char == '"' and (is_value or self._next in _KEY_PLACES):
-            self._note_value_start()
             self._is_in_string = True
             self._lexeme_start = self.pos
             self.pos += 1
@@ -110,7 +129,6 @@ class JsonObject:
             self.pos += 1
             self._next = _Next.VALUE
         elif is_value and (char == "-" or (char.isascii() and char.isalnum())):
-            self._note_value_start()
             self._is_in_literal = True
             self._lexeme_start = self.pos
         else:
@@ -118,7 +136,7 @@ class JsonObject:
 
     def _read_string(self, text: str) -> bool:
         end = _end(_IN_STRING, text, self.pos)
-        self.has_control = self.has_control or bool(_CONTROL.search(text, self.pos, end))
+        self._controls += (found.start() for found in _CONTROL.finditer(text, self.pos, end))
         self.pos = end
         if end == len(text):
             return False
@@ -140,16 +158,16 @@ class JsonObject:
         self.pos = _end(_IN_LITERAL, text, self.pos)
         if self.pos == len(text):
             return False
-        self._is_in_literal = False
-        if _LITERAL.fullmatch(text, self._lexeme_start, self.pos):
-            self._end_value()
-        else:
+        if not LITERAL.fullmatch(text, self._lexeme_start, self.pos):
             self.status = Status.BROKEN
+            return True
+        self._is_in_literal = False
+        self._end_value()
         return True
 
     def _note_value_start(self) -> None:
         if len(self._closers) == 1:
-            self._value_start = self.pos
+            self.starts.setdefault(self.keys[-1], self.pos)
 
     def _end_string(self, quoted: str) -> None:
         if self._next not in _KEY_PLACES:
@@ -157,12 +175,13 @@ class JsonObject:
             return
         if len(self._closers) == 1:
             self.keys.append(json.loads(quoted, strict=False))
+            self.key_ends.append(self.pos)
         self._next = _Next.COLON
 
     def _end_value(self) -> None:
         self._next = _Next.COMMA_OR_END
         if len(self._closers) == 1:
-            self.members[self.keys[-1]] = (self._value_start, self.pos)
+            self.ends.setdefault(self.keys[-1], self.pos)
         elif not self._closers:
             self.status = Status.DONE
 

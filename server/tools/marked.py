@@ -1,17 +1,13 @@
-"""DeepSeek's way to write calls, up to V3.1: JSON between special tokens.
+"""Families that write JSON between special tokens: DeepSeek up to V3.1, Kimi K2.
 
 Knows nothing of the text around calls.
 """
 
 from __future__ import annotations
 
-import re
-
-from server.tools.events import Call
-from server.tools.source import TOOL_NAME, MismatchError, Reading, Source
-from server.tools.syntaxes import CallSyntax, Found, arguments_of
-
-_NAME = re.compile(TOOL_NAME)
+from server.tools.call_writer import CallWriter
+from server.tools.source import Reading, Source
+from server.tools.syntaxes import CallSyntax, read_named
 
 
 def _deepseek(word: str) -> str:
@@ -19,13 +15,16 @@ def _deepseek(word: str) -> str:
     return "<\uff5c" + word.replace(" ", "\u2581") + "\uff5c>"
 
 
-_CALLS, _END_CALLS = _deepseek("tool calls begin"), _deepseek("tool calls end")
-_CALL, _END_CALL = _deepseek("tool call begin"), _deepseek("tool call end")
-_SEPARATOR = _deepseek("tool sep")
-_FENCE, _END_FENCE = "```json", "```"
+CALLS, END_CALLS = _deepseek("tool calls begin"), _deepseek("tool calls end")
+CALL, END_CALL = _deepseek("tool call begin"), _deepseek("tool call end")
+SEPARATOR = _deepseek("tool sep")
+FENCE, END_FENCE = "```json", "```"
+SECTION, END_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+KIMI_CALL, END_KIMI_CALL = "<|tool_call_begin|>", "<|tool_call_end|>"
+KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
 
 
-def _read_deepseek(source: Source, at: int, found: Found) -> Reading[None]:
+def _read_deepseek(source: Source, at: int, out: CallWriter) -> Reading[None]:
     """Read calls up to the end of their list, of V3 and R1 as of V3.1.
 
     The former write `function`, the separator, the name and the arguments in a fence; the latter
@@ -33,35 +32,46 @@ def _read_deepseek(source: Source, at: int, found: Found) -> Reading[None]:
     """
     while True:
         at = yield from source.space(at)
-        mark = yield from source.word(at, _CALL, _END_CALLS)
+        mark = yield from source.word(at, CALL, END_CALLS)
         at += len(mark)
-        if mark == _END_CALLS:
+        if mark == END_CALLS:
             source.pos = at
             return
-        end, _ = yield from source.until(at, _SEPARATOR)
-        name, at = source.text[at:end], end + len(_SEPARATOR)
+        end, _ = yield from source.until(at, SEPARATOR)
+        name, at = source.text[at:end], end + len(SEPARATOR)
         start = yield from source.space(at)
         is_fenced = source.text[start] != "{"
         if is_fenced:
-            end, _ = yield from source.until(at, _FENCE)
-            name, start = source.text[at:end], end + len(_FENCE)
-        at = yield from _read_object(source, start, name.strip(), found)
+            end, _ = yield from source.until(at, FENCE)
+            name, start = source.text[at:end], end + len(FENCE)
+        at = yield from read_named(source, start, name.strip(), out)
         at = yield from source.space(at)
         if is_fenced:
-            yield from source.word(at, _END_FENCE)
-            at = yield from source.space(at + len(_END_FENCE))
-        yield from source.word(at, _END_CALL)
-        at += len(_END_CALL)
+            yield from source.word(at, END_FENCE)
+            at = yield from source.space(at + len(END_FENCE))
+        yield from source.word(at, END_CALL)
+        at += len(END_CALL)
 
 
-def _read_object(source: Source, at: int, name: str, found: Found) -> Reading[int]:
-    """Tell the call with the arguments at `at`; return where they end."""
-    if not _NAME.fullmatch(name):
-        raise MismatchError
-    at = yield from source.space(at)
-    parsed = yield from source.object(at)
-    found(Call(name, arguments_of(source.text[at : parsed.pos])), parsed.pos)
-    return parsed.pos
+def _read_kimi(source: Source, at: int, out: CallWriter) -> Reading[None]:
+    """Read calls up to the end of their section; the name is in the id, `functions.NAME:INDEX`.
+
+    Text between the calls of a section is left out.
+    """
+    while True:
+        at, mark = yield from source.until(at, KIMI_CALL, END_SECTION)
+        at += len(mark)
+        if mark == END_SECTION:
+            source.pos = at
+            return
+        end, _ = yield from source.until(at, KIMI_ARGUMENTS)
+        called, _, _ = source.text[at:end].strip().rpartition(":")
+        name = called.removeprefix("functions.")
+        at = yield from read_named(source, end + len(KIMI_ARGUMENTS), name, out)
+        at = yield from source.space(at)
+        yield from source.word(at, END_KIMI_CALL)
+        at += len(END_KIMI_CALL)
 
 
-DEEPSEEK = CallSyntax("deepseek_v3", (_CALLS,), _read_deepseek, has_special_marks=True)
+DEEPSEEK = CallSyntax("deepseek_v3", (CALLS,), _read_deepseek, has_special_marks=True)
+KIMI_K2 = CallSyntax("kimi_k2", (SECTION,), _read_kimi, has_special_marks=True, keeps_spaces=True)

@@ -5,7 +5,9 @@ Knows nothing of templates or of what becomes of a tool.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -13,9 +15,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
+    model_validator,
 )
 
+from server.structured.schemas import MAX_GRAMMAR_CHARS
+from server.tools.custom import InputGrammar, arguments_of, function_of
 from server.tools.source import TOOL_NAME
 
 #: More of these in one request are a mistake or an attack.
@@ -39,25 +43,90 @@ class ToolFunction(_Shape):
     )
     strict: bool | None = None
 
+    def for_template(self) -> dict[str, Any]:
+        """Return what templates show the model: nothing that was not given."""
+        told = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        return {"type": "function", "function": told}
 
-class Tool(_Shape):
-    """A tool: functions are the only kind."""
+
+class FunctionTool(_Shape):
+    """A function that the model may call."""
+
+    #: Where it says what it is called with.
+    schema_field: ClassVar[str] = "function.parameters"
 
     type: Literal["function"]
     function: ToolFunction
 
-    def for_template(self) -> dict[str, Any]:
-        """Return what templates show the model: nothing that was not given."""
-        return {
-            "type": "function",
-            "function": self.function.model_dump(
-                include={"name", "description", "parameters"}, exclude_none=True
-            ),
-        }
+
+class Grammar(_Shape):
+    """What the input of a custom tool is to be like."""
+
+    syntax: Literal["lark", "regex"]
+    definition: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
+
+
+class CustomFormat(_Shape):
+    """The input of a custom tool."""
+
+    type: Literal["text", "grammar"]
+    grammar: Grammar | None = None
+
+    @model_validator(mode="after")
+    def _has_its_grammar(self) -> Self:
+        if (self.type == "grammar") != (self.grammar is not None):
+            raise ValueError("grammar and the type 'grammar' need each other")
+        return self
+
+
+class Custom(_Shape):
+    """A tool that takes a text."""
+
+    name: ToolName
+    description: str | None = None
+    format: CustomFormat | None = None
+
+
+class CustomTool(_Shape):
+    """A tool that takes a text; for the model it is a function (`server/tools/custom.py`)."""
+
+    schema_field: ClassVar[str] = "custom.format.grammar"
+
+    type: Literal["custom"]
+    custom: Custom
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the text is to be like."""
+        return None if self.custom.format is None else self.custom.format.grammar
+
+    @cached_property
+    def function(self) -> ToolFunction:
+        """The tool as the model knows it."""
+        given = self.grammar
+        grammar = None if given is None else InputGrammar(given.syntax, given.definition)
+        made = function_of(self.custom.name, self.custom.description, grammar)
+        return ToolFunction.model_validate(made)
+
+
+Tool = FunctionTool | CustomTool
+_TOOLS: Mapping[str, type[FunctionTool | CustomTool]] = {
+    "function": FunctionTool,
+    "custom": CustomTool,
+}
+
+
+class _Kind(_Shape):
+    type: Literal["function", "custom"]
+
+
+def _as_tool(value: object) -> object:
+    """Read a tool as its type says, so that a fault is one of that type alone."""
+    return _TOOLS[_Kind.model_validate(value).type].model_validate(value)
 
 
 class FunctionName(_Shape):
-    """The function of a choice."""
+    """The tool of a choice."""
 
     name: ToolName
 
@@ -65,8 +134,29 @@ class FunctionName(_Shape):
 class ToolChoice(_Shape):
     """The one tool to be called."""
 
-    type: Literal["function"]
+    type: Literal["function", "custom"]
     function: FunctionName
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_kind(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("type") == "custom":
+            return {"type": "custom", "function": value.get("custom")}
+        return value
+
+
+class AllowedTools(_Shape):
+    """The tools that may be called, of all there are."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolChoice], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedToolsChoice(_Shape):
+    """Which tools may or must be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
 
 
 class CalledFunction(_Shape):
@@ -76,6 +166,17 @@ class CalledFunction(_Shape):
     arguments: Annotated[str, AfterValidator(lambda text: text or "{}")]
 
 
+class CalledCustom(_Shape):
+    """A custom tool and its input."""
+
+    name: str
+    input: str
+
+
+class _CustomCall(_Shape):
+    custom: CalledCustom
+
+
 class ToolCall(_Shape):
     """A call in a message of the assistant."""
 
@@ -83,24 +184,44 @@ class ToolCall(_Shape):
     type: Literal["function"]
     function: CalledFunction
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_kind(cls, value: object) -> object:
+        """Read the call of a custom tool as that of a function."""
+        if not isinstance(value, dict) or value.get("type") != "custom":
+            return value
+        called = _CustomCall.model_validate(value).custom
+        function = {"name": called.name, "arguments": arguments_of(called.input)}
+        rest = {name: one for name, one in value.items() if name != "custom"}
+        return {**rest, "type": "function", "function": function}
+
+
+_CHOICES: Mapping[str, type[ToolChoice | AllowedToolsChoice]] = {
+    "function": ToolChoice,
+    "custom": ToolChoice,
+    "allowed_tools": AllowedToolsChoice,
+}
+
 
 def _as_choice(value: object) -> object:
     """One fault of the field, not one of each shape it could have had."""
     if isinstance(value, str) and value in {"none", "auto", "required"}:
         return value
-    if isinstance(value, dict):
-        try:
-            return ToolChoice.model_validate(value)
-        except ValidationError:
-            pass
-    raise ValueError("must be 'none', 'auto', 'required' or a function by its name")
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind in _CHOICES:
+        return _CHOICES[kind].model_validate(value)
+    raise ValueError("must be 'none', 'auto', 'required', a tool by its name, or allowed_tools")
 
 
 Choice = Annotated[
     Any,
     BeforeValidator(
-        _as_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice
+        _as_choice,
+        json_schema_input_type=Literal["none", "auto", "required"]
+        | ToolChoice
+        | AllowedToolsChoice,
     ),
 ]
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+AnyTool = Annotated[Tool, BeforeValidator(_as_tool, json_schema_input_type=Tool)]
+Tools = Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 ToolCalls = Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)]

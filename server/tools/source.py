@@ -7,10 +7,8 @@ on how the text was cut into pieces. Knows nothing of any format.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TypeVar
-
-from server.tools.json_object import JsonObject, Status
 
 ResultT = TypeVar("ResultT")
 Reading = Generator[None, None, ResultT]
@@ -81,10 +79,9 @@ class Source:
         """Return where the first of `words` from `at` on stands, and which it is."""
         longest, start = max(map(len, words)), at
         while True:
-            places = [(self.text.find(word, start), word) for word in words]
-            places = [place for place in places if place[0] >= 0]
-            if places:
-                return min(places)
+            end, word = first_of(self.text, start, words)
+            if word:
+                return end, word
             start = max(at, len(self.text) - longest + 1)
             yield from self.more()
 
@@ -99,16 +96,18 @@ class Source:
                 return end
             yield from self.more()
 
-    def object(self, at: int, *, keys: frozenset[str] = frozenset()) -> Reading[JsonObject]:
-        """Return the JSON object at `at`. Raises `MismatchError` if there is none.
 
-        `keys`: if any, the only keys it may have; it is refused at the first other one.
-        """
-        found = JsonObject(at)
-        while True:
-            status = found.advance(self.text)
-            if status is Status.BROKEN or (keys and not keys.issuperset(found.keys)):
-                raise MismatchError
-            if status is Status.DONE:
-                return found
-            yield from self.more()
+def first_of(text: str, start: int, words: Sequence[str]) -> tuple[int, str]:
+    """Return where the first of `words` from `start` on stands, and which; (0, "") if none does."""
+    places = [(text.find(word, start), word) for word in words]
+    return min(((at, word) for at, word in places if at >= 0), default=(0, ""))
+
+
+def num_begun(text: str, start: int, words: Sequence[str]) -> int:
+    """Return how many characters at the end of `text`, from `start` on, may become a word."""
+    longest = max(map(len, words), default=1) - 1
+    for length in range(min(longest, len(text) - start), 0, -1):
+        tail = text[-length:]
+        if any(word.startswith(tail) for word in words):
+            return length
+    return 0

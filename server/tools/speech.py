@@ -1,8 +1,9 @@
 """A model's output, piece by piece, to content, reasoning and calls.
 
 The same output gives the same events' sum however it is cut. Text that may become a call is held
-back until that is known; what turns out to be none is let out as it was. Spaces around calls and
-reasoning are the template's, not the reader's: they are left out. Knows nothing of tokens or HTTP.
+back until that is known; what turns out to be none is let out as it was. A call is told while it is
+read; none is ever taken back. Spaces around calls and reasoning are the template's, not the
+reader's: they are left out. Knows nothing of tokens or HTTP.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.tools.events import Call, Content, CutCall, Event, Reasoning, SpelledCall
-from server.tools.source import EndedError, MismatchError, Reading, Source
-from server.tools.syntaxes import CallSyntax, read_bare
-from server.tools.typed import typed_arguments
+from server.tools.call_writer import CallWriter
+from server.tools.events import Content, Event, Reasoning
+from server.tools.harmony import HARMONY, MESSAGE_ENDS, Header, read_header
+from server.tools.source import EndedError, MismatchError, Reading, Source, first_of, num_begun
+from server.tools.syntaxes import CallSyntax
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,12 @@ class ThinkTags:
     is_special: bool = False
     #: Whether an output is reasoning up to the closer though nothing opened it.
     is_implied: bool = False
+    #: What ends the reasoning too, where it is missing.
+    other_closers: tuple[str, ...] = ()
+    #: Marks around content that are left out.
+    frame: tuple[str, ...] = ()
+    #: Whether an output is a list of messages with headers (`harmony.py`).
+    has_messages: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +58,14 @@ class Speech:
         return is_special or (self.calls is not None and self.calls.has_special_marks)
 
 
-class SpeechParser:
+class OutputParser:
     """Reads one output."""
 
     def __init__(self, speech: Speech) -> None:
         self._speech = speech
         self._source = Source()
         self._events: list[Event] = []
-        self._num_calls = 0
+        self._calls = CallWriter(self._source, self._events, speech.tool_names, speech.schemas)
         self._has_content = False
         self._has_reasoning = False
         self._reading = self._read()
@@ -78,25 +86,74 @@ class SpeechParser:
         source = self._source
         assert 0 <= source.pos <= len(source.text), "the text told is not the text known"
         assert not source.is_ended or source.pos == len(source.text), "text was left at the end"
+        assert not source.is_ended or not self._calls.is_open, "a call has no end"
 
     def _advance(self) -> list[Event]:
         next(self._reading, None)
-        events, self._events = self._events, []
+        events = self._events.copy()
+        self._events.clear()
         return events
 
     def _read(self) -> Reading[None]:
-        if self._speech.tags is not None:
-            yield from self._read_reasoning(self._speech.tags)
-        calls = self._speech.calls
-        if calls is not None and calls.has_bare_calls:
-            yield from self._read_bare()
+        tags, calls = self._speech.tags, self._speech.calls
+        if calls is HARMONY or (tags is not None and tags.has_messages):
+            yield from self._read_messages()
+            return
+        if tags is not None:
+            yield from self._read_reasoning(tags)
+        if calls is not None and calls.read_bare is not None:
+            yield from self._read_bare(calls)
+        markers = calls.markers if calls is not None else ()
         while True:
-            marker = yield from self._read_content()
+            marker = yield from self._read_content(markers, tags.frame if tags else ())
             if calls is None or not marker:
                 return
             start = self._source.pos
             at = self._source.text.index(marker, start) + len(marker)
-            yield from self._read_calls(calls.read(self._source, at, self._found), at)
+            yield from self._read_calls(calls.read(self._source, at, self._calls), at)
+
+    def _read_messages(self) -> Reading[None]:
+        """Read messages of the harmony format; text without a header is content."""
+        source = self._source
+        while not (source.is_ended and source.pos == len(source.text)):
+            source.drop_told()
+            try:
+                header = yield from read_header(source, 0)
+            except EndedError:
+                if not source.text.strip():
+                    yield from self._read_message()
+                    return
+                self._calls.cut(source.text.strip())
+                source.pos = len(source.text)
+            except MismatchError:
+                yield from self._read_message()
+            else:
+                yield from self._read_body(header)
+
+    def _read_body(self, header: Header) -> Reading[None]:
+        """Read the message behind a header, by whom it is for."""
+        source, calls = self._source, self._speech.calls
+        source.pos = header.end
+        if header.is_call and calls is not None:
+            reading = calls.read(source, 0, self._calls)
+            if not (yield from self._read_calls(reading, header.end)):
+                yield from self._read_message()
+        elif header.is_for_others:
+            try:
+                end, mark = yield from source.until(source.pos, *MESSAGE_ENDS)
+            except EndedError:
+                end, mark = len(source.text), ""
+            self._calls.cut(source.text[source.pos : end])
+            source.pos = end + len(mark)
+        elif header.channel == "analysis" and self._speech.tags is not None:
+            yield from self._read_reasoning_until(MESSAGE_ENDS[:1])
+        else:
+            yield from self._read_message()
+
+    def _read_message(self) -> Reading[None]:
+        mark = yield from self._read_content(MESSAGE_ENDS)
+        if mark:
+            self._source.pos = self._source.text.index(mark, self._source.pos) + len(mark)
 
     def _read_reasoning(self, tags: ThinkTags) -> Reading[None]:
         source = self._source
@@ -107,20 +164,24 @@ class SpeechParser:
         except (MismatchError, EndedError):
             if not self._speech.is_thinking:
                 return
+        yield from self._read_reasoning_until((tags.closer, *tags.other_closers))
+
+    def _read_reasoning_until(self, closers: tuple[str, ...]) -> Reading[None]:
+        source = self._source
         self._has_reasoning = True
         has_begun = False
         while True:
             source.drop_told()
-            end = source.text.find(tags.closer)
-            known = end if end >= 0 else len(source.text) - _begun(source.text, (tags.closer,))
+            end, closer = first_of(source.text, 0, closers)
+            known = end if closer else len(source.text) - num_begun(source.text, 0, closers)
             text = source.text[:known].rstrip()
             source.pos = len(text)
             text = text if has_begun else text.lstrip()
             if text:
                 has_begun = True
                 self._events.append(Reasoning(text))
-            if end >= 0:
-                source.pos = end + len(tags.closer)
+            if closer:
+                source.pos = end + len(closer)
                 return
             try:
                 yield from source.more()
@@ -131,84 +192,80 @@ class SpeechParser:
                     self._events.append(Reasoning(rest))
                 return
 
-    def _read_bare(self) -> Reading[None]:
+    def _read_bare(self, calls: CallSyntax) -> Reading[None]:
         source = self._source
+        assert calls.read_bare is not None, "the syntax has no bare calls"
         try:
             at = yield from source.space(source.pos)
         except EndedError:
             return
-        if source.text[at] != "{":
+        if source.text[at] not in calls.bare_openers:
             return
-        reading = read_bare(source, at, self._speech.tool_names, self._found)
+        reading = calls.read_bare(source, at, self._calls)
         yield from self._read_calls(reading, at + 1, is_marked=False)
 
     def _read_calls(
         self, reading: Reading[None], opened: int, *, is_marked: bool = True
-    ) -> Reading[None]:
-        """Tell the calls that `reading` finds; `opened`: where what announces them ends."""
-        source, num_before = self._source, self._num_calls
+    ) -> Reading[bool]:
+        """Tell the calls that `reading` finds; `opened`: where what announces them ends.
+
+        Return whether there was nothing but calls.
+        """
+        source, calls, num_before = self._source, self._calls, self._calls.num_calls
         try:
             yield from reading
         except EndedError:
-            if is_marked or self._num_calls > num_before:
-                self._events.append(CutCall(source.text[source.pos :].strip()))
+            if is_marked or calls.is_open or calls.num_calls > num_before:
+                calls.cut(source.text[source.pos :].strip())
                 source.pos = len(source.text)
         except MismatchError:
-            if self._num_calls == num_before:
+            if calls.is_open:
+                calls.cut()
+            elif calls.num_calls == num_before:
                 self._tell(source.text[source.pos : opened])
                 source.pos = opened
+            return False
+        return True
 
-    def _read_content(self) -> Reading[str]:
+    def _read_content(self, markers: tuple[str, ...], frame: tuple[str, ...] = ()) -> Reading[str]:
         """Tell the text up to the next marker. Return the marker, or "" at the end."""
         source = self._source
-        markers = () if self._speech.calls is None else self._speech.calls.markers
+        stops = markers + frame
         while True:
             if source.pos * 2 > len(source.text):
                 # Not each time: an output of nothing but markers would be copied once for each.
                 source.drop_told()
-            at, marker = _first(source.text, source.pos, markers)
-            known = at if marker else len(source.text) - _begun(source.text[source.pos :], markers)
-            text = source.text[source.pos : known].rstrip()
+            at, stop = first_of(source.text, source.pos, stops)
+            known = at if stop else len(source.text) - num_begun(source.text, source.pos, stops)
+            text = self._shown(source.text[source.pos : known])
             self._tell(text)
             source.pos += len(text)
-            if marker:
-                return marker
+            if stop in frame:
+                source.pos = at + len(stop)
+                continue
+            if stop:
+                return stop
             try:
                 yield from source.more()
             except EndedError:
                 rest = source.text[source.pos :]
-                self._tell(rest.rstrip() if self._num_calls or self._has_reasoning else rest)
+                has_other = self._calls.num_calls or self._has_reasoning
+                self._tell(rest.rstrip() if has_other else rest)
                 source.pos = len(source.text)
                 return ""
 
-    def _found(self, call: Call | SpelledCall, end: int) -> None:
-        self._num_calls += 1
-        if isinstance(call, SpelledCall):
-            schema = self._speech.schemas.get(call.name, {})
-            call = Call(call.name, typed_arguments(call.values, schema))
-        self._events.append(call)
-        self._source.pos = end
+    def _shown(self, text: str) -> str:
+        """Return what of the text up to a marker is told: not the spaces at its end."""
+        calls = self._speech.calls
+        if calls is not None and calls.keeps_spaces and (self._has_content or text.strip()):
+            return text
+        return text.rstrip()
 
     def _tell(self, text: str) -> None:
         """Tell `text`, which stands at the source's position."""
         end = self._source.num_dropped + self._source.pos + len(text)
-        if not self._has_content and (self._num_calls or self._has_reasoning):
+        if not self._has_content and (self._calls.num_calls or self._has_reasoning):
             text = text.lstrip()
         if text:
             self._has_content = True
             self._events.append(Content(text, end - len(text)))
-
-
-def _first(text: str, start: int, markers: tuple[str, ...]) -> tuple[int, str]:
-    """Return the first marker from `start` on and where it stands; (0, "") if there is none."""
-    places = [(text.find(marker, start), marker) for marker in markers]
-    return min(((at, marker) for at, marker in places if at >= 0), default=(0, ""))
-
-
-def _begun(text: str, markers: tuple[str, ...]) -> int:
-    """Return how many characters at the end of `text` may become a marker."""
-    longest = max(map(len, markers), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(marker.startswith(text[-length:]) for marker in markers):
-            return length
-    return 0

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from server.tools.events import SpelledValue
+from server.text.json_text import with_escapes
 
 #: Deeper schemas are taken to allow anything.
 _MAX_DEPTH = 8
@@ -24,37 +23,35 @@ _KINDS: Mapping[type, tuple[str, ...]] = {
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
-def typed_arguments(values: tuple[SpelledValue, ...], schema: Mapping[str, Any]) -> str:
-    """Return an object of JSON; of a key that stands twice, the last value counts."""
-    properties = schema.get("properties")
-    known = properties if isinstance(properties, Mapping) else {}
-    written = {value.key: _typed(value, known.get(value.key)) for value in values}
-    members = (f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in written.items())
-    return "{" + ", ".join(members) + "}"
+def allows_only_strings(schema: object) -> bool:
+    """Whether a schema allows nothing but strings."""
+    return set(_types(schema, 0)) == {"string"}
 
 
-def _typed(value: SpelledValue, schema: object) -> str:
-    text = value.text.strip()
-    text = _PYTHON_WORDS.get(text, text)
-    if value.is_string is None:
-        allowed = set(_types(schema, 0))
-        is_string = allowed == {"string"}
-    else:
-        allowed, is_string = set(), value.is_string
-    if not is_string:
+def typed(text: str, schema: object, *, is_string: bool | None = None) -> str:
+    """Return the JSON that a bare text means; `is_string`: whether it is one, None: see `schema`.
+
+    A text that is not what is asked for stays a string: the caller sees what the model wrote.
+    """
+    allowed = set(_types(schema, 0)) if is_string is None else set()
+    if not (allowed == {"string"} if is_string is None else is_string):
+        stripped = text.strip()
+        stripped = _PYTHON_WORDS.get(stripped, stripped)
         try:
-            parsed = json.loads(text, parse_constant=_refuse)
+            parsed = json.loads(stripped, parse_constant=_refuse)
             kinds = _KINDS.get(type(parsed), ())
             if kinds and (not allowed or not allowed.isdisjoint(kinds)):
                 # As it was written: a number may have more digits than a float holds.
-                return text if isinstance(parsed, int | float) else _dumped(parsed)
+                if isinstance(parsed, int | float):
+                    return stripped
+                return _dumped(parsed)
         except (ValueError, RecursionError):
             pass
-    return _dumped(value.text)
+    return _dumped(text)
 
 
 def _dumped(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return with_escapes(json.dumps(value, ensure_ascii=False))
 
 
 def _refuse(name: str) -> None:

@@ -386,4 +386,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(deadline=None, stateful_step_count=40)
+TestCacheMachine.settings = settings(stateful_step_count=40)

@@ -14,7 +14,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,17 +24,14 @@ from xml.etree import ElementTree as ET
 import httpx
 import pytest
 
+from patience import PATIENCE_S, wait_until
+
 FOLDER = Path(__file__).parent
 NODE = FOLDER / "node"
 ROOT = FOLDER.parent.parent
 #: What `make clients` installs.
 PROGRAMS = ROOT / ".venv-clients" / "bin"
 KEY = "a-key-of-the-tests"
-
-#: After it a server counts as stuck.
-_PATIENCE_S = 60.0
-_TEST_LIMIT_S = 90.0
-_SUITE_LIMIT_S = 280.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Served:
     def metrics(self) -> dict[str, float]:
         """All series by their name, and a state's name behind it: `kv_cache_pages.private`."""
         found: dict[str, float] = {}
-        for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
+        for line in httpx.get(f"{self.url}/metrics", timeout=PATIENCE_S).text.splitlines():
             if line.startswith("octavo_"):
                 name, _, value = line.removeprefix("octavo_").rpartition(" ")
                 state = re.search(r'state="(\w+)"', name)
@@ -63,9 +59,7 @@ class Served:
 
     def wait_for(self, **counts: int) -> None:
         """Wait until each gauge has this value."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while (seen := self._gauges(counts)) != counts:
-            assert time.monotonic() < deadline, f"{seen}, not {counts}"
+        wait_until(lambda: self._gauges(counts) == counts)
 
     def _gauges(self, names: Iterable[str]) -> dict[str, float]:
         metrics = self.metrics()
@@ -164,7 +158,7 @@ def _python_command(names: Iterable[str], report: Path) -> list[str]:
 
 def _node_command(names: Iterable[str], report: Path) -> list[str]:
     # In one process, so that none is left when the time is over.
-    options = ["--test", "--test-isolation=none", f"--test-timeout={_TEST_LIMIT_S * 1000:.0f}"]
+    options = ["--test", "--test-isolation=none", f"--test-timeout={PATIENCE_S * 1000:.0f}"]
     output = ["--test-reporter=junit", f"--test-reporter-destination={report}"]
     return [str(PROGRAMS / "node"), *options, *output, *(str(NODE / name) for name in names)]
 
@@ -179,7 +173,7 @@ def _run(command: list[str], report: Path, environ: dict[str, str]) -> list[tupl
         env={**os.environ, **environ},
         capture_output=True,
         text=True,
-        timeout=_SUITE_LIMIT_S,
+        timeout=2 * PATIENCE_S,
         check=False,
     )
     outcomes = list(_outcomes(report)) if report.exists() else []
@@ -241,6 +235,6 @@ def _unread_request(server: Served) -> AbstractContextManager[Any]:
         "POST /v1/chat/completions HTTP/1.1",
         *(f"{name}: {value}" for name, value in head.items()),
     ]
-    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
     connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
     return connection

@@ -152,8 +152,6 @@ def test_faults_come_as_the_clients_own_classes(chat: Callable[..., Any], served
         chat(temperature=9).invoke(QUESTION)
     with pytest.raises(openai.NotFoundError, match="gpt-x"):
         chat(model="gpt-x").invoke(QUESTION)
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        chat().bind_tools([WEATHER]).invoke(QUESTION)
     with pytest.raises(ContextOverflowError, match="8192"):
         chat().invoke("word " * 9000)
     embed = OpenAIEmbeddings(

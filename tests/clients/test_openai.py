@@ -206,6 +206,28 @@ def test_tools_there_and_back(guarded_client: Any, guarded: Any) -> None:
     assert "snow" in answer.message.content
 
 
+def test_a_template_without_a_place_for_tools_takes_them(
+    client: Any, greedy: dict[str, Any]
+) -> None:
+    """The default model's: a first agent gets an answer, and can go on from a call."""
+    ask = client.chat.completions.create
+    asked = greedy | {"tools": [WEATHER], "max_tokens": 100}
+    answer = ask(**asked)
+    [warning] = answer.model_extra["octavo"]["warnings"]
+    assert warning["param"] == "tools"
+    called = ask(**asked, tool_choice="required", parallel_tool_calls=False)
+    message = called.choices[0].message
+    [call] = message.tool_calls
+    assert call.function.name == "get_weather"
+    json.loads(call.function.arguments)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    again = ask(**asked | {"messages": [*QUESTION, message, result]})
+    assert again.choices[0].message.content
+    # The list of tools and the question are not computed again.
+    cached_tokens = again.usage.prompt_tokens_details.cached_tokens
+    assert cached_tokens >= called.usage.prompt_tokens - 1
+
+
 def test_wrong_requests_are_told_by_class_and_field(client: Any, greedy: dict[str, Any]) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(**greedy | {"temperature": 9})
@@ -213,9 +235,6 @@ def test_wrong_requests_are_told_by_class_and_field(client: Any, greedy: dict[st
     with pytest.raises(openai.NotFoundError, match="gpt-x") as missing:
         client.chat.completions.create(**greedy | {"model": "gpt-x"})
     assert missing.value.param == "model"
-    with pytest.raises(openai.BadRequestError) as no_tools:
-        client.chat.completions.create(**greedy, tools=[WEATHER])
-    assert (no_tools.value.param, no_tools.value.code) == ("tools", "unsupported_parameter")
 
 
 def test_a_prompt_too_long_is_told_with_both_lengths(client: Any, greedy: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ PROMISED = {
     "request_queue_time_seconds_bucket",
     "request_prefill_time_seconds_bucket",
     "request_decode_time_seconds_bucket",
-    "iteration_tokens_total_bucket",
+    "iteration_tokens_bucket",
     "kv_cache_bytes",
     "kv_cache_pages",
     "model_weights_bytes",

@@ -1,13 +1,50 @@
-"""What several files compare the daemon with: the same model, read and computed by transformers."""
+"""What several files compare the daemon with or start, besides the default model."""
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+_TINY = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of random weights that computes a token in no time, as `octavo serve` takes it."""
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    config = {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+    }
+    path.write_text(json.dumps(config))
+    return f"dummy:{path}"
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +57,23 @@ def transformers_model(smollm2_file: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
         ).eval()
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Path:
+    """A tiny model with random weights: for what is not about its answers."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(_TINY))
+    return path
+
+
+@pytest.fixture
+def tiny_flags(tiny_config: Path) -> tuple[str, ...]:
+    """The flags of a daemon that serves it."""
+    return f"dummy:{tiny_config}", "--kv-cache-memory", "64MiB"
+
+
+@pytest.fixture
+def start_tiny(start_daemon: Callable[..., Any], tiny_flags: tuple[str, ...]) -> Callable[..., Any]:
+    """Start such a daemon with further flags."""
+    return lambda *flags: start_daemon(*tiny_flags, *flags)

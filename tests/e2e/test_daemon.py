@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import threading
 from collections.abc import Callable
@@ -12,6 +11,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
+from event_streams import chunks_of
+from patience import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -29,11 +31,9 @@ def _stream(url: str, prompt: str, max_tokens: int) -> list[int]:
         "return_token_ids": True,
         "stream": True,
     }
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
-        assert answer.status_code == 200, answer.read()
-        data = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
-    assert data[-1] == "[DONE]"
-    choices = [json.loads(event)["choices"][0] for event in data[:-1]]
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+    assert answer.status_code == 200, answer.text
+    choices = [chunk["choices"][0] for chunk in chunks_of(answer.content)]
     return [token for choice in choices for token in choice.get("token_ids", ())]
 
 
@@ -94,15 +94,13 @@ def test_clients_that_go_away_leave_nothing_behind(daemon: Any) -> None:
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
     for i in range(200):
-        with socket.create_connection((host, int(port)), timeout=30) as connection:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
             connection.sendall(head + body)
             if i % 2:
                 assert connection.recv(16)
-    for _ in range(2000):
-        busy = daemon.metric("octavo_num_requests_running")
-        if busy + daemon.metric("octavo_num_requests_waiting") == 0:
-            break
-    pages = httpx.get(f"{daemon.url}/metrics", timeout=30).text
+    counts = ("octavo_num_requests_running", "octavo_num_requests_waiting")
+    wait_until(lambda: not any(map(daemon.metric, counts)), daemon.log)
+    pages = daemon.metrics()
     assert "octavo_kv_cache_pages{" in pages
     for state in ("private", "leased"):
         line = next(x for x in pages.splitlines() if f'state="{state}"' in x and "_pages{" in x)
@@ -112,15 +110,15 @@ def test_clients_that_go_away_leave_nothing_behind(daemon: Any) -> None:
 def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(
     start_daemon: Callable[..., Any],
 ) -> None:
-    with start_daemon("--kv-cache-memory", "64MiB", "--log-format", "text") as daemon:
+    limits = ("--kv-cache-memory", "64MiB", "--drain-timeout-s", str(PATIENCE_S))
+    with start_daemon(*limits) as daemon:
         tokens: list[int] = []
         stream = threading.Thread(
             target=lambda: tokens.extend(_stream(daemon.url, "Once upon a time", 200))
         )
         stream.start()
-        while daemon.metric("octavo_generation_tokens_total") < 3:
-            pass
-        with httpx.Client() as kept:
+        wait_until(lambda: daemon.metric("octavo_generation_tokens_total") >= 3, daemon.log)
+        with httpx.Client(timeout=PATIENCE_S) as kept:
             assert kept.get(f"{daemon.url}/ready").status_code == 200
             assert daemon.stop() == 0
         stream.join()
@@ -140,7 +138,7 @@ def test_a_port_in_use_and_a_missing_model_are_one_line(daemon: Any) -> None:
             [sys.executable, "-m", "server", "serve", *flags],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert done.returncode == 1

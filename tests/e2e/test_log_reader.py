@@ -9,26 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_S, wait_until
+
 pytestmark = pytest.mark.e2e
 
-PATIENCE_S = 60.0
-_MODEL = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "eos_token_id": 0,
-}
 #: More bytes of log lines than pipe and queue hold together.
 _NUM_REQUESTS = 4000
 
@@ -36,10 +24,9 @@ _NUM_REQUESTS = 4000
 class Unread:
     """A daemon of which everything is read up to `ready`, and then nothing."""
 
-    def __init__(self, model: Path, log_format: str) -> None:
-        flags = ("--port", "0", "--kv-cache-memory", "16MiB", "--log-format", log_format)
+    def __init__(self, flags: tuple[str, ...]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server", "serve", f"dummy:{model}", *flags],
+            [sys.executable, "-m", "server", "serve", "--port", "0", *flags],
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -72,13 +59,11 @@ class Unread:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[str], Unread]]:
-    model = tmp_path / "tiny.json"
-    model.write_text(json.dumps(_MODEL))
+def start(tiny_flags: tuple[str, ...]) -> Iterator[Callable[[str], Unread]]:
     started: list[Unread] = []
 
     def start(log_format: str) -> Unread:
-        started.append(Unread(model, log_format))
+        started.append(Unread((*tiny_flags, "--log-format", log_format)))
         return started[-1]
 
     yield start
@@ -102,9 +87,7 @@ def test_it_serves_and_says_what_it_dropped_once_somebody_reads(
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(daemon.stderr))
     reader.start()
-    end_s = time.monotonic() + PATIENCE_S
-    while not any("log lines were dropped" in line for line in lines):
-        assert time.monotonic() < end_s
+    wait_until(lambda: any("log lines were dropped" in line for line in lines))
     daemon.get("/none/last")
     daemon.process.send_signal(signal.SIGTERM)
     assert daemon.process.wait(PATIENCE_S) == 0

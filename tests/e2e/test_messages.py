@@ -95,8 +95,8 @@ def test_errors_are_the_clients_own(client: anthropic.Anthropic) -> None:
     image: Any = {"role": "user", "content": [{"type": "image", "source": {}}]}
     with pytest.raises(anthropic.BadRequestError, match=r"messages\.1\.content\.0.*'image'"):
         client.messages.create(**_ASKED | {"messages": [_QUESTION, image]})
-    tool: Any = {"name": "add", "input_schema": {"type": "object"}}
-    with pytest.raises(anthropic.BadRequestError, match="template"):
+    tool: Any = {"name": "an add", "input_schema": {"type": "object"}}
+    with pytest.raises(anthropic.BadRequestError, match=r"tools\.0\.name"):
         client.messages.create(**_ASKED, tools=[tool])
 
 

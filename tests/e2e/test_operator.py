@@ -6,13 +6,13 @@ The model has random weights and is tiny: none of this is about what it says.
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,32 +21,10 @@ import httpx
 import pytest
 import trustme
 
+from event_streams import chunks_of
+from patience import PATIENCE_S, wait_until
+
 pytestmark = pytest.mark.e2e
-
-PATIENCE_S = 60.0
-_MODEL = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000,
-    "tie_word_embeddings": True,
-    "eos_token_id": 0,
-}
-
-
-@pytest.fixture(scope="module")
-def start_tiny(
-    start_daemon: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Any]:
-    path = tmp_path_factory.mktemp("model") / "tiny.json"
-    path.write_text(json.dumps(_MODEL))
-    return lambda *flags: start_daemon(f"dummy:{path}", "--kv-cache-memory", "64MiB", *flags)
 
 
 def test_sighup_exchanges_the_keys_of_a_running_server(
@@ -60,12 +38,14 @@ def test_sighup_exchanges_the_keys_of_a_running_server(
 
     def status(key: str) -> int:
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx.get(f"{daemon.url}/v1/models", headers=headers).status_code
+        return httpx.get(f"{daemon.url}/v1/models", headers=headers, timeout=PATIENCE_S).status_code
 
     def answer(key: str, **more: Any) -> Any:
         asked = {"input": "kept for alice", "max_output_tokens": 8, **more}
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx.post(f"{daemon.url}/v1/responses", json=asked, headers=headers).json()
+        return httpx.post(
+            f"{daemon.url}/v1/responses", json=asked, headers=headers, timeout=PATIENCE_S
+        ).json()
 
     allow("sk-first")
     with start_tiny("--api-key-file", str(file)) as daemon:
@@ -73,9 +53,7 @@ def test_sighup_exchanges_the_keys_of_a_running_server(
         first = answer("sk-first")
         allow("sk-second")
         daemon.process.send_signal(signal.SIGHUP)
-        end_s = time.monotonic() + PATIENCE_S
-        while status("sk-second") != 200:
-            assert time.monotonic() < end_s, "".join(daemon.log)
+        wait_until(lambda: status("sk-second") == 200, daemon.log)
         assert status("sk-first") == 401
         # The new key has the old one's name, and with it what the old one left.
         second = answer("sk-second", previous_response_id=first["id"])
@@ -83,8 +61,7 @@ def test_sighup_exchanges_the_keys_of_a_running_server(
         assert details["cached_tokens"] >= first["usage"]["input_tokens"] - 1
         file.write_text("nonsense")
         daemon.process.send_signal(signal.SIGHUP)
-        while not any("not reloaded" in line for line in daemon.log):
-            assert time.monotonic() < end_s, "".join(daemon.log)
+        wait_until(lambda: any("not reloaded" in line for line in daemon.log), daemon.log)
         assert status("sk-second") == 200
         assert daemon.stop() == 0
     log = "".join(daemon.log)
@@ -105,11 +82,11 @@ def test_https_is_served_and_verified(start_tiny: Callable[..., Any], tmp_path: 
         body = {"prompt": "x", "max_tokens": 50, "stream": True, "ignore_eos": True}
         with httpx.Client(base_url=daemon.url, verify=trusts, timeout=PATIENCE_S) as client:
             answer = client.post("/v1/completions", json=body)
-            assert answer.text.endswith("data: [DONE]\n\n")
+            assert chunks_of(answer.content)
             with pytest.raises(httpx.ConnectError, match="certificate"):
-                httpx.get(f"{daemon.url}/health")
+                httpx.get(f"{daemon.url}/health", timeout=PATIENCE_S)
             with pytest.raises(httpx.HTTPError):
-                httpx.get(daemon.url.replace("https", "http") + "/health")
+                httpx.get(daemon.url.replace("https", "http") + "/health", timeout=PATIENCE_S)
             assert client.get("/health").status_code == 200, "nonsense on the port hurts nobody"
         assert daemon.stop() == 0
 
@@ -136,6 +113,76 @@ def test_a_setting_that_cannot_be_meant_is_one_line_and_exit_code_2(
     )
     assert done.returncode == 2
     assert re.fullmatch(rf".*{re.escape(told)}.*\n", done.stderr)
+
+
+#: In every event, so that few tokens are many bytes.
+_LONG_NAME = "x" * 8192
+#: Warns at the end of each Python process; no start is to show it.
+_WARNS = "import atexit, warnings\natexit.register(warnings.warn, 'for developers')\n"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--kv-cache-memory", "1KiB"], "kv_cache_memory: 1 KiB hold no page of 16 tokens"),
+        (["--device", "cuda"], "device: cuda was asked for, but torch finds no GPU here"),
+        (["--dtype", "float16"], "dtype on a CPU is float32, got float16"),
+        (["--host", "256.256.256.256"], "cannot listen on 256.256.256.256:0"),
+    ],
+)
+def test_a_start_error_is_one_plain_line(
+    tmp_path: Path, tiny_config: Path, flags: list[str], told: str, log_format: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_WARNS)
+    command = [sys.executable, "-m", "server", "serve", f"dummy:{tiny_config}"]
+    environ = {name: text for name, text in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run(
+        [*command, "--port", "0", "--log-format", log_format, *flags],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        env={**environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    *before, last = done.stderr.splitlines()
+    if log_format == "json":
+        assert json.loads(last)["reason"].startswith(told)
+        assert all(json.loads(line)["level"] == "INFO" for line in before)
+    else:
+        assert last.startswith(f"octavo: {told}")
+        assert all(" INFO " in line for line in before), done.stderr
+
+
+def test_every_line_has_the_format_and_says_what_an_operator_needs(
+    start_tiny: Callable[..., Any],
+) -> None:
+    flags = ("--log-format", "json", "--api-key", "sesame", "--served-model-name", _LONG_NAME)
+    with start_tiny(*flags) as daemon:
+        body = {"prompt": "x", "max_tokens": 10_000, "ignore_eos": True, "stream": True}
+        headers = {"Authorization": "Bearer sesame"}
+        url = f"{daemon.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=PATIENCE_S) as answer:
+            lines = answer.iter_lines()
+            assert "data: " in next(lines)
+            daemon.process.send_signal(signal.SIGINT)
+            wait_until(lambda: any("draining" in line for line in daemon.log))
+            assert httpx.get(f"{daemon.url}/ready").status_code == 503
+            daemon.process.send_signal(signal.SIGINT)
+            assert daemon.process.wait(PATIENCE_S) == 0
+    logged = [json.loads(line) for line in daemon.log]
+    by_event = {line["event"]: line for line in logged}
+    starting = by_event["starting"]
+    assert set(starting) - {"time", "level", "event", "version"} == {
+        *("model", "port", "log_format", "api_key", "served_model_name", "kv_cache_memory")
+    }
+    assert starting["api_key"] == ["***"]
+    assert by_event["loading"]["model"] == starting["model"]
+    assert by_event["draining"]["hint"] == "press Ctrl-C again to stop at once"
+    assert by_event["draining"]["running"] == 1
+    assert {line["level"] for line in logged} <= {"INFO", "WARNING"}
+    assert "sesame" not in "".join(daemon.log)
 
 
 class Unread:
@@ -166,10 +213,8 @@ def _read_beside(url: str) -> int:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
-        told = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
-    assert told[-1] == "[DONE]"
-    num_tokens: int = json.loads(told[-2])["usage"]["completion_tokens"]
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+    num_tokens: int = chunks_of(answer.content)[-1]["usage"]["completion_tokens"]
     return num_tokens
 
 
@@ -181,23 +226,19 @@ def _api_bytes(daemon: Any) -> int:
     return int(found.group(1)) * 1024
 
 
-#: In every event, so that few tokens are many bytes.
-_LONG_NAME = "x" * 8192
-
-
 def test_readers_that_stopped_cost_no_memory_and_slow_nobody(
     start_tiny: Callable[..., Any],
 ) -> None:
     max_tokens, num_unread = 1500, 8
-    with start_tiny("--served-model-name", _LONG_NAME) as daemon:
+    # On a slow machine they are unread for longer than the limit on those that do not read.
+    with start_tiny("--served-model-name", _LONG_NAME, "--send-timeout-s", "0") as daemon:
         assert _read_beside(daemon.url) == 400
         before = _api_bytes(daemon)
         unread = [Unread(daemon.url, max_tokens) for _ in range(num_unread)]
         assert _read_beside(daemon.url) == 400
         all_tokens = 2 * 400 + num_unread * max_tokens
-        end_s = time.monotonic() + PATIENCE_S
-        while daemon.metric("octavo_iteration_tokens_total_sum") < all_tokens:
-            assert time.monotonic() < end_s, "those that do not read are not computed to the end"
+        # Those that do not read are computed to the end.
+        wait_until(lambda: daemon.metric("octavo_iteration_tokens_sum") >= all_tokens)
         grown_bytes = _api_bytes(daemon) - before
         as_events = num_unread * max_tokens * len(_LONG_NAME)
         assert grown_bytes < as_events / 5, f"{grown_bytes} of {as_events} bytes are held"
@@ -212,19 +253,14 @@ def test_readers_that_stopped_cost_no_memory_and_slow_nobody(
 def test_a_reader_that_stays_away_is_dropped_and_its_pages_are_free(
     start_tiny: Callable[..., Any],
 ) -> None:
-    with start_tiny("--served-model-name", _LONG_NAME, "--send-timeout-s", "1") as daemon:
+    with start_tiny("--served-model-name", _LONG_NAME, "--send-timeout-s", "5") as daemon:
         unread = Unread(daemon.url, 16_000)
         assert _read_beside(daemon.url) == 400
-        end_s = time.monotonic() + PATIENCE_S
-        while not any("status=499" in line for line in daemon.log):
-            assert time.monotonic() < end_s, "".join(daemon.log)
-            assert daemon.process.poll() is None
+        wait_until(lambda: any("status=499" in line for line in daemon.log), daemon.log)
         line = next(line for line in daemon.log if "status=499" in line)
         assert "finish_reason=abort" in line
-        text = httpx.get(f"{daemon.url}/metrics", timeout=PATIENCE_S).text
-        while 'kv_cache_pages{model_name="' + _LONG_NAME + '",state="private"} 0.0' not in text:
-            assert time.monotonic() < end_s, "pages are not given back"
-            text = httpx.get(f"{daemon.url}/metrics", timeout=PATIENCE_S).text
+        private = 'kv_cache_pages{model_name="' + _LONG_NAME + '",state="private"} 0.0'
+        wait_until(lambda: private in daemon.metrics())
         assert daemon.metric("octavo_num_requests_running") == 0
         unread.connection.close()
         assert _read_beside(daemon.url) == 400

@@ -9,6 +9,8 @@ import httpx
 import pytest
 import torch
 
+from patience import PATIENCE_S
+
 pytestmark = pytest.mark.e2e
 
 PROMPT = (
@@ -21,7 +23,10 @@ PROMPT = (
 def ask(start_daemon: Callable[..., Any]) -> Iterator[Callable[..., dict[str, Any]]]:
     """Completions of a daemon that computes in float32, a few tokens of a prompt at a time."""
     flags = ("--quantization", "none", "--max-num-batched-tokens", "24", "--max-num-seqs", "8")
-    with start_daemon(*flags) as daemon, httpx.Client(base_url=daemon.url, timeout=120) as http:
+    with (
+        start_daemon(*flags) as daemon,
+        httpx.Client(base_url=daemon.url, timeout=PATIENCE_S) as http,
+    ):
 
         def post(path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
             answer = http.post(path, json=body)

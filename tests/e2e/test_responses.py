@@ -10,6 +10,8 @@ from typing import Any
 import openai
 import pytest
 
+from patience import wait_until
+
 pytestmark = pytest.mark.e2e
 
 _MODEL = "SmolLM2-135M-Instruct"
@@ -116,8 +118,5 @@ def test_a_client_that_leaves_frees_its_pages(daemon: Any, client: openai.OpenAI
     ) as stream:
         while next(stream).type != "response.output_text.delta":
             pass
-    for _ in range(2000):
-        if daemon.metric("octavo_num_requests_running") == 0:
-            break
-    assert daemon.metric("octavo_num_requests_running") == 0
+    wait_until(lambda: daemon.metric("octavo_num_requests_running") == 0, daemon.log)
     assert daemon.metric("octavo_stored_responses") == kept

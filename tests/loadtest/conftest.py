@@ -19,13 +19,13 @@ import uvicorn
 from configs.schema import OctavoConfig, SchedulerSection
 from loadtest.records import Failure, Header, Record, Run
 from model.fake import FakeRunner
+from patience import PATIENCE_S
 from scheduler.inline import InlineClient
 from server.app import create_app
 from server.lifecycle import Lifecycle
 from server.text.load import ModelText, load_text
 
 VOCAB_SIZE = 300
-PATIENCE_S = 30.0
 
 #: What the odd server does with a connection, in order: bytes to write, or what to do.
 RESET, CLOSE, HANG = "reset", "close", "hang"

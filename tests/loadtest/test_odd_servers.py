@@ -16,6 +16,7 @@ from loadtest.prompts import Composer, Manner, Spelling
 from loadtest.target import Outcome, Target, TargetError
 from loadtest.wire import WireError
 from loadtest.workloads import PRESETS, Shape
+from patience import PATIENCE_S
 
 _STREAM = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
@@ -48,7 +49,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
 
 
-async def _stream(url: str, timeout_s: float = 20.0) -> tuple[Answer, Outcome]:
+async def _stream(url: str, timeout_s: float = PATIENCE_S) -> tuple[Answer, Outcome]:
     target, answer = Target("odd", url), Answer()
     try:
         outcome = await target.stream("/v1/completions", {"prompt": "x"}, timeout_s, answer)
@@ -133,7 +134,7 @@ def test_a_failure_has_a_kind(
 def test_silence_is_a_timeout(odd_server: Callable[..., Any]) -> None:
     async def work() -> None:
         async with odd_server([_STREAM, _chunk(_text("a")), "hang"]) as odd:
-            answer, outcome = await _stream(odd.url, timeout_s=0.05)
+            answer, outcome = await _stream(odd.url, timeout_s=1.0)
         assert outcome.failure is not None
         assert outcome.failure.kind == "timeout"
         assert answer.text == "a"

@@ -72,20 +72,37 @@ _SIZES: dict[str, Any] = {
 }
 _LATENT = {"num_key_value_heads": 4, "head_dim": 8}
 _NARROW = {"head_dim": 16}
+_ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+_IN_THREE = {"rope_parameters": {**_ROTARY, "mrope_section": [2, 3, 3]}}
 _CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash"), _LATENT
     ),
-    **dict.fromkeys(("minicpm3", "youtu"), _LATENT),
+    **dict.fromkeys(("minicpm3", "youtu", "kimi_k25"), _LATENT),
     **dict.fromkeys(("helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _NARROW),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), _IN_THREE),
+    **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm_ocr"), _IN_THREE),
+    "glm4v_moe": {"rope_parameters": {**_ROTARY, "mrope_section": [1, 1, 2]}},
     "gemma3n_text": {"num_kv_shared_layers": 1},
+    "paligemma": {"sliding_window": None},
+    "granitemoehybrid": {"layer_types": ["attention"] * 4, "mamba_n_heads": 8},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "blt": {"encoder_hash_byte_group_vocab": 96},
 }
 
 
 @pytest.fixture(scope="session")
 def family_sizes() -> Callable[[str], dict[str, Any]]:
     """Small sizes under which a family of `transformers` can be had."""
-    return lambda family: {**_SIZES, **_CHANGES.get(family, {})}
+    import transformers  # noqa: PLC0415 - takes seconds, and only some tests want it
+
+    def sizes_of(family: str) -> dict[str, Any]:
+        sizes = {**_SIZES, **_CHANGES.get(family, {})}
+        parts = transformers.CONFIG_MAPPING[family].sub_configs
+        return {"text_config": sizes} if "text_config" in parts else sizes
+
+    return sizes_of
 
 
 class Checkpoint:
@@ -127,10 +144,15 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
         # Takes seconds, and only some tests want it.
         import transformers  # noqa: PLC0415 - see above
 
-        config = transformers.AutoConfig.for_model(family, **{**TINY, **changes})
+        if "text_config" in changes:
+            changes["text_config"] = {**TINY, **changes["text_config"]}
+            auto_class, sizes = transformers.AutoModelForMultimodalLM, changes
+        else:
+            auto_class, sizes = transformers.AutoModelForCausalLM, {**TINY, **changes}
+        config = transformers.AutoConfig.for_model(family, **sizes)
         config._attn_implementation = "eager"
         torch.manual_seed(1)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        model = auto_class.from_config(config).eval()
         for name, value in model.named_parameters():
             # As made, norms are all ones and biases all zeros: forgotten ones would not show.
             if value.dim() == 1:

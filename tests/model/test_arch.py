@@ -9,6 +9,7 @@ import pytest
 from model.arch import ArchError, ArchSpec, RopeSpec
 from model.arch_gguf import from_gguf_metadata
 from model.arch_hf import from_hf_config
+from model.formats import FormatError
 from model.read_arch import read_arch
 from model.source import ModelSource
 
@@ -198,5 +199,5 @@ def test_a_folder_and_a_dummy_are_read_from_their_json(tmp_path: Path) -> None:
 def test_a_broken_config_is_named(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ArchError, match=f"config.json {message}"):
+    with pytest.raises(FormatError, match=f"config.json {message}"):
         read_arch(ModelSource("dummy", path, "d"))

@@ -16,13 +16,14 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from cache.kv_cache import KVCache
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
 from model.interface import Flight, SamplingParams, TokenLogprobs, Vocabulary
 from model.runner import TorchRunner
+from patience import PATIENCE_S
 from scheduler.messages import Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
@@ -104,7 +105,7 @@ class _Engine:
         self.scores = {request.request_id: [] for request in requests}
         for request in requests:
             grammar = request.params.grammar
-            constraint = self.runner.prepare(grammar).result(20) if grammar else None
+            constraint = self.runner.prepare(grammar).result(PATIENCE_S) if grammar else None
             assert self.scheduler.submit(request, constraint) == []
         in_flight: deque[tuple[StepPlan, Flight]] = deque()
         for _ in range(1000):
@@ -155,9 +156,7 @@ def _requests(draw: Any) -> list[Submit]:
     return requests
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40)
 @given(requests=_requests(), budget=st.integers(6, 40), num_pages=st.sampled_from([9, 12, 60]))
 def test_alone_batched_chunked_preempted_warm_and_cold_are_the_same(
     make_runner: MakeRunner, requests: list[Submit], budget: int, num_pages: int

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cache.kv_cache import KVCache
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
+from configs.sizes import format_size
 from model.assemble import assemble
 from model.hf import load_hf_decoder
 from model.interface import SamplingParams
@@ -88,13 +89,81 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
         "head_dim": 8,
     },
+    # Two kinds of layers, none of them with a state of its own.
+    "granitemoehybrid": {
+        "layer_types": ["attention"] * 3,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 80,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 6,
+    },
+    # Layers that keep from their attention what they are called with; a norm for each head.
+    "stablelm": {"qk_layernorm": True, "use_parallel_residual": True},
+    # An attention older than the interface: one key for all heads, or for groups of them.
+    "falcon": {"multi_query": True, "parallel_attn": True, "alibi": False},
+    "falcon groups": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+}
+
+_NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+_EYES = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_EYES_BY_DEPTH = {"depth": 1, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 14}
+#: Models that see, with the decoder of another family or one of their own.
+_SEEING: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": FAMILIES["gemma3_text"],
+        "vision_config": {"model_type": "siglip_vision_model", **_EYES},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 90,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model", **_EYES},
+        "image_token_index": 95,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", "head_dim": 8, "sliding_window": None},
+        "vision_config": {"model_type": "pixtral", "head_dim": 16, **_EYES},
+        "image_token_index": 95,
+    },
+    "paligemma": {
+        "text_config": {"model_type": "gemma2", **FAMILIES["gemma2"]},
+        "vision_config": {"model_type": "siglip_vision_model", **_EYES},
+        "image_token_index": 95,
+    },
+    # Positions of three kinds, which are one in text.
+    "qwen2_vl": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [1, 1, 2],
+            }
+        },
+        "vision_config": _EYES_BY_DEPTH,
+        **dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id"), 95),
+    },
+    "smolvlm": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": _EYES,
+        "image_token_id": 95,
+    },
 }
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *_SEEING])
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Any]) -> Any:
-    no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return make_checkpoint(request.param, **{**no_ids, **FAMILIES[request.param]})
+    family = request.param
+    if family in FAMILIES:
+        return make_checkpoint(family.split()[0], **{**_NO_IDS, **FAMILIES[family]})
+    changes = _SEEING[family]
+    return make_checkpoint(family, **changes | {"text_config": _NO_IDS | changes["text_config"]})
 
 
 def make_runner(source: ModelSource, num_pages: int, **model: Any) -> TorchRunner:
@@ -194,3 +263,27 @@ def test_mxfp4_is_expanded(make_checkpoint: Callable[..., Any], session: Any) ->
     tokens = torch.tensor(_PROMPTS[0])
     found = session(decoder).feed(tokens)
     torch.testing.assert_close(found, plain.logits(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_for_text_is_neither_loaded_nor_missed(
+    make_checkpoint: Callable[..., Any],
+) -> None:
+    whole = make_checkpoint("gemma3", **_SEEING["gemma3"])
+    file = whole.folder / "model.safetensors"
+    tensors = load_file(file)
+    eyes = {name for name in tensors if "vision_tower" in name or "multi_modal" in name}
+    eyes_bytes = sum(tensors[name].nbytes for name in eyes)
+    text_bytes = sum(one.nbytes for one in tensors.values()) - eyes_bytes
+
+    served = load_hf_decoder(whole.source, dtype=torch.float32, device=torch.device("cpu"))
+    # Angles are computed, not loaded.
+    assert 0 <= served.weights_bytes - text_bytes < 1000
+    told = [note for note in served.notes if "text alone" in note]
+    parts = "model.vision_tower, model.multi_modal_projector"
+    assert told == [f"text alone is served; not loaded: {parts} ({format_size(eyes_bytes)})"]
+    assert not any("no place in this model" in note for note in served.notes)
+
+    blind = {name: one for name, one in tensors.items() if name not in eyes}
+    save_file(blind, file, metadata={"format": "pt"})
+    again = load_hf_decoder(whole.source, dtype=torch.float32, device=torch.device("cpu"))
+    assert again.notes == served.notes

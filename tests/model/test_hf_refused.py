@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model.arch import ArchError
@@ -68,10 +69,12 @@ def config_of(**model: Any) -> OctavoConfig:
         ("qwen3_next", {}, "recurrent state"),
         ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "layers of kind conv"),
         ("llama4_text", {}, "layers of kind chunked_attention"),
-        ("gemma3", {}, "not for text (vision_config)"),
-        ("falcon", {}, "does not let others compute its attention"),
+        ("granitemoehybrid", {"mamba_n_heads": 8}, "recurrent state"),
+        ("llama4", {"text_config": {}}, "layers of kind chunked_attention"),
+        ("kosmos-2", {"text_config": _SIZES}, "either `pixel_values` or `image_embeds`"),
+        ("bloom", {}, "does not let others compute its attention"),
+        ("falcon", {"alibi": True}, "scores depend on distances (alibi)"),
         ("doge", {}, "masks of its own"),
-        ("diffllama", {}, "attends 8 times in 4 layers"),
         # Counts positions itself, from the padding token's id.
         ("roberta", {"pad_token_id": 1, "is_decoder": True}, "something else on pages"),
         # Sees what comes after.
@@ -81,8 +84,13 @@ def config_of(**model: Any) -> OctavoConfig:
             {"quantization_config": {"quant_method": "gptq"}},
             "weights are quantized (gptq)",
         ),
-        ("olmo2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "one long request"),
         ("olmo2", {"num_attention_heads": "four"}, "num_attention_heads"),
+        (
+            "gemma2",
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers must be at most 4096",
+        ),
+        ("gemma3", {"text_config": {"num_hidden_layers": 10**9}}, "must be at most 4096"),
         ("olmo2", {"max_position_embeddings": 1}, "max_position_embeddings is 1"),
         ("no_such_family", {}, "does not know it"),
     ],
@@ -95,6 +103,32 @@ def test_a_model_that_cannot_be_served_is_refused_in_a_line(
     assert str(caught.value).startswith(f"model_type '{family}': ")
     assert "\n" not in str(caught.value)
     assert "served are decoders of text" in str(caught.value)
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
+    """Keeps the size of the largest tensor that is made."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(one, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, one.nbytes)
+        return made
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "llama", "phi3"])
+def test_nothing_is_as_long_as_the_longest_text(
+    dummy: Callable[..., ModelSource], family: str
+) -> None:
+    longest = 2**24
+    with Largest() as largest:  # type: ignore[no-untyped-call] # torch's
+        decoder = load(dummy(family, max_position_embeddings=longest))
+    assert decoder.arch.max_positions == longest
+    # Pages for the proof are the largest.
+    assert 0 < largest.num_bytes < 4 * longest
 
 
 def test_without_the_package_it_is_named(
@@ -174,7 +208,9 @@ def test_ours_where_it_knows_the_architecture(
 def test_the_choice_is_said(dummy: Callable[..., ModelSource]) -> None:
     source = dummy("llama", hidden_act="gelu", eos_token_id=[7, 9])
     info = assemble(source, config_of()).info
-    assert info.notes[0].startswith("not Octavo's own code: hidden_act: 'gelu' is not supported")
+    assert info.notes[0].startswith(
+        "not Octavo's own code: config.json: hidden_act: 'gelu' is not supported"
+    )
     assert "LlamaForCausalLM" in info.notes[1]
     assert (info.eos_token_ids, info.vocab_size, info.quantization) == ((7, 9), 96, "none")
     assert info.kv_bytes_per_token == 2 * 4 * 2 * 16 * 4
@@ -191,7 +227,11 @@ def test_the_choice_is_said(dummy: Callable[..., ModelSource]) -> None:
     [
         ("gemma2", {"quantization": "int8"}, "quantization int8 is for what Octavo computes"),
         ("gemma2", {"model_impl": "octavo"}, "'gemma2' is not supported, only llama"),
-        ("mamba", {}, "recurrent state.*Octavo's own code: model_type 'mamba' is not supported"),
+        (
+            "mamba",
+            {},
+            "recurrent state.*Octavo's own code: config.json: model_type 'mamba' is not supported",
+        ),
         ("gemma2", {"attention_backend": "cpu"}, "the model caps its attention scores"),
     ],
 )

@@ -53,7 +53,7 @@ def test_a_target_may_be_the_source_of_a_later_copy() -> None:
     assert contents(pool)[:3] == [[12, 13, 14, 15], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.builds(

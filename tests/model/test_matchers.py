@@ -145,7 +145,7 @@ def _composed(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     ),
     st.integers(0, 2**32),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_ends_satisfies_its_schema(schema: Any, draw: Any, edits: Any, seed: int) -> None:
     rows = Rows()
     try:

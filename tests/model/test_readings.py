@@ -7,6 +7,7 @@ Each case is a folder that can be read in two ways. Either implementation gives 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 _WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 _YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 500.0}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -113,6 +115,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rope_parameters": {**_YARN, "mscale": 2.0, "mscale_all_dim": 0.5, "truncate": False}},
     ),
+    "dynamic": ("llama", {"rope_parameters": _DYNAMIC}),
+    "dynamic the old way, with another length": (
+        "mistral",
+        {
+            "rope_parameters": _ABSENT,
+            "rope_theta": 77.0,
+            "rope_scaling": {"type": "dynamic", "factor": 3.0},
+            "original_max_position_embeddings": 16,
+        },
+    ),
     "llama3": ("llama", {"rope_parameters": _LLAMA3}),
     "llama3 with its length outside": (
         "llama",
@@ -133,6 +145,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention to what came before, said": ("qwen2", {"is_causal": True}),
     "another epsilon": ("llama", {"rms_norm_eps": 0.5}),
     "no epsilon": ("qwen3", {"rms_norm_eps": _ABSENT}),
+    "whatever type the weights have": ("llama", {"dtype": _ABSENT, "torch_dtype": "auto"}),
+    "numbers that JSON does not have": (
+        "llama",
+        {"initializer_range": math.nan, "router_aux_loss": math.inf, "other": -math.inf},
+    ),
     "another type of numbers": ("llama", {"dtype": "bfloat16", "torch_dtype": "float16"}),
 }
 

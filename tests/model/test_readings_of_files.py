@@ -95,6 +95,52 @@ def _with_buffers(folder: Any) -> None:
     folder.save(folder.tensors() | {name: torch.ones(4)})
 
 
+#: What macOS writes beside a file that it copies to a disk of another system.
+_FORK = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(64)
+
+
+def _with_a_fork(folder: Any) -> None:
+    (folder.path / "._model.safetensors").write_bytes(_FORK)
+
+
+def _shards_with_forks(folder: Any) -> None:
+    tensors = folder.tensors()
+    folder.split({_UP: tensors.pop(_UP)}, tensors)
+    for name in ("._part-0.safetensors", "._part-1.safetensors", "._config.json"):
+        (folder.path / name).write_bytes(_FORK)
+
+
+def _by_no_name_with_a_fork(folder: Any) -> None:
+    _by_no_name(folder)
+    (folder.path / "._weights.safetensors").write_bytes(_FORK)
+
+
+def _in_another_format_too(folder: Any) -> None:
+    tensors = folder.tensors()
+    folder.save({"layers.0.attention.wq.weight": torch.ones(48, 48)}, "consolidated.safetensors")
+    folder.split({_UP: tensors.pop(_UP)}, tensors)
+
+
+def _with_an_adapter(folder: Any) -> None:
+    folder.save({"base_model.model.lora_A.weight": torch.ones(2, 48)}, "adapter_model.safetensors")
+
+
+def _without_index_with_others(folder: Any) -> None:
+    _by_no_name(folder)
+    _with_an_adapter(folder)
+    folder.save({_EMBEDDING: torch.zeros(96, 48)}, "consolidated.00.safetensors")
+
+
+def _with_a_value_head(folder: Any) -> None:
+    head = {"v_head.summary.weight": torch.ones(1, 48), "v_head.summary.bias": torch.ones(1)}
+    folder.save(folder.tensors() | head)
+
+
+def _with_scales_of_keys(folder: Any) -> None:
+    names = (f"model.layers.0.self_attn.{one}_scale" for one in "kv")
+    folder.save(folder.tensors() | {name: torch.tensor(0.5) for name in names})
+
+
 def _with_more_layers(folder: Any) -> None:
     folder.save(folder.tensors() | {"model.layers.3.mlp.up_proj.weight": torch.ones(80, 48)})
 
@@ -126,7 +172,7 @@ _THEIRS = {"transformers", "auto"}
 FILES: tuple[tuple[Callable[[Any], None], bool, set[str], str], ...] = (
     (_head_of_its_own, True, _ALL, "lm_head.weight"),
     (_head_repeated, True, _ALL, ""),
-    (_head_alone, True, _THEIRS, "embed_tokens.weight in"),
+    (_head_alone, True, _ALL, ""),
     (_without_prefix, True, _THEIRS, "embed_tokens.weight in"),
     (_stale_index, False, _ALL, "model.safetensors is read, and model.safetensors.index.json is"),
     (_index_of_nothing, False, _ALL, "model.safetensors is read, and model.safetensors.index.json"),
@@ -139,6 +185,14 @@ FILES: tuple[tuple[Callable[[Any], None], bool, set[str], str], ...] = (
     (_of_many_types, False, _ALL, ""),
     (_with_a_bias, False, _ALL, "q_proj.bias"),
     (_with_buffers, False, _ALL, ""),
+    (_with_a_fork, False, _ALL, "._model.safetensors is not read"),
+    (_shards_with_forks, False, _ALL, "._part-1.safetensors is not read"),
+    (_by_no_name_with_a_fork, False, {"octavo", "auto"}, "._weights.safetensors is not read"),
+    (_in_another_format_too, False, _ALL, "consolidated.safetensors is not read"),
+    (_with_an_adapter, False, _ALL, "adapter_model.safetensors is not read"),
+    (_without_index_with_others, False, {"octavo", "auto"}, "adapter_model.safetensors is not"),
+    (_with_a_value_head, False, _ALL, "v_head.summary"),
+    (_with_scales_of_keys, False, _ALL, "_scale"),
     (_with_more_layers, False, _ALL, "layers.3.mlp.up_proj.weight"),
     (_without_a_tensor, False, set(), ""),
     (_of_another_shape, False, set(), ""),
@@ -177,3 +231,12 @@ def test_weights_that_can_only_be_read_in_one_way_are_not_noted(
 ) -> None:
     folder = folder_of("llama")
     assert build_by(folder, "octavo").notes == ("quantization none as asked",)
+
+
+def test_a_head_that_stands_for_its_pair_is_told(
+    folder_of: Callable[..., Any], build_by: Any
+) -> None:
+    folder = folder_of("llama", tie_word_embeddings=True)
+    _head_alone(folder)
+    told = [note for note in build_by(folder, "octavo").notes if _HEAD in note]
+    assert told == [f"{_EMBEDDING} is not there, and tied to {_HEAD}: that is taken"]

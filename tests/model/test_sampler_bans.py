@@ -58,7 +58,7 @@ def test_banned_is_what_would_complete_a_sequence(
     assert follows.next_banned() == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bad=words,
     temperature=st.sampled_from([0.0, 1.5]),

@@ -98,7 +98,7 @@ def filtered_rows(draw: st.DrawFn) -> tuple[Tensor, list[SamplingParams]]:
 
 
 @given(filtered_rows(), st.sampled_from([(1,), (2, 5), (4,), (64,)]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_filters_agree_with_sorting_everything(
     batch: tuple[Tensor, list[SamplingParams]], candidates: tuple[int, ...]
 ) -> None:
@@ -110,7 +110,7 @@ def test_filters_agree_with_sorting_everything(
 
 
 @given(batches(), st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_row_does_not_depend_on_the_others(
     batch: tuple[Tensor, list[SamplingParams]], random: object
 ) -> None:
@@ -129,7 +129,7 @@ def test_a_row_does_not_depend_on_the_others(
 
 
 @given(batches())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_number_of_candidates_changes_nothing(
     batch: tuple[Tensor, list[SamplingParams]],
 ) -> None:

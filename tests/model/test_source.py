@@ -59,6 +59,19 @@ def test_a_folder_a_file_and_a_dummy_are_taken_where_they_lie(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    "given", ["", "/m-00001-of-00003.gguf", "/m-00002-of-00003.gguf", "/m-00003-of-00003.gguf"]
+)
+def test_any_part_of_a_split_model_or_its_folder_stands_for_it(given: str, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        _touch(tmp_path / f"parts/m-0000{number}-of-00003.gguf")
+    _touch(tmp_path / "parts/._m-00001-of-00003.gguf")
+    _touch(tmp_path / "parts/mmproj-m.gguf")
+    found = resolve(f"{tmp_path}/parts{given}", home=tmp_path, progress=False)
+    first = tmp_path / "parts/m-00001-of-00003.gguf"
+    assert (found.kind, found.path, found.name) == ("gguf", first, "m")
+
+
+@pytest.mark.parametrize(
     ("model", "message"),
     [
         (
@@ -70,6 +83,13 @@ def test_a_folder_a_file_and_a_dummy_are_taken_where_they_lie(tmp_path: Path) ->
         ("{tmp}/bare", r"has no config.json"),
         ("{tmp}/empty", r"needs .safetensors files, there is none"),
         ("{tmp}/pickle", r"there is only pytorch_model.bin, which is a pickle: convert it"),
+        ("{tmp}/adapter", r"only adapter_model.safetensors, which is an adapter without its base"),
+        ("{tmp}/mistral", r"only consolidated.safetensors, which is Mistral's own format"),
+        ("{tmp}/forks", r"needs .safetensors files, there is none"),
+        ("{tmp}/ggufs", r"give one of the files in it: a.Q4_0.gguf, a.Q8_0.gguf"),
+        ("{tmp}/split/a-00001-of-00002.gguf", r"split/a-00002-of-00002.gguf is missing; a-00001"),
+        ("{tmp}/split/a-00003-of-00002.gguf", r"a-00003-of-00002.gguf is named as no part of 2"),
+        ("{tmp}/split", r"a-00002-of-00002.gguf is missing"),
         ("{tmp}/pickle/pytorch_model.bin", r"is a file but not a .gguf one"),
         ("{tmp}/gone.gguf", r"no such file or folder here"),
         ("folder/gone.gguf", r"no such file or folder here"),
@@ -80,6 +100,11 @@ def test_what_is_no_model_is_refused_in_one_line(model: str, message: str, tmp_p
     _touch(tmp_path / "empty/config.json")
     _touch(tmp_path / "pickle/config.json")
     _touch(tmp_path / "pickle/pytorch_model.bin")
+    for name in ("adapter/adapter_model", "mistral/consolidated", "forks/._model"):
+        _touch(tmp_path / f"{name}.safetensors").with_name("config.json").write_text("{}")
+    for name in ("ggufs/a.Q8_0", "ggufs/a.Q4_0", "split/a-00001-of-00002"):
+        _touch(tmp_path / f"{name}.gguf")
+    _touch(tmp_path / "split/a-00003-of-00002.gguf")
     with pytest.raises(ModelSourceError, match=message) as raised:
         resolve(model.replace("{tmp}", str(tmp_path)), home=tmp_path, progress=False)
     assert "\n" not in str(raised.value)
@@ -123,8 +148,7 @@ def test_a_hub_model_that_was_fetched_before_needs_no_network(tmp_path: Path) ->
 
 def test_a_hub_model_that_cannot_be_had_is_an_error_with_the_reason(tmp_path: Path) -> None:
     done = _resolve_offline("org/absent", tmp_path)
-    assert "ModelSourceError: model 'org/absent' is no path here and the hub did not" in done.stderr
-    assert "HF_HUB_OFFLINE" in done.stderr
+    assert "model 'org/absent': no such file or folder here, and HF_HUB_OFFLINE" in done.stderr
 
 
 # ---- a model inside a wheel ----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.arch_hf import from_hf_config
 from model.dummy_weights import DummyWeights
+from model.formats import FormatError
 from model.safetensors_weights import SafetensorsWeights
 from model.source import ModelSource
 from model.weights import BLOCK_VALUES, WeightsError, read_into, row_blocks
@@ -139,7 +140,7 @@ def test_a_damaged_file_is_named(
 ) -> None:
     source = _save(tmp_path / "m", _tensors())
     damage(tmp_path / "m" / "model.safetensors")
-    with pytest.raises(WeightsError, match=f"model.safetensors {message}"):
+    with pytest.raises(FormatError, match=f"model.safetensors {message}"):
         build(source)
 
 
@@ -161,7 +162,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, build: Any) -> None:
     with pytest.raises(WeightsError, match=r"model-2.safetensors is missing, but .*index.json"):
         build(source)
     index.write_text("{}")
-    with pytest.raises(WeightsError, match=r"index.json is damaged"):
+    with pytest.raises(FormatError, match=r"index.json is damaged"):
         build(source)
 
 

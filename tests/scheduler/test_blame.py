@@ -16,6 +16,7 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import Constraint, SamplingParams, StepInput
+from patience import PATIENCE_S
 from scheduler.client import EngineFaultError, GenerateRequest
 from scheduler.process import ProcessClient
 
@@ -86,7 +87,7 @@ def _run(
     config: SchedulerSection = _CONFIG,
 ) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(PATIENCE_S):
             client = ProcessClient(_runner(kind), config)
             await client.start()
             try:
@@ -171,7 +172,7 @@ def test_two_among_many_are_both_found() -> None:
 
 
 def test_one_that_engines_hang_in_is_found_too() -> None:
-    config = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=256, engine_timeout_s=1.5)
+    config = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=256, engine_timeout_s=5)
 
     async def test(client: ProcessClient) -> None:
         prompts = _innocents(3, _SHORT)

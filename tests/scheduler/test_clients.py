@@ -15,6 +15,7 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, Fault, FaultKind, fake_logprobs, fake_output
 from model.interface import ModelRunner, SamplingParams
+from patience import PATIENCE_S
 from scheduler.client import (
     EngineClient,
     EngineFaultError,
@@ -64,14 +65,14 @@ async def _running(client: EngineClient) -> AsyncIterator[EngineClient]:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - the engine next door sets no event of ours
             await asyncio.sleep(0.001)
 
 
 def _run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await test()
 
     asyncio.run(bounded())
@@ -234,5 +235,55 @@ def test_a_scored_prompt_may_be_left(make_client: MakeClient) -> None:
             await _abandon(client, request, client.stats().steps_total)
             assert await _collect(client, _request((5,))) == fake_output((5,), 10)
             await _until(lambda: client.stats().num_running == 0)
+
+    _run(test)
+
+
+def test_a_reset_forgets_what_nobody_uses_and_says_how_much(make_client: MakeClient) -> None:
+    async def test() -> None:
+        async with _running(make_client(FakeRunner, _CONFIG)) as client:
+            page_size = client.info.page_size
+            prompt = tuple(range(4 * page_size + 1))
+            await _collect(client, _request(prompt, 1))
+            used = prompt[: 2 * page_size + 1]
+            deltas = client.generate(_request(used, 200))
+            assert (await anext(deltas)).started is not None
+            assert await client.reset_cache() == 2, "those behind the two that are used"
+            kept = [delta async for delta in deltas if delta.token_ids]
+            assert kept[-1].finish_reason == "length"
+            num_cached = client.stats().pages_cached
+            both = await asyncio.gather(client.reset_cache(), client.reset_cache())
+            assert [*both] == [num_cached, 0]
+            await _until(lambda: client.stats().pages_cached == 0)
+            again = [delta async for delta in client.generate(_request(prompt, 1))]
+            assert [d.started.cached_tokens for d in again if d.started] == [0]
+
+    _run(test)
+
+
+def test_a_reset_whose_caller_left_harms_nobody(make_client: MakeClient) -> None:
+    async def test() -> None:
+        async with _running(make_client(FakeRunner, _CONFIG)) as client:
+            await _collect(client, _request(tuple(range(9))))
+            left = asyncio.create_task(client.reset_cache())
+            await asyncio.sleep(0)
+            left.cancel()
+            assert await client.reset_cache() == 0
+            assert await _collect(client, _request((1, 2))) == fake_output((1, 2), 10)
+
+    _run(test)
+
+
+def test_an_engine_that_is_not_there_resets_nothing(make_client: MakeClient) -> None:
+    async def test() -> None:
+        client = make_client(FakeRunner, _CONFIG)
+        with pytest.raises(EngineUnavailableError):
+            await client.reset_cache()
+        await client.start()
+        waiting = asyncio.create_task(client.reset_cache())
+        await asyncio.sleep(0)
+        await client.close()
+        (outcome,) = await asyncio.gather(waiting, return_exceptions=True)
+        assert outcome == 0 or isinstance(outcome, EngineUnavailableError)
 
     _run(test)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner
 from model.interface import SamplingParams, StepInput
+from patience import PATIENCE_S
 from scheduler.engine_main import engine_main
 from scheduler.messages import Build, Failed, Ping, Pong, Ready, Shutdown, StepResult, Submit
 
@@ -49,7 +51,7 @@ def test_an_engine_whose_api_is_gone_ends_quietly(
         pass
     ours.close()
     marker.unlink()
-    engine.join(20)
+    engine.join(PATIENCE_S)
     assert engine.exitcode == 0
 
 
@@ -62,7 +64,7 @@ def started() -> Iterator[tuple[Connection, BaseProcess]]:
     theirs.close()
     yield ours, engine
     ours.close()
-    engine.join(20)
+    engine.join(PATIENCE_S)
 
 
 def test_an_engine_that_is_never_told_what_to_build_ends_quietly(
@@ -70,7 +72,7 @@ def test_an_engine_that_is_never_told_what_to_build_ends_quietly(
 ) -> None:
     ours, engine = started
     ours.close()
-    engine.join(20)
+    engine.join(PATIENCE_S)
     assert engine.exitcode == 0
 
 
@@ -84,8 +86,52 @@ def test_an_engine_that_cannot_read_what_it_is_told_says_so(
     failed = ours.recv()
     assert isinstance(failed, Failed)
     assert "UnpicklingError" in failed.message
-    engine.join(20)
+    engine.join(PATIENCE_S)
     assert engine.exitcode == 1
+
+
+def _raise(fault: Exception) -> FakeRunner:
+    raise fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (
+            ValueError("kv_cache_memory: 1 KiB is too little"),
+            "kv_cache_memory: 1 KiB is too little",
+        ),
+        (FileNotFoundError(2, "No such file", "x"), "[Errno 2] No such file: 'x'"),
+        (UnicodeEncodeError("utf-8", "x", 0, 1, "no"), "'utf-8' codec can't encode"),
+        (KeyError("wq"), "KeyError: 'wq'"),
+        (ValueError(), "ValueError: "),
+    ],
+)
+def test_a_fault_is_told_in_its_words_if_it_has_a_sentence(
+    started: tuple[Connection, BaseProcess], fault: Exception, told: str
+) -> None:
+    ours, engine = started
+    ours.send(Build(partial(_raise, fault), _CONFIG))
+    failed = ours.recv()
+    assert isinstance(failed, Failed)
+    assert failed.message.startswith(told)
+    engine.join(20)
+
+
+def _build_behind(marker: Path) -> FakeRunner:
+    assert marker.exists()
+    return FakeRunner()
+
+
+def test_the_process_is_prepared_before_the_model_is_built(
+    started: tuple[Connection, BaseProcess], tmp_path: Path
+) -> None:
+    ours, engine = started
+    marker = tmp_path / "prepared"
+    ours.send(Build(partial(_build_behind, marker), _CONFIG, partial(marker.touch)))
+    assert isinstance(ours.recv(), Ready)
+    ours.send(Shutdown())
+    engine.join(20)
 
 
 def test_an_idle_engine_answers_a_ping(started: tuple[Connection, BaseProcess]) -> None:
@@ -97,7 +143,7 @@ def test_an_idle_engine_answers_a_ping(started: tuple[Connection, BaseProcess]) 
         assert ours.recv() == Pong()
         assert isinstance(ours.recv(), StepResult)
     ours.send(Shutdown())
-    engine.join(20)
+    engine.join(PATIENCE_S)
     assert engine.exitcode == 0
 
 
@@ -108,5 +154,5 @@ def test_an_idle_engine_whose_api_is_gone_ends_quietly(
     ours.send(Build(FakeRunner, _CONFIG))
     assert isinstance(ours.recv(), Ready)
     ours.close()
-    engine.join(20)
+    engine.join(PATIENCE_S)
     assert engine.exitcode == 0

@@ -19,11 +19,13 @@ import uvloop
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import ModelRunner, SamplingParams, StepInput
+from patience import PATIENCE_S
 from scheduler.client import EngineUnavailableError, GenerateRequest
 from scheduler.process import ProcessClient
+from scheduler.watchdog import _ASKS_AFTER, _NUM_LOOKS
 
 #: Far more than anything here takes on the loop, far less than a stopped engine would hold it up.
-_LONGEST_LAG_S = 2.0
+_LONGEST_LAG_S = 20.0
 
 
 def _config(**section: Any) -> SchedulerSection:
@@ -39,17 +41,33 @@ async def _collect(client: ProcessClient, request: GenerateRequest) -> list[int]
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - the engine next door sets no event of ours
             await asyncio.sleep(0.001)
 
 
 def _run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await test()
 
     uvloop.run(bounded())
+
+
+def _let_the_timeout_pass(client: ProcessClient) -> None:
+    """Let the watchdog look as often as it does until it takes silence for a hang.
+
+    By the clock it never does here: an engine that a busy machine keeps waiting does not hang.
+    """
+    for _ in range(_NUM_LOOKS + _ASKS_AFTER):
+        client._watchdog.look()
+
+
+async def _hear(client: ProcessClient) -> None:
+    """Let the watchdog look until it asks, and wait for the engine's answer."""
+    for _ in range(_ASKS_AFTER):
+        client._watchdog.look()
+    await _until(lambda: client._watchdog._num_silent == 0)
 
 
 def _stop(client: ProcessClient) -> int:
@@ -102,9 +120,7 @@ def test_a_stopped_engine_holds_up_neither_the_loop_nor_the_end(prompts: list[in
             for task in tasks[::3]:
                 task.cancel()
             await asyncio.sleep(0.1)
-            began_s = time.monotonic()
             await client.close()
-            assert time.monotonic() - began_s < 5
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         kinds = {asyncio.CancelledError, EngineUnavailableError}
         assert {type(end) for end in ends} == kinds
@@ -134,13 +150,14 @@ def test_an_engine_that_hangs_at_work_is_replaced_and_its_streams_go_on_exactly(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def test() -> None:
-        client = ProcessClient(FakeRunner, _config(engine_timeout_s=0.4))
+        client = ProcessClient(FakeRunner, _config())
         await client.start()
         prompts = [(1, 2, 3), (4, 5)]
         async with _watched_loop():
             streams = [client.generate(_request(prompt, 200)) for prompt in prompts]
             told = [list((await anext(stream)).token_ids) for stream in streams]
             _stop(client)
+            _let_the_timeout_pass(client)
             for tokens, stream in zip(told, streams, strict=True):
                 tokens += [token async for delta in stream for token in delta.token_ids]
         assert told == [fake_output(prompt, 200) for prompt in prompts]
@@ -148,7 +165,7 @@ def test_an_engine_that_hangs_at_work_is_replaced_and_its_streams_go_on_exactly(
         await client.close()
 
     _run(test)
-    assert "said nothing for 0.4 s" in caplog.text
+    assert "said nothing for 300 s" in caplog.text
 
 
 class _HangsWhenIdle(FakeRunner):
@@ -173,20 +190,18 @@ def test_an_idle_engine_that_hangs_is_found_and_replaced_without_a_request(
     marker = tmp_path / "hangs"
 
     async def test() -> None:
-        config = _config(engine_timeout_s=0.8)
-        client = ProcessClient(partial(_HangsWhenIdle, marker), config)
+        client = ProcessClient(partial(_HangsWhenIdle, marker), _config())
         await client.start()
         # Alive for more than a timeout, though nobody asks anything of it.
-        for _ in range(100):
-            await asyncio.sleep(0.01)
+        for _ in range(_NUM_LOOKS):
+            await _hear(client)
             assert client.is_alive
-        began_s = time.monotonic()
         if kind == "stopped":
             _stop(client)
         else:
             marker.touch()
-        await _until(lambda: not client.is_alive)
-        assert time.monotonic() - began_s < 2 * config.engine_timeout_s
+            await _until(lambda: not marker.exists())
+        _let_the_timeout_pass(client)
         await _until(lambda: client.num_restarts == 1 and client.is_alive)
         assert await _collect(client, _request((1, 2), 3)) == fake_output((1, 2), 3)
         await client.close()
@@ -262,26 +277,28 @@ def test_a_process_that_cannot_be_ended_is_left_alone(caplog: pytest.LogCaptureF
         engine._process.kill = kill  # type: ignore[method-assign]
         engine.kill()
         os.kill(pid, signal.SIGCONT)
-        await engine.end(20)
+        await engine.end(PATIENCE_S)
 
     _run(test)
     assert "cannot be killed" in caplog.text
 
 
 class _SleepyRunner(FakeRunner):
-    """A step takes longer than a heartbeat, and no longer than the timeout."""
+    """A step takes longer than an engine has to be silent to be asked."""
 
     def launch(self, step: StepInput) -> Any:
-        time.sleep(0.6)
+        time.sleep(0.3)
         return super().launch(step)
 
 
 def test_a_long_step_is_no_hang() -> None:
     async def test() -> None:
-        client = ProcessClient(_SleepyRunner, _config(engine_timeout_s=1.0))
+        client = ProcessClient(_SleepyRunner, _config())
         await client.start()
-        await asyncio.sleep(0.2)
-        assert await _collect(client, _request((1, 2), 3)) == fake_output((1, 2), 3)
+        asked = asyncio.create_task(_collect(client, _request((1, 2), 3)))
+        while not asked.done():
+            await _hear(client)
+        assert await asked == fake_output((1, 2), 3)
         assert client.num_restarts == 0
         await client.close()
 

@@ -138,7 +138,7 @@ async def _live(
     raise AssertionError("it does not end")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     poisons=st.lists(st.none() | st.integers(0, 59), min_size=1, max_size=12),
     num_tokens=st.integers(1, 60),

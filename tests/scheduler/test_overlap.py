@@ -23,6 +23,7 @@ from model.interface import (
     StepOutput,
     Vocabulary,
 )
+from patience import PATIENCE_S
 from scheduler.engine import Engine
 from scheduler.messages import Cancel, FinishReason, Learn, StepResult, Submit
 from scheduler.scheduler import Scheduler
@@ -261,7 +262,7 @@ def test_one_step_at_a_time_while_a_grammar_is_followed() -> None:
     runner = Recorder()
     told = Told(runner)
     told.engine.handle(Learn(VOCABULARY))
-    runner.prepare(LETTERS).result(20)
+    runner.prepare(LETTERS).result(PATIENCE_S)
     told.submit(1, (4, 5), max_tokens=20)
     told.step()
     assert len(runner.steps) == 2

@@ -17,6 +17,7 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import ModelRunner, SamplingParams
+from patience import PATIENCE_S
 from scheduler.client import EngineUnavailableError, GenerateRequest
 from scheduler.process import ProcessClient
 from scheduler.shortage import is_shortage
@@ -84,7 +85,7 @@ async def _is_resumed(client: ProcessClient, harm: Callable[[], None]) -> list[i
 
 def _run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await test()
 
     asyncio.run(bounded())

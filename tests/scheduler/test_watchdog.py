@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from patience import PATIENCE_S
 from scheduler.watchdog import Watchdog
 
 
@@ -67,7 +68,7 @@ def test_it_looks_by_itself_until_it_is_stopped() -> None:
         await asyncio.sleep(0.05)
         assert kennel.look(0) == was
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
 
 
 def test_a_loop_that_stood_still_has_not_waited() -> None:

@@ -26,6 +26,7 @@ import uvicorn
 
 from configs.schema import OctavoConfig, SchedulerSection
 from model.fake import FakeRunner
+from patience import PATIENCE_S
 from scheduler.client import (
     Delta,
     EngineClient,
@@ -48,7 +49,6 @@ from server.text.load import ModelText, load_text
 from server.text.template import ChatTemplate
 
 VOCAB_SIZE = 300
-PATIENCE_S = 20.0
 
 ValueT = TypeVar("ValueT")
 Script = Callable[["ScriptedClient", GenerateRequest], AsyncGenerator[Delta, None]]
@@ -83,6 +83,9 @@ class ScriptedClient:
         finally:
             self.was_closed.set()
 
+    async def reset_cache(self) -> int:
+        return self.engine_stats.pages_cached
+
     def stats(self) -> EngineStats:
         return self.engine_stats
 
@@ -100,6 +103,9 @@ class AbsentClient(ScriptedClient):
         super().__init__(_absence)
         del self.info
         self.is_alive = False
+
+    async def reset_cache(self) -> int:
+        raise EngineUnavailableError("the model is still being loaded")
 
     def __getattr__(self, name: str) -> Any:
         if name == "info":

@@ -13,7 +13,9 @@ from typing import Any
 import openai
 import pytest
 
+from event_streams import chunks_of
 from model.fake import FakeRunner
+from patience import PATIENCE_S
 from scheduler.client import (
     Delta,
     EngineFaultError,
@@ -26,7 +28,6 @@ from scheduler.client import (
 )
 from server import documents
 
-PATIENCE_S = 20.0
 USER = {"role": "user", "content": "hello"}
 
 
@@ -40,12 +41,6 @@ def text_of(live: Any, prompt: str | list[int], num_tokens: int = 8) -> str:
     answer = live.post("/v1/completions", prompt=prompt, max_tokens=num_tokens)
     text: str = answer.json()["choices"][0]["text"]
     return text
-
-
-def streamed(answer: Any) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_a_chat_has_n_answers_and_one_usage(live: Any, api: openai.OpenAI) -> None:
@@ -154,7 +149,9 @@ def test_choices_are_told_as_they_come(scripted: Callable[..., Any]) -> None:
             yield Delta((65 + index,))
         yield Delta(finish_reason=FinishReason.LENGTH)
 
-    chunks = streamed(scripted(script).post("/v1/completions", prompt="x", n=3, stream=True))
+    chunks = chunks_of(
+        scripted(script).post("/v1/completions", prompt="x", n=3, stream=True).content
+    )
     order = [chunk["choices"][0]["index"] for chunk in chunks]
     assert len(list(groupby(order))) > 3, "they are interleaved"
     texts = [
@@ -259,14 +256,14 @@ def test_an_error_after_the_first_byte_is_one_event(scripted: Callable[..., Any]
 
     answer = scripted(script).chat(n=3, stream=True)
     assert answer.status_code == 200
-    chunks = streamed(answer)
+    chunks = chunks_of(answer.content)
     assert ["error" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
 def test_nothing_is_left_in_the_real_engine(live: Any) -> None:
     body = {"prompt": ["x", "y"], "n": 4, "stream": True, "max_tokens": 250, "ignore_eos": True}
     with live.http.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
+        next(answer.iter_raw())
     live.wait_idle()
     live.post("/v1/completions", prompt="z", max_tokens=1)
     stats = live.client.stats()

@@ -9,6 +9,7 @@ import pytest
 
 from configs.fields import config_fields, sections
 from configs.load import RESERVED_VARIABLES, load_config, presets
+from server import __version__
 from server.cli import CommandLine, parse
 
 
@@ -24,6 +25,28 @@ def said(argv: list[str], capsys: pytest.CaptureFixture[str], *, code: int) -> s
 def test_only_what_was_given_is_returned() -> None:
     assert parse(["serve"]) == CommandLine("serve", {}, None)
     assert parse(["version"]) == CommandLine("version", {}, None)
+
+
+def test_a_tokenizer_is_exported_to_a_folder() -> None:
+    assert parse(["tokenizer", "export", "out"]) == CommandLine("export", {}, None, Path("out"))
+    assert parse(["tokenizer", "export", "out", "m.gguf"]).flags == {"model": "m.gguf"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ([], 2, "usage: octavo [-h] [--version] COMMAND"),
+        (["help"], 0, "usage: octavo [-h] [--version] COMMAND"),
+        (["help", "serve"], 0, "usage: octavo serve [MODEL]"),
+        (["help", "tokenizer", "export"], 0, "DIR"),
+        (["--help"], 0, "usage: octavo [-h] [--version] COMMAND"),
+        (["--version"], 0, f"octavo {__version__}\n"),
+    ],
+)
+def test_help_and_version(
+    argv: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in said(argv, capsys, code=code)
 
 
 def test_model_is_positional_wherever_it_stands() -> None:
@@ -82,14 +105,25 @@ def test_help_shows_every_flag_section_default_and_variable(
 
 def test_top_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(["--help"], capsys, code=0)
-    assert re.findall(r"^    (\w+) ", text, re.MULTILINE) == ["version", "serve"]
+    assert re.findall(r"^    (\w+)\b", text, re.MULTILINE) == [
+        "version",
+        "help",
+        "tokenizer",
+        "serve",
+    ]
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "COMMAND"),
+        (["--"], "unrecognized arguments: --"),
         (["sing"], "invalid choice: 'sing'"),
+        (["serv"], "did you mean serve?"),
+        (["verson"], "did you mean version?"),
+        (["--verison"], "unrecognized arguments: --verison; did you mean --version?"),
+        (["tokenizer"], "the following arguments are required: ACTION"),
+        (["tokenizer", "exprot"], "did you mean export?"),
+        (["tokenizer", "export"], "the following arguments are required: DIR"),
         (["serve", "--port"], "argument --port: expected one argument"),
         (["serve", "--prot", "1"], "unrecognized arguments: --prot; did you mean --port?"),
         (["serve", "--max-num=1"], "did you mean --max-num-seqs?"),

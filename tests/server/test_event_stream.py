@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from patience import PATIENCE_S
 from scheduler.client import (
     Delta,
     FinishReason,
@@ -25,7 +26,6 @@ from scheduler.client import (
 from server import sse
 from server.event_stream import EventStream
 
-PATIENCE_S = 20.0
 SHORT_S = 0.005
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import BeforeValidator
 
+from patience import PATIENCE_S
 from server import respond, schemas
 from server.context import BodyBudget
 from server.errors import ApiError
@@ -164,14 +165,14 @@ def test_long_conversions_run_beside_the_event_loop(
     ids=["far-too-large", "asks-first"],
 )
 def test_a_body_that_is_announced_too_large_is_refused_unread(shared: Any, head: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=PATIENCE_S) as connection:
         connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n")
         assert connection.recv(12) == b"HTTP/1.1 413"
 
 
 def test_a_body_that_stops_coming_is_given_up(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(respond, "BODY_PATIENCE_S", 0.05)
-    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=PATIENCE_S) as connection:
         connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 408")
@@ -184,8 +185,8 @@ def test_bodies_that_are_never_finished_take_so_much_and_no_more(live_small: Any
         held: list[socket.socket] = []
         refused: list[socket.socket] = []
         while not refused:
-            assert len(held) < 64, "all of them are held"
-            one = socket.create_connection(("127.0.0.1", live_small.port), timeout=10)
+            assert len(held) < 512, "all of them are held"
+            one = socket.create_connection(("127.0.0.1", live_small.port), timeout=PATIENCE_S)
             held.append(stack.enter_context(one))
             one.sendall(head + b"x" * 4000)
             refused = select.select(held, [], [], 0.05)[0]

@@ -16,7 +16,6 @@ from configs.schema import ServerSection
 from scheduler.client import Delta, FinishReason, GenerateRequest, Started
 from server.keys import Keyring, digest_of, load_keys, reload_keys
 
-PATIENCE_S = 20.0
 FILE = """
 # tenants
 [[key]]

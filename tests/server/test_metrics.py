@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler.client import Delta, EngineStats, FinishReason, GenerateRequest, Started
+from server.exposition import Histogram
 from server.memory import resident_bytes
-from server.metrics import GrowingCount, Histogram
+from server.metrics import GrowingCount
 
 #: Series of the first scrape, without the model's name: what dashboards may count on.
 SERIES = [
@@ -35,7 +37,12 @@ SERIES = [
     "request_queue_time_seconds_count",
     "request_prefill_time_seconds_count",
     "request_decode_time_seconds_count",
-    "iteration_tokens_total_count",
+    "iteration_tokens_count",
+    "request_prompt_tokens_count",
+    "request_generation_tokens_count",
+    "request_time_per_output_token_seconds_count",
+    "request_params_n_count",
+    "request_params_max_tokens_count",
     'time_to_first_token_seconds_bucket{le="0.001"}',
     'inter_token_latency_seconds_bucket{le="0.0005"}',
     'kv_cache_bytes{state="free"}',
@@ -75,9 +82,100 @@ def test_vllms_names_are_repeated_if_wanted(start_server: Callable[..., Any]) ->
     live = start_server(metrics_alias="vllm")
     live.chat(max_tokens=3)
     page = live.http.get("/metrics").text
-    assert 'vllm:generation_tokens_total{model_name="fake"} 3.0' in page
+    assert 'vllm:generation_tokens_total{engine="0",model_name="fake"} 3.0' in page
     assert 'octavo_generation_tokens_total{model_name="fake"} 3.0' in page
-    assert 'vllm:time_to_first_token_seconds_count{model_name="fake"} 1.0' in page
+    assert 'vllm:time_to_first_token_seconds_count{engine="0",model_name="fake"} 1.0' in page
+
+
+#: Name, type and labels beside model_name and engine, as vllm/v1/metrics/loggers.py has them; a
+#: counter's samples end with _total.
+VLLM = {
+    "num_requests_running": ("gauge", set[str]()),
+    "num_requests_waiting": ("gauge", set()),
+    "kv_cache_usage_perc": ("gauge", set()),
+    "prefix_cache_queries": ("counter", set()),
+    "prefix_cache_hits": ("counter", set()),
+    "num_preemptions": ("counter", set()),
+    "prompt_tokens": ("counter", set()),
+    "generation_tokens": ("counter", set()),
+    "request_success": ("counter", {"finished_reason"}),
+    "request_prompt_tokens": ("histogram", set()),
+    "request_generation_tokens": ("histogram", set()),
+    "iteration_tokens_total": ("histogram", set()),
+    "request_max_num_generation_tokens": ("histogram", set()),
+    "request_params_n": ("histogram", set()),
+    "request_params_max_tokens": ("histogram", set()),
+    "time_to_first_token_seconds": ("histogram", set()),
+    "inter_token_latency_seconds": ("histogram", set()),
+    "request_time_per_output_token_seconds": ("histogram", set()),
+    "e2e_request_latency_seconds": ("histogram", set()),
+    "request_queue_time_seconds": ("histogram", set()),
+    "request_inference_time_seconds": ("histogram", set()),
+    "request_prefill_time_seconds": ("histogram", set()),
+    "request_decode_time_seconds": ("histogram", set()),
+}
+CACHE_LABELS = {"block_size", "cache_dtype", "enable_prefix_caching", "num_gpu_blocks", "engine"}
+
+
+def test_vllms_page_has_vllms_names_types_and_labels_alone(
+    start_server: Callable[..., Any],
+) -> None:
+    live = start_server(metrics_alias="vllm")
+    page = live.http.get("/metrics").text
+    families = {
+        family.name.removeprefix("vllm:"): family
+        for family in text_string_to_metric_families(page)
+        if family.name.startswith("vllm:")
+    }
+    cache = families.pop("cache_config_info")
+    [sample] = cache.samples
+    assert (cache.type, sample.value, set(sample.labels)) == ("gauge", 1.0, CACHE_LABELS)
+    assert sample.labels["block_size"] == str(live.client.info.page_size)
+    assert sample.labels["num_gpu_blocks"] == str(live.client.info.num_pages)
+    found = {
+        name: (
+            family.type,
+            {label for sample in family.samples for label in sample.labels}
+            - {"model_name", "engine", "le"},
+        )
+        for name, family in families.items()
+    }
+    assert found == VLLM
+    for family in families.values():
+        for sample in family.samples:
+            assert (sample.labels["model_name"], sample.labels["engine"]) == ("fake", "0")
+
+
+@pytest.mark.parametrize("alias", ["none", "vllm"])
+def test_who_accepts_openmetrics_gets_it(start_server: Callable[..., Any], alias: str) -> None:
+    live = start_server(metrics_alias=alias)
+    live.chat(max_tokens=3)
+    # What Prometheus sends.
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+    answer = live.http.get("/metrics", headers={"Accept": accept})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    families = list(openmetrics(answer.text))  # type: ignore[no-untyped-call] # untyped there
+    plain = list(text_string_to_metric_families(live.http.get("/metrics").text))
+    assert {family.name for family in families} == {family.name for family in plain}
+    assert {family.type for family in families} == {"counter", "gauge", "histogram"}
+
+
+def test_the_size_of_requests_is_counted(live: Any) -> None:
+    live.post("/v1/completions", prompt=["ab", "abc"], n=2, max_tokens=5)
+    live.post("/v1/completions", prompt="abcd", max_tokens=1)
+    live.wait_idle()
+    counts = {
+        "request_prompt_tokens": (5, 2 * 2 + 2 * 3 + 4),
+        "request_generation_tokens": (5, 4 * 5 + 1),
+        "request_params_max_tokens": (5, 4 * 5 + 1),
+        "request_params_n": (3, 2 + 2 + 1),
+        "request_max_num_generation_tokens": (3, 5 + 5 + 1),
+    }
+    for name, (count, total) in counts.items():
+        assert live.metric(f"octavo_{name}_count") == count, name
+        assert live.metric(f"octavo_{name}_sum") == total, name
+    assert live.metric("octavo_request_time_per_output_token_seconds_count") == 4
+    assert live.metric("octavo_request_inference_time_seconds_count") == 5
 
 
 def test_requests_are_counted(live: Any) -> None:
@@ -95,7 +193,7 @@ def test_requests_are_counted(live: Any) -> None:
     assert live.metric("octavo_e2e_request_latency_seconds_count") == 3
     assert live.metric("octavo_request_queue_time_seconds_count") == 3
     assert live.metric("octavo_prefix_cache_hits_total") > 0
-    assert live.metric("octavo_iteration_tokens_total_sum") > 0
+    assert live.metric("octavo_iteration_tokens_sum") > 0
     assert live.metric('octavo_http_responses_total{status="400"}') == 1
     assert live.metric('octavo_http_responses_total{status="404"}') == 1
 
@@ -125,7 +223,7 @@ def test_the_engines_snapshot_is_shown(scripted: Callable[..., Any]) -> None:
     assert live.metric("octavo_kv_cache_usage_perc") == pytest.approx(0.3)
     assert live.metric('octavo_kv_cache_pages{state="leased"}') == 2
     assert live.metric('octavo_kv_cache_bytes{state="cached"}') == 5 * 4 * 4
-    assert live.metric("octavo_iteration_tokens_total_sum") == 100
+    assert live.metric("octavo_iteration_tokens_sum") == 100
 
     assert "cuda_memory_bytes" not in live.http.get("/metrics").text
     live.client.info = replace(live.client.info, device_bytes=(("weights", 16), ("pages", 50)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -10,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from configs.schema import OctavoConfig
+from event_streams import chunks_of
 from scheduler.client import Delta, FinishReason, GenerateRequest
 from server import documents
-from server.service import sampling_defaults
+from server.makers_sampling import makers_sampling
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
 
@@ -95,21 +96,60 @@ def test_they_can_be_left_out(start: Callable[..., Any]) -> None:
     assert live.http.get("/v1/models").json()["data"][0]["sampling_defaults"] == {}
 
 
-def test_values_no_request_could_have_stop_the_start(text: ModelText) -> None:
-    wrong = replace(text, sampling_defaults={"temperature": 9.0})
-    with pytest.raises(ValueError, match=r"generation_config.json: temperature .*--generation"):
-        sampling_defaults(OctavoConfig(), wrong)
-    unlimited = replace(text, sampling_defaults={"top_k": -1})
-    assert sampling_defaults(OctavoConfig(), unlimited) == {"top_k": 0}
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"temperature": "0.6", "top_p": "1"}, {"temperature": 0.6, "top_p": 1.0}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"top_k": "20"}, {"top_k": 20}),
+        ({"top_k": 20.0}, {"top_k": 20}),
+        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
+        ({"do_sample": False}, {"temperature": 0.0}),
+        ({"do_sample": True, "temperature": None}, {}),
+        ({"max_new_tokens": "many", "eos_token_id": 2}, {}),
+    ],
+)
+def test_what_can_be_meant_is_taken(stated: dict[str, Any], expected: dict[str, float]) -> None:
+    assert makers_sampling(stated) == (expected, [])
+
+
+ODD = [10**400, math.inf, -math.inf, math.nan, "", "warm", "nan", "1e999", True, [1], {}]
+
+
+CASES = [(name, value) for name in DEFAULTS for value in ODD]
+CASES += [("temperature", -1), ("temperature", 2.1), ("top_p", 2), ("top_p", 0), ("top_k", 0.5)]
+CASES += [("repetition_penalty", 0), ("repetition_penalty", -1)]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES, ids=lambda one: repr(one)[:20])
+def test_what_no_request_could_have_is_left_out_and_said(
+    start: Callable[..., Any], name: str, value: Any
+) -> None:
+    """An odd value once ended the start with a traceback."""
+    live = start(defaults={name: value, "min_p": 0.1})
+    assert live.chat().status_code == 200
+    assert live.http.get("/v1/models").json()["data"][0]["sampling_defaults"] == {"min_p": 0.1}
+    taken, [note] = makers_sampling({name: value, "min_p": 0.1})
+    assert taken == {"min_p": 0.1}
+    assert note.startswith(f"generation_config.json: {name}: ")
+    assert "\n" not in note
+    assert len(note) < 300
+
+
+@pytest.mark.parametrize("value", [0, "false", [], {}])
+def test_a_do_sample_that_is_no_truth_value_is_said(value: Any) -> None:
+    taken, [note] = makers_sampling({"do_sample": value})
+    assert taken == {}
+    assert "do_sample" in note
 
 
 # ---- parsers by name
 
 
 def test_a_parser_may_be_named_where_the_template_does_not_tell(start: Callable[..., Any]) -> None:
-    asked = {"tools": [TOOL]}
-    assert start(CALL).chat(**asked).status_code == 400
-    [choice] = start(CALL, tool_call_parser="hermes").chat(**asked).json()["choices"]
+    asked, off = {"tools": [TOOL]}, {"tools_in_prompt": "off"}
+    assert start(CALL, **off).chat(**asked).status_code == 400
+    [choice] = start(CALL, **off, tool_call_parser="hermes").chat(**asked).json()["choices"]
     assert choice["finish_reason"] == "tool_calls"
     llama = json.dumps({"name": "add", "parameters": {}})
     [choice] = start(llama, tool_call_parser="llama3_json").chat(**asked).json()["choices"]
@@ -164,9 +204,10 @@ def test_usage_tells_the_tokens_of_the_reasoning(
     answer = live.chat(n=2, include_reasoning=has_reasoning)
     documents.ChatCompletion.model_validate_json(answer.content)
     assert answer.json()["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
-    events = live.chat(stream=True, stream_options={"include_usage": True}).text.split("\n\n")
-    usages = [json.loads(e[6:]).get("usage") for e in events if e.startswith("data: {")]
-    assert usages[-1]["completion_tokens_details"] == {"reasoning_tokens": 2}
+    answer = live.chat(stream=True, stream_options={"include_usage": True})
+    assert chunks_of(answer.content)[-1]["usage"]["completion_tokens_details"] == {
+        "reasoning_tokens": 2
+    }
 
 
 def test_a_model_that_does_not_reason_has_no_such_count(start: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE_S
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
 
@@ -45,7 +46,6 @@ expected-statuses = [400, 401, 403, 404, 405, 413, 429]
 """
 #: Bodies made up at random, for each route; what is at the limits of each field is asked anyway.
 _MAX_EXAMPLES = 6
-_TIMEOUT_S = 300
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def _run(
         "--phases": "coverage,fuzzing",
         "--checks": ",".join(CHECKS),
         "--max-examples": str(max_examples),
+        "--request-timeout": str(PATIENCE_S),
         "--suppress-health-check": "all",
         "--warnings": "off",
     }
@@ -77,7 +78,7 @@ def _run(
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=_TIMEOUT_S,
+        timeout=PATIENCE_S,
         check=False,
     )
 

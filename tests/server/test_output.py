@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.client import Delta, FinishReason, TokenLogprobs
@@ -43,7 +43,6 @@ def deltas_of(token_ids: list[int], cuts: list[int], *, has_logprobs: bool) -> l
     return deltas
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     token_ids=st.lists(st.sampled_from(TOKENS), max_size=30),
     cuts=st.lists(st.integers(0, 30), max_size=6),
@@ -80,7 +79,6 @@ def test_the_text_ends_before_the_first_stop_string(
     assert pieces[-1].stop_text == found
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     token_ids=st.lists(st.sampled_from(TOKENS), max_size=20),
     cuts=st.lists(st.integers(0, 20), max_size=6),

@@ -6,7 +6,6 @@ kind in it: parts of characters, tags in one token, in several and astride, spec
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,10 +15,11 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
+from event_streams import chunks_of, events_of
 from scheduler.client import Delta, FinishReason, GenerateRequest, TokenLogprobs
 from server.text.load import ModelText
 from server.text.pieces import BYTE_LEVEL_ALPHABET
@@ -154,11 +154,6 @@ def asked(path: str, *, has_tools: bool, is_stream: bool, **more: Any) -> dict[s
     return body
 
 
-def events_of(stream: str) -> list[dict[str, Any]]:
-    lines = (line.removeprefix("data: ") for line in stream.splitlines())
-    return [json.loads(line) for line in lines if line.startswith("{")]
-
-
 def of_openai(bodies: list[dict[str, Any]]) -> Told:
     """Read a chat or a completion, whole or in chunks."""
     choices = [choice for body in bodies for choice in body["choices"]]
@@ -210,7 +205,8 @@ def tell(live: Any, path: str, *, has_tools: bool, **more: Any) -> Told:
     whole = live.post(path, **asked(path, has_tools=has_tools, is_stream=False, **more))
     assert whole.status_code == 200, whole.text
     stream = live.post(path, **asked(path, has_tools=has_tools, is_stream=True, **more))
-    told, streamed = READERS[path]([whole.json()]), READERS[path](events_of(stream.text))
+    read_stream = chunks_of if path in {COMPLETIONS, CHAT} else events_of
+    told, streamed = READERS[path]([whole.json()]), READERS[path](read_stream(stream.content))
     assert streamed == told
     return told
 
@@ -280,9 +276,7 @@ def reasoning_in(completion: Told, *, is_thinking: bool, num_hidden: int) -> int
 
 
 @pytest.mark.parametrize("mode", TEMPLATES)
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None
-)
+@settings(max_examples=100)
 @given(
     said=st.builds(
         Said,

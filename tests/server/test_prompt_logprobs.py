@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from event_streams import chunks_of
 from model.fake import fake_logprobs
 from scheduler.client import Delta, FinishReason, GenerateRequest, TokenLogprobs
 from server import documents, prompt_logprobs
@@ -136,12 +136,6 @@ def test_more_than_an_answer_can_hold_is_refused(
 # ---- echo with logprobs
 
 
-def events_of(answer: Any) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
-
-
 @pytest.mark.parametrize("prompt", ["häß", [*"häß".encode()]], ids=["text", "ids"])
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
 def test_an_echo_has_the_prompts_tokens_first(live: Any, prompt: Any, max_tokens: int) -> None:
@@ -182,7 +176,7 @@ def test_a_stream_adds_up_to_the_whole(live: Any, prompt: list[Any], max_tokens:
         "return_token_ids": True,
     }
     whole = live.post(COMPLETION, **asked).json()["choices"]
-    events = events_of(live.post(COMPLETION, **asked, stream=True))
+    events = chunks_of(live.post(COMPLETION, **asked, stream=True).content)
     for choice in whole:
         documents.Completion.model_validate(events[-1])
         own = [e["choices"][0] for e in events if e["choices"][0]["index"] == choice["index"]]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
+from event_streams import chunks_of
 from model.fake import fake_output
 from server import documents
 
@@ -20,12 +20,6 @@ ASKED = {"role": "user", "content": "count"}
 def api(live: Any) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def streamed(answer: Any) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def answer_to(prompt: list[int], num_tokens: int) -> list[int]:
@@ -98,7 +92,7 @@ def test_a_chats_tokens_are_told(live: Any, api: openai.OpenAI) -> None:
     assert body["prompt_token_ids"] == prompt
     assert [choice["token_ids"] for choice in body["choices"]] == [answer_to(prompt, 8)] * 2
     asked = {"max_tokens": 8, "stream": True, "n": 2, "return_token_ids": True}
-    chunks = streamed(live.chat("hello", **asked))
+    chunks = chunks_of(live.chat("hello", **asked).content)
     assert [chunk.get("prompt_token_ids") for chunk in chunks if "prompt_token_ids" in chunk] == [
         prompt
     ]
@@ -118,7 +112,7 @@ def test_a_completions_tokens_are_told(live: Any) -> None:
     choices = whole.json()["choices"]
     assert [(c["prompt_token_ids"], c["token_ids"]) for c in choices] == expected
     told: dict[int, tuple[list[int], list[int]]] = {0: ([], []), 1: ([], [])}
-    for chunk in streamed(live.post("/v1/completions", stream=True, **asked)):
+    for chunk in chunks_of(live.post("/v1/completions", stream=True, **asked).content):
         documents.Completion.model_validate(chunk)
         [choice] = chunk["choices"]
         told[choice["index"]][0].extend(choice.get("prompt_token_ids", []))
@@ -135,7 +129,7 @@ def test_a_token_without_text_is_told(live: Any) -> None:
     body = live.post("/v1/completions", **asked).json()
     assert body["choices"][0]["token_ids"] == expected
     assert body["usage"]["completion_tokens"] == len(expected)
-    chunks = streamed(live.post("/v1/completions", stream=True, **asked))
+    chunks = chunks_of(live.post("/v1/completions", stream=True, **asked).content)
     told = [token for c in chunks for token in c["choices"][0].get("token_ids", [])]
     assert told == expected
 
@@ -146,8 +140,8 @@ def test_a_token_without_text_is_told(live: Any) -> None:
 @pytest.mark.parametrize("has_end", [False, True])
 def test_every_chunk_tells_the_usage_so_far(live: Any, has_end: bool) -> None:
     options = {"continuous_usage_stats": True, "include_usage": has_end}
-    chunks = streamed(
-        live.chat(max_tokens=6, n=2, stream=True, stream_options=options, ignore_eos=True)
+    chunks = chunks_of(
+        live.chat(max_tokens=6, n=2, stream=True, stream_options=options, ignore_eos=True).content
     )
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
@@ -162,7 +156,7 @@ def test_every_chunk_tells_the_usage_so_far(live: Any, has_end: bool) -> None:
 def test_a_chunks_usage_counts_its_own_tokens(live: Any) -> None:
     options = {"continuous_usage_stats": True}
     asked = {"prompt": "abc", "stream": True, "return_token_ids": True, "max_tokens": 30}
-    [_, *chunks] = streamed(live.post("/v1/completions", stream_options=options, **asked))
+    [_, *chunks] = chunks_of(live.post("/v1/completions", stream_options=options, **asked).content)
     num_told = 0
     for chunk in chunks:
         num_told += len(chunk["choices"][0].get("token_ids", []))

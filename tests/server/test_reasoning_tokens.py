@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from server.reasoning import ReasoningCounter
 from server.text.load import ModelText
 from server.text.pieces import Pieces
-from server.tools.declared import MISTRAL_THINK, THINK
+from server.tools.declared import GEMMA_THOUGHT, KIMI_K3_THINK, MISTRAL_THINK, THINK
 from server.tools.events import Reasoning
-from server.tools.speech import Speech, SpeechParser, ThinkTags
+from server.tools.speech import OutputParser, Speech, ThinkTags
 
 
 def pieces_of(text: ModelText) -> Pieces:
@@ -60,26 +60,29 @@ def test_it_grows_with_the_stream(text: ModelText) -> None:
     assert told[-1] == len("a long thought")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(max_examples=150)
 @given(
     parts=st.lists(
-        st.sampled_from(["<think>", "</think>", "<thi", "nk>", " ", "\n\u3000", "a", "bc", "é"]),
+        st.sampled_from(
+            ["<think>", "</think>", "</answer>", "<thi", "nk>", " ", "\n\u3000", "a", "bc", "é"]
+        ),
         max_size=9,
     ),
     width=st.integers(1, 9),
     is_thinking=st.booleans(),
-    tags=st.sampled_from([THINK, MISTRAL_THINK]),
+    tags=st.sampled_from([THINK, MISTRAL_THINK, GEMMA_THOUGHT, KIMI_K3_THINK]),
 )
 def test_it_counts_what_the_parser_tells(
     text: ModelText, parts: list[str], width: int, is_thinking: bool, tags: ThinkTags
 ) -> None:
     output = "".join(parts).replace("<think>", tags.opener).replace("</think>", tags.closer)
+    output = output.replace("</answer>", "".join(tags.other_closers))
     counter = ReasoningCounter(pieces_of(text), tags, is_thinking=is_thinking)
     token_ids = [*output.encode()]
     for start in range(0, len(token_ids), width):
         counter.count(token_ids[start : start + width], is_last=False)
     count = counter.count((), is_last=True)
-    parser = SpeechParser(Speech(None, tags, is_thinking=is_thinking))
+    parser = OutputParser(Speech(None, tags, is_thinking=is_thinking))
     events = parser.push(output) + parser.finish()
     told = "".join(event.text for event in events if isinstance(event, Reasoning)).encode()
     # The parser leaves out the spaces at both ends, which are the template's.

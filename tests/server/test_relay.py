@@ -6,15 +6,16 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import tty
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
 import pytest
 
+from patience import PATIENCE_S
 from server.relay import Relay
 
-PATIENCE_S = 20.0
 LINE = b"%06d " + b"x" * 200 + b"\n"
 
 
@@ -104,6 +105,29 @@ def test_a_descriptor_that_somebody_made_non_blocking_loses_nothing() -> None:
     lines = b"".join(LINE % number for number in range(1000))
     stage.write(lines)
     assert stage.read(LINE % 999) == lines
+    os.close(reader)
+    os.close(fd)
+
+
+def test_the_end_waits_for_a_reader_as_long_as_it_reads() -> None:
+    reader, fd = os.pipe()
+    stage = Stage(reader, fd)
+    lines = b"".join(LINE % number for number in range(4000))
+    received = bytearray()
+
+    def read_slowly() -> None:
+        while len(received) < len(lines):
+            received.extend(os.read(reader, len(lines) // 40))
+            time.sleep(0.05)
+
+    reading = threading.Thread(target=read_slowly)
+    stage.write(lines)
+    reading.start()
+    # All takes four times as long.
+    stage.relay.flush(0.5)
+    assert not stage.relay._queue.unfinished_tasks
+    reading.join(PATIENCE_S)
+    assert received == lines
     os.close(reader)
     os.close(fd)
 

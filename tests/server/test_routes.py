@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from event_streams import chunks_of
 from server import documents, params, schemas
+from server.text.export import export_tokenizer
 
 USER = {"role": "user", "content": "x"}
 
@@ -22,7 +26,21 @@ def test_tokenize_and_detokenize_are_each_others_inverse(shared: Any) -> None:
     told = shared.post("/tokenize", prompt="häß 260").json()
     assert told["count"] == len(told["tokens"])
     assert told["max_model_len"] == 256
-    assert shared.post("/detokenize", tokens=told["tokens"]).json() == {"prompt": "häß 260"}
+    assert shared.post("/detokenize", tokens=told["tokens"]).json() == {
+        "prompt": "häß 260",
+        "content": "häß 260",
+    }
+
+
+def test_llama_servers_clients_find_their_names(shared: Any) -> None:
+    told = shared.post("/tokenize", content="häß", parse_special=True, with_pieces=True).json()
+    assert told["tokens"] == list("häß".encode())
+    assert [warning["param"] for warning in told["octavo"]["warnings"]] == ["with_pieces"]
+    documents.Tokenized.model_validate(told)
+    back = shared.post("/detokenize", tokens=told["tokens"], x=1).json()
+    assert back["content"] == "häß"
+    assert [warning["param"] for warning in back["octavo"]["warnings"]] == ["x"]
+    documents.Detokenized.model_validate(back)
 
 
 def test_a_conversation_is_tokenized_as_a_chat_is(shared: Any) -> None:
@@ -40,7 +58,8 @@ def test_a_conversation_is_tokenized_as_a_chat_is(shared: Any) -> None:
         ("/tokenize", {"prompt": "x", "messages": [USER]}, "prompt"),
         ("/tokenize", {"prompt": 3}, "prompt"),
         ("/tokenize", {"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
-        ("/tokenize", {"prompt": "x", "unknown": 1}, "unknown"),
+        ("/tokenize", {"prompt": "x", "content": "x"}, "prompt"),
+        ("/tokenize", {"prompt": "x", "suffix": 1, "chat_template": "x"}, "chat_template"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [300]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
@@ -108,22 +127,18 @@ def test_a_parameter_is_honoured_or_judged_but_not_both(
         assert params.judge({name: neutral}, table) == []
 
 
-def streamed(answer: Any) -> list[str]:
-    return [line.removeprefix("data: ") for line in answer.text.splitlines() if line][:-1]
-
-
 @pytest.mark.parametrize("has_logprobs", [False, True])
 @pytest.mark.parametrize("has_usage", [False, True])
 def test_responses_are_as_documented(shared: Any, has_logprobs: bool, has_usage: bool) -> None:
     options = {"stream": True, "stream_options": {"include_usage": has_usage}}
     chat = {"max_tokens": 9, "logprobs": has_logprobs}
     documents.ChatCompletion.model_validate_json(shared.chat(**chat).content)
-    for chunk in streamed(shared.chat(**chat, **options)):
-        documents.ChatChunk.model_validate_json(chunk)
+    for chunk in chunks_of(shared.chat(**chat, **options).content):
+        documents.ChatChunk.model_validate(chunk)
     text = {"prompt": "x", "logprobs": 1 if has_logprobs else None}
     documents.Completion.model_validate_json(shared.post("/v1/completions", **text).content)
-    for chunk in streamed(shared.post("/v1/completions", **text, **options)):
-        documents.Completion.model_validate_json(chunk)
+    for chunk in chunks_of(shared.post("/v1/completions", **text, **options).content):
+        documents.Completion.model_validate(chunk)
 
 
 def test_the_other_answers_are_as_documented(shared: Any) -> None:
@@ -153,6 +168,7 @@ def test_openapi_knows_every_route_its_body_and_its_errors(shared: Any) -> None:
         "/v1/responses/{response_id}",
         "/v1/responses/{response_id}/input_items",
         "/tokenize",
+        "/tokenizer_info",
         "/detokenize",
         "/health",
         "/ready",
@@ -188,3 +204,35 @@ def test_openapi_tells_the_types_that_are_taken(
     document = shared.http.get("/openapi.json").json()
     schema = document["components"]["schemas"][model]
     assert {kind["type"] for kind in schema["properties"][field]["anyOf"]} == types
+
+
+def test_the_tokenizers_settings_are_those_of_an_exported_folder(
+    shared: Any, tmp_path: Path
+) -> None:
+    export_tokenizer(shared.text, tmp_path)
+    told = shared.http.get("/tokenizer_info").json()
+    assert told == json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert told["chat_template"] == shared.text.template.sources["default"]
+
+
+def test_the_cache_is_reset_where_the_operator_allows_it(start_server: Callable[..., Any]) -> None:
+    live = start_server(dev_endpoints=True)
+    prompt = "x" * 100
+    live.post("/v1/completions", prompt=prompt, max_tokens=1)
+    cached = live.metric('octavo_kv_cache_pages{state="cached"}')
+    assert cached > 10
+    assert live.http.post("/reset_prefix_cache").json() == {"freed_pages": cached}
+    usage = live.post("/v1/completions", prompt=prompt, max_tokens=1).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    assert live.http.get("/reset_prefix_cache").status_code == 405
+
+
+def test_the_cache_is_not_reset_elsewhere_nor_without_an_engine(
+    shared: Any, start_server: Callable[..., Any], absent: Any
+) -> None:
+    assert shared.http.post("/reset_prefix_cache").status_code == 404
+    live = start_server(type(absent.client)(), dev_endpoints=True)
+    answer = live.http.post("/reset_prefix_cache")
+    assert answer.status_code == 503
+    assert "retry-after" in answer.headers

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from event_streams import chunks_of
+from patience import PATIENCE_S
 from scheduler.client import (
     Delta,
     EngineFaultError,
@@ -21,7 +23,6 @@ from scheduler.client import (
 )
 
 STARTED = Started(1, 0.0, 0, "")
-PATIENCE_S = 20.0
 
 
 async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
@@ -37,10 +38,6 @@ def request_bytes(path: str, body: dict[str, Any]) -> bytes:
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
-def events(text: str) -> list[str]:
-    return [line.removeprefix("data: ") for line in text.splitlines() if line]
-
-
 def test_a_streams_headers_keep_proxies_from_buffering(live: Any) -> None:
     answer = live.chat(max_tokens=1, stream=True)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -49,9 +46,7 @@ def test_a_streams_headers_keep_proxies_from_buffering(live: Any) -> None:
 
 
 def test_a_stream_ends_with_done_and_tells_octavos_own_once(live: Any) -> None:
-    told = events(live.chat(max_tokens=3, stream=True, nonsense=1).text)
-    assert told[-1] == "[DONE]"
-    chunks = [json.loads(event) for event in told[:-1]]
+    chunks = chunks_of(live.chat(max_tokens=3, stream=True, nonsense=1).content)
     assert all("usage" not in chunk for chunk in chunks)
     assert ["octavo" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
@@ -163,8 +158,8 @@ def test_deltas_of_many_tokens_are_one_write(scripted: Callable[..., Any]) -> No
         yield Delta((72, 101, 108), started=STARTED)
         yield Delta((108, 111), finish_reason=FinishReason.LENGTH)
 
-    told = events(scripted(script).chat(stream=True).text)
-    texts = [json.loads(event)["choices"][0]["delta"].get("content") for event in told[:-1]]
+    chunks = chunks_of(scripted(script).chat(stream=True).content)
+    texts = [chunk["choices"][0]["delta"].get("content") for chunk in chunks]
     assert texts == ["", "Hel", "lo", None]
 
 
@@ -190,9 +185,7 @@ def test_a_failure_reaches_the_client_of_a_stream(
     answer = live.chat(stream=True)
     if is_begun:
         assert answer.status_code == 200
-        told = events(answer.text)
-        assert told[-1] == "[DONE]"
-        error = json.loads(told[-2])["error"]
+        error = chunks_of(answer.content)[-1]["error"]
     else:
         assert answer.status_code == status
         error = answer.json()["error"]
@@ -225,8 +218,8 @@ def test_many_streams_at_once_get_their_own_text(live: Any) -> None:
     together: dict[str, str] = {}
 
     def ask(word: str) -> None:
-        told = events(live.post("/v1/completions", prompt=word, max_tokens=30, stream=True).text)
-        chunks = [json.loads(event) for event in told[:-1]]
+        answer = live.post("/v1/completions", prompt=word, max_tokens=30, stream=True)
+        chunks = chunks_of(answer.content)
         together[word] = "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
     threads = [threading.Thread(target=ask, args=(word,)) for word in alone]
@@ -235,3 +228,27 @@ def test_many_streams_at_once_get_their_own_text(live: Any) -> None:
     for thread in threads:
         thread.join(PATIENCE_S)
     assert together == alone
+
+
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": False}}])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+def test_every_stream_tells_the_usage_if_the_operator_wants_it(
+    start_server: Callable[..., Any], path: str, asked: dict[str, Any], options: dict[str, Any]
+) -> None:
+    def last(**section: Any) -> dict[str, Any]:
+        live = start_server(**section)
+        text = live.post(path, **asked, **options, max_tokens=3, stream=True).text
+        told = [line.removeprefix("data: ") for line in text.splitlines() if line]
+        assert told.pop() == "[DONE]"
+        chunk: dict[str, Any] = json.loads(told[-1])
+        return chunk
+
+    assert "usage" not in last()
+    chunk = last(force_include_usage=True)
+    assert (chunk["choices"], chunk["usage"]["completion_tokens"]) == ([], 3)

@@ -10,7 +10,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from configs.schema import ServerSection
 from model.fake import FakeRunner
@@ -94,9 +94,7 @@ _HEADS = itertools.count(1000)
 Ask = tuple[str, list[int], str]
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None
-)
+@settings(max_examples=40)
 @given(
     asks=st.lists(
         st.tuples(

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from event_streams import chunks_of
 from scheduler.client import FinishReason
 from server import documents
 
@@ -85,9 +86,15 @@ def test_a_stream_of_calls_adds_up(chatting: Chatting, width: int) -> None:
             calls += choice.delta.tool_calls or []
             reasons.append(choice.finish_reason)
     assert content == "Let me see."
-    assert [call.index for call in calls] == [0, 1]
-    assert [(call.type, call.function.name) for call in calls] == [("function", "add")] * 2
-    assert [json.loads(call.function.arguments) for call in calls] == [{"a": 1}] * 2
+    begun = [call for call in calls if call.id]
+    assert [call.index for call in begun] == [0, 1]
+    assert [(call.type, call.function.name) for call in begun] == [("function", "add")] * 2
+    for index in (0, 1):
+        [first, *more] = [call for call in calls if call.index == index]
+        assert first.function.arguments == ""
+        assert not any(call.id or call.type or call.function.name for call in more)
+        assert "".join(call.function.arguments for call in more) == '{"a": 1}'
+        assert len(more) > 3 or width > 1
     assert reasons == [*[None] * (len(reasons) - 1), "tool_calls"]
 
 
@@ -111,20 +118,14 @@ def test_each_of_several_choices_is_read_on_its_own(chatting: Chatting, is_strea
     live = chatting(CALL, width=5)
     asked = {"messages": [USER], "tools": [TOOL], "n": 2, "stream": is_stream}
     answer = live.post("/v1/chat/completions", **asked)
-    bodies = [answer.json()] if not is_stream else _events(answer.text)
+    bodies = [answer.json()] if not is_stream else chunks_of(answer.content)
     choices = [choice for body in bodies for choice in body["choices"]]
     parts = [choice.get("message") or choice.get("delta") for choice in choices]
-    told = [
-        (choice["index"], call["function"]["arguments"])
-        for choice, part in zip(choices, parts, strict=True)
-        for call in part.get("tool_calls", [])
-    ]
-    assert sorted(told) == [(0, '{"a": 1}'), (1, '{"a": 1}')]
-
-
-def _events(text: str) -> list[dict[str, Any]]:
-    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data")]
-    return [json.loads(line) for line in data if line != "[DONE]"]
+    told = {0: "", 1: ""}
+    for choice, part in zip(choices, parts, strict=True):
+        for call in part.get("tool_calls", []):
+            told[choice["index"]] += call["function"]["arguments"]
+    assert told == {0: '{"a": 1}', 1: '{"a": 1}'}
 
 
 def test_tool_choice_none_hides_the_tools(chatting: Chatting) -> None:
@@ -149,9 +150,28 @@ def test_a_call_cut_by_the_limit_is_told_apart(chatting: Chatting, is_stream: bo
     live = chatting("Hm.\n" + CALL[:20], reason=FinishReason.LENGTH)
     asked = {"messages": [USER], "tools": [TOOL], "stream": is_stream}
     answer = live.post("/v1/chat/completions", **asked)
-    [choice] = (_events(answer.text)[-1] if is_stream else answer.json())["choices"]
+    [choice] = (chunks_of(answer.content)[-1] if is_stream else answer.json())["choices"]
     assert choice["finish_reason"] == "length"
     assert choice["octavo"] == {"left_out": {"cut_tool_call": CALL[:20]}}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_call_cut_within_its_arguments_is_shown_as_far_as_it_came(
+    chatting: Chatting, is_stream: bool
+) -> None:
+    live = chatting(CALL + CALL[:-18], reason=FinishReason.LENGTH)
+    asked = {"messages": [USER], "tools": [TOOL], "stream": is_stream}
+    answer = live.post("/v1/chat/completions", **asked)
+    bodies = chunks_of(answer.content) if is_stream else [answer.json()]
+    choices = [choice for body in bodies for choice in body["choices"]]
+    told: list[str] = []
+    for choice in choices:
+        for call in (choice.get("message") or choice["delta"]).get("tool_calls", []):
+            told += [""] if "id" in call else []
+            told[-1] += call["function"]["arguments"]
+    assert told == ['{"a": 1}', '{"a"']
+    assert choices[-1]["finish_reason"] == "length"
+    assert choices[-1]["octavo"] == {"left_out": {"cut_tool_call": ""}}
 
 
 def test_mistral_calls_have_ids_its_template_accepts(chatting: Chatting) -> None:
@@ -180,7 +200,7 @@ def test_history_of_calls_reaches_the_template(chatting: Chatting) -> None:
 def test_reasoning_stands_apart(chatting: Chatting, is_stream: bool) -> None:
     live = chatting("One and one.\n</think>\n\nTwo.", THINKING)
     answer = live.post("/v1/chat/completions", messages=[USER], stream=is_stream)
-    bodies = _events(answer.text) if is_stream else [answer.json()]
+    bodies = chunks_of(answer.content) if is_stream else [answer.json()]
     parts = [
         choice.get("delta") or choice.get("message") or {}
         for body in bodies
@@ -200,7 +220,7 @@ def test_reasoning_may_be_left_out(chatting: Chatting) -> None:
 def test_each_token_of_a_call_tells_its_probability_once(chatting: Chatting) -> None:
     live = chatting(CALL, width=4)
     asked = {"messages": [USER], "tools": [TOOL], "logprobs": True, "stream": True}
-    events = _events(live.post("/v1/chat/completions", **asked).text)
+    events = chunks_of(live.post("/v1/chat/completions", **asked).content)
     listed = [choice["logprobs"] for event in events for choice in event["choices"]]
     tokens = [entry["token"] for one in listed if one for entry in one["content"]]
     assert "".join(tokens) == CALL
@@ -223,7 +243,8 @@ def test_each_token_of_a_call_tells_its_probability_once(chatting: Chatting) -> 
         ),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "perhaps"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.custom.name"),
         ({"messages": [USER, {"role": "tool", "content": "2"}]}, "messages.1"),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "x"}]}]},
@@ -239,8 +260,65 @@ def test_what_is_wrong_with_tools_is_named(
     assert answer.json()["error"]["param"] == param
 
 
-def test_a_model_whose_template_has_no_tools_refuses_them(shared: Any) -> None:
-    error = shared.chat(tools=[TOOL]).json()["error"]
+CUSTOM = {"type": "custom", "custom": {"name": "sh", "description": "Runs it."}}
+CUSTOM_CALL = '<tool_call>\n{"name": "sh", "arguments": {"input": "echo \\"a\\"\\n"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_custom_tool_gets_a_text(chatting: Chatting, is_stream: bool) -> None:
+    # The whole of the tools is longer than the context.
+    shown = "{{ tools[1].function.parameters | tojson }}<tool_call>{{ messages[0].content }}"
+    live = chatting(f"{CALL}\n{CUSTOM_CALL}", template=shown, width=3)
+    asked = {"messages": [USER], "tools": [TOOL, CUSTOM], "stream": is_stream}
+    answer = live.post("/v1/chat/completions", **asked)
+    if is_stream:
+        deltas = [event["choices"][0]["delta"] for event in chunks_of(answer.content)]
+        calls = [call for delta in deltas for call in delta.get("tool_calls", ()) if call["index"]]
+        assert (calls[0]["type"], calls[0]["custom"]["name"]) == ("custom", "sh")
+        assert "".join(call["custom"]["input"] for call in calls) == 'echo "a"\n'
+    else:
+        documents.ChatCompletion.model_validate(answer.json())
+        function, custom = answer.json()["choices"][0]["message"]["tool_calls"]
+        assert function["function"]["arguments"] == '{"a": 1}'
+        assert custom["custom"] == {"name": "sh", "input": 'echo "a"\n'}
+    assert '"input"' in prompt_of(live)
+
+
+def test_what_a_custom_tool_was_called_with_is_shown_again(chatting: Chatting) -> None:
+    call = {"id": "c", "type": "custom", "custom": {"name": "sh", "input": "ls"}}
+    said = [USER, {"role": "assistant", "tool_calls": [call]}]
+    result = {"role": "tool", "tool_call_id": "c", "content": "a"}
+    source = HERMES.replace("arguments.a", "arguments.input")
+    live = chatting("", template=source)
+    answer = live.post("/v1/chat/completions", messages=[*said, result], tools=[CUSTOM])
+    assert answer.status_code == 200, answer.text
+    assert "[assistant]ls[tool]ac" in prompt_of(live)
+
+
+def test_allowed_tools_are_shown_alone(chatting: Chatting) -> None:
+    live = chatting("no")
+    allowed = {"mode": "auto", "tools": [{"type": "custom", "custom": {"name": "sh"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    asked = {"messages": [USER], "tools": [TOOL, CUSTOM], "tool_choice": choice}
+    assert live.post("/v1/chat/completions", **asked).status_code == 200
+    assert '"sh"' in prompt_of(live)
+    assert '"add"' not in prompt_of(live)
+
+
+@pytest.mark.parametrize(
+    ("template", "section"),
+    [
+        ("{{ messages }}", {"tools_in_prompt": "off"}),
+        (HERMES.replace("<tool_call>", "<minimax:call>"), {}),
+        (HERMES, {"tool_call_parser": "none"}),
+    ],
+    ids=["no place", "a format that is not read", "nothing to be read"],
+)
+def test_a_model_whose_calls_are_not_read_refuses_tools(
+    chatting: Chatting, template: str, section: dict[str, Any]
+) -> None:
+    live = chatting("x", template, model=section)
+    error = live.chat(tools=[TOOL]).json()["error"]
     assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
     assert "template" in error["message"]
 

@@ -16,7 +16,7 @@ export const guarded = {
 
 export const question = [{ role: "user", content: "What is the capital of Japan?" }];
 
-const patienceMs = 60_000;
+const patienceMs = 600_000;
 
 // Values of gauges, summed over their labels: { num_requests_running: 1, ... }.
 async function gauges(server, names) {

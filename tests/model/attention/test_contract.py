@@ -361,7 +361,7 @@ def test_a_second_step_replaces_the_first(build: Build) -> None:
     torch.testing.assert_close(result.double(), scene.expected(0), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     rows=st.lists(
         st.tuples(st.integers(1, 90), st.integers(0, 600)).map(lambda r: (r[0], sum(r)))

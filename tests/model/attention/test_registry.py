@@ -109,7 +109,7 @@ def test_a_page_size_is_a_multiple_of_what_the_backend_asks_for() -> None:
 
 def test_without_triton_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"attention_backend triton .* triton is not installed"):
+    with pytest.raises(ValueError, match=r"triton is not installed: pip install 'octavo\[cuda\]'"):
         choose_backend("triton", SPEC)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import anthropic
 import pytest
 
+from event_streams import events_of
 from scheduler.client import FinishReason
 from server.messages import documents
 
@@ -81,7 +82,7 @@ def test_the_stop_sequence_that_matched_is_told(
     live = saying("One, two, END")
     answer = live.post("/v1/messages", **ASKED, stop_sequences=stop, stream=is_stream)
     if is_stream:
-        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line[:5] == "data:"]
+        events = events_of(answer.content)
         end = events[-2]["delta"]
         text = "".join(event.get("delta", {}).get("text", "") for event in events)
     else:

@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from scheduler.client import Delta, GenerateRequest, RejectKind, RequestRefusedError
+from server.chat_messages import MAX_PARTS
 from server.messages.documents import MessagesErrorBody
-from server.schemas import MAX_MESSAGES, MAX_PARTS
+from server.schemas import MAX_MESSAGES
 from server.tools.schemas import MAX_TOOLS
 
 USER: Any = {"role": "user", "content": "1+1?"}
@@ -78,7 +79,7 @@ def said(role: str, *blocks: Any) -> dict[str, Any]:
         ({"metadata": {"user_id": 3}}, "metadata.user_id"),
         ({"container": "x"}, "container"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "telepathy_20250305", "name": "telepathy"}]}, "tools.0.type"),
         ({"tools": [{"name": "add"}]}, "tools.0.input_schema"),
         ({"tools": [TOOL | {"name": "a b"}]}, "tools.0.name"),
         ({"tools": [TOOL, TOOL]}, "tools.1.name"),
@@ -122,9 +123,10 @@ def test_a_template_that_refuses_a_message_names_it(saying: Callable[..., Any]) 
         assert "no system: Be kind." in error["message"]
 
 
-def test_tools_without_a_template_for_them(shared: Any) -> None:
+def test_tools_without_a_template_for_them(start_server: Callable[..., Any]) -> None:
+    live = start_server(model={"tools_in_prompt": "off"})
     for path in PATHS:
-        answer = shared.post(path, **ASKED, tools=[TOOL])
+        answer = live.post(path, **ASKED, tools=[TOOL])
         assert error_of(answer, 400, "invalid_request_error")["param"] == "tools"
 
 
@@ -135,7 +137,6 @@ def test_tools_without_a_template_for_them(shared: Any) -> None:
         b"",
         b"{",
         b"[]",
-        b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1}',
         b'{"messages": ' + b"[" * 3000,
         b'{"max_tokens": 1, "messages": [{"role": "assistant", "content": [{"type": "tool_use",'
         b'"id": "x", "name": "add", "input": ' + b'{"a":' * 300 + b"1" + b"}" * 300 + b"}]}]}",

@@ -244,7 +244,7 @@ def test_a_flood_of_unknown_parameters_is_summed_up(saying: Saying) -> None:
     blocks = [text("a", x=1) for _ in range(100)]
     body = saying("2").post("/v1/messages", **ASKED | {"messages": [turn("user", *blocks)]}).json()
     warnings = body["octavo"]["warnings"]
-    assert len(warnings) == params.MAX_WARNINGS + 1
+    assert len(warnings) == chat_params.MAX_WARNINGS + 1
     assert "36 more" in warnings[-1]["message"]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import anthropic
+import httpx
 import pytest
 
+from event_streams import events_of
 from scheduler.client import Delta, EngineUnavailableError, FinishReason, GenerateRequest
 from server.messages.blocks import Blocks, summed
 from server.messages.documents import MessageEvent
@@ -35,16 +36,11 @@ OUTPUTS = {
 Saying = Callable[..., Any]
 
 
-def events_of(text: str) -> list[dict[str, Any]]:
-    """Each event's payload; its name is its type."""
-    assert text.endswith("\n\n")
-    found = []
-    for event in text.removesuffix("\n\n").split("\n\n"):
-        name, data = event.split("\n")
-        payload = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {payload['type']}"
+def documented_events_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    """Each event's payload, as it is documented."""
+    found = events_of(answer.content)
+    for payload in found:
         MessageEvent.model_validate(payload)
-        found.append(payload)
     return found
 
 
@@ -75,7 +71,7 @@ def test_a_stream_adds_up_to_the_whole_answer(
 ) -> None:
     live = saying(output, template, width=width)
     whole = live.post("/v1/messages", **ASKED).json()
-    events = events_of(live.post("/v1/messages", **ASKED, stream=True).text)
+    events = documented_events_of(live.post("/v1/messages", **ASKED, stream=True))
     require_order(events)
     with client_of(live).messages.stream(**ASKED) as stream:
         message = stream.get_final_message()
@@ -88,6 +84,42 @@ def test_a_stream_adds_up_to_the_whole_answer(
     ]
     assert message.stop_reason == whole["stop_reason"]
     assert message.usage.to_dict().items() >= whole["usage"].items()
+
+
+def test_arguments_come_as_they_are_written(saying: Saying) -> None:
+    events = events_of(saying(CALL).post("/v1/messages", **ASKED, stream=True).text)
+    block, *deltas, end = events[2:-2]
+    assert block["content_block"] | {"id": ""} == {
+        "type": "tool_use",
+        "id": "",
+        "name": "add",
+        "input": {},
+    }
+    written = [event["delta"]["partial_json"] for event in deltas]
+    assert written == ["{", '"', "a", '"', ":", " ", "1}"]
+    assert end["type"] == "content_block_stop"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [("", {}), ('"a": [1, {"b": "x', {"a": [1, {}]}), ('"a": 1, "b', {"a": 1})],
+)
+def test_a_call_that_the_limit_cuts_keeps_its_complete_members(
+    saying: Saying, client_of: Callable[[Any], Any], written: str, shown: dict[str, Any]
+) -> None:
+    output = CALL + '<tool_call>{"name": "add", "arguments": {' + written
+    live = saying(output, reason=FinishReason.LENGTH)
+    body = live.post("/v1/messages", **ASKED).json()
+    assert [block["input"] for block in body["content"]] == [{"a": 1}, shown]
+    assert body["stop_reason"] == "max_tokens"
+    assert body["octavo"]["left_out"] == {"cut_tool_call": ""}
+    events = events_of(live.post("/v1/messages", **ASKED, stream=True).text)
+    require_order(events)
+    added = [event["delta"].get("partial_json", "") for event in events if "delta" in event]
+    assert "".join(added) == '{"a": 1}{' + written
+    with client_of(live).messages.stream(**ASKED) as stream:
+        message = stream.get_final_message()
+    assert [block.name for block in message.content] == ["add", "add"]
 
 
 def test_blocks_are_the_sum_of_their_events_without_a_server() -> None:
@@ -110,7 +142,7 @@ def test_the_text_is_streamed(live: Any, client_of: Callable[[Any], Any]) -> Non
 
 
 def test_the_start_tells_what_was_in_the_cache(saying: Saying) -> None:
-    events = events_of(saying("Two").post("/v1/messages", **ASKED, stream=True).text)
+    events = documented_events_of(saying("Two").post("/v1/messages", **ASKED, stream=True))
     start, end = events[0]["message"]["usage"], events[-2]["usage"]
     assert start["cache_read_input_tokens"] == 5
     assert start | {"output_tokens": 3} == end
@@ -146,7 +178,7 @@ def test_a_failure_on_the_way_is_an_event_of_its_own(
 
     live = scripted(script)
     asked = ASKED | {"tools": []}
-    events = events_of(live.post("/v1/messages", **asked, stream=True).text)
+    events = documented_events_of(live.post("/v1/messages", **asked, stream=True))
     assert [event["type"] for event in events][-2:] == ["content_block_delta", "error"]
     error = events[-1]["error"]
     assert error["type"] == ("overloaded_error" if is_typed else "api_error")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+import event_streams
 from server.responses import documents
 
 #: Writes calls, reasoning and what the roles said, so that a test sees what the model was told.
@@ -29,7 +29,7 @@ def speaking(speaking: Speaking) -> Speaking:
     """Start a server whose model says `outputs` in turn; it may think before each."""
 
     def start(*outputs: str, thinks: bool = False, **more: Any) -> Any:
-        return speaking(*outputs, template=THINKING if thinks else HERMES, **more)
+        return speaking(*outputs, **{"template": THINKING if thinks else HERMES} | more)
 
     return start
 
@@ -51,13 +51,9 @@ def events_of() -> Callable[[str], list[dict[str, Any]]]:
     """Read a stream's events, each as it is documented and numbered without a gap."""
 
     def read(stream: str) -> list[dict[str, Any]]:
-        events = []
-        for block in stream.strip().split("\n\n"):
-            name, data = block.split("\n")
-            event = json.loads(data.removeprefix("data: "))
-            assert name == f"event: {event['type']}"
+        events = event_streams.events_of(stream.encode())
+        for event in events:
             documents.ResponseEvent.model_validate(event)
-            events.append(event)
         assert [event["sequence_number"] for event in events] == list(range(len(events)))
         return events
 

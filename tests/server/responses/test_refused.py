@@ -58,14 +58,36 @@ def message(part: Any) -> dict[str, Any]:
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"max_tokens": 3}, "max_tokens"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
-        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools.0.type"),
+        ({"tools": [{"type": "telepathy"}]}, "tools.0.type"),
+        ({"tools": [{"name": "f"}]}, "tools.0.type"),
+        (
+            {"tools": [{"type": "custom", "name": "f", "format": {"type": "grammar"}}]},
+            "tools.0.format",
+        ),
+        (
+            {"tools": [{"type": "namespace", "name": "n", "tools": [TOOL, {"type": "mcp"}]}]},
+            "tools.0.tools.1",
+        ),
+        (
+            {"tools": [{"type": "namespace", "name": "n", "tools": [TOOL, TOOL]}]},
+            "tools.0.tools.1.name",
+        ),
         ({"tools": [{"type": "function"}]}, "tools.0.name"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools.0.name"),
         ({"tools": [TOOL, TOOL]}, "tools.1.name"),
         ({"tool_choice": "perhaps"}, "tool_choice"),
-        ({"tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice.mode"),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "x"}]},
+            },
+            "tool_choice.tools.0",
+        ),
+        ({"tools": [TOOL], "tool_choice": {"type": "custom", "name": "f"}}, "tool_choice"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice"),
+        ({"tool_choice": {"type": ["function"]}}, "tool_choice"),
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
         ({"metadata": {"a": "x" * 513}}, "metadata.a"),
@@ -135,6 +157,9 @@ def test_what_the_engine_refuses_is_named_as_here(scripted: Callable[..., Any]) 
     assert (error["param"], error["message"]) == ("max_output_tokens", "max_output_tokens is odd")
 
 
-def test_a_model_whose_template_has_no_tools_refuses_them(live: Any) -> None:
+def test_a_model_whose_template_has_no_tools_refuses_them(
+    start_server: Callable[..., Any],
+) -> None:
+    live = start_server(model={"tools_in_prompt": "off"})
     error = live.post(PATH, input="x", tools=[TOOL]).json()["error"]
     assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")

@@ -11,6 +11,7 @@ import openai
 import pytest
 from openai.types.responses import Response as OpenAIResponse
 
+from patience import PATIENCE_S
 from scheduler.client import Delta, EngineFaultError, FinishReason, GenerateRequest
 
 PATH = "/v1/responses"
@@ -97,6 +98,51 @@ def _accumulated(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _plain(item: dict[str, Any]) -> tuple[Any, ...]:
     words = [(part["type"], part["text"]) for part in item.get("content", [])]
     return item["type"], item.get("arguments"), words
+
+
+def test_arguments_come_as_they_are_written(speaking: Any, events_of: Any) -> None:
+    events = events_of(speaking(CALL).post(PATH, stream=True, input="x", tools=[TOOL]).text)
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    [first, *_, last] = [i for i, k in enumerate(kinds) if k == "function_call_arguments.delta"]
+    assert events[first - 1]["item"] | {"id": "", "call_id": ""} == {
+        "id": "",
+        "call_id": "",
+        "type": "function_call",
+        "name": "add",
+        "arguments": "",
+        "status": "in_progress",
+    }
+    assert len({*kinds[first : last + 1]}) == 1
+    assert [event["delta"] for event in events[first : last + 1]] == [
+        "{",
+        '"',
+        "a",
+        '"',
+        ":",
+        " ",
+        "1}",
+    ]
+    assert kinds[last + 1 : last + 3] == ["function_call_arguments.done", "output_item.done"]
+    assert events[last + 1]["arguments"] == '{"a": 1}'
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_call_that_the_limit_cuts_is_an_incomplete_item(
+    speaking: Any, events_of: Any, is_stream: bool
+) -> None:
+    live = speaking(CALL + CALL[:-18], reason=FinishReason.LENGTH)
+    answer = live.post(PATH, input="1+1?", tools=[TOOL], stream=is_stream)
+    body = events_of(answer.text)[-1]["response"] if is_stream else answer.json()
+    OpenAIResponse.model_validate(body)
+    assert [(item["arguments"], item["status"]) for item in body["output"]] == [
+        ('{"a": 1}', "completed"),
+        ('{"a"', "incomplete"),
+    ]
+    assert body["status"] == "incomplete"
+    assert body["octavo"]["left_out"] == {"cut_tool_call": ""}
+    if is_stream:
+        *_, last, _ = events_of(answer.text)
+        assert (last["type"], last["item"]) == ("response.output_item.done", body["output"][-1])
 
 
 @pytest.mark.parametrize("width", [1, 9])
@@ -192,11 +238,11 @@ def test_a_client_that_leaves_ends_it_and_nothing_is_kept(scripted: Callable[...
 
     live = scripted(script)
     body = {"input": "x", "stream": True}
-    with httpx.stream("POST", live.url + PATH, json=body, timeout=20) as answer:
+    with httpx.stream("POST", live.url + PATH, json=body, timeout=PATIENCE_S) as answer:
         for line in answer.iter_lines():
             if "output_text.delta" in line:
                 break
-    assert live.client.was_closed.wait(20)
+    assert live.client.was_closed.wait(PATIENCE_S)
     live.wait_idle()
     assert live.metric("octavo_stored_responses") == 0
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from server.chat_messages import Message
 from server.errors import ApiError
 from server.responses.params import RESPONSES
 from server.responses.schemas import WITHOUT_MEANING, ResponsesRequest
-from server.responses.translate import chat_request, renamed_error
-from server.schemas import ChatRequest, GenerateFields, Message
+from server.responses.translate import Renaming, chat_request, renamed_error
+from server.schemas import ChatRequest, GenerateFields
 
 
 def chat(**asked: Any) -> ChatRequest:
@@ -78,6 +79,8 @@ def test_every_field_of_all_routes_is_one_here_too() -> None:
         ("response_format", "text.format"),
         ("response_format.json_schema.schema.type", "text.format.schema.type"),
         ("tools.3.function.parameters", "tools.3.parameters"),
+        ("tools.1.function.parameters", "tools.4.tools.0.parameters"),
+        ("tools.0.custom.format.grammar", "tools.1.format"),
         ("tools.3.type", "tools.3.type"),
         ("tool_choice.function.name", "tool_choice.name"),
         ("reasoning_effort", "reasoning.effort"),
@@ -88,7 +91,9 @@ def test_every_field_of_all_routes_is_one_here_too() -> None:
 )
 def test_names_are_ours_in_param_and_message(theirs: str, ours: str) -> None:
     told = ApiError(400, f"{theirs}: bad, see {theirs}", param=theirs, code="c", headers={"A": "b"})
-    error = renamed_error(told, ["instructions", "input.0"])
+    error = renamed_error(
+        told, Renaming(["instructions", "input.0"], ["tools.1", "tools.4.tools.0"])
+    )
     assert (error.param, error.message) == (ours, f"{ours}: bad, see {ours}")
     assert (error.status, error.code, error.headers) == (400, "c", {"A": "b"})
 

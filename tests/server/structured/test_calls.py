@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -56,7 +57,11 @@ def starting(start_server: Callable[..., Any], text: ModelText) -> Starting:
             {"default": source}, special_tokens={}, now=lambda: datetime.now(tz=UTC)
         )
         runner = FakeRunner(vocab_size=300, max_model_len=2048, num_pages=600, is_strict=False)
-        return start_server(runner=runner, words=replace(text, template=words))
+        return start_server(
+            runner=runner,
+            words=replace(text, template=words),
+            model={"tools_in_prompt": "off"},
+        )
 
     return start
 
@@ -150,6 +155,14 @@ def test_a_schema_that_cannot_be_enforced_is_refused_by_its_place(
     assert said in error["message"]
 
 
+@pytest.mark.parametrize("content", "abcdef")
+def test_arguments_that_are_not_named_are_not_written(starting: Starting, content: str) -> None:
+    open_size = {key: value for key, value in SIZE.items() if key != "additionalProperties"}
+    body = {"tools": [_tool("cut", open_size)], "tool_choice": _named("cut")}
+    [choice] = _ask(starting(HERMES), content, **body)["choices"]
+    assert len(_calls(choice)) == 1
+
+
 def test_of_a_form_and_tools_the_one_at_fault_is_named(starting: Starting) -> None:
     live = starting(HERMES)
     bad = {"type": "object", "properties": {"a": {"type": "nothing"}}}
@@ -192,7 +205,74 @@ def test_a_form_and_tools_allow_either(starting: Starting) -> None:
     assert kinds == {"stop", "tool_calls"}
 
 
-def test_a_form_and_a_forced_call_exclude_each_other(starting: Starting) -> None:
-    wanted = {"type": "json_object"}
-    answer = starting(HERMES).chat("x", tools=TOOLS, tool_choice="required", response_format=wanted)
-    assert answer.json()["error"]["param"] == "response_format"
+@pytest.mark.parametrize("choice", ["required", {"type": "custom", "custom": {"name": "dates"}}])
+def test_a_custom_tool_gets_what_its_expression_matches(starting: Starting, choice: Any) -> None:
+    grammar = {"syntax": "regex", "definition": "[0-9]{4}-[0-9]{2}"}
+    form = {"type": "grammar", "grammar": grammar}
+    tool = {"type": "custom", "custom": {"name": "dates", "format": form}}
+    asked = {"tools": [tool], "tool_choice": choice, "parallel_tool_calls": False}
+    body = _ask(starting(HERMES), "x", **asked)
+    [call] = body["choices"][0]["message"]["tool_calls"]
+    assert re.fullmatch(grammar["definition"], call["custom"]["input"])
+    assert body["octavo"]["warnings"] == []
+
+
+def test_a_grammar_that_is_not_enforced_is_named(starting: Starting) -> None:
+    grammar = {"syntax": "lark", "definition": 'start: "a"'}
+    form = {"type": "grammar", "grammar": grammar}
+    tool = {"type": "custom", "custom": {"name": "say", "format": form}}
+    [warning] = _ask(starting(HERMES), "x", tools=[tool], max_tokens=3)["octavo"]["warnings"]
+    assert warning["param"] == "tools.0.custom.format.grammar"
+
+
+def test_of_the_allowed_tools_one_is_called(starting: Starting) -> None:
+    allowed = {"mode": "required", "tools": [_named("cut")]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    for content in "abc":
+        body = _ask(starting(HERMES), content, tool_choice=choice, parallel_tool_calls=False)
+        [call] = _calls(body["choices"][0])
+        assert call["function"]["name"] == "cut"
+
+
+_FORMS: list[tuple[str, Any]] = [
+    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "it", "schema": SIZE}}),
+    ("structured_outputs", {"regex": "[ab]+"}),
+    ("guided_choice", ["a", "b"]),
+]
+
+
+@pytest.mark.parametrize("choice", ["required", _named("cut")], ids=["required", "named"])
+@pytest.mark.parametrize(("field", "form"), _FORMS, ids=["object", "schema", "regex", "choice"])
+def test_a_forced_call_wins_over_a_form_and_says_so(
+    starting: Starting, choice: Any, field: str, form: Any
+) -> None:
+    body = {"tool_choice": choice, "parallel_tool_calls": False, field: form}
+    answer = _ask(starting(HERMES), "x", **body)
+    assert len(_calls(answer["choices"][0])) == 1
+    assert [warning["param"] for warning in answer["octavo"]["warnings"]] == [field]
+
+
+def test_a_forced_call_wins_over_a_form_of_a_response(starting: Starting) -> None:
+    tool = {"type": "function", "name": "cut", "parameters": SIZE}
+    form = {"type": "json_schema", "name": "it", "schema": COLOR}
+    body = {"input": "x", "tools": [tool], "tool_choice": "required", "text": {"format": form}}
+    answer = starting(HERMES).post("/v1/responses", parallel_tool_calls=False, **body)
+    assert answer.status_code == 200, answer.text
+    [call] = answer.json()["output"]
+    jsonschema.validate(json.loads(call["arguments"]), SIZE)
+    assert [warning["param"] for warning in answer.json()["octavo"]["warnings"]] == ["text.format"]
+
+
+def test_a_forced_call_wins_over_a_form_of_a_message(starting: Starting) -> None:
+    tool = {"name": "cut", "input_schema": {**SIZE, "type": "object"}}
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    form = {"format": {"type": "json_schema", "schema": COLOR}}
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "tools": [tool]}
+    asked = {**body, "tool_choice": choice, "output_config": form}
+    answer = starting(HERMES).post("/v1/messages", **asked)
+    assert answer.status_code == 200, answer.text
+    [call] = answer.json()["content"]
+    jsonschema.validate(call["input"], SIZE)
+    [warning] = answer.json()["octavo"]["warnings"]
+    assert warning["param"] == "output_config.format"

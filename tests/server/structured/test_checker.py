@@ -56,7 +56,7 @@ if {is_always} or not Path({str(mark)!r}).exists():
 grammar_check.main()
 """
         monkeypatch.setattr(checker_module, "_COMMAND", (sys.executable, "-c", code))
-        monkeypatch.setattr(checker_module, "_PATIENCE_S", 2.0)
+        monkeypatch.setattr(checker_module, "_PATIENCE_S", 3.0)
 
     return start_with
 
@@ -179,7 +179,7 @@ def test_neighbours_of_a_monster_are_judged(vocabulary: Vocabulary) -> None:
 def test_a_process_that_dies_or_hangs_when_idle_is_replaced(
     vocabulary: Vocabulary, sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checker_module, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(checker_module, "_PATIENCE_S", 3.0)
 
     async def test(checker: GrammarChecker, vocabulary: Vocabulary) -> None:
         assert (await checker.judge(GOOD, vocabulary)).error == ""

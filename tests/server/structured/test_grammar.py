@@ -24,10 +24,12 @@ from server.structured.grammar import (
     special,
     whole,
 )
-from server.tools.events import Call
+from server.tools.declared import SYNTAXES
+from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, joined
 from server.tools.forms import call_form
-from server.tools.speech import Speech, SpeechParser
-from server.tools.syntaxes import BARE, HERMES, LLAMA, MISTRAL
+from server.tools.marked import DEEPSEEK
+from server.tools.speech import OutputParser, Speech
+from server.tools.syntaxes import BARE, MISTRAL
 
 #: All bytes, then <think> and </think> as special tokens, then the end.
 OPEN, CLOSE, END = 256, 257, 258
@@ -94,6 +96,39 @@ def test_what_is_relaxed_is_named(compiler: Compiler, case: Any) -> None:
         assert accepts(compiler, grammar, json.dumps(case["valid"]))
 
 
+_POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+_LABEL = {"properties": {"label": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (_POINT, '{"x": 1}', '{"x": 1, "z": 1}'),
+        ({**_POINT, "required": ["y"]}, '{"y": [{"z": 1}]}', '{"y": 1, "z": 1}'),
+        ({"allOf": [_POINT, _LABEL]}, '{"x": 1, "label": ""}', '{"x": 1, "z": 1}'),
+        ({**_LABEL, "allOf": [_POINT]}, '{"label": "", "x": 1}', '{"x": 1, "z": 1}'),
+        ({"anyOf": [_POINT, {"type": "null"}]}, '{"x": 1}', '{"x": 1, "z": 1}'),
+        ({**_LABEL, "anyOf": [_POINT]}, '{"label": "", "x": 1}', '{"x": 1, "z": 1}'),
+        (
+            {"$ref": "#/$defs/p", "$defs": {"p": {"properties": {"p": {"$ref": "#/$defs/p"}}}}},
+            '{"p": {"p": {}}}',
+            '{"p": {"z": {}}}',
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_lenient", [True, False])
+def test_a_property_that_is_not_named_is_written_where_the_schema_says_so_alone(
+    compiler: Compiler, schema: Any, good: str, bad: str, is_lenient: bool
+) -> None:
+    grammar = whole(json_form(schema, is_lenient=is_lenient))
+    assert accepts(compiler, grammar, good)
+    assert not accepts(compiler, grammar, bad)
+    for rest in (True, {"type": ["integer", "object"]}):
+        said = {**_POINT, "additionalProperties": rest}
+        grammar = whole(json_form(said, is_lenient=is_lenient))
+        assert accepts(compiler, grammar, '{"x": 1, "z": 1}')
+
+
 @pytest.mark.parametrize("text", ['{  "a": 1}', '{\n\n"a": 1}', ' {"a": 1}', '{"a": 1}\n'])
 def test_blanks_do_not_go_on_for_ever(compiler: Compiler, text: str) -> None:
     grammar = whole(json_form({"type": "object"}, is_lenient=False))
@@ -152,8 +187,12 @@ def test_the_form_begins_behind_the_reasoning(
 
 @pytest.mark.parametrize(
     ("syntax", "template"),
-    [(HERMES, ""), (LLAMA, ""), (MISTRAL, ""), (MISTRAL, "[ARGS]"), (BARE, "")],
-    ids=["hermes", "llama", "mistral", "mistral, later", "bare"],
+    [
+        *((syntax, "") for syntax in {*SYNTAXES.values(), BARE} - {None}),
+        (MISTRAL, "[ARGS]"),
+        (DEEPSEEK, "```json"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
 )
 @pytest.mark.parametrize("num_calls", [1, 2])
 def test_calls_are_written_as_they_are_read(
@@ -171,9 +210,9 @@ def test_calls_are_written_as_they_are_read(
     assert accepts(compiler, whole(None, calls=single), text) == (num_calls == 1)
     assert not accepts(compiler, whole(None, calls=rules), text.replace("1", "true"))
     assert not accepts(compiler, whole(None, calls=rules), text.replace("f", "g"))
-    parser = SpeechParser(Speech(syntax, tool_names=frozenset({"f"})))
-    events = parser.push(text) + parser.finish()
-    assert events == [Call("f", '{"a": 1}')] * num_calls
+    parser = OutputParser(Speech(syntax, tool_names=frozenset({"f"})))
+    call = [CallStarted("f"), ArgumentsDelta('{"a": 1}'), CallEnded()]
+    assert joined(parser.push(text) + parser.finish()) == call * num_calls
 
 
 def test_a_special_mark_is_a_token(compiler: Compiler) -> None:

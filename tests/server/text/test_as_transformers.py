@@ -198,7 +198,7 @@ def encodes_alike(text: ModelText, theirs: Any, *texts: str) -> bool:
     )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     files=folders(),
     more=st.text(alphabet="helowr 1<>|sé🦊\n▁", max_size=12),

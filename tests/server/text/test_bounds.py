@@ -50,7 +50,7 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize("quotes", [False, True], ids=["plain", "quoted"])
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TEXTS, adds=st.booleans())
 def test_pieces_have_the_tokens_of_the_whole(
     smollm2: ModelText, kinds: Kinds, name: str, text: str, adds: bool, quotes: bool
@@ -68,7 +68,7 @@ def test_pieces_have_the_tokens_of_the_whole(
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXTS, quotes=st.booleans())
 def test_no_text_has_fewer_tokens_than_it_is_said_to(
     smollm2: ModelText, kinds: Kinds, name: str, text: str, quotes: bool

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.detokenize import StreamDecoder
@@ -31,7 +31,6 @@ def streamed(decoder: StreamDecoder, pushes: Sequence[Sequence[int]]) -> list[st
     return [*texts, decoder.finish()]
 
 
-@settings(deadline=None)
 @given(data=st.data(), skips=st.booleans())
 def test_any_split_of_any_tokens_gives_the_text_of_all(
     tokenizer: Tokenizer, data: st.DataObject, skips: bool
@@ -45,7 +44,6 @@ def test_any_split_of_any_tokens_gives_the_text_of_all(
     assert "".join(texts) == tokenizer.decode(together, skip_special_tokens=skips)
 
 
-@settings(deadline=None)
 @given(text=st.text(alphabet="he lo\n🦊🏳\u200d\u0301é你한<|im_end|>"), size=st.integers(1, 4))
 def test_text_that_was_encoded_comes_back_without_broken_characters(
     tokenizer: Tokenizer, text: str, size: int

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -228,9 +228,7 @@ def test_a_hostile_file_is_one_line(
     assert "model.gguf" in str(caught.value)
 
 
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60)
 @given(
     types=st.lists(st.integers(0, 7), min_size=4, max_size=4),
     ids=st.dictionaries(

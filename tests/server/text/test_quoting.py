@@ -121,7 +121,7 @@ INJECTED = st.lists(st.one_of(PIECES, st.text(LETTERS, max_size=4)), max_size=4)
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(chat=chats(INJECTED))
 def test_no_message_can_spell_a_special_token(
     kinds: Kinds, name: str, chat: dict[str, Any]
@@ -136,7 +136,7 @@ def test_no_message_can_spell_a_special_token(
 
 
 @pytest.mark.parametrize("name", ["byte-level", "sentencepiece", "metaspace"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.lists(st.one_of(PIECES, st.text(LETTERS[:-2], max_size=4))).map("".join))
 def test_what_a_message_says_comes_back_from_its_tokens(kinds: Kinds, name: str, text: str) -> None:
     tokenizer = kinds[name]
@@ -152,7 +152,7 @@ PLAIN = st.lists(
 
 
 @pytest.mark.parametrize("name", [*KINDS, "smollm2"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chat=chats(PLAIN), prompts=st.booleans())
 def test_texts_without_special_tokens_are_encoded_as_in_transformers(
     smollm2: ModelText, kinds: Kinds, name: str, chat: dict[str, Any], prompts: bool
@@ -179,7 +179,7 @@ def test_texts_without_special_tokens_are_encoded_as_in_transformers(
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     text=st.lists(st.one_of(st.text(LETTERS, max_size=6), st.sampled_from(SPECIAL))).map("".join)
 )

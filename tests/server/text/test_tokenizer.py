@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, processors
@@ -33,7 +33,6 @@ def test_smollm2_tokenises_as_llama_cpp_does(smollm2: ModelText) -> None:
         assert token_ids == entry["token_ids"], entry["text"]
 
 
-@settings(deadline=None)
 @given(text=st.text(alphabet=SMOLLM2_CHARACTERS))
 def test_byte_level_text_comes_back_exactly(smollm2: ModelText, text: str) -> None:
     token_ids = smollm2.tokenizer.encode(text, add_special_tokens=False)
@@ -42,7 +41,6 @@ def test_byte_level_text_comes_back_exactly(smollm2: ModelText, text: str) -> No
     assert b"".join(pieces) == text.encode()
 
 
-@settings(deadline=None)
 @given(data=st.data(), skips=st.booleans())
 def test_any_byte_level_tokens_decode_as_the_library_decodes_them(
     smollm2: ModelText, data: st.DataObject, skips: bool
@@ -53,7 +51,6 @@ def test_any_byte_level_tokens_decode_as_the_library_decodes_them(
     assert tokenizer.decode(token_ids, skip_special_tokens=skips) == expected
 
 
-@settings(deadline=None)
 @given(text=st.text(alphabet="helo wrdé🦊<s>"), skips=st.booleans())
 def test_sentencepiece_text_decodes_as_the_library_decodes_it(
     sentencepiece: Tokenizer, text: str, skips: bool

@@ -6,6 +6,9 @@ import pytest
 
 from configs.schema import ModelSection, ToolCallParser
 from server.tools.declared import (
+    GEMMA_THOUGHT,
+    HARMONY_ANALYSIS,
+    KIMI_K3_THINK,
     MISTRAL_THINK,
     SYNTAXES,
     TAGS,
@@ -23,6 +26,10 @@ LLAMA_32 = (
     """{% if tools %}Respond in the format {"name": function name, "parameters": ...{% endif %}"""
 )
 LLAMA_4 = LLAMA_32 + "<|python_start|>"
+KIMI_K2 = "{{ tools }}<|tool_calls_section_begin|></think><think>"
+KIMI_K3 = "{{ tools }}<|open|>think<|sep|>"
+GEMMA_4 = "{{ tools }}<|tool_call>call:<|channel>thought"
+GPT_OSS = "{{ tools }}<|start|>assistant to=functions.<|channel|>commentary json<|message|>"
 GLM_45 = "{% if tools %}<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>{% endif %}"
 DEEPSEEK_V3 = "{{ tools }}{{'<\uff5ctool\u2581calls\u2581begin\uff5c>'}}"
 DEEPSEEK_V32 = '{{ tools }}{% set dsml_token = "\uff5cDSML\uff5c" %}'
@@ -44,7 +51,11 @@ SMOLLM2 = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
         (QWEN + "<tool_calls>[...]", None),
         (LLAMA_31, "llama"),
         (LLAMA_32, "llama"),
-        (LLAMA_4, None),
+        (LLAMA_4, "pythonic"),
+        (KIMI_K2, "kimi_k2"),
+        (KIMI_K3, "kimi_k3"),
+        (GEMMA_4, "gemma4"),
+        (GPT_OSS, "openai"),
         (MISTRAL_V3, "mistral"),
         (SMOLLM2, None),
     ],
@@ -64,6 +75,10 @@ def test_think_tags() -> None:
     assert think_tags({"default": QWEN}) == THINK
     assert think_tags({"default": "[THINK]x[/THINK] <think></think>"}) == MISTRAL_THINK
     assert think_tags({"default": SMOLLM2}) is None
+    assert think_tags({"default": KIMI_K2}) == THINK
+    assert think_tags({"default": KIMI_K3}) == KIMI_K3_THINK
+    assert think_tags({"default": GEMMA_4}) == GEMMA_THOUGHT
+    assert think_tags({"default": GPT_OSS}) == HARMONY_ANALYSIS
 
 
 @pytest.mark.parametrize(

@@ -7,25 +7,43 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.tools.declared import THINK
-from server.tools.events import Call, Content, CutCall, Reasoning
-from server.tools.marked import DEEPSEEK
-from server.tools.speech import Speech, SpeechParser
-from server.tools.spelled import DSML, GLM, QWEN_XML
+from server.tools.declared import GEMMA_THOUGHT, HARMONY_ANALYSIS, KIMI_K3_THINK, THINK
+from server.tools.events import (
+    ArgumentsDelta,
+    CallEnded,
+    CallStarted,
+    Content,
+    CutCall,
+    Event,
+    Reasoning,
+    joined,
+)
+from server.tools.harmony import HARMONY
+from server.tools.marked import DEEPSEEK, KIMI_K2
+from server.tools.notation import GEMMA, PYTHONIC
+from server.tools.speech import OutputParser, Speech
+from server.tools.spelled import DSML, GLM, KIMI_K3, QWEN_XML
 from server.tools.syntaxes import HERMES, LLAMA, MISTRAL
 
 TOOLS = frozenset({"add", "get_time"})
-SCHEMAS = {"add": {"properties": {"a": {"type": "integer"}}}}
+SCHEMAS = {"add": {"properties": {"a": {"type": "integer"}, "s": {"type": "string"}}}}
 SPEECHES = {
     "hermes": Speech(HERMES, THINK, tool_names=TOOLS),
     "prefilled": Speech(HERMES, THINK, is_thinking=True, tool_names=TOOLS),
     "llama": Speech(LLAMA, None, tool_names=TOOLS),
     "mistral": Speech(MISTRAL, None, tool_names=TOOLS),
     "thinking": Speech(None, THINK),
-    "qwen": Speech(QWEN_XML, THINK, schemas=SCHEMAS),
-    "glm": Speech(GLM, THINK, schemas=SCHEMAS),
-    "deepseek": Speech(DEEPSEEK, THINK),
-    "dsml": Speech(DSML, None),
+    "qwen": Speech(QWEN_XML, THINK, tool_names=TOOLS, schemas=SCHEMAS),
+    "qwen, not offered": Speech(QWEN_XML, THINK, schemas=SCHEMAS),
+    "glm": Speech(GLM, THINK, tool_names=TOOLS, schemas=SCHEMAS),
+    "deepseek": Speech(DEEPSEEK, THINK, tool_names=TOOLS),
+    "dsml": Speech(DSML, None, tool_names=TOOLS),
+    "kimi_k2": Speech(KIMI_K2, THINK, tool_names=TOOLS),
+    "kimi_k3": Speech(KIMI_K3, KIMI_K3_THINK, is_thinking=True, tool_names=TOOLS),
+    "gemma": Speech(GEMMA, GEMMA_THOUGHT, tool_names=TOOLS),
+    "pythonic": Speech(PYTHONIC, None, tool_names=TOOLS),
+    "harmony": Speech(HARMONY, HARMONY_ANALYSIS, tool_names=TOOLS),
+    "harmony, no tools": Speech(None, HARMONY_ANALYSIS),
 }
 
 
@@ -33,24 +51,53 @@ SPEECHES = {
 class Heard:
     content: str
     reasoning: str
+    #: Those that are complete: name and arguments.
     calls: tuple[tuple[str, str], ...]
-    cut: str
+    #: What the last one that is not complete holds: told and not told.
+    cut: str = ""
+    #: The arguments told of it; None: it is not even known which tool was meant.
+    begun: str | None = None
 
 
-def heard(speech: Speech, *pieces: str) -> Heard:
-    parser = SpeechParser(speech)
+def events_of(speech: Speech, *pieces: str) -> list[Event]:
+    parser = OutputParser(speech)
     events = []
     for piece in pieces:
         events += parser.push(piece)
         parser.check()
     events += parser.finish()
     parser.check()
-    return Heard(
-        "".join(event.text for event in events if isinstance(event, Content)),
-        "".join(event.text for event in events if isinstance(event, Reasoning)),
-        tuple((event.name, event.arguments) for event in events if isinstance(event, Call)),
-        "".join(event.text for event in events if isinstance(event, CutCall)),
-    )
+    return events
+
+
+def heard(speech: Speech, *pieces: str) -> Heard:
+    """Return what the events add up to; asserts that they follow each other as they should."""
+    content = reasoning = cut = ""
+    calls: list[tuple[str, str]] = []
+    opened: tuple[str, str] | None = None
+    begun = None
+    for event in events_of(speech, *pieces):
+        match event:
+            case Content(text):
+                assert opened is None
+                content += text
+            case Reasoning(text):
+                assert opened is None
+                reasoning += text
+            case CallStarted(name):
+                assert opened is None
+                opened = (name, "")
+            case ArgumentsDelta(text):
+                assert opened is not None
+                opened = (opened[0], opened[1] + text)
+            case CallEnded():
+                assert opened is not None
+                calls.append(opened)
+                opened = None
+            case CutCall(text):
+                cut, begun, opened = text, opened[1] if opened else None, None
+    assert opened is None
+    return Heard(content, reasoning, tuple(calls), cut, begun)
 
 
 FRAGMENTS = (
@@ -102,6 +149,33 @@ FRAGMENTS = (
     '<\uff5cDSML\uff5ctool_calls><\uff5cDSML\uff5cinvoke name="add">',
     '<\uff5cDSML\uff5cparameter name="a" string="false">',
     "</\uff5cDSML\uff5cparameter></\uff5cDSML\uff5cinvoke>",
+    "<parameter=s>\n",
+    "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0",
+    '<|tool_call_argument_begin|>{"a": 1}',
+    "<|tool_call_end|>",
+    "<|tool_calls_section_end|>",
+    "<|close|>think<|sep|><|open|>response<|sep|>",
+    "<|close|>response<|sep|>",
+    '<|open|>call tool="add" index="1"<|sep|>',
+    '<|open|>argument key="a" type="number"<|sep|>',
+    '<|open|>argument key="s" type="string"<|sep|>',
+    "<|close|>argument<|sep|>",
+    "<|close|>call<|sep|>",
+    "<|tool_call>call:add{",
+    'a:<|"|>',
+    '<|"|>',
+    "}<tool_call|>",
+    "<|channel>thought",
+    "<channel|>",
+    "[add(",
+    "a='x\\u00e9\\'",
+    "')",
+    "<|start|>assistant to=functions.add",
+    "<|channel|>commentary",
+    "<|channel|>analysis",
+    " to=python",
+    "<|message|>",
+    "<|end|>",
 )  # fmt: skip - one a line would hide how few they are
 
 
@@ -119,6 +193,7 @@ def test_every_way_to_cut_an_output_gives_the_same(speech: Speech, pieces: tuple
     expected = heard(speech, whole)
     assert heard(speech, *pieces) == expected
     assert heard(speech, *whole) == expected
+    assert joined(events_of(speech, *pieces)) == joined(events_of(speech, whole))
     for _, arguments in expected.calls:
         assert isinstance(json.loads(arguments), dict)
 
@@ -129,7 +204,13 @@ def test_no_word_is_lost(speech: Speech, pieces: tuple[str, ...]) -> None:
     """Where there is neither call nor reasoning, the content is the output, to the letter."""
     whole = "".join(pieces)
     told = heard(speech, whole)
-    if not told.calls and not told.cut and "<think>" not in whole and "</think>" not in whole:
+    is_calling = told.calls or told.cut or told.begun is not None
+    tags = speech.tags
+    marks: tuple[str, ...] = ()
+    if tags is not None:
+        marks = (tags.opener, tags.closer, *tags.other_closers, *tags.frame)
+        marks += ("<|",) if tags.has_messages else ()
+    if not is_calling and not any(mark in whole for mark in marks):
         expected = whole.strip() if speech.is_thinking else whole
         assert told.content + told.reasoning == expected
 
@@ -143,7 +224,7 @@ def test_calls_with_text_before_between_and_after(count: int) -> None:
 
 
 def test_what_cannot_be_a_call_is_let_out_at_once() -> None:
-    parser = SpeechParser(SPEECHES["hermes"])
+    parser = OutputParser(SPEECHES["hermes"])
     assert parser.push("a <tool") == [Content("a")]
     assert parser.push("box>") == [Content(" <toolbox>")]
     assert parser.push(' <tool_call>{"name"') == []
@@ -151,14 +232,14 @@ def test_what_cannot_be_a_call_is_let_out_at_once() -> None:
 
 
 def test_a_json_answer_is_held_back_to_its_first_key_only() -> None:
-    parser = SpeechParser(SPEECHES["llama"])
+    parser = OutputParser(SPEECHES["llama"])
     assert parser.push('{"capital') == []
     assert parser.push('": ') == [Content("{"), Content('"capital":')]
 
 
 def test_a_json_answer_that_names_no_offered_tool_is_content() -> None:
     answer = '{"name": "Ada", "parameters": {}}'
-    assert heard(SPEECHES["llama"], answer) == Heard(answer, "", (), "")
+    assert heard(SPEECHES["llama"], answer) == Heard(answer, "", ())
 
 
 @pytest.mark.parametrize(
@@ -185,31 +266,37 @@ def test_two_calls(name: str, output: str) -> None:
     assert heard(SPEECHES[name], output).calls == (("add", '{"a": 1}'), ("get_time", "{}"))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "{'a': 1}",
-        '{"a": 01}',
-        '{"a": True}',
-        '{"a": NaN}',
-        '{"a": "\\x"}',
-        "{,}",
-        '{"a": 1,}',
-        "[1]",
-        '"3"',
-        "3",
-        '{"a": [}]',
-        "[" * 200 + "]" * 200,
-    ],
-)  # fmt: skip - faults read best side by side
-def test_a_malformed_call_is_given_back_as_it_was(arguments: str) -> None:
+@pytest.mark.parametrize("arguments", ["[1]", '"3"', "3", '"{\\"a\\": 1"', "[" * 200 + "]" * 200])
+def test_a_call_without_an_object_of_arguments_is_given_back(arguments: str) -> None:
     output = f'<tool_call>{{"name": "add", "arguments": {arguments}}}</tool_call>'
-    assert heard(SPEECHES["hermes"], output) == Heard(output, "", (), "")
+    assert heard(SPEECHES["hermes"], output) == Heard(output, "", ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "begun"),
+    [
+        ("{'a': 1}", "{"),
+        ('{"a": 01}', '{"a": '),
+        ('{"a": True}', '{"a": '),
+        ('{"a": NaN}', '{"a": '),
+        ('{"a": "\\x"}', '{"a": "'),
+        ("{,}", "{"),
+        ('{"a": 1,}', '{"a": 1,'),
+        ('{"a": [}]', '{"a": ['),
+        ('{"a": ' + "[" * 200 + "]" * 200, '{"a": ' + "[" * 98),
+    ],
+)
+def test_a_call_whose_arguments_go_astray_is_cut_there(arguments: str, begun: str) -> None:
+    """What has been told stays, the rest is content, and the call is known to be incomplete."""
+    output = f'<tool_call>{{"name": "add", "arguments": {arguments}}}</tool_call>'
+    told = heard(SPEECHES["hermes"], output)
+    rest = output[output.index(arguments) + len(begun) :]
+    assert told == Heard(rest, "", (), "", begun)
 
 
 def test_a_good_call_behind_a_malformed_one_is_found() -> None:
     told = heard(SPEECHES["hermes"], '<tool_call>{add}<tool_call>{"name": "add"}</tool_call>')
-    assert told == Heard("<tool_call>{add}", "", (("add", "{}"),), "")
+    assert told == Heard("<tool_call>{add}", "", (("add", "{}"),))
 
 
 def test_newlines_in_strings_become_strict_json() -> None:
@@ -218,19 +305,29 @@ def test_newlines_in_strings_become_strict_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "end", ["", '{"name": "add", "argu', '{"name": "add", "arguments": {"a": "']
+    ("end", "begun", "cut"),
+    [
+        ("", None, "<tool_call>"),
+        ('{"name": "add", "argu', None, '<tool_call>{"name": "add", "argu'),
+        ('{"name": "add", "arguments": {"a": "', '{"a": "', ""),
+        ('{"name": "add", "arguments": {"a": "x\\u00', '{"a": "x', "\\u00"),
+        ('{"name": "add", "arguments": {"a": 12', '{"a": ', "12"),
+        ('{"name": "add", "arguments": {"a": 12}', '{"a": 12}', ""),
+    ],
 )
-def test_a_call_that_the_end_cuts_is_told_apart(end: str) -> None:
+def test_a_call_that_the_end_cuts_is_told_as_far_as_it_came(
+    end: str, begun: str | None, cut: str
+) -> None:
     told = heard(SPEECHES["hermes"], "Well.\n<tool_call>" + end)
-    assert told == Heard("Well.", "", (), "<tool_call>" + end)
+    assert told == Heard("Well.", "", (), cut, begun)
 
 
 def test_calls_within_reasoning_are_reasoning() -> None:
     told = heard(
         SPEECHES["prefilled"], 'so <tool_call>{"name": "add"}</tool_call>\n</think>\n\nYes'
     )
-    assert told == Heard("Yes", 'so <tool_call>{"name": "add"}</tool_call>', (), "")
+    assert told == Heard("Yes", 'so <tool_call>{"name": "add"}</tool_call>', ())
 
 
 def test_reasoning_the_model_opens_itself_though_the_prompt_did() -> None:
-    assert heard(SPEECHES["prefilled"], "<think>\nhm</think>ok") == Heard("ok", "hm", (), "")
+    assert heard(SPEECHES["prefilled"], "<think>\nhm</think>ok") == Heard("ok", "hm", ())

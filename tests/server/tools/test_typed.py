@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.tools.events import Call, SpelledValue
-from server.tools.speech import Speech, SpeechParser
+from server.tools.call_writer import CallWriter
+from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, Event, joined
+from server.tools.source import Source
+from server.tools.speech import OutputParser, Speech
 from server.tools.spelled import GLM, QWEN_XML
-from server.tools.typed import typed_arguments
+from server.tools.syntaxes import HERMES
+from server.tools.typed import typed as typed_json
 
 
 def typed(text: str, schema: Any, *, is_string: bool | None = None) -> Any:
-    written = typed_arguments(
-        (SpelledValue("a", text, is_string=is_string),), {"properties": {"a": schema}}
-    )
-    return json.loads(written)["a"]
+    return json.loads(typed_json(text, schema, is_string=is_string))
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,7 @@ def test_a_mark_beside_it_goes_before_the_schema() -> None:
 
 
 def test_a_long_number_keeps_its_digits() -> None:
-    value = SpelledValue("a", "123456789012345678901.5")
-    assert "123456789012345678901.5" in typed_arguments((value,), {})
+    assert typed_json("123456789012345678901.5", {}) == "123456789012345678901.5"
 
 
 @given(
@@ -79,8 +78,14 @@ def test_a_long_number_keeps_its_digits() -> None:
     ),
 )
 def test_whatever_is_written_it_is_strict_json(texts: list[tuple[str, str]], schema: Any) -> None:
-    values = tuple(SpelledValue(key, text) for key, text in texts)
-    written = typed_arguments(values, {"properties": {key: schema for key, _ in texts}})
+    schemas = {"f": {"properties": {key: schema for key, _ in texts}}}
+    events: list[Event] = []
+    out = CallWriter(Source(), events, {"f"}, schemas)
+    out.start("f", 0)
+    for key, text in texts:
+        out.value(key, text, 0, is_string=None)
+    out.end_members(0)
+    written = "".join(event.text for event in events if isinstance(event, ArgumentsDelta))
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         assert len({key for key, _ in pairs}) == len(pairs)
@@ -90,10 +95,13 @@ def test_whatever_is_written_it_is_strict_json(texts: list[tuple[str, str]], sch
     assert parsed.keys() == {key for key, _ in texts}
 
 
-def calls(speech: Speech, output: str) -> list[Call]:
-    parser = SpeechParser(speech)
-    events = parser.push(output) + parser.finish()
-    return [event for event in events if isinstance(event, Call)]
+def the_call(speech: Speech, output: str) -> tuple[str, str]:
+    parser = OutputParser(speech)
+    [started, arguments, ended] = joined(parser.push(output) + parser.finish())
+    assert isinstance(started, CallStarted)
+    assert isinstance(arguments, ArgumentsDelta)
+    assert ended == CallEnded()
+    return started.name, arguments.text
 
 
 @pytest.mark.parametrize(
@@ -107,12 +115,25 @@ def calls(speech: Speech, output: str) -> list[Call]:
 @pytest.mark.parametrize("value", ["1", "a\nb", "  x", "</arg_key>", "x <parameter=b>", "é"])
 def test_a_string_comes_through_to_the_letter(speech: Any, output: str, value: str) -> None:
     schemas = {"f": {"properties": {"a": {"type": "string"}}}}
-    [call] = calls(Speech(speech, schemas=schemas), output.replace("{}", value))
-    assert (call.name, json.loads(call.arguments)) == ("f", {"a": value})
+    name, arguments = the_call(Speech(speech, schemas=schemas), output.replace("{}", value))
+    assert (name, json.loads(arguments)) == ("f", {"a": value})
 
 
 def test_a_tool_that_was_not_offered_is_told_all_the_same() -> None:
-    [call] = calls(
-        Speech(GLM), "<tool_call>g<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
-    )
-    assert call == Call("g", '{"a": 1}')
+    output = "<tool_call>g<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
+    assert the_call(Speech(GLM), output) == ("g", '{"a": 1}')
+
+
+_SPELLED = "<tool_call>\n<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>"
+
+
+@pytest.mark.parametrize(
+    ("speech", "output"),
+    [
+        (QWEN_XML, _SPELLED.replace("{}", r'["\ud83d"]')),
+        (HERMES, r'<tool_call>{"name": "f", "arguments": "{\"a\": [\"\ud83d\"]}"}</tool_call>'),
+        (HERMES, r'<tool_call>{"name": "f", "arguments": {"a": ["\ud83d"]}}</tool_call>'),
+    ],
+)
+def test_half_a_pair_of_surrogates_is_told_as_the_escape_it_was(speech: Any, output: str) -> None:
+    assert the_call(Speech(speech), output) == ("f", r'{"a": ["\ud83d"]}')

@@ -1,0 +1,66 @@
+"""Reads the JSON files beside a model's weights, whatever a stranger wrote into them.
+
+`Infinity`, `NaN` and a byte-order mark are let through, as Python's own reader and so
+`transformers` have it. Knows nothing of keys.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from model.formats import FormatError
+
+#: Twice what the largest index or table of added tokens takes.
+_MOST_BYTES = 64 * 2**20
+#: Deeper than any such file, and far from where Python's recursion ends.
+_MOST_LEVELS = 64
+
+
+def read_json_object(path: Path) -> dict[str, object]:
+    """Return the object in a JSON file. Raises `FormatError`, or `OSError`."""
+    size_bytes = path.stat().st_size
+    if size_bytes > _MOST_BYTES:
+        raise FormatError(f"{path} has {size_bytes} bytes; at most {_MOST_BYTES} are read")
+    return parse_json_object(path.read_bytes(), str(path))
+
+
+def parse_json_object(raw: bytes, name: str) -> dict[str, object]:
+    """Return the object in a JSON text. Raises `FormatError` that begins with `name`."""
+    try:
+        found = json.loads(raw.decode("utf-8-sig"))
+        _check_depth(found)
+        # Half of a surrogate pair can be escaped, but neither shown nor logged nor sent.
+        json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise _too_deep(name) from None
+    except ValueError as error:
+        raise FormatError(f"{name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{name} must hold a JSON object")
+    return found
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: in one line, and not all of it where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_depth(found: object) -> None:
+    level = [found]
+    for _ in range(_MOST_LEVELS):
+        level = [inner for one in level for inner in _inside(one)]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _inside(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return [*value.values()]
+    return value if isinstance(value, list) else []
+
+
+def _too_deep(name: str) -> FormatError:
+    return FormatError(f"{name} is nested more than {_MOST_LEVELS} levels deep")

@@ -1,0 +1,193 @@
+"""Metric families as Prometheus reads them, under our names and under vLLM's.
+
+Knows nothing of where the numbers come from (`server/metrics.py`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from scheduler.client import EngineStats, ModelInfo
+from server.memory import resident_bytes
+
+#: By the values of the labels.
+Values: TypeAlias = Mapping[tuple[str, ...], float]
+
+#: What vLLM has too (vllm/v1/metrics/loggers.py), by our stems.
+VLLM_STEMS = frozenset(
+    {
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "prefix_cache_queries",
+        "prefix_cache_hits",
+        "num_preemptions",
+        "prompt_tokens",
+        "generation_tokens",
+        "request_success",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+        "iteration_tokens",
+        "request_max_num_generation_tokens",
+        "request_params_n",
+        "request_params_max_tokens",
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "request_time_per_output_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_inference_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+    }
+)
+#: Where vLLM's stem is another.
+_VLLM_STEMS = {"iteration_tokens": "iteration_tokens_total"}
+
+
+class Histogram:
+    """Counts of observations by upper bound."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Take in `value`, seen `count` times."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Return Prometheus' cumulative buckets, and the sum."""
+        total = 0
+        cumulative: list[tuple[str, float]] = []
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
+            total += count
+            cumulative.append((str(bound), total))
+        return cumulative, self._sum
+
+
+class Page:
+    """Builds families whose first label is the model's name."""
+
+    def __init__(self, model_name: str) -> None:
+        self._labels = {"model_name": model_name}
+
+    def name(self, stem: str) -> str | None:
+        """Return the name of a metric of this stem; None: it is not on this page."""
+        return f"octavo_{stem}"
+
+    def _own(self) -> tuple[list[str], list[str]]:
+        return [*self._labels], [*self._labels.values()]
+
+    def counter(self, name: str, text: str, values: Values, *labels: str) -> Iterator[Metric]:
+        """Yield the counter `name` + `_total`."""
+        yield from self._family(CounterMetricFamily, name, text, values, labels)
+
+    def gauge(self, name: str, text: str, values: Values, *labels: str) -> Iterator[Metric]:
+        """Yield the gauge `name`."""
+        yield from self._family(GaugeMetricFamily, name, text, values, labels)
+
+    def histogram(self, name: str, text: str, histogram: Histogram) -> Iterator[Metric]:
+        """Yield the histogram `name`."""
+        if full_name := self.name(name):
+            names, values = self._own()
+            family = HistogramMetricFamily(full_name, text, labels=names)
+            family.add_metric(values, *histogram.buckets())
+            yield family
+
+    def cache_config(self, info: ModelInfo) -> Iterator[Metric]:
+        """Yield nothing; vLLM has a metric whose labels tell the cache's settings."""
+        del info
+        return iter(())
+
+    def _family(
+        self,
+        kind: type[CounterMetricFamily | GaugeMetricFamily],
+        name: str,
+        text: str,
+        values: Values,
+        labels: Sequence[str],
+    ) -> Iterator[Metric]:
+        if full_name := self.name(name):
+            own_names, own_values = self._own()
+            family = kind(full_name, text, labels=[*own_names, *labels])
+            for label_values, value in values.items():
+                family.add_metric([*own_values, *label_values], value)
+            yield family
+
+
+class VllmPage(Page):
+    """The metrics that vLLM has too, with its names and labels; it has no others."""
+
+    def __init__(self, model_name: str) -> None:
+        super().__init__(model_name)
+        self._labels["engine"] = "0"
+
+    def name(self, stem: str) -> str | None:
+        """See `Page`."""
+        return f"vllm:{_VLLM_STEMS.get(stem, stem)}" if stem in VLLM_STEMS else None
+
+    def cache_config(self, info: ModelInfo) -> Iterator[Metric]:
+        """Yield vLLM's gauge of 1, with those of its labels that mean something here."""
+        labels = {
+            "block_size": str(info.page_size),
+            "cache_dtype": info.kv_cache_dtype,
+            "enable_prefix_caching": "True",
+            "num_gpu_blocks": str(info.num_pages),
+            "engine": "0",
+        }
+        text = "settings of the cache, in its labels; blocks are pages"
+        family = GaugeMetricFamily("vllm:cache_config_info", text, labels=[*labels])
+        family.add_metric([*labels.values()], 1)
+        yield family
+
+
+def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[Metric]:
+    """Yield the gauges of one moment; `info` of None: the engine has not started."""
+    pages: dict[tuple[str, ...], float] = {
+        ("free",): stats.pages_free,
+        ("private",): stats.pages_private,
+        ("cached",): stats.pages_cached,
+        ("leased",): stats.pages_leased,
+    }
+    page_bytes = info.page_size * info.kv_bytes_per_token if info else 0
+    used = (stats.pages_private + stats.pages_leased) / max(1, stats.pages_total)
+    memory = resident_bytes()
+    yield from page.gauge("num_requests_running", "in the batch", {(): stats.num_running})
+    yield from page.gauge("num_requests_waiting", "in the queue", {(): stats.num_waiting})
+    num_tokens = stats.num_waiting_tokens
+    yield from page.gauge("num_tokens_waiting", "tokens of those in the queue", {(): num_tokens})
+    yield from page.gauge("kv_cache_usage_perc", "pages in use by requests, 0 to 1", {(): used})
+    yield from page.gauge("kv_cache_pages", "leased pages are cached ones too", pages, "state")
+    yield from page.gauge(
+        "kv_cache_bytes",
+        "the same in bytes",
+        {state: count * page_bytes for state, count in pages.items()},
+        "state",
+    )
+    weights_bytes = info.weights_bytes if info else 0
+    yield from page.gauge("model_weights_bytes", "the model's weights", {(): weights_bytes})
+    if info and info.device_bytes:
+        states: dict[tuple[str, ...], float] = {(name,): size for name, size in info.device_bytes}
+        yield from page.gauge("cuda_memory_bytes", "what the GPU's memory is for", states, "state")
+    yield from page.gauge(
+        "process_resident_memory_bytes",
+        "resident memory; engine: all child processes together",
+        {("api",): memory.own_bytes, ("engine",): memory.children_bytes},
+        "process",
+    )
+    if info:
+        yield from page.cache_config(info)

@@ -1,0 +1,297 @@
+"""The tools of a response: which kinds there are, and what each is in a chat.
+
+A namespace's tools are tools of their own in a chat, with its name before theirs. Tools that
+OpenAI runs, or that a client runs in a form which models learn for it alone, are left out with a
+warning. Knows nothing of how calls are read or told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from server import params
+from server.errors import invalid, shortened
+from server.params import Unsupported, Warned
+from server.schemas import Request
+from server.structured.schemas import MAX_GRAMMAR_CHARS
+from server.tools.schemas import MAX_TOOLS, ToolName
+
+#: Between the names of a namespace and of a tool: templates and parsers take it for a name.
+_JOINT = "__"
+#: Kinds of tools that are known and not served, and why.
+LEFT_OUT: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "file_search",
+            "web_search",
+            "web_search_2025_08_26",
+            "web_search_preview",
+            "web_search_preview_2025_03_11",
+            "code_interpreter",
+            "image_generation",
+            "mcp",
+            "programmatic_tool_calling",
+        ),
+        "it runs on OpenAI's servers, and this one runs no tools",
+    ),
+    **dict.fromkeys(
+        ("computer", "computer_use", "computer_use_preview"),
+        "it answers with pictures, and there are none here",
+    ),
+    **dict.fromkeys(
+        ("local_shell", "shell", "apply_patch"),
+        "its calls have a form of their own; give it as a function",
+    ),
+    "tool_search": "all tools are shown to the model at once",
+}
+#: Fields of tools without effect.
+_TOOL = {
+    "allowed_callers": Unsupported((["direct"],), is_refused=False, reason="the model calls"),
+    "defer_loading": Unsupported((False,), is_refused=False, reason="tools are shown at once"),
+    "async": Unsupported((False,), is_refused=False, reason="a call ends the answer"),
+    "output_schema": Unsupported((), is_refused=False, reason="it is not shown to the model"),
+}
+
+
+class FunctionTool(Request):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(
+        default=None, description="a JSON Schema of the arguments; default: none are taken"
+    )
+    strict: bool | None = None
+
+
+class CustomFormat(Request):
+    """The input of a custom tool."""
+
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)] | None = None
+
+    @model_validator(mode="after")
+    def _has_its_grammar(self) -> Self:
+        is_grammar = self.type == "grammar"
+        if is_grammar in {self.syntax is None, self.definition is None}:
+            raise ValueError("syntax and definition and the type 'grammar' need each other")
+        return self
+
+
+class CustomTool(Request):
+    """A tool that takes a text."""
+
+    type: Literal["custom"]
+    name: ToolName
+    description: str | None = None
+    format: CustomFormat | None = None
+
+
+class NamespaceTool(Request):
+    """Tools under one name."""
+
+    type: Literal["namespace"]
+    name: ToolName
+    description: str | None = None
+    tools: Annotated[
+        list[
+            Annotated[
+                Any,
+                BeforeValidator(
+                    lambda value: _as_tool(value, is_called=True),
+                    json_schema_input_type=FunctionTool | CustomTool,
+                ),
+            ]
+        ],
+        Field(max_length=MAX_TOOLS, fail_fast=True),
+    ]
+
+
+class OtherTool(Request):
+    """A tool that is left out."""
+
+    type: str
+
+
+AnyTool = FunctionTool | CustomTool | NamespaceTool | OtherTool
+_KINDS: Mapping[str, type[Request]] = {
+    "function": FunctionTool,
+    "custom": CustomTool,
+    "namespace": NamespaceTool,
+    **dict.fromkeys(LEFT_OUT, OtherTool),
+}
+
+
+class _Kind(Request):
+    type: str
+
+    @field_validator("type")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in _KINDS:
+            known = ", ".join(repr(kind) for kind in _KINDS if kind not in LEFT_OUT)
+            raise ValueError(f"{shortened(value)!r} is not supported; it can be {known}")
+        return value
+
+
+def _as_tool(value: object, *, is_called: bool = False) -> object:
+    """Read it as its type says, so that a fault is one of that type alone."""
+    model = _KINDS[_Kind.model_validate(value).type]
+    if is_called and model not in (FunctionTool, CustomTool):
+        raise ValueError("a namespace holds functions and custom tools")
+    return model.model_validate(value)
+
+
+Tools = Annotated[
+    list[Annotated[Any, BeforeValidator(_as_tool, json_schema_input_type=AnyTool)]],
+    Field(max_length=MAX_TOOLS, fail_fast=True),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class CallableTool:
+    """A tool that the model may call."""
+
+    #: Where it stands in the request.
+    path: str
+    given: FunctionTool | CustomTool
+    namespace: str | None = None
+    #: Of the namespace, with its first tool.
+    introduction: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the chat."""
+        return chat_name(self.namespace, self.given.name)
+
+    def for_chat(self) -> dict[str, Any]:
+        """Return it as a chat has it."""
+        given, kind = self.given, self.given.type
+        words = [one for one in (self.introduction, given.description) if one]
+        own: dict[str, Any] = {"name": self.name, "description": "\n\n".join(words) or None}
+        if isinstance(given, FunctionTool):
+            own |= {"parameters": given.parameters, "strict": given.strict}
+        elif given.format is not None:
+            grammar = given.format.model_dump(include={"syntax", "definition"}, exclude_none=True)
+            own["format"] = {"type": given.format.type, **({"grammar": grammar} if grammar else {})}
+        return {"type": kind, kind: {k: v for k, v in own.items() if v is not None}}
+
+
+def chat_name(namespace: str | None, name: str) -> str:
+    """Return the name of a tool in a chat."""
+    return name if namespace is None else f"{namespace}{_JOINT}{name}"
+
+
+def callable_tools(tools: Sequence[AnyTool]) -> list[CallableTool]:
+    """Return the tools that a chat has, in their order. Raises `ApiError` for too many."""
+    found = list(_callable(tools))
+    if len(found) > MAX_TOOLS:
+        raise invalid(f"tools: there are more than {MAX_TOOLS} in all", "tools")
+    return found
+
+
+def _callable(tools: Sequence[AnyTool]) -> Iterator[CallableTool]:
+    for index, tool in enumerate(tools):
+        if isinstance(tool, FunctionTool | CustomTool):
+            yield CallableTool(f"tools.{index}", tool)
+        elif isinstance(tool, NamespaceTool):
+            for place, one in enumerate(tool.tools):
+                words = tool.description if place == 0 else None
+                yield CallableTool(f"tools.{index}.tools.{place}", one, tool.name, words)
+
+
+def tool_warnings(tools: Sequence[AnyTool]) -> list[Warned]:
+    """Return what of the tools has no effect."""
+    warnings: list[Warned] = []
+    for index, tool in enumerate(tools):
+        param = f"tools.{index}"
+        if isinstance(tool, OtherTool):
+            told = f"{param} ({tool.type}) was left out: {LEFT_OUT[tool.type]}"
+            warnings.append({"param": param, "message": told})
+        elif isinstance(tool, NamespaceTool):
+            warnings += params.judge(tool.model_extra, _TOOL, f"{param}.")
+    for one in callable_tools(tools):
+        warnings += params.judge(one.given.model_extra, _TOOL, f"{one.path}.")
+        if isinstance(one.given, CustomTool) and one.given.format is not None:
+            warnings += params.judge(one.given.format.model_extra, {}, f"{one.path}.format.")
+    return warnings
+
+
+class NamedTool(Request):
+    """The one tool to be called."""
+
+    type: Literal["function", "custom"]
+    name: ToolName
+    namespace: ToolName | None = None
+
+
+class AllowedTools(Request):
+    """The tools that may be called, of all there are."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+Choice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
+
+
+def _as_choice(value: object) -> object:
+    """One fault of the field, not one of each shape it could have had."""
+    if isinstance(value, str) and value in {"none", "auto", "required"}:
+        return value
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(kind, str):
+        kind = ""
+    if kind in {"function", "custom"}:
+        return NamedTool.model_validate(value)
+    if kind == "allowed_tools":
+        return AllowedTools.model_validate(value)
+    if kind in LEFT_OUT:
+        raise ValueError(f"cannot be a tool of the type {kind!r}: {LEFT_OUT[kind]}")
+    raise ValueError("must be 'none', 'auto', 'required', a tool by its name, or allowed_tools")
+
+
+ToolChoice = Annotated[Any, BeforeValidator(_as_choice, json_schema_input_type=Choice)]
+
+
+def chat_choice(choice: Choice | None, tools: Sequence[AnyTool]) -> str | dict[str, Any] | None:
+    """Return a choice as a chat has it. Raises `ApiError` for a tool that there is not."""
+    if isinstance(choice, NamedTool):
+        return _named(choice.type, chat_name(choice.namespace, choice.name))
+    if not isinstance(choice, AllowedTools):
+        return choice
+    called = callable_tools(tools)
+    allowed: list[dict[str, Any]] = []
+    for index, one in enumerate(choice.tools):
+        kind, name = one.get("type"), one.get("name")
+        if isinstance(kind, str) and kind in LEFT_OUT:
+            continue
+        found = [tool for tool in called if _is_meant(tool, one)]
+        if not found:
+            param = f"tool_choice.tools.{index}"
+            raise invalid(f"{param}: {shortened(str(name))!r} is none of the tools", param)
+        allowed += [_named(tool.given.type, tool.name) for tool in found]
+    if not allowed:
+        return "none" if choice.mode == "auto" else "required"
+    return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": allowed}}
+
+
+def _is_meant(tool: CallableTool, entry: Mapping[str, Any]) -> bool:
+    if entry.get("type") == "namespace":
+        return tool.namespace == entry.get("name")
+    is_kind = entry.get("type") == tool.given.type
+    return is_kind and (tool.given.name, tool.namespace) == (
+        entry.get("name"),
+        entry.get("namespace"),
+    )
+
+
+def _named(kind: str, name: str) -> dict[str, Any]:
+    return {"type": kind, kind: {"name": name}}
