@@ -188,7 +188,7 @@ def test_the_form_begins_behind_the_reasoning(
 @pytest.mark.parametrize(
     ("syntax", "template"),
     [
-        *((syntax, "") for syntax in {*SYNTAXES.values(), BARE} - {None}),
+        *((syntax, "") for syntax in dict.fromkeys([*SYNTAXES.values(), BARE]) if syntax),
         (MISTRAL, "[ARGS]"),
         (DEEPSEEK, "```json"),
     ],
