@@ -88,7 +88,7 @@ class ChatTemplate:
         }
         if "default" not in self._templates:
             names = ", ".join(sorted(sources))
-            raise TemplateError(f"there is no template named default among: {names}")
+            raise TemplateError(f"there is no chat_template named default among: {names}")
         self._wants_parts = {name: self._reads_only_parts(name) for name in self._templates}
         self._wants_json = {name: self._reads_only_json(name) for name in self._templates}
         #: Whether the model can be shown tools.

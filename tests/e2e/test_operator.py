@@ -168,7 +168,7 @@ def test_every_line_has_the_format_and_says_what_an_operator_needs(
             assert "data: " in next(lines)
             daemon.process.send_signal(signal.SIGINT)
             wait_until(lambda: any("draining" in line for line in daemon.log))
-            assert httpx.get(f"{daemon.url}/ready").status_code == 503
+            assert httpx.get(f"{daemon.url}/ready", timeout=PATIENCE_S).status_code == 503
             daemon.process.send_signal(signal.SIGINT)
             assert daemon.process.wait(PATIENCE_S) == 0
     logged = [json.loads(line) for line in daemon.log]

@@ -115,7 +115,7 @@ def test_a_fault_is_told_in_its_words_if_it_has_a_sentence(
     failed = ours.recv()
     assert isinstance(failed, Failed)
     assert failed.message.startswith(told)
-    engine.join(20)
+    engine.join(PATIENCE_S)
 
 
 def _build_behind(marker: Path) -> FakeRunner:
@@ -131,7 +131,7 @@ def test_the_process_is_prepared_before_the_model_is_built(
     ours.send(Build(partial(_build_behind, marker), _CONFIG, partial(marker.touch)))
     assert isinstance(ours.recv(), Ready)
     ours.send(Shutdown())
-    engine.join(20)
+    engine.join(PATIENCE_S)
 
 
 def test_an_idle_engine_answers_a_ping(started: tuple[Connection, BaseProcess]) -> None:

@@ -88,7 +88,11 @@ def test_a_chats_parts_are_read(
             ["messages.0.reasoning_content"],
         ),
         ({"role": "assistant", "content": "a", "annotations": []}, "[assistant:a]", []),
-        ({"role": "tool", "content": "a", "tool_call_id": "1", "name": "f"}, "[tool:a]", []),
+        (
+            {"role": "tool", "content": "a", "tool_call_id": "1", "name": "f"},
+            "[user:<tool_response>\na\n</tool_response>]",
+            [],
+        ),
     ],
 )
 def test_a_messages_fields_are_read_or_warned_of(

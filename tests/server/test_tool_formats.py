@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from event_streams import chunks_of
+
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 USER = {"role": "user", "content": "1+1?"}
 MESSAGES = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -88,12 +90,11 @@ def test_a_call_in_a_chat_whole_and_streamed(family: Callable[[str], Any], name:
     assert call["function"]["name"] == "add"
     assert json.loads(call["function"]["arguments"]) == {"s": "é", "n": [1, None]}
     assert whole["finish_reason"] == "tool_calls"
-    text = live.post("/v1/chat/completions", **asked, stream=True).text
+    chunks = chunks_of(live.post("/v1/chat/completions", **asked, stream=True).content)
     told = {"content": "", "reasoning_content": "", "arguments": ""}
     num_deltas = 0
-    for line in text.splitlines():
-        if line.startswith("data: {"):
-            [choice] = json.loads(line.removeprefix("data: "))["choices"]
+    for chunk in chunks:
+        for choice in chunk["choices"]:
             for added in choice["delta"].get("tool_calls", []):
                 told["arguments"] += added["function"]["arguments"]
                 num_deltas += 1
@@ -129,12 +130,12 @@ def test_without_tools_the_frame_around_content_is_not_shown(
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_forced_call_is_streamed_too(speaking: Callable[..., Any], choice: Any) -> None:
-    """In plain JSON, for the template knows no tools."""
-    live = speaking('{"name": "add", "arguments": {"n": [1, 2]}}', template=MESSAGES)
+    """In plain JSON, for the model is not shown the tools."""
+    call = '{"name": "add", "arguments": {"n": [1, 2]}}'
+    live = speaking(call, template=MESSAGES, model={"tools_in_prompt": "off"})
     asked = {"messages": [USER], "tools": [TOOL], "tool_choice": choice}
-    text = live.post("/v1/chat/completions", **asked, stream=True).text
-    lines = [line.removeprefix("data: ") for line in text.splitlines() if line[6:7] == "{"]
-    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    chunks = chunks_of(live.post("/v1/chat/completions", **asked, stream=True).content)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
     calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
     assert calls[0]["function"] == {"name": "add", "arguments": ""}
     written = [call["function"]["arguments"] for call in calls[1:]]

@@ -87,7 +87,7 @@ def test_a_stream_adds_up_to_the_whole_answer(
 
 
 def test_arguments_come_as_they_are_written(saying: Saying) -> None:
-    events = events_of(saying(CALL).post("/v1/messages", **ASKED, stream=True).text)
+    events = events_of(saying(CALL).post("/v1/messages", **ASKED, stream=True).content)
     block, *deltas, end = events[2:-2]
     assert block["content_block"] | {"id": ""} == {
         "type": "tool_use",
@@ -113,7 +113,7 @@ def test_a_call_that_the_limit_cuts_keeps_its_complete_members(
     assert [block["input"] for block in body["content"]] == [{"a": 1}, shown]
     assert body["stop_reason"] == "max_tokens"
     assert body["octavo"]["left_out"] == {"cut_tool_call": ""}
-    events = events_of(live.post("/v1/messages", **ASKED, stream=True).text)
+    events = events_of(live.post("/v1/messages", **ASKED, stream=True).content)
     require_order(events)
     added = [event["delta"].get("partial_json", "") for event in events if "delta" in event]
     assert "".join(added) == '{"a": 1}{' + written
