@@ -11,10 +11,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # unpinned) environment.
 PIP_INSTALL := $(PIP) install --no-build-isolation --constraint constraints.txt
 BUILD_TOOLS := hatchling editables
-# Two files of tests side by side, each computing in one thread; daemons that they start use all cores.
-# In the files' own order, since the longest come early in it. A worker that dies is not replaced: the
+# Three files of tests side by side, each computing in one thread; daemons that they start use all cores.
+# Three, since those that start daemons wait for much of their time. In the files' own order, since the
+# longest come early in it. A worker that dies is not replaced: the
 # rest would wait for it.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --max-worker-restart=0 \
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --max-worker-restart=0 \
 	--dist=loadfile --no-loadscope-reorder
 # Clients that the tests drive the daemon with, in an environment of their own.
 CLIENTS := .venv-clients

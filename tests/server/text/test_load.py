@@ -132,7 +132,7 @@ def test_a_template_knows_the_time_it_is_given(folder: Path) -> None:
         (
             "tokenizer_config.json",
             {"chat_template": [{"name": "rag", "template": "x"}]},
-            "no template named default among: rag",
+            "no chat_template named default among: rag",
         ),
     ],
 )
