@@ -126,7 +126,8 @@ def _tools(tools: Sequence[object] | None, choice: InputToolChoice | None) -> di
             "any": "required",
             "tool": {"type": "function", "function": {"name": choice.name}},
         }.get(choice.type, choice.type)
-        fields["parallel_tool_calls"] = choice.disable_parallel_tool_use is not True
+        if choice.disable_parallel_tool_use is not None:
+            fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
     return fields
 
 

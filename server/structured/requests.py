@@ -26,7 +26,14 @@ from server.structured.grammar import (
     whole,
 )
 from server.structured.schemas import ResponseFormat, StructuredOutputs
-from server.tooling import Spoken, forced_tools, is_forced, numbered, prompt_end
+from server.tooling import (
+    Spoken,
+    forced_tools,
+    is_forced,
+    numbered,
+    prompt_end,
+    tools_are_text,
+)
 from server.tools.forms import call_form
 from server.tools.schemas import Tool, ToolFunction
 from server.work import LONG_CHARS
@@ -223,10 +230,21 @@ def _calls(
     rules = call_rules(
         call_form(syntax, template.sources),
         shown,
-        is_single=request.parallel_tool_calls is False or spoken.is_named,
+        is_single=spoken.is_named or not _may_repeat(service, request),
         mark=lambda text: _mark(service, text),
     )
     return rules, fields
+
+
+def _may_repeat(service: Service, request: ChatRequest) -> bool:
+    """Whether a forced call may be followed by others.
+
+    Where tools are shown as text, only on request: that text asks for one call, and models without
+    a format of their own seldom know when to stop.
+    """
+    if request.parallel_tool_calls is None:
+        return not tools_are_text(service)
+    return request.parallel_tool_calls
 
 
 def _arguments(function: ToolFunction, param: str, rule: str) -> str:

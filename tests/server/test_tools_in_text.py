@@ -99,6 +99,18 @@ def test_a_required_call_is_shown_and_read_so_too(chatting: Callable[..., Any]) 
     assert "# Tools" in prompts_of(live)[0]
 
 
+@pytest.mark.parametrize(
+    ("parallel", "may_repeat"), [({}, False), ({"parallel_tool_calls": True}, True)]
+)
+def test_a_required_call_comes_alone_unless_more_are_asked_for(
+    chatting: Callable[..., Any], parallel: dict[str, bool], may_repeat: bool
+) -> None:
+    live = chatting(CALL)
+    live.post(CHAT, messages=[USER], tools=[TOOL], tool_choice="required", **parallel)
+    [request] = live.client.requests
+    assert ("call){0," in request.params.grammar) is may_repeat
+
+
 def test_off_refuses_them_and_shows_no_calls(chatting: Callable[..., Any]) -> None:
     live = chatting("x", model={"tools_in_prompt": "off"})
     error = live.post(CHAT, messages=[USER], tools=[TOOL]).json()["error"]
