@@ -21,7 +21,7 @@ def _node_pins() -> dict[str, str]:
 
 
 def _rows() -> list[tuple[str, list[str], Path]]:
-    row = re.compile(r"^\| (\S+)(?: \((\w+)\))? \| ([\d., ]+) \| `(.+)` \|$", re.MULTILINE)
+    row = re.compile(r"^\| (\S+)(?: \((\w+)\))? \| ([\d., ]+) \| `(tests/.+)` \|$", re.MULTILINE)
     return [
         (f"{name} {kind}".strip(), versions.split(", "), ROOT / suite)
         for name, kind, versions, suite in row.findall((ROOT / "docs" / "clients.md").read_text())
