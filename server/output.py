@@ -169,7 +169,8 @@ class OutputText:
             token = self._held[0]
             is_sent = token.end_char <= self._num_sent_chars
             if is_cut:
-                is_sent = token.start_char < self._num_sent_chars
+                # One that the stop string begins in the middle of, too.
+                is_sent = is_sent or token.start_char < self._num_sent_chars
             if not is_sent and (is_cut or not is_last):
                 break
             taken.append(self._held.popleft())

@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scheduler.client import Delta, FinishReason, TokenLogprobs
@@ -79,6 +79,8 @@ def test_the_text_ends_before_the_first_stop_string(
     assert pieces[-1].stop_text == found
 
 
+# A token without text, right before a stop string.
+@example(token_ids=[0, 98, 97], cuts=[1], stops=["ba"])
 @given(
     token_ids=st.lists(st.sampled_from(TOKENS), max_size=20),
     cuts=st.lists(st.integers(0, 20), max_size=6),
