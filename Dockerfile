@@ -45,7 +45,7 @@ RUN /opt/octavo/bin/python -m pip install --no-cache-dir \
 COPY --from=wheel /build/dist dist
 # The final image has no compiler, so the CPU op is built here, for every instruction set it knows.
 RUN /opt/octavo/bin/python -m pip install --no-cache-dir --no-deps dist/*.whl \
-    && /opt/octavo/bin/python -m model.cpu_ops
+    && /opt/octavo/bin/python -m model.cpu.ops
 
 # ---- runtime: no compiler, not root --------------------------------------------------------------
 FROM python:3.11-slim-bookworm AS runtime

@@ -69,10 +69,10 @@ bench: $(VENV)/.installed-dev  ## put a running server under load (ARGS="--help"
 	@$(BIN)/python -m loadtest run $(ARGS)
 
 microbench: $(VENV)/.installed-dev  ## how long the inner loops take on this machine
-	@for script in tests/bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 bench-gpu: $(VENV)/.installed-dev  ## prove and measure what was written for CUDA (REHEARSE=1: without a GPU)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" WHEELS= tests/bench/gpu/run.sh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" WHEELS= bench/gpu/run.sh
 
 # The stamps make a second `make run` start at once; a changed pyproject or pin installs anew.
 $(VENV)/.created:

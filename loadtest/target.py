@@ -19,7 +19,7 @@ from loadtest.sse import EventReader
 from loadtest.wire import Head, Pool, Sink, WireError
 
 #: For questions beside the load.
-_PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 _BUSY = (429, 503)
 
 
@@ -102,7 +102,7 @@ class Target:
     async def _call(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         pieces: list[bytes] = []
         try:
-            async with asyncio.timeout(_PATIENCE_S):
+            async with asyncio.timeout(_TIMEOUT_S):
                 head = await self.pool.request(
                     method,
                     path,
@@ -113,7 +113,7 @@ class Target:
         except WireError as error:
             raise TargetError(f"{self.url} does not answer: {error}") from error
         except TimeoutError as error:
-            raise TargetError(f"{self.url}{path}: no answer in {_PATIENCE_S:g} s") from error
+            raise TargetError(f"{self.url}{path}: no answer in {_TIMEOUT_S:g} s") from error
         return head.status, _decoded(b"".join(pieces))
 
     async def models(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 The generator shares the machine with the server it measures, so its own CPU time matters. Here a
 chunk of a stream is one callback: half of what aiohttp takes, a fifth of httpx
-(`tests/bench/load_client.py` compares them).
+(`bench/load_client.py` compares them).
 Knows nothing of tokens, events or JSON.
 """
 

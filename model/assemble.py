@@ -13,23 +13,23 @@ import torch
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from configs.sizes import format_size
-from model import gpu_ops
+from model.architectures.transformer import Decoder, ServedDecoder, Transformer
 from model.attention.interface import AttentionBackend, BackendOffer
 from model.attention.registry import choose_backend
-from model.cpu_decoder import CpuDecoder, why_not
-from model.cpu_library import CpuLibrary, load_cpu_library
-from model.cpu_ops import CpuOps
-from model.gpu_assembly import GpuParts, assemble_on_gpu
-from model.gpu_ops import GpuOps
+from model.cpu.decoder import CpuDecoder, why_not
+from model.cpu.library import CpuLibrary, load_cpu_library
+from model.cpu.ops import CpuOps
+from model.cuda import ops as gpu_ops
+from model.cuda.assembly import GpuParts, assemble_on_gpu
+from model.cuda.ops import GpuOps
 from model.implementation import build_decoder
 from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
-from model.kv_pool import KVPool
-from model.memory import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
+from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
+from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
-from model.sampler import Sampler
-from model.source import ModelSource
-from model.transformer import Decoder, ServedDecoder, Transformer
+from model.sampling.sampler import Sampler
+from model.weights.source import ModelSource
 
 _DTYPES = {
     "float32": torch.float32,

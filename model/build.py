@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from configs.schema import OctavoConfig
-from model.source import ModelSource, ModelSourceError, octavo_home, resolve
+from model.weights.source import ModelSource, ModelSourceError, octavo_home, resolve
 
 if TYPE_CHECKING:
     from model.runner import TorchRunner

@@ -16,7 +16,8 @@ from enum import StrEnum
 
 import numpy as np
 
-from model.grammar import CompiledGrammar, Grammars
+from model.grammar.grammars import CompiledGrammar, Grammars
+from model.grammar.matchers import Matchers
 from model.interface import (
     NO_TOKEN,
     PENDING_TOKEN,
@@ -30,7 +31,6 @@ from model.interface import (
     TokenLogprobs,
     Vocabulary,
 )
-from model.matchers import Matchers
 
 FAKE_EOS_TOKEN_ID = 0
 _EMPTY = 0xFFFF

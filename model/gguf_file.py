@@ -1,6 +1,6 @@
 """A model in GGUF, in one file or split into many: its metadata and where each tensor lies.
 
-Knows nothing of what a tensor means nor of how its blocks are decoded (`model/gguf_weights.py`).
+Knows nothing of what a tensor means nor of how its blocks are decoded (`model/weights/gguf.py`).
 """
 
 from __future__ import annotations

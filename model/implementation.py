@@ -10,14 +10,14 @@ from typing import Literal, TypeAlias
 import torch
 
 from configs.schema import ModelSection
-from model.arch import ArchError, BadValueError
-from model.cpu_library import CpuLibrary
-from model.load import build_transformer
+from model.architectures.arch import ArchError, BadValueError
+from model.architectures.read_arch import read_arch
+from model.architectures.transformer import ServedDecoder
+from model.cpu.library import CpuLibrary
 from model.ops import Ops
-from model.read_arch import read_arch
-from model.source import ModelSource
-from model.transformer import ServedDecoder
-from model.weights import WeightsError
+from model.weights.interface import WeightsError
+from model.weights.load import build_transformer
+from model.weights.source import ModelSource
 
 Implementation: TypeAlias = Literal["octavo", "transformers"]
 
@@ -87,7 +87,7 @@ def _build_hf(
     reason: str,
 ) -> ServedDecoder:
     try:
-        from model.hf import load_hf_decoder  # noqa: PLC0415 - importing transformers takes seconds
+        from model.hf.decoder import load_hf_decoder  # noqa: PLC0415 - importing transformers takes seconds
     except ImportError as error:
         raise ValueError(
             f"this model is computed by the package transformers ({reason}), which cannot be "

@@ -1,6 +1,6 @@
 """The small operations between matrix products, as an interface with a plain torch version.
 
-`model/cpu_ops.py` has the compiled one. Nothing here knows of pages or of weights' formats.
+`model/cpu/ops.py` has the compiled one. Nothing here knows of pages or of weights' formats.
 """
 
 from __future__ import annotations

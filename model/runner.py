@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from model.architectures.transformer import Decoder
 from model.attention.interface import AttentionBackend
-from model.draft import Draft, mark
-from model.grammar import Grammars
-from model.graphs import DecodeGraphs
+from model.cuda.graphs import DecodeGraphs
+from model.grammar.grammars import Grammars
 from model.interface import (
     Constraint,
     ModelInfo,
@@ -26,10 +26,10 @@ from model.interface import (
     TokenLogprobs,
     Vocabulary,
 )
-from model.kv_pool import KVPool
+from model.kv.pool import KVPool
 from model.packing import PackedStep, Packer
-from model.sampler import Sampler
-from model.transformer import Decoder
+from model.sampling.sampled_tokens import Draft, mark
+from model.sampling.sampler import Sampler
 
 #: Of a prompt that is scored, the logits of so many tokens are held at once: a chunk's would be
 #: gigabytes with a large vocabulary.

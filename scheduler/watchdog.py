@@ -16,17 +16,19 @@ _ASKS_AFTER, _DOUBTS_AFTER = 2, 7
 
 
 class Watchdog:
-    """Calls `ask` when nothing was heard for a while, and `bite` if that stays without an answer.
+    """Calls `ask` after a silence, and `on_timeout` if there is no answer.
 
     Whoever was asked has `timeout_s` to answer, so it bites between 1 and 1.25 times as long after
-    the last sign of life. `is_silent` is true before the timeout is over. After a bite it begins
+    the last sign of life. `is_silent` is true before the timeout is over. After a timeout it begins
     anew.
     """
 
-    def __init__(self, timeout_s: float, ask: Callable[[], None], bite: Callable[[], None]) -> None:
+    def __init__(
+        self, timeout_s: float, ask: Callable[[], None], on_timeout: Callable[[], None]
+    ) -> None:
         self._period_s = timeout_s / _NUM_LOOKS
         self._ask = ask
-        self._bite = bite
+        self._on_timeout = on_timeout
         #: Looks since something was heard.
         self._num_silent = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -53,13 +55,13 @@ class Watchdog:
         self._num_silent = 0
 
     def look(self) -> None:
-        """Ask or bite, if it is time to."""
+        """Ask or call `on_timeout`, if it is time to."""
         self._num_silent += 1
         if self._num_silent == _ASKS_AFTER:
             self._ask()
         elif self._num_silent == _ASKS_AFTER + _NUM_LOOKS:
             self.heard()
-            self._bite()
+            self._on_timeout()
 
     def _wait(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._period_s, self._run)

@@ -16,32 +16,32 @@ from starlette.types import Scope
 
 from configs.schema import OctavoConfig
 from scheduler.client import EngineClient
-from server import schemas
-from server.auth import PROBE_PATHS, AuthMiddleware
-from server.boundary import BoundaryMiddleware
-from server.context import Clock
-from server.cors import Cors
 from server.docs_page import docs_routes
-from server.documents import ChatChunk
-from server.errors import from_status, shortened
-from server.gate import DrainGate
-from server.keys import Keyring, load_keys
-from server.lifecycle import Lifecycle
+from server.generation.makers_sampling import makers_sampling
+from server.generation.retry_after import QueueReservations
+from server.http.auth import PROBE_PATHS, AuthMiddleware
+from server.http.context import Clock
+from server.http.cors import Cors
+from server.http.errors import from_status, shortened
+from server.http.gate import DrainGate
+from server.http.keys import Keyring, load_keys
+from server.http.lifecycle import Lifecycle
+from server.http.middleware import RequestMiddleware
 from server.logs import LOGGER_NAME, fields
-from server.makers_sampling import makers_sampling
 from server.messages.routes import DOCUMENTED as MESSAGES_DOCUMENTED
 from server.messages.routes import ERROR_FORMS, message_routes
 from server.metrics import Metrics
+from server.openai import schemas
+from server.openai.response_models import ChatChunk
+from server.openai.routes import generation_routes, model_routes
 from server.openapi import DocumentedApp
-from server.pace import QueuePace
 from server.probes import probe_routes
-from server.responses.documents import ResponseEvent
+from server.responses.response_models import ResponseEvent
 from server.responses.routes import response_routes
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, StoreStats
-from server.routes import generation_routes, model_routes
 from server.service import Service, served_name
-from server.structured.desk import GrammarDesk
+from server.structured.grammar_service import GrammarService
 from server.text.load import ModelText
 
 _DOCUMENTED = (
@@ -56,7 +56,7 @@ _DOCUMENTED = (
 )
 
 #: Bodies of the largest size that may be read at the same time.
-_MOST_BODIES = 16
+_MAX_BODIES = 16
 
 
 def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
@@ -69,7 +69,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     keyring: Keyring | None = None,
     clock: Clock | None = None,
     chance: random.Random | None = None,
-    grammars: GrammarDesk | None = None,
+    grammars: GrammarService | None = None,
     num_lines_dropped: Callable[[], int] = lambda: 0,
 ) -> FastAPI:
     """Return the application. `client` may still be starting: until it is up, /ready says 503.
@@ -82,8 +82,8 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     chance = chance or random.SystemRandom()
     lifecycle = lifecycle or Lifecycle()
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
-    grammars = grammars or GrammarDesk()
-    pace = QueuePace(client, clock.monotonic_s, config.scheduler)
+    grammars = grammars or GrammarService()
+    reservations = QueueReservations(client, clock.monotonic_s, config.scheduler)
     asks = config.model.generation_config != "vllm"
     defaults, notes = makers_sampling(text.sampling_defaults if asks else {})
     log = logging.getLogger(LOGGER_NAME)
@@ -93,7 +93,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
         note = "requests that do not say get the sampling of generation_config.json"
         log.info("note", extra=fields(note=note, **defaults))
     service = Service(
-        config, client, text, lifecycle, metrics, clock, chance, pace, grammars, defaults
+        config, client, text, lifecycle, metrics, clock, chance, reservations, grammars, defaults
     )
     store = ResponseStore(
         max_count=config.server.responses_max_count,
@@ -124,12 +124,12 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
         open_paths=frozenset() if config.server.protect_metrics else PROBE_PATHS,
     )
     app.add_middleware(
-        BoundaryMiddleware,
+        RequestMiddleware,
         lifecycle=lifecycle,
         metrics=metrics,
         clock=clock,
         chance=chance,
-        most_body_bytes=_MOST_BODIES * config.server.max_request_bytes,
+        max_body_bytes=_MAX_BODIES * config.server.max_request_bytes,
         error_forms=ERROR_FORMS,
     )
     if config.server.cors_origins:

@@ -32,21 +32,21 @@ from scheduler.client import EngineUnavailableError, ModelInfo
 from scheduler.process import ProcessClient
 from server import __version__, cli
 from server.app import create_app
-from server.keys import Keyring, load_keys, reload_keys
-from server.lifecycle import Lifecycle
+from server.generation.prompts import row_notes
+from server.generation.relay import Relay
+from server.http.keys import Keyring, load_keys, reload_keys
+from server.http.lifecycle import Lifecycle
+from server.http.protocol import HttpProtocol
+from server.http.tls import Certificate
 from server.logs import LOGGER_NAME, configure, fields
 from server.memory import descendants
 from server.progress import reported
-from server.prompts import row_notes
-from server.protocol import HttpProtocol
-from server.relay import Relay
-from server.structured.desk import GrammarDesk
+from server.structured.grammar_service import GrammarService
 from server.text.export import export_tokenizer
 from server.text.load import load_text
 from server.text.named_templates import chosen_template
-from server.text.pieces import TextError
+from server.text.token_bytes import TextError
 from server.text.tokenizer import Tokenizer
-from server.tls import Certificate
 
 _log = logging.getLogger(LOGGER_NAME)
 
@@ -132,7 +132,7 @@ async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> 
     make_runner = partial(build.make_runner, source, config, text.tokenizer.eos_token_ids)
     prepare = partial(configure, config.server.log_format)
     client = ProcessClient(make_runner, config.scheduler, prepare=prepare)
-    lifecycle, grammars = Lifecycle(), GrammarDesk()
+    lifecycle, grammars = Lifecycle(), GrammarService()
     app = create_app(
         config,
         client,
@@ -208,11 +208,11 @@ async def _run(
     _log.info("stopped")
 
 
-def _server(app: FastAPI, certificate: Certificate | None, most_per_address: int) -> _Server:
+def _server(app: FastAPI, certificate: Certificate | None, max_per_address: int) -> _Server:
     protocol = partial(
         HttpProtocol,
         connections_by_address=Counter(),
-        most_per_address=most_per_address,
+        max_per_address=max_per_address,
     )
     config = uvicorn.Config(
         app,
@@ -265,8 +265,8 @@ def _leave() -> None:
 def _listen(section: ServerSection) -> socket.socket:
     host, port = section.host, section.port
     # A connection is a file; the soft limit is for programs that `select` among many.
-    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    max_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         # Named, so that asyncio knows it is TCP and turns Nagle off.

@@ -11,7 +11,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Literal, TextIO
 
-from server.context import RequestRecord
+from server.http.context import RequestRecord
 
 LOGGER_NAME = "octavo"
 _ATTRIBUTE = "octavo_fields"

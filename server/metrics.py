@@ -17,8 +17,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from scheduler.client import EngineClient, EngineUnavailableError, GenerateRequest
-from server.context import RequestRecord
 from server.exposition import Histogram, Page, VllmPage, gauges
+from server.http.context import RequestRecord
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 #: 499 is a client that closed its connection before its answer.

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from server.documents import ErrorBody
+from server.openai.response_models import ErrorBody
 
 _REF = "#/components/schemas/{model}"
 _MEANINGS = {

@@ -7,10 +7,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from scheduler.client import EngineUnavailableError
-from server import documents
-from server.errors import from_engine, unavailable
+from server.http.errors import from_engine, unavailable
+from server.http.respond import JsonResponse
+from server.openai import response_models
 from server.openapi import answers
-from server.respond import JsonResponse
 from server.service import Service
 
 
@@ -19,7 +19,7 @@ def probe_routes(service: Service, version: str) -> APIRouter:
     router = APIRouter()
 
     @router.get(
-        "/health", summary="Whether the process answers", responses=answers(documents.Health)
+        "/health", summary="Whether the process answers", responses=answers(response_models.Health)
     )
     async def health() -> Response:
         return JsonResponse({"status": "ok"})
@@ -27,7 +27,7 @@ def probe_routes(service: Service, version: str) -> APIRouter:
     @router.get(
         "/ready",
         summary="Whether a request would be served now",
-        responses=answers(documents.Health, 503),
+        responses=answers(response_models.Health, 503),
     )
     async def is_ready() -> Response:
         if service.lifecycle.is_draining:
@@ -49,7 +49,7 @@ def probe_routes(service: Service, version: str) -> APIRouter:
     @router.get(
         "/version",
         summary="What is running",
-        responses=answers(documents.Version),
+        responses=answers(response_models.Version),
     )
     async def get_version() -> Response:
         return JsonResponse({"version": version})
@@ -59,7 +59,7 @@ def probe_routes(service: Service, version: str) -> APIRouter:
         @router.post(
             "/reset_prefix_cache",
             summary="Forget the cached prefixes that no request uses",
-            responses=answers(documents.CacheReset, 503),
+            responses=answers(response_models.CacheReset, 503),
         )
         async def reset_prefix_cache() -> Response:
             try:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 from configs.schema import OctavoConfig
 from scheduler.client import EngineClient, EngineUnavailableError
-from server.context import Clock
-from server.errors import model_not_found
-from server.lifecycle import Lifecycle
+from server.generation.retry_after import QueueReservations
+from server.http.context import Clock
+from server.http.errors import model_not_found
+from server.http.lifecycle import Lifecycle
+from server.http.work import Workshop
 from server.metrics import Metrics
-from server.pace import QueuePace
-from server.structured.desk import GrammarDesk
+from server.structured.grammar_service import GrammarService
 from server.text.load import ModelText
-from server.work import Workshop
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Service:
     clock: Clock
     #: For seeds and ids.
     chance: random.Random
-    pace: QueuePace
-    grammars: GrammarDesk
+    reservations: QueueReservations
+    grammars: GrammarService
     #: Of requests that do not say otherwise.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     #: Where long texts are converted.

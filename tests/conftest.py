@@ -17,8 +17,8 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, settings
 
-from model.source import octavo_home, resolve
-from patience import PATIENCE_S
+from model.weights.source import octavo_home, resolve
+from waiting import TIMEOUT_S
 
 # How fast a machine draws and runs an example says nothing of the code.
 settings.register_profile(
@@ -65,11 +65,11 @@ class Daemon:
         self._has_said.set()
 
     def wait_ready(self) -> None:
-        assert self._has_said.wait(PATIENCE_S), "neither ready nor dead"
+        assert self._has_said.wait(TIMEOUT_S), "neither ready nor dead"
         assert self.url, "".join(self.log)
 
     def metrics(self) -> str:
-        return httpx.get(f"{self.url}/metrics", timeout=PATIENCE_S).text
+        return httpx.get(f"{self.url}/metrics", timeout=TIMEOUT_S).text
 
     def metric(self, name: str) -> float:
         """The sum over all label sets of one series."""
@@ -80,15 +80,15 @@ class Daemon:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(PATIENCE_S)
-        self._reader.join(PATIENCE_S)
+        code = self.process.wait(TIMEOUT_S)
+        self._reader.join(TIMEOUT_S)
         return code
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(PATIENCE_S)
-        self._reader.join(PATIENCE_S)
+            self.process.wait(TIMEOUT_S)
+        self._reader.join(TIMEOUT_S)
         assert self.process.stderr is not None
         self.process.stderr.close()
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "server": {"scheduler", "configs", "model.formats"},
 }
 #: The composition roots: single files that know more than their folder.
-EXCEPTIONS = {"server/daemon.py": {"model.build", "model.source"}}
+EXCEPTIONS = {"server/daemon.py": {"model.build", "model.weights.source"}}
 
 #: Heavy packages, for `model/` alone.
 ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_interface"}

@@ -11,18 +11,19 @@ from collections.abc import Iterator, Mapping
 import orjson
 from pydantic import BaseModel
 
-from server import params, schemas
+from server.generation import params
+from server.generation.params import Unsupported
 from server.messages import params as message_params
 from server.messages.schemas import MessagesRequest
-from server.params import Unsupported
+from server.openai import schemas
 from server.responses import params as responses_params
 from server.responses import schemas as responses_schemas
 
 _HEAD = """\
 # Parameters
 
-Made by `python -m tools.api_table > docs/api.md` from `server/schemas.py` and `server/params.py`;
-a test keeps it equal to what they say.
+Made by `python -m tools.api_table > docs/api.md` from `server/openai/schemas.py` and
+`server/generation/params.py`; a test keeps it equal to what they say.
 
 - **honoured**: it does what its documentation says; a wrong value is a 400 that names it.
 - **refused**: any value but a neutral one is a 400 that names it, never silence.

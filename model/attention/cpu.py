@@ -1,7 +1,7 @@
 """Attention on a CPU by the compiled operations: pages are read as they lie, nothing is gathered.
 
 Decode is cut along its keys as in flash-decoding (arXiv:2311.01282), prefill is tiled with an
-online softmax (arXiv:2205.14135); both in model/csrc. A row's result never depends on the rows
+online softmax (arXiv:2205.14135); both in model/cpu/csrc. A row's result never depends on the rows
 beside it or on the number of threads.
 """
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
-from model.cpu_library import DTYPE_CODES, CpuLibrary, load_cpu_library
-from model.kv_pool import KVPool
+from model.cpu.library import DTYPE_CODES, CpuLibrary, load_cpu_library
+from model.kv.pool import KVPool
 
 #: Of the vectors of the widest instruction set, in floats.
 _HEAD_DIM_MULTIPLE = 16

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
 from model.extras import why_missing
-from model.kv_pool import KVPool
+from model.kv.pool import KVPool
 
 _MAX_HEAD_DIM = 256
 _HOPPER = (9, 0)

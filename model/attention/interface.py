@@ -1,6 +1,6 @@
 """The one door to attention: paged keys and values, any mix of prefill chunks and decodes.
 
-A backend owns neither the pages (`model/kv_pool.py`) nor their meaning (`cache/`).
+A backend owns neither the pages (`model/kv/pool.py`) nor their meaning (`cache/`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from model.kv_pool import KVPool
+from model.kv.pool import KVPool
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
-from model.kv_pool import KVPool
+from model.kv.pool import KVPool
 
 
 class ReferenceAttention:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
-from model.kv_pool import KVPool
+from model.kv.pool import KVPool
 
 
 @dataclass(frozen=True, slots=True)

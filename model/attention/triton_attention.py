@@ -1,7 +1,7 @@
 """Attention on CUDA by kernels of our own: pages of any size, no FlashAttention needed.
 
 NEVER RUN ON A GPU YET: the kernels run in Triton's interpreter (`tests/model/attention`) and are
-compiled for sm_80 and sm_90 (`tests/model/test_kernels_compile.py`); nobody has timed them.
+compiled for sm_80 and sm_90 (`tests/model/cuda/test_kernels_compile.py`); nobody has timed them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
 from model.extras import why_missing
-from model.kv_pool import KVPool
+from model.kv.pool import KVPool
 
 _AMPERE = (8, 0)
 _MAX_HEAD_DIM = 256

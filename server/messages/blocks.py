@@ -13,8 +13,8 @@ from typing import Any, Literal
 import orjson
 from pydantic_core import from_json
 
-from server.answer_parser import AnswerParser
-from server.tooling import Spoken
+from server.generation.answer_parser import AnswerParser
+from server.generation.tooling import ParserOptions
 from server.tools.events import (
     ArgumentsDelta,
     CallEnded,
@@ -36,13 +36,17 @@ class Blocks:
     """What one output becomes."""
 
     def __init__(
-        self, spoken: Spoken | None, new_id: Callable[[], str], *, shows_thinking: bool = True
+        self,
+        parser_options: ParserOptions | None,
+        new_id: Callable[[], str],
+        *,
+        shows_thinking: bool = True,
     ) -> None:
-        """`spoken`: how it is read, None: it is plain text; `new_id` names a call.
+        """`parser_options`: how it is read, None: it is plain text; `new_id` names a call.
 
         Without `shows_thinking` a block of thoughts is told of, but is empty.
         """
-        self._parser = AnswerParser(spoken)
+        self._parser = AnswerParser(parser_options)
         self._new_id = new_id
         self._shows_thinking = shows_thinking
         self._num_started = 0

@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from server.errors import invalid
+from server.generation.params import Warned
+from server.http.errors import invalid
 from server.messages.schemas import (
     Block,
     RedactedThinkingBlock,
@@ -20,7 +21,6 @@ from server.messages.schemas import (
     ToolUseBlock,
     Turn,
 )
-from server.params import Warned
 
 #: What the model is shown before the result of a tool that failed: templates have no place for it.
 ERROR_MARK = "Error:"

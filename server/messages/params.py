@@ -1,12 +1,13 @@
 """What becomes of Messages' parameters that are no fields, and of those that chats have.
 
-Knows the names; the judging is `server/params.py`'s.
+Knows the names; the judging is `server/generation/params.py`'s.
 """
 
 from __future__ import annotations
 
 from typing import Any, get_args
 
+from server.generation.params import Unsupported, Warned, judge, nested
 from server.messages.schemas import (
     LEFT_OUT,
     Block,
@@ -15,7 +16,6 @@ from server.messages.schemas import (
     OtherTool,
     kind_of_tool,
 )
-from server.params import Unsupported, Warned, judge, nested
 
 #: Chats' parameters that mean the same here: `ChatRequest` has them, and judges their values.
 PASSED = (

@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from server.chat_prompt import prompt_of_chat
-from server.errors import ApiError, invalid
-from server.generate import Job
+from server.generation.chat_prompt import prompt_of_chat
+from server.generation.generate import Job
+from server.generation.params import Warned
+from server.generation.prepare import chat_job
+from server.generation.tooling import callable_tools, tool_warnings
+from server.http.errors import ApiError, invalid
 from server.messages.schemas import CountTokensRequest, MessagesRequest
 from server.messages.translate import Translated, translate
-from server.params import Warned
-from server.prepare import chat_job
 from server.service import Service
-from server.tooling import callable_tools, tool_warnings
 
 
 async def message_job(service: Service, request: MessagesRequest) -> Job:

@@ -5,20 +5,25 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.context import RequestRecord
-from server.generate import Job
-from server.messages.dialect import MessagesDialect, MessagesErrors
-from server.messages.documents import MessageAnswer, MessageEvent, MessagesErrorBody, TokenCount
-from server.messages.prepare import message_job, token_count
-from server.messages.schemas import CountTokensRequest, MessagesRequest, parse
-from server.openapi import answers, body_of, generation_answers
-from server.respond import (
-    Dialect,
+from server.generation.generate import Job
+from server.http.context import RequestRecord
+from server.http.respond import (
+    AnswerFormat,
     GenerationResponse,
     PreparedResponse,
     read_body,
     read_work,
 )
+from server.messages.answer_format import MessagesErrors, MessagesFormat
+from server.messages.prepare import message_job, token_count
+from server.messages.response_models import (
+    MessageAnswer,
+    MessageEvent,
+    MessagesErrorBody,
+    TokenCount,
+)
+from server.messages.schemas import CountTokensRequest, MessagesRequest, parse
+from server.openapi import answers, body_of, generation_answers
 from server.service import Service
 
 _PATH = "/v1/messages"
@@ -44,11 +49,11 @@ def message_routes(service: Service) -> APIRouter:
         body = await read_work(service, request)
         asked = await parse(MessagesRequest, body, service.work)
 
-        def dialect(job: Job, record: RequestRecord, index: int) -> Dialect:
+        def new_format(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
             assert index == 0, "there is one answer"
-            return MessagesDialect(service, job, record, asked)
+            return MessagesFormat(service, job, record, asked)
 
-        return GenerationResponse(service, lambda: message_job(service, asked), dialect)
+        return GenerationResponse(service, lambda: message_job(service, asked), new_format)
 
     @router.post(
         _COUNT_PATH,

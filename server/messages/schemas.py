@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from server import schemas
-from server.chat_messages import MAX_PARTS, require_kind
-from server.errors import ApiError, invalid, shortened
-from server.schemas import MAX_MESSAGES, Request
+from server.http.errors import ApiError, invalid, shortened
+from server.http.work import Workshop
+from server.openai import schemas
+from server.openai.chat_messages import MAX_PARTS, require_kind
+from server.openai.schemas import MAX_MESSAGES, Request
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
 from server.tools.schemas import MAX_TOOLS, ToolName
-from server.work import Workshop
 
 RequestT = TypeVar("RequestT", bound=Request)
 

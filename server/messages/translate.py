@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from server.errors import ApiError, from_validation
+from server.generation.params import Warned, summed_up
+from server.http.errors import ApiError, from_validation
 from server.messages.conversation import Conversation
 from server.messages.params import passed, without_effect
 from server.messages.schemas import (
@@ -22,8 +23,7 @@ from server.messages.schemas import (
     InputToolChoice,
     MessagesRequest,
 )
-from server.params import Warned, summed_up
-from server.schemas import ChatRequest
+from server.openai.schemas import ChatRequest
 from server.text.template import ChatTemplate
 from server.tools.declared import think_tags
 

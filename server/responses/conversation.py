@@ -12,10 +12,10 @@ from typing import Any
 
 import orjson
 
-from server import params
-from server.chat_messages import Message
-from server.errors import invalid
-from server.params import Warned
+from server.generation import params
+from server.generation.params import Warned
+from server.http.errors import invalid
+from server.openai.chat_messages import Message
 from server.responses.items import (
     ContentPart,
     CustomCallItem,
@@ -92,7 +92,7 @@ def read_conversation(
 
 
 def item_id(kind: str, response_key: str, index: int, *, is_output: bool) -> str:
-    """Return the id of a response's item; `Exchange` finds the item by it again."""
+    """Return the id of a response's item; `ResponseSession` finds the item by it again."""
     return f"{PREFIXES[kind]}_{response_key}{'o' if is_output else 'i'}{index}"
 
 

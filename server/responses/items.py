@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from server.chat_messages import MAX_PARTS, require_kind
-from server.schemas import MAX_MESSAGES, Request
+from server.openai.chat_messages import MAX_PARTS, require_kind
+from server.openai.schemas import MAX_MESSAGES, Request
 from server.tools.schemas import ToolName
 
 #: Of ids and the like that are only kept.

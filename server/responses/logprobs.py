@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from server.output import Piece, TokenAt
+from server.generation.output import OutputChunk, TokenAt
 from server.tools.events import Content
 
 
@@ -21,11 +21,11 @@ class TextTokens:
         #: Where the text ends that was told last.
         self._end = 0
 
-    def push(self, piece: Piece) -> Content:
+    def push(self, chunk: OutputChunk) -> Content:
         """Take in what comes next; return its text, and where that stands."""
-        self._waiting += piece.tokens
-        self._num_chars += len(piece.text)
-        return Content(piece.text, self._num_chars - len(piece.text))
+        self._waiting += chunk.tokens
+        self._num_chars += len(chunk.text)
+        return Content(chunk.text, self._num_chars - len(chunk.text))
 
     def of(self, content: Content) -> list[TokenAt]:
         """Return the tokens of a text that is told now; those before it never are."""

@@ -1,13 +1,14 @@
 """What becomes of each parameter of `POST /v1/responses` that is no field of its body.
 
-As in `server/params.py`, which it begins with: the rest of the chat's table holds here too.
+As in `server/generation/params.py`, which it begins with: the rest of the chat's table holds here
+too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from server.params import CHAT, Unsupported
+from server.generation.params import CHAT, Unsupported
 from server.responses.schemas import ResponsesRequest
 
 #: Named, for the table below holds it as a value, not as a switch.

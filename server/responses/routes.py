@@ -10,15 +10,21 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server import schemas
-from server.context import RequestContext, RequestRecord
-from server.errors import ApiError, invalid, shortened
-from server.generate import Job
+from server.generation.generate import Job
+from server.http.context import RequestContext, RequestRecord
+from server.http.errors import ApiError, invalid, shortened
+from server.http.respond import (
+    AnswerFormat,
+    FormatFactory,
+    GenerationResponse,
+    JsonResponse,
+    read_work,
+)
+from server.openai import schemas
 from server.openapi import answers, body_of, generation_answers
-from server.respond import Dialect, GenerationResponse, JsonResponse, Understood, read_work
-from server.responses import documents
-from server.responses.dialect import ResponseDialect
-from server.responses.exchange import Exchange
+from server.responses import response_models
+from server.responses.answer_format import ResponsesFormat
+from server.responses.response_session import ResponseSession
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, Stored
 from server.service import Service
@@ -36,18 +42,18 @@ def response_routes(service: Service, store: ResponseStore) -> APIRouter:
         _PATH,
         summary="Answer a conversation, or go on with one that is stored",
         openapi_extra=body_of(ResponsesRequest),
-        responses=generation_answers(documents.ResponseBody, documents.ResponseEvent),
+        responses=generation_answers(response_models.ResponseBody, response_models.ResponseEvent),
     )
     async def create_response(request: Request) -> Response:
         body = await read_work(service, request)
         asked = await schemas.parse(ResponsesRequest, body, service.work)
-        exchange = Exchange(service, store, _owner(request), asked)
+        session = ResponseSession(service, store, _owner(request), asked)
 
-        def dialect(job: Job, record: RequestRecord, index: int) -> Dialect:
+        def new_format(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
             assert index == 0, "a response has one answer"
-            return ResponseDialect(service, job, record, exchange)
+            return ResponsesFormat(service, job, record, session)
 
-        return _Reply(service, exchange, dialect)
+        return _Reply(service, session, new_format)
 
     _add_stored_routes(router, service, store)
     return router
@@ -56,16 +62,18 @@ def response_routes(service: Service, store: ResponseStore) -> APIRouter:
 class _Reply(GenerationResponse):
     """Says in the words of this API what is wrong with the chat behind it."""
 
-    def __init__(self, service: Service, exchange: Exchange, understood: Understood) -> None:
-        super().__init__(service, exchange.prepare, understood)
-        self._exchange = exchange
+    def __init__(
+        self, service: Service, session: ResponseSession, new_format: FormatFactory
+    ) -> None:
+        super().__init__(service, session.prepare, new_format)
+        self._session = session
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See `GenerationResponse`."""
         try:
             await super().__call__(scope, receive, send)
         except ApiError as error:
-            raise self._exchange.as_told_here(error) from error
+            raise self._session.as_told_here(error) from error
 
 
 def _add_stored_routes(router: APIRouter, service: Service, store: ResponseStore) -> None:
@@ -79,7 +87,7 @@ def _add_stored_routes(router: APIRouter, service: Service, store: ResponseStore
     @router.get(
         _PATH + "/{response_id}",
         summary="A response that is stored",
-        responses=answers(documents.ResponseBody, 400, 404, 503),
+        responses=answers(response_models.ResponseBody, 400, 404, 503),
     )
     async def get_response(request: Request, response_id: str) -> Response:
         _query(request, ())
@@ -89,7 +97,7 @@ def _add_stored_routes(router: APIRouter, service: Service, store: ResponseStore
     @router.delete(
         _PATH + "/{response_id}",
         summary="Forget a response; what goes on from it keeps what it needs",
-        responses=answers(documents.DeletedResponse, 400, 404, 503),
+        responses=answers(response_models.DeletedResponse, 400, 404, 503),
     )
     async def delete_response(request: Request, response_id: str) -> Response:
         _query(request, ())
@@ -100,7 +108,7 @@ def _add_stored_routes(router: APIRouter, service: Service, store: ResponseStore
     @router.get(
         _PATH + "/{response_id}/input_items",
         summary="What a response answers, the whole conversation, newest first",
-        responses=answers(documents.InputItems, 400, 404, 503),
+        responses=answers(response_models.InputItems, 400, 404, 503),
     )
     async def list_input_items(request: Request, response_id: str) -> Response:
         query = _query(request, ("after", "limit", "order"))

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from server.openai.schemas import GenerateFields, Request, StreamOptions, TemplateVariables
 from server.responses.items import Items, Name
 from server.responses.tools import ToolChoice, Tools
-from server.schemas import GenerateFields, Request, StreamOptions, TemplateVariables
 
 MAX_INCLUDED = 64
 MAX_METADATA = 16

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from server import params
-from server.errors import invalid, shortened
-from server.params import Unsupported, Warned
-from server.schemas import Request
+from server.generation import params
+from server.generation.params import Unsupported, Warned
+from server.http.errors import invalid, shortened
+from server.openai.schemas import Request
 from server.structured.schemas import MAX_GRAMMAR_CHARS
 from server.tools.schemas import MAX_TOOLS, ToolName
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from server import params
-from server.chat_messages import Message
-from server.errors import ApiError, from_validation, invalid
-from server.params import Warned
+from server.generation import params
+from server.generation.params import Warned
+from server.http.errors import ApiError, from_validation, invalid
+from server.openai.chat_messages import Message
+from server.openai.schemas import ChatRequest, GenerateFields, Request
 from server.responses.params import INCLUDABLE, LOGPROBS, REASONING, RESPONSES
 from server.responses.schemas import WITHOUT_MEANING, ResponsesRequest, TextFormat
 from server.responses.tools import callable_tools, chat_choice, tool_warnings
-from server.schemas import ChatRequest, GenerateFields, Request
 
 _PASSED = (
     *(name for name in GenerateFields.model_fields if name not in WITHOUT_MEANING),

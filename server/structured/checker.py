@@ -1,6 +1,6 @@
 """Has grammars judged before an engine ever sees them, by a process that can be killed.
 
-See `model/grammar_check.py`, which is the other end. Knows nothing of requests.
+See `model/grammar/check.py`, which is the other end. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from itertools import count
 import orjson
 
 from scheduler.client import Vocabulary
-from server.errors import unavailable
+from server.http.errors import unavailable
 
 _log = logging.getLogger(__name__)
 
-_COMMAND = (sys.executable, "-m", "model.grammar_check")
+_COMMAND = (sys.executable, "-m", "model.grammar.check")
 #: The process bounds a judgement by its processor time, and says so while it takes some. One that
 #: says nothing for so long hangs: on no machine does it wait so long for a processor.
-_PATIENCE_S = 30.0
+_TIMEOUT_S = 30.0
 _MAX_TRIES = 2
 _START_TIMEOUT_S = 120.0
 #: Judged side by side; others wait for their turn.
@@ -105,7 +105,7 @@ class GrammarChecker:
                 self._heard_of.add(number)
                 while not answer.done() and number in self._heard_of:
                     self._heard_of.discard(number)
-                    await asyncio.wait([answer], timeout=_PATIENCE_S)
+                    await asyncio.wait([answer], timeout=_TIMEOUT_S)
                 if answer.done():
                     verdict: Verdict = answer.result()
                     return verdict

@@ -8,9 +8,18 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from server.errors import ApiError, invalid
-from server.params import Warned
-from server.schemas import ChatRequest, GenerateFields
+from server.generation.params import Warned
+from server.generation.tooling import (
+    ParserOptions,
+    forced_tools,
+    is_forced,
+    numbered,
+    prompt_end,
+    tools_are_text,
+)
+from server.http.errors import ApiError, invalid
+from server.http.work import LONG_CHARS
+from server.openai.schemas import ChatRequest, GenerateFields
 from server.service import Service
 from server.structured.calls import arguments_rule, call_rules
 from server.structured.grammar import (
@@ -26,17 +35,8 @@ from server.structured.grammar import (
     whole,
 )
 from server.structured.schemas import ResponseFormat, StructuredOutputs
-from server.tooling import (
-    Spoken,
-    forced_tools,
-    is_forced,
-    numbered,
-    prompt_end,
-    tools_are_text,
-)
 from server.tools.forms import call_form
 from server.tools.schemas import Tool, ToolFunction
-from server.work import LONG_CHARS
 
 #: Of the whole grammar. What is larger takes the library too long to refuse.
 MAX_GRAMMAR_BYTES = 512 * 1024
@@ -66,7 +66,7 @@ async def chat_grammar(
     service: Service,
     request: ChatRequest,
     tools: Sequence[Tool],
-    spoken: Spoken | None,
+    parser_options: ParserOptions | None,
     prompt: Sequence[int],
 ) -> tuple[str | None, list[Warned]]:
     """Return the grammar of a chat's answer, and what of it is not enforced. Raises `ApiError`.
@@ -80,11 +80,11 @@ async def chat_grammar(
     warnings: list[Warned] = []
     if asked is not None and has_calls:
         warnings, asked = [_without_effect(asked)], None
-    thinking = None if spoken is None else _thinking(service, spoken, prompt)
+    thinking = None if parser_options is None else _thinking(service, parser_options, prompt)
     form = None if asked is None else asked.form
     calls, fields = "", dict[str, str]()
-    if spoken is not None and tools:
-        calls, fields = _calls(service, request, tools, spoken)
+    if parser_options is not None and tools:
+        calls, fields = _calls(service, request, tools, parser_options)
     param = "tools" if len(fields) > 1 else "".join(fields.values())
     grammar = whole(form, thinking=thinking, calls=calls)
     param = asked.param if asked else param
@@ -189,8 +189,10 @@ def _lark(grammar: str) -> Form:
         raise ValueError(f"is no grammar of llama.cpp's kind: {error}") from error
 
 
-def _thinking(service: Service, spoken: Spoken, prompt: Sequence[int]) -> Thinking | None:
-    tags = spoken.speech.tags
+def _thinking(
+    service: Service, parser_options: ParserOptions, prompt: Sequence[int]
+) -> Thinking | None:
+    tags = parser_options.syntax.tags
     if tags is None or prompt_end(service, prompt).rstrip().endswith(tags.closer):
         return None
     closer = _mark(service, tags.closer)
@@ -198,7 +200,7 @@ def _thinking(service: Service, spoken: Spoken, prompt: Sequence[int]) -> Thinki
         _mark(service, tags.opener),
         closer,
         tags.closer if closer == literal(tags.closer) else None,
-        is_open=spoken.speech.is_thinking,
+        is_open=parser_options.syntax.is_thinking,
     )
 
 
@@ -212,10 +214,10 @@ def _mark(service: Service, text: str) -> str:
 
 
 def _calls(
-    service: Service, request: ChatRequest, tools: Sequence[Tool], spoken: Spoken
+    service: Service, request: ChatRequest, tools: Sequence[Tool], parser_options: ParserOptions
 ) -> tuple[str, dict[str, str]]:
     """Return the rules of the calls, and the field that each line about arguments comes from."""
-    syntax, template = spoken.speech.calls, service.text.template
+    syntax, template = parser_options.syntax.calls, service.text.template
     assert syntax is not None, "callable tools, and no way to call them"
     assert template is not None, "a chat was rendered without a template"
     forced = {tool.function.name for tool in forced_tools(request, tools)}
@@ -230,7 +232,7 @@ def _calls(
     rules = call_rules(
         call_form(syntax, template.sources),
         shown,
-        is_single=spoken.is_named or not _may_repeat(service, request),
+        is_single=parser_options.is_named or not _may_repeat(service, request),
         mark=lambda text: _mark(service, text),
     )
     return rules, fields

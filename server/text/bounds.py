@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from server.text.pieces import BYTE_LEVEL_ALPHABET, TextError, TokenForm, flat_steps
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET, TextError, TokenForm, flat_steps
 
 #: Pieces are a little longer: each ends with a word. To encode one takes 8 MiB.
 PIECE_CHARS = 1 << 16

@@ -19,12 +19,12 @@ class StreamDecoder:
     is a real one, and stays.
     """
 
-    __slots__ = ("_held", "_leading_spaces", "_piece_of")
+    __slots__ = ("_bytes_of", "_held", "_leading_spaces")
 
     def __init__(
         self, tokenizer: Tokenizer, *, skip_special_tokens: bool, continues: bool = False
     ) -> None:
-        self._piece_of = tokenizer.pieces(skip_special_tokens=skip_special_tokens).__getitem__
+        self._bytes_of = tokenizer.bytes_by_id(skip_special_tokens=skip_special_tokens).__getitem__
         self._leading_spaces = 0 if continues else tokenizer.leading_spaces
         self._held = b""
 
@@ -35,7 +35,7 @@ class StreamDecoder:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that became certain with these tokens."""
-        data = b"".join(map(self._piece_of, token_ids))
+        data = b"".join(map(self._bytes_of, token_ids))
         if self._leading_spaces:
             data = self._without_leading_spaces(data)
         if self._held:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Core
 
 from model.formats.json_file import shown
 from server.text.folder import eos_token_ids, read_json
-from server.text.pieces import BYTE_LEVEL_ALPHABET, TextError
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET, TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
 
 DUMMY_TEMPLATE = """\
@@ -27,7 +27,7 @@ DUMMY_TEMPLATE = """\
 
 _NUM_BYTES = 256
 #: Ten times what models have. All of them are made.
-_MOST_TOKENS = 2**22
+_MAX_TOKENS = 2**22
 
 
 def dummy_tokenizer(config_path: Path) -> Tokenizer:
@@ -37,10 +37,10 @@ def dummy_tokenizer(config_path: Path) -> Tokenizer:
     """
     config = read_json(config_path)
     vocab_size = config.get("vocab_size")
-    if not isinstance(vocab_size, int) or not _NUM_BYTES <= vocab_size <= _MOST_TOKENS:
+    if not isinstance(vocab_size, int) or not _NUM_BYTES <= vocab_size <= _MAX_TOKENS:
         raise TextError(
             f"{config_path}: vocab_size must be at least {_NUM_BYTES} for text, and at most "
-            f"{_MOST_TOKENS}, got {shown(vocab_size)}"
+            f"{_MAX_TOKENS}, got {shown(vocab_size)}"
         )
     ends = eos_token_ids(config, config_path)
     tokens = [*BYTE_LEVEL_ALPHABET, *(f"Ġ{i}" for i in range(_NUM_BYTES, vocab_size))]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from server.text.load import ModelText
-from server.text.pieces import TextError
+from server.text.token_bytes import TextError
 
 
 def tokenizer_config(text: ModelText) -> dict[str, Any]:

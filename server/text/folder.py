@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Core
 
 from model.formats import FormatError
 from model.formats.json_file import read_json_object, shown
-from server.text.pieces import TextError
+from server.text.token_bytes import TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
 
 _TOKENIZER_FILE = "tokenizer.json"

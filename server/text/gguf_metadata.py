@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model.formats import FormatError
 from model.formats.gguf import read_gguf_header
-from server.text.pieces import TextError
+from server.text.token_bytes import TextError
 
 
 class GGUFMetadata:

@@ -18,7 +18,7 @@ from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from server.text.gguf_metadata import GGUFMetadata
-from server.text.pieces import TextError
+from server.text.token_bytes import TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
 
 # Values of `tokenizer.ggml.token_type`.

@@ -12,8 +12,8 @@ from server.text.dummy import DUMMY_TEMPLATE, dummy_tokenizer
 from server.text.folder import ModelFolder
 from server.text.gguf_metadata import GGUFMetadata
 from server.text.gguf_tokenizer import gguf_tokenizer, named_ids
-from server.text.pieces import TextError
 from server.text.template import ChatTemplate, TemplateError
+from server.text.token_bytes import TextError
 from server.text.tokenizer import Tokenizer
 
 Clock = Callable[[], datetime]
@@ -30,7 +30,7 @@ class ModelText:
     tokenizer: Tokenizer
     #: None where the model has none: it completes text, it does not chat.
     template: ChatTemplate | None
-    #: What the model's makers ask for; unchecked (`server/makers_sampling.py`).
+    #: What the model's makers ask for; unchecked (`server/generation/makers_sampling.py`).
     sampling_defaults: Mapping[str, object] = field(default_factory=dict)
     #: Choices between two readings of the model's files, for the log of the start.
     notes: tuple[str, ...] = ()

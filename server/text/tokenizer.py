@@ -14,8 +14,8 @@ import tokenizers
 from tokenizers import processors
 
 from server.text.bounds import PIECE_CHARS, Bounds
-from server.text.pieces import Pieces, TextError, read_form
 from server.text.quoting import Quoting, without_marks
+from server.text.token_bytes import TextError, TokenBytes, read_form
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class Tokenizer:
         self._quoting = Quoting(core, self.special_token_ids)
         self.quote = self._quoting.quote
         omitted = sorted(self.special_token_ids)
-        self._pieces = Pieces(core, self._form, self.vocab_size, ())
-        self._plain_pieces = Pieces(core, self._form, self.vocab_size, omitted)
+        self._bytes_by_id = TokenBytes(core, self._form, self.vocab_size, ())
+        self._plain_bytes_by_id = TokenBytes(core, self._form, self.vocab_size, omitted)
 
     @property
     def leading_spaces(self) -> int:
@@ -97,7 +97,7 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of `token_ids`. Ids outside the vocabulary stand for nothing."""
-        pieces = self.pieces(skip_special_tokens=skip_special_tokens)
+        pieces = self.bytes_by_id(skip_special_tokens=skip_special_tokens)
         data = b"".join(
             b"".join(map(pieces.__getitem__, token_ids[start : start + PIECE_CHARS]))
             for start in range(0, len(token_ids), PIECE_CHARS)
@@ -106,11 +106,11 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Exact bytes of a token, whether or not they are whole characters."""
-        return self._pieces[token_id]
+        return self._bytes_by_id[token_id]
 
     def token_text(self, token_id: int) -> str:
         r"""Text of one token as OpenAI shows it: `bytes:\xe2\x80` where it is not valid UTF-8."""
-        data = self._pieces[token_id]
+        data = self._bytes_by_id[token_id]
         try:
             return data.decode()
         except UnicodeDecodeError:
@@ -130,9 +130,9 @@ class Tokenizer:
         text: str = core.to_str(pretty=True)
         return text
 
-    def pieces(self, *, skip_special_tokens: bool) -> Pieces:
+    def bytes_by_id(self, *, skip_special_tokens: bool) -> TokenBytes:
         """Bytes by token id; where special tokens are skipped, theirs are empty."""
-        return self._plain_pieces if skip_special_tokens else self._pieces
+        return self._plain_bytes_by_id if skip_special_tokens else self._bytes_by_id
 
     @cached_property
     def _bounds(self) -> Bounds:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from server.tools.harmony import HARMONY
 from server.tools.marked import DEEPSEEK, KIMI_K2
 from server.tools.notation import GEMMA, PYTHONIC
-from server.tools.speech import ThinkTags
+from server.tools.output_parser import ThinkTags
 from server.tools.spelled import DSML, GLM, KIMI_K3, QWEN_XML
 from server.tools.syntaxes import HERMES, LLAMA, MISTRAL, CallSyntax
 

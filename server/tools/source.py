@@ -40,7 +40,7 @@ class Source:
         self.num_dropped = 0
         self.is_ended = False
 
-    def drop_told(self) -> None:
+    def drop_reported(self) -> None:
         """Forget what has been told; positions of others in the text are void."""
         self.num_dropped += self.pos
         self.text = self.text[self.pos :]

@@ -20,7 +20,7 @@ PROGRAMS = ("server.__main__", "model.assemble", "loadtest.__main__")
 
 @pytest.fixture(scope="module")
 def needs() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "tests/bench/gpu/needs.py"))
+    return runpy.run_path(str(ROOT / "bench/gpu/needs.py"))
 
 
 def names(pins: list[str]) -> set[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "gpu" / "run.sh"
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu" / "run.sh"
 PARTS = ("imports", "kernels", "dtypes", "proof", "measure", "http", "peer")
 
 

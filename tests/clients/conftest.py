@@ -24,7 +24,7 @@ from xml.etree import ElementTree as ET
 import httpx
 import pytest
 
-from patience import PATIENCE_S, wait_until
+from waiting import TIMEOUT_S, wait_until
 
 FOLDER = Path(__file__).parent
 NODE = FOLDER / "node"
@@ -49,7 +49,7 @@ class Served:
     def metrics(self) -> dict[str, float]:
         """All series by their name, and a state's name behind it: `kv_cache_pages.private`."""
         found: dict[str, float] = {}
-        for line in httpx.get(f"{self.url}/metrics", timeout=PATIENCE_S).text.splitlines():
+        for line in httpx.get(f"{self.url}/metrics", timeout=TIMEOUT_S).text.splitlines():
             if line.startswith("octavo_"):
                 name, _, value = line.removeprefix("octavo_").rpartition(" ")
                 state = re.search(r'state="(\w+)"', name)
@@ -158,7 +158,7 @@ def _python_command(names: Iterable[str], report: Path) -> list[str]:
 
 def _node_command(names: Iterable[str], report: Path) -> list[str]:
     # In one process, so that none is left when the time is over.
-    options = ["--test", "--test-isolation=none", f"--test-timeout={PATIENCE_S * 1000:.0f}"]
+    options = ["--test", "--test-isolation=none", f"--test-timeout={TIMEOUT_S * 1000:.0f}"]
     output = ["--test-reporter=junit", f"--test-reporter-destination={report}"]
     return [str(PROGRAMS / "node"), *options, *output, *(str(NODE / name) for name in names)]
 
@@ -173,7 +173,7 @@ def _run(command: list[str], report: Path, environ: dict[str, str]) -> list[tupl
         env={**os.environ, **environ},
         capture_output=True,
         text=True,
-        timeout=2 * PATIENCE_S,
+        timeout=2 * TIMEOUT_S,
         check=False,
     )
     outcomes = list(_outcomes(report)) if report.exists() else []
@@ -235,6 +235,6 @@ def _unread_request(server: Served) -> AbstractContextManager[Any]:
         "POST /v1/chat/completions HTTP/1.1",
         *(f"{name}: {value}" for name, value in head.items()),
     ]
-    connection = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+    connection = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
     connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
     return connection

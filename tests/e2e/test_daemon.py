@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from event_streams import chunks_of
-from patience import PATIENCE_S, wait_until
+from waiting import TIMEOUT_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +31,7 @@ def _stream(url: str, prompt: str, max_tokens: int) -> list[int]:
         "return_token_ids": True,
         "stream": True,
     }
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT_S)
     assert answer.status_code == 200, answer.text
     choices = [chunk["choices"][0] for chunk in chunks_of(answer.content)]
     return [token for choice in choices for token in choice.get("token_ids", ())]
@@ -94,7 +94,7 @@ def test_clients_that_go_away_leave_nothing_behind(daemon: Any) -> None:
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
     for i in range(200):
-        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as connection:
             connection.sendall(head + body)
             if i % 2:
                 assert connection.recv(16)
@@ -110,7 +110,7 @@ def test_clients_that_go_away_leave_nothing_behind(daemon: Any) -> None:
 def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(
     start_daemon: Callable[..., Any],
 ) -> None:
-    limits = ("--kv-cache-memory", "64MiB", "--drain-timeout-s", str(PATIENCE_S))
+    limits = ("--kv-cache-memory", "64MiB", "--drain-timeout-s", str(TIMEOUT_S))
     with start_daemon(*limits) as daemon:
         tokens: list[int] = []
         stream = threading.Thread(
@@ -118,7 +118,7 @@ def test_sigterm_finishes_what_runs_refuses_what_comes_and_exits_0(
         )
         stream.start()
         wait_until(lambda: daemon.metric("octavo_generation_tokens_total") >= 3, daemon.log)
-        with httpx.Client(timeout=PATIENCE_S) as kept:
+        with httpx.Client(timeout=TIMEOUT_S) as kept:
             assert kept.get(f"{daemon.url}/ready").status_code == 200
             assert daemon.stop() == 0
         stream.join()
@@ -138,7 +138,7 @@ def test_a_port_in_use_and_a_missing_model_are_one_line(daemon: Any) -> None:
             [sys.executable, "-m", "server", "serve", *flags],
             capture_output=True,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=TIMEOUT_S,
             check=False,
         )
         assert done.returncode == 1

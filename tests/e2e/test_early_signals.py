@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from patience import PATIENCE_S, wait_until
 from server.memory import descendants
+from waiting import TIMEOUT_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -38,7 +38,7 @@ def _starting(flags: tuple[str, ...]) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.kill()
-        process.wait(PATIENCE_S)
+        process.wait(TIMEOUT_S)
         assert process.stderr is not None
         process.stderr.close()
 
@@ -80,5 +80,5 @@ def test_a_start_is_stopped_at_any_moment(
         time.sleep(delay_s)
         children = list(descendants(process.pid))
         process.send_signal(number)
-        assert process.wait(PATIENCE_S) == 0
+        assert process.wait(TIMEOUT_S) == 0
         wait_until(lambda: not any(map(_is_alive, children)))

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
-from patience import PATIENCE_S
+from waiting import TIMEOUT_S
 
 pytestmark = pytest.mark.e2e
 
@@ -38,7 +38,7 @@ def test_a_turn_ends_where_the_template_ends_it(
 
         def ask(**more: Any) -> httpx.Response:
             url = f"{daemon.url}/v1/chat/completions"
-            return httpx.post(url, json=asked | more, timeout=PATIENCE_S)
+            return httpx.post(url, json=asked | more, timeout=TIMEOUT_S)
 
         [choice] = ask().json()["choices"]
         assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "")

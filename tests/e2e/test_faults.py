@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from patience import PATIENCE_S, wait_until
+from waiting import TIMEOUT_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +31,7 @@ def _engine(daemon: Any) -> psutil.Process:
 
 def _status(daemon: Any, path: str) -> int:
     """Ask a probe, which is to answer whatever the engine does."""
-    return httpx.get(f"{daemon.url}{path}", timeout=PATIENCE_S).status_code
+    return httpx.get(f"{daemon.url}{path}", timeout=TIMEOUT_S).status_code
 
 
 def _wait_until_ready_is(status: int, daemon: Any) -> None:
@@ -44,7 +44,7 @@ def _wait_until_ready_is(status: int, daemon: Any) -> None:
 
 def _complete(daemon: Any, prompt: list[int], max_tokens: int) -> httpx.Response:
     body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0}
-    return httpx.post(f"{daemon.url}/v1/completions", json=body, timeout=PATIENCE_S)
+    return httpx.post(f"{daemon.url}/v1/completions", json=body, timeout=TIMEOUT_S)
 
 
 class _Crowd:
@@ -68,7 +68,7 @@ class _Crowd:
 
     def join(self) -> list[Any]:
         for thread in self._threads:
-            thread.join(PATIENCE_S)
+            thread.join(TIMEOUT_S)
         return self.answers
 
 
@@ -96,7 +96,7 @@ def test_sigterm_does_not_wait_for_a_stopped_engine(
     start_tiny: Callable[..., Any],
 ) -> None:
     # Whoever waited for the engine would wait beyond the test's patience.
-    limits = ("--engine-timeout-s", str(2 * PATIENCE_S), "--drain-timeout-s", "1")
+    limits = ("--engine-timeout-s", str(2 * TIMEOUT_S), "--drain-timeout-s", "1")
     with start_tiny(*limits) as daemon:
         engine = _engine(daemon)
         engine.suspend()
@@ -131,7 +131,7 @@ def test_a_start_that_takes_too_long_ends_the_daemon_and_says_so(
         [sys.executable, "-m", "server", "serve", *tiny_flags, "--engine-start-timeout-s", "0.1"],
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 1
@@ -142,7 +142,7 @@ def test_a_start_that_takes_too_long_ends_the_daemon_and_says_so(
 def test_a_full_table_of_files_is_waited_out(
     start_tiny: Callable[..., Any],
 ) -> None:
-    with start_tiny() as daemon, httpx.Client(base_url=daemon.url, timeout=PATIENCE_S) as probe:
+    with start_tiny() as daemon, httpx.Client(base_url=daemon.url, timeout=TIMEOUT_S) as probe:
         body = {"prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0}
         answer = probe.post("/v1/completions", json=body)
         before = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from patience import PATIENCE_S, wait_until
+from waiting import TIMEOUT_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -38,7 +38,7 @@ class Unread:
                 break
         assert found is not None, "it did not start"
         self.connection = http.client.HTTPConnection(
-            "127.0.0.1", int(found.group(1)), timeout=PATIENCE_S
+            "127.0.0.1", int(found.group(1)), timeout=TIMEOUT_S
         )
 
     def get(self, path: str) -> str:
@@ -69,7 +69,7 @@ def start(tiny_flags: tuple[str, ...]) -> Iterator[Callable[[str], Unread]]:
     yield start
     for daemon in started:
         daemon.process.kill()
-        daemon.process.wait(PATIENCE_S)
+        daemon.process.wait(TIMEOUT_S)
         daemon.connection.close()
         daemon.stderr.close()
 
@@ -90,8 +90,8 @@ def test_it_serves_and_says_what_it_dropped_once_somebody_reads(
     wait_until(lambda: any("log lines were dropped" in line for line in lines))
     daemon.get("/none/last")
     daemon.process.send_signal(signal.SIGTERM)
-    assert daemon.process.wait(PATIENCE_S) == 0
-    reader.join(PATIENCE_S)
+    assert daemon.process.wait(TIMEOUT_S) == 0
+    reader.join(TIMEOUT_S)
     told = [line for line in lines if "log lines were dropped" in line]
     counts = [int(found.group(1)) for line in told if (found := re.search(r"(\d+) log", line))]
     assert sum(counts) >= num_dropped
@@ -108,4 +108,4 @@ def test_it_stops_though_nobody_reads(start: Callable[[str], Unread]) -> None:
     for number in range(_NUM_REQUESTS):
         daemon.get(f"/none/{number:0200}")
     daemon.process.send_signal(signal.SIGTERM)
-    assert daemon.process.wait(PATIENCE_S) == 0
+    assert daemon.process.wait(TIMEOUT_S) == 0

@@ -22,7 +22,7 @@ import pytest
 import trustme
 
 from event_streams import chunks_of
-from patience import PATIENCE_S, wait_until
+from waiting import TIMEOUT_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -38,13 +38,13 @@ def test_sighup_exchanges_the_keys_of_a_running_server(
 
     def status(key: str) -> int:
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx.get(f"{daemon.url}/v1/models", headers=headers, timeout=PATIENCE_S).status_code
+        return httpx.get(f"{daemon.url}/v1/models", headers=headers, timeout=TIMEOUT_S).status_code
 
     def answer(key: str, **more: Any) -> Any:
         asked = {"input": "kept for alice", "max_output_tokens": 8, **more}
         headers = {"Authorization": f"Bearer {key}"}
         return httpx.post(
-            f"{daemon.url}/v1/responses", json=asked, headers=headers, timeout=PATIENCE_S
+            f"{daemon.url}/v1/responses", json=asked, headers=headers, timeout=TIMEOUT_S
         ).json()
 
     allow("sk-first")
@@ -80,13 +80,13 @@ def test_https_is_served_and_verified(start_tiny: Callable[..., Any], tmp_path: 
     with start_tiny("--ssl-certfile", str(cert), "--ssl-keyfile", str(key)) as daemon:
         assert daemon.url.startswith("https://127.0.0.1:")
         body = {"prompt": "x", "max_tokens": 50, "stream": True, "ignore_eos": True}
-        with httpx.Client(base_url=daemon.url, verify=trusts, timeout=PATIENCE_S) as client:
+        with httpx.Client(base_url=daemon.url, verify=trusts, timeout=TIMEOUT_S) as client:
             answer = client.post("/v1/completions", json=body)
             assert chunks_of(answer.content)
             with pytest.raises(httpx.ConnectError, match="certificate"):
-                httpx.get(f"{daemon.url}/health", timeout=PATIENCE_S)
+                httpx.get(f"{daemon.url}/health", timeout=TIMEOUT_S)
             with pytest.raises(httpx.HTTPError):
-                httpx.get(daemon.url.replace("https", "http") + "/health", timeout=PATIENCE_S)
+                httpx.get(daemon.url.replace("https", "http") + "/health", timeout=TIMEOUT_S)
             assert client.get("/health").status_code == 200, "nonsense on the port hurts nobody"
         assert daemon.stop() == 0
 
@@ -108,7 +108,7 @@ def test_a_setting_that_cannot_be_meant_is_one_line_and_exit_code_2(
         [sys.executable, "-m", "server", "serve", "--port", "0", *flags],
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 2
@@ -141,7 +141,7 @@ def test_a_start_error_is_one_plain_line(
         [*command, "--port", "0", "--log-format", log_format, *flags],
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
         check=False,
         env={**environ, "PYTHONPATH": str(tmp_path)},
     )
@@ -163,14 +163,14 @@ def test_every_line_has_the_format_and_says_what_an_operator_needs(
         body = {"prompt": "x", "max_tokens": 10_000, "ignore_eos": True, "stream": True}
         headers = {"Authorization": "Bearer sesame"}
         url = f"{daemon.url}/v1/completions"
-        with httpx.stream("POST", url, json=body, headers=headers, timeout=PATIENCE_S) as answer:
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=TIMEOUT_S) as answer:
             lines = answer.iter_lines()
             assert "data: " in next(lines)
             daemon.process.send_signal(signal.SIGINT)
             wait_until(lambda: any("draining" in line for line in daemon.log))
-            assert httpx.get(f"{daemon.url}/ready", timeout=PATIENCE_S).status_code == 503
+            assert httpx.get(f"{daemon.url}/ready", timeout=TIMEOUT_S).status_code == 503
             daemon.process.send_signal(signal.SIGINT)
-            assert daemon.process.wait(PATIENCE_S) == 0
+            assert daemon.process.wait(TIMEOUT_S) == 0
     logged = [json.loads(line) for line in daemon.log]
     by_event = {line["event"]: line for line in logged}
     starting = by_event["starting"]
@@ -195,7 +195,7 @@ class Unread:
         host, port = url.removeprefix("http://").split(":")
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
         self.connection = socket.socket()
-        self.connection.settimeout(PATIENCE_S)
+        self.connection.settimeout(TIMEOUT_S)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.connection.connect((host, int(port)))
         self.connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
@@ -213,7 +213,7 @@ def _read_beside(url: str) -> int:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT_S)
     num_tokens: int = chunks_of(answer.content)[-1]["usage"]["completion_tokens"]
     return num_tokens
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import torch
 
-from patience import PATIENCE_S
+from waiting import TIMEOUT_S
 
 pytestmark = pytest.mark.e2e
 
@@ -25,7 +25,7 @@ def ask(start_daemon: Callable[..., Any]) -> Iterator[Callable[..., dict[str, An
     flags = ("--quantization", "none", "--max-num-batched-tokens", "24", "--max-num-seqs", "8")
     with (
         start_daemon(*flags) as daemon,
-        httpx.Client(base_url=daemon.url, timeout=PATIENCE_S) as http,
+        httpx.Client(base_url=daemon.url, timeout=TIMEOUT_S) as http,
     ):
 
         def post(path: str = "/v1/completions", **body: Any) -> dict[str, Any]:

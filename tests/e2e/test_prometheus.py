@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from patience import PATIENCE_S, wait_until
+from waiting import TIMEOUT_S, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -44,7 +44,7 @@ def _promtool(*args: str, page: str | None = None) -> tuple[int, list[str]]:
         input=page,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
         check=False,
     )
     return done.returncode, (done.stdout + done.stderr).splitlines()
@@ -59,12 +59,12 @@ def exporting(start_daemon: Callable[..., Any], tiny_model: str) -> Iterator[Any
 
 def _ask(daemon: Any, **more: Any) -> None:
     body = {"prompt": "x", "max_tokens": 8, "ignore_eos": True, **more}
-    httpx.post(f"{daemon.url}/v1/completions", json=body, timeout=PATIENCE_S).raise_for_status()
+    httpx.post(f"{daemon.url}/v1/completions", json=body, timeout=TIMEOUT_S).raise_for_status()
 
 
 def test_promtool_finds_no_fault_but_in_vllms_names(exporting: Any) -> None:
     _ask(exporting)
-    lines = httpx.get(f"{exporting.url}/metrics", timeout=PATIENCE_S).text.splitlines(keepends=True)
+    lines = httpx.get(f"{exporting.url}/metrics", timeout=TIMEOUT_S).text.splitlines(keepends=True)
     ours = "".join(line for line in lines if "vllm:" not in line)
     assert _promtool("metrics", page=ours) == (0, [])
     _, said = _promtool("metrics", page="".join(lines))
@@ -85,7 +85,7 @@ class _Prometheus:
         """The values of an instant query; empty while there are none."""
         try:
             answer = httpx.get(
-                f"{self.url}/api/v1/query", params={"query": text}, timeout=PATIENCE_S
+                f"{self.url}/api/v1/query", params={"query": text}, timeout=TIMEOUT_S
             )
         except httpx.TransportError:
             return []  # It is not up yet.
@@ -114,7 +114,7 @@ def _scraping(daemon: Any, folder: Path) -> Iterator[_Prometheus]:
             yield _Prometheus(f"http://{address}")
         finally:
             process.terminate()
-            process.wait(PATIENCE_S)
+            process.wait(TIMEOUT_S)
 
 
 def _panel_queries() -> list[str]:

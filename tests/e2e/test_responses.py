@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from patience import wait_until
+from waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from patience import PATIENCE_S
+from waiting import TIMEOUT_S
 
 pytestmark = pytest.mark.e2e
 
@@ -91,7 +91,7 @@ def test_a_folder_is_served_as_transformers_would(
     }
     with start_daemon(str(folder), "--max-model-len", "128") as daemon:
         first, second = (
-            httpx.post(f"{daemon.url}/v1/chat/completions", json=chat, timeout=PATIENCE_S).json()
+            httpx.post(f"{daemon.url}/v1/chat/completions", json=chat, timeout=TIMEOUT_S).json()
             for _ in range(2)
         )
         assert daemon.stop() == 0

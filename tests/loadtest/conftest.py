@@ -19,11 +19,11 @@ import uvicorn
 from configs.schema import OctavoConfig, SchedulerSection
 from loadtest.records import Failure, Header, Record, Run
 from model.fake import FakeRunner
-from patience import PATIENCE_S
 from scheduler.inline import InlineClient
 from server.app import create_app
-from server.lifecycle import Lifecycle
+from server.http.lifecycle import Lifecycle
 from server.text.load import ModelText, load_text
+from waiting import TIMEOUT_S
 
 VOCAB_SIZE = 300
 
@@ -44,7 +44,7 @@ class LiveApp:
         self._ready: Future[uvicorn.Server] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self._thread.start()
-        self._server = self._ready.result(PATIENCE_S)
+        self._server = self._ready.result(TIMEOUT_S)
 
     async def _serve(self) -> None:
         runner = FakeRunner(VOCAB_SIZE, 4096, page_size=16, num_pages=4096, is_strict=False)
@@ -64,7 +64,7 @@ class LiveApp:
 
     def close(self) -> None:
         self._server.should_exit = True
-        self._thread.join(PATIENCE_S)
+        self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive(), "the server does not stop"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from loadtest.__main__ import main
 from loadtest.records import read
-from patience import wait_until
+from waiting import wait_until
 
 _PYTHON = sys.executable
 

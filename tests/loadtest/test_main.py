@@ -26,7 +26,7 @@ from loadtest.prompts import Composer, Manner, Spelling
 from loadtest.records import Run, read
 from loadtest.target import Target
 from loadtest.workloads import PRESETS, Shape
-from patience import PATIENCE_S
+from waiting import TIMEOUT_S
 
 _FAST = ("--no-progress", "--requests", "6", "--concurrency", "3", "--max-tokens", "5")
 
@@ -213,7 +213,7 @@ def test_an_interruption_keeps_what_there_is(app: Any, tmp_path: Path) -> None:
 
     def interrupt() -> None:
         metric = "octavo_request_success_total"
-        with httpx.Client(base_url=app.url, timeout=PATIENCE_S) as client:
+        with httpx.Client(base_url=app.url, timeout=TIMEOUT_S) as client:
 
             def ended() -> float:
                 lines = client.get("/metrics").text.splitlines()

@@ -16,7 +16,7 @@ from loadtest.prompts import Composer, Manner, Spelling
 from loadtest.target import Outcome, Target, TargetError
 from loadtest.wire import WireError
 from loadtest.workloads import PRESETS, Shape
-from patience import PATIENCE_S
+from waiting import TIMEOUT_S
 
 _STREAM = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
@@ -49,7 +49,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
 
 
-async def _stream(url: str, timeout_s: float = PATIENCE_S) -> tuple[Answer, Outcome]:
+async def _stream(url: str, timeout_s: float = TIMEOUT_S) -> tuple[Answer, Outcome]:
     target, answer = Target("odd", url), Answer()
     try:
         outcome = await target.stream("/v1/completions", {"prompt": "x"}, timeout_s, answer)

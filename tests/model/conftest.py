@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.schema import ModelSection
+from model.architectures.transformer import ServedDecoder, Transformer
 from model.attention.interface import AttentionBatch
 from model.attention.reference import ReferenceAttention
 from model.attention.torch_sdpa import TorchAttention
-from model.cpu_library import CpuLibrary
-from model.graphs import DecodeGraphs, GraphPlan
+from model.cpu.library import CpuLibrary
+from model.cuda.graphs import DecodeGraphs, GraphPlan
 from model.implementation import build_decoder
-from model.kv_pool import KVPool
-from model.load import build_transformer
+from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
-from model.source import ModelSource
-from model.transformer import ServedDecoder, Transformer
+from model.weights.load import build_transformer
+from model.weights.source import ModelSource
 
 CPU = torch.device("cpu")
 

@@ -23,10 +23,10 @@ from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSe
 from model import build
 from model.interface import Flight, SamplingParams, TokenLogprobs, Vocabulary
 from model.runner import TorchRunner
-from patience import PATIENCE_S
 from scheduler.messages import Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
+from waiting import TIMEOUT_S
 
 _PAGE_SIZE = 4
 _CONFIG = {
@@ -105,7 +105,7 @@ class _Engine:
         self.scores = {request.request_id: [] for request in requests}
         for request in requests:
             grammar = request.params.grammar
-            constraint = self.runner.prepare(grammar).result(PATIENCE_S) if grammar else None
+            constraint = self.runner.prepare(grammar).result(TIMEOUT_S) if grammar else None
             assert self.scheduler.submit(request, constraint) == []
         in_flight: deque[tuple[StepPlan, Flight]] = deque()
         for _ in range(1000):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
+from model.architectures.transformer import Decoder
 from model.attention.interface import AttentionBackend
 from model.interface import SamplingParams
 from model.runner import TorchRunner
-from model.sampler import Sampler
-from model.transformer import Decoder
+from model.sampling.sampler import Sampler
 from scheduler.engine import Engine
 from scheduler.messages import FinishReason, Submit
 

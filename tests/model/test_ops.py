@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.cpu_library import ISAS, load_cpu_library
-from model.cpu_ops import CpuOps
-from model.gpu_ops import GpuOps
+from model.cpu.library import ISAS, load_cpu_library
+from model.cpu.ops import CpuOps
+from model.cuda.ops import GpuOps
 from model.ops import Ops, TorchOps
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -11,7 +11,7 @@ import pytest
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model.assemble import assemble
 from model.interface import ModelInfo
-from model.source import ModelSource
+from model.weights.source import ModelSource
 
 #: The models below have 96 tokens.
 CASES = [

@@ -16,9 +16,9 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import Constraint, SamplingParams, StepInput
-from patience import PATIENCE_S
 from scheduler.client import EngineFaultError, GenerateRequest
 from scheduler.process import ProcessClient
+from waiting import TIMEOUT_S
 
 _CONFIG = SchedulerSection(max_num_seqs=32, max_num_batched_tokens=256)
 _POISON = 63
@@ -87,7 +87,7 @@ def _run(
     config: SchedulerSection = _CONFIG,
 ) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             client = ProcessClient(_runner(kind), config)
             await client.start()
             try:

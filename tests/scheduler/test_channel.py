@@ -15,7 +15,6 @@ import pytest
 import uvloop
 
 from model.interface import SamplingParams
-from patience import PATIENCE_S
 from scheduler.channel import Channel
 from scheduler.messages import (
     Cancel,
@@ -27,6 +26,7 @@ from scheduler.messages import (
     Submit,
     ToEngine,
 )
+from waiting import TIMEOUT_S
 
 Run = Callable[[Callable[["Ends"], Awaitable[None]]], None]
 
@@ -46,7 +46,7 @@ class Ends:
         self.num_losses += 1
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             while not condition():  # noqa: ASYNC110 - nothing sets an event
                 await asyncio.sleep(0.001)
 
@@ -62,7 +62,7 @@ def run(request: pytest.FixtureRequest) -> Run:
         async def bounded() -> None:
             ends = Ends()
             try:
-                async with asyncio.timeout(PATIENCE_S):
+                async with asyncio.timeout(TIMEOUT_S):
                     await test(ends)
             finally:
                 ends.close()
@@ -89,7 +89,7 @@ def test_what_the_peer_does_not_take_waits_and_arrives_whole_and_in_order(run: R
         )
         thread.start()
         await ends.until(lambda: ends.channel.is_drained)
-        thread.join(PATIENCE_S)
+        thread.join(TIMEOUT_S)
         assert taken == messages
 
     run(test)
@@ -108,7 +108,7 @@ def test_a_request_that_is_cancelled_before_it_was_sent_is_forgotten(run: Run) -
         thread = threading.Thread(target=lambda: taken.extend(ends.peer.recv() for _ in range(2)))
         thread.start()
         await ends.until(lambda: ends.channel.is_drained)
-        thread.join(PATIENCE_S)
+        thread.join(TIMEOUT_S)
         assert taken == [_submit(0, 1_000_000), Cancel(0)]
 
     run(test)
@@ -122,7 +122,7 @@ def test_a_message_that_comes_in_pieces_is_taken_in_when_it_is_whole(run: Run) -
         thread = threading.Thread(target=ends.peer.send, args=(result,))
         thread.start()
         await ends.until(lambda: len(ends.received) == 2)
-        thread.join(PATIENCE_S)
+        thread.join(TIMEOUT_S)
         # A frame as the engine writes it, a byte at a time.
         reader, writer = os.pipe()
         with Connection(writer, readable=False) as frame:

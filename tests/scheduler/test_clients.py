@@ -15,7 +15,6 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, Fault, FaultKind, fake_logprobs, fake_output
 from model.interface import ModelRunner, SamplingParams
-from patience import PATIENCE_S
 from scheduler.client import (
     EngineClient,
     EngineFaultError,
@@ -26,6 +25,7 @@ from scheduler.client import (
 )
 from scheduler.inline import InlineClient
 from scheduler.process import ProcessClient
+from waiting import TIMEOUT_S
 
 MakeClient = Callable[..., EngineClient]
 _CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32, debug=True)
@@ -65,14 +65,14 @@ async def _running(client: EngineClient) -> AsyncIterator[EngineClient]:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         while not condition():  # noqa: ASYNC110 - the engine next door sets no event of ours
             await asyncio.sleep(0.001)
 
 
 def _run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             await test()
 
     asyncio.run(bounded())

@@ -16,9 +16,9 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner
 from model.interface import SamplingParams, StepInput
-from patience import PATIENCE_S
 from scheduler.engine_main import engine_main
 from scheduler.messages import Build, Failed, Ping, Pong, Ready, Shutdown, StepResult, Submit
+from waiting import TIMEOUT_S
 
 _CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
 
@@ -51,7 +51,7 @@ def test_an_engine_whose_api_is_gone_ends_quietly(
         pass
     ours.close()
     marker.unlink()
-    engine.join(PATIENCE_S)
+    engine.join(TIMEOUT_S)
     assert engine.exitcode == 0
 
 
@@ -64,7 +64,7 @@ def started() -> Iterator[tuple[Connection, BaseProcess]]:
     theirs.close()
     yield ours, engine
     ours.close()
-    engine.join(PATIENCE_S)
+    engine.join(TIMEOUT_S)
 
 
 def test_an_engine_that_is_never_told_what_to_build_ends_quietly(
@@ -72,7 +72,7 @@ def test_an_engine_that_is_never_told_what_to_build_ends_quietly(
 ) -> None:
     ours, engine = started
     ours.close()
-    engine.join(PATIENCE_S)
+    engine.join(TIMEOUT_S)
     assert engine.exitcode == 0
 
 
@@ -86,7 +86,7 @@ def test_an_engine_that_cannot_read_what_it_is_told_says_so(
     failed = ours.recv()
     assert isinstance(failed, Failed)
     assert "UnpicklingError" in failed.message
-    engine.join(PATIENCE_S)
+    engine.join(TIMEOUT_S)
     assert engine.exitcode == 1
 
 
@@ -115,7 +115,7 @@ def test_a_fault_is_told_in_its_words_if_it_has_a_sentence(
     failed = ours.recv()
     assert isinstance(failed, Failed)
     assert failed.message.startswith(told)
-    engine.join(PATIENCE_S)
+    engine.join(TIMEOUT_S)
 
 
 def _build_behind(marker: Path) -> FakeRunner:
@@ -131,7 +131,7 @@ def test_the_process_is_prepared_before_the_model_is_built(
     ours.send(Build(partial(_build_behind, marker), _CONFIG, partial(marker.touch)))
     assert isinstance(ours.recv(), Ready)
     ours.send(Shutdown())
-    engine.join(PATIENCE_S)
+    engine.join(TIMEOUT_S)
 
 
 def test_an_idle_engine_answers_a_ping(started: tuple[Connection, BaseProcess]) -> None:
@@ -143,7 +143,7 @@ def test_an_idle_engine_answers_a_ping(started: tuple[Connection, BaseProcess]) 
         assert ours.recv() == Pong()
         assert isinstance(ours.recv(), StepResult)
     ours.send(Shutdown())
-    engine.join(PATIENCE_S)
+    engine.join(TIMEOUT_S)
     assert engine.exitcode == 0
 
 
@@ -154,5 +154,5 @@ def test_an_idle_engine_whose_api_is_gone_ends_quietly(
     ours.send(Build(FakeRunner, _CONFIG))
     assert isinstance(ours.recv(), Ready)
     ours.close()
-    engine.join(PATIENCE_S)
+    engine.join(TIMEOUT_S)
     assert engine.exitcode == 0

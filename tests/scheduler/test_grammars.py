@@ -25,7 +25,6 @@ from model.interface import (
     StepOutput,
     Vocabulary,
 )
-from patience import PATIENCE_S
 from scheduler.client import (
     EngineClient,
     EngineFaultError,
@@ -37,6 +36,7 @@ from scheduler.engine import Engine
 from scheduler.inline import InlineClient
 from scheduler.messages import Cancel, FinishReason, Learn, Prepared, Submit
 from scheduler.process import ProcessClient
+from waiting import TIMEOUT_S
 
 _CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32, debug=True)
 #: Token 0 ends the text, the others are the letters from "A" on.
@@ -70,7 +70,7 @@ def run(request: pytest.FixtureRequest) -> Callable[..., None]:
                 client = InlineClient(FakeRunner(), _CONFIG, time.monotonic)
             else:
                 client = ProcessClient(FakeRunner, _CONFIG)
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(TIMEOUT_S):
                 await client.start()
                 try:
                     client.learn(VOCABULARY)
@@ -128,7 +128,7 @@ def test_an_engine_that_is_killed_is_replaced_and_the_grammar_goes_on() -> None:
         finally:
             await client.close()
 
-    asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
+    asyncio.run(asyncio.wait_for(test(), TIMEOUT_S))
 
 
 def test_who_is_preempted_goes_on_as_undisturbed() -> None:
@@ -146,7 +146,7 @@ def test_who_is_preempted_goes_on_as_undisturbed() -> None:
             await client.close()
             return list(told), preemptions
 
-        return asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
+        return asyncio.run(asyncio.wait_for(test(), TIMEOUT_S))
 
     roomy, none = outputs(64)
     tight, some = outputs(16)
@@ -165,7 +165,7 @@ class _SlowToPrepare(FakeRunner):
         return self.prepared
 
     def finish(self) -> None:
-        self.prepared.set_result(self.really.result(PATIENCE_S))
+        self.prepared.set_result(self.really.result(TIMEOUT_S))
 
 
 def _engine() -> tuple[_SlowToPrepare, Engine, list[Prepared]]:
@@ -209,7 +209,7 @@ def test_a_grammar_that_is_ready_holds_nobody_back() -> None:
     runner, posted = FakeRunner(), list[Prepared]()
     engine = Engine(runner, _CONFIG, lambda: 0.0, posted.append)
     engine.handle(Learn(VOCABULARY))
-    runner.prepare(FORTY).result(PATIENCE_S)
+    runner.prepare(FORTY).result(TIMEOUT_S)
     engine.handle(Submit(1, (1, 2), SamplingParams(max_tokens=9, grammar=FORTY)))
     assert [one.request_id for one in engine.step().started] == [1]
     assert posted == []
@@ -247,7 +247,7 @@ def test_a_row_without_a_token_is_computed_again_and_counted(length: int) -> Non
             await client.close()
             return tokens, client.stats().late_rows_total
 
-        return asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
+        return asyncio.run(asyncio.wait_for(test(), TIMEOUT_S))
 
     tokens, num_late = output(FakeRunner())
     assert num_late == 0
@@ -268,7 +268,7 @@ def test_a_row_that_fails_ends_with_the_reason() -> None:
         client.check()
         await client.close()
 
-    asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
+    asyncio.run(asyncio.wait_for(test(), TIMEOUT_S))
 
 
 def test_no_thread_is_left_behind() -> None:

@@ -19,10 +19,10 @@ import uvloop
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import ModelRunner, SamplingParams, StepInput
-from patience import PATIENCE_S
 from scheduler.client import EngineUnavailableError, GenerateRequest
 from scheduler.process import ProcessClient
 from scheduler.watchdog import _ASKS_AFTER, _NUM_LOOKS
+from waiting import TIMEOUT_S
 
 #: Far more than anything here takes on the loop, far less than a stopped engine would hold it up.
 _LONGEST_LAG_S = 20.0
@@ -41,14 +41,14 @@ async def _collect(client: ProcessClient, request: GenerateRequest) -> list[int]
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         while not condition():  # noqa: ASYNC110 - the engine next door sets no event of ours
             await asyncio.sleep(0.001)
 
 
 def _run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             await test()
 
     uvloop.run(bounded())
@@ -277,7 +277,7 @@ def test_a_process_that_cannot_be_ended_is_left_alone(caplog: pytest.LogCaptureF
         engine._process.kill = kill  # type: ignore[method-assign]
         engine.kill()
         os.kill(pid, signal.SIGCONT)
-        await engine.end(PATIENCE_S)
+        await engine.end(TIMEOUT_S)
 
     _run(test)
     assert "cannot be killed" in caplog.text

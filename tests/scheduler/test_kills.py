@@ -13,9 +13,9 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, Fault, FaultKind, fake_output
 from model.interface import SamplingParams
-from patience import PATIENCE_S
 from scheduler.client import EngineFaultError, GenerateRequest
 from scheduler.process import ProcessClient
+from waiting import TIMEOUT_S
 
 _VOCAB = 500
 _CONFIG = SchedulerSection(max_num_seqs=32, max_num_batched_tokens=256)
@@ -72,7 +72,7 @@ def test_faults_and_kills_end_exactly_the_faulty(num_requests: int, max_flights:
             os.kill(client.engine_pid, signal.SIGKILL)
 
     async def test() -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             client = ProcessClient(runner, _CONFIG)
             await client.start()
             gate = asyncio.Semaphore(32)

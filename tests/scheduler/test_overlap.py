@@ -23,10 +23,10 @@ from model.interface import (
     StepOutput,
     Vocabulary,
 )
-from patience import PATIENCE_S
 from scheduler.engine import Engine
 from scheduler.messages import Cancel, FinishReason, Learn, StepResult, Submit
 from scheduler.scheduler import Scheduler
+from waiting import TIMEOUT_S
 
 #: Token 0 ends the text, the others are the letters from "A" on.
 VOCABULARY = Vocabulary(
@@ -262,7 +262,7 @@ def test_one_step_at_a_time_while_a_grammar_is_followed() -> None:
     runner = Recorder()
     told = Told(runner)
     told.engine.handle(Learn(VOCABULARY))
-    runner.prepare(LETTERS).result(PATIENCE_S)
+    runner.prepare(LETTERS).result(TIMEOUT_S)
     told.submit(1, (4, 5), max_tokens=20)
     told.step()
     assert len(runner.steps) == 2

@@ -20,11 +20,11 @@ import uvloop
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import ModelRunner, SamplingParams, StepInput
-from patience import PATIENCE_S
 from scheduler.client import EngineFaultError, EngineUnavailableError, GenerateRequest
 from scheduler.engine_main import engine_main
 from scheduler.messages import Build
 from scheduler.process import ProcessClient
+from waiting import TIMEOUT_S
 
 _CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
 
@@ -48,7 +48,7 @@ async def _running(client: ProcessClient) -> AsyncIterator[ProcessClient]:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(TIMEOUT_S):
         while not condition():  # noqa: ASYNC110 - the engine next door sets no event of ours
             await asyncio.sleep(0.001)
 
@@ -60,7 +60,7 @@ async def _no_time(_: float) -> None:
 
 def _run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             await test()
 
     asyncio.run(bounded())
@@ -221,7 +221,7 @@ def test_more_than_the_pipe_holds_is_sent_whole_under_uvloop_too() -> None:
         assert client.num_restarts == 0
 
     async def bounded() -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             await test()
 
     uvloop.run(bounded())

@@ -12,9 +12,9 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_logprobs, fake_next_token
 from model.interface import SamplingParams, StepInput
-from patience import PATIENCE_S
 from scheduler.client import Delta, GenerateRequest
 from scheduler.process import ProcessClient
+from waiting import TIMEOUT_S
 
 _MARK = "OCTAVO_TEST_MARK"
 
@@ -35,7 +35,7 @@ async def _told(prompt: tuple[int, ...]) -> tuple[list[Delta], int]:
     client = ProcessClient(_MortalRunner, config)
     await client.start()
     try:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             params = SamplingParams(max_tokens=3, ignore_eos=True, prompt_logprobs=1)
             deltas = [one async for one in client.generate(GenerateRequest(prompt, params))]
         return deltas, client.num_restarts

@@ -17,10 +17,10 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import ModelRunner, SamplingParams
-from patience import PATIENCE_S
 from scheduler.client import EngineUnavailableError, GenerateRequest
 from scheduler.process import ProcessClient
 from scheduler.shortage import is_shortage
+from waiting import TIMEOUT_S
 
 _CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
 _REQUEST = GenerateRequest((1, 2, 3), SamplingParams(max_tokens=200, ignore_eos=True))
@@ -85,7 +85,7 @@ async def _is_resumed(client: ProcessClient, harm: Callable[[], None]) -> list[i
 
 def _run(test: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             await test()
 
     asyncio.run(bounded())

@@ -3,8 +3,8 @@ from __future__ import annotations
 import asyncio
 import time
 
-from patience import PATIENCE_S
 from scheduler.watchdog import Watchdog
+from waiting import TIMEOUT_S
 
 
 class Kennel:
@@ -12,12 +12,12 @@ class Kennel:
 
     def __init__(self, timeout_s: float = 8.0) -> None:
         self.num_questions = self.num_bites = 0
-        self.dog = Watchdog(timeout_s, self._ask, self._bite)
+        self.dog = Watchdog(timeout_s, self._ask, self._on_timeout)
 
     def _ask(self) -> None:
         self.num_questions += 1
 
-    def _bite(self) -> None:
+    def _on_timeout(self) -> None:
         self.num_bites += 1
 
     def look(self, times: int) -> tuple[int, int, bool]:
@@ -68,7 +68,7 @@ def test_it_looks_by_itself_until_it_is_stopped() -> None:
         await asyncio.sleep(0.05)
         assert kennel.look(0) == was
 
-    asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
+    asyncio.run(asyncio.wait_for(test(), TIMEOUT_S))
 
 
 def test_a_loop_that_stood_still_has_not_waited() -> None:

@@ -26,7 +26,6 @@ import uvicorn
 
 from configs.schema import OctavoConfig, SchedulerSection
 from model.fake import FakeRunner
-from patience import PATIENCE_S
 from scheduler.client import (
     Delta,
     EngineClient,
@@ -42,11 +41,12 @@ from scheduler.client import (
 from scheduler.inline import InlineClient
 from server import logs
 from server.app import create_app
-from server.lifecycle import Lifecycle
-from server.protocol import HttpProtocol
-from server.structured.desk import GrammarDesk
+from server.http.lifecycle import Lifecycle
+from server.http.protocol import HttpProtocol
+from server.structured.grammar_service import GrammarService
 from server.text.load import ModelText, load_text
 from server.text.template import ChatTemplate
+from waiting import TIMEOUT_S
 
 VOCAB_SIZE = 300
 
@@ -165,15 +165,15 @@ class LiveServer:
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        self._ready.result(PATIENCE_S)
-        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+        self._ready.result(TIMEOUT_S)
+        self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT_S)
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        self.lifecycle, self.grammars = Lifecycle(), GrammarDesk()
+        self.lifecycle, self.grammars = Lifecycle(), GrammarService()
         self.connections_by_address = Counter[str]()
         await self.client.start()
         app = create_app(
@@ -191,7 +191,7 @@ class LiveServer:
                 http=partial(  # type: ignore[arg-type] # it is only called
                     HttpProtocol,
                     connections_by_address=self.connections_by_address,
-                    most_per_address=self.config.server.max_connections_per_address,
+                    max_per_address=self.config.server.max_connections_per_address,
                 ),
                 log_config=None,
                 access_log=False,
@@ -209,10 +209,10 @@ class LiveServer:
 
     def call(self, work: Coroutine[Any, Any, ValueT]) -> ValueT:
         """Do `work` on the server's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE_S)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(TIMEOUT_S)
 
     def wait_idle(self) -> None:
-        assert self.call(self.lifecycle.wait_idle(PATIENCE_S)), "a request does not end"
+        assert self.call(self.lifecycle.wait_idle(TIMEOUT_S)), "a request does not end"
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)
@@ -240,7 +240,7 @@ class LiveServer:
     def close(self) -> None:
         self.http.close()
         self.loop.call_soon_threadsafe(self._server.exits.set)
-        self._thread.join(PATIENCE_S)
+        self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive(), "the server does not stop"
         self.lifecycle.check()
 
@@ -337,13 +337,13 @@ def speaking(scripted: Callable[..., LiveServer], text: ModelText) -> Callable[.
         words = ChatTemplate(
             {"default": template}, special_tokens={}, now=lambda: datetime.now(tz=UTC)
         )
-        script = _speech(outputs, width, reason, cached_tokens)
+        script = _syntax(outputs, width, reason, cached_tokens)
         return scripted(script, words=replace(text, template=words), **section)
 
     return start
 
 
-def _speech(outputs: Sequence[str], width: int, reason: FinishReason, cached_tokens: int) -> Script:
+def _syntax(outputs: Sequence[str], width: int, reason: FinishReason, cached_tokens: int) -> Script:
     left = list(outputs)
 
     async def speak(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:

@@ -13,8 +13,8 @@ import pytest
 
 from event_streams import chunks_of
 from scheduler.client import Delta, FinishReason, GenerateRequest
-from server import documents
-from server.makers_sampling import makers_sampling
+from server.generation.makers_sampling import makers_sampling
+from server.openai import response_models
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
 
@@ -202,7 +202,7 @@ def test_usage_tells_the_tokens_of_the_reasoning(
 ) -> None:
     live = start("<think>hm</think>yes", THINKING)
     answer = live.chat(n=2, include_reasoning=has_reasoning)
-    documents.ChatCompletion.model_validate_json(answer.content)
+    response_models.ChatCompletion.model_validate_json(answer.content)
     assert answer.json()["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
     answer = live.chat(stream=True, stream_options={"include_usage": True})
     assert chunks_of(answer.content)[-1]["usage"]["completion_tokens_details"] == {

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from patience import PATIENCE_S
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
+from waiting import TIMEOUT_S
 
 #: Of one with tools and reasoning, so that chats go every way there is.
 TEMPLATE = """\
@@ -64,7 +64,7 @@ def _run(
         "--phases": "coverage,fuzzing",
         "--checks": ",".join(CHECKS),
         "--max-examples": str(max_examples),
-        "--request-timeout": str(PATIENCE_S),
+        "--request-timeout": str(TIMEOUT_S),
         "--suppress-health-check": "all",
         "--warnings": "off",
     }
@@ -78,7 +78,7 @@ def _run(
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
         check=False,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server import chat_prompt
+from server.generation import chat_prompt
 
 ENDLESS = """\
 {% for m in messages %}{{ m.content }}{% endfor %}

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Core
 
 from scheduler.client import Delta, FinishReason, GenerateRequest
 from server.text.load import ModelText
-from server.text.pieces import BYTE_LEVEL_ALPHABET
 from server.text.template import ChatTemplate
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET
 from server.text.tokenizer import SpecialIds, Tokenizer
 
 END, THINK = 256, 257

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from event_streams import chunks_of
-from patience import PATIENCE_S
 from scheduler.client import (
     Delta,
     EngineFaultError,
@@ -21,6 +20,7 @@ from scheduler.client import (
     GenerateRequest,
     Started,
 )
+from waiting import TIMEOUT_S
 
 STARTED = Started(1, 0.0, 0, "")
 
@@ -74,10 +74,10 @@ def test_a_client_that_leaves_cancels_its_request(
     body = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "stream": is_stream}
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         connection.sendall(request_bytes(path, body))
-        assert live.client.was_asked.wait(PATIENCE_S)
+        assert live.client.was_asked.wait(TIMEOUT_S)
         if is_stream:
             assert connection.recv(1) == b"H", "the answer begins with HTTP"
-    assert live.client.was_closed.wait(PATIENCE_S)
+    assert live.client.was_closed.wait(TIMEOUT_S)
     live.wait_idle()
     assert live.metric('octavo_request_success_total{finished_reason="abort"}') == 1
     line = live.log_lines()[-1]
@@ -133,7 +133,7 @@ def test_a_slow_reader_stops_the_engines_generator(scripted: Callable[..., Any])
     body = {"prompt": "x", "stream": True, "max_tokens": 200}
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         connection.sendall(request_bytes("/v1/completions", body))
-        assert flood.is_stuck.wait(PATIENCE_S), "memory grows with what is not read"
+        assert flood.is_stuck.wait(TIMEOUT_S), "memory grows with what is not read"
         received = bytearray()
         while b"[DONE]" not in received:
             received += connection.recv(1 << 20)
@@ -147,7 +147,7 @@ def test_a_reader_that_stopped_does_not_hold_up_a_drain(scripted: Callable[..., 
     body = {"prompt": "x", "stream": True, "max_tokens": 200}
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         connection.sendall(request_bytes("/v1/completions", body))
-        assert flood.is_stuck.wait(PATIENCE_S)
+        assert flood.is_stuck.wait(TIMEOUT_S)
         assert not live.call(live.lifecycle.drain(0))
         assert live.client.was_closed.is_set()
 
@@ -226,7 +226,7 @@ def test_many_streams_at_once_get_their_own_text(live: Any) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(PATIENCE_S)
+        thread.join(TIMEOUT_S)
     assert together == alone
 
 

@@ -347,7 +347,7 @@ Resolve = Callable[..., list[dict[str, Any]]]
 _RESOLVE = """
 import json, logging, sys
 from pathlib import Path
-from model.source import ModelSourceError, resolve
+from model.weights.source import ModelSourceError, resolve
 logging.basicConfig(format="LOG %(message)s")
 logging.getLogger("octavo").setLevel("INFO")
 for model in sys.argv[1:]:

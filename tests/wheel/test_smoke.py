@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 pytestmark = pytest.mark.e2e
 
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def _chat(url: str, model: str, **more: Any) -> dict[str, Any]:
         "max_tokens": 8,
         **more,
     }
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE_S)
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT_S)
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found
@@ -87,7 +87,7 @@ for file in sorted(m.files("octavo")):
     assert done.stderr == ""
     assert done.stdout.split("\n") == [
         "model.attention.triton_kernels triton",
-        "model.gpu_kernels triton",
+        "model.cuda.kernels triton",
         "",
     ]
 
@@ -95,7 +95,7 @@ for file in sorted(m.files("octavo")):
 def test_the_default_model_is_served(start: Callable[..., Any], smollm2_file: Path) -> None:
     del smollm2_file  # It is fetched by now: the environment has no pip to fetch it with.
     with start() as daemon:
-        [listed] = httpx.get(f"{daemon.url}/v1/models", timeout=PATIENCE_S).json()["data"]
+        [listed] = httpx.get(f"{daemon.url}/v1/models", timeout=TIMEOUT_S).json()["data"]
         answer = _chat(daemon.url, listed["id"])
         assert "Tokyo" in answer["choices"][0]["message"]["content"]
         schema = {"type": "object", "properties": {"city": {"enum": ["Tokyo", "Kyoto"]}}}
@@ -141,7 +141,7 @@ def _screen(words: list[str], environ: dict[str, str]) -> tuple[int, str]:
             break
         shown += chunk
     os.close(here)
-    return process.wait(PATIENCE_S), shown.decode()
+    return process.wait(TIMEOUT_S), shown.decode()
 
 
 def test_a_terminal_shows_a_bar_and_then_why_it_failed(

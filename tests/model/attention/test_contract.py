@@ -21,8 +21,8 @@ from model.attention.interface import AttentionBackend, AttentionBatch, Attentio
 from model.attention.reference import ReferenceAttention
 from model.attention.torch_sdpa import TorchAttention
 from model.attention.triton_attention import TritonAttention
-from model.cpu_library import ISAS, load_cpu_library
-from model.kv_pool import KVPool
+from model.cpu.library import ISAS, load_cpu_library
+from model.kv.pool import KVPool
 
 CPU = torch.device("cpu")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -7,8 +7,8 @@ import torch
 
 from model.attention.cpu import CpuAttention, offer
 from model.attention.interface import AttentionBatch, AttentionSpec
-from model.cpu_library import CpuLibrary, load_cpu_library
-from model.kv_pool import KVPool
+from model.cpu.library import CpuLibrary, load_cpu_library
+from model.kv.pool import KVPool
 
 CPU = torch.device("cpu")
 PAGE_SIZE, NUM_PAGES = 16, 80

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBatch, AttentionSpec
-from model.cpu_library import CpuLibrary, load_cpu_library
-from model.kv_pool import KVPool
+from model.cpu.library import CpuLibrary, load_cpu_library
+from model.kv.pool import KVPool
 
 CPU = torch.device("cpu")
 F16, BF16 = torch.float16, torch.bfloat16

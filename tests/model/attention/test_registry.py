@@ -10,8 +10,8 @@ import torch
 from model.attention import triton_attention
 from model.attention.interface import AttentionSpec
 from model.attention.registry import BACKENDS, choose_backend
-from model.cpu_library import load_cpu_library
-from model.kv_pool import KVPool
+from model.cpu.library import load_cpu_library
+from model.kv.pool import KVPool
 
 SPEC = AttentionSpec(
     num_layers=2,

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model.open_weights import open_weights
-from model.source import ModelSource
+from model.weights.open import open_weights
+from model.weights.source import ModelSource
 from server.text.load import load_text
 
 HUGE = (2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**61, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1)

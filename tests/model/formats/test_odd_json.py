@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.arch import BadValueError
-from model.arch_hf import from_hf_config
-from model.dummy_weights import DummyWeights
+from model.architectures.arch import BadValueError
+from model.architectures.arch_hf import from_hf_config
+from model.architectures.read_arch import read_arch
 from model.formats import FormatError
 from model.formats.json_file import read_json_object, shown
 from model.implementation import choose_implementation
-from model.open_weights import open_weights
-from model.read_arch import read_arch
-from model.source import ModelSource
+from model.weights.dummy import DummyWeights
+from model.weights.open import open_weights
+from model.weights.source import ModelSource
 from server.text.dummy import dummy_tokenizer
 from server.text.load import load_text
-from server.text.pieces import BYTE_LEVEL_ALPHABET, TextError
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET, TextError
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",

@@ -11,7 +11,7 @@ import pytest
 
 from event_streams import events_of
 from scheduler.client import FinishReason
-from server.messages import documents
+from server.messages import response_models
 
 USER: Any = {"role": "user", "content": "1+1?"}
 TOOL: Any = {
@@ -32,7 +32,7 @@ def test_a_message_is_as_the_client_and_the_document_say(
 ) -> None:
     live = saying("Two.")
     raw = client_of(live).messages.with_raw_response.create(**ASKED)
-    documents.MessageAnswer.model_validate_json(raw.read())
+    response_models.MessageAnswer.model_validate_json(raw.read())
     message = raw.parse()
     assert message.id.startswith("msg_")
     assert (message.type, message.role, message.model) == ("message", "assistant", "fake")
@@ -156,7 +156,7 @@ def test_only_one_call_if_that_is_wanted(saying: Saying) -> None:
     body = live.post("/v1/messages", **ASKED, tools=[TOOL], tool_choice=choice).json()
     assert [block["type"] for block in body["content"]] == ["text", "tool_use"]
     assert body["octavo"]["left_out"] == {"num_tool_calls": 1}
-    documents.MessageAnswer.model_validate(body)
+    response_models.MessageAnswer.model_validate(body)
 
 
 def test_a_call_cut_by_the_limit_is_told_apart(saying: Saying) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import anthropic
 import pytest
 
-from server import params as chat_params
+from server.generation import params as chat_params
 from server.messages import params
-from server.messages.documents import TokenCount
+from server.messages.response_models import TokenCount
 from server.messages.schemas import MessagesRequest
-from server.schemas import ChatRequest
+from server.openai.schemas import ChatRequest
 from tools import api_table
 
 USER: Any = {"role": "user", "content": "1+1?"}

@@ -13,7 +13,7 @@ import pytest
 from event_streams import events_of
 from scheduler.client import Delta, EngineUnavailableError, FinishReason, GenerateRequest
 from server.messages.blocks import Blocks, summed
-from server.messages.documents import MessageEvent
+from server.messages.response_models import MessageEvent
 
 USER: Any = {"role": "user", "content": "1+1?"}
 TOOL: Any = {"name": "add", "input_schema": {"type": "object"}}

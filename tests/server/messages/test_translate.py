@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.errors import invalid
+from server.http.errors import invalid
 from server.messages.schemas import CountTokensRequest, MessagesRequest
 from server.messages.translate import Translated, translate
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 import event_streams
-from server.responses import documents
+from server.responses import response_models
 
 #: Writes calls, reasoning and what the roles said, so that a test sees what the model was told.
 HERMES = """\
@@ -53,7 +53,7 @@ def events_of() -> Callable[[str], list[dict[str, Any]]]:
     def read(stream: str) -> list[dict[str, Any]]:
         events = event_streams.events_of(stream.encode())
         for event in events:
-            documents.ResponseEvent.model_validate(event)
+            response_models.ResponseEvent.model_validate(event)
         assert [event["sequence_number"] for event in events] == list(range(len(events)))
         return events
 

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from server.responses import documents, exchange
+from server.responses import response_models, response_session
 from server.responses.conversation import read_conversation
 
 PATH = "/v1/responses"
@@ -76,7 +76,7 @@ def test_what_is_stored_is_what_was_told(speaking: Any) -> None:
     answer = live.http.get(f"{PATH}/{told['id']}")
     assert answer.json() == told
     assert answer.headers["content-type"] == "application/json"
-    documents.ResponseBody.model_validate_json(answer.content)
+    response_models.ResponseBody.model_validate_json(answer.content)
 
 
 def test_a_deleted_response_is_gone_and_its_children_are_not(speaking: Any, prompt_of: Any) -> None:
@@ -85,7 +85,7 @@ def test_a_deleted_response_is_gone_and_its_children_are_not(speaking: Any, prom
     second = live.post(PATH, input="b", previous_response_id=first).json()["id"]
     deleted = live.http.delete(f"{PATH}/{first}")
     assert deleted.json() == {"id": first, "object": "response", "deleted": True}
-    documents.DeletedResponse.model_validate_json(deleted.content)
+    response_models.DeletedResponse.model_validate_json(deleted.content)
     assert live.http.get(f"{PATH}/{first}").status_code == 404
     assert live.http.delete(f"{PATH}/{first}").status_code == 404
     assert live.post(PATH, input="c", previous_response_id=first).status_code == 400
@@ -111,7 +111,7 @@ def test_items_are_listed_page_by_page(speaking: Any, api_of: Any) -> None:
     texts = [item.content[0].text for item in listed]
     assert texts == ["x", "one", *map(str, reversed(range(30)))]
     page = live.http.get(f"{PATH}/{first.id}/input_items?order=asc&limit=2").json()
-    documents.InputItems.model_validate(page)
+    response_models.InputItems.model_validate(page)
     assert (page["first_id"], page["last_id"], page["has_more"]) == (*ids(page["data"]), True)
     last = f"{PATH}/{first.id}/input_items?order=asc&after={listed[2].id}"
     assert live.http.get(last).json() == {
@@ -133,7 +133,7 @@ def test_every_kind_of_item_is_listed_as_documented(speaking: Any) -> None:
     ]
     second = live.post(PATH, input=items, previous_response_id=first["id"]).json()
     listed = live.http.get(f"{PATH}/{second['id']}/input_items?order=asc").json()
-    documents.InputItems.model_validate(listed)
+    response_models.InputItems.model_validate(listed)
     assert ids(listed["data"])[1:4] == ids(first["output"])
     assert len(set(ids(listed["data"])[4:])) == len(items)
 
@@ -241,7 +241,7 @@ def test_a_long_conversation_is_read_beside_the_event_loop(
     async def loop_thread() -> int:
         return threading.get_ident()
 
-    monkeypatch.setattr(exchange, "read_conversation", noted)
+    monkeypatch.setattr(response_session, "read_conversation", noted)
     asked = {"input": "x" * 20_000, "truncation": "auto"}
     first = live.post(PATH, **asked).json()["id"]
     assert live.post(PATH, previous_response_id=first, **asked).status_code == 200

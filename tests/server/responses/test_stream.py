@@ -11,8 +11,8 @@ import openai
 import pytest
 from openai.types.responses import Response as OpenAIResponse
 
-from patience import PATIENCE_S
 from scheduler.client import Delta, EngineFaultError, FinishReason, GenerateRequest
+from waiting import TIMEOUT_S
 
 PATH = "/v1/responses"
 TOOL = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": False}
@@ -238,11 +238,11 @@ def test_a_client_that_leaves_ends_it_and_nothing_is_kept(scripted: Callable[...
 
     live = scripted(script)
     body = {"input": "x", "stream": True}
-    with httpx.stream("POST", live.url + PATH, json=body, timeout=PATIENCE_S) as answer:
+    with httpx.stream("POST", live.url + PATH, json=body, timeout=TIMEOUT_S) as answer:
         for line in answer.iter_lines():
             if "output_text.delta" in line:
                 break
-    assert live.client.was_closed.wait(PATIENCE_S)
+    assert live.client.was_closed.wait(TIMEOUT_S)
     live.wait_idle()
     assert live.metric("octavo_stored_responses") == 0
 

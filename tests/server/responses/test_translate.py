@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from server.chat_messages import Message
-from server.errors import ApiError
+from server.http.errors import ApiError
+from server.openai.chat_messages import Message
+from server.openai.schemas import ChatRequest, GenerateFields
 from server.responses.params import RESPONSES
 from server.responses.schemas import WITHOUT_MEANING, ResponsesRequest
 from server.responses.translate import Renaming, chat_request, renamed_error
-from server.schemas import ChatRequest, GenerateFields
 
 
 def chat(**asked: Any) -> ChatRequest:

@@ -19,7 +19,7 @@ import pytest
 
 from model.fake import FakeRunner
 from model.interface import Vocabulary
-from server.errors import ApiError
+from server.http.errors import ApiError
 from server.structured import checker as checker_module
 from server.structured.checker import GrammarChecker
 from server.structured.vocabulary import vocabulary_of
@@ -45,7 +45,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Broken:
         code = f"""
 import os, signal, time
 from pathlib import Path
-from model import grammar_check
+from model.grammar import check as grammar_check
 real = grammar_check._judge
 def judge(compiler, turn, number, grammar):
     {judge}
@@ -56,7 +56,7 @@ if {is_always} or not Path({str(mark)!r}).exists():
 grammar_check.main()
 """
         monkeypatch.setattr(checker_module, "_COMMAND", (sys.executable, "-c", code))
-        monkeypatch.setattr(checker_module, "_PATIENCE_S", 3.0)
+        monkeypatch.setattr(checker_module, "_TIMEOUT_S", 3.0)
 
     return start_with
 
@@ -179,7 +179,7 @@ def test_neighbours_of_a_monster_are_judged(vocabulary: Vocabulary) -> None:
 def test_a_process_that_dies_or_hangs_when_idle_is_replaced(
     vocabulary: Vocabulary, sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checker_module, "_PATIENCE_S", 3.0)
+    monkeypatch.setattr(checker_module, "_TIMEOUT_S", 3.0)
 
     async def test(checker: GrammarChecker, vocabulary: Vocabulary) -> None:
         assert (await checker.judge(GOOD, vocabulary)).error == ""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from model.grammar import Compiler, GrammarError
+from model.grammar.grammars import Compiler, GrammarError
 from model.interface import Vocabulary
 from server.structured.calls import arguments_rule, call_rules
 from server.structured.grammar import (
@@ -28,7 +28,7 @@ from server.tools.declared import SYNTAXES
 from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, joined
 from server.tools.forms import call_form
 from server.tools.marked import DEEPSEEK
-from server.tools.speech import OutputParser, Speech
+from server.tools.output_parser import OutputParser, OutputSyntax
 from server.tools.syntaxes import BARE, MISTRAL
 
 #: All bytes, then <think> and </think> as special tokens, then the end.
@@ -210,7 +210,7 @@ def test_calls_are_written_as_they_are_read(
     assert accepts(compiler, whole(None, calls=single), text) == (num_calls == 1)
     assert not accepts(compiler, whole(None, calls=rules), text.replace("1", "true"))
     assert not accepts(compiler, whole(None, calls=rules), text.replace("f", "g"))
-    parser = OutputParser(Speech(syntax, tool_names=frozenset({"f"})))
+    parser = OutputParser(OutputSyntax(syntax, tool_names=frozenset({"f"})))
     call = [CallStarted("f"), ArgumentsDelta('{"a": 1}'), CallEnded()]
     assert joined(parser.push(text) + parser.finish()) == call * num_calls
 

@@ -25,7 +25,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from model.grammar import Compiler, GrammarError
+from model.grammar.grammars import Compiler, GrammarError
 from model.interface import Vocabulary
 from server.structured.grammar import json_form, whole
 

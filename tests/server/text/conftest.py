@@ -10,9 +10,9 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
-from model.source import octavo_home, resolve
+from model.weights.source import octavo_home, resolve
 from server.text.load import ModelText, load_text
-from server.text.pieces import BYTE_LEVEL_ALPHABET
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET
 from server.text.tokenizer import SpecialIds, Tokenizer
 
 WriteGGUF = Callable[..., Path]

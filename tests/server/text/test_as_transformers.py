@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from server.text.folder import ModelFolder
 from server.text.load import ModelText, load_text
-from server.text.pieces import BYTE_LEVEL_ALPHABET
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<image>")
 #: Added as text, not as special tokens; `he` and `wor` are in the vocabularies already.

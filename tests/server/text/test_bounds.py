@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from server.text import bounds, tokenizer
 from server.text.load import ModelText
-from server.text.pieces import BYTE_LEVEL_ALPHABET, TextError
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET, TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
 
 KINDS = ("byte-level", "stripping", "sentencepiece", "metaspace", "unigram", "smollm2")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from server.text.export import export_tokenizer, tokenizer_config
 from server.text.load import ModelText, load_text
-from server.text.pieces import BYTE_LEVEL_ALPHABET, TextError
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET, TextError
 
 TEXTS = (
     "",

@@ -9,7 +9,7 @@ import pytest
 from server.text.gguf_metadata import GGUFMetadata
 from server.text.gguf_tokenizer import gguf_tokenizer
 from server.text.load import ModelText, load_text
-from server.text.pieces import BYTE_LEVEL_ALPHABET, TextError
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET, TextError
 from server.text.tokenizer import Tokenizer
 
 WriteGGUF = Callable[..., Path]

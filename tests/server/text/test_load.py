@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Core
 
 from server.text.load import load_text
-from server.text.pieces import TextError
+from server.text.token_bytes import TextError
 
 USER = [{"role": "user", "content": "Hi"}]
 TEMPLATE = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"

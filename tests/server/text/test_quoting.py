@@ -16,9 +16,9 @@ from tokenizers import Tokenizer as Core
 from transformers import PreTrainedTokenizerFast
 
 from server.text.load import ModelText
-from server.text.pieces import BYTE_LEVEL_ALPHABET
 from server.text.quoting import BREAK, ESCAPE
 from server.text.template import ChatTemplate
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET
 from server.text.tokenizer import SpecialIds, Tokenizer
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|im_end|>x")

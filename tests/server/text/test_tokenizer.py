@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Core
 from tokenizers import decoders, processors
 
 from server.text.load import ModelText
-from server.text.pieces import BYTE_LEVEL_ALPHABET, TextError, TokenForm, read_form
+from server.text.token_bytes import BYTE_LEVEL_ALPHABET, TextError, TokenForm, read_form
 from server.text.tokenizer import SpecialIds, Tokenizer
 
 BOS, EOS = 1, 2
@@ -118,7 +118,7 @@ def test_ids_outside_the_vocabulary_stand_for_nothing(smollm2: ModelText, token_
     assert smollm2.tokenizer.vocab_size == 49_152
     assert smollm2.tokenizer.decode([token_id], skip_special_tokens=False) == ""
     assert smollm2.tokenizer.token_text(token_id) == ""
-    assert token_id not in smollm2.tokenizer.pieces(skip_special_tokens=False)
+    assert token_id not in smollm2.tokenizer.bytes_by_id(skip_special_tokens=False)
 
 
 def test_text_that_is_not_unicode_is_refused(smollm2: ModelText) -> None:

@@ -19,7 +19,7 @@ from server.tools.events import (
     Reasoning,
     joined,
 )
-from server.tools.speech import OutputParser, Speech, ThinkTags
+from server.tools.output_parser import OutputParser, OutputSyntax, ThinkTags
 
 #: By what a model's name begins with, the longest first to match: the parsers of calls and of
 #: reasoning, as an operator names them.
@@ -91,7 +91,7 @@ FIXTURES = fixtures.load_fixtures()
 FAMILIES = fixtures.load_families()
 
 
-def _speech(fixture: Any) -> Speech:
+def _syntax(fixture: Any) -> OutputSyntax:
     schemas = {
         tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in fixture.tools
     }
@@ -99,7 +99,7 @@ def _speech(fixture: Any) -> Speech:
         parsers for name, parsers in PARSERS.items() if fixture.models[0].startswith(name)
     )
     tags = TAGS[reasoning]
-    return Speech(
+    return OutputSyntax(
         SYNTAXES[calls],
         tags,
         is_thinking=tags is not None and _is_thinking(fixture, tags),
@@ -115,7 +115,7 @@ def _is_thinking(fixture: Any, tags: ThinkTags) -> bool:
 
 
 def _events(fixture: Any, pieces: list[str]) -> list[Event]:
-    parser = OutputParser(_speech(fixture))
+    parser = OutputParser(_syntax(fixture))
     return [event for piece in pieces for event in parser.push(piece)] + parser.finish()
 
 

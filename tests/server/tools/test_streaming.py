@@ -8,7 +8,7 @@ import pytest
 
 from server.tools.declared import SYNTAXES, TAGS
 from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, Event, joined
-from server.tools.speech import OutputParser, Speech
+from server.tools.output_parser import OutputParser, OutputSyntax
 from server.tools.syntaxes import HERMES
 
 SCHEMAS = {"add": {"properties": {"a": {"type": "integer"}, "s": {"type": "string"}}}}
@@ -18,7 +18,7 @@ REASONING = {"openai": "openai_gptoss", "kimi_k3": "kimi_k3", "gemma4": "gemma4"
 
 def parser_of(name: str) -> OutputParser:
     return OutputParser(
-        Speech(
+        OutputSyntax(
             SYNTAXES[name],
             TAGS[REASONING.get(name, "qwen3")],
             is_thinking=name == "kimi_k3",
@@ -92,7 +92,7 @@ def test_text_whose_type_the_schema_decides_is_told_once_it_ends() -> None:
 
 @pytest.mark.parametrize("is_offered", [True, False])
 def test_a_call_of_a_tool_that_was_not_offered_is_told_once_complete(is_offered: bool) -> None:
-    parser = OutputParser(Speech(HERMES, tool_names=frozenset({"add"} if is_offered else ())))
+    parser = OutputParser(OutputSyntax(HERMES, tool_names=frozenset({"add"} if is_offered else ())))
     events = parser.push('<tool_call>{"name": "add", "arguments": {"a": 1')
     begun = [CallStarted("add"), ArgumentsDelta('{"a": ')]
     assert events == (begun if is_offered else [])

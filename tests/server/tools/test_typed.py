@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from server.tools.call_writer import CallWriter
 from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, Event, joined
+from server.tools.output_parser import OutputParser, OutputSyntax
 from server.tools.source import Source
-from server.tools.speech import OutputParser, Speech
 from server.tools.spelled import GLM, QWEN_XML
 from server.tools.syntaxes import HERMES
 from server.tools.typed import typed as typed_json
@@ -95,8 +95,8 @@ def test_whatever_is_written_it_is_strict_json(texts: list[tuple[str, str]], sch
     assert parsed.keys() == {key for key, _ in texts}
 
 
-def the_call(speech: Speech, output: str) -> tuple[str, str]:
-    parser = OutputParser(speech)
+def the_call(syntax: OutputSyntax, output: str) -> tuple[str, str]:
+    parser = OutputParser(syntax)
     [started, arguments, ended] = joined(parser.push(output) + parser.finish())
     assert isinstance(started, CallStarted)
     assert isinstance(arguments, ArgumentsDelta)
@@ -105,7 +105,7 @@ def the_call(speech: Speech, output: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("speech", "output"),
+    ("syntax", "output"),
     [
         (QWEN_XML, "<tool_call>\n<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>"),
         (GLM, "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>{}</arg_value>\n</tool_call>"),
@@ -113,27 +113,27 @@ def the_call(speech: Speech, output: str) -> tuple[str, str]:
     ids=["qwen", "glm"],
 )
 @pytest.mark.parametrize("value", ["1", "a\nb", "  x", "</arg_key>", "x <parameter=b>", "é"])
-def test_a_string_comes_through_to_the_letter(speech: Any, output: str, value: str) -> None:
+def test_a_string_comes_through_to_the_letter(syntax: Any, output: str, value: str) -> None:
     schemas = {"f": {"properties": {"a": {"type": "string"}}}}
-    name, arguments = the_call(Speech(speech, schemas=schemas), output.replace("{}", value))
+    name, arguments = the_call(OutputSyntax(syntax, schemas=schemas), output.replace("{}", value))
     assert (name, json.loads(arguments)) == ("f", {"a": value})
 
 
 def test_a_tool_that_was_not_offered_is_told_all_the_same() -> None:
     output = "<tool_call>g<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
-    assert the_call(Speech(GLM), output) == ("g", '{"a": 1}')
+    assert the_call(OutputSyntax(GLM), output) == ("g", '{"a": 1}')
 
 
 _SPELLED = "<tool_call>\n<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>"
 
 
 @pytest.mark.parametrize(
-    ("speech", "output"),
+    ("syntax", "output"),
     [
         (QWEN_XML, _SPELLED.replace("{}", r'["\ud83d"]')),
         (HERMES, r'<tool_call>{"name": "f", "arguments": "{\"a\": [\"\ud83d\"]}"}</tool_call>'),
         (HERMES, r'<tool_call>{"name": "f", "arguments": {"a": ["\ud83d"]}}</tool_call>'),
     ],
 )
-def test_half_a_pair_of_surrogates_is_told_as_the_escape_it_was(speech: Any, output: str) -> None:
-    assert the_call(Speech(speech), output) == ("f", r'{"a": ["\ud83d"]}')
+def test_half_a_pair_of_surrogates_is_told_as_the_escape_it_was(syntax: Any, output: str) -> None:
+    assert the_call(OutputSyntax(syntax), output) == ("f", r'{"a": ["\ud83d"]}')

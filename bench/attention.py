@@ -1,0 +1,181 @@
+"""Prints microseconds a layer of attention takes on this CPU, against torch's dense attention.
+
+Not a test: `python bench/attention.py [--isa avx2] [--layers 30] [--kv-dtype bfloat16]`. With
+several layers each finds its pages where a real step would: outside the nearest caches.
+"""
+
+# ruff: noqa: T201 - tables are printed
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from model.attention.cpu import CpuAttention
+from model.attention.interface import AttentionBatch, AttentionSpec
+from model.cpu.library import load_cpu_library
+from model.cpu.ops import CpuOps
+from model.kv.pool import KVPool
+from model.ops import Ops, TorchOps
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 9, 3, 64, 16
+HIDDEN, INTERMEDIATE = 576, 1536
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--isa")
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--kv-dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    library = load_cpu_library(isa=options.isa)
+    if isinstance(library, str):
+        sys.exit(library)
+    kv_dtype: torch.dtype = getattr(torch, options.kv_dtype)
+    print(f"{library.isa}, {options.threads} threads, {options.layers} layers, KV {kv_dtype}")
+    print("µs a layer            paged   dense SDPA")
+    for count, context, rows in (
+        (1, 256, 1),
+        (1, 4096, 1),
+        (1, 256, 8),
+        (1, 1024, 8),
+        (1, 256, 32),
+        (1, 1024, 32),
+        (512, 512, 1),
+        (512, 4096, 1),
+    ):
+        spec = _spec(options.layers, kv_dtype)
+        num_pages = rows * -(-context // PAGE_SIZE)
+        pool = _pool(spec, num_pages)
+        attention = CpuAttention(spec, pool, library)
+        batch = _batch(rows, count, context, num_pages)
+        attention.plan(batch)
+        qkv = torch.randn(rows * count, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+        heads = qkv.view(rows * count, -1, HEAD_DIM)
+        parts = heads[:, :HEADS], heads[:, HEADS:-KV_HEADS], heads[:, -KV_HEADS:]
+        paged_s = _seconds(lambda a=attention, p=parts: _all_layers(a, options.layers, p))  # type: ignore[misc]
+        dense_s = _dense_seconds(rows, count, context)
+        print(
+            f"{rows:3} x {count:3} of {context:5} "
+            f"{paged_s / options.layers * 1e6:8.0f} {dense_s * 1e6:12.0f}"
+        )
+    for ops in (CpuOps(library), TorchOps()):
+        _print_ops(ops)
+
+
+def _spec(num_layers: int, kv_dtype: torch.dtype) -> AttentionSpec:
+    return AttentionSpec(
+        num_layers=num_layers,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        scale=HEAD_DIM**-0.5,
+        windows=(None,) * num_layers,
+        dtype=torch.float32,
+        kv_dtype=kv_dtype,
+        device=CPU,
+    )
+
+
+def _pool(spec: AttentionSpec, num_pages: int) -> KVPool:
+    pool = KVPool(
+        num_layers=spec.num_layers,
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=spec.kv_dtype,
+        device=CPU,
+    )
+    for layer in range(spec.num_layers):
+        pool.keys(layer).normal_()
+        pool.values(layer).normal_()
+    return pool
+
+
+def _batch(rows: int, count: int, context: int, num_pages: int) -> AttentionBatch:
+    table = torch.randperm(num_pages, dtype=torch.int32).view(rows, -1)
+    positions = torch.arange(context - count, context).repeat(rows)
+    pages = table.repeat_interleave(count, 0).gather(1, positions[:, None] // PAGE_SIZE)[:, 0]
+    return AttentionBatch(
+        query_starts=torch.arange(rows + 1, dtype=torch.int32) * count,
+        seq_lens=torch.full((rows,), context, dtype=torch.int32),
+        block_table=table,
+        positions=positions,
+        kv_slots=pages.long() * PAGE_SIZE + positions % PAGE_SIZE,
+        max_query_len=count,
+        max_seq_len=context,
+    )
+
+
+def _all_layers(attention: CpuAttention, num_layers: int, parts: tuple[torch.Tensor, ...]) -> None:
+    for layer in range(num_layers):
+        attention.attend(layer, *parts)
+
+
+def _dense_seconds(rows: int, count: int, context: int) -> float:
+    """Torch's attention over dense keys and values, heads repeated already, nothing written."""
+    q = torch.randn(rows, HEADS, count, HEAD_DIM)
+    k, v = torch.randn(2, rows, HEADS, context, HEAD_DIM)
+    mask = torch.ones(count, context, dtype=torch.bool).tril(context - count)
+    if count == 1:
+        return _seconds(lambda: functional.scaled_dot_product_attention(q, k, v))
+    if count == context:
+        return _seconds(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    return _seconds(lambda: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def _print_ops(ops: Ops) -> None:
+    print(f"\n{ops.name}, µs       1 token        8      512")
+    norm = torch.randn(HIDDEN)
+    angles = torch.randn(4096, HEAD_DIM)
+    columns: dict[str, list[float]] = {}
+    for tokens in (1, 8, 512):
+        x, residual = torch.randn(2, tokens, HIDDEN)
+        qkv = torch.randn(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM)
+        q, k = qkv[:, :HEADS], qkv[:, HEADS : HEADS + KV_HEADS]
+        gate_up = torch.randn(tokens, 2 * INTERMEDIATE)
+        positions = torch.arange(tokens)
+        calls: dict[str, Callable[[], object]] = {
+            "rms_norm": lambda x=x: ops.rms_norm(x, norm, 1e-5, torch.float32),  # type: ignore[misc]
+            "add_rms_norm": lambda x=x, r=residual: ops.add_rms_norm(  # type: ignore[misc]
+                x, r, norm, 1e-5, torch.float32
+            ),
+            "apply_rope": lambda q=q, k=k, p=positions: ops.apply_rope(q, k, p, angles),  # type: ignore[misc]
+            "silu_and_mul": lambda g=gate_up: ops.silu_and_mul(g),  # type: ignore[misc]
+        }
+        for name, call in calls.items():
+            columns.setdefault(name, []).append(_seconds(call) * 1e6)
+    for name, times in columns.items():
+        print(f"{name:18}" + "".join(f"{time_us:9.1f}" for time_us in times))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Best of many calls: others use this machine too."""
+    call()
+    started = time.perf_counter()
+    call()
+    once = time.perf_counter() - started
+    times = []
+    for _ in range(max(5, min(300, int(0.5 / once)))):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()

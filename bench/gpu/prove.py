@@ -1,0 +1,263 @@
+"""Whether what was written for CUDA is right there: kernels, operations, and the same tokens.
+
+`python bench/gpu/prove.py`: one line a check, exit status 1 if one fails. Takes a minute.
+`--device cpu` rehearses it without a GPU: see `cases.py`.
+"""
+
+# ruff: noqa: T201 - printing is all it is for
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cases import REHEARSAL, Case, case_of
+
+from configs.schema import ModelSection, OctavoConfig, SchedulerSection
+from model import build
+from model.attention.interface import AttentionBackend, AttentionBatch, AttentionSpec
+from model.attention.reference import ReferenceAttention
+from model.attention.registry import choose_backend
+from model.cuda.ops import GpuOps
+from model.interface import SamplingParams
+from model.kv.pool import KVPool
+from model.ops import Ops, TorchOps
+from scheduler.engine import Engine
+from scheduler.messages import Submit
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+#: Relative to the largest value, for bfloat16 operands.
+TOLERANCE = 2e-2
+DECODES = ((1, 1), (1, 64), (1, 65), (1, 1000), (1, 5003))
+MIXED = ((1, 300), (1, 17), (200, 200), (129, 700), (2, 64))
+#: What gives the tokens that are compared.
+TINY = REHEARSAL.path
+
+
+class Scene:
+    """A pool with a past, and a step over it, on two devices."""
+
+    def __init__(
+        self, rows: tuple[tuple[int, int], ...], head_dim: int, page_size: int, window: int | None
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.heads, self.kv_heads, self.head_dim = 8, 2, head_dim
+        self.window, self.page_size = window, page_size
+        needs = [-(-end // page_size) for _, end in rows]
+        pages = torch.randperm(sum(needs) + 1, generator=generator).int()
+        table = torch.full((len(rows), max(needs)), int(pages[-1]), dtype=torch.int32)
+        slots, done = [], 0
+        for row, (count, end) in enumerate(rows):
+            table[row, : needs[row]] = pages[done : done + needs[row]]
+            done += needs[row]
+            at = torch.arange(end - count, end)
+            slots.append(table[row, at // page_size].long() * page_size + at % page_size)
+        self.past = torch.randn(
+            2, len(pages), page_size, self.kv_heads, head_dim, generator=generator
+        ).to(BF16)
+        self.kv_slots = torch.cat(slots)
+        self.qkv = torch.randn(len(self.kv_slots), 12, head_dim, generator=generator).to(BF16)
+        starts = torch.tensor([0, *(count for count, _ in rows)]).cumsum(0).int()
+        lens = torch.tensor([end for _, end in rows]).int()
+        longest = max(count for count, _ in rows), max(end for _, end in rows)
+        positions = torch.cat([torch.arange(end - count, end) for count, end in rows])
+        self.parts = starts, lens, table, positions, longest
+
+    def wanted(self) -> Tensor:
+        """Return what it should come to, in float64 on the CPU."""
+        spec, pool, batch = self._on(CPU, torch.float64)
+        backend = ReferenceAttention(spec, pool, torch.float64)
+        backend.plan(batch)
+        return backend.attend(0, *self._split(CPU, torch.float64))
+
+    def found(self, name: str, case: Case, *, is_recorded: bool = False) -> Tensor:
+        """Return what a backend makes of it, as float64 on the CPU."""
+        spec, pool, batch = self._on(case.device, BF16)
+        backend: AttentionBackend = choose_backend(name, spec).build(spec, pool)
+        q, k, v = self._split(case.device, BF16)
+
+        def compute() -> Tensor:
+            backend.plan(batch)
+            return backend.attend(0, q, k, v)
+
+        if is_recorded:
+            replay = case.record()(compute)
+            replay().zero_()
+            return replay().cpu().double()
+        return compute().cpu().double()
+
+    def _split(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv.to(device, dtype).split((8, 2, 2), dim=1)  # type: ignore[no-untyped-call] # torch's
+        return q, k, v
+
+    def _on(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> tuple[AttentionSpec, KVPool, AttentionBatch]:
+        scale, windows = self.head_dim**-0.5, (self.window,)
+        spec = AttentionSpec(
+            1, self.heads, self.kv_heads, self.head_dim, scale, windows, dtype, dtype, device
+        )
+        pool = KVPool(
+            num_layers=1,
+            num_pages=self.past.shape[1],
+            page_size=self.page_size,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        pool.keys(0).copy_(self.past[0])
+        pool.values(0).copy_(self.past[1])
+        starts, lens, table, positions, longest = self.parts
+        batch = AttentionBatch(
+            query_starts=starts.to(device),
+            seq_lens=lens.to(device),
+            block_table=table.to(device),
+            positions=positions.to(device),
+            kv_slots=self.kv_slots.to(device),
+            max_query_len=longest[0],
+            max_seq_len=longest[1],
+        )
+        return spec, pool, batch
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> str:
+    """Say how far off, relative to the largest; raises if too far."""
+    error = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+    # Written so that NaN fails.
+    if not error < tolerance:
+        raise AssertionError(f"off by {error:.2g}")
+    return f"off by {error:.2g}"
+
+
+def attention_checks(case: Case) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Each backend, at sizes that take other paths through it, replayed from a graph too."""
+    variants = product(case.backends, (64, 128), case.pages, (None, 100))
+    for name, head_dim, page_size, window in variants:
+        for kind, rows in (("decode", DECODES), ("mixed", MIXED)):
+            scene = Scene(rows, head_dim, page_size, window)
+
+            def check(scene: Scene = scene, name: str = name, kind: str = kind) -> str:
+                wanted = scene.wanted()
+                said = close(scene.found(name, case), wanted)
+                if kind == "decode":
+                    replayed = scene.found(name, case, is_recorded=True)
+                    said += "; replayed " + close(replayed, wanted)
+                return said
+
+            yield f"attention {name} {kind} head {head_dim} page {page_size} window {window}", check
+
+
+def check_ops(case: Case) -> str:
+    """Our operations against torch's, on the GPU, where rounding is the GPU's own."""
+    device = case.device
+    ours: Ops = GpuOps() if device.type == "cuda" else TorchOps()
+    plain: Ops = TorchOps()
+    x = torch.randn(300, 4096, device=device, dtype=BF16)
+    weight = torch.randn(4096, device=device)
+    residuals = [torch.ones(300, 4096, device=device) for _ in range(2)]
+    normed = [
+        ops.add_rms_norm(x, residual, weight, 1e-5, BF16)
+        for ops, residual in zip((ours, plain), residuals, strict=True)
+    ]
+    said = [close(normed[0], normed[1]), close(residuals[0], residuals[1], 1e-6)]
+    said.append(close(ours.silu_and_mul(x), plain.silu_and_mul(x)))
+    turned = []
+    for ops in (ours, plain):
+        qk = torch.randn(300, 40, 128, generator=torch.Generator().manual_seed(1)).to(device, BF16)
+        positions = torch.arange(300, device=device)
+        cos_sin = torch.randn(300, 128, generator=torch.Generator().manual_seed(2)).to(device)
+        ops.apply_rope(qk[:, :32], qk[:, 32:], positions, cos_sin)
+        turned.append(qk)
+    said.append(close(turned[0], turned[1]))
+    return ", ".join(said)
+
+
+def tokens_of(device: str, backend: str) -> list[list[int]]:
+    """What a small model in float32 answers to requests side by side."""
+    config = OctavoConfig(
+        model=ModelSection.model_validate(
+            {
+                "device": device,
+                "dtype": "float32",
+                "quantization": "none",
+                "attention_backend": backend,
+            }
+        ),
+        scheduler=SchedulerSection(max_num_seqs=9, max_num_batched_tokens=64, debug=True),
+    )
+    runner = build.make_runner(build.resolve_source(f"dummy:{TINY}"), config)
+    engine = Engine(runner, config.scheduler, time.monotonic, lambda _: None)
+    tokens: list[list[int]] = [[] for _ in range(9)]
+    for number in range(9):
+        params = SamplingParams(
+            max_tokens=40,
+            temperature=float(number % 2),
+            top_p=0.9 if number % 3 == 0 else 1.0,
+            repetition_penalty=1.2 if number == 4 else 1.0,
+            logprobs=2 if number == 5 else None,
+            seed=number,
+            ignore_eos=True,
+        )
+        prompt = tuple(3 + (7 * number + at) % 500 for at in range(1 + 12 * number))
+        engine.handle(Submit(number, prompt, params))
+    while engine.has_work:
+        result = engine.step()
+        for number, token in zip(result.request_ids, result.token_ids, strict=True):
+            tokens[number].append(token)
+    engine.check()
+    engine.close()
+    return tokens
+
+
+def check_tokens(case: Case) -> str:
+    """Graphs, padding, overlap and sampling on the device give what a CPU gives."""
+    # In float32, which the last of them can do.
+    device, backend = case.device.type, case.backends[-1]
+    wanted, found = tokens_of("cpu", "reference"), tokens_of(device, backend)
+    same = sum(a == b for a, b in zip(wanted, found, strict=True))
+    firsts = sum(a[0] == b[0] for a, b in zip(wanted, found, strict=True))
+    if found != tokens_of(device, backend):
+        raise AssertionError("a second run gives other tokens")
+    # Sums in another order may turn a near tie: a mistake would turn nearly all.
+    if firsts < 8 or same < 7:
+        raise AssertionError(f"{same} of 9 requests alike, {firsts} of their first tokens")
+    return f"{same} of 9 requests alike"
+
+
+def main() -> int:
+    """Run all checks; a failure does not keep the others from running."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    case = case_of(parser.parse_args().device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    checks: list[tuple[str, Callable[[], str]]] = [
+        *attention_checks(case),
+        ("operations", partial(check_ops, case)),
+        ("tokens", partial(check_tokens, case)),
+    ]
+    num_failed = 0
+    for name, check in checks:
+        try:
+            print(f"ok      {name}: {check()}", flush=True)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+            num_failed += 1
+            print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
+            traceback.print_exc()
+    return 1 if num_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Families of models and our own decoder layers with torch."""

@@ -1,0 +1,104 @@
+"""Rotary position embedding: how fast each pair of dimensions turns, and the table of angles.
+
+The embedding is RoFormer's (arXiv:2104.09864). Its stretchings to longer contexts: linear, that
+is position interpolation (arXiv:2306.15595); llama3 (the Llama 3.1 model, by wavelength); yarn
+(arXiv:2309.00071); dynamic (NTK-aware, with a base that grows with the text). Applying it is
+`Ops.apply_rope`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.architectures.arch import RopeSpec
+
+
+def cos_sin_table(
+    spec: RopeSpec, max_positions: int, frequency_factors: Tensor | None = None
+) -> Tensor:
+    """Return float32 `[max_positions, rotary_dim]`: cosines, then sines, of each position.
+
+    The attention factor is folded in. `frequency_factors` `[rotary_dim / 2]`, which a GGUF brings
+    in place of llama3's numbers, divide the frequencies.
+    """
+    frequencies = inverse_frequencies(spec, max_positions)
+    if frequency_factors is not None:
+        frequencies = frequencies / frequency_factors
+    table = torch.empty(max_positions, spec.rotary_dim)
+    # In place: the table of a long context is large, and another one beside it is not planned for.
+    cosines, sines = table.chunk(2, dim=1)
+    torch.mul(torch.arange(max_positions, dtype=torch.float32)[:, None], frequencies, out=sines)
+    torch.cos(sines, out=cosines)
+    sines.sin_()
+    factor = attention_factor(spec)
+    return table if factor == 1 else table.mul_(factor)
+
+
+def inverse_frequencies(spec: RopeSpec, max_positions: int = 0) -> Tensor:
+    """Return float32 `[rotary_dim / 2]`: radians a position, the fastest first.
+
+    Only dynamic's depend on `max_positions`, the length of the longest text.
+    """
+    exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
+    frequencies = 1.0 / spec.theta**exponents
+    match spec.variant:
+        case "default":
+            return frequencies
+        case "dynamic":
+            return 1.0 / _dynamic_theta(spec, max_positions) ** exponents
+        case "linear":
+            return frequencies / spec.factor
+        case "llama3":
+            return _llama3(spec, frequencies)
+        case "yarn":
+            return _yarn(spec, frequencies)
+
+
+def attention_factor(spec: RopeSpec) -> float:
+    """Return what cosines and sines are multiplied with (yarn alone, equation 22 of its paper)."""
+    if spec.variant != "yarn":
+        return 1.0
+    if spec.attention_factor is not None:
+        return spec.attention_factor
+    if spec.mscale and spec.mscale_all_dim:
+        return _mscale(spec.factor, spec.mscale) / _mscale(spec.factor, spec.mscale_all_dim)
+    return _mscale(spec.factor, 1.0)
+
+
+def _dynamic_theta(spec: RopeSpec, max_positions: int) -> float:
+    stretch = max(max_positions / spec.original_max_positions, 1.0)
+    grown = spec.factor * stretch - (spec.factor - 1)
+    return float(spec.theta * grown ** (spec.rotary_dim / (spec.rotary_dim - 2)))
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _llama3(spec: RopeSpec, frequencies: Tensor) -> Tensor:
+    """Keep short wavelengths, stretch long ones, and blend in between."""
+    wavelengths = 2 * math.pi / frequencies
+    turns = spec.original_max_positions / wavelengths
+    span = spec.high_freq_factor - spec.low_freq_factor
+    kept = ((turns - spec.low_freq_factor) / span).clamp(0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / spec.factor
+
+
+def _yarn(spec: RopeSpec, frequencies: Tensor) -> Tensor:
+    """Keep what turns more than `beta_fast` times, stretch what turns less than `beta_slow`."""
+
+    def dimension_of(turns: float) -> float:
+        context = spec.original_max_positions / (turns * 2 * math.pi)
+        return spec.rotary_dim * math.log(context) / (2 * math.log(spec.theta))
+
+    low, high = dimension_of(spec.beta_fast), dimension_of(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.rotary_dim - 1)
+    if low == high:
+        high += 0.001  # a step is the limit of a ramp
+    stretched = ((torch.arange(len(frequencies)) - low) / (high - low)).clamp(0.0, 1.0)
+    return stretched * frequencies / spec.factor + (1 - stretched) * frequencies

@@ -1,0 +1,340 @@
+// A whole decoder in one call: the threads meet at barriers instead of being woken for each
+// operation, and nothing between the products is a tensor. Knows nothing of instruction sets
+// (`Kernels`) nor of how attention is cut up (`Session`).
+
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "threads.h"
+
+namespace octavo {
+namespace {
+
+constexpr int64_t kPanelRows = 16;
+constexpr int64_t kAlignment = 64;
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Packed weights [outputs, inputs]; see products.h.
+struct Weights {
+  const void* tiles;
+  const float* scales;
+  const float* bias;
+  int64_t scale_tiles;
+};
+
+// In the order in which model/cpu/decoder.py lists them; pointers are null where there is none.
+struct Layer {
+  const float* input_norm;
+  Weights qkv;
+  const float* q_norm;
+  const float* k_norm;
+  Weights o;
+  const float* post_norm;
+  Weights gate_up;
+  Weights down;
+};
+
+struct Shape {
+  int64_t hidden;
+  int64_t inner;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t rotary_dim;
+};
+
+// Rows on their way into a product, in the kernels' panel dtype, padded with zeros. The padding
+// is never written to.
+class Panel {
+ public:
+  void fit(int64_t rows, int64_t width, int64_t element_bytes) {
+    stride_ = round_up(width, kByteTileInputs);
+    const size_t bytes = round_up(rows, kPanelRows) * stride_ * element_bytes;
+    if (memory_.size() < bytes) memory_.assign(bytes, 0);
+  }
+  void* data() { return memory_.data(); }
+  int64_t stride() const { return stride_; }
+
+ private:
+  std::vector<char> memory_;
+  int64_t stride_ = 0;
+};
+
+// Rows of a panel as eight-bit weights want them; see `Kernels::split_rows`.
+class Digits {
+ public:
+  void fit(int64_t rows, int64_t bytes) {
+    if (int64_t(memory_.size()) < bytes + kAlignment) memory_.assign(bytes + kAlignment, 0);
+    if (int64_t(scales_.size()) < rows) scales_.assign(round_up(rows, kPanelRows), 0);
+  }
+  int8_t* data() {
+    return reinterpret_cast<int8_t*>(round_up(reinterpret_cast<intptr_t>(memory_.data()), kAlignment));
+  }
+  float* row_scales() { return scales_.data(); }
+
+ private:
+  std::vector<int8_t> memory_;
+  std::vector<float> scales_;
+};
+
+class Decoder {
+ public:
+  Decoder(const Kernels* kernels, const Shape& shape, float eps, const Layer* layers,
+          int64_t num_layers, const float* cos_sin)
+      : kernels_(*kernels), shape_(shape), eps_(eps), layers_(layers, layers + num_layers),
+        cos_sin_(cos_sin), are_rows_split_(kernels->digits_bytes(1, kByteTileInputs) > 0) {}
+
+  // Runs the layers over the planned step; `residual` [tokens, hidden] goes in and comes out.
+  void forward(Session& session, const int64_t* positions, float* residual) {
+    const int64_t tokens = session.num_tokens;
+    const int64_t element_bytes = kernels_.panel_dtype() == kFloat32 ? 4 : 2;
+    normed_.fit(tokens, shape_.hidden, element_bytes);
+    attended_.fit(tokens, shape_.num_heads * shape_.head_dim, element_bytes);
+    gated_.fit(tokens, shape_.inner, element_bytes);
+    qkv_.resize(tokens * qkv_width());
+    const int64_t widest = std::max({shape_.hidden, shape_.inner, attention_width()});
+    if (are_rows_split_)
+      digits_.fit(tokens, kernels_.digits_bytes(tokens, round_up(widest, kByteTileInputs)));
+    const int64_t scratch = round_up(
+        kernels_.product_scratch_floats(int(round_up(widest, kByteTileInputs) / kTileInputs)), 16);
+    scratch_.resize(scratch * session.threads + 16);
+#pragma omp parallel num_threads(session.threads)
+    {
+      const auto begin = reinterpret_cast<uintptr_t>(scratch_.data());
+      float* mine = reinterpret_cast<float*>((begin + 63) / 64 * 64) +
+                    omp_get_thread_num() * scratch;
+      kernels_.configure_tiles();
+      for (size_t i = 0; i < layers_.size(); ++i)
+        layer(layers_[i], int32_t(i), session, positions, residual, mine);
+      kernels_.release_tiles();
+    }
+  }
+
+ private:
+  int64_t attention_width() const { return shape_.num_heads * shape_.head_dim; }
+  int64_t qkv_width() const {
+    return (shape_.num_heads + 2 * shape_.num_kv_heads) * shape_.head_dim;
+  }
+
+  // Every step ends with a barrier, since the next one reads what other threads wrote.
+  void layer(const Layer& layer, int32_t index, Session& session, const int64_t* positions,
+             float* residual, float* scratch) {
+    const int64_t tokens = session.num_tokens;
+    norm(layer.input_norm, residual, tokens);
+    multiply(normed_, tokens, layer.qkv, qkv_width(), qkv_.data(), scratch);
+    turn_and_write(layer, index, session, positions);
+    attend_to(index, session);
+    add_product(attended_, tokens, layer.o, residual, scratch);
+    norm(layer.post_norm, residual, tokens);
+    gate(layer.gate_up, tokens, scratch);
+    add_product(gated_, tokens, layer.down, residual, scratch);
+  }
+
+  // Runs function(begin, end) on this thread's share of [0, count), then waits for the others.
+  template <class Function>
+  void share(int64_t count, const Function& function) {
+    const int64_t thread = omp_get_thread_num(), of = omp_get_num_threads();
+    const int64_t begin = count * thread / of, end = count * (thread + 1) / of;
+    if (begin < end) function(begin, end);
+#pragma omp barrier
+  }
+
+  void norm(const float* weight, const float* residual, int64_t tokens) {
+    Norm n = {};
+    n.x = residual;
+    n.x_dtype = kFloat32;
+    n.x_stride = n.dim = shape_.hidden;
+    n.weight = weight;
+    n.weight_dtype = kFloat32;
+    n.out = normed_.data();
+    n.out_dtype = kernels_.panel_dtype();
+    n.out_stride = normed_.stride();
+    n.eps = eps_;
+    share(tokens, [&](int64_t begin, int64_t end) { kernels_.norm(n, begin, end); });
+  }
+
+  Product product(Panel& panel, int64_t tokens, const Weights& weights, int64_t num_outputs) {
+    Product p = {};
+    p.panel = panel.data();
+    p.panel_stride = panel.stride();
+    p.num_rows = tokens;
+    p.weights = weights.tiles;
+    p.scales = weights.scales;
+    p.scale_tiles = int32_t(weights.scale_tiles);
+    p.bias = weights.bias;
+    p.num_outputs = num_outputs;
+    p.num_tiles = int32_t(panel.stride() / kTileInputs);
+    return p;
+  }
+
+  void multiply(Panel& panel, int64_t tokens, const Weights& weights, int64_t num_outputs,
+                float* out, float* scratch) {
+    Product p = product(panel, tokens, weights, num_outputs);
+    p.out = out;
+    p.out_stride = num_outputs;
+    run(p, scratch);
+  }
+
+  void add_product(Panel& panel, int64_t tokens, const Weights& weights, float* residual,
+                   float* scratch) {
+    Product p = product(panel, tokens, weights, shape_.hidden);
+    p.out = residual;
+    p.out_stride = shape_.hidden;
+    p.is_added = true;
+    run(p, scratch);
+  }
+
+  void gate(const Weights& weights, int64_t tokens, float* scratch) {
+    Product p = product(normed_, tokens, weights, 2 * shape_.inner);
+    p.out = gated_.data();
+    p.out_stride = gated_.stride();
+    p.out_dtype = kernels_.panel_dtype();
+    p.is_gated = true;
+    run(p, scratch);
+  }
+
+  void run(Product& p, float* scratch) {
+    if (p.scales && are_rows_split_) {
+      p.digits = digits_.data();
+      p.row_scales = digits_.row_scales();
+      share(p.num_rows, [&](int64_t begin, int64_t end) {
+        kernels_.split_rows(p, digits_.data(), digits_.row_scales(), begin, end);
+      });
+    }
+    const int64_t groups = round_up(p.num_outputs, kTileOutputs) / kTileOutputs;
+    share(p.is_gated ? groups / 2 : groups, [&](int64_t begin, int64_t end) {
+      kernels_.product(p, begin, end, scratch);
+    });
+  }
+
+  void turn_and_write(const Layer& layer, int32_t index, Session& session,
+                      const int64_t* positions) {
+    const Attention a = attention_of(session, index);
+    const int64_t width = qkv_width(), dim = shape_.head_dim;
+    float* k = qkv_.data() + shape_.num_heads * dim;
+    float* v = k + shape_.num_kv_heads * dim;
+    const Rope queries = {{qkv_.data(), width, dim, kFloat32}, positions, cos_sin_,
+                          int32_t(shape_.num_heads), int32_t(shape_.rotary_dim)};
+    const Rope keys = {{k, width, dim, kFloat32}, positions, cos_sin_,
+                       int32_t(shape_.num_kv_heads), int32_t(shape_.rotary_dim)};
+    const Write key_write = {{k, width, dim, kFloat32}, const_cast<void*>(a.keys), a.kv_dtype,
+                             session.slots, a.num_kv_heads, a.head_dim};
+    const Write value_write = {{v, width, dim, kFloat32}, const_cast<void*>(a.values), a.kv_dtype,
+                               session.slots, a.num_kv_heads, a.head_dim};
+    share(session.num_tokens, [&](int64_t begin, int64_t end) {
+      if (layer.q_norm)
+        for (int64_t token = begin; token < end; ++token) {
+          norm_heads(layer.q_norm, qkv_.data() + token * width, shape_.num_heads);
+          norm_heads(layer.k_norm, k + token * width, shape_.num_kv_heads);
+        }
+      kernels_.rope(queries, begin, end);
+      kernels_.rope(keys, begin, end);
+      kernels_.write(key_write, begin, end);
+      kernels_.write(value_write, begin, end);
+    });
+  }
+
+  void norm_heads(const float* weight, float* heads, int64_t count) {
+    Norm n = {};
+    n.x = n.out = heads;
+    n.x_dtype = n.weight_dtype = n.out_dtype = kFloat32;
+    n.weight = weight;
+    n.dim = n.x_stride = n.out_stride = shape_.head_dim;
+    n.eps = eps_;
+    kernels_.norm(n, 0, count);
+  }
+
+  void attend_to(int32_t index, Session& session) {
+    Attention a = attention_of(session, index);
+    a.q = {qkv_.data(), qkv_width(), shape_.head_dim, kFloat32};
+    a.out = {attended_.data(), attended_.stride(), shape_.head_dim, kernels_.panel_dtype()};
+    attend(session, a, scratch_of(session, omp_get_thread_num()));
+#pragma omp barrier
+  }
+
+  const Kernels& kernels_;
+  const Shape shape_;
+  const float eps_;
+  const std::vector<Layer> layers_;
+  const float* cos_sin_;
+  // Whether eight-bit weights want the rows in digits.
+  const bool are_rows_split_;
+  Panel normed_, attended_, gated_;
+  Digits digits_;
+  std::vector<float> qkv_, scratch_;
+};
+
+}  // namespace
+}  // namespace octavo
+
+using namespace octavo;
+
+extern "C" {
+
+// `layers` is [num_layers] of `Layer`; everything pointed to must outlive the decoder.
+Decoder* octavo_decoder_new(const Kernels* kernels, const int64_t* shape, float eps,
+                            const void* layers, int64_t num_layers, const float* cos_sin) {
+  const Shape s = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]};
+  return std::make_unique<Decoder>(kernels, s, eps, static_cast<const Layer*>(layers), num_layers,
+                                   cos_sin)
+      .release();
+}
+
+void octavo_decoder_free(Decoder* decoder) { delete decoder; }
+
+void octavo_decoder_forward(Decoder* decoder, Session* session, const int64_t* positions,
+                            float* residual) {
+  decoder->forward(*session, positions, residual);
+}
+
+// Float32 `x` [rows, inputs] times packed weights, to `out` [rows, num_outputs].
+void octavo_product(const Kernels* kernels, const float* x, int64_t rows, int64_t inputs,
+                    const void* tiles, const float* scales, const float* bias,
+                    int64_t scale_tiles, int64_t num_outputs, float* out, int32_t threads) {
+  Panel panel;
+  const DType dtype = kernels->panel_dtype();
+  panel.fit(rows, inputs, dtype == kFloat32 ? 4 : 2);
+  Product p = {};
+  p.panel = panel.data();
+  p.panel_stride = panel.stride();
+  p.num_rows = rows;
+  p.weights = tiles;
+  p.scales = scales;
+  p.scale_tiles = int32_t(scale_tiles);
+  p.bias = bias;
+  p.num_outputs = num_outputs;
+  p.num_tiles = int32_t(panel.stride() / kTileInputs);
+  p.out = out;
+  p.out_stride = num_outputs;
+  Digits digits;
+  const int64_t digits_bytes = scales ? kernels->digits_bytes(rows, panel.stride()) : 0;
+  if (digits_bytes) digits.fit(rows, digits_bytes);
+  p.digits = digits.data();
+  p.row_scales = digits.row_scales();
+  const int64_t scratch = kernels->product_scratch_floats(p.num_tiles);
+  std::vector<float> memory(scratch * threads);
+  const int64_t groups = round_up(num_outputs, kTileOutputs) / kTileOutputs;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = omp_get_thread_num(), of = omp_get_num_threads();
+    kernels->pack_rows(x, inputs, panel.data(), panel.stride(), rows * thread / of,
+                       rows * (thread + 1) / of);
+#pragma omp barrier
+    if (digits_bytes) {
+      kernels->split_rows(p, digits.data(), digits.row_scales(), rows * thread / of,
+                          rows * (thread + 1) / of);
+#pragma omp barrier
+    }
+    kernels->configure_tiles();
+    kernels->product(p, groups * thread / of, groups * (thread + 1) / of,
+                     memory.data() + thread * scratch);
+    kernels->release_tiles();
+  }
+}
+
+}  // extern "C"

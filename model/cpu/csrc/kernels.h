@@ -1,0 +1,188 @@
+// What the threads of octavo_cpu.cpp and the arithmetic of kernels.cpp say to each other.
+//
+// Plain data and one table of functions: kernels.cpp is compiled once per instruction set, and the
+// linker must never be given the choice between two versions of one inline function.
+#pragma once
+
+#include <cstdint>
+
+namespace octavo {
+
+// The numbers are model/cpu/ops.py's too.
+enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Keys of one decode unit. Fixed, so that a row's result never depends on the rows beside it.
+constexpr int kDecodeKeys = 256;
+// Keys of one step of the online softmax of prefill by vectors.
+constexpr int kPrefillKeys = 64;
+// (token, head) pairs of one prefill unit: by vectors, and by matrix instructions.
+constexpr int kPrefillLanes = 64;
+constexpr int kTileLanes = 128;
+constexpr int kMaxHeadDim = 1024;
+
+// Elements, not bytes, between tokens and between heads; the last dimension is contiguous.
+struct Rows {
+  void* data;
+  int64_t token_stride;
+  int64_t head_stride;
+  DType dtype;
+};
+
+// One layer's attention of one step.
+struct Attention {
+  Rows q;
+  Rows out;
+  // [pages, page_size, kv_heads, head_dim], contiguous.
+  const void* keys;
+  const void* values;
+  DType kv_dtype;
+  int32_t head_dim;
+  int32_t num_kv_heads;
+  // Query heads to each KV head.
+  int32_t group;
+  int32_t page_size;
+  // [rows + 1], [rows], [rows, table_stride].
+  const int32_t* query_starts;
+  const int32_t* seq_lens;
+  const int32_t* block_table;
+  int64_t table_stride;
+  // Tokens a query sees, itself included.
+  int32_t window;
+  // Factor on q·k, times log2(e): the softmax is in powers of two.
+  float scale_log2e;
+  // [partials, heads, head_dim + 2]: sum of weighted values, largest score, sum of weights.
+  float* partials;
+};
+
+// A piece of work for one thread. Lanes are the row's (token, head in group) pairs, flattened.
+struct Unit {
+  int32_t row;
+  int32_t head_begin;
+  int32_t head_end;
+  int32_t key_begin;
+  int32_t key_end;
+  // Empty for a decode unit.
+  int32_t lane_begin;
+  int32_t lane_end;
+  // Where a decode unit leaves its share of a row; -1: the unit is the whole row.
+  int32_t partial;
+};
+
+// The row whose decode was cut along its keys.
+struct Merge {
+  int32_t row;
+  int32_t first_partial;
+  int32_t num_partials;
+};
+
+struct Norm {
+  const void* x;
+  DType x_dtype;
+  // Null for a plain norm; otherwise x is added to it in place and the sum is normed.
+  float* residual;
+  const void* weight;
+  DType weight_dtype;
+  void* out;
+  DType out_dtype;
+  int64_t dim;
+  int64_t x_stride;
+  int64_t out_stride;
+  float eps;
+};
+
+struct Rope {
+  Rows x;
+  const int64_t* positions;
+  // [max_positions, rotary_dim]: cosines, then sines.
+  const float* cos_sin;
+  int32_t num_heads;
+  int32_t rotary_dim;
+};
+
+struct SiluMul {
+  const void* gate_up;
+  void* out;
+  DType dtype;
+  int64_t dim;
+  int64_t gate_up_stride;
+};
+
+struct Write {
+  Rows from;
+  void* to;
+  DType to_dtype;
+  const int64_t* slots;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+};
+
+// A tile of packed weights, bfloat16 or eight-bit; see products.h.
+constexpr int kTileOutputs = 16;
+constexpr int kTileInputs = 32;
+constexpr int kByteTileInputs = 64;
+
+// Rows of a panel times packed weights [outputs, inputs].
+struct Product {
+  // [num_rows rounded up to 16, panel_stride] of the kernels' panel dtype.
+  const void* panel;
+  int64_t panel_stride;
+  int64_t num_rows;
+  // The panel as `split_rows` wrote it, where the weights are eight-bit and kernels want it so.
+  const int8_t* digits;
+  const float* row_scales;
+  // Output groups of 16, each of `num_tiles` bfloat16 tiles, or with scales half as many of eight bits.
+  const void* weights;
+  // [output groups, scales, 16], or null; each for `scale_tiles` eight-bit tiles, but for the last.
+  const float* scales;
+  int32_t scale_tiles;
+  // Padded to whole groups, or null.
+  const float* bias;
+  int64_t num_outputs;
+  int32_t num_tiles;
+  // The outputs' halves become silu(first) * second, in out_dtype; otherwise out is float32.
+  bool is_gated;
+  bool is_added;
+  void* out;
+  int64_t out_stride;
+  DType out_dtype;
+};
+
+struct Kernels {
+  const char* name;
+  // Floats of scratch memory one thread needs.
+  int64_t (*scratch_floats)(int head_dim);
+  // Lanes of one prefill unit.
+  int32_t (*prefill_lanes)(DType kv_dtype);
+  void (*decode)(const Attention&, const Unit&, float* scratch);
+  void (*prefill)(const Attention&, const Unit&, float* scratch);
+  void (*merge)(const Attention&, const Merge&);
+  // Over tokens (or rows) begin to end.
+  void (*write)(const Write&, int64_t begin, int64_t end);
+  void (*norm)(const Norm&, int64_t begin, int64_t end);
+  void (*rope)(const Rope&, int64_t begin, int64_t end);
+  void (*silu_mul)(const SiluMul&, int64_t begin, int64_t end);
+  // What the rows of a product are given in, and the floats of scratch memory one thread needs.
+  DType (*panel_dtype)();
+  int64_t (*product_scratch_floats)(int num_tiles);
+  // The bytes in which `split_rows` leaves rows of a panel; 0 where products want the panel as it is.
+  int64_t (*digits_bytes)(int64_t rows, int64_t stride);
+  // Rows begin to end of a product's panel into digits and a scale for each.
+  void (*split_rows)(const Product&, int8_t* digits, float* row_scales, int64_t begin, int64_t end);
+  // Around a thread's products, for instruction sets that have a state.
+  void (*configure_tiles)();
+  void (*release_tiles)();
+  // Float32 rows begin to end, [rows, width], into a panel.
+  void (*pack_rows)(const float* x, int64_t width, void* panel, int64_t stride, int64_t begin,
+                    int64_t end);
+  // Output groups begin to end, of all rows; pairs of groups where they are gated.
+  void (*product)(const Product&, int64_t begin, int64_t end, float* scratch);
+};
+
+const Kernels& kernels_scalar();
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+const Kernels& kernels_amx();
+#endif
+
+}  // namespace octavo

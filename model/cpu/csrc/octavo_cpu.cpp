@@ -1,0 +1,104 @@
+// The C interface of the small operations (model/cpu/ops.py), and the choice of instruction set.
+// It knows nothing of torch, so one binary serves every torch.
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace octavo {
+namespace {
+
+#if defined(__x86_64__)
+// Linux keeps a process from the tiles until it asks; later threads inherit the answer.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const unsigned bf16_tile_int8 = 1u << 22 | 1u << 24 | 1u << 25;
+  return (d & bf16_tile_int8) == bf16_tile_int8 && may_use_tiles();
+}
+#endif
+
+bool supports(const char* isa) {
+  if (!std::strcmp(isa, "scalar")) return true;
+#if defined(__x86_64__)
+  if (!std::strcmp(isa, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+  if (!std::strcmp(isa, "avx512"))
+    return supports("avx2") && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  // Everything else that the compiler may use with it.
+  if (!std::strcmp(isa, "amx")) return supports("avx512") && has_amx();
+#endif
+  return false;
+}
+
+const Kernels* kernels_of(const char* isa) {
+  if (!supports(isa)) return nullptr;
+#if defined(__x86_64__)
+  if (!std::strcmp(isa, "avx2")) return &kernels_avx2();
+  if (!std::strcmp(isa, "avx512")) return &kernels_avx512();
+  if (!std::strcmp(isa, "amx")) return &kernels_amx();
+#endif
+  return &kernels_scalar();
+}
+
+}  // namespace
+}  // namespace octavo
+
+using namespace octavo;
+
+extern "C" {
+
+// What the library was built from, for its loader to compare.
+const char* octavo_sources() { return OCTAVO_SOURCES; }
+
+bool octavo_supports(const char* isa) { return supports(isa); }
+
+const Kernels* octavo_kernels(const char* isa) { return kernels_of(isa); }
+
+void octavo_norm(const Kernels* kernels, int64_t rows, int64_t dim, const void* x, int32_t x_dtype,
+                 int64_t x_stride, float* residual, const void* weight, int32_t weight_dtype,
+                 float eps, void* out, int32_t out_dtype) {
+  const Norm n = {x,   DType(x_dtype),   residual, weight,   DType(weight_dtype),
+                  out, DType(out_dtype), dim,      x_stride, dim,    eps};
+  in_parallel(rows, dim, [&](int64_t begin, int64_t end) { kernels->norm(n, begin, end); });
+}
+
+void octavo_rope(const Kernels* kernels, int64_t tokens, int32_t dtype, void* q,
+                 int64_t q_token_stride, int64_t q_head_stride, int32_t num_heads, void* k,
+                 int64_t k_token_stride, int64_t k_head_stride, int32_t num_kv_heads,
+                 const int64_t* positions, const float* cos_sin, int32_t rotary_dim) {
+  const DType type = DType(dtype);
+  const Rope queries = {
+      {q, q_token_stride, q_head_stride, type}, positions, cos_sin, num_heads, rotary_dim};
+  const Rope keys = {
+      {k, k_token_stride, k_head_stride, type}, positions, cos_sin, num_kv_heads, rotary_dim};
+  in_parallel(tokens, rotary_dim * (num_heads + num_kv_heads), [&](int64_t begin, int64_t end) {
+    kernels->rope(queries, begin, end);
+    kernels->rope(keys, begin, end);
+  });
+}
+
+void octavo_silu_mul(const Kernels* kernels, int64_t rows, int64_t dim, const void* gate_up,
+                     int64_t gate_up_stride, int32_t dtype, void* out) {
+  const SiluMul s = {gate_up, out, DType(dtype), dim, gate_up_stride};
+  // An exponential weighs about four plain elements.
+  in_parallel(rows, 4 * dim, [&](int64_t begin, int64_t end) { kernels->silu_mul(s, begin, end); });
+}
+
+}  // extern "C"

@@ -1,0 +1,104 @@
+"""A decoder's layers in one compiled call (csrc/decoder.cpp), for tiled weights on a CPU.
+
+The same arithmetic as `Transformer.forward`, operation by operation, without a tensor, a thread
+woken or a line of Python between them. Knows nothing of how weights are packed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+
+import torch
+from torch import Tensor
+
+from model.architectures.transformer import DecoderLayer, Transformer
+from model.attention.cpu import CpuAttention
+from model.attention.interface import AttentionBackend
+from model.cpu.library import CpuLibrary
+from model.weights.linear import Linear
+from model.weights.tiled_linear import TiledLinear
+
+#: Gates, and what they are for, must be whole output groups of a tile.
+_INNER_MULTIPLE = 16
+
+
+class CpuDecoder:
+    """See `Decoder`."""
+
+    def __init__(self, transformer: Transformer, library: CpuLibrary) -> None:
+        """Take over the weights, which must satisfy `why_not`."""
+        self._transformer = transformer
+        weights = transformer.weights
+        arch = transformer.arch
+        shape = (
+            arch.hidden_size,
+            arch.intermediate_size,
+            arch.num_heads,
+            arch.num_kv_heads,
+            arch.head_dim,
+            arch.rope.rotary_dim,
+        )
+        pointers = [pointer for layer in weights.layers for pointer in _pointers(layer)]
+        self._handle: int = library.functions.octavo_decoder_new(
+            library.kernels,
+            (ctypes.c_int64 * len(shape))(*shape),
+            arch.rms_eps,
+            (ctypes.c_int64 * len(pointers))(*pointers),
+            arch.num_layers,
+            transformer.cos_sin.data_ptr(),
+        )
+        self._forward = library.functions.octavo_decoder_forward
+        weakref.finalize(self, library.functions.octavo_decoder_free, self._handle)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """See `Decoder`. Attention is the one that `why_not` was asked about."""
+        assert isinstance(attention, CpuAttention), "see why_not"
+        residual = self._transformer.weights.embedding(token_ids)
+        positions = positions.contiguous()
+        self._forward(self._handle, attention.session, positions.data_ptr(), residual.data_ptr())
+        return residual
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Decoder`."""
+        return self._transformer.logits(hidden)
+
+
+def why_not(transformer: Transformer, attention: AttentionBackend) -> str:
+    """Say what keeps a model from the compiled decoder; nothing where it can have it."""
+    if not isinstance(attention, CpuAttention):
+        return f"attention backend {attention.name} is not the compiled one"
+    if transformer.arch.intermediate_size % _INNER_MULTIPLE:
+        return f"intermediate_size is no multiple of {_INNER_MULTIPLE}"
+    for layer in transformer.weights.layers:
+        if not all(isinstance(one, TiledLinear) for one in _products(layer)):
+            return f"weights in {transformer.format} are not in tiles"
+    return ""
+
+
+def _products(layer: DecoderLayer) -> tuple[Linear, ...]:
+    return layer.qkv, layer.o, layer.gate_up, layer.down
+
+
+def _pointers(layer: DecoderLayer) -> tuple[int, ...]:
+    """Return the addresses in the order of csrc/decoder.cpp's `Layer`."""
+    return (
+        layer.input_norm.data_ptr(),
+        *_addresses(layer.qkv),
+        _address(layer.q_norm),
+        _address(layer.k_norm),
+        *_addresses(layer.o),
+        layer.post_norm.data_ptr(),
+        *_addresses(layer.gate_up),
+        *_addresses(layer.down),
+    )
+
+
+def _addresses(linear: Linear) -> tuple[int, ...]:
+    assert isinstance(linear, TiledLinear), "see why_not"
+    return linear.tiles.addresses
+
+
+def _address(norm: Tensor | None) -> int:
+    assert norm is None or norm.dtype == torch.float32, "norms are kept in float32"
+    return 0 if norm is None else norm.data_ptr()

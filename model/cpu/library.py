@@ -1,0 +1,300 @@
+"""The compiled CPU operations as a shared library: finding it, building it, loading it.
+
+The library (model/cpu/csrc) has a C interface and is not linked against torch, so a build needs no
+more than a C++ compiler and a few seconds, and a binary outlives updates of torch. It holds code
+for several instruction sets and asks the CPU which to use. It ends with its own checksum, without
+which it is not loaded. Nothing here knows what the operations do: see `model/cpu/ops.py` and
+`model/attention/cpu.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+# Also brings OpenMP's runtime into the process, which the library takes its threads from.
+import torch
+
+from model.weights.source import octavo_home
+
+SOURCES = Path(__file__).parent / "csrc"
+#: Best first.
+ISAS = ("amx", "avx512", "avx2", "scalar")
+#: The `DType` of csrc/kernels.h.
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+_AVX512_FLAGS = (
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "-mprefer-vector-width=512",
+)
+_ISA_FLAGS = {
+    "scalar": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": _AVX512_FLAGS,
+    "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+}
+_BUILD_TIMEOUT_S = 1200
+_BUILD_PREFIX = ".build-"
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_MATRIX, _ROWS = (_POINTER, _INT), (_POINTER, _LONG, _LONG)
+#: Result and parameters of each function of csrc/octavo_cpu.cpp.
+_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "octavo_sources": (ctypes.c_char_p, ()),
+    "octavo_supports": (ctypes.c_bool, (ctypes.c_char_p,)),
+    "octavo_kernels": (_POINTER, (ctypes.c_char_p,)),
+    "octavo_attention_new": (
+        _POINTER,
+        (*(_POINTER,) * 4, _INT, _INT, _LONG, *(_INT,) * 4, _FLOAT),
+    ),
+    "octavo_attention_free": (None, (_POINTER,)),
+    "octavo_attention_plan": (
+        ctypes.c_char_p,
+        (*(_POINTER,) * 4, _LONG, _POINTER, _INT, _LONG, _INT),
+    ),
+    "octavo_attention_attend": (None, (_POINTER, _INT, _INT, *_ROWS, *_ROWS, *_ROWS, _POINTER)),
+    "octavo_norm": (
+        None,
+        (_POINTER, _LONG, _LONG, *_MATRIX, _LONG, _POINTER, *_MATRIX, _FLOAT, *_MATRIX),
+    ),
+    "octavo_rope": (
+        None,
+        (_POINTER, _LONG, _INT, *_ROWS, _INT, *_ROWS, _INT, _POINTER, _POINTER, _INT),
+    ),
+    "octavo_silu_mul": (None, (_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _POINTER)),
+    "octavo_product": (
+        None,
+        (*(_POINTER,) * 2, _LONG, _LONG, *(_POINTER,) * 3, _LONG, _LONG, _POINTER, _INT),
+    ),
+    "octavo_decoder_new": (_POINTER, (*(_POINTER,) * 2, _FLOAT, _POINTER, _LONG, _POINTER)),
+    "octavo_decoder_free": (None, (_POINTER,)),
+    "octavo_decoder_forward": (None, (_POINTER,) * 4),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CpuLibrary:
+    """The loaded library, and which of its instruction sets is in use."""
+
+    path: Path
+    isa: str
+    functions: ctypes.CDLL
+    #: Address of the table of this instruction set's functions.
+    kernels: int
+    #: What an operator should know of how it was found.
+    notes: tuple[str, ...] = ()
+
+
+def load_cpu_library(
+    *, isa: str | None = None, environ: Mapping[str, str] | None = None
+) -> CpuLibrary | str:
+    """Load the compiled operations, building them if need be; or say in a line why not.
+
+    Looked for: the file that `OCTAVO_CPU_OPS` names; `_cpu_ops.so` beside this file (a container
+    has no compiler); the build of an earlier start under `octavo_home()`; a new build there.
+    `isa`, else `OCTAVO_CPU_ISA`, asks for an instruction set other than the best.
+    """
+    variables = os.environ if environ is None else environ
+    isa = isa or variables.get("OCTAVO_CPU_ISA")
+    if named := variables.get("OCTAVO_CPU_OPS"):
+        return _load(Path(named), isa)
+    shipped = Path(__file__).with_name("_cpu_ops.so")
+    return _load(shipped, isa) if shipped.exists() else _load_cached(variables, isa)
+
+
+def _load(path: Path, isa: str | None, notes: tuple[str, ...] = ()) -> CpuLibrary | str:
+    try:
+        if not _is_whole(path):
+            return f"{path} is damaged; build it anew with python -m model.cpu_ops"
+        functions = ctypes.CDLL(str(path.resolve()))
+        for name, (result, parameters) in _SIGNATURES.items():
+            function = getattr(functions, name)
+            function.restype, function.argtypes = result, parameters
+    except (OSError, AttributeError) as error:
+        return f"{path} cannot be loaded: {error}"
+    if functions.octavo_sources().decode() != _digest_of_sources():
+        return f"{path} was built from other sources; build it anew with python -m model.cpu_ops"
+    if isa is not None and (isa not in ISAS or not functions.octavo_supports(isa.encode())):
+        return f"instruction set {isa!r} is not one of {', '.join(ISAS)}, or not this CPU's"
+    isa = isa or next(name for name in ISAS if functions.octavo_supports(name.encode()))
+    return CpuLibrary(path, isa, functions, functions.octavo_kernels(isa.encode()), notes)
+
+
+def _is_whole(path: Path) -> bool:
+    """Compare a library with the checksum at its end: the loader jumps into whatever it is given.
+
+    Raises `OSError` where it cannot be read.
+    """
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest() == content[-_CHECKSUM_BYTES:]
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def build(output: Path, compiler: str | None = None) -> str | None:
+    """Compile the library to `output`, all or nothing; returns why it could not be, or None.
+
+    Portable: it runs on any CPU of this machine's architecture.
+    """
+    compiler = compiler or _find_compiler(os.environ)
+    if compiler is None:
+        return "no C++ compiler found"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=_BUILD_PREFIX) as folder:
+            linked = Path(folder) / output.name
+            _compile(compiler, Path(folder), linked)
+            # The system's loader takes no notice of what comes after the sections.
+            content = linked.read_bytes()
+            linked.write_bytes(content + hashlib.sha256(content).digest())
+            linked.chmod(0o755)
+            linked.replace(output)
+    except subprocess.CalledProcessError as error:
+        return f"the C++ compiler failed: {_first_error(error.stderr)}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"the build failed: {error}"
+    return None
+
+
+def _compile(compiler: str, folder: Path, output: Path) -> None:
+    is_x86 = platform.machine() in {"x86_64", "AMD64"}
+    flags = (*_BASE_FLAGS, f'-DOCTAVO_SOURCES="{_digest_of_sources()}"')
+    commands = [
+        [compiler, *flags, "-fopenmp", "-c", str(SOURCES / name)]
+        for name in ("octavo_cpu.cpp", "attention.cpp", "decoder.cpp")
+    ]
+    for isa in ISAS if is_x86 else ("scalar",):
+        kernels = ["-c", str(SOURCES / "kernels.cpp"), f"-DOCTAVO_ISA={isa}"]
+        commands.append([compiler, *flags, *_ISA_FLAGS[isa], *kernels])
+    objects = [str(folder / f"{i}.o") for i in range(len(commands))]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for job in [
+            pool.submit(_run, [*command, "-o", to])
+            for command, to in zip(commands, objects, strict=True)
+        ]:
+            job.result()
+    # Without -fopenmp: its symbols come from the runtime that torch has loaded already.
+    _run([compiler, "-shared", "-o", str(output), *objects])
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(  # noqa: S603 - the operator's compiler on our own sources
+        command, check=True, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S
+    )
+
+
+def _first_error(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+
+
+# ---- the builds of earlier starts ----------------------------------------------------------------
+
+
+def _load_cached(variables: Mapping[str, str], isa: str | None) -> CpuLibrary | str:
+    """Load this machine's build of these sources, built now if there is none to be trusted."""
+    # The flags follow from this file and the architecture. Whichever compiler built it will do:
+    # a machine that has lost its compiler keeps what it has.
+    key = hashlib.sha256((_digest_of_sources() + platform.machine()).encode())
+    key.update(Path(__file__).read_bytes())
+    builds = octavo_home(variables) / "build"
+    library = builds / key.hexdigest()[:16] / "cpu_ops.so"
+    fault = _fault_of(library)
+    if fault is None:
+        return _load(library, isa)
+    found = f"{fault}, and " if fault else ""
+    compiler = _find_compiler(variables)
+    if compiler is None:
+        return f"{found}no C++ compiler found"
+    try:
+        with _locked(library.parent):
+            # Whoever held the lock before may have built it.
+            is_built = _fault_of(library) is None
+            reason = None if is_built else _rebuild(library, compiler)
+    except OSError as error:
+        return f"{found}the build folder cannot be used: {error}"
+    _clear_abandoned(builds)
+    if reason is not None:
+        return found + reason
+    return _load(
+        library, isa, (f"{fault}: the compiled CPU operations were built anew",) * bool(fault)
+    )
+
+
+def _fault_of(library: Path) -> str | None:
+    """Say why a build must not be loaded: None where it may be, nothing where there is none."""
+    try:
+        for path in (library.parent, library):
+            status = path.lstat()
+            if status.st_uid not in {0, os.geteuid()}:
+                return f"{path} belongs to another user"
+            if status.st_mode & _WRITABLE_BY_OTHERS:
+                return f"{path} can be written by other users"
+        # What is no file might never be read to its end.
+        return None if library.is_file() and _is_whole(library) else f"{library} is damaged"
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        return f"{library} cannot be read ({error.strerror})"
+
+
+def _rebuild(library: Path, compiler: str) -> str | None:
+    if library.is_dir() and not library.is_symlink():
+        shutil.rmtree(library)
+    return build(library, compiler)
+
+
+def _clear_abandoned(builds: Path) -> None:
+    """Remove what killed builds have left, those of other versions too."""
+    for abandoned in builds.glob(f"*/{_BUILD_PREFIX}*"):
+        # A builder that lives holds the lock; what belongs to others is theirs to remove.
+        with suppress(OSError), (abandoned.parent / "lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(abandoned)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock against other processes on a folder that nobody else can write to."""
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid not in {0, os.geteuid()}:
+        raise PermissionError("set OCTAVO_HOME to a folder of your own")
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        folder.chmod(0o755)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ---- what a build is made of ---------------------------------------------------------------------
+
+
+def _find_compiler(variables: Mapping[str, str]) -> str | None:
+    names = [variables["CXX"]] if variables.get("CXX") else ["g++", "c++"]
+    found = (shutil.which(name, path=variables.get("PATH", "")) for name in names)
+    return next((path for path in found if path), None)
+
+
+def _digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in {".cpp", ".h"}:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The decoder for CUDA: Triton kernels, recorded decode steps and their assembly."""

@@ -1,0 +1,198 @@
+"""Puts a runner together on CUDA: measures what a step and its graphs take, the rest is pages.
+
+NEVER RUN ON A GPU YET. What needs none is tested: the step that is measured, and the plan that is
+made from what was (`model/kv/memory_plan.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from configs.schema import OctavoConfig
+from configs.sizes import format_size
+from model.architectures.transformer import Decoder, ServedDecoder, Transformer
+from model.attention.interface import BackendOffer
+from model.cuda.decoder import GpuDecoder, has_pages
+from model.cuda.graphs import DecodeGraphs, GraphPlan, decode_buckets, record_on_cuda
+from model.cuda.ops import GpuOps
+from model.interface import ModelInfo, SamplingParams, ScoredSpan, SlotStart, StepInput
+from model.kv.memory_plan import DeviceUse, PoolPlan
+from model.kv.pool import KVPool
+from model.runner import SCORED_TOKENS, TorchRunner
+from model.sampling.sampler import Sampler
+
+#: Steps under way: while one runs, the next is planned, packed and launched.
+_MAX_FLIGHTS = 2
+
+#: What sampling can ask for at its dearest, one after the other: all of it in all rows.
+_DEAREST = (
+    SamplingParams(max_tokens=9, temperature=1.0, seed=1),
+    SamplingParams(
+        max_tokens=9,
+        top_p=0.9,
+        top_k=50,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        logprobs=20,
+        prompt_logprobs=20,
+        allowed_token_ids=tuple(range(50)),
+        bad_words=((0, 1),),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuParts:
+    """What is there before there are pages."""
+
+    decoder: ServedDecoder
+    offer: BackendOffer
+    #: Says what is built, from the pages there are.
+    info_of: Callable[[PoolPlan], ModelInfo]
+    kv_dtype: torch.dtype
+    ops: GpuOps | None
+    config: OctavoConfig
+
+
+def assemble_on_gpu(parts: GpuParts, plan_of: Callable[[int], PoolPlan]) -> TorchRunner:
+    """Build the runner; `plan_of` turns free bytes into pages. Raises `MemoryPlanError`."""
+    device = parts.decoder.device
+    use = _measure(parts)
+    page_bytes = use.page_bytes
+    plan = plan_of(page_bytes)
+    parts.decoder.hold_positions(plan.max_model_len)
+    account = use.account(parts.decoder.weights_bytes, plan.total_bytes)
+    told = ", ".join(f"{name} {format_size(size)}" for name, size in account)
+    info = parts.info_of(plan)
+    notes = (*info.notes, f"memory of the GPU: {told}")
+    buckets = decode_buckets(parts.config.scheduler.max_num_seqs)
+    runner = _runner(parts, replace(info, device_bytes=account, notes=notes), buckets)
+    torch.cuda.synchronize(device)
+    return runner
+
+
+def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> TorchRunner:
+    """Build a runner with as many pages as `info` says, and graphs for these numbers of rows."""
+    served, config = parts.decoder, parts.config
+    arch, device = served.arch, served.device
+    pool = KVPool(
+        num_layers=arch.num_layers,
+        # One is nobody's: what pads a recorded step writes there.
+        num_pages=info.num_pages + 1,
+        page_size=info.page_size,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        dtype=parts.kv_dtype,
+        device=device,
+    )
+    attention = parts.offer.build(served.attention_spec(parts.kv_dtype), pool)
+    decoder: Decoder = served
+    # Layers of transformers are left as they are, and may do what cannot be recorded.
+    if isinstance(served, Transformer) and has_pages(attention):
+        decoder = GpuDecoder(served, parts.ops) if parts.ops else served
+    else:
+        buckets = ()
+    graphs = None
+    if buckets:
+        plan = GraphPlan(buckets, info.max_model_len, info.page_size, scratch_page=info.num_pages)
+        with torch.inference_mode():
+            graphs = DecodeGraphs(decoder, attention, plan, device, record_on_cuda(device))
+    max_num_seqs = config.scheduler.max_num_seqs
+    return TorchRunner(
+        info=info,
+        decoder=decoder,
+        attention=attention,
+        pool=pool,
+        sampler=Sampler(max_num_seqs, info.vocab_size, info.eos_token_ids, device),
+        max_num_seqs=max_num_seqs,
+        graphs=graphs,
+        max_flights=_MAX_FLIGHTS,
+    )
+
+
+def _measure(parts: GpuParts) -> DeviceUse:
+    """Run the largest step there may be and record graphs, on two pages; then drop all of it."""
+    device, config = parts.decoder.device, parts.config
+    arch = parts.decoder.arch
+    page_size = parts.offer.page_size(config.cache.page_size)
+    max_len = config.model.max_model_len or arch.max_positions
+    info = parts.info_of(PoolPlan(2, page_size, 0, max_len))
+    max_num_seqs = config.scheduler.max_num_seqs
+    buckets = decode_buckets(max_num_seqs)
+
+    def free_bytes() -> int:
+        torch.cuda.synchronize(device)
+        return torch.cuda.mem_get_info(device)[0]
+
+    # No step under measurement goes further.
+    parts.decoder.hold_positions(min(max_len, config.scheduler.max_num_batched_tokens))
+    before = free_bytes()
+    runner = _runner(parts, info, ())
+    step = largest_step(
+        config.scheduler.max_num_batched_tokens, max_num_seqs, max_len, page_size, _DEAREST[0]
+    )
+    dry_run(runner, step)
+    after_step = free_bytes()
+    # All share the memory of the largest; each takes some of its own beside.
+    first = _runner(parts, info, buckets[-1:])
+    after_first = free_bytes()
+    both = _runner(parts, info, buckets[-2:])
+    after_both = free_bytes()
+    del runner, first, both
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    each = max((after_first - after_both) - (after_step - after_first), 0)
+    return DeviceUse(
+        total_bytes=total,
+        free_bytes=free,
+        step_tokens=len(step.token_ids),
+        step_rows=len(step.counts),
+        step_bytes=before - after_step,
+        graph_bytes=after_step - after_first + each * max(len(buckets) - 1, 0),
+    )
+
+
+def dry_run(runner: TorchRunner, step: StepInput) -> None:
+    """Compute a step with all that sampling can ask for, twice at a time where two may fly."""
+    for params in _DEAREST:
+        starts = [replace(start, params=params) for start in step.started]
+        flights = [runner.launch(replace(step, started=starts)) for _ in range(runner.max_flights)]
+        for flight in flights:
+            flight.wait()
+
+
+def largest_step(
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    page_size: int,
+    params: SamplingParams,
+) -> StepInput:
+    """Return the step that takes most memory: all tokens there may be, and every row samples.
+
+    Some tokens are scored, too. All pages are page 0: what is computed is of no use to anybody.
+    """
+    num_rows = min(max_num_seqs, max_num_batched_tokens)
+    counts: list[int] = []
+    left = max_num_batched_tokens
+    for rows_after in reversed(range(num_rows)):
+        counts.append(min(left - rows_after, max_model_len - 1))
+        left -= counts[-1]
+    tokens = sum(counts)
+    rows = list(range(num_rows))
+    return StepInput(
+        token_ids=[0] * tokens,
+        starts=[0] * num_rows,
+        counts=counts,
+        slots=rows,
+        page_ids=[[0] * -(-count // page_size) for count in counts],
+        sample_rows=rows,
+        scored=[ScoredSpan(0, 0, [0] * min(counts[0], SCORED_TOKENS))],
+        started=[SlotStart(row, params, [0] * counts[row]) for row in rows],
+    )

@@ -1,0 +1,155 @@
+"""`Ops` in Triton, and rotation fused with the write of keys and values to their pages.
+
+NEVER RUN ON A GPU YET: the kernels run in Triton's interpreter (`tests/model/test_ops.py`) and are
+compiled for sm_80 and sm_90. Knows nothing of weights or of attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.extras import why_missing
+
+#: Heads one program rotates.
+_HEADS_EACH = 8
+#: Gates one program takes.
+_GATES = 1024
+
+
+class GpuOps:
+    """See `Ops`. Every result is contiguous."""
+
+    name = "Triton"
+
+    def __init__(self) -> None:
+        # Not at the top of the file: a machine without triton can still load it.
+        from model.cuda import kernels as gpu_kernels  # noqa: PLC0415 - see above
+
+        self._kernels = gpu_kernels
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+        """See `Ops`; x has two or three dimensions, the last one contiguous."""
+        assert x.dim() in {2, 3}, f"rows of {tuple(x.shape)}"
+        num_inner = x.shape[1] if x.dim() == 3 else 1
+        inner_stride = x.stride(1) if x.dim() == 3 else 0
+        return self._norm(x, None, weight, eps, out_dtype, (num_inner, inner_stride))
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See `Ops`; both are `[rows, width]`, the residual contiguous float32."""
+        if residual.dtype != torch.float32:
+            raise ValueError(f"residual must be float32, got {residual.dtype}")
+        return self._norm(x, residual, weight, eps, out_dtype, (1, 0))
+
+    def _norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        out_dtype: torch.dtype,
+        inner: tuple[int, int],
+    ) -> Tensor:
+        num_inner, inner_stride = inner
+        width = x.shape[-1]
+        block = _power_of_two(width)
+        out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+        self._kernels.rms_norm_kernel[(x.numel() // width,)](
+            x,
+            out if residual is None else residual,
+            weight,
+            out,
+            eps,
+            x.stride(0),
+            inner_stride,
+            NUM_INNER=num_inner,
+            WIDTH=width,
+            BLOCK=block,
+            ADDS=residual is not None,
+            num_warps=min(max(block // 512, 1), 16),
+        )
+        return out
+
+    def apply_rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+        """See `Ops`."""
+        self._rotate(q, k, None, positions, cos_sin, None)
+
+    def rope_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        pages: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Rotate q in place; write k, rotated, and v to their pages, leaving both as they are.
+
+        `pages` are a layer's keys, its values (`[pages, page_size, kv_heads, head_dim]`) and each
+        token's slot in them.
+        """
+        self._rotate(q, k, v, positions, cos_sin, pages)
+
+    def _rotate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        positions: Tensor,
+        cos_sin: Tensor,
+        pages: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads, half = k.shape[1], cos_sin.shape[1] // 2
+        # What is not stored to is not read either: any tensors do in their place.
+        v = k if v is None else v
+        keys, values, slots = (k, k, positions) if pages is None else pages
+        kv_blocks = -(-num_kv_heads // _HEADS_EACH)
+        num_blocks = -(-num_heads // _HEADS_EACH) + kv_blocks * (1 if pages is None else 2)
+        self._kernels.rope_kernel[(num_tokens, num_blocks)](
+            q,
+            k,
+            v,
+            positions,
+            cos_sin,
+            slots,
+            keys,
+            values,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            keys.stride(1),
+            NUM_HEADS=num_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            DIM_BLOCK=_power_of_two(head_dim),
+            HALF=half,
+            HALF_BLOCK=_power_of_two(half),
+            HEADS_EACH=_HEADS_EACH,
+            STORES=pages is not None,
+            num_warps=2,
+        )
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Ops`; `gate_up` is contiguous `[rows, 2 * width]`."""
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+        block = min(_power_of_two(width), _GATES)
+        self._kernels.silu_and_mul_kernel[(rows, -(-width // block))](
+            gate_up, out, WIDTH=width, BLOCK=block, num_warps=4
+        )
+        return out
+
+
+def why_not() -> str:
+    """Say what keeps a CUDA machine from these; nothing where it can have them."""
+    return why_missing("triton", "cuda")
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length()

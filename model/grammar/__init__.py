@@ -1,0 +1,1 @@
+"""Grammars of answers: compilation, checks and token masks."""

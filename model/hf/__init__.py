@@ -1,0 +1,1 @@
+"""Decoders of `transformers` over our own paged attention."""

@@ -1,0 +1,370 @@
+"""From logits to tokens: the next token of each row, each by its own request's parameters.
+
+Remembers what each slot's request asked for and, for those with penalties, which tokens it has
+had. Knows nothing of pages, of the model, or of when a sequence ends. The arithmetic is in
+`model/sampling/sampling_ops.py` and `model/sampling/logprobs.py`.
+
+Order, as in vLLM: log-probabilities are of the raw logits; then what is not allowed, logit_bias,
+what is banned, penalties, what the grammar forbids, temperature, min-p, top-k, top-p. Rows are
+grouped by what they need, and no group pays for what another one needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from model.grammar.grammars import CompiledGrammar
+from model.grammar.matchers import TIMEOUT_S, Matchers, Turn
+from model.interface import NO_TOKEN, SlotStart, StepOutput, TokenLogprobs
+from model.packing import upload
+from model.sampling.bad_words import BannedSequences
+from model.sampling.logprobs import describe
+from model.sampling.plan import Penalized, Plan, Planner, SlotRequest
+from model.sampling.sampled_tokens import NOT_DECIDED, Draft
+from model.sampling.sampling_ops import draw_plain, draw_ranked, penalize, stream_of, uniform
+from model.sampling.token_counts import TokenCounts
+
+#: How many of the likeliest tokens top-k and top-p look at first; then at these many more, then at
+#: the whole vocabulary. A `topk` of 256 costs a twentieth of a sort of 49,152 on a CPU, one of
+#: 4,096 a sixth.
+CANDIDATES = (256, 4096)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerStats:
+    """One moment of a sampler. `*_total` only grow."""
+
+    num_penalty_slots: int
+    penalty_bytes: int
+    rows_total: int
+    #: Rows whose first candidates were not enough.
+    widened_rows_total: int
+    #: Rows that got no token, since what their grammar allows was not known in time.
+    late_rows_total: int
+
+
+class Sampler:
+    """Chooses the next tokens.
+
+    Which token a row gets depends on its logits, its request and its position alone: never on the
+    other rows of this step or of earlier ones, nor on a restart in between.
+
+    A row with NaN or plus infinity gets no token (`StepOutput.not_finite`), nor does one where all
+    is minus infinity, whose request fails. Neither harms another row.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device,
+        *,
+        candidates: tuple[int, ...] = CANDIDATES,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """`timeout_s`: how long a step waits for what its grammars allow."""
+        self._max_num_seqs = max_num_seqs
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._device = device
+        self._candidates = (*candidates, vocab_size)
+        self._slots: dict[int, SlotRequest] = {}
+        #: Of the slots with bad_words.
+        self._banned: dict[int, BannedSequences] = {}
+        self._counts = TokenCounts(vocab_size, device)
+        self._matchers = Matchers(vocab_size, timeout_s=timeout_s)
+        self._planner = Planner(vocab_size, device)
+        self._last_plan: Plan | None = None
+        self._rows_total = 0
+        self._widened_rows_total = 0
+        self._late_rows_total = 0
+
+    def start(self, start: SlotStart) -> None:
+        """Give a slot a sequence: new, or preempted or resumed with what it had generated.
+
+        Raises `ValueError` naming the parameter that names a token which does not exist.
+        """
+        params = start.params
+        assert 0 <= start.slot < self._max_num_seqs, f"slot {start.slot} of {self._max_num_seqs}"
+        self._require_known("logit_bias", (token for token, _ in params.logit_bias))
+        self._require_known("allowed_token_ids", params.allowed_token_ids or ())
+        ends = {*self._eos_token_ids, *params.stop_token_ids}
+        slot = SlotRequest(
+            params=params,
+            stream=stream_of(params.seed),
+            free_from=len(start.prompt_token_ids) + params.min_tokens,
+            # A stop token which does not exist is never generated: nothing to ban.
+            banned=tuple(sorted(token for token in ends if 0 <= token < self._vocab_size)),
+            disallowed=self._disallowed(params.allowed_token_ids),
+        )
+        self._slots[start.slot] = slot
+        self._last_plan = None
+        if start.constraint is None:
+            assert params.grammar is None, "a grammar that was not made ready"
+            self._matchers.drop(start.slot)
+        else:
+            assert isinstance(start.constraint, CompiledGrammar), "another runner's grammar"
+            self._matchers.start(start.slot, start.constraint, start.output_token_ids)
+        if slot.is_penalized:
+            self._counts.take(start.slot, start.prompt_token_ids, start.output_token_ids)
+        else:
+            self._counts.drop(start.slot)
+        self._banned.pop(start.slot, None)
+        # A sequence with a token which does not exist is never generated either.
+        bad_words = [word for word in params.bad_words if max(word) < self._vocab_size]
+        if bad_words:
+            self._banned[start.slot] = BannedSequences(bad_words, start.output_token_ids)
+
+    def _require_known(self, name: str, token_ids: Iterable[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < self._vocab_size:
+                last = self._vocab_size - 1
+                raise ValueError(f"{name} names token {token}; the vocabulary ends at {last}")
+
+    def _disallowed(self, allowed: Sequence[int] | None) -> Tensor | None:
+        if allowed is None:
+            return None
+        mask = torch.ones(self._vocab_size, dtype=torch.bool, device=self._device)
+        mask[self._planner.index(allowed)] = False
+        return mask
+
+    def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> StepOutput:
+        """Choose a token for each row and wait for it: `begin`, then `Draft.finish`."""
+        return self.begin(logits, slots, positions).finish()
+
+    def begin(self, logits: Tensor, slots: list[int], positions: list[int]) -> Draft:
+        """Begin to choose a token for each row of float32 `[rows, vocab]` logits.
+
+        `positions[i]` is where the token will stand in row i's sequence: the number of tokens
+        before it. The logits may be overwritten, and must stay as they are until the draft is
+        settled. Waits for nothing, unless penalties meet top-k, top-p, bad_words or a grammar, and
+        for what a grammar allows a moment at most: that has to be known by now.
+        """
+        assert logits.shape == (len(slots), self._vocab_size), f"logits of {tuple(logits.shape)}"
+        plan = self._plan(slots)
+        self._rows_total += len(slots)
+        if plan.is_only_greedy:
+            return Draft(*_likeliest(logits))
+        # Indexed, so a copy: the rows are about to be changed.
+        raw = logits[plan.wants_logprobs.index] if plan.wants_logprobs.rows else None
+        found = self._matchers.turns([slots[row] for row in plan.constrained])
+        turns = dict(zip(plan.constrained, found, strict=True))
+        self._edit(plan, logits, positions, turns)
+        tokens, peaks = self._choose(plan, logits, positions)
+        is_ranked = any(draw.is_ranked for draw in plan.draws)
+        tell = None
+        if raw is not None:
+            rows = plan.wants_logprobs.rows
+            # Read now: by then the slots may be others'.
+            wanted = [self._slots[slots[row]].params.logprobs or 0 for row in rows]
+            tell = partial(self._logprobs, rows, wanted, raw)
+        draft = Draft(
+            tokens,
+            peaks,
+            widen=partial(self._widen, plan, logits, positions) if is_ranked else None,
+            follow=partial(self._follow, plan, turns) if turns or plan.followed else None,
+            describe=tell,
+        )
+        if plan.penalized is not None:
+            draft.settle()
+            self._count(plan.penalized, tokens, turns)
+        return draft
+
+    def score(self, logits: Tensor, slot: int, token_ids: list[int]) -> list[TokenLogprobs]:
+        """Tell of tokens of a slot's prompt how probable each was.
+
+        `logits`: float32 `[len(token_ids), vocab]`, of the tokens before them.
+        """
+        count = self._slots[slot].params.prompt_logprobs or 0
+        chosen = self._planner.index(token_ids).unsqueeze(-1)
+        return describe(logits, chosen, token_ids, [count] * len(token_ids))
+
+    def stats(self) -> SamplerStats:
+        """Count what is held and what was done."""
+        return SamplerStats(
+            num_penalty_slots=len(self._counts.row_of_slot),
+            penalty_bytes=self._counts.num_bytes,
+            rows_total=self._rows_total,
+            widened_rows_total=self._widened_rows_total,
+            late_rows_total=self._late_rows_total,
+        )
+
+    def close(self) -> None:
+        """End the threads, if there are any."""
+        self._matchers.close()
+
+    def check(self) -> None:
+        """Assert that exactly the slots with penalties, bad words or grammars hold them."""
+        for slot, held in self._slots.items():
+            has_grammar = held.params.grammar is not None
+            assert self._matchers.holds(slot) == has_grammar, f"slot {slot}: grammar and matcher"
+        self._counts.check()
+        penalized = {slot for slot, held in self._slots.items() if held.is_penalized}
+        assert penalized == self._counts.row_of_slot.keys(), (
+            f"slots {penalized} use penalties, {set(self._counts.row_of_slot)} hold counts"
+        )
+        banning = {slot for slot, held in self._slots.items() if held.params.bad_words}
+        assert self._banned.keys() <= banning, f"slots {set(self._banned)} follow bad words"
+
+    def _plan(self, slots: list[int]) -> Plan:
+        """Return the plan for these slots: the last one, while neither they nor it changed."""
+        if self._last_plan is None or self._last_plan.slots != slots:
+            held = [self._slots[slot] for slot in slots]
+            self._last_plan = self._planner.plan(list(slots), held, self._counts.row_of_slot)
+        return self._last_plan
+
+    def _edit(
+        self, plan: Plan, logits: Tensor, positions: list[int], turns: dict[int, Turn | None]
+    ) -> None:
+        """Apply, in place, what changes which token is the likeliest."""
+        if plan.restricted is not None:
+            place = plan.restricted.group.place
+            logits[place] = logits[place].masked_fill(plan.restricted.disallowed, -torch.inf)
+        if plan.bias is not None:
+            rows, tokens, biases = plan.bias
+            logits.index_put_((rows, tokens), biases, accumulate=True)
+        banned = [
+            (row, token)
+            for row in plan.guarded
+            if not _must_end(turns.get(row), self._slots[plan.slots[row]].banned)
+            for token in self._next_banned(plan.slots[row], positions[row])
+        ]
+        if banned:
+            banned_rows, banned_tokens = zip(*banned, strict=True)
+            index = self._planner.index(banned_rows), self._planner.index(banned_tokens)
+            logits[index] = -torch.inf
+        if plan.penalized is not None:
+            self._penalize(plan.penalized, logits)
+        for row, turn in turns.items():
+            if turn is not None:
+                is_banned = upload(turn.is_banned, self._device)
+                logits[row].masked_fill_(is_banned, -torch.inf)
+
+    def _follow(
+        self, plan: Plan, turns: dict[int, Turn | None], token_ids: list[int]
+    ) -> dict[int, str]:
+        """Let grammars and bad_words take in their tokens, and take away those that cannot stand.
+
+        Return by row why its request cannot go on.
+        """
+        failures: dict[int, str] = {}
+        chosen: list[tuple[int, int]] = []
+        for row, turn in turns.items():
+            token = token_ids[row]
+            if token == NO_TOKEN:
+                if turn is not None and turn.error:
+                    failures[row] = turn.error
+                continue
+            if turn is None:
+                self._late_rows_total += 1
+                token_ids[row] = NO_TOKEN
+            elif turn.error or turn.is_banned[token]:
+                failures[row] = turn.error or "no token is left that the grammar allows"
+                token_ids[row] = NO_TOKEN
+            elif token not in self._eos_token_ids:
+                chosen.append((plan.slots[row], token))
+        self._matchers.advance(chosen)
+        for row in plan.followed:
+            banned = self._banned.get(plan.slots[row])
+            if banned is not None and token_ids[row] != NO_TOKEN:
+                banned.push(token_ids[row])
+        return failures
+
+    def _count(self, penalized: Penalized, tokens: Tensor, turns: dict[int, Turn | None]) -> None:
+        """Note the new tokens of those whose earlier tokens matter, but for those that are late."""
+        counts, group = penalized.counts, penalized.group
+        had = [i for i, row in enumerate(group.rows) if turns.get(row, True) is not None]
+        if len(had) == len(group.rows):
+            self._counts.add(counts.rows, counts.index, tokens[group.index])
+        elif had:
+            index = self._planner.index(had)
+            rows = [counts.rows[i] for i in had]
+            self._counts.add(rows, counts.index[index], tokens[group.index[index]])
+
+    def _next_banned(self, slot: int, position: int) -> Collection[int]:
+        held, follows = self._slots[slot], self._banned.get(slot)
+        banned = set() if follows is None else follows.next_banned()
+        if position < held.free_from:
+            banned.update(held.banned)
+        allowed = held.params.allowed_token_ids
+        return () if allowed is not None and banned.issuperset(allowed) else banned
+
+    def _penalize(self, penalized: Penalized, logits: Tensor) -> None:
+        """Touch the tokens alone that the sequences have had: a few hundred, not the vocabulary."""
+        held = penalized.counts
+        token_ids = self._counts.tokens_of(held.rows, held.index)
+        counts = held.index.unsqueeze(-1), token_ids
+        # Where an id stands twice in a row, the same value is written twice.
+        place = penalized.group.index.unsqueeze(-1), token_ids
+        logits[place] = penalize(
+            logits[place],
+            self._counts.generated[counts],
+            self._counts.in_prompt[counts],
+            penalized.penalties,
+        )
+
+    def _choose(self, plan: Plan, logits: Tensor, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the tokens of all rows, and each row's largest logit.
+
+        A token is `NOT_DECIDED` where there were too few candidates.
+        """
+        tokens = torch.empty(len(plan.slots), dtype=torch.int64, device=self._device)
+        peaks = torch.empty(len(plan.slots), dtype=logits.dtype, device=self._device)
+        if plan.greedy.rows:
+            index = plan.greedy.index
+            tokens[index], peaks[index] = _likeliest(logits[plan.greedy.place])
+        for draw in plan.draws:
+            u = self._uniforms(plan, draw.group.rows, positions)
+            some = logits[draw.group.place]
+            if draw.is_ranked:
+                drawn, is_decided, peak = draw_ranked(some, draw.filters, u, self._candidates[0])
+                drawn = torch.where(is_decided, drawn, NOT_DECIDED)
+            else:
+                drawn, peak = draw_plain(some, draw.filters, u)
+            tokens[draw.group.index], peaks[draw.group.index] = drawn, peak
+        return tokens, peaks
+
+    def _uniforms(self, plan: Plan, rows: list[int], positions: list[int]) -> Tensor:
+        return self._planner.column(
+            (uniform(self._slots[plan.slots[row]].stream, positions[row]) for row in rows),
+            torch.float64,
+        )
+
+    def _widen(self, plan: Plan, logits: Tensor, positions: list[int], row: int) -> int:
+        """Draw again, from more candidates."""
+        self._widened_rows_total += 1
+        filters = self._planner.filters([self._slots[plan.slots[row]].params])
+        u = self._uniforms(plan, [row], positions)
+        for num_candidates in self._candidates[1:]:
+            drawn, is_decided, _ = draw_ranked(logits[row : row + 1], filters, u, num_candidates)
+            if is_decided.item():
+                return int(drawn.item())
+        raise AssertionError("the whole vocabulary did not decide")
+
+    def _logprobs(
+        self, rows: list[int], wanted: list[int], raw: Tensor, token_ids: list[int]
+    ) -> list[TokenLogprobs | None]:
+        """Describe the tokens by the raw logits `[rows that want it, vocab]`."""
+        found: list[TokenLogprobs | None] = [None] * len(token_ids)
+        chosen = [token_ids[row] for row in rows]
+        told = describe(raw, self._planner.index(chosen).unsqueeze(-1), chosen, wanted)
+        for row, entry in zip(rows, told, strict=True):
+            found[row] = entry
+        return found
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first of the likeliest tokens of each row, and its logit."""
+    found = logits.max(dim=-1)
+    return found.indices, found.values
+
+
+def _must_end(turn: Turn | None, ends: tuple[int, ...]) -> bool:
+    """Whether a grammar allows nothing but these."""
+    return turn is not None and turn.num_allowed == sum(not turn.is_banned[end] for end in ends)

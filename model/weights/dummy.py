@@ -1,0 +1,43 @@
+"""Random weights for an architecture, made on the fly: for benchmarks and capacity tests.
+
+The same config always gives the same weights, and reading a tensor does not depend on what was
+read before it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from model.architectures.arch import ArchSpec
+from model.weights.interface import row_blocks
+
+
+class DummyWeights:
+    """See `WeightSource`: norms are ones, the rest is uniform with a standard deviation of 0.02."""
+
+    def __init__(self, arch: ArchSpec) -> None:
+        self._shapes = arch.tensor_shapes()
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See `WeightSource`."""
+        return self._shapes
+
+    def describe(self, name: str) -> str:
+        """See `WeightSource`."""
+        return f"tensor {name} of the dummy"
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """See `WeightSource`."""
+        shape = self._shapes[name]
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        for _start, count in row_blocks(shape):
+            block = torch.ones(count, *shape[1:])
+            if not name.endswith("norm.weight"):
+                reach = 0.02 * 3**0.5
+                block.uniform_(-reach, reach, generator=generator)
+            yield block

@@ -1,0 +1,97 @@
+"""Reads one answer as its request asked for it; the three APIs tell what this gives.
+
+Knows nothing of how calls and reasoning are told apart (`server/tools/`) nor of how answers look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from server.generation.tooling import ParserOptions
+from server.tools.custom import input_of
+from server.tools.events import (
+    ArgumentsDelta,
+    CallEnded,
+    CallStarted,
+    Content,
+    CutCall,
+    Event,
+    Reasoning,
+)
+from server.tools.output_parser import OutputParser
+
+
+class AnswerParser:
+    """Gives the events that the client is to see, in order."""
+
+    def __init__(self, parser_options: ParserOptions | None) -> None:
+        """`parser_options`: how the output is read; None: it is plain text."""
+        self._parser_options = parser_options
+        self._parser = None if parser_options is None else OutputParser(parser_options.syntax)
+        #: Complete calls among the events.
+        self.num_calls = 0
+        self._num_started = 0
+        self._is_skipping = False
+        #: Arguments of a custom tool's call, of which the input is told when it is complete.
+        self._held: str | None = None
+        #: What the output holds and no event tells.
+        self.left_out: dict[str, Any] = {}
+
+    def push(self, text: str) -> list[Event]:
+        """Return what is known now that `text` follows."""
+        if self._parser is None:
+            return [Content(text)] if text else []
+        return self._shown(self._parser.push(text))
+
+    def finish(self) -> list[Event]:
+        """Return what is left now that nothing follows."""
+        return [] if self._parser is None else self._shown(self._parser.finish())
+
+    def _shown(self, events: Iterable[Event]) -> list[Event]:
+        return [event for event in self._with_inputs(events) if self._is_shown(event)]
+
+    def _with_inputs(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Yield the events with the input of custom tools in place of their arguments."""
+        assert self._parser_options is not None, "plain text has no events"
+        for event in events:
+            match event:
+                case CallStarted(name) if name in self._parser_options.custom_names:
+                    self._held = ""
+                    yield CallStarted(name, is_custom=True)
+                case ArgumentsDelta(text) if self._held is not None:
+                    self._held += text
+                case CallEnded() if self._held is not None:
+                    held, self._held = self._held, None
+                    yield from (ArgumentsDelta(input_of(held)), event)
+                case CutCall(text) if self._held is not None:
+                    held, self._held = self._held, None
+                    yield CutCall(held + text)
+                case _:
+                    yield event
+
+    def _is_shown(self, event: Event) -> bool:
+        assert self._parser_options is not None, "plain text has no events"
+        match event:
+            case Content():
+                return True
+            case Reasoning():
+                return self._parser_options.has_reasoning
+            case CallStarted():
+                is_single = not self._parser_options.has_parallel_calls
+                self._is_skipping = is_single and self._num_started > 0
+                self._num_started += not self._is_skipping
+                return not self._is_skipping
+            case ArgumentsDelta():
+                return not self._is_skipping
+            case CallEnded():
+                if self._is_skipping:
+                    self.left_out["num_tool_calls"] = self.left_out.get("num_tool_calls", 0) + 1
+                else:
+                    self.num_calls += 1
+            case CutCall(text):
+                if not self._is_skipping:
+                    self.left_out["cut_tool_call"] = self.left_out.get("cut_tool_call", "") + text
+        # What ends a call ends its being skipped.
+        was_skipping, self._is_skipping = self._is_skipping, False
+        return not was_skipping

@@ -1,0 +1,148 @@
+"""What becomes of each parameter we do not honour: one table, so that nothing is ignored silently.
+
+Fields of the models in `server/openai/schemas.py` are honoured. Anything else in a request is
+looked up here: refused by name unless its value asks for nothing, or answered in `octavo.warnings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from pydantic import BaseModel
+
+from server.http.errors import invalid, shortened
+
+#: More are summed up.
+MAX_WARNINGS = 64
+_MAX_EXTRAS = 1024
+
+
+class Warned(TypedDict):
+    """One entry of `octavo.warnings`."""
+
+    param: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A known parameter without effect here; harmless with one of the `neutral` values."""
+
+    neutral: tuple[object, ...]
+    #: Whether other values are refused; else they are warned of.
+    is_refused: bool
+    reason: str
+
+
+#: Named, for the table below holds them as values, not as switches.
+_TRUE, _FALSE = True, False
+
+
+def _refused(*neutral: object, because: str = "is not supported") -> Unsupported:
+    return Unsupported(neutral, is_refused=True, reason=because)
+
+
+def _warned(because: str, *neutral: object) -> Unsupported:
+    return Unsupported(neutral, is_refused=False, reason=because)
+
+
+_COMMON = {
+    "use_beam_search": _refused(_FALSE),
+    "length_penalty": _refused(1.0),
+    "early_stopping": _refused(_FALSE),
+    "logits_processors": _refused([]),
+    "kv_transfer_params": _refused(),
+    "return_tokens_as_token_ids": _refused(_FALSE),
+    "spaces_between_special_tokens": _refused(_TRUE),
+    "detokenize": _refused(_TRUE),
+    "user": _warned("callers are not told apart by it"),
+    "metadata": _warned("is not stored", {}),
+    "store": _warned("nothing is stored here", _FALSE),
+    "service_tier": _warned("there is one tier", "auto", "default"),
+    "safety_identifier": _warned("is not used"),
+    "prompt_cache_key": _warned("equal prefixes are shared without it; cache_salt keeps apart"),
+    "prompt_cache_retention": _warned("prefixes are kept as long as there is room"),
+    "request_id": _warned("send the header X-Request-Id instead"),
+}
+CHAT = {
+    **_COMMON,
+    "functions": _refused([], because="are not supported"),
+    "function_call": _refused("none"),
+    "audio": _refused(),
+    "modalities": _refused(["text"], because="can only be ['text']"),
+    "web_search_options": _refused(),
+    "chat_template": _refused(because="of a request is not used: the model's own is"),
+    "documents": _refused([]),
+    "mm_processor_kwargs": _refused({}),
+    "echo": _refused(_FALSE),
+    "prediction": _warned("predicted output does not speed anything up here"),
+    "verbosity": _warned("has no effect on this model", "medium"),
+}
+COMPLETION = {
+    **_COMMON,
+    "suffix": _refused("", because="is not supported: text cannot be inserted"),
+    "prompt_embeds": _refused(),
+}
+TOKENIZE = {
+    **{name: known for name, known in CHAT.items() if known.is_refused},
+    "add_special": _warned("it is called add_special_tokens here"),
+    "parse_special": _warned("special tokens in a prompt are always read as such", _TRUE),
+    "with_pieces": _warned("it is called return_token_strs here", _FALSE),
+}
+STREAM_OPTIONS = {
+    "include_obfuscation": _warned("chunks are not padded", _FALSE),
+}
+
+
+def judge(
+    extras: Mapping[str, Any] | None, table: Mapping[str, Unsupported], prefix: str = ""
+) -> list[Warned]:
+    """Return a warning for each parameter without effect. Raises `ApiError` for a refused one."""
+    extras = extras or {}
+    if len(extras) > _MAX_EXTRAS:
+        raise invalid(f"{len(extras)} parameters are unknown here", prefix.rstrip(".") or None)
+    warnings: list[Warned] = []
+    for name, value in extras.items():
+        known = table.get(name)
+        if value is None or (known and _is_neutral(value, known.neutral)):
+            continue
+        param = prefix + shortened(name)
+        if known is None:
+            warnings.append({"param": param, "message": f"{param} is unknown here and was ignored"})
+        elif known.is_refused:
+            raise invalid(f"{param} {known.reason}", param, code="unsupported_parameter")
+        else:
+            warnings.append({"param": param, "message": f"{param} was ignored: {known.reason}"})
+    return summed_up(warnings)
+
+
+def summed_up(warnings: list[Warned]) -> list[Warned]:
+    """Return no more of them than anybody reads."""
+    left = len(warnings) - MAX_WARNINGS
+    told = f"and {left} more parameters were ignored"
+    more: list[Warned] = [{"param": "*", "message": told}] if left > 0 else []
+    return warnings[:MAX_WARNINGS] + more
+
+
+def nested(part: BaseModel, at: str = "") -> Iterator[tuple[str, BaseModel]]:
+    """Yield an object of a request and those within it, each with its path."""
+    yield at, part
+    prefix = at and at + "."
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        if isinstance(value, BaseModel):
+            yield from nested(value, prefix + name)
+        elif isinstance(value, list):
+            for index, inner in enumerate(value):
+                if isinstance(inner, BaseModel):
+                    yield from nested(inner, f"{prefix}{name}.{index}")
+
+
+def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+    """Compare types too: `True` is no 1."""
+    return any(
+        value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+        for allowed in neutral
+    )

@@ -1,0 +1,101 @@
+"""The prompt's own log-probabilities: what a request may want of them, and how they are told.
+
+Two ways: vLLM's `prompt_logprobs`, and OpenAI's older one, `echo` with `logprobs` (which is how
+evaluation harnesses ask). Knows nothing of how they are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from scheduler.client import TokenLogprobs
+from server.http.errors import invalid
+from server.openai.schemas import GenerateFields
+from server.text.detokenize import StreamDecoder
+from server.text.tokenizer import Tokenizer
+
+#: What OpenAI writes for a probability of 0, which JSON cannot say.
+LOWEST_LOGPROB = -9999.0
+#: Probabilities in one answer: some hundred megabytes.
+MAX_ENTRIES = 2**20
+
+
+def num_wanted(request: GenerateFields, echoed: int | None = None) -> int | None:
+    """Return how many of the likeliest are wanted for each token; None: it is not asked for.
+
+    `echoed`: as many as the echo is to tell. Raises `ApiError`.
+    """
+    if request.prompt_logprobs is not None and request.stream:
+        message = "prompt_logprobs cannot be streamed: ask without stream"
+        raise invalid(message, "prompt_logprobs", code="unsupported_parameter")
+    asked = [count for count in (request.prompt_logprobs, echoed) if count is not None]
+    return max(asked, default=None)
+
+
+def require_few(request: GenerateFields, prompts: Iterable[Sequence[int]], count: int) -> None:
+    """Raise `ApiError` if all prompts together would be told more than an answer may hold.
+
+    `count`: of the likeliest at each token.
+    """
+    num_entries = sum(map(len, prompts)) * (1 + count)
+    if num_entries > MAX_ENTRIES:
+        name = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
+        message = (
+            f"{name}: of the prompts of all answers together {num_entries} probabilities are asked"
+            f" for, and at most {MAX_ENTRIES} are told"
+        )
+        raise invalid(message, name)
+
+
+def listed(tokenizer: Tokenizer, scores: Iterable[TokenLogprobs], count: int) -> list[Any]:
+    """Return them in vLLM's shape: nothing of the first token, then what could have stood there."""
+    return [None, *(_candidates(tokenizer, score, count) for score in scores)]
+
+
+def _candidates(tokenizer: Tokenizer, score: TokenLogprobs, count: int) -> dict[str, Any]:
+    """Return the prompt's own token, and the likeliest ones, by their ids."""
+    ranked = {score.token_id: (score.rank, score.logprob)}
+    for rank, (token_id, logprob) in enumerate(score.top[:count], 1):
+        ranked.setdefault(token_id, (rank, logprob))
+    return {
+        str(token_id): {
+            "logprob": max(logprob, LOWEST_LOGPROB),
+            "rank": rank,
+            "decoded_token": tokenizer.token_text(token_id),
+        }
+        for token_id, (rank, logprob) in ranked.items()
+    }
+
+
+def echoed(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    scores: Sequence[TokenLogprobs],
+    count: int,
+    *,
+    skip_special_tokens: bool,
+) -> dict[str, list[Any]]:
+    """Return them in OpenAI's shape, as of an output that begins with the prompt's tokens."""
+    decoder = StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
+    return {
+        "tokens": [tokenizer.token_text(token_id) for token_id in prompt],
+        "token_logprobs": [None, *(max(score.logprob, LOWEST_LOGPROB) for score in scores)],
+        "top_logprobs": [None, *(top_texts(tokenizer, score, count) for score in scores)],
+        "text_offset": list(_offsets(decoder, prompt)),
+    }
+
+
+def top_texts(tokenizer: Tokenizer, score: TokenLogprobs, count: int) -> dict[str, float]:
+    """Return the likeliest, and the token itself in any case, by their texts."""
+    shown = (*score.top[:count], (score.token_id, score.logprob))
+    return {
+        tokenizer.token_text(token_id): max(logprob, LOWEST_LOGPROB) for token_id, logprob in shown
+    }
+
+
+def _offsets(decoder: StreamDecoder, prompt: Iterable[int]) -> Iterator[int]:
+    num_chars = 0
+    for token_id in prompt:
+        yield num_chars
+        num_chars += len(decoder.push((token_id,)))

@@ -1,0 +1,1 @@
+"""What every route shares: protocol, authentication, errors, event streams."""

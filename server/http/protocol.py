@@ -1,0 +1,203 @@
+"""HTTP/1.1 below the application: what never becomes a request is answered, or given up, here.
+
+uvicorn does the work; it would take in heads, trailers and idle connections without end. Here
+whatever is no body has a bound in bytes and in time, and an address one in connections; bodies are
+the application's (`server/http/respond.py`), until it has answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections import Counter
+from http import HTTPStatus
+from typing import Any
+
+import httptools
+from starlette.types import Message, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from server.http.errors import ApiError, invalid
+
+#: From the connection, or the first byte of a further request on it, to the end of the head; and
+#: from an answer that did not wait for the body to the end of that body, which is thrown away.
+HEAD_TIMEOUT_S = 30.0
+#: Of one request, all that is no body: request line, headers, trailers, and of chunks' sizes and
+#: extensions what is longer than the chunks.
+MAX_HEAD_BYTES = 32_768
+MAX_HEADERS = 128
+#: Requests sent before the answer to the first.
+MAX_PIPELINED = 16
+#: How finely the bytes are counted.
+_SLICE_BYTES = 8192
+
+
+class _TooMuchError(Exception):
+    """Raised out of the parser's callbacks, which ends the parsing."""
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """See the module."""
+
+    head_timeout_s = HEAD_TIMEOUT_S
+    _giving_up: asyncio.TimerHandle | None = None
+    #: Of the request in hand: from its first byte to its last, and to the end of its head.
+    _is_in_request = _is_in_head = False
+    #: Bytes of it that were no body.
+    _num_head_bytes = 0
+
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401 - uvicorn's
+        connections_by_address: Counter[str] | None = None,
+        max_per_address: int = 0,
+        **named: Any,  # noqa: ANN401 - uvicorn's
+    ) -> None:
+        """`connections_by_address`: counted by all connections; `max_per_address`: 0: any."""
+        super().__init__(*args, **named)
+        self._counts = Counter[str]() if connections_by_address is None else connections_by_address
+        self._max_per_address = max_per_address
+        self._address = ""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for a request, but not for ever."""
+        super().connection_made(transport)
+        self._await_end()
+        self._address = _address_of(self.client)
+        self._counts[self._address] += 1
+        if self._address and 0 < self._max_per_address < self._counts[self._address]:
+            message = f"more than {self._max_per_address} connections from your address"
+            headers = {"Retry-After": "1"}
+            self._refuse(ApiError(429, message, code="connection_limit", headers=headers))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._stop_waiting()
+        self._counts[self._address] -= 1
+        if not self._counts[self._address]:
+            del self._counts[self._address]
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse it; what asks for another protocol goes on in this one."""
+        view, start = memoryview(data), 0
+        while start < len(view) and not self.transport.is_closing():
+            some = view[start : start + _SLICE_BYTES]
+            start += len(some)
+            self._num_head_bytes += len(some)
+            try:
+                self.parser.feed_data(some)
+            except httptools.HttpParserUpgrade as upgrade:
+                start += upgrade.args[0] - len(some)
+            except httptools.HttpParserError as error:
+                is_too_much = isinstance(error.__context__, _TooMuchError)
+                message = "what came is no HTTP/1.1 request"
+                self._refuse(_too_much() if is_too_much else invalid(message, None, "invalid_http"))
+            if self._num_head_bytes > MAX_HEAD_BYTES:
+                self._refuse(_too_much())
+
+    def on_message_begin(self) -> None:
+        """Note the first byte of a request."""
+        self._unset_keepalive_if_required()
+        self._is_in_request = self._is_in_head = True
+        if self._giving_up is None:
+            self._await_end()
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take in a header; trailers are nobody's business here."""
+        if self._is_in_head:
+            if len(self.headers) == MAX_HEADERS:
+                raise _TooMuchError
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """From here on it is a request; its body has a patience of its own."""
+        self._is_in_head = False
+        self._stop_waiting()
+        if len(self.pipeline) == MAX_PIPELINED:
+            raise _TooMuchError
+        before = self.cycle
+        super().on_headers_complete()
+        if self.cycle is not before and self.parser.get_http_version() == "1.0":
+            self.cycle.send = _unchunked(self.cycle)  # type: ignore[assignment, method-assign] # as uvicorn calls it
+
+    def on_body(self, body: bytes) -> None:
+        """Hand it on."""
+        # It was counted, and a chunk may have as many bytes around it.
+        self._num_head_bytes = max(0, self._num_head_bytes - 2 * len(body))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Begin to count anew."""
+        self._is_in_request = False
+        self._num_head_bytes = 0
+        self._stop_waiting()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, and for the rest of this one, but not for ever."""
+        super().on_response_complete()
+        if self._is_in_request:
+            self._unset_keepalive_if_required()
+            if self.cycle.response_complete and self._giving_up is None:
+                self._await_end()
+
+    def _refuse(self, error: ApiError) -> None:
+        """Tell it, unless that would fall into the middle of an answer, and close."""
+        if self.transport.is_closing():
+            return
+        cycle = self.cycle
+        is_asked = cycle is not None  # Nothing is before the first request.
+        is_answering = is_asked and cycle.response_started and not cycle.response_complete
+        if not is_answering and not self.pipeline:
+            body = error.body()
+            told = {"content-type": "application/json", "content-length": str(len(body))}
+            lines = (f"{name}: {value}\r\n" for name, value in {**told, **error.headers}.items())
+            status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+            head = f"{status}{''.join(lines)}connection: close\r\n\r\n"
+            self.transport.write(head.encode() + body)
+        if is_asked:
+            cycle.disconnected = True
+        self.transport.close()
+
+    def _await_end(self) -> None:
+        self._giving_up = self.loop.call_later(self.head_timeout_s, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+
+
+def _unchunked(cycle: RequestResponseCycle) -> Send:
+    """Return the `send` of a cycle whose client knows no chunks: the end of the body is the close.
+
+    uvicorn closes after each answer to HTTP/1.0, but chunks whatever has no length.
+    """
+    send: Send = cycle.send  # type: ignore[assignment] # uvicorn's types of the same messages
+    has_length = False
+
+    async def send_plain(message: Message) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            names = [name.lower() for name, _ in message.get("headers", ())]
+            has_length = b"content-length" in names
+            cycle.chunked_encoding = None if has_length else False
+        elif message["type"] == "http.response.body" and not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return send_plain
+
+
+def _too_much() -> ApiError:
+    message = f"more than {MAX_HEAD_BYTES} bytes or {MAX_HEADERS} headers beside the body"
+    return ApiError(431, message, code="head_too_large")
+
+
+def _address_of(client: tuple[str, int] | None) -> str:
+    """Return whom a connection counts for: of IPv6, the network that a host commonly has."""
+    if client is None or ":" not in client[0]:
+        return client[0] if client else ""
+    return str(ipaddress.ip_network((client[0].partition("%")[0], 64), strict=False))

@@ -1,0 +1,286 @@
+"""Sends what is generated, whole or as a stream, as long as the client is there.
+
+Knows nothing of the shapes of chats and completions: a `AnswerFormat` does. Errors are left to the
+boundary (`server/http/middleware.py`), before the first byte and after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing, closing
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from scheduler.client import RejectKind, RequestRefusedError
+from server.generation.choices import best, generate_choices
+from server.generation.generate import Job, octavo, usage
+from server.generation.output import OutputChunk
+from server.http.context import RequestContext, RequestRecord
+from server.http.deadline import Deadline
+from server.http.errors import ApiError, ClientGoneError, from_engine
+from server.http.event_stream import EventStream
+from server.http.work import Check
+from server.service import Service
+
+#: What `generate_choices` yields.
+Batches: TypeAlias = AsyncGenerator[Sequence[tuple[int, OutputChunk]], None]
+
+#: To write a probability takes as long as to encode this many characters, some 2 µs.
+_SCORE_CHARS = 8
+#: Of a body that is too large, this many times the limit is read and thrown away, so that a client
+#: that writes before it reads gets to see the answer.
+_DISCARD_FACTOR = 4
+#: A body may come slowly, but not stand still for longer, nor be slower than this behind it.
+BODY_TIMEOUT_S = 30.0
+LEAST_BYTES_PER_S = 8192
+
+
+class AnswerFormat(Protocol):
+    """How one choice looks in one route's responses. Chunks are whole events."""
+
+    def opening(self) -> bytes:
+        """Events before the first chunk of any choice."""
+
+    def chunk(self, chunk: OutputChunk) -> bytes:
+        """Events with a chunk's text."""
+
+    def closing(self, finish_reason: str, told: dict[str, Any]) -> bytes:
+        """Events after the last chunk.
+
+        `told` has `octavo`, and `usage` if it was asked for; it is empty while others go on.
+        """
+
+    def ending(self) -> bytes:
+        """Return what ends the whole stream; only the first choice's is sent."""
+
+    def choice(self, chunks: Sequence[OutputChunk]) -> dict[str, Any]:
+        """Return the whole choice, for a request that wants no stream."""
+
+    def answer(self, choices: list[dict[str, Any]], told: dict[str, Any]) -> dict[str, Any]:
+        """Return the whole body around all choices."""
+
+
+class FormatFactory(Protocol):
+    """Gives a answer_format once the job is known."""
+
+    def __call__(self, job: Job, record: RequestRecord, index: int) -> AnswerFormat:
+        """Return the answer_format of one choice."""
+
+
+class GenerationResponse(Response):
+    """Runs a job while the client listens; a client that leaves cancels it."""
+
+    def __init__(
+        self, service: Service, prepare: Callable[[], Awaitable[Job]], new_format: FormatFactory
+    ) -> None:
+        super().__init__()
+        self._service = service
+        self._prepare = prepare
+        self._new_format = new_format
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer. Raises `ApiError` for the boundary, `ClientGoneError` when nobody listens."""
+        context = RequestContext.of(scope)
+        with closing(Deadline(context, self._service.clock)) as deadline:
+            async with context.interruption.on_disconnect(receive):
+                deadline.of_server(self._service.config.server.request_timeout_s)
+                job = await self._prepare()
+                deadline.of_request(job.timeout_s)
+                await self._answer(job, context.record, send)
+
+    async def _answer(self, job: Job, record: RequestRecord, send: Send) -> None:
+        formats = [self._new_format(job, record, i) for i in range(job.num_answers)]
+        async with aclosing(generate_choices(self._service, job, record)) as batches:
+            if job.is_stream:
+                await self._stream(batches, job, formats, record, send)
+            else:
+                await self._whole(batches, job, formats, record, send)
+
+    async def _stream(
+        self,
+        batches: Batches,
+        job: Job,
+        formats: Sequence[AnswerFormat],
+        record: RequestRecord,
+        send: Send,
+    ) -> None:
+        """One write a step. Awaiting it is the backpressure: unread deltas become one."""
+        num_left, has_begun = len(formats), False
+        keep_alive_s = self._service.config.server.sse_keep_alive_s
+        async with EventStream(send, keep_alive_s) as stream:
+            async for batch in batches:
+                events = b""
+                if not has_begun:
+                    has_begun = True
+                    events = b"".join(answer_format.opening() for answer_format in formats)
+                for index, chunk in batch:
+                    answer_format = formats[index]
+                    if chunk.prompt_logprobs:
+                        events += await self._service.work.run(
+                            partial(_told, answer_format, chunk), _length([chunk])
+                        )
+                    elif chunk.text or chunk.tokens or (job.has_token_ids and chunk.token_ids):
+                        events += answer_format.chunk(chunk)
+                    if chunk.finish_reason is not None:
+                        num_left -= 1
+                        has_usage = job.has_usage_chunk
+                        told = {} if num_left else self._told(job, record, has_usage=has_usage)
+                        events += answer_format.closing(chunk.finish_reason, told)
+                if not num_left:
+                    events += formats[0].ending()
+                if events:
+                    await stream.write(events, is_last=not num_left)
+
+    async def _whole(
+        self,
+        batches: Batches,
+        job: Job,
+        formats: Sequence[AnswerFormat],
+        record: RequestRecord,
+        send: Send,
+    ) -> None:
+        collected: list[list[OutputChunk]] = [[] for _ in job.requests]
+        async for batch in batches:
+            for index, chunk in batch:
+                collected[index].append(chunk)
+        told = self._told(job, record, has_usage=True)
+
+        def write(_: Check) -> bytes:
+            answers = best(job, collected)
+            choices = [
+                answer_format.choice(own)
+                for answer_format, own in zip(formats, answers, strict=True)
+            ]
+            return orjson.dumps(formats[0].answer(choices, told))
+
+        body = await self._service.work.run(write, sum(map(_length, collected)))
+        await send_json(send, 200, body)
+
+    def _told(self, job: Job, record: RequestRecord, *, has_usage: bool) -> dict[str, Any]:
+        told = {"octavo": octavo(job, record, self._service.clock.monotonic_s())}
+        return {"usage": usage(record)} | told if has_usage else told
+
+
+def _told(answer_format: AnswerFormat, chunk: OutputChunk, _: Check) -> bytes:
+    return answer_format.chunk(chunk)
+
+
+def _length(chunks: Iterable[OutputChunk]) -> int:
+    """Return of how much text the prompt's probabilities take the time to write."""
+    scores = (score for chunk in chunks for score in chunk.prompt_logprobs)
+    return _SCORE_CHARS * sum(1 + len(score.top) for score in scores)
+
+
+class JsonResponse(Response):
+    """`content` as JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """See `Response`."""
+        return orjson.dumps(content)
+
+
+class PreparedResponse(JsonResponse):
+    """What `prepare` returns, as JSON; a client that leaves cancels it."""
+
+    def __init__(self, prepare: Callable[[], Awaitable[object]]) -> None:
+        super().__init__()
+        self._prepare = prepare
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer. Raises what `prepare` does, `ClientGoneError` when nobody listens."""
+        async with RequestContext.of(scope).interruption.on_disconnect(receive):
+            body = self.render(await self._prepare())
+        await send_json(send, 200, body)
+
+
+async def send_json(
+    send: Send, status: int, body: bytes, headers: dict[str, str] | None = None
+) -> None:
+    """Send a whole response."""
+    listed = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    listed += [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": listed})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def read_work(service: Service, request: Request) -> bytes:
+    """Return the body of a request for tokens, as `read_body` does.
+
+    Raises `ApiError` (429) where there is no place to wait, before anything is made of the body.
+    """
+    body = await read_body(request, service.config.server.max_request_bytes)
+    record = RequestContext.of(request.scope).record
+    record.whose = hash((record.key_name, record.client, body))
+    # With a priority it may take another's place, which the engine knows.
+    may_displace = b'"priority"' in body or service.client.stats().lowest_waiting_priority > 0
+    if not may_displace and not service.reservations.has_place(record.whose):
+        message = "too many requests are waiting already, or were promised a place before this one"
+        refused = RequestRefusedError(message, RejectKind.BUSY, None)
+        raise from_engine(refused, service.reservations.retry_after_s(record.whose))
+    return body
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """Return the request's JSON, unparsed, never holding more than `limit_bytes` of it.
+
+    Raises `ApiError`: 413 if it is larger, whatever its headers say; 408 if it stops coming or
+    trickles; 503 if others' take too much; 400 if it is not said to be JSON. Raises
+    `ClientGoneError`.
+    """
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0]
+    if media_type.strip().lower() != "application/json":
+        raise ApiError(
+            400, "the body must be JSON: send Content-Type: application/json", code="content_type"
+        )
+    # A client that asks before it sends (RFC 9110, 10.1.1) is told before it has sent.
+    most_bytes = limit_bytes if "expect" in request.headers else limit_bytes * _DISCARD_FACTOR
+    chunks: list[bytes] = []
+    num_bytes, has_more = 0, True
+    if (announced_bytes := int(request.headers.get("content-length", "0"))) > most_bytes:
+        num_bytes, has_more = announced_bytes, False
+    began_s, context = time.monotonic(), RequestContext.of(request.scope)
+    with context.bodies.reading(context.record.client) as take:
+        while has_more and num_bytes <= most_bytes:
+            left_s = began_s + num_bytes / LEAST_BYTES_PER_S - time.monotonic()
+            message = await _next_of_body(request, BODY_TIMEOUT_S + min(0.0, left_s))
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > limit_bytes:
+                chunks.clear()
+            else:
+                take(len(message.get("body", b"")))
+                chunks.append(message.get("body", b""))
+            has_more = message.get("more_body", False)
+    if num_bytes > limit_bytes:
+        raise ApiError(
+            413,
+            f"the body is larger than the {limit_bytes} bytes that are allowed",
+            code="request_too_large",
+            headers={"Connection": "close"},
+        )
+    return b"".join(chunks)
+
+
+async def _next_of_body(request: Request, timeout_s: float) -> Message:
+    try:
+        async with asyncio.timeout(timeout_s):
+            message = await request.receive()
+    except TimeoutError as error:
+        raise ApiError(
+            408,
+            f"nothing came of the body for {BODY_TIMEOUT_S:g} seconds, or less than"
+            f" {LEAST_BYTES_PER_S} bytes a second for longer",
+            code="request_timeout",
+            headers={"Connection": "close"},
+        ) from error
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError
+    return message

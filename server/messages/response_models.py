@@ -1,0 +1,195 @@
+"""What /openapi.json says of Messages' responses; see `server/openai/response_models.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, RootModel
+
+from server.openai.response_models import Document, ErrorDetail, LeftOut, Octavo, ParamWarning
+
+StopReason = Literal[
+    "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"
+]
+
+
+class MessagesErrorBody(Document):
+    """Every answer other than success; in a stream, the event `error`, which is the last."""
+
+    type: Literal["error"]
+    error: ErrorDetail
+    request_id: str
+
+
+class WrittenText(Document):
+    """Text for the reader."""
+
+    type: Literal["text"]
+    text: str
+
+
+class WrittenThinking(Document):
+    """Text the model wrote for itself."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+class WrittenToolUse(Document):
+    """A call of a tool, to be answered by a `tool_result`."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+WrittenBlock = Annotated[
+    WrittenText | WrittenThinking | WrittenToolUse, Field(discriminator="type")
+]
+
+
+class MessageUsage(Document):
+    """Tokens: the prompt's are the sum of the first three.
+
+    Read: found in the cache. Creation: computed, and whole pages of the cache from then on. Input:
+    computed, in the last page, which the prompt does not fill.
+    """
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageReport(Octavo):
+    """What other servers do not tell."""
+
+    left_out: LeftOut | None = None
+    #: Of the output's tokens; only of models that reason.
+    reasoning_tokens: int | None = None
+
+
+class MessageAnswer(Document):
+    """Answer of `POST /v1/messages`; in a stream, `message_start` has one that is empty yet."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[WrittenBlock]
+    stop_reason: StopReason | None
+    stop_sequence: str | None
+    usage: MessageUsage
+    octavo: MessageReport | None = None
+
+
+class MessageStart(Document):
+    """The first event."""
+
+    type: Literal["message_start"]
+    message: MessageAnswer
+
+
+class Ping(Document):
+    """Says nothing."""
+
+    type: Literal["ping"]
+
+
+class BlockStart(Document):
+    """A block begins, empty."""
+
+    type: Literal["content_block_start"]
+    index: int
+    content_block: WrittenBlock
+
+
+class TextDelta(Document):
+    """More text."""
+
+    type: Literal["text_delta"]
+    text: str
+
+
+class ThinkingDelta(Document):
+    """More thoughts."""
+
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
+class InputDelta(Document):
+    """The input of a call, a string of JSON: all of it, since calls are told when complete."""
+
+    type: Literal["input_json_delta"]
+    partial_json: str
+
+
+class BlockDelta(Document):
+    """What comes to the block."""
+
+    type: Literal["content_block_delta"]
+    index: int
+    delta: Annotated[TextDelta | ThinkingDelta | InputDelta, Field(discriminator="type")]
+
+
+class BlockStop(Document):
+    """The block is complete."""
+
+    type: Literal["content_block_stop"]
+    index: int
+
+
+class MessageEnd(Document):
+    """Why it ended."""
+
+    stop_reason: StopReason
+    stop_sequence: str | None
+
+
+class MessageEndDelta(Document):
+    """The last event but one."""
+
+    type: Literal["message_delta"]
+    delta: MessageEnd
+    usage: MessageUsage
+    octavo: MessageReport
+
+
+class MessageStop(Document):
+    """The last event."""
+
+    type: Literal["message_stop"]
+
+
+class MessageEvent(
+    RootModel[
+        Annotated[
+            MessageStart
+            | Ping
+            | BlockStart
+            | BlockDelta
+            | BlockStop
+            | MessageEndDelta
+            | MessageStop
+            | MessagesErrorBody,
+            Field(discriminator="type"),
+        ]
+    ]
+):
+    """An event of a streamed answer; its SSE event is named as its `type`."""
+
+
+class CountReport(Document):
+    """What other servers do not tell."""
+
+    warnings: list[ParamWarning]
+
+
+class TokenCount(Document):
+    """Answer of `POST /v1/messages/count_tokens`."""
+
+    input_tokens: int
+    octavo: CountReport

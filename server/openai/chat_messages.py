@@ -1,0 +1,115 @@
+"""Messages of a chat as requests hold them: OpenAI's shapes, strict types.
+
+Knows nothing of templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from server.http.errors import shortened
+from server.tools.schemas import ToolCalls
+
+#: More of these in one message are a mistake or an attack.
+MAX_PARTS = 4096
+#: What parts of OpenAI's and Anthropic's APIs hold that is not text.
+_MEDIA: Mapping[str, str] = {
+    "image_url": "images",
+    "input_image": "images",
+    "image": "images",
+    "input_audio": "audio",
+    "audio": "audio",
+    "audio_url": "audio",
+    "video_url": "videos",
+    "file": "files",
+    "input_file": "files",
+    "document": "files",
+}
+
+
+def require_kind(kind: object, known: Iterable[str]) -> None:
+    """Raise `ValueError` for a part of a kind that cannot be read, in a sentence for the client."""
+    if isinstance(kind, str) and kind not in known:
+        shown = repr(shortened(kind))
+        if kind in _MEDIA:
+            raise ValueError(f"{shown} is not supported: the model reads text, not {_MEDIA[kind]}")
+        raise ValueError(f"{shown} is not supported; it can be one of: {', '.join(known)}")
+
+
+def _as_kind(value: object) -> object:
+    require_kind(value, ("text", "refusal"))
+    return value
+
+
+def _as_parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class ContentPart(BaseModel):
+    """A piece of a message: text, or the words with which an assistant refused."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Annotated[Literal["text", "refusal"], BeforeValidator(_as_kind)]
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _has_words(self) -> Self:
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a part of the type {self.type} needs {self.type}")
+        return self
+
+    @property
+    def words(self) -> str:
+        """The text of it, whatever its type."""
+        words: str = getattr(self, self.type)
+        return words
+
+
+class Message(BaseModel):
+    """One message; further fields (`name`, ...) reach the template as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: Annotated[
+        Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None,
+        BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart] | None),
+    ] = None
+    refusal: str | None = Field(
+        default=None, description="of the assistant: its content, where there is no other"
+    )
+    tool_calls: ToolCalls | None = Field(default=None, description="what the assistant called")
+    tool_call_id: str | None = Field(default=None, description="needed by the role tool")
+
+    @model_validator(mode="after")
+    def _answers_a_call(self) -> Self:
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of the role tool needs a tool_call_id")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """Return it as templates know it: OpenAI's `developer` is their `system`, null is ""."""
+        parts = [{"type": "text", "text": part.words} for part in self.content or ()]
+        calls: dict[str, Any] = {}
+        if self.tool_calls is not None:
+            calls["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            calls["tool_call_id"] = self.tool_call_id
+        words = "".join(part["text"] for part in parts) if parts else self.refusal or ""
+        return {
+            **(self.model_extra or {}),
+            **calls,
+            "role": "system" if self.role == "developer" else self.role,
+            "content": parts if len(parts) > 1 else words,
+        }

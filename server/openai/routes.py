@@ -1,0 +1,187 @@
+"""The routes that answer with generated text, and those about the model.
+
+Each reads its own body (`server/http/respond.py`): size, JSON and errors are the same everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.generation import params
+from server.generation.chat_prompt import chat_tokens
+from server.generation.generate import Job
+from server.generation.params import Warned
+from server.generation.prepare import chat_job, completion_job
+from server.generation.prompts import prompt_tokens, token_text, token_texts
+from server.http.context import RequestRecord
+from server.http.errors import invalid
+from server.http.respond import (
+    AnswerFormat,
+    GenerationResponse,
+    JsonResponse,
+    PreparedResponse,
+    read_body,
+    read_work,
+)
+from server.openai import response_models, schemas
+from server.openai.chat import ChatFormat
+from server.openai.chat_choice import ParsedChatFormat
+from server.openai.completions import CompletionFormat
+from server.openai.unread import unread_fields
+from server.openapi import answers, body_of, generation_answers
+from server.service import Service
+from server.text.export import tokenizer_config
+
+
+def generation_routes(service: Service) -> APIRouter:
+    """Return chat and text completions."""
+    router = APIRouter()
+
+    def chat(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
+        if job.parser_options is not None:
+            return ParsedChatFormat(service, job, record, index, job.parser_options)
+        return ChatFormat(service, job, record, index)
+
+    def completion(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
+        return CompletionFormat(service, job, record, index)
+
+    @router.post(
+        "/v1/chat/completions",
+        summary="Answer a conversation",
+        openapi_extra=body_of(schemas.ChatRequest),
+        responses=generation_answers(response_models.ChatCompletion, response_models.ChatChunk),
+    )
+    async def create_chat_completion(request: Request) -> Response:
+        body = await read_work(service, request)
+        asked = await schemas.parse(schemas.ChatRequest, body, service.work)
+        return GenerationResponse(service, lambda: chat_job(service, asked), chat)
+
+    @router.post(
+        "/v1/completions",
+        summary="Go on with a text",
+        openapi_extra=body_of(schemas.CompletionRequest),
+        responses=generation_answers(response_models.Completion, response_models.Completion),
+    )
+    async def create_completion(request: Request) -> Response:
+        body = await read_work(service, request)
+        asked = await schemas.parse(schemas.CompletionRequest, body, service.work)
+        return GenerationResponse(service, lambda: completion_job(service, asked), completion)
+
+    return router
+
+
+def model_routes(service: Service) -> APIRouter:
+    """Return the list of models, and the model's words."""
+    router = APIRouter()
+    limit_bytes = service.config.server.max_request_bytes
+    created = int(service.clock.wall_s())
+
+    def card() -> dict[str, object]:
+        return {
+            "id": service.model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "octavo",
+            "max_model_len": service.client.info.max_model_len,
+            "sampling_defaults": service.sampling_defaults,
+        }
+
+    @router.get(
+        "/v1/models",
+        summary="What is served",
+        responses=answers(response_models.ModelList, 503),
+    )
+    async def list_models() -> Response:
+        return JsonResponse({"object": "list", "data": [card()]})
+
+    @router.get(
+        "/v1/models/{model_id:path}",
+        summary="One model",
+        responses=answers(response_models.ModelCard, 404, 503),
+    )
+    async def get_model(model_id: str) -> Response:
+        service.require_model(model_id)
+        return JsonResponse(card())
+
+    @router.post(
+        "/tokenize",
+        summary="Text or a conversation to token ids",
+        openapi_extra=body_of(schemas.TokenizeRequest),
+        responses=answers(response_models.Tokenized, 400, 404, 408, 413, 503),
+    )
+    async def tokenize(request: Request) -> Response:
+        asked = await schemas.parse(
+            schemas.TokenizeRequest, await read_body(request, limit_bytes), service.work
+        )
+        return PreparedResponse(lambda: _tokenized(service, asked))
+
+    @router.get(
+        "/tokenizer_info",
+        summary="The tokenizer's settings and the chat template",
+        responses=answers(response_models.TokenizerInfo),
+    )
+    async def tokenizer_info() -> Response:
+        return JsonResponse(tokenizer_config(service.text))
+
+    @router.post(
+        "/detokenize",
+        summary="Token ids to text",
+        openapi_extra=body_of(schemas.DetokenizeRequest),
+        responses=answers(response_models.Detokenized, 400, 404, 408, 413, 503),
+    )
+    async def detokenize(request: Request) -> Response:
+        asked = await schemas.parse(
+            schemas.DetokenizeRequest, await read_body(request, limit_bytes), service.work
+        )
+        service.require_model(asked.model)
+
+        async def detokenized() -> dict[str, Any]:
+            text = await token_text(service, asked.tokens)
+            told = {"prompt": text, "content": text}
+            return _warned(told, [*asked.notes, *params.judge(asked.model_extra, {})])
+
+        return PreparedResponse(detokenized)
+
+    return router
+
+
+async def _tokenized(service: Service, asked: schemas.TokenizeRequest) -> dict[str, Any]:
+    warnings = [*asked.notes, *params.judge(asked.model_extra, params.TOKENIZE)]
+    warnings += await service.work.run(
+        lambda _: unread_fields(asked, service.text.template), asked.num_bytes
+    )
+    token_ids = await _tokens_of(service, asked)
+    max_model_len = service.client.info.max_model_len
+    told = {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
+    if asked.return_token_strs:
+        told["token_strs"] = await token_texts(service, token_ids)
+    return _warned(told, warnings)
+
+
+def _warned(told: dict[str, Any], warnings: list[Warned]) -> dict[str, Any]:
+    """Return an answer with the warnings, if there are any."""
+    return told | {"octavo": {"warnings": warnings}} if warnings else told
+
+
+async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[int]:
+    service.require_model(asked.model)
+    prompt = asked.content if asked.prompt is None else asked.prompt
+    if [asked.prompt, asked.content, asked.messages].count(None) != 2:
+        raise invalid("one of prompt, content and messages must be given", "prompt")
+    if asked.messages is not None:
+        return await chat_tokens(
+            service,
+            asked.messages,
+            add_generation_prompt=asked.add_generation_prompt,
+            add_special_tokens=asked.add_special_tokens,
+            variables=asked.chat_template_kwargs,
+            tools=[tool.function.for_template() for tool in asked.tools or ()],
+            continues_final=asked.continue_final_message is True,
+            num_bytes=asked.num_bytes,
+        )
+    assert prompt is not None
+    adds = asked.add_special_tokens is not False
+    return await prompt_tokens(service, prompt, add_special_tokens=adds)

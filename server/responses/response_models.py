@@ -1,0 +1,253 @@
+"""The Responses API's answers in /openapi.json; see `server/openai/response_models.py`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from server.openai.response_models import Document, ErrorDetail, LeftOut, Octavo, TokenLogprob
+
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputText(Document):
+    """What the model said."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[TokenLogprob] | None = None
+
+
+class ReasoningText(Document):
+    """What the model wrote for itself."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class SummaryText(Document):
+    """A summary that a client sent."""
+
+    type: Literal["summary_text"]
+    text: str
+
+
+class InputText(Document):
+    """What the model was told."""
+
+    type: Literal["input_text"]
+    text: str
+
+
+class Refusal(Document):
+    """A refusal that a client sent."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class OutputMessage(Document):
+    """A message of the model."""
+
+    id: str
+    type: Literal["message"]
+    status: Status
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class ReasoningOutput(Document):
+    """Reasoning before the message."""
+
+    id: str
+    type: Literal["reasoning"]
+    status: Status
+    summary: list[SummaryText]
+    content: list[ReasoningText | SummaryText]
+
+
+class FunctionCallOutput(Document):
+    """A call of a tool: `arguments` is a string of JSON."""
+
+    id: str
+    type: Literal["function_call"]
+    status: Status
+    call_id: str
+    name: str
+    namespace: str | None = None
+    arguments: str
+
+
+class CustomCallOutput(Document):
+    """A call of a custom tool: `input` is a text."""
+
+    id: str
+    type: Literal["custom_tool_call"]
+    status: Status
+    call_id: str
+    name: str
+    namespace: str | None = None
+    input: str
+
+
+class AnyMessage(Document):
+    """A message of a conversation."""
+
+    id: str
+    type: Literal["message"]
+    status: Status
+    role: Literal["user", "assistant", "system", "developer"]
+    content: list[InputText | OutputText | Refusal]
+
+
+class ToolResult(Document):
+    """What a called tool gave."""
+
+    id: str
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    status: Status
+    call_id: str
+    output: str | list[InputText | Refusal]
+
+
+OutputItem = OutputMessage | ReasoningOutput | FunctionCallOutput | CustomCallOutput
+
+
+class InputTokensDetails(Document):
+    """Of the input's tokens: those found in the cache, and those computed into it."""
+
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputTokensDetails(Document):
+    """Of the output's tokens."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(Document):
+    """Tokens that went in and came out."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class IncompleteDetails(Document):
+    """Why there is no more."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseFailure(Document):
+    """Why a response failed."""
+
+    code: str
+    message: str
+
+
+class ResponseOctavo(Octavo):
+    """What other servers do not tell."""
+
+    left_out: LeftOut | None = None
+
+
+class ReasoningSettings(Document):
+    """As it was asked for."""
+
+    effort: str | None
+    summary: None
+
+
+class ResponseBody(Document):
+    """A response; `usage` and `octavo` come with its end."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    background: Literal[False]
+    error: ResponseFailure | None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: list[OutputItem]
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    reasoning: ReasoningSettings
+    store: bool
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: Any
+    tools: list[dict[str, Any]]
+    top_logprobs: int
+    top_p: float
+    truncation: Literal["auto", "disabled"]
+    usage: ResponseUsage | None
+    metadata: dict[str, str]
+    octavo: ResponseOctavo | None = None
+
+
+class ResponseEvent(Document):
+    """An event of a streamed response; which fields it has depends on its type."""
+
+    type: Literal[
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.reasoning_text.delta",
+        "response.reasoning_text.done",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.custom_tool_call_input.delta",
+        "response.custom_tool_call_input.done",
+        "response.output_item.done",
+        "response.completed",
+        "response.incomplete",
+        "response.failed",
+        "error",
+    ]
+    sequence_number: int
+    response: ResponseBody | None = None
+    output_index: int | None = None
+    content_index: int | None = None
+    item_id: str | None = None
+    item: OutputItem | None = None
+    part: OutputText | ReasoningText | None = None
+    delta: str | None = None
+    text: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    name: str | None = None
+    arguments: str | None = None
+    input: str | None = None
+    code: str | None = None
+    message: str | None = None
+    param: str | None = None
+    error: ErrorDetail | None = None
+
+
+class DeletedResponse(Document):
+    """Answer of `DELETE /v1/responses/{id}`."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class InputItems(Document):
+    """Answer of `GET /v1/responses/{id}/input_items`."""
+
+    object: Literal["list"]
+    data: list[AnyMessage | ToolResult | FunctionCallOutput | CustomCallOutput | ReasoningOutput]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool

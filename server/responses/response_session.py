@@ -1,0 +1,220 @@
+"""One request for a response, from its body to a job, and from its end to what is kept.
+
+Knows nothing of events.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import orjson
+from pydantic import BaseModel
+
+from server.generation.generate import Job
+from server.generation.params import Warned
+from server.generation.prepare import chat_job
+from server.http.errors import ApiError, invalid
+from server.http.work import Check
+from server.openai.schemas import MAX_MESSAGES
+from server.responses.conversation import (
+    Conversation,
+    Reference,
+    no_such_item,
+    read_conversation,
+)
+from server.responses.items import ItemReference
+from server.responses.schemas import ResponsesRequest
+from server.responses.store import ResponseStore, Turn
+from server.responses.tools import CallableTool, callable_tools
+from server.responses.translate import (
+    Renaming,
+    chat_request,
+    own_warnings,
+    renamed_error,
+    renamed_warnings,
+)
+from server.service import Service
+
+_KEY_BITS = 192
+_ITEM_ID = re.compile(r"[a-z]+_(?P<key>[0-9a-f]{48})(?P<side>[io])(?P<index>[0-9]{1,5})")
+#: To read an item takes as long as to encode this many characters.
+_ITEM_CHARS = 120
+
+
+class ResponseSession:
+    """A request, and what is known of it before and after its answer is generated."""
+
+    def __init__(
+        self, service: Service, store: ResponseStore, owner: str, request: ResponsesRequest
+    ) -> None:
+        self._service = service
+        self._store = store
+        self._owner = owner
+        self._request = request
+        #: Of the response's id and its items'.
+        self.key = f"{service.chance.getrandbits(_KEY_BITS):0{_KEY_BITS // 4}x}"
+        self._previous: Turn | None = None
+        self._input_json = b""
+        #: Of all that it answers.
+        self._num_bytes = 0
+        self._tools = callable_tools(request.tools or ())
+        #: None: there is no chat yet.
+        self._renaming: Renaming | None = None
+
+    @property
+    def response_id(self) -> str:
+        """The response's name."""
+        return response_id(self.key)
+
+    async def prepare(self) -> Job:
+        """Return what is to be generated. Raises `ApiError` that names the field at fault."""
+        request = self._request
+        warnings = own_warnings(request)
+        if request.store and self._store.is_off:
+            told = "store was ignored: this server keeps no responses"
+            warnings.append({"param": "store", "message": told})
+        self._previous = self._find_previous()
+        conversation = await self._read()
+        self._input_json = conversation.input_json
+        renaming = Renaming(conversation.origins, [tool.path for tool in self._tools])
+        self._renaming = renaming
+        chat = await self._service.work.run(
+            lambda _: chat_request(request, conversation.messages), self._num_bytes
+        )
+        chat.num_bytes = self._num_bytes
+        job = await chat_job(self._service, chat)
+        warnings += conversation.warnings
+        warnings += renamed_warnings(job.warnings, renaming)
+        # The usage is always told, at the end.
+        return replace(
+            job, warnings=tuple(warnings), has_usage_chunk=True, has_continuous_usage=False
+        )
+
+    def as_told_here(self, error: ApiError) -> ApiError:
+        """Return an error in the words of this API: from some point on, it comes from a chat."""
+        return error if self._renaming is None else renamed_error(error, self._renaming)
+
+    def called(self, name: str) -> CallableTool | None:
+        """Return the tool that a chat's call means; None: there is none of that name."""
+        return next((tool for tool in self._tools if tool.name == name), None)
+
+    def shell(self, job: Job) -> dict[str, Any]:
+        """Return the response as it is at its beginning, without its output."""
+        request, sampling = self._request, job.requests[0].params
+        reasoning, text = request.reasoning, request.text
+        text_format = text.format if text is not None else None
+        tools = [_json_of(tool) for tool in request.tools or ()]
+        choice = request.tool_choice or "auto"
+        return {
+            "id": self.response_id,
+            "object": "response",
+            "created_at": job.created_s,
+            "completed_at": None,
+            "status": "in_progress",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "model": self._service.model_name,
+            "parallel_tool_calls": request.parallel_tool_calls is not False,
+            "previous_response_id": request.previous_response_id,
+            "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
+            "store": self._is_kept,
+            "temperature": sampling.temperature,
+            "text": {"format": _json_of(text_format) if text_format else {"type": "text"}},
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": tools,
+            "top_logprobs": request.top_logprobs or 0,
+            "top_p": sampling.top_p,
+            "truncation": request.truncation or "disabled",
+            "usage": None,
+            "metadata": request.metadata or {},
+        }
+
+    def keep(self, shell: dict[str, Any], items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Store the finished response if it is to be; return `shell` with what there is to say."""
+        if not self._is_kept:
+            return shell
+        output_json = orjson.dumps(items)
+        num_items = len(self._request.input) + len(items)
+        turn = Turn(self._previous, self._input_json, output_json, num_items)
+        now_s = self._service.clock.monotonic_s()
+        shell_json = orjson.dumps(shell)
+        if self._store.put(self._owner, self.response_id, shell_json, turn, now_s):
+            return shell
+        told: Warned = {
+            "param": "store",
+            "message": "store was ignored: the conversation is larger than what is kept here",
+        }
+        warned = {**shell["octavo"], "warnings": [*shell["octavo"]["warnings"], told]}
+        return {**shell, "store": False, "octavo": warned}
+
+    @property
+    def _is_kept(self) -> bool:
+        return self._request.store is not False and not self._store.is_off
+
+    def _find_previous(self) -> Turn | None:
+        name = self._request.previous_response_id
+        if name is None:
+            return None
+        at = "previous_response_id"
+        stored = self._store.recall(self._owner, name, self._service.clock.monotonic_s())
+        if stored is None:
+            message = f"previous_response_id: response {name!r} is not stored (any more)"
+            raise invalid(message, at, code="previous_response_not_found")
+        limit_bytes = self._service.config.server.max_request_bytes
+        if stored.turn.chain_bytes > limit_bytes:
+            message = f"{at}: the conversation has more than the {limit_bytes} bytes of a request"
+            raise invalid(message, at)
+        if stored.turn.chain_items + len(self._request.input) > MAX_MESSAGES:
+            raise invalid(f"{at}: the conversation has more than {MAX_MESSAGES} items", at)
+        return stored.turn
+
+    async def _read(self) -> Conversation:
+        request, previous = self._request, self._previous
+        references = {
+            index: self._find(index, item)
+            for index, item in enumerate(request.input)
+            if isinstance(item, ItemReference)
+        }
+        limit_bytes = self._service.config.server.max_request_bytes
+        turns = {at.turn for at in references.values()}
+        num_bytes = sum(turn.own_bytes for turn in turns)
+        if num_bytes > limit_bytes:
+            raise invalid("input: together the items referred to are too large", "input")
+
+        def read(_: Check) -> Conversation:
+            return read_conversation(
+                self.key,
+                request.input,
+                instructions=request.instructions,
+                previous=previous,
+                references=references,
+                limit_bytes=limit_bytes,
+            )
+
+        chain_bytes = previous.chain_bytes if previous else 0
+        self._num_bytes = request.num_bytes + chain_bytes + num_bytes
+        num_chars = len(request.input) * _ITEM_CHARS + self._num_bytes
+        return await self._service.work.run(read, num_chars)
+
+    def _find(self, index: int, item: ItemReference) -> Reference:
+        found = _ITEM_ID.fullmatch(item.id)
+        now_s = self._service.clock.monotonic_s()
+        stored = found and self._store.recall(self._owner, response_id(found["key"]), now_s)
+        if not found or not stored:
+            raise no_such_item(index, item.id)
+        return Reference(stored.turn, found["side"] == "o", int(found["index"]))
+
+
+def response_id(key: str) -> str:
+    """Return the name of the response with this key."""
+    return f"resp_{key}"
+
+
+def _json_of(asked: BaseModel) -> orjson.Fragment:
+    """Return what a request holds as JSON: schemas may hold numbers that orjson does not write."""
+    return orjson.Fragment(asked.model_dump_json())

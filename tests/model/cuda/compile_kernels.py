@@ -1,0 +1,122 @@
+"""Compiles our Triton kernels for GPUs that need not be here, and prints what they take.
+
+A script of its own: in a process whose kernels are interpreted they cannot be compiled. Run with
+`python tests/model/cuda/compile_kernels.py [capability ...]`, say 80 90; prints JSON lines.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from model.attention import triton_kernels
+from model.cuda import kernels as gpu_kernels
+
+BF16, FP32, INT32, INT64 = "*bf16", "*fp32", "*i32", "*i64"
+
+#: Llama-3.1-8B's sizes in its own dtype, then what else the kernels branch on.
+HEAD = {"HEAD_DIM": 128, "DIM_BLOCK": 128}
+NORM = {"NUM_INNER": 1, "WIDTH": 4096, "BLOCK": 4096}
+DECODE = HEAD | {"GROUP": 4, "GROUP_BLOCK": 16, "TILE": 64, "DOT_DTYPE": tl.bfloat16}
+PROMPT = HEAD | {"GROUP": 4, "QUERY_TILE": 128, "TILE": 64, "DOT_DTYPE": tl.bfloat16}
+#: Of a small model in float32, by which `bench/gpu/prove.py` compares tokens.
+SMALL = {"HEAD_DIM": 64, "DIM_BLOCK": 64, "GROUP": 2, "PAGE_SIZE": 16, "TILE": 64}
+SMALL_DECODE = SMALL | {"GROUP_BLOCK": 16, "DOT_DTYPE": tl.float32}
+SMALL_PROMPT = SMALL | {"QUERY_TILE": 32, "DOT_DTYPE": tl.float32}
+ROPE = HEAD | {
+    "NUM_HEADS": 32,
+    "NUM_KV_HEADS": 8,
+    "HALF": 64,
+    "HALF_BLOCK": 64,
+    "HEADS_EACH": 8,
+}
+OTHER_POINTERS = {
+    "partial_ptr": FP32,
+    "lse_ptr": FP32,
+    "residual_ptr": FP32,
+    "weight_ptr": FP32,
+    "cos_sin_ptr": FP32,
+    "positions_ptr": INT64,
+    "kv_slots_ptr": INT64,
+    "table_ptr": INT32,
+    "seq_lens_ptr": INT32,
+    "query_starts_ptr": INT32,
+}
+#: Kernel, its constants, how it is launched.
+VARIANTS: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
+    (triton_kernels.decode_kernel, DECODE | {"PAGE_SIZE": 16, "NUM_SPLITS": 1}, {"num_stages": 3}),
+    (triton_kernels.decode_kernel, DECODE | {"PAGE_SIZE": 64, "NUM_SPLITS": 16}, {"num_stages": 3}),
+    (triton_kernels.combine_kernel, HEAD | {"NUM_SPLITS": 64}, {}),
+    (triton_kernels.prompt_kernel, PROMPT | {"PAGE_SIZE": 16}, {"num_warps": 8, "num_stages": 2}),
+    (triton_kernels.prompt_kernel, PROMPT | {"PAGE_SIZE": 64}, {"num_warps": 8, "num_stages": 2}),
+    (
+        triton_kernels.prompt_kernel,
+        PROMPT | {"PAGE_SIZE": 256, "QUERY_TILE": 16},
+        {"num_stages": 2},
+    ),
+    (triton_kernels.decode_kernel, SMALL_DECODE | {"NUM_SPLITS": 4}, {"num_stages": 3}),
+    (triton_kernels.prompt_kernel, SMALL_PROMPT, {"num_stages": 2}),
+    (gpu_kernels.rms_norm_kernel, NORM | {"ADDS": True}, {"num_warps": 8}),
+    (gpu_kernels.rms_norm_kernel, NORM | {"ADDS": False}, {"num_warps": 8}),
+    (gpu_kernels.silu_and_mul_kernel, {"WIDTH": 14336, "BLOCK": 1024}, {}),
+    (gpu_kernels.rope_kernel, ROPE | {"STORES": True}, {"num_warps": 2}),
+    (gpu_kernels.rope_kernel, ROPE | {"STORES": False}, {"num_warps": 2}),
+]
+
+
+def specialized(kernel: Any) -> list[str]:
+    """Return the parameters for whose alignment the kernel is compiled, each time anew."""
+    return [
+        param.name
+        for param in kernel.params
+        if param.name.endswith(("_ptr", "_stride"))
+        and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+    ]
+
+
+def compiled(kernel: Any, constants: dict[str, Any], options: dict[str, int], target: Any) -> Any:
+    """Return the compiled kernel, for tensors that begin at multiples of 16 bytes.
+
+    They are bfloat16 but for `OTHER_POINTERS`, and but for kernels that multiply in float32.
+    """
+    signature, aligned = {}, {}
+    plain = FP32 if constants.get("DOT_DTYPE") == tl.float32 else BF16
+    for place, name in enumerate(inspect.signature(kernel.fn).parameters):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = OTHER_POINTERS.get(name, plain)
+        else:
+            signature[name] = "fp32" if name in {"eps", "scale_log2"} else "i32"
+        if name in specialized(kernel):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=target, options=options)
+
+
+def main() -> None:
+    """Compile everything; whatever cannot be ends the script."""
+    for capability in sys.argv[1:] or ["80", "90"]:
+        target = GPUTarget("cuda", int(capability), 32)
+        for kernel, constants, options in VARIANTS:
+            found = compiled(kernel, constants, options, target)
+            line = {
+                "kernel": kernel.fn.__name__,
+                "capability": int(capability),
+                "cubin_bytes": len(found.asm["cubin"]),
+                "shared_bytes": found.metadata.shared,
+                "num_warps": found.metadata.num_warps,
+                "specialized": specialized(kernel),
+            }
+            print(json.dumps(line))  # noqa: T201 - what it is for
+
+
+if __name__ == "__main__":
+    main()

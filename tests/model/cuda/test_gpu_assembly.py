@@ -1,0 +1,143 @@
+"""What of the GPU's assembly needs no GPU: the largest step, the memory plan, fused layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
+from model import build
+from model.architectures.transformer import Transformer
+from model.attention.triton_attention import TritonAttention
+from model.cuda.assembly import dry_run, largest_step
+from model.cuda.decoder import GpuDecoder, has_pages
+from model.cuda.ops import GpuOps
+from model.interface import SamplingParams, SlotStart, StepInput
+from model.kv.memory_plan import DeviceUse, MemoryPlanError
+from model.runner import SCORED_TOKENS, TorchRunner
+
+GIB = 2**30
+PARAMS = SamplingParams(max_tokens=1)
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.5,
+}
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> TorchRunner:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return build.make_runner(
+        build.resolve_source(f"dummy:{path}"),
+        OctavoConfig(
+            model=ModelSection(quantization="none", attention_backend="torch", device="cpu"),
+            cache=CacheSection(kv_cache_memory=2**18, page_size=4),
+            scheduler=SchedulerSection(max_num_seqs=5, max_num_batched_tokens=40),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seqs", "max_len", "counts"),
+    [
+        (8192, 4, 100_000, [8189, 1, 1, 1]),
+        (100, 4, 33, [32, 32, 32, 4]),
+        (100, 2, 33, [32, 32]),
+        (3, 8, 33, [1, 1, 1]),
+    ],
+)
+def test_the_largest_step_has_all_tokens_and_samples_all_rows(
+    tokens: int, seqs: int, max_len: int, counts: list[int]
+) -> None:
+    step = largest_step(tokens, seqs, max_len, 16, PARAMS)
+    assert step.counts == counts
+    assert step.sample_rows == list(range(len(counts)))
+    assert len(step.scored[0].token_ids) == min(counts[0], SCORED_TOKENS)
+    assert len(step.token_ids) == sum(counts)
+    assert [len(pages) for pages in step.page_ids] == [-(-count // 16) for count in counts]
+
+
+def test_the_largest_step_can_be_computed(runner: TorchRunner) -> None:
+    dry_run(runner, largest_step(40, 5, 64, 4, PARAMS))
+    # Every slot has had penalties, so their counts are part of what was measured.
+    assert runner._sampler.stats().num_penalty_slots == 5
+
+
+def use(**changes: Any) -> DeviceUse:
+    given = {
+        "total_bytes": 80 * GIB,
+        "free_bytes": 60 * GIB,
+        "step_tokens": 8192,
+        "step_rows": 256,
+        "step_bytes": 5 * GIB,
+        "graph_bytes": GIB,
+    }
+    return DeviceUse(**(given | changes))
+
+
+def test_pages_get_what_step_graphs_and_reserve_leave() -> None:
+    assert use().reserve_bytes == 80 * GIB // 50
+    assert use().page_bytes == 60 * GIB - 5 * GIB - GIB - 80 * GIB // 50
+    assert use(total_bytes=8 * GIB).reserve_bytes == GIB // 2
+    account = dict(use().account(16 * GIB, 50 * GIB))
+    assert account["weights"] == 16 * GIB
+    assert account["graphs"] == GIB
+
+
+def test_what_cannot_fit_says_by_how_much_and_which_flag() -> None:
+    said = r"max_num_batched_tokens: .* 6 GiB of 80 GiB .* 8192 tokens .* 5 GiB.*1\.6 GiB too much"
+    with pytest.raises(MemoryPlanError, match=said):
+        _ = use(free_bytes=6 * GIB).page_bytes
+
+
+def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner) -> None:
+    """Over pages that hold a past, prompts and decodes side by side, with norms of q and k."""
+    transformer = runner._decoder
+    assert isinstance(transformer, Transformer)
+    spec, pool = transformer.attention_spec(torch.float32), runner._pool
+    attention = TritonAttention(spec, pool)
+    assert has_pages(attention)
+    assert not has_pages(runner._attention)
+    steps = [
+        StepInput(
+            [3, 4, 5, 6, 7],
+            [0, 0],
+            [3, 2],
+            [0, 1],
+            [[1, 2], [3]],
+            [0, 1],
+            [],
+            [SlotStart(slot, PARAMS, [1]) for slot in (0, 1)],
+        ),
+        StepInput([8, 9, 9, 9], [3, 2], [1, 3], [0, 1], [[1, 2], [3, 4]], [0, 1]),
+        StepInput([8, 9], [4, 5], [1, 1], [0, 1], [[1, 2], [3, 4]], [0, 1]),
+    ]
+    found: list[list[Tensor]] = []
+    for decoder, backend in (
+        (transformer, runner._attention),
+        (GpuDecoder(transformer, GpuOps()), attention),
+    ):
+        runner._decoder, runner._attention = decoder, backend
+        with torch.inference_mode():
+            found.append([])
+            for step in steps:
+                hidden, sampled = runner._compute(runner._packer.pack(step), None)
+                found[-1].append(decoder.logits(hidden[sampled]))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)

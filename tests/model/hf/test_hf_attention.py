@@ -1,0 +1,100 @@
+"""What layers ask of attention, and what is made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.architectures.arch import ArchError
+from model.hf.attention import AttentionCall, Inquirer, LayerWish, common_wish, window_of
+
+
+def wish(**changes: Any) -> LayerWish:
+    plain: dict[str, Any] = {
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "v_head_dim": 8,
+        "scale": 0.5,
+        "softcap": None,
+        "sinks": None,
+        "window": None,
+    }
+    return LayerWish(**{**plain, **changes})
+
+
+def causal(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return key <= query
+
+
+def test_windows_are_found_by_trying_the_rule() -> None:
+    def window(size: int) -> Any:
+        return lambda b, h, q, k: causal(b, h, q, k) & (k > q - size)
+
+    assert window_of(causal, 100) is None
+    assert window_of(window(1), 100) == 1
+    assert window_of(window(7), 100) == 7
+    assert window_of(window(99), 100) == 99
+    assert window_of(window(100), 100) is None
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(lambda _b, _h, _q, k: k >= 0, id="all see all"),
+        pytest.param(lambda _b, _h, q, k: (k <= q) & (k // 30 == q // 30), id="chunks"),
+        pytest.param(lambda _b, _h, q, k: (k <= q) | (k < 10), id="a prefix sees itself"),
+        pytest.param(lambda _b, _h, q, k: (k <= q) & ((k > q - 9) | (k < 4)), id="kept beginning"),
+        pytest.param(lambda _b, _h, q, k: k < q, id="not itself"),
+    ],
+)
+def test_what_is_no_window_is_refused(rule: Any) -> None:
+    with pytest.raises(ArchError, match="neither causal nor a sliding window"):
+        window_of(rule, 100)
+
+
+def test_pages_are_alike_in_all_layers() -> None:
+    layers = [
+        wish(window=5),
+        wish(num_kv_heads=6, head_dim=16, v_head_dim=4, scale=0.25),
+        wish(v_head_dim=24, sinks=torch.ones(6)),
+    ]
+    common = common_wish(layers, 3)
+    assert (common.num_heads, common.num_kv_heads, common.head_dim) == (6, 6, 24)
+    assert common.scale == 0.5
+    assert common.sinks is not None
+    assert common.sinks[2].tolist() == [1.0] * 6
+    # No share of the softmax.
+    assert common.sinks[0].tolist() == [-torch.inf] * 6
+    assert common_wish(layers[:1], 1).sinks is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([wish(), wish(num_heads=4)], "differ in num_heads"),
+        ([wish(), wish(softcap=3.0)], "differ in softcap"),
+        ([wish(), wish(num_kv_heads=3)], "not by a whole factor"),
+        ([wish()], "attends 1 times in 2 layers"),
+    ],
+)
+def test_layers_too_unlike_for_one_pool_are_refused(layers: list[LayerWish], message: str) -> None:
+    with pytest.raises(ArchError, match=message):
+        common_wish(layers, 2)
+
+
+def test_a_wish_nobody_here_knows_is_refused() -> None:
+    heads = torch.zeros(1, 2, 8)
+    call = AttentionCall(heads, heads, heads, None, 1.0, None, None, {"position_bias": heads})
+    with pytest.raises(ArchError, match="wants 'position_bias'"):
+        Inquirer(8).attend(call)
+
+
+def test_a_mask_that_was_made_otherwise_is_refused() -> None:
+    heads = torch.zeros(1, 2, 8)
+    call = AttentionCall(heads, heads, heads, torch.ones(1, 1, 1, 1), 1.0, None, None, {})
+    with pytest.raises(ArchError, match="masks of its own"):
+        Inquirer(8).attend(call)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.kv.arena import Arena
+from model.kv.pool import KVPool
+from model.kv.prefault import Foretouch
+
+_MIB = 2**20
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _regions(num_regions: int, num_pages: int, page_bytes: int) -> Tensor:
+    return Arena().take((num_regions, num_pages, page_bytes), torch.uint8)
+
+
+def _touch_all(foretouch: Foretouch) -> int:
+    steps = 0
+    while foretouch.step():
+        foretouch.check()
+        steps += 1
+    return steps
+
+
+def test_memory_is_there_before_it_is_written() -> None:
+    regions = _regions(4, 4096, 8192)
+    foretouch = Foretouch(regions, ahead_bytes=128 * _MIB)
+    before = _resident_bytes()
+    assert _touch_all(foretouch) > 1
+    assert foretouch.stats().touched_pages == 4096
+    assert _resident_bytes() - before > 120 * _MIB
+
+
+def test_no_more_is_taken_than_so_much_ahead_of_what_is_in_use() -> None:
+    foretouch = Foretouch(_regions(2, 8192, 4096), ahead_bytes=8 * _MIB)
+    _touch_all(foretouch)
+    first = foretouch.stats().touched_pages
+    assert 1024 <= first < 2048
+    foretouch.reach(100)
+    foretouch.reach(7)
+    _touch_all(foretouch)
+    assert foretouch.stats().touched_pages - 1024 >= 100
+    foretouch.reach(8191)
+    _touch_all(foretouch)
+    assert foretouch.stats().touched_pages == 8192
+    assert not foretouch.step()
+
+
+def test_what_pages_hold_stays() -> None:
+    regions = _regions(3, 1000, 1000)
+    regions[:] = torch.arange(3000).view(3, 1000, 1).to(torch.uint8)
+    expected = regions.clone()
+    foretouch = Foretouch(regions)
+    foretouch.reach(999)
+    _touch_all(foretouch)
+    assert torch.equal(regions, expected)
+
+
+def test_a_pool_uses_its_idle_moments() -> None:
+    pool = KVPool(
+        num_layers=2,
+        num_pages=64,
+        page_size=16,
+        num_kv_heads=3,
+        head_dim=64,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    assert pool.idle()
+    while pool.idle():
+        pass
+    pool.reach(63)
+    assert not pool.idle()
