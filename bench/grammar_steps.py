@@ -107,7 +107,6 @@ def main() -> None:
             f"{name:38} step ms: p10 {low * 1e3:6.2f}  median {middle * 1e3:6.2f}"
             f"  p99 {high * 1e3:6.2f}  tokens {tokens[name]}\n"
         )
-    sys.stdout.write(f"{rounds.runner._sampler.stats()}\n")
     rounds.engine.close()
 
 

@@ -286,13 +286,13 @@ class FakeRunner:
     def _sample(self, slot: int, digest: int, index: int, failures: dict[int, str]) -> int:
         if not self._matchers.holds(slot):
             return _choose(digest, self.vocab_size, may_end=not self._params[slot].ignore_eos)
-        [turn] = self._matchers.turns([slot])
-        if turn is None:
+        [mask] = self._matchers.masks([slot])
+        if mask is None:
             return NO_TOKEN
-        if turn.error:
-            failures[index] = turn.error
+        if mask.error:
+            failures[index] = mask.error
             return NO_TOKEN
-        allowed = np.flatnonzero(~turn.is_banned)
+        allowed = np.flatnonzero(~mask.is_banned)
         token_id = int(allowed[digest // 61 % len(allowed)])
         if token_id != FAKE_EOS_TOKEN_ID:
             self._matchers.advance([(slot, token_id)])

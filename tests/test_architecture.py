@@ -1,4 +1,4 @@
-"""Which folder may know which, and what every file keeps to."""
+"""Which folder may import which, and rules for every file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
-#: Folder to what of ours it may import besides itself: whole packages, or single modules.
+#: Folder to our packages or modules that it may import besides itself.
 MAY_IMPORT = {
     "configs": set[str](),
     "cache": set[str](),
@@ -28,17 +29,17 @@ EXCEPTIONS = {"server/daemon.py": {"model.build", "model.weights.source"}}
 #: Heavy packages, for `model/` alone.
 ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_interface"}
 
-#: Of `model/`, what other folders and the API process load.
+#: The modules of `model/` that other folders and the API process load.
 LIGHT_IN_MODEL = {
     f"model/{name}.py"
     for name in (
         *("__init__", "interface", "fake", "source", "hub", "weight_files"),
         *("grammar", "grammar_check", "json_patterns", "json_schema", "matchers"),
-        *("formats/__init__", "formats/gguf", "formats/json_file"),
+        *("formats/__init__", "formats/gguf", "formats/json_file", "formats/safetensors"),
     )
 }
 
-#: What would make a pure folder depend on the world; these files of it talk to the world.
+#: Modules that a pure folder must not import; these files of it may.
 IMPURE = {"asyncio", "multiprocessing", "os", "random", "socket", "subprocess", "threading", "time"}
 WORLDLY = {
     f"scheduler/{name}.py"
@@ -52,7 +53,7 @@ BAD_NAMES = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
 
 MAX_LINES = 400
 
-#: What only this or that machine has, put together so that this file does not contain them.
+#: Paths of single machines, put together so that this file does not contain them.
 MACHINE_PATHS = ["/" + name + "/" for name in ("root", "work", "home")]
 REGISTRY_HOSTS = [
     ".".join(parts)
@@ -69,7 +70,7 @@ SKIPPED_FOLDERS = {"__pycache__", "dist", "build", "htmlcov", "node_modules"}
 
 
 def files(folder: Path = ROOT) -> Iterator[Path]:
-    """All files of the project: what git would track, found without git."""
+    """Yield the files that git would track, without git."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [
             name
@@ -128,10 +129,34 @@ def test_cache_and_scheduler_are_pure(path: Path) -> None:
         assert {module.partition(".")[0] for module in imports(path)}.isdisjoint(IMPURE)
 
 
+def module_of(path: Path) -> str:
+    return name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports inside functions and for type checkers alone count, too."""
+    modules = {module_of(path): path for path in SOURCES}
+    graph = {
+        module: {
+            imported if imported in modules else imported.rpartition(".")[0]
+            for imported in imports(path)
+        }
+        for module, path in modules.items()
+    }
+    # `from package import module` is an import of the module alone.
+    reached = {module: graph[module] & modules.keys() - {module} for module in modules}
+    cycle: list[str] = []
+    try:
+        TopologicalSorter(reached).prepare()
+    except CycleError as error:
+        cycle = error.args[1]
+    assert cycle == []
+
+
 def test_the_api_process_does_not_load_torch() -> None:
-    """What `server/daemon.py` imports, the API process pays for."""
+    """The API process pays for every import of `server/daemon.py`."""
     modules = sorted(
-        name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        module_of(path)
         for path in SOURCES
         if path.relative_to(ROOT).parts[0] in ("server", "scheduler", "cache", "configs")
     )

@@ -1,7 +1,7 @@
-"""Reads the JSON files beside a model's weights, whatever a stranger wrote into them.
+"""Reads the untrusted JSON files beside a model's weights.
 
-`Infinity`, `NaN` and a byte-order mark are let through, as Python's own reader and so
-`transformers` have it. Knows nothing of keys.
+`Infinity`, `NaN` and a byte-order mark are accepted, as by Python's own reader and so by
+`transformers`. Knows nothing of keys.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from model.formats import FormatError
 
-#: Twice what the largest index or table of added tokens takes.
+#: Twice the largest known index or table of added tokens.
 _MOST_BYTES = 64 * 2**20
-#: Deeper than any such file, and far from where Python's recursion ends.
+#: Deeper than any such file, and far below Python's limit of recursion.
 _MOST_LEVELS = 64
 
 
@@ -30,10 +30,10 @@ def parse_json_object(raw: bytes, name: str) -> dict[str, object]:
     try:
         found = json.loads(raw.decode("utf-8-sig"))
         _check_depth(found)
-        # Half of a surrogate pair can be escaped, but neither shown nor logged nor sent.
+        # Half of a surrogate pair can be escaped, but not logged or sent.
         json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
-        raise _too_deep(name) from None
+        raise FormatError(f"{name} is nested more than {_MOST_LEVELS} levels deep") from None
     except ValueError as error:
         raise FormatError(f"{name} is not JSON: {error}") from error
     if not isinstance(found, dict):
@@ -42,7 +42,7 @@ def parse_json_object(raw: bytes, name: str) -> dict[str, object]:
 
 
 def shown(value: object) -> str:
-    """Return a value as a message shows it: in one line, and not all of it where it is long."""
+    """Return a value for a message: in one line, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -60,7 +60,3 @@ def _inside(value: object) -> list[object]:
     if isinstance(value, dict):
         return [*value.values()]
     return value if isinstance(value, list) else []
-
-
-def _too_deep(name: str) -> FormatError:
-    return FormatError(f"{name} is nested more than {_MOST_LEVELS} levels deep")

@@ -1,7 +1,7 @@
-"""GGUF files with lies in their headers: one line at once, whichever side reads them.
+"""GGUF files with false headers: one line at once, whichever process reads them.
 
-How long it takes is counted in calls, and how much memory in what Python allocates: a length in
-the file must not be believed before the file's size was looked at.
+Time is counted in calls, and memory in Python's allocations: a length in the file must not be used
+before it is compared with the file's size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from model.weights.source import ModelSource
 from server.text.load import load_text
 
 HUGE = (2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**61, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1)
-#: What a reader of a file this small may do: far below one call for each of 10^9 layers.
+#: Limits for reading a file this small: far below one call for each of 10^9 layers.
 MOST_CALLS, MOST_BYTES = 2_000_000, 64 * 2**20
 
 

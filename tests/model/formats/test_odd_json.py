@@ -205,7 +205,7 @@ FILES = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
 )
-#: Not JSON, or not an object, or more than anybody should be asked to read.
+#: Not JSON, or not an object, or too large.
 TEXTS = {
     "brackets": BRACKETS,
     "brackets in an object": '{"a":' + BRACKETS,

@@ -51,9 +51,9 @@ def _grammar(schema: Any) -> str:
 class Rows:
     """A sampler, and sequences in its slots; logits are a function of the sequence alone."""
 
-    def __init__(self, num_slots: int = 4, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, num_slots: int = 4, mask_timeout_s: float = TIMEOUT_S) -> None:
         device = torch.device("cpu")
-        self.sampler = Sampler(num_slots, VOCAB_SIZE, (END,), device, timeout_s=timeout_s)
+        self.sampler = Sampler(num_slots, VOCAB_SIZE, (END,), device, mask_timeout_s=mask_timeout_s)
         self.outputs: dict[int, list[int]] = {}
 
     def start(
@@ -77,7 +77,7 @@ class Rows:
 
     def _logits(self, had: list[int]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(hash(tuple(had)) % 2**63)
-        # As the sequence grows, what closes it becomes likelier, so that it comes to an end.
+        # Closing tokens become likelier as the sequence grows, so that it ends.
         logits = torch.randn(VOCAB_SIZE, generator=generator) * 3
         closing = [END, *map(ord, '"}]'), _PIECES.index(b'"}')]
         logits[closing] += 0.2 * len(had)
@@ -192,12 +192,12 @@ def test_probabilities_are_of_the_raw_logits(rows: Rows) -> None:
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 7] = 10.0
     output = rows.step(0, logits=logits.clone())
-    [told] = output.logprobs
-    assert told is not None
+    [entry] = output.logprobs
+    assert entry is not None
     assert output.token_ids == [ord("a")]
-    assert told.token_id == ord("a")
-    assert told.logprob == pytest.approx(logits.log_softmax(-1)[0, ord("a")].item(), abs=1e-4)
-    assert told.top[0][0] == 7
+    assert entry.token_id == ord("a")
+    assert entry.logprob == pytest.approx(logits.log_softmax(-1)[0, ord("a")].item(), abs=1e-4)
+    assert entry.top[0][0] == 7
 
 
 def test_the_end_is_forced_where_min_tokens_would_forbid_it(rows: Rows) -> None:
@@ -219,13 +219,13 @@ class _Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._is_open = threading.Event()
-        follow = matchers._Follower._next_turn
+        follow = matchers._SlotMatcher._next_mask
 
-        def wait(follower: matchers._Follower) -> matchers.Turn:
+        def wait(follower: matchers._SlotMatcher) -> matchers.TokenMask:
             assert self._is_open.wait(TIMEOUT_S)
             return follow(follower)
 
-        monkeypatch.setattr(matchers._Follower, "_next_turn", wait)
+        monkeypatch.setattr(matchers._SlotMatcher, "_next_mask", wait)
 
     def open(self) -> None:
         self._is_open.set()
@@ -233,7 +233,7 @@ class _Gate:
 
 def test_a_mask_that_is_late_delays_its_own_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = _Gate(monkeypatch)
-    rows = Rows(timeout_s=0.0)
+    rows = Rows(mask_timeout_s=0.0)
     rows.start(0, 'start: "ab"', presence_penalty=1.0)
     rows.start(1, None, presence_penalty=1.0)
     for _ in range(3):
@@ -241,7 +241,7 @@ def test_a_mask_that_is_late_delays_its_own_row_alone(monkeypatch: pytest.Monkey
         assert late == NO_TOKEN
         assert other != NO_TOKEN
     gate.open()
-    rows.sampler._matchers._timeout_s = TIMEOUT_S
+    rows.sampler._matchers._mask_timeout_s = TIMEOUT_S
     assert rows.run(0) == b"ab"
     rows.sampler.close()
 
@@ -249,13 +249,13 @@ def test_a_mask_that_is_late_delays_its_own_row_alone(monkeypatch: pytest.Monkey
 def test_a_grammar_that_fails_ends_its_own_row_alone(
     rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: object) -> matchers.Turn:
+    def fail(_: object) -> matchers.TokenMask:
         raise RuntimeError("broken")
 
     rows.start(1, None)
     rows.start(2, 'start: "a"')
     rows.step(2)
-    monkeypatch.setattr(matchers._Follower, "_next_turn", fail)
+    monkeypatch.setattr(matchers._SlotMatcher, "_next_mask", fail)
     rows.start(0, 'start: "a"')
     output = rows.step(0, 1)
     assert output.token_ids[0] == NO_TOKEN
@@ -273,7 +273,7 @@ def test_tokens_that_never_followed_the_grammar_fail(rows: Rows) -> None:
 def test_a_mask_that_takes_too_long_ends_its_request(
     rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matchers, "MAX_TURN_S", 0.0)
+    monkeypatch.setattr(matchers, "MAX_MASK_S", 0.0)
     rows.start(0, _SLOW)
     assert "too complex" in rows.step(0).failures[0]
 
@@ -283,9 +283,9 @@ def test_who_was_slow_once_is_served_by_the_slow_worker(
 ) -> None:
     monkeypatch.setattr(matchers, "_SLOW_S", 0.0)
     rows.start(0, 'start: "ab"')
-    assert rows.sampler._matchers._slow._thread is None
+    assert not rows.sampler._matchers._slow._threads
     assert rows.run(0) == b"ab"
-    assert rows.sampler._matchers._slow._thread is not None
+    assert rows.sampler._matchers._slow._threads
 
 
 def test_nothing_left_that_is_allowed_is_an_error_not_a_wrong_token(rows: Rows) -> None:

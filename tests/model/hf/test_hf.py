@@ -1,4 +1,4 @@
-"""Models of `transformers` through the whole engine, held to what that library generates alone.
+"""Models of `transformers` through the whole engine, compared with that library alone.
 
 Tiny and random, one for each thing that sets architectures apart. Pages of four tokens, prompts in
 chunks, shared beginnings, several side by side, too few pages: the tokens stay the same.
@@ -97,7 +97,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
         "mamba_n_heads": 6,
     },
-    # Layers that keep from their attention what they are called with; a norm for each head.
+    # Layers that do not pass their arguments on to their attention; a norm for each head.
     "stablelm": {"qk_layernorm": True, "use_parallel_residual": True},
     # An attention older than the interface: one key for all heads, or for groups of them.
     "falcon": {"multi_query": True, "parallel_attn": True, "alibi": False},
@@ -233,7 +233,7 @@ def test_tokens_and_logits_are_those_of_transformers(checkpoint: Any, session: A
     torch.testing.assert_close(found, checkpoint.logits(tokens), rtol=1e-4, atol=1e-4)
 
 
-#: What four bits mean (OCP Microscaling Formats, E2M1); a scale is a power of two, biased by 127.
+#: The values of four bits (OCP Microscaling Formats, E2M1); a scale is a power of two, bias 127.
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 

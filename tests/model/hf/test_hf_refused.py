@@ -1,4 +1,4 @@
-"""What is not served, or only in part, and what the operator is told of it."""
+"""Models that are not served, or only in part, with the messages for the operator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model.architectures.arch import ArchError
 from model.assemble import assemble
-from model.hf.attention import common_wish
+from model.hf.attention import common_requirements
 from model.hf.decoder import HfDecoder, load_hf_decoder
 from model.implementation import choose_implementation
 from model.weights.source import ModelSource
@@ -150,7 +150,8 @@ def test_the_proof_finds_what_was_lost_on_the_way(
     source = dummy("gemma2", head_dim=16, attn_logit_softcapping=0.5)
     assert load(source).attention_spec(torch.float32).softcap == 0.5
     monkeypatch.setattr(
-        "model.hf.decoder.common_wish", lambda *args: replace(common_wish(*args), softcap=None)
+        "model.hf.decoder.common_requirements",
+        lambda *args: replace(common_requirements(*args), softcap=None),
     )
     with pytest.raises(ArchError, match="something else on pages than alone"):
         load(source)

@@ -1,4 +1,4 @@
-"""What must not be sampled: tokens outside `allowed_token_ids`, and the ends of `bad_words`."""
+"""Tokens that are never sampled: outside `allowed_token_ids`, and the ends of `bad_words`."""
 
 from __future__ import annotations
 

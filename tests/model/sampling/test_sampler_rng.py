@@ -5,7 +5,7 @@ import torch
 
 from model.interface import SamplingParams, SlotStart
 from model.sampling.sampler import Sampler
-from model.sampling.sampling_ops import stream_of, uniform
+from model.sampling.sampling_ops import rng_stream, uniform
 
 CPU = torch.device("cpu")
 LOGITS = (2.0, 1.5, 1.5, 0.7, 0.0, -0.3, -1.0, -torch.inf)
@@ -25,7 +25,7 @@ def chi_square(observed: list[int], probabilities: list[float]) -> float:
 
 
 def distribution(params: SamplingParams) -> list[float]:
-    """What the parameters mean, in float64 and by their textbook definitions."""
+    """Apply the parameters in float64, by their textbook definitions."""
     p = (torch.tensor(LOGITS, dtype=torch.float64) / params.temperature).softmax(-1)
     p[p < params.min_p * p.max()] = 0
     order = p.sort(descending=True, stable=True).indices
@@ -87,14 +87,14 @@ def test_neighbouring_seeds_and_positions_are_independent(
     cells = [0] * 100
     for seed in range(100):
         for position in range(1, 101):
-            one = uniform(stream_of(seed), position)
-            other = uniform(stream_of((seed + seed_step) % 2**64), position + position_step)
+            one = uniform(rng_stream(seed), position)
+            other = uniform(rng_stream((seed + seed_step) % 2**64), position + position_step)
             cells[int(one * 10) * 10 + int(other * 10)] += 1
     assert chi_square(cells, [0.01] * 100) < CRITICAL[99]
 
 
 def test_uniform_stays_below_one() -> None:
-    values = [uniform(stream_of(seed), seed) for seed in (0, 1, 2**63, 2**64 - 1)]
+    values = [uniform(rng_stream(seed), seed) for seed in (0, 1, 2**63, 2**64 - 1)]
     assert all(0.0 <= value < 1.0 for value in values)
     assert len(set(values)) == 4
 
