@@ -1,4 +1,4 @@
-"""The engine without HTTP: what a step costs with 1, 8 and 32 sequences, and a prompt alone.
+"""The engine without HTTP: the cost of a step with 1, 8 and 32 sequences, and of a prompt alone.
 
 `python bench/engine.py [--model smollm2] [--rows 1 8 32] [--quantization auto]`: the real
 model behind the real scheduler, in this process. Prints; asserts nothing.
@@ -30,7 +30,7 @@ def _no_grammars(_message: Prepared) -> None:
 
 
 class Bench:
-    """An engine, and words nobody has asked before."""
+    """An engine, and words that are not in its cache."""
 
     def __init__(self, config: OctavoConfig) -> None:
         self._runner = build.make_runner(build.resolve_source(config.model.model), config)
@@ -54,13 +54,13 @@ class Bench:
         self._num_requests += 1
 
     def step(self) -> tuple[float, StepResult]:
-        """Compute one step and say how long it took."""
+        """Compute one step and return its time."""
         began_s = time.perf_counter()
         result = self._engine.step()
         return time.perf_counter() - began_s, result
 
     def drain(self) -> float:
-        """Compute all that is left and say how long it took."""
+        """Compute all that is left and return the time."""
         began_s = time.perf_counter()
         while self._engine.has_work:
             self._engine.step()
@@ -72,7 +72,7 @@ class Bench:
 
 
 def decode_s(bench: Bench, rows: int, prompt_tokens: int, steps: int) -> list[float]:
-    """Return what each step took in which all rows, and nothing else, got one token."""
+    """Return the times of the steps in which all rows, and nothing else, got one token."""
     for _ in range(rows):
         bench.submit(prompt_tokens, 2 * steps)
     taken_s: list[float] = []

@@ -2,7 +2,7 @@
 
 Each library gets the same made-up vocabulary and the schemas of `tests/data/schemas.json`. A schema
 counts as *kept* if its valid instance is accepted and its invalid one is not. Prints a table of
-times; asserts nothing. xgrammar is no dependency of ours: run it in an environment of its own.
+times; asserts nothing. xgrammar is not a dependency of ours: run it in an environment of its own.
 """
 
 # ruff: noqa: T201 - a benchmark's only purpose is to print
@@ -131,7 +131,7 @@ class _XGrammar:
 
 
 def main(name: str, size: int) -> None:
-    """Print what one library does."""
+    """Print the results of one library."""
     began_s, before_kib = time.perf_counter(), _peak_kib()
     tokens = vocabulary(size)
     made_s = time.perf_counter()
@@ -148,7 +148,7 @@ def main(name: str, size: int) -> None:
         at_s = time.perf_counter()
         try:
             compiled = library.compile(case["schema"])
-        except Exception as error:  # noqa: BLE001 - whatever the library raises
+        except Exception as error:  # noqa: BLE001 - any exception of the library
             missed.append(f"{case['name']}: {str(error).splitlines()[0][:70]}")
             continue
         compile_ms.append((time.perf_counter() - at_s) * 1e3)
@@ -166,7 +166,7 @@ def main(name: str, size: int) -> None:
 def _walk(
     library: Any, compiled: Any, ids: dict[bytes, int], value: Any, taken: list[float]
 ) -> bool:
-    """Say whether `value` is accepted, cut into the longest tokens there are."""
+    """Return whether `value` is accepted, cut into the longest tokens."""
     matcher, text = library.start(compiled), json.dumps(value).encode()
     while text:
         length = next(n for n in range(min(12, len(text)), 0, -1) if text[:n] in ids)
@@ -190,7 +190,7 @@ def _torture(library: Any, schema: Any) -> str:
             library.fill(matcher)
             masked_s = time.perf_counter() - compiled_s
             told.append(f"compile {(compiled_s - at_s) * 1e3:.0f} ms, mask {masked_s * 1e3:.1f} ms")
-        except Exception as error:  # noqa: BLE001 - whatever the library raises
+        except Exception as error:  # noqa: BLE001 - any exception of the library
             spent_ms = (time.perf_counter() - at_s) * 1e3
             told.append(f"refused after {spent_ms:.0f} ms: {str(error).splitlines()[0][:60]}")
 

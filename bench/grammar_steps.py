@@ -1,4 +1,4 @@
-"""What grammars add to a step: `python -m tests.bench.grammar_steps MODEL.gguf`. Asserts nothing.
+"""The cost of grammars in a step (`python -m tests.bench.grammar_steps MODEL.gguf`); no asserts.
 
 The real engine, without HTTP. Rounds of each case take turns, so that a machine that is busy with
 something else is so for all of them.

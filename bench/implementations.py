@@ -1,4 +1,4 @@
-"""What Octavo's own code is worth beside that of `transformers` on the same pages.
+"""Octavo's own code compared with that of `transformers` on the same pages.
 
 SmolLM2-135M's shape with random weights: eight decodes far into their texts, and 512 tokens of
 prompts in one step.
@@ -79,7 +79,7 @@ def main() -> None:
             prefill = min(step(runner, 0, _CHUNK) for _ in range(3))
             decode = statistics.median(step(runner, _PAST + i, 1) for i in range(_DECODES))
             weights = runner.info.quantization if impl == "octavo" else dtype
-            print(  # noqa: T201 - what one runs it for
+            print(  # noqa: T201 - a program that prints
                 f"{impl:13} {weights:9} {_ROWS} decodes {decode * 1e3:6.1f} ms, "
                 f"{_ROWS * _CHUNK} prompt tokens {prefill * 1e3:7.1f} ms"
             )

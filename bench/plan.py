@@ -1,4 +1,4 @@
-"""What planning and applying one step costs, without a model. Prints; asserts nothing."""
+"""The cost of planning and applying one step, without a model. Prints; asserts nothing."""
 
 from __future__ import annotations
 

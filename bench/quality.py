@@ -1,7 +1,7 @@
-"""What a format of the weights costs in quality: `python bench/quality.py [MODEL]`.
+"""The quality of each format of the weights: `python bench/quality.py [MODEL]`.
 
 Perplexity over this project's own pages, and how often a format's likeliest token is the one that
-float32 wrote, over 200 greedy answers. The first format is what the others are held against.
+float32 wrote, over 200 greedy answers. The first format is the reference of the others.
 """
 
 from __future__ import annotations

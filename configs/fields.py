@@ -1,8 +1,8 @@
-"""The schema's fields, flat: what flags, file keys and `OCTAVO_*` variables are made from.
+"""The schema's fields as one flat list, for flags, file keys and `OCTAVO_*` variables.
 
 Everything is derived from `configs/schema.py`, so a field added there is a flag, a key and a
-variable at once. Knows nothing of values or where they came from (`configs/load.py`), nor of
-argparse (`server/cli.py`).
+variable at once. Knows nothing of values or their sources (`configs/load.py`), nor of argparse
+(`server/cli.py`).
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ _KINDS: Mapping[object, Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class ConfigField:
-    """One thing an operator may set."""
+    """A setting."""
 
     #: As in the schema and in files: `max_model_len`.
     name: str
-    #: Attribute of `OctavoConfig` that holds it.
+    #: Its attribute of `OctavoConfig`.
     section: str
     description: str
     default: object
     #: The values of a `Literal`; empty where any value of the type will do.
     choices: tuple[str, ...]
     kind: Kind
-    #: What a value may be, as the end of the sentence "expected ...".
+    #: The allowed values, as the end of the sentence "expected ...".
     allowed: str
 
     @property

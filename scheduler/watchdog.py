@@ -18,9 +18,8 @@ _ASKS_AFTER, _DOUBTS_AFTER = 2, 7
 class Watchdog:
     """Calls `ask` after a silence, and `on_timeout` if there is no answer.
 
-    Whoever was asked has `timeout_s` to answer, so it bites between 1 and 1.25 times as long after
-    the last sign of life. `is_silent` is true before the timeout is over. After a timeout it begins
-    anew.
+    An answer may take `timeout_s`, so `on_timeout` is called between 1 and 1.25 times as long after
+    the last sign of life. `is_silent` is true before the timeout is over. Then it starts again.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Watchdog:
         self._num_silent = 0
 
     def look(self) -> None:
-        """Ask or call `on_timeout`, if it is time to."""
+        """Call `ask` or `on_timeout` when it is due."""
         self._num_silent += 1
         if self._num_silent == _ASKS_AFTER:
             self._ask()

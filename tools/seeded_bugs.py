@@ -1,8 +1,8 @@
-"""Seed one bug after another, and see whether the state machine of that package finds it.
+"""Seeds one bug after another, and checks whether the state machine of that package finds it.
 
 `python -m tools.seeded_bugs cache [NAME ...]`: exits 1 if a bug stays unfound. Not part of the test
-suite: it says how good the suite is. Each bug is a piece of source text replaced in a copy of the
-project, so the checkout is never touched.
+suite: it measures how good the suite is. Each bug replaces a piece of source text in a copy of the
+project, so the checkout is never changed.
 """
 
 # ruff: noqa: T201 - a script that reports
@@ -23,7 +23,7 @@ from tools.bugs import CACHE_BUGS, FAULT_BUGS, OVERLAP_BUGS, SCHEDULER_BUGS, Bug
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 300
 
-#: Search longer than the suite does, remember nothing, and do not simplify what is found.
+#: Search longer than the suite does, remember nothing, and do not simplify a failure.
 PROFILE = """
 from hypothesis import HealthCheck, Phase, settings
 settings.register_profile(
@@ -47,7 +47,7 @@ SUITES = {
 
 
 def copy_project(folder: Path) -> None:
-    """Copy what the tests import; not the checkout's history, models and environments."""
+    """Copy the tests' imports; not the checkout's history, models and environments."""
     for package in ("cache", "configs", "model", "scheduler", "server", "tests"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, folder / package, ignore=ignore)

@@ -1,8 +1,8 @@
 """The decoder's way on CUDA, on tensors that have a device, a dtype and a shape but no memory.
 
 `python bench/gpu/dtypes.py`: needs FlashAttention-3 and a torch built for CUDA, but no GPU.
-torch refuses what a GPU would: operands on two devices or of two dtypes, arguments that a kernel
-does not take. Triton's operations have torch's in their place.
+torch refuses the same operands as a GPU: operands on two devices or of two dtypes, and wrong
+arguments of a kernel. Triton's operations are replaced with torch's.
 """
 
 # ruff: noqa: T201 - printing is all it is for
@@ -42,7 +42,7 @@ CUDA, PAGE_SIZE = torch.device("cuda"), 64
 
 
 class InThisThread(Executor):
-    """Runs what it is given at once: such tensors are the business of one thread."""
+    """Runs tasks at once: such tensors must stay in one thread."""
 
     def __init__(self, *_args: object) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class InThisThread(Executor):
 
 
 class FusedOps(TorchOps):
-    """What Triton's operations do, by torch's, which refuse other dtypes."""
+    """Triton's operations by torch's, which refuse other dtypes."""
 
     def rope_and_store(
         self,

@@ -1,9 +1,9 @@
 """How near the GPU's limits the engine comes: a table, as JSON and as markdown.
 
 `python bench/gpu/measure.py OUT [--budget-s 480] [--only SECTION ...]`: Llama-3.1-8B's shape
-in bfloat16 with random weights. A section that fails, or that there is no time left for, is said to
-have; the others stand. What a limit is, is measured first: a copy, a matrix product. `--device cpu`
-rehearses it without a GPU: a tiny model, small sizes, and figures that mean nothing.
+in bfloat16 with random weights. The report names a section that fails or has no time left; the
+others are valid. The limits are measured first: a copy, a matrix product. `--device cpu` rehearses
+it without a GPU: a tiny model, small sizes, and figures that mean nothing.
 """
 
 # ruff: noqa: T201 - printing is all a benchmark is for
@@ -66,14 +66,14 @@ class Report:
 
     @contextmanager
     def finding(self, what: str) -> Iterator[str]:
-        """Note that there is no figure of it where it fails; what comes after it goes on."""
+        """Note a section that fails, and continue with the next."""
         try:
             yield what
         except Exception as error:  # noqa: BLE001 - it is the finding
             self.failed(what, f"{type(error).__name__}: {error}")
 
     def failed(self, what: str, why: str) -> None:
-        """Note what there is no figure of."""
+        """Note a missing figure."""
         self.rows.append({"what": what, "failed": why})
         print(f"{what}: FAILED: {why}", flush=True)
 
@@ -265,7 +265,7 @@ def _decode_s(engine: Engine, timed: Timed, rows: int, most: int) -> tuple[float
 
 
 def measure_limits(report: Report) -> None:
-    """What shares are of."""
+    """The limits that shares refer to."""
     report.add("copy", report.limits.copy_bytes_per_s / 1e12, "TB/s, read and written")
     report.add("matrix product", report.limits.flops / 1e12, "TFLOP/s")
 
@@ -290,7 +290,7 @@ def markdown(rows: Iterable[dict[str, Any]], about: str) -> str:
 
 
 def main() -> None:
-    """Measure what is asked for, write as it comes."""
+    """Measure the requested sections, and write each result at once."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

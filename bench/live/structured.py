@@ -72,7 +72,7 @@ async def _again_and_again(client: httpx.AsyncClient, body: Callable[[], dict[st
 
 
 def _new_schema() -> dict[str, Any]:
-    """Return a schema nobody has asked for yet: 2,000 values to compile, a few tokens to write."""
+    """Return a schema that is not cached yet: 2,000 values to compile, a few tokens to write."""
     number = next(_numbers)
     values = [f"value {number} {i}" for i in range(2000)]
     return {"guided_json": {"enum": values}, "max_tokens": 1}

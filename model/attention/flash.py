@@ -1,7 +1,7 @@
 """Attention on CUDA by FlashAttention's paged kernels: whichever of three is installed.
 
-NEVER RUN YET: the machine this was written on has no GPU. What is bookkeeping is tested on a CPU;
-the three calls are written from the kernels' sources and documentation. In order of preference:
+Tests run the bookkeeping on a CPU; docs/performance.md has the status on GPUs. The three calls
+follow the kernels' sources and documentation. In order of preference:
 
 - FlashAttention-3 (`flash_attn_interface`, Hopper): any page size that is a multiple of 16;
 - FlashAttention-2 (`flash_attn`, Ampere and later): pages of a multiple of 256 tokens;

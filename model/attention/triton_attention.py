@@ -1,7 +1,7 @@
 """Attention on CUDA by kernels of our own: pages of any size, no FlashAttention needed.
 
-NEVER RUN ON A GPU YET: the kernels run in Triton's interpreter (`tests/model/attention`) and are
-compiled for sm_80 and sm_90 (`tests/model/cuda/test_kernels_compile.py`); nobody has timed them.
+Tests run the kernels in Triton's interpreter (`tests/model/attention`) and compile them for sm_80
+and sm_90 (`tests/model/cuda/test_kernels_compile.py`); docs/performance.md has the status on GPUs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Puts a runner together on CUDA: measures what a step and its graphs take, the rest is pages.
 
-NEVER RUN ON A GPU YET. What needs none is tested: the step that is measured, and the plan that is
-made from what was (`model/kv/memory_plan.py`).
+Tests cover the measured step and the plan made from it (`model/kv/memory_plan.py`);
+docs/performance.md has the status on GPUs.
 """
 
 from __future__ import annotations

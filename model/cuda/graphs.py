@@ -120,7 +120,7 @@ class DecodeGraphs:
 
 
 def record_on_cuda(device: torch.device) -> Record:
-    """Return a recorder of CUDA graphs which share one pool of memory. NEVER RUN YET."""
+    """Return a recorder of CUDA graphs which share one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:

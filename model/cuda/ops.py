@@ -1,7 +1,7 @@
 """`Ops` in Triton, and rotation fused with the write of keys and values to their pages.
 
-NEVER RUN ON A GPU YET: the kernels run in Triton's interpreter (`tests/model/test_ops.py`) and are
-compiled for sm_80 and sm_90. Knows nothing of weights or of attention.
+Tests run the kernels in Triton's interpreter (`tests/model/test_ops.py`) and compile them for sm_80
+and sm_90; docs/performance.md has the status on GPUs. Knows nothing of weights or of attention.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class Matchers:
         return slot in self._slots
 
     def turns(self, slots: Sequence[int]) -> list[Turn | None]:
-        """Return the turn of each slot; None: not known yet, even after a moment's patience."""
+        """Return the turn of each slot; None: not known yet, even after the timeout."""
         followers = [self._slots[slot] for slot in slots]
         if any(follower.turn is None for follower in followers):
             with self._told:

@@ -1,4 +1,4 @@
-"""Turns new requests away while the server drains. Knows nothing of why."""
+"""Refuses new requests while the server drains. Knows nothing of the reason."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from server.http.lifecycle import Lifecycle
 
 
 class DrainGate:
-    """Raises `ApiError` (503) for the boundary to tell; probes pass."""
+    """Raises `ApiError` (503), which `server/http/middleware.py` sends; probes pass."""
 
     def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle) -> None:
         self._app = app
         self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or not."""
-        is_asked = scope["type"] == "http" and scope["path"] not in PROBE_PATHS
-        if is_asked and self._lifecycle.is_draining:
+        """Pass on a request unless the server drains."""
+        is_request = scope["type"] == "http" and scope["path"] not in PROBE_PATHS
+        if is_request and self._lifecycle.is_draining:
             raise unavailable("the server is shutting down; ask another", is_closing=True)
         await self._app(scope, receive, send)

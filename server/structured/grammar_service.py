@@ -1,6 +1,6 @@
-"""Where grammars are taken in: judged, and the engine told what it needs to follow them.
+"""Checks grammars, and sends the engine the vocabulary it needs to follow them.
 
-Knows nothing of the fields that ask for them.
+Knows nothing of the request fields with grammars.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from server.text.tokenizer import Tokenizer
 
 
 class GrammarService:
-    """One for each engine. Does nothing, and holds nothing, until the first grammar."""
+    """One for each engine. Does and holds nothing until the first grammar."""
 
     def __init__(self) -> None:
         self.checker = GrammarChecker()
@@ -22,9 +22,9 @@ class GrammarService:
         self._reads = asyncio.Lock()
 
     async def judge(self, grammar: str, client: EngineClient, tokenizer: Tokenizer) -> Verdict:
-        """Return what is to be said of a grammar; once it has, the engine can be sent it.
+        """Check a grammar; afterwards the engine can take it.
 
-        Raises `ApiError` (503) where nobody can say.
+        Raises `ApiError` (503) if it cannot be checked.
         """
         async with self._reads:
             if self._vocabulary is None:
@@ -34,5 +34,5 @@ class GrammarService:
         return await self.checker.judge(grammar, self._vocabulary)
 
     async def close(self) -> None:
-        """End what was started."""
+        """End the process of the checker."""
         await self.checker.close()

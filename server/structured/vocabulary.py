@@ -9,7 +9,7 @@ from server.text.tokenizer import Tokenizer
 
 
 def vocabulary_of(tokenizer: Tokenizer, info: ModelInfo) -> Vocabulary:
-    """Return what the model's tokens say; ids the tokenizer does not have say nothing.
+    """Return the bytes of the model's tokens; ids that the tokenizer lacks are empty.
 
     Takes 1 µs a token.
     """

@@ -1,4 +1,4 @@
-"""Chat templates that an operator may choose by name, where a model has none or a wrong one."""
+"""Chat templates that an operator may choose by name if a model has none or a wrong one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _LLAMA3 = r"""{{- bos_token }}
 {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}"""
 
-#: Of Llama 2 and Mistral: `[INST]` around the user's words, the system message within the first.
+#: Llama 2's and Mistral's: `[INST]` around the user's text, the system message within the first.
 _INST = r"""{{- bos_token }}
 {%- set has_system = messages[0].role == 'system' %}
 {%- set system = BEFORE + messages[0].content | trim + BEHIND if has_system else '' %}

@@ -1,4 +1,4 @@
-"""Custom tools, which take a text: for the model they are functions of that one argument.
+"""Custom tools, whose input is a text: for the model they are functions with that one argument.
 
 So every model that calls functions can call them. Knows nothing of requests or of answers.
 """
@@ -6,33 +6,9 @@ So every model that calls functions can call them. Knows nothing of requests or 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any
 
 #: The one argument.
 INPUT = "input"
-_SYNTAXES = {"lark": "a Lark grammar", "regex": "a regular expression"}
-
-
-@dataclass(frozen=True, slots=True)
-class InputGrammar:
-    """What the text is to be like."""
-
-    syntax: str
-    definition: str
-
-
-def function_of(name: str, description: str | None, grammar: InputGrammar | None) -> dict[str, Any]:
-    """Return a custom tool as a function. The model is shown the grammar."""
-    text: dict[str, Any] = {"type": "string"}
-    words = [description] if description else []
-    if grammar is not None:
-        words.append(f"The input matches {_SYNTAXES[grammar.syntax]}:\n{grammar.definition}")
-        if grammar.syntax == "regex":
-            text["pattern"] = f"^(?:{grammar.definition})$"
-    schema = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
-    function = {"name": name, "parameters": {**schema, "additionalProperties": False}}
-    return {**function, "description": "\n\n".join(words)} if words else function
 
 
 def arguments_of(text: str) -> str:
@@ -41,7 +17,7 @@ def arguments_of(text: str) -> str:
 
 
 def input_of(arguments: str) -> str:
-    """Return the input of a call with these arguments: all of them if they are others."""
+    """Return the input of a call; arguments of another shape are returned whole."""
     try:
         read = json.loads(arguments, strict=False)
     except (ValueError, RecursionError):

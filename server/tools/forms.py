@@ -1,4 +1,4 @@
-"""How calls are to be written, for those who make a model write them; `syntaxes` read them.
+"""How models write calls, for grammars that enforce it; `syntaxes` reads them.
 
 Knows nothing of grammars.
 """
@@ -82,7 +82,7 @@ _KIMI_K2 = CallForm(
     opening=(SECTION,),
     closing=(END_SECTION,),
     before_name=(KIMI_CALL, "functions."),
-    # The index belongs to an id, which is not read.
+    # The index belongs to an id, which is ignored.
     before_arguments=(":0", KIMI_ARGUMENTS),
     after_arguments=(END_KIMI_CALL,),
     marks=frozenset({SECTION, END_SECTION, KIMI_CALL, KIMI_ARGUMENTS, END_KIMI_CALL}),
@@ -95,13 +95,13 @@ _HARMONY = CallForm(
     marks=frozenset({"<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>"}),
 )
 _LLAMA = CallForm(between=("; ",), before_arguments=('", "parameters": ',))
-#: Of models without calls, and of those that do not write arguments as JSON.
+#: For models without calls, and for models that do not write arguments as JSON.
 _BARE = CallForm(between=("\n",))
 _FORMS = {HERMES: _HERMES, KIMI_K2: _KIMI_K2, HARMONY: _HARMONY, LLAMA: _LLAMA}
 
 
 def call_form(syntax: CallSyntax, templates: Mapping[str, str]) -> CallForm:
-    """Return how a model with these templates writes what `syntax` reads."""
+    """Return the form in which a model with these templates writes calls of `syntax`."""
     if syntax is MISTRAL:
         has_named = any("[ARGS]" in source for source in templates.values())
         return _MISTRAL_NAMED if has_named else _MISTRAL

@@ -11,7 +11,7 @@ from server.tools.syntaxes import CallSyntax, read_named
 
 
 def _deepseek(word: str) -> str:
-    """Spell a mark: the bars are fullwidth, the spaces lower one eighth blocks."""
+    """Write a mark: the bars are fullwidth, the spaces lower one eighth blocks."""
     return "<\uff5c" + word.replace(" ", "\u2581") + "\uff5c>"
 
 
@@ -25,32 +25,25 @@ KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
 
 
 def _read_deepseek(source: Source, at: int, out: CallWriter) -> Reading[None]:
-    """Read calls up to the end of their list, of V3 and R1 as of V3.1.
+    """Read calls up to the end of their list.
 
-    The former write `function`, the separator, the name and the arguments in a fence; the latter
+    V3 and R1 write `function`, the separator, the name and the arguments in a fence. V3.1 writes
     the name, the separator and the arguments.
     """
     while True:
-        at = yield from source.space(at)
-        mark = yield from source.word(at, CALL, END_CALLS)
-        at += len(mark)
+        at, mark = yield from source.skip(at, CALL, END_CALLS)
         if mark == END_CALLS:
             source.pos = at
             return
-        end, _ = yield from source.until(at, SEPARATOR)
-        name, at = source.text[at:end], end + len(SEPARATOR)
+        name, at, _ = yield from source.until(at, SEPARATOR)
         start = yield from source.space(at)
         is_fenced = source.text[start] != "{"
         if is_fenced:
-            end, _ = yield from source.until(at, FENCE)
-            name, start = source.text[at:end], end + len(FENCE)
+            name, start, _ = yield from source.until(at, FENCE)
         at = yield from read_named(source, start, name.strip(), out)
-        at = yield from source.space(at)
         if is_fenced:
-            yield from source.word(at, END_FENCE)
-            at = yield from source.space(at + len(END_FENCE))
-        yield from source.word(at, END_CALL)
-        at += len(END_CALL)
+            at, _ = yield from source.skip(at, END_FENCE)
+        at, _ = yield from source.skip(at, END_CALL)
 
 
 def _read_kimi(source: Source, at: int, out: CallWriter) -> Reading[None]:
@@ -59,18 +52,14 @@ def _read_kimi(source: Source, at: int, out: CallWriter) -> Reading[None]:
     Text between the calls of a section is left out.
     """
     while True:
-        at, mark = yield from source.until(at, KIMI_CALL, END_SECTION)
-        at += len(mark)
+        _, at, mark = yield from source.until(at, KIMI_CALL, END_SECTION)
         if mark == END_SECTION:
             source.pos = at
             return
-        end, _ = yield from source.until(at, KIMI_ARGUMENTS)
-        called, _, _ = source.text[at:end].strip().rpartition(":")
-        name = called.removeprefix("functions.")
-        at = yield from read_named(source, end + len(KIMI_ARGUMENTS), name, out)
-        at = yield from source.space(at)
-        yield from source.word(at, END_KIMI_CALL)
-        at += len(END_KIMI_CALL)
+        called, at, _ = yield from source.until(at, KIMI_ARGUMENTS)
+        name = called.strip().rpartition(":")[0].removeprefix("functions.")
+        at = yield from read_named(source, at, name, out)
+        at, _ = yield from source.skip(at, END_KIMI_CALL)
 
 
 DEEPSEEK = CallSyntax("deepseek_v3", (CALLS,), _read_deepseek, has_special_marks=True)

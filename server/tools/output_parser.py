@@ -15,7 +15,7 @@ from typing import Any
 from server.tools.call_writer import CallWriter
 from server.tools.events import Content, Event, Reasoning
 from server.tools.harmony import HARMONY, MESSAGE_ENDS, Header, read_header
-from server.tools.source import EndedError, MismatchError, Reading, Source, first_of, num_begun
+from server.tools.source import EndedError, MismatchError, Reading, Source
 from server.tools.syntaxes import CallSyntax
 
 
@@ -140,11 +140,11 @@ class OutputParser:
                 yield from self._read_message()
         elif header.is_for_others:
             try:
-                end, mark = yield from source.until(source.pos, *MESSAGE_ENDS)
+                text, end, _ = yield from source.until(source.pos, *MESSAGE_ENDS)
             except EndedError:
-                end, mark = len(source.text), ""
-            self._calls.cut(source.text[source.pos : end])
-            source.pos = end + len(mark)
+                text, end = source.text[source.pos :], len(source.text)
+            self._calls.cut(text)
+            source.pos = end
         elif header.channel == "analysis" and self._syntax.tags is not None:
             yield from self._read_reasoning_until(MESSAGE_ENDS[:1])
         else:
@@ -172,9 +172,8 @@ class OutputParser:
         has_begun = False
         while True:
             source.drop_reported()
-            end, closer = first_of(source.text, 0, closers)
-            known = end if closer else len(source.text) - num_begun(source.text, 0, closers)
-            text = source.text[:known].rstrip()
+            end, closer = source.known_until(0, closers)
+            text = source.text[:end].rstrip()
             source.pos = len(text)
             text = text if has_begun else text.lstrip()
             if text:
@@ -235,9 +234,8 @@ class OutputParser:
             if source.pos * 2 > len(source.text):
                 # Not each time: an output of nothing but markers would be copied once for each.
                 source.drop_reported()
-            at, stop = first_of(source.text, source.pos, stops)
-            known = at if stop else len(source.text) - num_begun(source.text, source.pos, stops)
-            text = self._shown(source.text[source.pos : known])
+            at, stop = source.known_until(source.pos, stops)
+            text = self._shown(source.text[source.pos : at])
             self._tell(text)
             source.pos += len(text)
             if stop in frame:

@@ -1,6 +1,6 @@
-"""Tools and calls as requests hold them: OpenAI's shapes, strict types.
+"""Tools and calls in requests: OpenAI's shapes, strict types.
 
-Knows nothing of templates or of what becomes of a tool.
+Knows nothing of templates or of the use of a tool.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from pydantic import (
 )
 
 from server.structured.schemas import MAX_GRAMMAR_CHARS
-from server.tools.custom import InputGrammar, arguments_of, function_of
+from server.tools.custom import INPUT, arguments_of
 from server.tools.source import TOOL_NAME
 
 #: More of these in one request are a mistake or an attack.
 MAX_TOOLS = 1024
 MAX_CALLS = 1024
+
+_SYNTAXES = {"lark": "a Lark grammar", "regex": "a regular expression"}
 
 ToolName = Annotated[str, Field(pattern=f"^{TOOL_NAME}$")]
 
@@ -44,15 +46,15 @@ class ToolFunction(_Shape):
     strict: bool | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """Return what templates show the model: nothing that was not given."""
-        told = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
-        return {"type": "function", "function": told}
+        """Return the fields that templates show to the model, as far as they were given."""
+        given = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        return {"type": "function", "function": given}
 
 
 class FunctionTool(_Shape):
     """A function that the model may call."""
 
-    #: Where it says what it is called with.
+    #: The field with the schema of its arguments, for errors.
     schema_field: ClassVar[str] = "function.parameters"
 
     type: Literal["function"]
@@ -60,7 +62,7 @@ class FunctionTool(_Shape):
 
 
 class Grammar(_Shape):
-    """What the input of a custom tool is to be like."""
+    """The grammar of a custom tool's input."""
 
     syntax: Literal["lark", "regex"]
     definition: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
@@ -97,16 +99,24 @@ class CustomTool(_Shape):
 
     @property
     def grammar(self) -> Grammar | None:
-        """What the text is to be like."""
+        """The grammar of its input."""
         return None if self.custom.format is None else self.custom.format.grammar
 
     @cached_property
     def function(self) -> ToolFunction:
-        """The tool as the model knows it."""
-        given = self.grammar
-        grammar = None if given is None else InputGrammar(given.syntax, given.definition)
-        made = function_of(self.custom.name, self.custom.description, grammar)
-        return ToolFunction.model_validate(made)
+        """The tool as a function; its description gives the model the grammar."""
+        text: dict[str, Any] = {"type": "string"}
+        words = [self.custom.description] if self.custom.description else []
+        if (given := self.grammar) is not None:
+            words.append(f"The input matches {_SYNTAXES[given.syntax]}:\n{given.definition}")
+            if given.syntax == "regex":
+                text["pattern"] = f"^(?:{given.definition})$"
+        schema = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
+        return ToolFunction(
+            name=self.custom.name,
+            description="\n\n".join(words) or None,
+            parameters={**schema, "additionalProperties": False},
+        )
 
 
 Tool = FunctionTool | CustomTool
@@ -121,7 +131,7 @@ class _Kind(_Shape):
 
 
 def _as_tool(value: object) -> object:
-    """Read a tool as its type says, so that a fault is one of that type alone."""
+    """Read a tool by its type, so that errors are about that type alone."""
     return _TOOLS[_Kind.model_validate(value).type].model_validate(value)
 
 
@@ -146,7 +156,7 @@ class ToolChoice(_Shape):
 
 
 class AllowedTools(_Shape):
-    """The tools that may be called, of all there are."""
+    """The tools that may be called, out of all tools."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[ToolChoice], Field(max_length=MAX_TOOLS, fail_fast=True)]
@@ -204,7 +214,7 @@ _CHOICES: Mapping[str, type[ToolChoice | AllowedToolsChoice]] = {
 
 
 def _as_choice(value: object) -> object:
-    """One fault of the field, not one of each shape it could have had."""
+    """Report one error of the field, not one for each shape that is allowed."""
     if isinstance(value, str) and value in {"none", "auto", "required"}:
         return value
     kind = value.get("type") if isinstance(value, dict) else None

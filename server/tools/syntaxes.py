@@ -1,15 +1,15 @@
-"""How the families of models write calls: each reads the calls that begin at one place.
+"""How the families of models write calls: each syntax reads the calls that begin at one place.
 
-A syntax tells calls as it reads them, by a `CallWriter`. It raises `MismatchError` where there is
-no (further) call and `EndedError` where the text ends within one. What closes a call may be
-missing: models forget it. Knows nothing of the text around calls.
+A syntax reports calls while it reads them, through a `CallWriter`. It raises `MismatchError` where
+there is no (further) call and `EndedError` where the text ends within one. The mark that closes a
+call may be missing: models leave it out. Knows nothing of the text around calls.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from server.tools.call_writer import CallWriter
@@ -29,29 +29,29 @@ class CallSyntax:
     """A way to write calls."""
 
     name: str
-    #: What a call begins with.
+    #: The texts with which a call begins.
     markers: tuple[str, ...]
     read: Reader
-    #: Reads calls with which the output begins, without a marker; None: there are none. Since any
-    #: text may look like that, the tool must be one that was offered.
+    #: Reads calls without a marker, with which the output begins; None: there are none. Other
+    #: text may look the same, so the tool must have been offered.
     read_bare: Reader | None = None
-    #: What a call without a marker begins with.
+    #: The characters with which a call without a marker begins.
     bare_openers: str = "{"
     #: Whether its marks are special tokens in the model's vocabulary.
     has_special_marks: bool = False
     #: Whether spaces before and behind calls belong to the text there.
     keeps_spaces: bool = False
-    #: Length of a call's id if the model's template insists on one.
+    #: Length of a call's id if the model's template requires one.
     id_chars: int | None = None
 
 
 def read_arguments(source: Source, at: int, out: CallWriter) -> Reading[int]:
-    """Tell the object at `at` as the arguments of the call that has begun; return its end."""
-    parsed, told = JsonObject(at), at
+    """Add the object at `at` as the arguments of the call that has begun; return its end."""
+    parsed, done = JsonObject(at), at
     while True:
         status = parsed.advance(source.text)
-        out.json(parsed.strict(source.text, told, parsed.known), parsed.known)
-        told = parsed.known
+        out.json(parsed.strict(source.text, done, parsed.known), parsed.known)
+        done = parsed.known
         if status is Status.BROKEN:
             raise MismatchError
         if status is Status.DONE:
@@ -60,7 +60,7 @@ def read_arguments(source: Source, at: int, out: CallWriter) -> Reading[int]:
 
 
 def read_named(source: Source, at: int, name: str, out: CallWriter) -> Reading[int]:
-    """Tell a call whose name is known and whose arguments are at `at`; return their end."""
+    """Report a call with this name and the arguments at `at`; return their end."""
     at = yield from source.space(at)
     yield from source.word(at, "{")
     out.start(name, at)
@@ -69,63 +69,59 @@ def read_named(source: Source, at: int, name: str, out: CallWriter) -> Reading[i
     return end
 
 
-def read_object(
-    source: Source, at: int, out: CallWriter, offered: Callable[[str], bool] | None = None
-) -> Reading[int]:
-    """Tell the call that is an object with its name and its arguments; return its end.
+def read_object(source: Source, at: int, out: CallWriter, *, is_bare: bool = False) -> Reading[int]:
+    """Report the call that is an object with a name and arguments; return its end.
 
-    `offered`: whether there is a tool of this name; given for an object that is a call only if
-    there is one, and if it has nothing but a call's keys.
+    `is_bare`: without a marker; it is a call only if its tool was offered, and if it has no other
+    keys than a call's.
     """
     parsed = JsonObject(at)
-    told: int | None = None
+    done: int | None = None
     while True:
         status = parsed.advance(source.text)
-        if told is None:
-            told = _begin_object(parsed, source.text, out, offered)
-        if told is not None:
-            known = min([parsed.known, *_ends(parsed)])
-            out.json(parsed.strict(source.text, told, known), known)
-            told = known
-        is_foreign = offered is not None and _foreign_at(parsed) < math.inf
+        if done is None:
+            done = _begin_object(parsed, source.text, out, is_bare=is_bare)
+        if done is not None:
+            known = min([parsed.known, *_of_arguments(parsed.ends)])
+            out.json(parsed.strict(source.text, done, known), known)
+            done = known
+        is_foreign = is_bare and _foreign_at(parsed) < math.inf
         if is_foreign or status is Status.BROKEN:
             raise MismatchError
         if status is Status.DONE:
             break
         yield from source.more()
-    if told is None:
-        _whole_object(parsed, source.text, out, is_bare=offered is not None)
+    if done is None:
+        _whole_object(parsed, source.text, out, is_bare=is_bare)
     out.end(parsed.pos)
     return parsed.pos
 
 
-def _begin_object(
-    parsed: JsonObject, text: str, out: CallWriter, offered: Callable[[str], bool] | None
-) -> int | None:
-    """Begin the call once its name is known; return where its arguments begin, if they do."""
-    start = next(iter(_starts(parsed)), None)
+def _begin_object(parsed: JsonObject, text: str, out: CallWriter, *, is_bare: bool) -> int | None:
+    """Begin the call once its name is known; return the start of its arguments, if they begin."""
+    start = next(iter(_of_arguments(parsed.starts)), None)
     if start is not None and text[start] not in '{"n':
         raise MismatchError
     if "name" not in parsed.ends:
         return None
     name = _name_of(parsed, text)
-    if offered is not None and not offered(name):
+    if is_bare and not out.is_offered(name):
         raise MismatchError
     if start is None or text[start] != "{":
         return None
-    if offered is not None and _foreign_at(parsed) < max(start, parsed.ends["name"]):
+    if is_bare and _foreign_at(parsed) < max(start, parsed.ends["name"]):
         raise MismatchError
     out.start(name, start)
     return start
 
 
 def _whole_object(parsed: JsonObject, text: str, out: CallWriter, *, is_bare: bool) -> None:
-    """Tell the call that a complete object means, where it has no object of arguments."""
-    start, end = next(iter(_starts(parsed)), None), next(iter(_ends(parsed)), None)
+    """Report the call of a complete object whose arguments are not an object."""
+    starts, ends = _of_arguments(parsed.starts), _of_arguments(parsed.ends)
     name = _name_of(parsed, text)
-    if start is None and is_bare:
+    if is_bare and not starts:
         raise MismatchError
-    raw = "{}" if start is None else text[start:end]
+    raw = text[starts[0] : ends[0]] if starts else "{}"
     if raw == "null":
         raw = "{}"
     elif raw.startswith('"'):
@@ -138,17 +134,13 @@ def _whole_object(parsed: JsonObject, text: str, out: CallWriter, *, is_bare: bo
 
 
 def _foreign_at(parsed: JsonObject) -> float:
-    """Return where the first key ends that a call does not have."""
+    """Return the end of the first key that a call does not have."""
     ends = zip(parsed.keys, parsed.key_ends, strict=True)
     return next((end for key, end in ends if key not in _BARE_KEYS), math.inf)
 
 
-def _starts(parsed: JsonObject) -> list[int]:
-    return [at for key, at in parsed.starts.items() if key in _ARGUMENTS_KEYS]
-
-
-def _ends(parsed: JsonObject) -> list[int]:
-    return [at for key, at in parsed.ends.items() if key in _ARGUMENTS_KEYS]
+def _of_arguments(places: Mapping[str, int]) -> list[int]:
+    return [at for key, at in places.items() if key in _ARGUMENTS_KEYS]
 
 
 def _name_of(parsed: JsonObject, text: str) -> str:
@@ -162,8 +154,8 @@ def _name_of(parsed: JsonObject, text: str) -> str:
 
 
 def read_bare_object(source: Source, at: int, out: CallWriter) -> Reading[None]:
-    """Read a call without a marker, and those that follow it."""
-    at = yield from read_object(source, at, out, out.is_offered)
+    """Read a call without a marker, and further calls behind it."""
+    at = yield from read_object(source, at, out, is_bare=True)
     yield from _read_listed(source, at, out)
 
 
@@ -174,13 +166,16 @@ def _read_hermes(source: Source, at: int, out: CallWriter) -> Reading[None]:
 
 
 def read_closer(source: Source, at: int, *closers: str) -> Reading[None]:
-    """Read what closes calls, which may be missing at the output's end."""
+    """Read the mark that closes calls, which may be missing at the output's end."""
+    source.pos, _ = yield from _skip_or_end(source, at, *closers)
+
+
+def _skip_or_end(source: Source, at: int, *words: str) -> Reading[tuple[int, str]]:
+    """Skip spaces and one of `words`; where the output ends before it, return (its end, "")."""
     try:
-        at = yield from source.space(at)
-        closer = yield from source.word(at, *closers)
-        source.pos = at + len(closer)
+        return (yield from source.skip(at, *words))
     except EndedError:
-        source.pos = len(source.text)
+        return len(source.text), ""
 
 
 def _read_llama(source: Source, at: int, out: CallWriter) -> Reading[None]:
@@ -192,12 +187,10 @@ def _read_llama(source: Source, at: int, out: CallWriter) -> Reading[None]:
 def _read_listed(source: Source, at: int, out: CallWriter) -> Reading[None]:
     """Read more objects, with or without semicolons between them."""
     while True:
-        try:
-            at = yield from source.space(at)
-            if source.text[at] == ";":
-                at = yield from source.space(at + 1)
-        except EndedError:
-            source.pos = len(source.text)
+        at, _ = yield from _skip_or_end(source, at, ";", "")
+        at, _ = yield from _skip_or_end(source, at, "")
+        if at == len(source.text):
+            source.pos = at
             return
         at = yield from read_object(source, at, out)
 
@@ -213,19 +206,12 @@ def _read_mistral(source: Source, at: int, out: CallWriter) -> Reading[None]:
 
 
 def _read_array(source: Source, at: int, out: CallWriter) -> Reading[None]:
-    while True:
+    mark = ","
+    while mark == ",":
         at = yield from source.space(at)
         at = yield from read_object(source, at, out)
-        try:
-            at = yield from source.space(at)
-            mark = yield from source.word(at, ",", "]")
-        except EndedError:
-            source.pos = len(source.text)
-            return
-        at += 1
-        if mark == "]":
-            source.pos = at
-            return
+        at, mark = yield from _skip_or_end(source, at, ",", "]")
+    source.pos = at
 
 
 def _read_mistral_named(source: Source, at: int, out: CallWriter) -> Reading[None]:
@@ -245,7 +231,7 @@ HERMES = CallSyntax("hermes", ("<tool_call>",), _read_hermes)
 LLAMA = CallSyntax(
     "llama", ("<|python_tag|>",), _read_llama, read_bare=read_bare_object, has_special_marks=True
 )
-#: Of models that were taught none, where a grammar makes them write it.
+#: For models without a syntax of their own, where a grammar enforces this one.
 BARE = CallSyntax("bare", (), _read_llama, read_bare=read_bare_object)
 MISTRAL = CallSyntax(
     "mistral", ("[TOOL_CALLS]",), _read_mistral, has_special_marks=True, id_chars=9

@@ -1,4 +1,4 @@
-"""langchain-openai, in the clients' own environment (see `test_suites.py`)."""
+"""langchain-openai, in the clients' own environment (see `test_langchain.py`)."""
 
 from __future__ import annotations
 

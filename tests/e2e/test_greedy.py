@@ -23,7 +23,7 @@ from server.text.load import load_text
 pytestmark = pytest.mark.e2e
 
 _NUM_TOKENS = 64
-#: What the fast half is content with: enough to outgrow a pool, and one prompt of each kind alone.
+#: The sample of the fast half: enough to outgrow a pool, and one prompt of each kind alone.
 _NUM_SAMPLE_TOKENS, _SAMPLE_STEP = 32, 16
 _RECORD = Path(__file__).parent / "data" / "greedy.json"
 _PAGE_BYTES = 2 * 30 * 3 * 64 * 4 * 16
@@ -54,7 +54,7 @@ def is_whole(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def expected(prompts: list[tuple[int, ...]], *, is_whole: bool) -> list[list[int]]:
-    """What transformers gave for them, as recorded; a test below checks the record itself."""
+    """The recorded tokens of transformers for them; a test below checks the record itself."""
     recorded = json.loads(_RECORD.read_text())
     assert [tuple(one["prompt"]) for one in recorded] == prompts, "record anew: see _record"
     num_tokens = _NUM_TOKENS if is_whole else _NUM_SAMPLE_TOKENS
@@ -62,7 +62,7 @@ def expected(prompts: list[tuple[int, ...]], *, is_whole: bool) -> list[list[int
 
 
 def _generate(model: Any, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
-    """What transformers' own decoder gives."""
+    """The tokens of transformers' own decoder."""
     token_ids = torch.tensor([prompt])
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # transformers' own deprecations are not ours to mend.

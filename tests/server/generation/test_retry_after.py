@@ -21,11 +21,11 @@ from scheduler.client import (
     RejectKind,
     RequestRefusedError,
 )
-from server.generation.retry_after import MOST_S, QueueReservations
+from server.generation.retry_after import MAX_S, QueueReservations
 
 
 class Engine:
-    """What a pace reads of an engine, and its clock."""
+    """What the reservations read of an engine, and its clock."""
 
     def __init__(self, **config: Any) -> None:
         self.now_s = 100.0
@@ -59,12 +59,12 @@ def test_the_first_wait_is_short_and_each_is_longer_than_the_one_before(engine: 
     told = [engine.reservations.retry_after_s(whose) for whose in range(100)]
     assert told[0] <= 2
     assert told == sorted(told)
-    assert told[-1] == MOST_S
+    assert told[-1] == MAX_S
     assert len(set(told)) > 40, "they come back spread"
 
 
 @pytest.mark.parametrize("started", [1, 5])
-def test_promises_are_as_far_apart_as_places_come_in(engine: Engine, started: int) -> None:
+def test_reserved_are_as_far_apart_as_places_come_in(engine: Engine, started: int) -> None:
     for tenth in range(600):
         engine.step(0.1, started=started if tenth % 10 == 0 else 0)
     told = [engine.reservations.retry_after_s(whose) for whose in range(30)]
@@ -93,7 +93,7 @@ def test_a_queue_that_stands_still_is_waited_for_longer_and_longer(engine: Engin
     engine.now_s += 4.0
     assert engine.reservations.retry_after_s(1) == 5
     engine.now_s += 400.0
-    assert engine.reservations.retry_after_s(2) == MOST_S
+    assert engine.reservations.retry_after_s(2) == MAX_S
 
 
 def test_who_was_promised_a_place_has_it_when_it_comes(engine: Engine) -> None:
@@ -118,7 +118,7 @@ def test_a_place_that_nobody_comes_for_is_free_again(engine: Engine) -> None:
     assert not engine.reservations.has_place(9), "the engine's count is of before"
 
 
-def test_promises_take_half_of_the_queue_at_most(engine: Engine) -> None:
+def test_reserved_take_half_of_the_queue_at_most(engine: Engine) -> None:
     for _ in range(30):
         engine.step(1.0, started=1)
     for whose in range(40):
@@ -181,18 +181,18 @@ class Flood:
         self._after(self.chance.expovariate(per_s), partial(self._passer, per_s))
 
     def _ask(self, whose: int, *, was_promised: bool = False, is_passer: bool = False) -> None:
-        pace = self.engine.reservations
+        places = self.engine.reservations
         has_room = self.num_running + len(self.queue) < self.places
-        is_taken = pace.has_place(whose) and (has_room or len(self.queue) < self.queue_limit)
+        is_taken = places.has_place(whose) and (has_room or len(self.queue) < self.queue_limit)
         self.num_back += was_promised
         self.num_kept += was_promised and is_taken
         if is_taken:
             self.queue.append(is_passer)
             return
-        num_promised = len(pace._promises)
-        told_s = pace.retry_after_s(whose)
+        num_promised = len(places._reserved)
+        told_s = places.retry_after_s(whose)
         if not is_passer:
-            again = partial(self._ask, whose, was_promised=len(pace._promises) > num_promised)
+            again = partial(self._ask, whose, was_promised=len(places._reserved) > num_promised)
             self._after(told_s + self.chance.uniform(0.005, 0.05), again)
 
     def _step(self) -> None:

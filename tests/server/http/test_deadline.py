@@ -18,7 +18,7 @@ from waiting import TIMEOUT_S
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 BODY: dict[str, Any] = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
-#: Longer than any test has patience for, and no step of it long.
+#: Longer than the timeout of any test, and no step of it is long.
 LONG: dict[str, Any] = {"max_tokens": 900_000, "ignore_eos": True}
 
 

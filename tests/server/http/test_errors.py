@@ -201,7 +201,7 @@ def test_a_client_that_leaves_before_its_body_is_no_error(start_server: Callable
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n"
         connection.sendall(head.encode() + b"{")
-        while live.lifecycle.stats().num_in_flight == 0:
+        while live.lifecycle.num_in_flight == 0:
             pass
     live.wait_idle()
     assert live.log_lines()[-1]["status"] == 499

@@ -12,7 +12,7 @@ import pytest
 from event_streams import chunks_of
 from scheduler.client import Delta, FinishReason, GenerateRequest, Started
 from server.http import lifecycle as lifecycle_module
-from server.http.lifecycle import Lifecycle, LifecycleStats
+from server.http.lifecycle import Lifecycle
 from waiting import TIMEOUT_S
 
 
@@ -55,11 +55,12 @@ def test_while_draining_new_requests_are_refused_and_running_ones_finish(
         assert "retry-after" in ready.headers
         assert live.http.get("/health").status_code == 200
         assert not live.call(live.lifecycle.wait_idle(0))
-        assert live.lifecycle.stats() == LifecycleStats(num_in_flight=1, is_draining=True)
+        assert live.lifecycle.num_in_flight == 1
+        assert live.lifecycle.is_draining
         live.call(held.release())
         assert live.call(live.lifecycle.drain(TIMEOUT_S)), "the running request finishes"
         assert running.result(TIMEOUT_S).text.endswith("data: [DONE]\n\n")
-    assert live.lifecycle.stats().num_in_flight == 0
+    assert live.lifecycle.num_in_flight == 0
 
 
 @pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
@@ -115,7 +116,7 @@ def test_what_cannot_be_ended_does_not_hold_up_a_drain(monkeypatch: pytest.Monke
         await asyncio.sleep(0)
         async with asyncio.timeout(TIMEOUT_S):
             assert not await lifecycle.drain(0)
-        assert lifecycle.stats().num_in_flight == 1
+        assert lifecycle.num_in_flight == 1
         may_end.set()
         await task
 
@@ -128,7 +129,7 @@ def test_requests_are_counted_exactly() -> None:
         assert await lifecycle.wait_idle(0)
         with lifecycle.request():
             with lifecycle.request(), lifecycle.request(is_counted=False):
-                assert lifecycle.stats().num_in_flight == 2
+                assert lifecycle.num_in_flight == 2
                 lifecycle.check()
             assert not await lifecycle.wait_idle(0)
         lifecycle.check()
@@ -154,7 +155,7 @@ def test_a_cancellation_from_elsewhere_stays_one() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert lifecycle.stats().num_in_flight == 0
+        assert lifecycle.num_in_flight == 0
 
     asyncio.run(run())
 

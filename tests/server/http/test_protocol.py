@@ -93,7 +93,7 @@ def test_a_client_that_does_not_say_what_it_wants_is_left(
     assert heard.count(b"HTTP/1.1 200") == said.count(HEAD)
 
 
-def test_patience_ends_with_the_head(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timeout_ends_with_the_head(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer may take longer than a head, and so may a body."""
     monkeypatch.setattr(HttpProtocol, "head_timeout_s", 1.0)
     body = b'{"prompt": "x", "max_tokens": 1}'
@@ -231,7 +231,7 @@ def test_a_trickle_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(HttpProtocol, "head_timeout_s", 0.2)
     monkeypatch.setattr(respond, "BODY_TIMEOUT_S", 0.2)
-    live.call(_patience_between_requests(live, 0.2))
+    live.call(_timeout_between_requests(live, 0.2))
     with socket.create_connection(("127.0.0.1", live.port), timeout=TIMEOUT_S) as connection:
         connection.sendall(opening)
         end_s = time.monotonic() + TIMEOUT_S
@@ -246,7 +246,7 @@ def test_a_trickle_is_not_waited_for(
     pytest.fail("it is still waited for")
 
 
-async def _patience_between_requests(live: Any, timeout_s: float) -> None:
+async def _timeout_between_requests(live: Any, timeout_s: float) -> None:
     live._server.config.timeout_keep_alive = timeout_s
 
 
