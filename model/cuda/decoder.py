@@ -34,15 +34,9 @@ class GpuDecoder:
     def _attend(
         self, index: int, layer: DecoderLayer, x: Tensor, positions: Tensor, paged: PagedAttention
     ) -> Tensor:
-        arch, ops = self._transformer.arch, self._ops
-        num_heads, num_kv_heads = arch.num_heads, arch.num_kv_heads
-        qkv = layer.qkv(x).view(-1, num_heads + 2 * num_kv_heads, arch.head_dim)
-        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)  # type: ignore[no-untyped-call] # torch's
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = ops.rms_norm(q, layer.q_norm, arch.rms_eps, q.dtype)
-            k = ops.rms_norm(k, layer.k_norm, arch.rms_eps, k.dtype)
+        q, k, v = self._transformer.qkv(layer, x, self._ops)
         pages = (*paged.pages(index), paged.kv_slots)
-        ops.rope_and_store(q, k, v, positions, self._transformer.cos_sin, pages)
+        self._ops.rope_and_store(q, k, v, positions, self._transformer.cos_sin, pages)
         return layer.o(paged.read(index, q))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""Random weights for an architecture, made on the fly: for benchmarks and capacity tests.
+"""Random weights for an architecture, generated when read: for benchmarks and capacity tests.
 
-The same config always gives the same weights, and reading a tensor does not depend on what was
-read before it.
+The same config always gives the same weights, in any order of reads.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.architectures.arch import ArchSpec
+from model.architectures.registry import declare_tensors
 from model.weights.interface import row_blocks
 
 
@@ -20,7 +20,7 @@ class DummyWeights:
     """See `WeightSource`: norms are ones, the rest is uniform with a standard deviation of 0.02."""
 
     def __init__(self, arch: ArchSpec) -> None:
-        self._shapes = arch.tensor_shapes()
+        self._shapes = {name: one.shape for name, one in declare_tensors(arch).items()}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

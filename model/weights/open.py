@@ -7,11 +7,10 @@ from dataclasses import replace
 import torch
 
 from model.architectures.arch import ArchSpec
-from model.architectures.arch_gguf import from_gguf
-from model.architectures.read_arch import naming, read_arch
-from model.gguf_file import read_gguf
+from model.architectures.read_arch import from_gguf, read_arch
+from model.architectures.registry import declare_tensors
 from model.weights.dummy import DummyWeights
-from model.weights.gguf import ROPE_FACTORS, GgufWeights
+from model.weights.gguf import ROPE_FACTORS, GgufWeights, read_gguf
 from model.weights.interface import WeightsError, WeightSource, check_shapes, say_of_others
 from model.weights.safetensors import SafetensorsWeights
 from model.weights.source import ModelSource
@@ -30,10 +29,9 @@ def open_weights(source: ModelSource) -> tuple[ArchSpec, WeightSource]:
         arch = read_arch(source)
         return arch, DummyWeights(arch)
     file = read_gguf(source.path)
-    with naming(source.path):
-        arch = from_gguf(file)
+    arch = from_gguf(file)
     weights = GgufWeights(file, arch)
-    expected = arch.tensor_shapes()
+    expected = _shapes(arch)
     if ROPE_FACTORS in weights.shapes:
         expected[ROPE_FACTORS] = (arch.rope.rotary_dim // 2,)
     check_shapes(weights, expected)
@@ -57,12 +55,16 @@ def _open_folder(source: ModelSource) -> tuple[ArchSpec, SafetensorsWeights]:
         else:
             arch = replace(arch, is_tied=False)
             notes.append(f"tie_word_embeddings is true, but {_HEAD} is another: it is used")
-    expected = arch.tensor_shapes()
+    expected = _shapes(arch)
     check_shapes(weights, expected)
     if others := say_of_others(weights, expected):
         notes.append(f"{others}: not used")
         weights.leave_out([name for name in weights.shapes if name not in expected])
     return replace(arch, notes=tuple(notes)), weights
+
+
+def _shapes(arch: ArchSpec) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in declare_tensors(arch).items()}
 
 
 def _are_equal(weights: SafetensorsWeights, first: str, second: str) -> bool:

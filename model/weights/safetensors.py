@@ -1,4 +1,4 @@
-"""Weights out of safetensors files, one or many with an index.
+"""Reads weights from safetensors files, one or many with an index.
 
 The format is an 8-byte length, a JSON header and the bytes, so it is read here rather than
 through the library, whose memory map would count into peak memory. Knows nothing of layers.
@@ -76,12 +76,12 @@ class SafetensorsWeights:
         return paths
 
     def rename(self, name: str, other: str) -> None:
-        """Give a tensor the name of one that is not there."""
+        """Rename a tensor to a name that is not in use."""
         self._entries[other] = self._entries.pop(name)
         self.leave_out(())
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Pass over tensors from now on."""
+        """Remove tensors from `shapes`."""
         for name in names:
             del self._entries[name]
         self._shapes = {name: entry.shape for name, entry in self._entries.items()}
@@ -115,12 +115,12 @@ class SafetensorsWeights:
 
 
 def is_derived(name: str) -> bool:
-    """Tell frequencies, which early Llama checkpoints carry along: they follow from the config."""
+    """Return whether a tensor holds the frequencies of early Llama checkpoints."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 def _notes_on_files(folder: Path, read: Sequence[Path]) -> Iterator[str]:
-    """Say which files of a folder are passed over, here and by `transformers`."""
+    """Describe the files of a folder that are not read, here and by `transformers`."""
     has_index = (folder / _INDEX).is_file()
     if read == [folder / _WHOLE]:
         if has_index:
@@ -134,7 +134,7 @@ def _notes_on_files(folder: Path, read: Sequence[Path]) -> Iterator[str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Read which file has which tensor; each must lie beside the index."""
+    """Read the file name of each tensor; the files must be beside the index."""
     placed = read_json_object(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise FormatError(f"{index} is damaged: weight_map must be an object, got {shown(placed)}")

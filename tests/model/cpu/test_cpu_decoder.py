@@ -28,6 +28,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral window": ("mistral", {"head_dim": 16, "sliding_window": 7}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "granite without a factor on updates": (
+        "granite",
+        {
+            "head_dim": 16,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+        },
+    ),
 }
 
 
@@ -162,3 +171,32 @@ def test_it_says_what_it_cannot_take(library: CpuLibrary, make_checkpoint: Any, 
         library,
     )
     assert why_not(odd, _attention(odd)) == "intermediate_size is no multiple of 16"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gemma2", {"attn_logit_softcapping": None}, "norms are not those before attention"),
+        ("olmo2", {}, "norms are not those before attention and MLP"),
+        (
+            "granite",
+            {"residual_multiplier": 0.5, "attention_multiplier": 0.2},
+            "residual updates have a factor",
+        ),
+    ],
+)
+def test_layers_of_another_shape_are_left_to_torch(
+    family: str,
+    changes: dict[str, Any],
+    reason: str,
+    library: CpuLibrary,
+    make_checkpoint: Any,
+    build: Any,
+) -> None:
+    source = make_checkpoint(family, head_dim=16, **changes).source
+    tiled = build(source, "bf16", CpuOps(library), library)
+    assert why_not(tiled, _attention(tiled)).startswith(reason)
+    exact = build(source, "none")
+    expected = _logits(exact, exact, (20,))
+    found = _logits(tiled, tiled, (20,))
+    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()

@@ -214,13 +214,14 @@ def test_tokens_and_logits_are_those_of_transformers(checkpoint: Any, session: A
     expected = [checkpoint.generate(prompt, _NUM_NEW_TOKENS) for prompt in _PROMPTS]
     assert len(set(map(tuple, expected))) == len(_PROMPTS), "random enough to tell them apart"
 
-    roomy = Engine(make_runner(checkpoint.source, 80))
+    theirs = {"model_impl": "transformers"}
+    roomy = Engine(make_runner(checkpoint.source, 80, **theirs))
     assert any("computed by transformers" in note for note in roomy.runner.info.notes)
     assert roomy.run(_PROMPTS) == expected, "cold, in chunks of seven, side by side"
     assert roomy.run(_PROMPTS) == expected, "warm"
     assert roomy.stats().prefix_hits_tokens_total > len(_STEM)
 
-    tight = Engine(make_runner(checkpoint.source, 12))
+    tight = Engine(make_runner(checkpoint.source, 12, **theirs))
     assert tight.run(_PROMPTS) == expected, "preempted"
     assert tight.stats().preemptions_total > 0
 

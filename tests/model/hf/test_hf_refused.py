@@ -195,8 +195,10 @@ def test_a_dummy_has_the_same_weights_each_time(dummy: Callable[..., ModelSource
         ("llama", {}, "auto", "octavo"),
         ("llama", {}, "transformers", "transformers"),
         ("llama", {"hidden_act": "gelu"}, "auto", "transformers"),
-        ("gemma2", {}, "auto", "transformers"),
-        ("gemma2", {}, "octavo", "octavo"),
+        ("phi3", {}, "auto", "transformers"),
+        ("phi3", {}, "octavo", "octavo"),
+        ("gemma2", {}, "auto", "octavo"),
+        ("gemma2", {}, "transformers", "transformers"),
     ],
 )
 def test_ours_where_it_knows_the_architecture(
@@ -225,8 +227,8 @@ def test_the_choice_is_said(dummy: Callable[..., ModelSource]) -> None:
 @pytest.mark.parametrize(
     ("family", "model", "message"),
     [
-        ("gemma2", {"quantization": "int8"}, "quantization int8 is for what Octavo computes"),
-        ("gemma2", {"model_impl": "octavo"}, "'gemma2' is not supported, only llama"),
+        ("phi3", {"quantization": "int8"}, "quantization int8 is for what Octavo computes"),
+        ("phi3", {"model_impl": "octavo"}, "'phi3' is not supported, only llama"),
         (
             "mamba",
             {},
