@@ -1,6 +1,6 @@
-"""The sampling that a model's makers ask for in generation_config.json, as far as it can be meant.
+"""The sampling that a model's makers recommend in generation_config.json, as far as it is valid.
 
-What no request could have is left out and said: whoever serves the model did not write the file.
+A value that no request could have is left out with a note, because the operator did not write it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from model.formats.json_file import shown
 from scheduler.client import SamplingParams
 
-#: Those that vLLM takes, too.
+#: The same as vLLM's.
 _NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 

@@ -1,4 +1,4 @@
-"""The prompt's own log-probabilities: what a request may want of them, and how they are told.
+"""The prompt's own log-probabilities: the checks of a request for them, and their forms.
 
 Two ways: vLLM's `prompt_logprobs`, and OpenAI's older one, `echo` with `logprobs` (which is how
 evaluation harnesses ask). Knows nothing of how they are computed.
@@ -10,37 +10,38 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from scheduler.client import TokenLogprobs
+from server.generation.generation_spec import GenerationSpec, TextPrompts
 from server.http.errors import invalid
-from server.openai.schemas import GenerateFields
 from server.text.detokenize import StreamDecoder
 from server.text.tokenizer import Tokenizer
 
-#: What OpenAI writes for a probability of 0, which JSON cannot say.
+#: Stands for a probability of 0, whose logarithm JSON cannot express; the same as OpenAI's.
 LOWEST_LOGPROB = -9999.0
 #: Probabilities in one answer: some hundred megabytes.
 MAX_ENTRIES = 2**20
 
 
-def num_wanted(request: GenerateFields, echoed: int | None = None) -> int | None:
-    """Return how many of the likeliest are wanted for each token; None: it is not asked for.
+def num_wanted(spec: GenerationSpec) -> int | None:
+    """Return the number of likeliest tokens to list for each token; None: no log-probabilities.
 
-    `echoed`: as many as the echo is to tell. Raises `ApiError`.
+    Raises `ApiError`.
     """
-    if request.prompt_logprobs is not None and request.stream:
+    if spec.prompt_logprobs is not None and spec.is_stream:
         message = "prompt_logprobs cannot be streamed: ask without stream"
         raise invalid(message, "prompt_logprobs", code="unsupported_parameter")
-    asked = [count for count in (request.prompt_logprobs, echoed) if count is not None]
-    return max(asked, default=None)
+    is_echoed = isinstance(spec.prompt, TextPrompts) and spec.prompt.is_echoed
+    asked = (spec.prompt_logprobs, spec.logprobs if is_echoed else None)
+    return max((count for count in asked if count is not None), default=None)
 
 
-def require_few(request: GenerateFields, prompts: Iterable[Sequence[int]], count: int) -> None:
-    """Raise `ApiError` if all prompts together would be told more than an answer may hold.
+def require_few(spec: GenerationSpec, prompts: Iterable[Sequence[int]], count: int) -> None:
+    """Raise `ApiError` for more log-probabilities than an answer may hold, all prompts together.
 
     `count`: of the likeliest at each token.
     """
-    num_entries = sum(map(len, prompts)) * (1 + count)
+    num_entries = sum(map(len, prompts)) * spec.num_tries * (1 + count)
     if num_entries > MAX_ENTRIES:
-        name = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
+        name = "logprobs" if spec.prompt_logprobs is None else "prompt_logprobs"
         message = (
             f"{name}: of the prompts of all answers together {num_entries} probabilities are asked"
             f" for, and at most {MAX_ENTRIES} are told"
@@ -49,7 +50,7 @@ def require_few(request: GenerateFields, prompts: Iterable[Sequence[int]], count
 
 
 def listed(tokenizer: Tokenizer, scores: Iterable[TokenLogprobs], count: int) -> list[Any]:
-    """Return them in vLLM's shape: nothing of the first token, then what could have stood there."""
+    """Return them in vLLM's shape: None for the first token, then the candidates for each other."""
     return [None, *(_candidates(tokenizer, score, count) for score in scores)]
 
 

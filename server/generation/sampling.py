@@ -1,11 +1,13 @@
-"""A request's fields as `SamplingParams`: what the client wrote, checked, under its own names."""
+"""`SamplingParams` of a request: checked values; errors use the client's names."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from scheduler.client import SamplingParams
+from server.generation.generation_spec import GenerationSpec
 from server.generation.prompts import require_tokens
-from server.http.errors import invalid
-from server.openai.schemas import GenerateFields
+from server.http.errors import Path, dotted, invalid
 from server.service import Service
 
 _SAMPLING_FIELDS = (
@@ -22,34 +24,35 @@ _SAMPLING_FIELDS = (
 
 def sampling_of(
     service: Service,
-    request: GenerateFields,
+    spec: GenerationSpec,
     *,
     max_tokens: int,
+    least_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
     bad_words: tuple[tuple[int, ...], ...],
-    names: dict[str, str],
-    least_tokens: int = 1,
 ) -> SamplingParams:
-    """Build the parameters; `names`: what the client calls a field otherwise than we do."""
-    vocab_size = service.client.info.vocab_size
+    """Return the parameters that the engine takes. Raises `ApiError`."""
+    vocab_size, asked = service.client.info.vocab_size, spec.sampling
     defaults = service.sampling_defaults
-    given = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
+    given = {name: getattr(asked, name) for name in _SAMPLING_FIELDS}
     given = {name: defaults.get(name) if value is None else value for name, value in given.items()}
-    top_k = int(defaults.get("top_k", 0)) if request.top_k is None else request.top_k
-    stop_token_ids = request.stop_token_ids or []
-    require_tokens(stop_token_ids, vocab_size, "stop_token_ids")
-    allowed = request.allowed_token_ids
-    require_tokens(allowed or (), vocab_size, "allowed_token_ids")
+    top_k = int(defaults.get("top_k", 0)) if asked.top_k is None else asked.top_k
+    stop_token_ids, allowed = asked.stop_token_ids or (), asked.allowed_token_ids
+    require_tokens(stop_token_ids, vocab_size, ("stop_token_ids",))
+    require_tokens(allowed or (), vocab_size, ("allowed_token_ids",))
+    name, min_tokens = dotted(spec.max_tokens_path), asked.min_tokens or 0
     if max_tokens < least_tokens:
-        name = names.get("max_tokens", "max_tokens")
-        raise invalid(f"{name} must be at least {least_tokens}, got {max_tokens}", name)
+        message = f"{name} must be at least {least_tokens}, got {max_tokens}"
+        raise invalid(message, spec.max_tokens_path)
+    if not 0 <= min_tokens <= max_tokens:
+        raise invalid(f"min_tokens must be between 0 and {name}, got {min_tokens}", "min_tokens")
     try:
         return SamplingParams(
             max_tokens=max_tokens,
             top_k=_top_k(top_k, vocab_size),
-            seed=_seed(service, request.seed),
-            logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
+            seed=_seed(service, asked.seed),
+            logit_bias=_logit_bias(asked.logit_bias or {}, vocab_size),
             allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
             bad_words=bad_words,
             logprobs=logprobs,
@@ -59,12 +62,16 @@ def sampling_of(
         )
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        param = names.get(name, name)
-        raise invalid(f"{param} {rest}", param) from error
+        paths: dict[str, Path] = {
+            "max_tokens": spec.max_tokens_path,
+            "logprobs": spec.logprobs_path,
+        }
+        path = paths.get(name, (name,))
+        raise invalid(f"{dotted(path)} {rest}", path) from error
 
 
 def _top_k(top_k: int | None, vocab_size: int) -> int:
-    """-1 is vLLM's word for no limit."""
+    """Return 0 for no limit, which vLLM's clients write as -1."""
     return 0 if top_k in {None, -1} else min(top_k or 0, vocab_size)
 
 
@@ -76,7 +83,7 @@ def _seed(service: Service, seed: int | None) -> int:
     return seed % 2**64
 
 
-def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+def _logit_bias(biases: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
     for key in biases:
         if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < vocab_size):
             raise invalid(

@@ -1,6 +1,6 @@
-"""What is known of one HTTP request while it is answered, and how it is ended from outside.
+"""The record of one HTTP request while it is answered, and its interruption from outside.
 
-Knows nothing of what the request asks for.
+Knows nothing of the content of requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SCOPE_KEY = "octavo.request"
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The two times a server needs, both in seconds: one to measure with, one to tell."""
+    """The two clocks of a server, both in seconds: one for durations, one for dates."""
 
     monotonic_s: Callable[[], float] = time.monotonic
     wall_s: Callable[[], float] = time.time
@@ -29,7 +29,7 @@ class Clock:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What the log line, the metrics and the response's `octavo` object tell of a request."""
+    """Data of a request for its log line, the metrics and the `octavo` object of its response."""
 
     request_id: str
     method: str
@@ -38,12 +38,12 @@ class RequestRecord:
     #: On the monotonic clock, like every `*_at_s` here.
     arrived_at_s: float
     status: int = 0
-    #: Empty where the request never asked a model for tokens.
+    #: Empty for a request that generates nothing.
     model: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    #: Those of them that are reasoning; None: the model does none.
+    #: Those of them that are reasoning; None: the model does not reason.
     reasoning_tokens: int | None = None
     miss_reason: str = ""
     queue_s: float | None = None
@@ -52,7 +52,7 @@ class RequestRecord:
     finish_reason: str = ""
     #: The stop string that ended the output.
     stop_text: str | None = None
-    #: What ends the stream in hand if it fails; None: what the route's errors look like says it.
+    #: Gives the events that end the current stream if it fails; None: the route's error form does.
     stream_end: Callable[[ApiError], bytes] | None = field(default=None, repr=False)
     #: Of the API key, if it has a name.
     key_name: str = ""
@@ -155,7 +155,7 @@ class BodyBudget:
 
     @contextmanager
     def reading(self, client: str) -> Iterator[Callable[[int], None]]:
-        """Give what counts bytes as they come in, and raises `ApiError` (503) for one too many."""
+        """Give a counter of received bytes, which raises `ApiError` (503) for one too many."""
         num_held = 0
 
         def take(num_bytes: int) -> None:
@@ -182,7 +182,7 @@ class RequestContext:
     bodies: BodyBudget = field(repr=False)
 
     def attach(self, scope: Scope) -> None:
-        """Put it where `of` finds it."""
+        """Put it into the scope, for `of`."""
         scope[_SCOPE_KEY] = self
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from server.http.context import Clock, RequestContext
-from server.http.errors import ApiError
+from server.http.errors import ApiError, Path
 
 DEADLINE_CODE = "deadline_exceeded"
 
@@ -25,23 +25,23 @@ class Deadline:
         """Hold the request to the time its client gave it, if it did."""
         if timeout_s is not None:
             message = f"the request was not finished within its timeout of {timeout_s:g} seconds"
-            self._end_after(timeout_s, message, "timeout")
+            self._end_after(timeout_s, message, ("timeout",))
 
     def of_server(self, timeout_s: float | None) -> None:
         """Hold the request to the time the operator gives every request, if any."""
         if timeout_s is not None:
             message = f"the request took longer than the {timeout_s:g} seconds this server allows"
-            self._end_after(timeout_s, message, None)
+            self._end_after(timeout_s, message)
 
     def close(self) -> None:
         """Let the request go on for as long as it likes."""
         for timer in self._timers:
             timer.cancel()
 
-    def _end_after(self, limit_s: float, message: str, param: str | None) -> None:
+    def _end_after(self, limit_s: float, message: str, path: Path = ()) -> None:
         # 408 is what clients know; but OpenAI's and Anthropic's send it again, twice, unless told.
         headers = {"X-Should-Retry": "false"}
-        error = ApiError(408, message, param=param, code=DEADLINE_CODE, headers=headers)
+        error = ApiError(408, message, path=path, code=DEADLINE_CODE, headers=headers)
         left_s = self._context.record.arrived_at_s + limit_s - self._clock.monotonic_s()
         loop = asyncio.get_running_loop()
         interrupt = self._context.interruption.interrupt

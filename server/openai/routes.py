@@ -14,8 +14,9 @@ from server.generation import params
 from server.generation.chat_prompt import chat_tokens
 from server.generation.generate import Job
 from server.generation.params import Warned
-from server.generation.prepare import chat_job, completion_job
-from server.generation.prompts import prompt_tokens, token_text, token_texts
+from server.generation.prepare import generation_job
+from server.generation.prompts import token_text, token_texts, tokens_of
+from server.generation.request_fields import parse
 from server.http.context import RequestRecord
 from server.http.errors import invalid
 from server.http.respond import (
@@ -30,6 +31,7 @@ from server.openai import response_models, schemas
 from server.openai.chat import ChatFormat
 from server.openai.chat_choice import ParsedChatFormat
 from server.openai.completions import CompletionFormat
+from server.openai.spec import chat_spec, completion_spec, conversation_of
 from server.openai.unread import unread_fields
 from server.openapi import answers, body_of, generation_answers
 from server.service import Service
@@ -56,8 +58,14 @@ def generation_routes(service: Service) -> APIRouter:
     )
     async def create_chat_completion(request: Request) -> Response:
         body = await read_work(service, request)
-        asked = await schemas.parse(schemas.ChatRequest, body, service.work)
-        return GenerationResponse(service, lambda: chat_job(service, asked), chat)
+        asked = await parse(schemas.ChatRequest, body, service.work)
+
+        async def prepare() -> Job:
+            template = service.text.template
+            spec = await service.work.run(lambda _: chat_spec(asked, template), asked.num_bytes)
+            return await generation_job(service, spec)
+
+        return GenerationResponse(service, prepare, chat)
 
     @router.post(
         "/v1/completions",
@@ -67,8 +75,12 @@ def generation_routes(service: Service) -> APIRouter:
     )
     async def create_completion(request: Request) -> Response:
         body = await read_work(service, request)
-        asked = await schemas.parse(schemas.CompletionRequest, body, service.work)
-        return GenerationResponse(service, lambda: completion_job(service, asked), completion)
+        asked = await parse(schemas.CompletionRequest, body, service.work)
+
+        async def prepare() -> Job:
+            return await generation_job(service, completion_spec(asked))
+
+        return GenerationResponse(service, prepare, completion)
 
     return router
 
@@ -113,7 +125,7 @@ def model_routes(service: Service) -> APIRouter:
         responses=answers(response_models.Tokenized, 400, 404, 408, 413, 503),
     )
     async def tokenize(request: Request) -> Response:
-        asked = await schemas.parse(
+        asked = await parse(
             schemas.TokenizeRequest, await read_body(request, limit_bytes), service.work
         )
         return PreparedResponse(lambda: _tokenized(service, asked))
@@ -133,7 +145,7 @@ def model_routes(service: Service) -> APIRouter:
         responses=answers(response_models.Detokenized, 400, 404, 408, 413, 503),
     )
     async def detokenize(request: Request) -> Response:
-        asked = await schemas.parse(
+        asked = await parse(
             schemas.DetokenizeRequest, await read_body(request, limit_bytes), service.work
         )
         service.require_model(asked.model)
@@ -172,16 +184,9 @@ async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[i
     if [asked.prompt, asked.content, asked.messages].count(None) != 2:
         raise invalid("one of prompt, content and messages must be given", "prompt")
     if asked.messages is not None:
-        return await chat_tokens(
-            service,
-            asked.messages,
-            add_generation_prompt=asked.add_generation_prompt,
-            add_special_tokens=asked.add_special_tokens,
-            variables=asked.chat_template_kwargs,
-            tools=[tool.function.for_template() for tool in asked.tools or ()],
-            continues_final=asked.continue_final_message is True,
-            num_bytes=asked.num_bytes,
-        )
+        chat = await service.work.run(lambda _: conversation_of(asked), asked.num_bytes)
+        return await chat_tokens(service, chat, chat.tools, [])
     assert prompt is not None
     adds = asked.add_special_tokens is not False
-    return await prompt_tokens(service, prompt, add_special_tokens=adds)
+    [token_ids] = await tokens_of(service, [prompt], add_special_tokens=adds)
+    return token_ids

@@ -1,6 +1,6 @@
 """Fields of a chat's messages and tools that nothing reads, as warnings.
 
-Templates are shown whatever a message or a call has; a field that no template names is not read.
+Templates get all fields of a message or a call. A field that no template names is not read.
 """
 
 from __future__ import annotations
@@ -9,27 +9,24 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
 
-from server.generation.params import Unsupported, Warned, judge, nested, summed_up
+from server.generation.params import Unsupported, Warned, judge, nested, summed_up, warned
+from server.generation.prompt_messages import NOT_SHOWN, REASONING, source_of
 from server.openai.chat_messages import ContentPart, Message
 from server.openai.schemas import ChatRequest, TokenizeRequest
 from server.text.template import ChatTemplate
 from server.tools.schemas import CalledFunction, ToolCall
 
-#: What templates are shown whole.
+#: Objects that templates get whole.
 _SHOWN = (Message, ToolCall, CalledFunction)
 _TABLES: Mapping[type[BaseModel], Mapping[str, Unsupported]] = {
     Message: {
-        "annotations": Unsupported(([],), is_refused=False, reason="there is nothing to annotate"),
-        "reasoning_content": Unsupported(
-            ("",), is_refused=False, reason="the model's template does not show it"
-        ),
-        "name": Unsupported((), is_refused=False, reason="the model's template shows no names"),
+        "annotations": warned("there is nothing to annotate", []),
+        REASONING: warned(NOT_SHOWN, ""),
+        "name": warned("the model's template shows no names"),
     },
     ContentPart: {
-        "prompt_cache_breakpoint": Unsupported(
-            (), is_refused=False, reason="every prefix is kept as long as there is room"
-        ),
-        "annotations": Unsupported(([],), is_refused=False, reason="there is nothing to annotate"),
+        "prompt_cache_breakpoint": warned("every prefix is kept as long as there is room"),
+        "annotations": warned("there is nothing to annotate", []),
     },
 }
 
@@ -38,7 +35,7 @@ def unread_fields(
     request: ChatRequest | TokenizeRequest, template: ChatTemplate | None
 ) -> list[Warned]:
     """Return a warning for each field without effect, once for each kind of object."""
-    source = "" if template is None else "\n".join(template.sources.values())
+    source = source_of(template)
     warnings: list[Warned] = []
     seen: set[tuple[type, str]] = set()
     for at, part in _parts(request):

@@ -1,6 +1,6 @@
-"""What a conversation is made of, as the Responses API holds it: items, with strict types.
+"""Items, of which the Responses API makes a conversation, with strict types.
 
-Only what is text is taken; anything else is refused by the name of its type. Knows nothing of
+Only text is accepted; other items and parts are refused by the name of their type. Knows nothing of
 chats or of what is stored.
 """
 
@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from server.openai.chat_messages import MAX_PARTS, require_kind
-from server.openai.schemas import MAX_MESSAGES, Request
+from server.generation.prompt_messages import MAX_MESSAGES, MAX_PARTS, require_kind
+from server.generation.request_fields import Request
 from server.tools.schemas import ToolName
 
 #: Of ids and the like that are only kept.
@@ -23,7 +23,7 @@ Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class _Typed(Request):
-    #: What `type` may be; else it is named, and refused.
+    #: The values that `type` may have; others are refused by name.
     types: ClassVar[tuple[str, ...]] = ()
 
     type: str
@@ -166,7 +166,7 @@ class _ItemType(_Typed):
 def _as_item(value: object) -> object:
     """Read it as its type says, so that a fault is one of that type alone."""
     if not isinstance(value, dict):
-        raise ValueError("must be an object")  # noqa: TRY004 - pydantic tells a ValueError
+        raise ValueError("must be an object")  # noqa: TRY004 - pydantic reports a ValueError
     # Both may be left out; then it is plain which is meant.
     implied = "item_reference" if "id" in value and "role" not in value else "message"
     typed = value if value.get("type") is not None else {**value, "type": implied}

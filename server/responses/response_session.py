@@ -6,7 +6,6 @@ Knows nothing of events.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -14,10 +13,10 @@ from pydantic import BaseModel
 
 from server.generation.generate import Job
 from server.generation.params import Warned
-from server.generation.prepare import chat_job
-from server.http.errors import ApiError, invalid
+from server.generation.prepare import generation_job
+from server.generation.prompt_messages import MAX_MESSAGES
+from server.http.errors import invalid
 from server.http.work import Check
-from server.openai.schemas import MAX_MESSAGES
 from server.responses.conversation import (
     Conversation,
     Reference,
@@ -26,15 +25,9 @@ from server.responses.conversation import (
 )
 from server.responses.items import ItemReference
 from server.responses.schemas import ResponsesRequest
+from server.responses.spec import own_warnings, response_spec
 from server.responses.store import ResponseStore, Turn
 from server.responses.tools import CallableTool, callable_tools
-from server.responses.translate import (
-    Renaming,
-    chat_request,
-    own_warnings,
-    renamed_error,
-    renamed_warnings,
-)
 from server.service import Service
 
 _KEY_BITS = 192
@@ -60,8 +53,6 @@ class ResponseSession:
         #: Of all that it answers.
         self._num_bytes = 0
         self._tools = callable_tools(request.tools or ())
-        #: None: there is no chat yet.
-        self._renaming: Renaming | None = None
 
     @property
     def response_id(self) -> str:
@@ -78,23 +69,17 @@ class ResponseSession:
         self._previous = self._find_previous()
         conversation = await self._read()
         self._input_json = conversation.input_json
-        renaming = Renaming(conversation.origins, [tool.path for tool in self._tools])
-        self._renaming = renaming
-        chat = await self._service.work.run(
-            lambda _: chat_request(request, conversation.messages), self._num_bytes
+        spec = await self._service.work.run(
+            lambda _: response_spec(
+                request,
+                conversation.messages,
+                warnings + conversation.warnings,
+                self._service.text.template,
+                self._num_bytes,
+            ),
+            self._num_bytes,
         )
-        chat.num_bytes = self._num_bytes
-        job = await chat_job(self._service, chat)
-        warnings += conversation.warnings
-        warnings += renamed_warnings(job.warnings, renaming)
-        # The usage is always told, at the end.
-        return replace(
-            job, warnings=tuple(warnings), has_usage_chunk=True, has_continuous_usage=False
-        )
-
-    def as_told_here(self, error: ApiError) -> ApiError:
-        """Return an error in the words of this API: from some point on, it comes from a chat."""
-        return error if self._renaming is None else renamed_error(error, self._renaming)
+        return await generation_job(self._service, spec)
 
     def called(self, name: str) -> CallableTool | None:
         """Return the tool that a chat's call means; None: there is none of that name."""

@@ -9,6 +9,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from server.generation.generation_spec import ToolSpec
+from server.http.errors import Path
+
 #: The one argument.
 INPUT = "input"
 _SYNTAXES = {"lark": "a Lark grammar", "regex": "a regular expression"}
@@ -22,7 +25,14 @@ class InputGrammar:
     definition: str
 
 
-def function_of(name: str, description: str | None, grammar: InputGrammar | None) -> dict[str, Any]:
+def custom_tool(
+    name: str,
+    description: str | None,
+    grammar: InputGrammar | None,
+    *,
+    path: Path,
+    schema_path: Path,
+) -> ToolSpec:
     """Return a custom tool as a function. The model is shown the grammar."""
     text: dict[str, Any] = {"type": "string"}
     words = [description] if description else []
@@ -31,8 +41,15 @@ def function_of(name: str, description: str | None, grammar: InputGrammar | None
         if grammar.syntax == "regex":
             text["pattern"] = f"^(?:{grammar.definition})$"
     schema = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
-    function = {"name": name, "parameters": {**schema, "additionalProperties": False}}
-    return {**function, "description": "\n\n".join(words)} if words else function
+    return ToolSpec(
+        name,
+        "\n\n".join(words) or None,
+        {**schema, "additionalProperties": False},
+        path,
+        schema_path,
+        is_custom=True,
+        grammar_syntax=None if grammar is None else grammar.syntax,
+    )
 
 
 def arguments_of(text: str) -> str:

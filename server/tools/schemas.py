@@ -6,8 +6,7 @@ Knows nothing of templates or of what becomes of a tool.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,8 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from server.generation.generation_spec import ToolSpec, ToolUse
+from server.http.errors import Path
 from server.structured.schemas import MAX_GRAMMAR_CHARS
-from server.tools.custom import InputGrammar, arguments_of, function_of
+from server.tools.custom import InputGrammar, arguments_of, custom_tool
 from server.tools.source import TOOL_NAME
 
 #: More of these in one request are a mistake or an attack.
@@ -43,20 +44,24 @@ class ToolFunction(_Shape):
     )
     strict: bool | None = None
 
-    def for_template(self) -> dict[str, Any]:
-        """Return what templates show the model: nothing that was not given."""
-        told = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
-        return {"type": "function", "function": told}
-
 
 class FunctionTool(_Shape):
     """A function that the model may call."""
 
-    #: Where it says what it is called with.
-    schema_field: ClassVar[str] = "function.parameters"
-
     type: Literal["function"]
     function: ToolFunction
+
+    def spec(self, path: Path) -> ToolSpec:
+        """Return the tool as the model reads it."""
+        given, at = self.function, (*path, "function")
+        return ToolSpec(
+            given.name,
+            given.description,
+            given.parameters,
+            at,
+            (*at, "parameters"),
+            is_strict=given.strict is True,
+        )
 
 
 class Grammar(_Shape):
@@ -90,23 +95,20 @@ class Custom(_Shape):
 class CustomTool(_Shape):
     """A tool that takes a text; for the model it is a function (`server/tools/custom.py`)."""
 
-    schema_field: ClassVar[str] = "custom.format.grammar"
-
     type: Literal["custom"]
     custom: Custom
 
-    @property
-    def grammar(self) -> Grammar | None:
-        """What the text is to be like."""
-        return None if self.custom.format is None else self.custom.format.grammar
-
-    @cached_property
-    def function(self) -> ToolFunction:
-        """The tool as the model knows it."""
-        given = self.grammar
+    def spec(self, path: Path) -> ToolSpec:
+        """Return the tool as the model reads it."""
+        given = None if self.custom.format is None else self.custom.format.grammar
         grammar = None if given is None else InputGrammar(given.syntax, given.definition)
-        made = function_of(self.custom.name, self.custom.description, grammar)
-        return ToolFunction.model_validate(made)
+        return custom_tool(
+            self.custom.name,
+            self.custom.description,
+            grammar,
+            path=(*path, "function"),
+            schema_path=(*path, "custom", "format", "grammar"),
+        )
 
 
 Tool = FunctionTool | CustomTool
@@ -144,6 +146,10 @@ class ToolChoice(_Shape):
             return {"type": "custom", "function": value.get("custom")}
         return value
 
+    def tool_use(self) -> ToolUse:
+        """Return what it asks for."""
+        return ToolUse("required", (self.function.name,), is_named=True)
+
 
 class AllowedTools(_Shape):
     """The tools that may be called, of all there are."""
@@ -157,6 +163,11 @@ class AllowedToolsChoice(_Shape):
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
+
+    def tool_use(self) -> ToolUse:
+        """Return what it asks for."""
+        allowed = self.allowed_tools
+        return ToolUse(allowed.mode, tuple(tool.function.name for tool in allowed.tools))
 
 
 class CalledFunction(_Shape):

@@ -17,10 +17,6 @@ def test_the_committed_page_is_the_generated_one() -> None:
     assert DOCUMENT.read_text() == api_table.page(), "run: python -m tools.api_table > docs/api.md"
 
 
-def test_other_servers_are_told_of_under_names_there_are() -> None:
-    assert {name for name, *_ in api_table.entries()} == api_table.PEERS.keys()
-
-
 @pytest.mark.parametrize(("path", "column"), [("/v1/chat/completions", 0), ("/v1/completions", 1)])
 def test_what_the_page_says_is_refused_or_warned_of_is(shared: Any, path: str, column: int) -> None:
     """With a value that no parameter takes as neutral."""

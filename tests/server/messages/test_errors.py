@@ -11,9 +11,8 @@ import httpx
 import pytest
 
 from scheduler.client import Delta, GenerateRequest, RejectKind, RequestRefusedError
+from server.generation.prompt_messages import MAX_MESSAGES, MAX_PARTS
 from server.messages.response_models import MessagesErrorBody
-from server.openai.chat_messages import MAX_PARTS
-from server.openai.schemas import MAX_MESSAGES
 from server.tools.schemas import MAX_TOOLS
 
 USER: Any = {"role": "user", "content": "1+1?"}

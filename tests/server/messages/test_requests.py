@@ -11,8 +11,7 @@ import pytest
 from server.generation import params as chat_params
 from server.messages import params
 from server.messages.response_models import TokenCount
-from server.messages.schemas import MessagesRequest
-from server.openai.schemas import ChatRequest
+from server.messages.schemas import MessagesRequest, SharedFields
 from tools import api_table
 
 USER: Any = {"role": "user", "content": "1+1?"}
@@ -284,7 +283,7 @@ def test_names_are_honoured_passed_or_judged_but_only_one_of_it() -> None:
     assert not fields & params.MESSAGES.keys()
     assert not fields & set(params.PASSED)
     assert not params.MESSAGES.keys() & set(params.PASSED)
-    assert set(params.PASSED) <= ChatRequest.model_fields.keys()
+    assert set(params.PASSED) <= SharedFields.model_fields.keys()
     for name, known in params.MESSAGES.items():
         [neutral, *_] = [*known.neutral, None]
         assert chat_params.judge({name: neutral}, params.MESSAGES) == []

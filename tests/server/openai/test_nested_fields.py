@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from server.generation.request_fields import Request
 from server.messages.schemas import MessagesRequest
 from server.openai.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Request,
     TokenizeRequest,
 )
 from server.responses.schemas import ResponsesRequest

@@ -11,6 +11,7 @@ import pytest
 
 from event_streams import chunks_of
 from server.generation import params
+from server.generation.request_fields import Request
 from server.openai import response_models, schemas
 from server.text.export import export_tokenizer
 
@@ -120,7 +121,7 @@ def test_a_flood_of_unknown_parameters_is_summed_up(shared: Any) -> None:
     [(params.CHAT, schemas.ChatRequest), (params.COMPLETION, schemas.CompletionRequest)],
 )
 def test_a_parameter_is_honoured_or_judged_but_not_both(
-    table: dict[str, params.Unsupported], request_type: type[schemas.Request]
+    table: dict[str, params.Unsupported], request_type: type[Request]
 ) -> None:
     assert not table.keys() & request_type.model_fields.keys()
     for name, known in table.items():
