@@ -15,7 +15,7 @@ from typing import Literal
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model import build
-from model.interface import SamplingParams, SlotStart, StepInput
+from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart, StepInput
 from model.runner import TorchRunner
 
 _CONFIG = {
@@ -54,11 +54,10 @@ def step(runner: TorchRunner, start: int, count: int, *, is_first: bool = False)
     runner.launch(
         StepInput(
             token_ids=[3] * (_ROWS * count),
-            starts=[start] * _ROWS,
-            counts=[count] * _ROWS,
+            rows=[RowSpan(start, start, count)] * _ROWS,
             slots=slots,
             page_ids=[list(range(row * pages_each, (row + 1) * pages_each)) for row in slots],
-            sample_rows=slots,
+            samples=[SampleSpan(row, count - 1, 1) for row in slots],
             started=[SlotStart(slot, params, [1]) for slot in slots] if is_first else [],
         )
     ).wait()

@@ -39,7 +39,7 @@ def _step_us(scheduler: Scheduler) -> float:
     plan = scheduler.plan()
     planned = time.perf_counter()
     assert plan is not None
-    output = StepOutput([7] * len(plan.step.sample_rows))
+    output = StepOutput([[7] for _ in plan.step.samples])
     applying = time.perf_counter()
     scheduler.apply(plan, output)
     return (time.perf_counter() - applying + planned - began) * 1e6

@@ -13,7 +13,8 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cache.kv_cache import Allocation, KVCache
+from cache.allocation import Allocation
+from cache.kv_cache import KVCache
 
 PAGE_SIZE_TOKENS = 16
 PROMPT_TOKENS = 8_000

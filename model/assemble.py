@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from cache.view import FULL_VIEW, View
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from configs.sizes import format_size
 from model.architectures.transformer import Decoder, ServedDecoder, Transformer
@@ -23,7 +24,14 @@ from model.cuda import ops as gpu_ops
 from model.cuda.assembly import GpuParts, assemble_on_gpu
 from model.cuda.ops import GpuOps
 from model.implementation import build_decoder
-from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
+from model.interface import (
+    ModelInfo,
+    RowSpan,
+    SampleSpan,
+    SamplingParams,
+    SlotStart,
+    StepInput,
+)
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
@@ -173,9 +181,17 @@ def _plan_pool(
         max_num_seqs=config.scheduler.max_num_seqs,
         stated_max_model_len=config.model.max_model_len,
         model_max_len=arch.max_positions,
+        view=_view(decoder, kv_dtype),
         # On a CPU the same memory is the page cache's and the neighbours'.
         takes_all=decoder.device.type == "cuda",
     )
+
+
+def _view(decoder: ServedDecoder, kv_dtype: torch.dtype) -> View:
+    """Return what the whole model reads: without a window if any of its layers has none."""
+    windows = decoder.attention_spec(kv_dtype).windows
+    bounded = [window for window in windows if window is not None]
+    return View(window=max(bounded)) if len(bounded) == len(windows) else FULL_VIEW
 
 
 def _pool(decoder: ServedDecoder, plan: PoolPlan, kv_dtype: torch.dtype) -> KVPool:
@@ -229,6 +245,7 @@ def _info(
         kv_cache_dtype=str(kv_dtype).removeprefix("torch."),
         device=where.device.type,
         attention_backend=offer.name,
+        view=_view(decoder, kv_dtype),
         notes=tuple(notes),
     )
 
@@ -240,11 +257,10 @@ def _warm_up(runner: TorchRunner) -> None:
     runner.launch(
         StepInput(
             token_ids=[0] * num_tokens,
-            starts=[0],
-            counts=[num_tokens],
+            rows=[RowSpan(0, 0, num_tokens)],
             slots=[0],
             page_ids=[list(range(-(-num_tokens // runner.info.page_size)))],
-            sample_rows=[0],
+            samples=[SampleSpan(0, num_tokens - 1, 1)],
             started=[SlotStart(0, params, [0] * num_tokens)],
         )
     ).wait()

@@ -1,4 +1,4 @@
-"""What the scheduler and the model say to each other: plain types and two Protocols.
+"""The interface of the scheduler and the model: plain types and two Protocols.
 
 Knows nothing of torch, of pages' contents, of text or of HTTP. Everything here is plain data, so
 that `scheduler/` can import it in a process (or a test) that has no torch at all.
@@ -10,14 +10,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+from cache.moves import PageMove
+from cache.view import FULL_VIEW, View
 
 #: In `StepInput.token_ids`: "the token which the flight before this one samples for this slot".
 #: It lets step n+1 be launched before the tokens of step n are known on the host.
 PENDING_TOKEN = -1
-
-#: In `StepOutput.token_ids`: the row got no token; its last known token is to be computed again.
-NO_TOKEN = -1
 
 MAX_TOP_LOGPROBS = 20
 
@@ -111,15 +111,6 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class PageCopy:
-    """Copy the keys and values of the first `num_tokens` tokens of one page into another."""
-
-    source: int
-    target: int
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Vocabulary:
     """What every token says: without it a grammar, which is about bytes, says nothing of tokens."""
 
@@ -155,6 +146,8 @@ class SlotStart:
     output_token_ids: Sequence[int] = ()
     #: What `prepare` gave for `params.grammar`.
     constraint: Constraint | None = None
+    #: The request's own; a model's windows are the model's.
+    view: View = FULL_VIEW
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,45 +161,73 @@ class ScoredSpan:
     token_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class StepInput:
-    """One step, row by row: row i computes `counts[i]` tokens from position `starts[i]` on.
+class RowSpan(NamedTuple):
+    """The tokens that one row of a step computes."""
 
-    The runner does, in this order: `started`, then `copies` one after another as listed (a page
-    may be the source of one copy and the target of a later one), then the forward pass, which
-    writes the rows' keys and values into their pages and reads all tokens before.
+    #: Of the row's first token in the text: for rotation and sampling.
+    position: int
+    #: Keys of the sequence that are stored before it, which is the index of its own key in the
+    #: row's pages. Fewer than `position` where the sequence dropped keys.
+    stored: int
+    count: int  # type: ignore[assignment] # a tuple's `count` is not used
+
+
+class SampleSpan(NamedTuple):
+    """Draw a token after each of a row's tokens `first .. first + count - 1`.
+
+    The tokens behind the first are drafts: the span ends with the first drawn token that differs
+    from the draft in its place. Each token is drawn exactly as it would be without drafts.
     """
 
-    #: Flat, `[sum(counts)]`.
+    row: int
+    first: int
+    count: int  # type: ignore[assignment] # a tuple's `count` is not used
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step, row by row.
+
+    The runner does, in this order: `started`, then `moves` one after another as listed (a page may
+    be the source of one move and the target of a later one), then the forward pass, which writes
+    the rows' keys and values into their pages and reads all keys in view.
+
+    Where a row's `position - stored` has grown since its slot's last step, the runner first keeps
+    only `stored` of the slot's keys, which it chooses by the view, and moves them to the front of
+    the row's pages; the block table may then be another one.
+    """
+
+    #: Flat, `[sum of the rows' counts]`.
     token_ids: list[int]
-    #: Each `[rows]`.
-    starts: list[int]
-    counts: list[int]
-    #: In `range(max_num_seqs)`; a slot belongs to one sequence at a time.
+    rows: list[RowSpan]
+    #: `[rows]`, in `range(max_num_seqs)`; a slot belongs to one sequence at a time.
     slots: list[int]
     #: The block table of each row. Append-only while a slot keeps its sequence, and borrowed: the
-    #: scheduler goes on appending to these very lists after `launch` has returned.
+    #: scheduler goes on appending to these very lists after `launch` has returned. Entries of
+    #: pages without a key in view are any valid page: nothing may be read there.
     page_ids: list[list[int]]
-    #: Rows that reach the end of their known tokens and so sample one, ascending.
-    sample_rows: list[int]
-    copies: list[PageCopy] = field(default_factory=list)
+    #: In ascending order of their rows.
+    samples: list[SampleSpan]
+    moves: list[PageMove] = field(default_factory=list)
     started: list[SlotStart] = field(default_factory=list)
     scored: list[ScoredSpan] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step sampled: parallel to `StepInput.sample_rows`."""
+    """The tokens a step sampled: parallel to `StepInput.samples`."""
 
-    #: `NO_TOKEN` where what the row's grammar allows was not known in time, and where it failed.
+    #: The tokens of each span, one at least. Empty where what the row's grammar allows was not
+    #: known in time, and where the span failed: then its last known token is to be computed again.
     #: A row whose request has `max_tokens` 0 has some token here too.
-    token_ids: list[int]
-    #: None where the row's request asked for none; the whole list is empty where nobody did.
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    token_ids: list[list[int]]
+    #: Of the same tokens, empty where the row's request asked for none; the whole list is empty
+    #: where no request did.
+    logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
     #: By index: why a row's request cannot go on.
     failures: dict[int, str] = field(default_factory=dict)
-    #: Indices of rows whose largest logit is NaN or infinite, which got `NO_TOKEN`: the model, or
-    #: what it read of the row's pages, is at fault.
+    #: Indices of spans without a token whose largest logit is NaN or infinite: the model, or what
+    #: it read of the row's pages, is at fault.
     not_finite: list[int] = field(default_factory=list)
     #: Parallel to `StepInput.scored`, an entry a token.
     prompt_logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
@@ -231,6 +252,8 @@ class ModelInfo:
     kv_cache_dtype: str
     device: str
     attention_backend: str
+    #: The view of the whole model: windowed only if each layer is.
+    view: View = FULL_VIEW
     #: On a GPU, what its memory is for: (name, bytes).
     device_bytes: tuple[tuple[str, int], ...] = ()
     #: Decisions an operator should know: "compiled CPU op not available: no g++; using torch".

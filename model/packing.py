@@ -7,6 +7,7 @@ takes two copies.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class PackedStep:
     query_starts: np.ndarray
     seq_lens: np.ndarray
     block_table: np.ndarray
-    #: int64: the last token of each row that samples.
+    #: int64: after which tokens one is drawn.
     sampled: np.ndarray
     #: int64: which tokens are not known yet, and which of the flight before sampled them.
     pending: np.ndarray
@@ -154,29 +155,37 @@ class Packer:
         self._sample_of_slot: dict[int, int] = {}
 
     def pack(self, step: StepInput) -> PackedStep:
-        """Lay out the next step."""
+        """Lay out the next step. Raises `ValueError` for a step that cannot be computed here."""
         for start in step.started:
             self._tables.forget(start.slot)
-        page_size = self._page_size
-        starts = np.asarray(step.starts, dtype=np.int64)
-        counts = np.asarray(step.counts, dtype=np.int64)
-        ends = starts + counts
+        page_size, slots = self._page_size, step.slots
+        spans, samples = step.rows, step.samples
+        starts, stored, row_counts = zip(*spans, strict=True)
+        if starts != stored:
+            raise ValueError("rows whose sequences dropped keys cannot be computed")
+        sample_rows, offsets, num_drawn = zip(*samples, strict=True) if samples else ((),) * 3
+        if num_drawn.count(1) < len(num_drawn):
+            raise ValueError("one token a span can be drawn, not several")
+        firsts = np.fromiter(starts, np.int64, len(spans))
+        counts = np.fromiter(row_counts, np.int64, len(spans))
+        ends = firsts + counts
         query_starts = np.zeros(len(counts) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_starts[1:])
         rows = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(query_starts[-1]) - query_starts[rows] + starts[rows]
+        positions = np.arange(query_starts[-1]) - query_starts[rows] + firsts[rows]
         max_seq_len = int(ends.max())
-        table = self._tables.gather(step.slots, step.page_ids, -(-max_seq_len // page_size))
+        table = self._tables.gather(slots, step.page_ids, -(-max_seq_len // page_size))
         kv_slots = table[rows, positions // page_size].astype(np.int64) * page_size
         kv_slots += positions % page_size
-        token_ids = np.asarray(step.token_ids, dtype=np.int64)
+        token_ids = np.fromiter(step.token_ids, np.int64, len(step.token_ids))
         pending = pending_from = np.flatnonzero(token_ids == PENDING_TOKEN)
         if len(pending):
             token_ids[pending] = 0
-            slots = [step.slots[row] for row in rows[pending].tolist()]
-            pending_from = np.asarray([self._sample_of_slot[slot] for slot in slots])
-        self._sample_of_slot = {step.slots[row]: i for i, row in enumerate(step.sample_rows)}
-        sample_rows = np.asarray(step.sample_rows, dtype=np.int64)
+            pending_rows = rows[pending].tolist()
+            pending_from = np.asarray([self._sample_of_slot[slots[row]] for row in pending_rows])
+        sampled = query_starts[np.fromiter(sample_rows, np.int64, len(samples))]
+        sampled = sampled + np.fromiter(offsets, np.int64, len(samples))
+        self._sample_of_slot = dict(zip(map(slots.__getitem__, sample_rows), count(), strict=False))
         return PackedStep(
             token_ids=token_ids,
             positions=positions,
@@ -184,7 +193,7 @@ class Packer:
             query_starts=query_starts,
             seq_lens=ends.astype(np.int32),
             block_table=table,
-            sampled=query_starts[sample_rows + 1].astype(np.int64) - 1,
+            sampled=sampled,
             pending=pending,
             pending_from=pending_from,
             max_query_len=int(counts.max()),

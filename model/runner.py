@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cache.view import FULL_VIEW
 from model.architectures.transformer import Decoder
 from model.attention.interface import AttentionBackend
 from model.cuda.graphs import DecodeGraphs
@@ -96,14 +97,16 @@ class TorchRunner:
         newest, self._newest = self._newest, None
         if newest is not None:
             newest.settle()
+        packed = self._packer.pack(step)
         for start in step.started:
+            if start.view != FULL_VIEW:
+                raise ValueError(f"a request cannot have a view of its own, got {start.view}")
             self._sampler.start(start)
         self._pool.reach(max(pages[-1] for pages in step.page_ids))
-        if step.copies:
-            self._pool.copy_pages(step.copies)
-        hidden, sampled = self._compute(self._packer.pack(step), newest)
+        self._pool.move_pages(step.moves)
+        hidden, sampled = self._compute(packed, newest)
         scores = self._score(step, hidden)
-        self._newest = self._sample(step, hidden, sampled) if step.sample_rows else None
+        self._newest = self._sample(step, hidden, sampled) if step.samples else None
         return _Flight(self._newest, scores, mark(self._device))
 
     def _compute(self, packed: PackedStep, newest: Draft | None) -> tuple[Tensor, Tensor]:
@@ -124,14 +127,15 @@ class TorchRunner:
     def _sample(self, step: StepInput, hidden: Tensor, sampled: Tensor) -> Draft:
         return self._sampler.begin(
             self._decoder.logits(hidden[sampled] if len(sampled) < len(hidden) else hidden),
-            [step.slots[row] for row in step.sample_rows],
-            [step.starts[row] + step.counts[row] for row in step.sample_rows],
+            [step.slots[span.row] for span in step.samples],
+            [step.rows[span.row].position + span.first + 1 for span in step.samples],
         )
 
     def _score(self, step: StepInput, hidden: Tensor) -> list[tuple[TokenLogprobs, ...]]:
         scores = []
         for span in step.scored:
-            first, slot = sum(step.counts[: span.row]) + span.offset, step.slots[span.row]
+            first = sum(row.count for row in step.rows[: span.row]) + span.offset
+            slot = step.slots[span.row]
             found: list[TokenLogprobs] = []
             for done in range(0, len(span.token_ids), SCORED_TOKENS):
                 token_ids = span.token_ids[done : done + SCORED_TOKENS]

@@ -68,7 +68,12 @@ class Engine:
         self._post = post
         self._announce = announce
         self._is_debug = config.debug
-        self._cache = KVCache(info.num_pages, info.page_size)
+        self._cache = KVCache(
+            info.num_pages,
+            info.page_size,
+            view=info.view,
+            chunk_tokens=config.max_num_batched_tokens,
+        )
         self._scheduler = Scheduler(self._cache, config, info)
         #: Requests whose grammars are being made ready.
         self._preparing: dict[int, tuple[Submit, Future[Constraint]]] = {}

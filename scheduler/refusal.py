@@ -20,12 +20,15 @@ class Room:
     num_free_slots: int
     num_free_pages: int
     page_size: int
+    #: Whose pages one sequence holds at a time, at most.
+    max_held_tokens: int
 
     def is_enough(self, num_sequences: int, num_tokens: int) -> bool:
         """Whether so many sequences of so many tokens in all could start, and go on for a page.
 
         Errs on the safe side: what they may find in the cache is not counted.
         """
+        num_tokens = min(num_tokens, num_sequences * self.max_held_tokens)
         most_pages = (num_tokens + num_sequences * (self.page_size - 1)) // self.page_size
         # Each that is admitted keeps one page free for each that runs (see `Scheduler._admit`).
         most_pages += num_sequences - 1

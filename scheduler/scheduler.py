@@ -14,19 +14,12 @@ from itertools import islice
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.interface import (
-    NO_TOKEN,
-    PENDING_TOKEN,
-    Constraint,
-    ModelInfo,
-    PageCopy,
-    StepOutput,
-)
+from model.interface import PENDING_TOKEN, Constraint, ModelInfo, StepOutput
 from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
 from scheduler.pacing import Pacing
 from scheduler.plan import StepOutcome, StepPlan, add_row, new_plan
 from scheduler.refusal import Room, displaced, place_for, why_never
-from scheduler.sequence import Sequence, State
+from scheduler.sequence import Sequence
 from scheduler.stats import SchedulerStats
 from scheduler.suspects import ModelFaultError, Suspects
 from scheduler.table import SequenceTable
@@ -49,11 +42,12 @@ class Scheduler:
         self._cache = cache
         self._config = config
         self._page_size = info.page_size
+        self._view = info.view
         # The newest token of a sequence needs no place: its keys are never read.
-        self._max_model_len = min(info.max_model_len, info.num_pages * info.page_size + 1)
+        self._max_model_len = min(info.max_model_len, cache.max_tokens + 1)
         self._eos_token_ids = info.eos_token_ids
         self._pacing = Pacing(config.max_decode_slowdown)
-        self._table = SequenceTable(cache, config.max_num_seqs)
+        self._table = SequenceTable(cache, config.max_num_seqs, info.page_size)
         self._waiting, self._running = self._table.waiting, self._table.running
         self._suspects = Suspects()
         #: Steps that were planned and neither applied nor failed.
@@ -104,7 +98,8 @@ class Scheduler:
             message = f"request id {submit.request_id} is in use"
             return Rejected(submit.request_id, RejectKind.INVALID, message, "request_id")
         free_pages = self._cache.available_pages - len(self._running)
-        room = Room(len(self._table.free_slots), free_pages, self._page_size)
+        num_held = self._cache.max_held_tokens
+        room = Room(len(self._table.free_slots), free_pages, self._page_size, num_held)
         never = why_never(submit, self._max_model_len)
         return never or place_for(submit, self._waiting, room, self._config)
 
@@ -151,8 +146,7 @@ class Scheduler:
         if sequence.allocation is None or not self._table.grow(sequence):
             while not self._start(plan, sequence, reserve_pages=0):
                 self._table.preempt(self._running[-1])
-        missing = len(sequence.token_ids) - sequence.num_computed
-        count = min(missing, self._config.max_num_batched_tokens)
+        count = self._table.chunk(sequence, self._config.max_num_batched_tokens)
         add_row(plan, sequence, count)
         return replace(plan, num_prompt_tokens=count)
 
@@ -161,23 +155,24 @@ class Scheduler:
         row = 0
         while row < len(running):
             sequence = running[row]
-            num_tokens = len(sequence.token_ids)
-            if num_tokens - sequence.num_computed == 1 and not sequence.awaits_token:
-                allocation = sequence.allocation
-                assert allocation is not None, "a running sequence without pages"
-                is_full = num_tokens > len(allocation.page_ids) * page_size
+            allocation = sequence.allocation
+            assert allocation is not None, "a running sequence without pages"
+            is_decode = len(sequence.token_ids) - sequence.num_computed == 1
+            is_full = sequence.num_computed >= len(allocation.page_ids) * page_size
+            if is_decode and not sequence.awaits_token:
                 if is_full and not self._table.grow(sequence):
                     continue
                 add_row(plan, sequence, 1)
+            elif is_full and not is_decode and not self._table.go_on(sequence):
+                continue
             row += 1
 
     def _plan_prompts(self, plan: StepPlan, budget_tokens: int) -> int:
         for sequence in self._running:
-            missing = len(sequence.token_ids) - sequence.num_computed
             if budget_tokens == 0:
                 break
-            if missing > 1:
-                count = min(missing, budget_tokens)
+            is_prompt = len(sequence.token_ids) - sequence.num_computed > 1
+            if is_prompt and (count := self._table.chunk(sequence, budget_tokens)):
                 add_row(plan, sequence, count)
                 budget_tokens -= count
         return budget_tokens
@@ -204,7 +199,7 @@ class Scheduler:
             # One page for each that runs: nobody is let in only to be preempted soon after.
             if not self._start(plan, sequence, reserve_pages=len(self._running)):
                 break
-            count = min(len(sequence.token_ids) - sequence.num_computed, budget_tokens)
+            count = self._table.chunk(sequence, budget_tokens)
             add_row(plan, sequence, count)
             budget_tokens -= count
             if budget_tokens == 0 or not free_slots:
@@ -218,9 +213,7 @@ class Scheduler:
         if allocation is None:
             return False
         plan.step.started.append(sequence.slot_start())
-        plan.step.copies.extend(
-            PageCopy(copy.source, copy.target, copy.num_tokens) for copy in allocation.copies
-        )
+        plan.step.moves.extend(allocation.moves)
         if not sequence.is_started:
             sequence.is_started = True
             num_cached = allocation.num_cached_tokens
@@ -245,33 +238,37 @@ class Scheduler:
         self._advance(plan, output.token_ids)
         outcome = StepOutcome([], [], [], [], [], [])
         self._note_scores(plan, output, outcome)
-        step, logprobs = plan.step, output.logprobs
-        for index, row in enumerate(step.sample_rows):
+        rows, logprobs = plan.step.rows, output.logprobs
+        add_request, add_token = outcome.request_ids.append, outcome.token_ids.append
+        for index, (row, first, _) in enumerate(plan.step.samples):
             if plan.is_void(row):
                 continue
             sequence = plan.sequences[row]
-            position = step.starts[row] + step.counts[row]
-            token_id = output.token_ids[index]
+            position = rows[row][0] + first + 1
             if sequence.params.max_tokens == 0 and index not in output.not_finite:
-                self._stop_if_due(sequence, position - 1, outcome)
-            elif token_id == NO_TOKEN:
-                self._go_without(sequence, position, output, index, outcome)
+                reason = sequence.stop_reason(position - 1)
+                self._stop(sequence, reason or FinishReason.LENGTH, outcome)
+            elif token_ids := output.token_ids[index]:
+                entries = iter(logprobs[index]) if logprobs else None
+                for place, token_id in enumerate(token_ids, position):
+                    sequence.token_ids[place] = token_id
+                    add_request(sequence.request_id)
+                    add_token(token_id)
+                    if entries is not None:
+                        outcome.logprobs.append(next(entries, None))
+                    reason = sequence.stop_reason(place)
+                    if reason is not None:
+                        self._stop(sequence, reason, outcome)
+                        break
             else:
-                sequence.token_ids[position] = token_id
-                outcome.request_ids.append(sequence.request_id)
-                outcome.token_ids.append(token_id)
-                if logprobs:
-                    outcome.logprobs.append(logprobs[index])
-                self._stop_if_due(sequence, position, outcome)
+                self._go_without(sequence, position, output, index, outcome)
         if self._suspects:
             self._judge(plan, outcome)
         return outcome
 
-    def _stop_if_due(self, sequence: Sequence, position: int, outcome: StepOutcome) -> None:
-        reason = sequence.stop_reason(position)
-        if reason is not None:
-            self._finish(sequence, reason)
-            outcome.finished.append((sequence.request_id, reason))
+    def _stop(self, sequence: Sequence, reason: FinishReason, outcome: StepOutcome) -> None:
+        self._finish(sequence, reason)
+        outcome.finished.append((sequence.request_id, reason))
 
     def _go_without(
         self,
@@ -286,7 +283,7 @@ class Scheduler:
             sequence.trusts_cache = False
             self._suspect(sequence, position, _NOT_FINITE)
             return
-        self._take_back(sequence, position)
+        self._table.take_back(sequence, position)
         if index in output.failures:
             self._finish(sequence, FinishReason.ERROR)
             outcome.failed.append((sequence.request_id, output.failures[index]))
@@ -299,36 +296,34 @@ class Scheduler:
                 continue
             sequence = plan.sequences[span.row]
             # Preempted with a step under way and back, it may have two steps that score the same.
-            num_known = sequence.num_scored - plan.step.starts[span.row] - span.offset
+            num_known = sequence.num_scored - plan.step.rows[span.row].position - span.offset
             assert num_known >= 0, "a prompt's scores have a gap"
             if new := scores[num_known:]:
                 sequence.num_scored += len(new)
                 outcome.prompt_logprobs.append((sequence.request_id, new))
 
-    def _take_back(self, sequence: Sequence, position: int) -> None:
-        """Undo what was counted on for a token that did not come."""
-        assert len(sequence.token_ids) == position + 1, "a step counts on a token that did not come"
-        if sequence.state is State.WAITING:
-            self._waiting.drop_last_token(sequence)
-        else:
-            del sequence.token_ids[-1]
-            sequence.num_computed -= 1
-
-    def _advance(self, plan: StepPlan, token_ids: list[int]) -> None:
+    def _advance(self, plan: StepPlan, token_ids: list[list[int]]) -> None:
         page_size, step = self._page_size, plan.step
         # A row without a token has its last one computed again: that is what samples the next.
-        sampled = zip(step.sample_rows, token_ids, strict=False)
-        again = {row for row, token_id in sampled if token_id == NO_TOKEN}
-        for row, count in enumerate(step.counts):
-            sequence = plan.sequences[row]
+        again = set[int]()
+        if not all(token_ids):
+            spans = zip(step.samples, token_ids, strict=True)
+            again = {span.row for span, tokens in spans if not tokens}
+        has_window = self._view.window is not None
+        rows = zip(plan.sequences, step.rows, step.page_ids, strict=True)
+        for row, (sequence, (_, _, count), page_ids) in enumerate(rows):
             allocation = sequence.allocation
             # Meanwhile it may have ended or been preempted, or even have come back.
-            if allocation is None or allocation.page_ids is not step.page_ids[row]:
+            if allocation is None or allocation.page_ids is not page_ids:
                 continue
             before = sequence.num_landed
-            sequence.num_landed = before + count - (row in again)
-            if sequence.num_landed // page_size != before // page_size:
+            landed = sequence.num_landed = before + count - (row in again)
+            if landed // page_size != before // page_size:
                 self._cache.commit(allocation, sequence.token_ids, sequence.num_landed)
+            if has_window:
+                # No query comes before this one, not even if the last token is computed again.
+                unread = self._view.unread_pages(sequence.num_landed, page_size)
+                self._cache.drop(allocation, unread)
 
     # ---- faults ----------------------------------------------------------------------------------
 
@@ -341,7 +336,8 @@ class Scheduler:
         self._num_under_way -= 1
         for row, sequence in enumerate(plan.sequences):
             if not plan.is_void(row):
-                self._suspect(sequence, plan.step.starts[row] + plan.step.counts[row], why)
+                span = plan.step.rows[row]
+                self._suspect(sequence, span.position + span.count, why)
 
     def _suspect(self, sequence: Sequence, num_tokens: int, why: str) -> None:
         """Roll back a sequence that failed while `num_tokens` of its tokens were computed."""
@@ -394,4 +390,4 @@ class Scheduler:
         self._cache.check()
         self._pacing.check()
         self._suspects.check()
-        self._table.check(self._page_size)
+        self._table.check()

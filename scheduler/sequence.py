@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from enum import StrEnum
 
-from cache.kv_cache import Allocation
+from cache.allocation import Allocation
 from model.interface import PENDING_TOKEN, Constraint, SlotStart
 from scheduler.messages import FinishReason, Submit
 
@@ -161,8 +161,9 @@ class Sequence:
     def stop_reason(self, position: int) -> FinishReason | None:
         """Why the sequence ends with the token at `position`, or None if it goes on."""
         length = position + 1
-        # A grammar may be at its end before min_tokens are had: then the end is all there is.
-        may_stop = length > self.min_len_tokens or self.params.grammar is not None
-        if may_stop and self.token_ids[position] in self.stop_ids:
+        if self.token_ids[position] in self.stop_ids and (
+            # A grammar may be at its end before min_tokens are had: then the end is all there is.
+            length > self.min_len_tokens or self.params.grammar is not None
+        ):
             return FinishReason.STOP
         return FinishReason.LENGTH if length >= self.max_len_tokens else None

@@ -8,7 +8,8 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 
-from cache.kv_cache import Allocation, KVCache
+from cache.allocation import Allocation
+from cache.kv_cache import KVCache
 from model.interface import PENDING_TOKEN
 from scheduler.messages import FinishReason
 from scheduler.queue import WaitingQueue
@@ -18,8 +19,9 @@ from scheduler.sequence import Sequence, State
 class SequenceTable:
     """Moves sequences between waiting, running and finished, with what they hold."""
 
-    def __init__(self, cache: KVCache, max_num_seqs: int) -> None:
+    def __init__(self, cache: KVCache, max_num_seqs: int, page_size: int) -> None:
         self._cache = cache
+        self._page_size = page_size
         self._max_num_seqs = max_num_seqs
         self.waiting = WaitingQueue()
         #: In order of precedence: the last is the first to be preempted.
@@ -53,17 +55,43 @@ class SequenceTable:
         return allocation
 
     def grow(self, sequence: Sequence) -> bool:
-        """Make room for the newest token, at the cost of the sequences of least precedence.
+        """Make room for the next token, at the cost of the sequences of least precedence.
 
         False where the sequence itself had to be preempted.
         """
         assert sequence.allocation is not None, "a running sequence without pages"
-        while not self._cache.grow(sequence.allocation, len(sequence.token_ids)):
+        while not self._cache.grow(sequence.allocation, sequence.num_computed + 1):
             victim = self.running[-1]
             self.preempt(victim)
             if victim is sequence:
                 return False
         return True
+
+    def go_on(self, sequence: Sequence) -> bool:
+        """Make room for a token of a prompt whose table grows with it, as it does under a window.
+
+        Not while a step of it is under way, which will give pages back. Called before any row of
+        less precedence is planned. False where the sequence itself had to be preempted.
+        """
+        return sequence.num_landed < sequence.num_computed or self.grow(sequence)
+
+    def take_back(self, sequence: Sequence, position: int) -> None:
+        """Undo what was counted on for a token that did not come."""
+        assert len(sequence.token_ids) == position + 1, "a step counts on a token that did not come"
+        if sequence.state is State.WAITING:
+            self.waiting.drop_last_token(sequence)
+        else:
+            del sequence.token_ids[-1]
+            sequence.num_computed -= 1
+
+    def chunk(self, sequence: Sequence, budget_tokens: int) -> int:
+        """Return how many of the missing tokens the next step can compute, at nobody's cost."""
+        allocation, end = sequence.allocation, sequence.num_computed
+        assert allocation is not None, "a running sequence without pages"
+        count = min(len(sequence.token_ids) - end, budget_tokens)
+        if self._cache.grow(allocation, end + count):
+            return count
+        return len(allocation.page_ids) * self._page_size - end
 
     def preempt(self, sequence: Sequence) -> None:
         """Take the pages back; what they hold stays in the tree, so coming back is nearly free."""
@@ -111,7 +139,7 @@ class SequenceTable:
         self.free_slots.append(sequence.slot)
         sequence.slot = -1
 
-    def check(self, page_size: int) -> None:
+    def check(self) -> None:
         """Assert that each sequence is in one place, with what belongs to it."""
         self.waiting.check()
         running, waiting = self.running, list(self.waiting)
@@ -126,7 +154,7 @@ class SequenceTable:
         assert live == sorted(self.requests), "a request is neither running nor waiting"
         for sequence in running:
             assert sequence.allocation is not None, "a running sequence without pages"
-            held = len(sequence.allocation.page_ids) * page_size
+            held = len(sequence.allocation.page_ids) * self._page_size
             assert sequence.num_computed <= held, "computed more than its pages hold"
             cached = sequence.allocation.num_cached_tokens
             assert cached <= sequence.num_landed, "shared pages would be written again"

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "configs": set[str](),
     "cache": set[str](),
     "loadtest": set[str](),
-    "model": {"configs"},
+    "model": {"cache.moves", "cache.view", "configs"},
     "scheduler": {"cache", "configs", "model.interface"},
     "server": {"scheduler", "configs", "model.formats"},
 }
@@ -32,7 +32,7 @@ ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_in
 LIGHT_IN_MODEL = {
     f"model/{name}.py"
     for name in (
-        *("__init__", "interface", "fake", "source", "hub", "weight_files"),
+        *("__init__", "interface", "fake", "fake_pages", "source", "hub", "weight_files"),
         *("grammar", "grammar_check", "json_patterns", "json_schema", "matchers"),
         *("formats/__init__", "formats/gguf", "formats/json_file"),
     )

@@ -18,7 +18,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-from tools.bugs import CACHE_BUGS, FAULT_BUGS, OVERLAP_BUGS, SCHEDULER_BUGS, Bug
+from tools.bugs import FAULT_BUGS, OVERLAP_BUGS, SCHEDULER_BUGS, WINDOW_BUGS, Bug
+from tools.cache_bugs import CACHE_BUGS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 300
@@ -42,6 +43,7 @@ SUITES = {
     "cache": Suite("tests/cache/test_machine.py", CACHE_BUGS),
     "scheduler": Suite("tests/scheduler/test_machine.py", SCHEDULER_BUGS),
     "overlap": Suite("tests/scheduler/test_overlap.py", OVERLAP_BUGS),
+    "windows": Suite("tests/scheduler/test_windows.py", WINDOW_BUGS),
     "faults": Suite("tests/scheduler/test_faults.py", FAULT_BUGS),
 }
 

@@ -19,7 +19,15 @@ from model.attention.interface import BackendOffer
 from model.cuda.decoder import GpuDecoder, has_pages
 from model.cuda.graphs import DecodeGraphs, GraphPlan, decode_buckets, record_on_cuda
 from model.cuda.ops import GpuOps
-from model.interface import ModelInfo, SamplingParams, ScoredSpan, SlotStart, StepInput
+from model.interface import (
+    ModelInfo,
+    RowSpan,
+    SampleSpan,
+    SamplingParams,
+    ScoredSpan,
+    SlotStart,
+    StepInput,
+)
 from model.kv.memory_plan import DeviceUse, PoolPlan
 from model.kv.pool import KVPool
 from model.runner import SCORED_TOKENS, TorchRunner
@@ -152,7 +160,7 @@ def _measure(parts: GpuParts) -> DeviceUse:
         total_bytes=total,
         free_bytes=free,
         step_tokens=len(step.token_ids),
-        step_rows=len(step.counts),
+        step_rows=len(step.rows),
         step_bytes=before - after_step,
         graph_bytes=after_step - after_first + each * max(len(buckets) - 1, 0),
     )
@@ -188,11 +196,10 @@ def largest_step(
     rows = list(range(num_rows))
     return StepInput(
         token_ids=[0] * tokens,
-        starts=[0] * num_rows,
-        counts=counts,
+        rows=[RowSpan(0, 0, count) for count in counts],
         slots=rows,
         page_ids=[[0] * -(-count // page_size) for count in counts],
-        sample_rows=rows,
+        samples=[SampleSpan(row, counts[row] - 1, 1) for row in rows],
         scored=[ScoredSpan(0, 0, [0] * min(counts[0], SCORED_TOKENS))],
         started=[SlotStart(row, params, [0] * counts[row]) for row in rows],
     )

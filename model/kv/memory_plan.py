@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.view import FULL_VIEW, View
 from configs.sizes import format_size
 
 #: Where nothing is stated: at most this share of what is free, and at most this many bytes. More
@@ -75,7 +76,7 @@ def angles_bytes(bytes_per_position: int, longest: int, most_tokens: int) -> int
     return bytes_per_position * min(longest, most_tokens)
 
 
-def plan_pool(
+def plan_pool(  # noqa: PLR0913 - all that the size depends on
     *,
     stated_bytes: int | None,
     free_bytes: int,
@@ -84,6 +85,7 @@ def plan_pool(
     max_num_seqs: int,
     stated_max_model_len: int | None,
     model_max_len: int,
+    view: View = FULL_VIEW,
     takes_all: bool = False,
 ) -> PoolPlan:
     """Decide how many pages there are and how long a sequence may be.
@@ -118,9 +120,11 @@ def plan_pool(
             f"({format_size(page_bytes)} each); raise --kv-cache-memory"
         )
         raise MemoryPlanError(message)
-    return _fit_length(
-        PoolPlan(num_pages, page_size, bytes_per_token, wanted_len), stated_max_model_len
-    )
+    plan = PoolPlan(num_pages, page_size, bytes_per_token, wanted_len)
+    num_read_pages = view.num_pages(page_size)
+    if num_read_pages is not None and num_read_pages <= num_pages:
+        return plan
+    return _fit_length(plan, stated_max_model_len)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.interface import PageCopy
+from cache.moves import PageMove, Tier
 from model.kv.arena import Arena
 from model.kv.prefault import Foretouch
 
@@ -49,14 +49,17 @@ class KVPool:
         """Values of a layer, as `keys`."""
         return self._layers[layer, 1]
 
-    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+    def move_pages(self, moves: Sequence[PageMove]) -> None:
         """Copy the heads of pages, one after another as listed, in all layers.
 
-        One strided copy each: a page may be the source of one copy and the target of the next.
+        One strided copy each: a page may be the source of one move and the target of the next.
+        Raises `ValueError` for pages of another tier.
         """
-        for copy in copies:
-            source = self._layers[:, :, copy.source, : copy.num_tokens]
-            self._layers[:, :, copy.target, : copy.num_tokens] = source
+        for move in moves:
+            if (move.source.tier, move.target.tier) != (Tier.DEVICE, Tier.DEVICE):
+                raise ValueError(f"only pages on the device can be moved, got {move}")
+            source = self._layers[:, :, move.source.page_id, : move.num_tokens]
+            self._layers[:, :, move.target.page_id, : move.num_tokens] = source
 
     @property
     def device(self) -> torch.device:

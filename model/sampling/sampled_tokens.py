@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.interface import NO_TOKEN, StepOutput, TokenLogprobs
+from model.interface import StepOutput, TokenLogprobs
 
 #: In a draft's tokens: there were too few candidates.
 NOT_DECIDED = -1
+#: In what `follow` is given and gives: the row has no token.
+NO_TOKEN = -1
 #: In the copy for the host: the row's largest logit is not a number, or plus infinity; or it is
 #: minus infinity, so that no token is left.
 _NOT_FINITE, _NONE_LEFT = -2, -3
@@ -65,7 +67,8 @@ class Draft:
             # Nothing is left to settle, even if this raised: the next step is not to raise by it.
             self._widen = self._follow = None
         if self._describe is not None:
-            self._output.logprobs.extend(self._describe(drawn))
+            rows = zip(self._output.token_ids, self._describe(drawn), strict=True)
+            self._output.logprobs.extend([one] if one and tokens else [] for tokens, one in rows)
         return self._output
 
     def _take(self) -> list[int]:
@@ -87,7 +90,8 @@ class Draft:
             failures = dict.fromkeys(none_left, "no token is left that is allowed")
             if self._follow is not None:
                 failures |= self._follow(token_ids)
-            self._output = StepOutput(token_ids, [], failures, not_finite)
+            spans = [[] if token_id == NO_TOKEN else [token_id] for token_id in token_ids]
+            self._output = StepOutput(spans, [], failures, not_finite)
             # Last, so that what raises above raises again where the step is waited for.
             self._drawn = drawn
         return self._drawn

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from model.grammar.grammars import CompiledGrammar
 from model.grammar.matchers import TIMEOUT_S, Matchers, Turn
-from model.interface import NO_TOKEN, SlotStart, StepOutput, TokenLogprobs
+from model.interface import SlotStart, StepOutput, TokenLogprobs
 from model.packing import upload
 from model.sampling.bad_words import BannedSequences
 from model.sampling.logprobs import describe
 from model.sampling.plan import Penalized, Plan, Planner, SlotRequest
-from model.sampling.sampled_tokens import NOT_DECIDED, Draft
+from model.sampling.sampled_tokens import NO_TOKEN, NOT_DECIDED, Draft
 from model.sampling.sampling_ops import draw_plain, draw_ranked, penalize, stream_of, uniform
 from model.sampling.token_counts import TokenCounts
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cache.kv_cache import KVCache
+from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import SamplingParams, TokenLogprobs
@@ -19,15 +20,22 @@ from scheduler.scheduler import Scheduler
 class Drive:
     """A scheduler, its cache and its model, and all that came out of them."""
 
-    def __init__(self, *, num_pages: int = 64, page_size: int = 4, **config: Any) -> None:
-        self.runner = FakeRunner(num_pages=num_pages, page_size=page_size)
-        self.cache = KVCache(num_pages, page_size)
-        info = self.runner.info
-        self.scheduler = Scheduler(
-            self.cache,
-            SchedulerSection(**{"max_num_seqs": 8, "max_num_batched_tokens": 32} | config),
-            info,
+    def __init__(
+        self,
+        *,
+        num_pages: int = 64,
+        page_size: int = 4,
+        view: View = FULL_VIEW,
+        max_model_len: int = 256,
+        **config: Any,
+    ) -> None:
+        self.runner = FakeRunner(
+            num_pages=num_pages, page_size=page_size, view=view, max_model_len=max_model_len
         )
+        section = SchedulerSection(**{"max_num_seqs": 8, "max_num_batched_tokens": 32} | config)
+        budget = section.max_num_batched_tokens
+        self.cache = KVCache(num_pages, page_size, view=view, chunk_tokens=budget)
+        self.scheduler = Scheduler(self.cache, section, self.runner.info)
         self.outputs: dict[int, list[int]] = {}
         self.scores: dict[int, list[TokenLogprobs]] = {}
         self.finished: dict[int, FinishReason] = {}

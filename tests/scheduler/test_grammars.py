@@ -18,7 +18,6 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner
 from model.interface import (
-    NO_TOKEN,
     Constraint,
     SamplingParams,
     StepInput,
@@ -229,7 +228,7 @@ class _Hesitates(FakeRunner):
         if self.num_steps % 3:
             return flight
         failures = dict.fromkeys(rows, "it broke") if self.fails else {}
-        token_ids = [NO_TOKEN for _ in rows]
+        token_ids: list[list[int]] = [[] for _ in rows]
         self.num_late += len(rows)
         object.__setattr__(flight, "output", StepOutput(token_ids, [], failures))
         return flight

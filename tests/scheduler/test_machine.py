@@ -13,10 +13,10 @@ import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cache.kv_cache import KVCache
+from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
 from model.interface import (
-    NO_TOKEN,
     Flight,
     SamplingParams,
     SlotStart,
@@ -30,6 +30,7 @@ from scheduler.sequence import State
 from scheduler.suspects import PROBE_ID
 
 _VOCAB = 3
+MAX_LEN = 16
 
 
 class Hesitant(FakeRunner):
@@ -40,12 +41,10 @@ class Hesitant(FakeRunner):
     def _start(self, start: SlotStart) -> None:
         FakeRunner._start(self, replace(start, constraint=None))
 
-    def _sample(self, slot: int, digest: int, index: int, failures: dict[int, str]) -> int:
-        if not self.mood or self._params[slot].grammar is None:
-            return FakeRunner._sample(self, slot, digest, index, failures)
-        if self.mood == "fails":
-            failures[index] = "it failed"
-        return NO_TOKEN
+    def _sample(self, slot: int, digest: int) -> int | str | None:
+        if not self.mood or self._slots[slot].params.grammar is None:
+            return FakeRunner._sample(self, slot, digest)
+        return "it failed" if self.mood == "fails" else None
 
 
 def _is_probe(plan: StepPlan) -> bool:
@@ -72,21 +71,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         max_flights: int,
         max_queue: int = 1024,
+        view: View = FULL_VIEW,
     ) -> None:
+        self.view = view
         self.in_flight: deque[tuple[StepPlan, Flight]] = deque()
         self.runner = Hesitant(
             vocab_size=_VOCAB,
-            max_model_len=12,
+            max_model_len=MAX_LEN,
             num_pages=num_pages,
             page_size=page_size,
             max_flights=max_flights,
+            view=view,
         )
-        self.cache = KVCache(num_pages, page_size)
+        budget = max(budget, max_num_seqs)
+        self.cache = KVCache(num_pages, page_size, view=view, chunk_tokens=budget)
         self.scheduler = Scheduler(
             self.cache,
             SchedulerSection(
                 max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max(budget, max_num_seqs),
+                max_num_batched_tokens=budget,
                 max_queue=max_queue,
             ),
             self.runner.info,
@@ -100,6 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 8),
         max_flights=st.integers(1, 3),
         max_queue=st.sampled_from([0, 1, 3, 1024]),
+        view=st.builds(View, st.sampled_from([0, 0, 2]), st.sampled_from([None, 1, 3, 5, 8])),
     )
     def rebuild(
         self,
@@ -110,11 +114,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         max_flights: int,
         max_queue: int,
+        view: View,
     ) -> None:
-        self.build(num_pages, page_size, max_num_seqs, budget, max_flights, max_queue)
+        self.build(num_pages, page_size, max_num_seqs, budget, max_flights, max_queue, view)
 
     @rule(
-        prompt=st.lists(st.integers(1, 2), max_size=9),
+        prompt=st.lists(st.integers(1, 2), max_size=12),
         max_tokens=st.integers(0, 8),
         priority=st.integers(0, 1),
         namespace=st.sampled_from(["", "salt"]),
@@ -183,16 +188,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt, count = submit.prompt_token_ids, submit.params.prompt_logprobs
         if count is None:
             return []
-        return [fake_logprobs(prompt[:i], prompt[i], count) for i in range(1, len(prompt))]
+        return [
+            fake_logprobs(prompt[:i], prompt[i], count, self.view) for i in range(1, len(prompt))
+        ]
 
     def max_len(self) -> int:
-        return min(12, self.runner.num_pages * self.runner.page_size + 1)
+        return min(MAX_LEN, self.cache.max_tokens + 1)
 
     def expected(self, submit: Submit) -> list[int]:
         tokens = list(submit.prompt_token_ids)
         end = min(len(tokens) + submit.params.max_tokens, self.max_len())
         while tokens and len(tokens) < end:
-            tokens.append(fake_next_token(tokens, _VOCAB, may_end=not submit.params.ignore_eos))
+            may_end = not submit.params.ignore_eos
+            tokens.append(fake_next_token(tokens, _VOCAB, may_end=may_end, view=self.view))
             if tokens[-1] == FAKE_EOS_TOKEN_ID and not submit.params.ignore_eos:
                 break
         return tokens[len(submit.prompt_token_ids) :]
@@ -235,7 +243,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         output = flight.wait()
         if output.token_ids and not _is_probe(plan):
             index = pick % len(output.token_ids)
-            output.token_ids[index] = NO_TOKEN
+            output.token_ids[index] = []
             output = replace(output, not_finite=[index], failures={})
             self.note_a_failure_alone(plan)
         self.apply(plan, output)
@@ -299,6 +307,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def everything_holds(self) -> None:
         self.scheduler.check()
+        # Whatever is read from now on was written by a step launched after this.
+        self.runner.pages.forget(self.cache._pool.free_ids)
         assert self.scheduler.has_work == bool(self.submits)
 
     def teardown(self) -> None:

@@ -15,7 +15,6 @@ from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
 from model.interface import (
-    NO_TOKEN,
     PENDING_TOKEN,
     SamplingParams,
     SlotStart,
@@ -101,7 +100,7 @@ def test_a_step_is_launched_before_the_one_before_it_is_over() -> None:
     told.run()
     assert told.tokens[0] == expected((1, 2, 3), 4)
     # That it is at its end by length is known beforehand: nothing was computed in vain.
-    assert [step.starts for step in runner.steps] == [[0], [3], [4], [5]]
+    assert [step.rows[0].position for step in runner.steps] == [0, 3, 4, 5]
 
 
 def test_a_token_behind_the_end_is_dropped() -> None:
@@ -222,7 +221,7 @@ def test_a_token_that_does_not_come_is_taken_back_while_others_go_on(*, is_preem
     if is_preempted:
         scheduler._table.preempt(guided)
     output = flight.wait()
-    outcome = scheduler.apply(first, replace(output, token_ids=[NO_TOKEN, output.token_ids[1]]))
+    outcome = scheduler.apply(first, replace(output, token_ids=[[], output.token_ids[1]]))
     scheduler.check()
     assert outcome.request_ids == [1]
     assert (guided.token_ids, guided.num_computed) == ([1, 2, 3], 0 if is_preempted else 2)
@@ -250,7 +249,7 @@ def test_a_failure_and_a_cancel_leave_nothing_of_a_token_that_did_not_come() -> 
     next_flight = runner.launch(second.step)
     scheduler.cancel(1)
     flight.wait()
-    output = StepOutput([NO_TOKEN, NO_TOKEN], [], {0: "it broke"})
+    output = StepOutput([[], []], [], {0: "it broke"})
     assert scheduler.apply(first, output).failed == [(0, "it broke")]
     assert scheduler.apply(second, next_flight.wait()).request_ids == []
     assert not scheduler.has_work

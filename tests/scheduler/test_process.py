@@ -150,7 +150,7 @@ def test_an_engine_that_cannot_start_says_why() -> None:
 
 class _DiesOnceReady(FakeRunner):
     def launch(self, step: StepInput) -> Any:
-        os._exit(len(step.counts))
+        os._exit(len(step.rows))
 
 
 def test_engines_that_die_at_once_are_given_up_after_a_few() -> None:
@@ -274,7 +274,7 @@ def test_an_engine_that_does_not_come_back_ends_its_streams(tmp_path: Path) -> N
 class _HangingRunner(FakeRunner):
     def launch(self, step: StepInput) -> Any:
         Path(os.environ["HANGING_MARKER"]).touch()
-        time.sleep(1000 * len(step.counts))
+        time.sleep(1000 * len(step.rows))
 
 
 def test_an_engine_that_hangs_is_killed_when_closing(

@@ -171,5 +171,5 @@ def test_who_has_begun_is_not_displaced(make_drive: MakeDrive) -> None:
 def test_room_counts_the_worst_way_tokens_fall_into_pages(
     num_sequences: int, num_tokens: int, is_enough: bool
 ) -> None:
-    room = Room(num_free_slots=2, num_free_pages=4, page_size=4)
+    room = Room(num_free_slots=2, num_free_pages=4, page_size=4, max_held_tokens=1000)
     assert room.is_enough(num_sequences, num_tokens) is is_enough

@@ -24,7 +24,7 @@ class _MortalRunner(FakeRunner):
 
     def launch(self, step: StepInput) -> Any:
         mark = Path(os.environ[_MARK])
-        if step.starts[0] >= 64 and not mark.exists():
+        if step.rows[0].position >= 64 and not mark.exists():
             mark.touch()
             os._exit(3)
         return super().launch(step)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from model.grammar import matchers
 from model.grammar.grammars import MAX_CACHED, Compiler, GrammarError, Grammars
-from model.interface import NO_TOKEN, Constraint, SamplingParams, SlotStart, StepOutput, Vocabulary
+from model.interface import Constraint, SamplingParams, SlotStart, StepOutput, Vocabulary
 from model.sampling.sampler import Sampler
 
 _JOINTS = ('{"', '"}', '":', '": ', '", "', "},", "],", '[{"', "true", "false", "null", "ab", "12")
@@ -70,9 +70,8 @@ class Rows:
         positions = [2 + len(self.outputs[slot]) for slot in slots]
         output = self.sampler.sample(logits, list(slots), positions)
         self.sampler.check()
-        for slot, token in zip(slots, output.token_ids, strict=True):
-            if token != NO_TOKEN:
-                self.outputs[slot].append(token)
+        for slot, tokens in zip(slots, output.token_ids, strict=True):
+            self.outputs[slot] += tokens
         return output
 
     def _logits(self, had: list[int]) -> torch.Tensor:
@@ -192,9 +191,8 @@ def test_probabilities_are_of_the_raw_logits(rows: Rows) -> None:
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 7] = 10.0
     output = rows.step(0, logits=logits.clone())
-    [told] = output.logprobs
-    assert told is not None
-    assert output.token_ids == [ord("a")]
+    [[told]] = output.logprobs
+    assert output.token_ids == [[ord("a")]]
     assert told.token_id == ord("a")
     assert told.logprob == pytest.approx(logits.log_softmax(-1)[0, ord("a")].item(), abs=1e-4)
     assert told.top[0][0] == 7
@@ -210,8 +208,8 @@ def test_min_tokens_hold_where_the_grammar_can_go_on(rows: Rows) -> None:
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, END] = 10.0
     for _ in range(50):
-        assert rows.step(0, logits=logits.clone()).token_ids != [END]
-    assert rows.step(0, logits=logits.clone()).token_ids == [END]
+        assert rows.step(0, logits=logits.clone()).token_ids != [[END]]
+    assert rows.step(0, logits=logits.clone()).token_ids == [[END]]
 
 
 class _Gate:
@@ -238,8 +236,8 @@ def test_a_mask_that_is_late_delays_its_own_row_alone(monkeypatch: pytest.Monkey
     rows.start(1, None, presence_penalty=1.0)
     for _ in range(3):
         late, other = rows.step(0, 1).token_ids
-        assert late == NO_TOKEN
-        assert other != NO_TOKEN
+        assert late == []
+        assert other != []
     gate.open()
     rows.sampler._matchers._timeout_s = TIMEOUT_S
     assert rows.run(0) == b"ab"
@@ -258,15 +256,15 @@ def test_a_grammar_that_fails_ends_its_own_row_alone(
     monkeypatch.setattr(matchers._Follower, "_next_turn", fail)
     rows.start(0, 'start: "a"')
     output = rows.step(0, 1)
-    assert output.token_ids[0] == NO_TOKEN
-    assert output.token_ids[1] != NO_TOKEN
+    assert output.token_ids[0] == []
+    assert output.token_ids[1] != []
     assert output.failures == {0: "the grammar failed: RuntimeError"}
 
 
 def test_tokens_that_never_followed_the_grammar_fail(rows: Rows) -> None:
     rows.start(0, 'start: "ab"', (ord("b"),))
     output = rows.step(0)
-    assert output.token_ids == [NO_TOKEN]
+    assert output.token_ids == [[]]
     assert "cannot be followed" in output.failures[0]
 
 
@@ -291,7 +289,7 @@ def test_who_was_slow_once_is_served_by_the_slow_worker(
 def test_nothing_left_that_is_allowed_is_an_error_not_a_wrong_token(rows: Rows) -> None:
     rows.start(0, 'start: "a"', temperature=0.0)
     output = rows.step(0, logits=torch.full((1, VOCAB_SIZE), -torch.inf))
-    assert output.token_ids == [NO_TOKEN]
+    assert output.token_ids == [[]]
     assert "no token is left" in output.failures[0]
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.interface import PageCopy
+from cache.moves import PageMove, PageRef, Tier
 from model.kv.pool import KVPool
 
 LAYERS, PAGES, PAGE_SIZE, HEADS, HEAD_DIM = 3, 5, 4, 2, 8
@@ -39,17 +39,31 @@ def contents(pool: KVPool) -> list[list[int]]:
     return pages
 
 
+def move(source: int, target: int, num_tokens: int) -> PageMove:
+    return PageMove(PageRef(Tier.DEVICE, source), PageRef(Tier.DEVICE, target), num_tokens)
+
+
+def test_pages_of_other_tiers_are_refused() -> None:
+    pool = make_pool()
+    for refs in (
+        (PageRef(Tier.HOST, 0), PageRef(Tier.DEVICE, 1)),
+        (PageRef(Tier.DEVICE, 0), PageRef(Tier.DISK, 1)),
+    ):
+        with pytest.raises(ValueError, match="only pages on the device"):
+            pool.move_pages([PageMove(*refs, 1)])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_only_the_head_of_a_page_is_copied_in_every_layer(dtype: torch.dtype) -> None:
     pool = make_pool(dtype)
-    pool.copy_pages([PageCopy(source=1, target=3, num_tokens=3)])
+    pool.move_pages([move(1, 3, 3)])
     assert contents(pool)[3] == [4, 5, 6, 15]
     assert contents(pool)[1] == [4, 5, 6, 7]
 
 
 def test_a_target_may_be_the_source_of_a_later_copy() -> None:
     pool = make_pool()
-    pool.copy_pages([PageCopy(0, 1, 4), PageCopy(1, 2, 4), PageCopy(3, 0, 4)])
+    pool.move_pages([move(0, 1, 4), move(1, 2, 4), move(3, 0, 4)])
     assert contents(pool)[:3] == [[12, 13, 14, 15], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
@@ -57,20 +71,18 @@ def test_a_target_may_be_the_source_of_a_later_copy() -> None:
 @given(
     st.lists(
         st.builds(
-            PageCopy,
-            source=st.integers(0, PAGES - 1),
-            target=st.integers(0, PAGES - 1),
-            num_tokens=st.integers(0, PAGE_SIZE),
-        ).filter(lambda copy: copy.source != copy.target),
+            move, st.integers(0, PAGES - 1), st.integers(0, PAGES - 1), st.integers(0, PAGE_SIZE)
+        ).filter(lambda move: move.source != move.target),
         max_size=8,
     )
 )
-def test_copies_happen_one_after_another(copies: list[PageCopy]) -> None:
+def test_moves_happen_one_after_another(moves: list[PageMove]) -> None:
     pool = make_pool()
     expected = contents(pool)
-    for copy in copies:
-        expected[copy.target][: copy.num_tokens] = expected[copy.source][: copy.num_tokens]
-    pool.copy_pages(copies)
+    for one in moves:
+        head = expected[one.source.page_id][: one.num_tokens]
+        expected[one.target.page_id][: one.num_tokens] = head
+    pool.move_pages(moves)
     assert contents(pool) == expected
 
 

@@ -104,7 +104,7 @@ def test_filters_agree_with_sorting_everything(
 ) -> None:
     logits, params = batch
     rows = range(len(params))
-    expected = [naive_filtered_token(logits[row].tolist(), params[row]) for row in rows]
+    expected = [[naive_filtered_token(logits[row].tolist(), params[row])] for row in rows]
     chooser = started(batch, candidates)
     assert chooser.sample(logits.clone(), list(rows), [POSITION] * len(rows)).token_ids == expected
 
@@ -124,7 +124,7 @@ def test_a_row_does_not_depend_on_the_others(
         output = alone.sample(logits[slot : slot + 1].clone(), [slot], [POSITION])
         assert output.token_ids == [together.token_ids[slot]]
         if together.logprobs:
-            assert (output.logprobs or [None]) == [together.logprobs[slot]]
+            assert (output.logprobs or [[]]) == [together.logprobs[slot]]
     alone.check()
 
 
@@ -171,7 +171,7 @@ def test_a_large_vocabulary_gives_the_same_row_in_any_batch() -> None:
     for slot in slots:
         output = alone.sample(logits[slot : slot + 1].clone(), [slot], [5])
         assert output.token_ids[0] == together.token_ids[slot]
-        assert (output.logprobs or [None])[0] == together.logprobs[slot]
+        assert (output.logprobs or [[]])[0] == together.logprobs[slot]
 
 
 @given(st.lists(coarse_logits, min_size=1, max_size=40), st.integers(1, 45))

@@ -66,7 +66,7 @@ def test_draws_follow_the_distribution(params: dict[str, float], vary: str) -> N
     positions = [7] * NUM_DRAWS if vary == "seed" else list(range(NUM_DRAWS))
     logits = torch.tensor(LOGITS).repeat(NUM_DRAWS, 1)
     tokens = chooser.sample(logits, slots, positions).token_ids
-    observed = torch.bincount(torch.tensor(tokens), minlength=len(LOGITS)).tolist()
+    observed = torch.bincount(torch.tensor(tokens).flatten(), minlength=len(LOGITS)).tolist()
     expected = distribution(SamplingParams(9, **params))  # type: ignore[arg-type] # as above
     possible = sum(p > 0 for p in expected)
     assert all(seen == 0 for seen, p in zip(observed, expected, strict=True) if p == 0)
@@ -105,6 +105,6 @@ def test_the_seed_decides() -> None:
     for seed in (1, 1, 2):
         chooser = Sampler(1, 1000, (), CPU)
         chooser.start(SlotStart(0, SamplingParams(9, seed=seed), ()))
-        tokens.append([chooser.sample(logits.clone(), [0], [i]).token_ids[0] for i in range(9)])
+        tokens.append([chooser.sample(logits.clone(), [0], [i]).token_ids[0][0] for i in range(9)])
     assert tokens[0] == tokens[1] != tokens[2]
     assert len(set(tokens[0])) > 5
