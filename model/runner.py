@@ -100,7 +100,7 @@ class TorchRunner:
             self._sampler.start(start)
         self._pool.reach(max(pages[-1] for pages in step.page_ids))
         if step.copies:
-            self._pool.copy_pages(step.copies)
+            self._pool.move_pages(step.copies)
         hidden, sampled = self._compute(self._packer.pack(step), newest)
         scores = self._score(step, hidden)
         self._newest = self._sample(step, hidden, sampled) if step.sample_rows else None

@@ -1,4 +1,4 @@
-"""What is proved and measured on a GPU, and the small case that rehearses it on any CPU.
+"""The case that is proved and measured on a GPU, and the small one that rehearses it on a CPU.
 
 In a rehearsal every line of the scripts is run, with figures that mean nothing: torch's code stands
 in for FlashAttention's, Triton's and CUDA graphs'.
@@ -44,7 +44,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured where."""
+    """The model, the sizes and the device of a measurement."""
 
     device: torch.device
     dtype: torch.dtype
@@ -74,7 +74,7 @@ class Case:
 
     @property
     def layer_weights(self) -> int:
-        """What all layers multiply with."""
+        """Return the parameters of all layers' matrix products."""
         heads, kv_heads, head_dim = self.heads
         hidden, inner = self.config["hidden_size"], self.config["intermediate_size"]
         attention = hidden * head_dim * 2 * (heads + kv_heads)
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def head_weights(self) -> int:
-        """What gives the logits."""
+        """Return the parameters of the product that gives the logits."""
         return int(self.config["hidden_size"] * self.config["vocab_size"])
 
     @property
@@ -92,7 +92,7 @@ class Case:
         return 2 * kv_heads * head_dim * self.dtype.itemsize
 
     def record(self) -> Record:
-        """Return what records a computation, where the device can."""
+        """Return the recorder of computations, where the device has one."""
         return record_on_cuda(self.device) if self.device.type == "cuda" else lambda one: one
 
 
@@ -135,7 +135,7 @@ REHEARSAL = Case(
 
 
 def seconds(device: torch.device, compute: Callable[[], object], *, repeats: int = 20) -> float:
-    """Return what one run takes: the median of several, after three to warm up."""
+    """Return the seconds of one run: the median of several, after three to warm up."""
     for _ in range(3):
         compute()
     return statistics.median(_once_s(device, compute) for _ in range(repeats))
@@ -156,7 +156,7 @@ def _once_s(device: torch.device, compute: Callable[[], object]) -> float:
 
 @dataclass
 class Limits:
-    """What this very device does at its best."""
+    """The measured limits of this device."""
 
     case: Case
 
@@ -177,7 +177,7 @@ class Limits:
 
 
 def case_of(device: str) -> Case:
-    """Return what is done on `cuda`, or, to rehearse it, on `cpu`; exits where there is no GPU."""
+    """Return the case of `cuda` or, to rehearse it, of `cpu`; exit if there is no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no GPU here")
     return ON_GPU if device == "cuda" else REHEARSAL

@@ -34,7 +34,7 @@ def model_of(case: Case) -> Any:
 
 
 def memory_of(case: Case) -> Any:
-    """Say how much of it the keys and values take: on a GPU as much as it finds."""
+    """Return the number of blocks for keys and values; on a GPU the peer decides."""
     if case.device.type == "cuda":
         return None
     return transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256)

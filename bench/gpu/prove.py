@@ -1,4 +1,4 @@
-"""Whether what was written for CUDA is right there: kernels, operations, and the same tokens.
+"""Checks the code for CUDA on a GPU: kernels, operations, and the same tokens as on a CPU.
 
 `python bench/gpu/prove.py`: one line a check, exit status 1 if one fails. Takes a minute.
 `--device cpu` rehearses it without a GPU: see `cases.py`.
@@ -31,6 +31,7 @@ from model.attention.reference import ReferenceAttention
 from model.attention.registry import choose_backend
 from model.cuda.ops import GpuOps
 from model.interface import SamplingParams
+from model.kv.format import float_format
 from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 from scheduler.engine import Engine
@@ -42,7 +43,7 @@ BF16 = torch.bfloat16
 TOLERANCE = 2e-2
 DECODES = ((1, 1), (1, 64), (1, 65), (1, 1000), (1, 5003))
 MIXED = ((1, 300), (1, 17), (200, 200), (129, 700), (2, 64))
-#: What gives the tokens that are compared.
+#: The model whose tokens are compared.
 TINY = REHEARSAL.path
 
 
@@ -76,14 +77,14 @@ class Scene:
         self.parts = starts, lens, table, positions, longest
 
     def wanted(self) -> Tensor:
-        """Return what it should come to, in float64 on the CPU."""
+        """Return the expected result, in float64 on the CPU."""
         spec, pool, batch = self._on(CPU, torch.float64)
         backend = ReferenceAttention(spec, pool, torch.float64)
         backend.plan(batch)
         return backend.attend(0, *self._split(CPU, torch.float64))
 
     def found(self, name: str, case: Case, *, is_recorded: bool = False) -> Tensor:
-        """Return what a backend makes of it, as float64 on the CPU."""
+        """Return the result of a backend, as float64 on the CPU."""
         spec, pool, batch = self._on(case.device, BF16)
         backend: AttentionBackend = choose_backend(name, spec).build(spec, pool)
         q, k, v = self._split(case.device, BF16)
@@ -106,20 +107,11 @@ class Scene:
         self, device: torch.device, dtype: torch.dtype
     ) -> tuple[AttentionSpec, KVPool, AttentionBatch]:
         scale, windows = self.head_dim**-0.5, (self.window,)
-        spec = AttentionSpec(
-            1, self.heads, self.kv_heads, self.head_dim, scale, windows, dtype, dtype, device
-        )
-        pool = KVPool(
-            num_layers=1,
-            num_pages=self.past.shape[1],
-            page_size=self.page_size,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            dtype=dtype,
-            device=device,
-        )
-        pool.keys(0).copy_(self.past[0])
-        pool.values(0).copy_(self.past[1])
+        heads, stored = (self.heads, self.kv_heads, self.head_dim), float_format(dtype)
+        spec = AttentionSpec(1, *heads, scale, windows, dtype, stored, device)
+        pool = KVPool(spec.layout(self.page_size), self.past.shape[1], device)
+        for plane, past in zip(pool.pages(0)[:2], self.past, strict=True):
+            plane.copy_(past)
         starts, lens, table, positions, longest = self.parts
         batch = AttentionBatch(
             query_starts=starts.to(device),
@@ -134,7 +126,7 @@ class Scene:
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> str:
-    """Say how far off, relative to the largest; raises if too far."""
+    """Describe the error relative to the largest value; raise if it is too large."""
     error = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
     # Written so that NaN fails.
     if not error < tolerance:
@@ -186,7 +178,7 @@ def check_ops(case: Case) -> str:
 
 
 def tokens_of(device: str, backend: str) -> list[list[int]]:
-    """What a small model in float32 answers to requests side by side."""
+    """Return the answers of a small model in float32 to concurrent requests."""
     config = OctavoConfig(
         model=ModelSection.model_validate(
             {
@@ -223,7 +215,7 @@ def tokens_of(device: str, backend: str) -> list[list[int]]:
 
 
 def check_tokens(case: Case) -> str:
-    """Graphs, padding, overlap and sampling on the device give what a CPU gives."""
+    """Check that graphs, padding, overlap and sampling give the tokens of a CPU."""
     # In float32, which the last of them can do.
     device, backend = case.device.type, case.backends[-1]
     wanted, found = tokens_of("cpu", "reference"), tokens_of(device, backend)
@@ -252,7 +244,7 @@ def main() -> int:
     for name, check in checks:
         try:
             print(f"ok      {name}: {check()}", flush=True)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+        except Exception as error:  # noqa: BLE001 - any error is the finding
             num_failed += 1
             print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
             traceback.print_exc()

@@ -18,6 +18,7 @@ from torch.nn import functional
 from model.architectures.arch import ArchSpec, DecoderShape
 from model.architectures.rope import cos_sin_table
 from model.attention.interface import AttentionBackend, AttentionSpec
+from model.kv.format import KVFormat
 from model.ops import Ops
 from model.weights.linear import Format, Linear
 
@@ -57,7 +58,7 @@ class ServedDecoder(Decoder, Protocol):
     #: What `hold_positions` takes for each.
     bytes_per_position: int
 
-    def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
+    def attention_spec(self, kv_format: KVFormat) -> AttentionSpec:
         """Say what an attention backend has to know of this model."""
 
     def hold_positions(self, max_positions: int) -> None:
@@ -162,7 +163,7 @@ class Transformer:
         assert self._cos_sin is not None
         return self._cos_sin
 
-    def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
+    def attention_spec(self, kv_format: KVFormat) -> AttentionSpec:
         """See `ServedDecoder`."""
         arch = self.arch
         return AttentionSpec(
@@ -173,7 +174,7 @@ class Transformer:
             scale=arch.head_dim**-0.5,
             windows=arch.windows,
             dtype=self.attention_dtype,
-            kv_dtype=kv_dtype,
+            kv_format=kv_format,
             device=self.device,
         )
 

@@ -1,7 +1,7 @@
 """Attention on CUDA by kernels of our own: pages of any size, no FlashAttention needed.
 
 NEVER RUN ON A GPU YET: the kernels run in Triton's interpreter (`tests/model/attention`) and are
-compiled for sm_80 and sm_90 (`tests/model/cuda/test_kernels_compile.py`); nobody has timed them.
+compiled for sm_80 and sm_90 (`tests/model/cuda/test_kernels_compile.py`); they have not been timed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import os
 import torch
 from torch import Tensor
 
-from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
+from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer, PagedAttention
+from model.cuda.ops import power_of_two, why_not_ampere
 from model.extras import why_missing
 from model.kv.pool import KVPool
 
-_AMPERE = (8, 0)
 _MAX_HEAD_DIM = 256
 #: Keys a program takes at a time.
 _TILE = 64
@@ -33,9 +33,9 @@ _NUM_INTERPRETED = 8
 
 
 def num_splits(num_programs: int, num_processors: int, max_seq_len: int) -> int:
-    """Say in how many shares (a power of two) to read a row's keys so that the GPU is full.
+    """Return the number of splits of a row's keys (a power of two) that fills the GPU.
 
-    `num_programs` there would be with one. Not a function of the rows' lengths: a captured graph
+    `num_programs` is the number with one split. The rows' lengths do not enter: a captured graph
     serves all of them.
     """
     wanted = _PROGRAMS_EACH * num_processors // max(num_programs, 1)
@@ -43,7 +43,7 @@ def num_splits(num_programs: int, num_processors: int, max_seq_len: int) -> int:
     return 1 << max(most, 1).bit_length() - 1
 
 
-class TritonAttention:
+class TritonAttention(PagedAttention):
     """See `PagedAttention`."""
 
     name = "triton"
@@ -52,10 +52,8 @@ class TritonAttention:
         # Not at the top of the file: a machine without triton can still load the registry.
         from model.attention import triton_kernels  # noqa: PLC0415 - see above
 
+        super().__init__(spec, pool)
         self._kernels = triton_kernels
-        self._spec = spec
-        self._pool = pool
-        self._batch: AttentionBatch | None = None
         self._scratch: tuple[Tensor, Tensor] | None = None
         self._num_splits = 1
         is_cuda = spec.device.type == "cuda"
@@ -68,12 +66,12 @@ class TritonAttention:
         is_wide = not is_cuda or spec.dtype == torch.float32
         self._dot_dtype = _triton_dtype(torch.float32 if is_wide else spec.dtype)
         # Keys and values of as many tiles must fit into shared memory at a time.
-        row_bytes = _power_of_two(spec.head_dim) * (4 if is_wide else 2)
+        row_bytes = power_of_two(spec.head_dim) * (4 if is_wide else 2)
         self._num_stages = 3 if row_bytes <= 256 else 2
 
     def plan(self, batch: AttentionBatch) -> None:
         """See `AttentionBackend`."""
-        self._batch = batch
+        super().plan(batch)
         spec, rows = self._spec, len(batch.seq_lens)
         self._num_splits = num_splits(
             rows * spec.num_kv_heads, self._num_processors, batch.max_seq_len
@@ -84,42 +82,24 @@ class TritonAttention:
             partial = torch.empty(*shape, spec.head_dim, device=spec.device)
             self._scratch = partial, torch.empty(shape, device=spec.device)
 
-    @property
-    def kv_slots(self) -> Tensor:
-        """See `PagedAttention`."""
-        assert self._batch is not None, "attend before plan"
-        return self._batch.kv_slots
-
-    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """See `PagedAttention`."""
-        return self._pool.keys(layer), self._pool.values(layer)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `AttentionBackend`."""
-        keys, values = self.pages(layer)
-        keys.flatten(0, 1).index_copy_(0, self.kv_slots, k.to(keys.dtype))
-        values.flatten(0, 1).index_copy_(0, self.kv_slots, v.to(values.dtype))
-        return self.read(layer, q)
-
     def read(self, layer: int, q: Tensor) -> Tensor:
         """See `PagedAttention`."""
         batch, spec = self._batch, self._spec
-        assert batch is not None, "attend before plan"
         out = torch.empty(len(q), spec.num_heads * spec.head_dim, dtype=q.dtype, device=q.device)
         if batch.max_query_len > 1:
             self._read_prompts(layer, q, batch, out)
-        # Each kernel leaves the other's rows alone, and which are whose is not known on the host.
+        # Each kernel skips the other's rows: the host does not have the rows' lengths.
         if batch.max_query_len == 1 or len(batch.seq_lens) > 1:
             self._read_decodes(layer, q, batch, out)
         return out
 
     def _read_decodes(self, layer: int, q: Tensor, batch: AttentionBatch, out: Tensor) -> None:
         spec, kernels, rows = self._spec, self._kernels, len(batch.seq_lens)
-        keys, values = self.pages(layer)
+        keys, values, _ = self.pages(layer)
         group = spec.num_heads // spec.num_kv_heads
-        # With one split nothing is written there.
+        # One split writes no partial results.
         partial, lse = self._scratch or (out, out)
-        shape = {"HEAD_DIM": spec.head_dim, "DIM_BLOCK": _power_of_two(spec.head_dim)}
+        shape = {"HEAD_DIM": spec.head_dim, "DIM_BLOCK": power_of_two(spec.head_dim)}
         kernels.decode_kernel[(rows, spec.num_kv_heads, self._num_splits)](
             q,
             keys,
@@ -137,8 +117,8 @@ class TritonAttention:
             keys.stride(1),
             batch.block_table.stride(0),
             GROUP=group,
-            GROUP_BLOCK=max(_power_of_two(group), _LEAST_ROWS),
-            PAGE_SIZE=self._pool.page_size,
+            GROUP_BLOCK=max(power_of_two(group), _LEAST_ROWS),
+            PAGE_SIZE=self._pool.layout.page_size,
             TILE=_TILE,
             NUM_SPLITS=self._num_splits,
             DOT_DTYPE=self._dot_dtype,
@@ -153,8 +133,8 @@ class TritonAttention:
 
     def _read_prompts(self, layer: int, q: Tensor, batch: AttentionBatch, out: Tensor) -> None:
         spec = self._spec
-        keys, values = self.pages(layer)
-        tile = min(max(_power_of_two(batch.max_query_len), _LEAST_ROWS), _MOST_QUERIES)
+        keys, values, _ = self.pages(layer)
+        tile = min(max(power_of_two(batch.max_query_len), _LEAST_ROWS), _MOST_QUERIES)
         grid = -(-batch.max_query_len // tile), spec.num_heads, len(batch.seq_lens)
         self._kernels.prompt_kernel[grid](
             q,
@@ -172,8 +152,8 @@ class TritonAttention:
             batch.block_table.stride(0),
             GROUP=spec.num_heads // spec.num_kv_heads,
             HEAD_DIM=spec.head_dim,
-            DIM_BLOCK=_power_of_two(spec.head_dim),
-            PAGE_SIZE=self._pool.page_size,
+            DIM_BLOCK=power_of_two(spec.head_dim),
+            PAGE_SIZE=self._pool.layout.page_size,
             QUERY_TILE=tile,
             TILE=_TILE,
             DOT_DTYPE=self._dot_dtype,
@@ -183,7 +163,7 @@ class TritonAttention:
 
 
 def offer(spec: AttentionSpec) -> BackendOffer | str:
-    """Offer the kernels, or say in a line why they cannot serve the model here."""
+    """Offer the kernels, or return in one line why they cannot serve the model here."""
     if reason := why_missing("triton", "cuda"):
         return reason
     if reason := spec.beyond_softmax or _why_not_on(spec.device):
@@ -196,22 +176,10 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
 def _why_not_on(device: torch.device) -> str:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the model is on cpu, not on a CUDA GPU"
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA GPU"
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) < _AMPERE:
-            return f"compute capability must be 8.0 or more, got {major}.{minor}"
-    return ""
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << (value - 1).bit_length()
+    return why_not_ampere(device) if device.type == "cuda" else ""
 
 
 def _triton_dtype(dtype: torch.dtype) -> object:
     import triton.language as tl  # noqa: PLC0415 - not on machines without a GPU
 
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
-        dtype
-    ]
+    return getattr(tl, str(dtype).removeprefix("torch."))

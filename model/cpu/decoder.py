@@ -1,7 +1,7 @@
 """A decoder's layers in one compiled call (csrc/decoder.cpp), for tiled weights on a CPU.
 
-The same arithmetic as `Transformer.forward`, operation by operation, without a tensor, a thread
-woken or a line of Python between them. Knows nothing of how weights are packed.
+The same arithmetic as `Transformer.forward`, operation by operation, without tensors, thread
+wake-ups or Python between them. Knows nothing of how weights are packed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from model.cpu.library import CpuLibrary
 from model.weights.linear import Linear
 from model.weights.tiled_linear import TiledLinear
 
-#: Gates, and what they are for, must be whole output groups of a tile.
+#: Gates, and the values they multiply, must be whole output groups of a tile.
 _INNER_MULTIPLE = 16
 
 
@@ -27,7 +27,7 @@ class CpuDecoder:
     """See `Decoder`."""
 
     def __init__(self, transformer: Transformer, library: CpuLibrary) -> None:
-        """Take over the weights, which must satisfy `why_not`."""
+        """Use the weights of a transformer that `why_not` accepts."""
         self._transformer = transformer
         weights = transformer.weights
         arch = transformer.arch
@@ -52,7 +52,7 @@ class CpuDecoder:
         weakref.finalize(self, library.functions.octavo_decoder_free, self._handle)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """See `Decoder`. Attention is the one that `why_not` was asked about."""
+        """See `Decoder`. Attention is the one that `why_not` accepted."""
         assert isinstance(attention, CpuAttention), "see why_not"
         residual = self._transformer.weights.embedding(token_ids)
         positions = positions.contiguous()
@@ -65,7 +65,7 @@ class CpuDecoder:
 
 
 def why_not(transformer: Transformer, attention: AttentionBackend) -> str:
-    """Say what keeps a model from the compiled decoder; nothing where it can have it."""
+    """Return why the compiled decoder cannot serve a model; empty where it can."""
     if not isinstance(attention, CpuAttention):
         return f"attention backend {attention.name} is not the compiled one"
     if transformer.arch.intermediate_size % _INNER_MULTIPLE:

@@ -1,6 +1,6 @@
-"""`Ops` of model/ops.py, compiled: a call costs microseconds where torch takes tens.
+"""`Ops` of model/ops.py, compiled: a call takes microseconds where torch takes tens.
 
-`python -m model.cpu_ops --output model/_cpu_ops.so` builds ahead of time, for a place without a
+`python -m model.cpu_ops --output model/_cpu_ops.so` builds ahead of time, for machines without a
 compiler. Knows nothing of how the library is found or built (`model/cpu/library.py`).
 """
 
@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.cpu.library import DTYPE_CODES, CpuLibrary, build
-
-_CODES = DTYPE_CODES
+from model.cpu.library import DTYPE_CODES as _CODES
+from model.cpu.library import CpuLibrary, build
 
 
 class CpuOps:

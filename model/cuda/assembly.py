@@ -1,7 +1,7 @@
-"""Puts a runner together on CUDA: measures what a step and its graphs take, the rest is pages.
+"""Builds a runner on CUDA: measures the memory of a step and its graphs; the rest is for pages.
 
-NEVER RUN ON A GPU YET. What needs none is tested: the step that is measured, and the plan that is
-made from what was (`model/kv/memory_plan.py`).
+NEVER RUN ON A GPU YET. The parts that need none are tested: the measured step, and the plan from
+the measurement (`model/kv/memory_plan.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from configs.schema import OctavoConfig
 from configs.sizes import format_size
 from model.architectures.transformer import Decoder, ServedDecoder, Transformer
-from model.attention.interface import BackendOffer
-from model.cuda.decoder import GpuDecoder, has_pages
+from model.attention.interface import AttentionSpec, BackendOffer, PagedAttention
+from model.cuda.decoder import GpuDecoder
 from model.cuda.graphs import DecodeGraphs, GraphPlan, decode_buckets, record_on_cuda
 from model.cuda.ops import GpuOps
 from model.interface import ModelInfo, SamplingParams, ScoredSpan, SlotStart, StepInput
@@ -25,10 +25,10 @@ from model.kv.pool import KVPool
 from model.runner import SCORED_TOKENS, TorchRunner
 from model.sampling.sampler import Sampler
 
-#: Steps under way: while one runs, the next is planned, packed and launched.
+#: Steps in flight: while one runs, the next is planned, packed and launched.
 _MAX_FLIGHTS = 2
 
-#: What sampling can ask for at its dearest, one after the other: all of it in all rows.
+#: The sampling settings that take most memory, one after the other, each in all rows.
 _DEAREST = (
     SamplingParams(max_tokens=9, temperature=1.0, seed=1),
     SamplingParams(
@@ -48,13 +48,13 @@ _DEAREST = (
 
 @dataclass(frozen=True, slots=True)
 class GpuParts:
-    """What is there before there are pages."""
+    """The parts of a runner that do not depend on the number of pages."""
 
     decoder: ServedDecoder
     offer: BackendOffer
-    #: Says what is built, from the pages there are.
+    #: Describes the runner with this pool.
     info_of: Callable[[PoolPlan], ModelInfo]
-    kv_dtype: torch.dtype
+    spec: AttentionSpec
     ops: GpuOps | None
     config: OctavoConfig
 
@@ -77,23 +77,15 @@ def assemble_on_gpu(parts: GpuParts, plan_of: Callable[[int], PoolPlan]) -> Torc
 
 
 def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> TorchRunner:
-    """Build a runner with as many pages as `info` says, and graphs for these numbers of rows."""
+    """Build a runner with the number of pages in `info`, and graphs for these numbers of rows."""
     served, config = parts.decoder, parts.config
-    arch, device = served.arch, served.device
-    pool = KVPool(
-        num_layers=arch.num_layers,
-        # One is nobody's: what pads a recorded step writes there.
-        num_pages=info.num_pages + 1,
-        page_size=info.page_size,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        dtype=parts.kv_dtype,
-        device=device,
-    )
-    attention = parts.offer.build(served.attention_spec(parts.kv_dtype), pool)
+    device = served.device
+    # One more page than the scheduler has: the rows that pad a recorded step write there.
+    pool = KVPool(parts.spec.layout(info.page_size), info.num_pages + 1, device)
+    attention = parts.offer.build(parts.spec, pool)
     decoder: Decoder = served
-    # Layers of transformers are left as they are, and may do what cannot be recorded.
-    if isinstance(served, Transformer) and has_pages(attention):
+    # Layers of transformers stay as they are, and may do things that cannot be recorded.
+    if isinstance(served, Transformer) and isinstance(attention, PagedAttention):
         decoder = GpuDecoder(served, parts.ops) if parts.ops else served
     else:
         buckets = ()
@@ -116,7 +108,7 @@ def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> Torch
 
 
 def _measure(parts: GpuParts) -> DeviceUse:
-    """Run the largest step there may be and record graphs, on two pages; then drop all of it."""
+    """Run the largest step and record graphs, on two pages; then free all of it."""
     device, config = parts.decoder.device, parts.config
     arch = parts.decoder.arch
     page_size = parts.offer.page_size(config.cache.page_size)
@@ -129,7 +121,7 @@ def _measure(parts: GpuParts) -> DeviceUse:
         torch.cuda.synchronize(device)
         return torch.cuda.mem_get_info(device)[0]
 
-    # No step under measurement goes further.
+    # The measured steps have no later position.
     parts.decoder.hold_positions(min(max_len, config.scheduler.max_num_batched_tokens))
     before = free_bytes()
     runner = _runner(parts, info, ())
@@ -138,7 +130,7 @@ def _measure(parts: GpuParts) -> DeviceUse:
     )
     dry_run(runner, step)
     after_step = free_bytes()
-    # All share the memory of the largest; each takes some of its own beside.
+    # All graphs share the memory of the largest; each takes some of its own.
     first = _runner(parts, info, buckets[-1:])
     after_first = free_bytes()
     both = _runner(parts, info, buckets[-2:])
@@ -159,7 +151,7 @@ def _measure(parts: GpuParts) -> DeviceUse:
 
 
 def dry_run(runner: TorchRunner, step: StepInput) -> None:
-    """Compute a step with all that sampling can ask for, twice at a time where two may fly."""
+    """Compute a step with the most demanding sampling, as often at a time as steps may overlap."""
     for params in _DEAREST:
         starts = [replace(start, params=params) for start in step.started]
         flights = [runner.launch(replace(step, started=starts)) for _ in range(runner.max_flights)]
@@ -174,9 +166,9 @@ def largest_step(
     page_size: int,
     params: SamplingParams,
 ) -> StepInput:
-    """Return the step that takes most memory: all tokens there may be, and every row samples.
+    """Return the step that takes most memory: as many tokens as allowed, and every row samples.
 
-    Some tokens are scored, too. All pages are page 0: what is computed is of no use to anybody.
+    Some tokens are scored, too. All pages are page 0, since the results are not used.
     """
     num_rows = min(max_num_seqs, max_num_batched_tokens)
     counts: list[int] = []

@@ -38,6 +38,7 @@ from model.hf.config import HfConfig, faults_of, read_hf_config
 from model.hf.falcon import open_attention
 from model.hf.proof import Proof
 from model.hf.text import decoder_of, left_out, notes_on_parts
+from model.kv.format import KVFormat
 from model.weights.linear import Format
 from model.weights.safetensors import SafetensorsWeights, is_derived
 from model.weights.source import ModelSource
@@ -139,7 +140,7 @@ class HfDecoder:
         self._hidden: Tensor | None = None
         self._head = model
 
-    def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
+    def attention_spec(self, kv_format: KVFormat) -> AttentionSpec:
         """See `ServedDecoder`."""
         common = self._common
         return AttentionSpec(
@@ -150,7 +151,7 @@ class HfDecoder:
             scale=common.scale,
             windows=tuple(one.window for one in self._wishes),
             dtype=self.attention_dtype,
-            kv_dtype=kv_dtype,
+            kv_format=kv_format,
             device=self.device,
             softcap=common.softcap,
             sinks=common.sinks,

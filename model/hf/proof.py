@@ -17,6 +17,7 @@ import torch
 from model.architectures.arch import ArchError
 from model.attention.interface import AttentionBatch
 from model.attention.reference import ReferenceAttention
+from model.kv.format import float_format
 from model.kv.pool import KVPool
 
 if TYPE_CHECKING:
@@ -55,18 +56,11 @@ class Proof:
 
     def check(self, decoder: HfDecoder) -> None:
         """Compute the same on pages, in chunks and side by side. `ArchError` where it differs."""
-        arch = decoder.arch
-        pool = KVPool(
-            num_layers=arch.num_layers,
-            num_pages=_PAGES_EACH * len(_LENGTHS),
-            page_size=_PAGE_SIZE,
-            num_kv_heads=arch.num_kv_heads,
-            head_dim=arch.head_dim,
-            dtype=decoder.attention_dtype,
-            device=decoder.device,
-        )
-        attention = ReferenceAttention(decoder.attention_spec(decoder.attention_dtype), pool)
-        tolerance = _TOLERANCE.get(decoder.attention_dtype, _TOLERANCE_16_BITS)
+        dtype = decoder.attention_dtype
+        spec = decoder.attention_spec(float_format(dtype))
+        pool = KVPool(spec.layout(_PAGE_SIZE), _PAGES_EACH * len(_LENGTHS), decoder.device)
+        attention = ReferenceAttention(spec, pool)
+        tolerance = _TOLERANCE.get(dtype, _TOLERANCE_16_BITS)
         for rows in _STEPS:
             batch = _batch(rows, decoder.device)
             attention.plan(batch)

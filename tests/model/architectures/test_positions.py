@@ -16,6 +16,7 @@ from model.architectures.transformer import Transformer
 from model.assemble import _plan_pool, assemble
 from model.attention.registry import choose_backend
 from model.hf.decoder import load_hf_decoder
+from model.kv.format import KV_FORMATS
 from model.kv.memory_plan import MemoryPlanError, angles_bytes
 from model.ops import TorchOps
 from model.weights.load import build_transformer
@@ -117,8 +118,9 @@ def test_the_table_of_angles_is_in_the_plan(tmp_path: Path) -> None:
     )
     source = dummy(tmp_path, max_position_embeddings=2**22)
     decoder = load(source, 2**20)
-    offer = choose_backend("auto", decoder.attention_spec(torch.float32))
-    plan = partial(_plan_pool, config, decoder, torch.float32, offer)
+    spec = decoder.attention_spec(KV_FORMATS["float32"])
+    offer = choose_backend("auto", spec)
+    plan = partial(_plan_pool, config, decoder, spec, offer)
     assert plan(2**28 + 2**26).max_model_len == 2**20
     with pytest.raises(MemoryPlanError, match="lower --kv-cache-memory by 1 B"):
         plan(2**28 + 2**26 - 1)

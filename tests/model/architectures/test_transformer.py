@@ -7,6 +7,7 @@ import torch
 
 from model.cpu.library import load_cpu_library
 from model.cpu.ops import CpuOps
+from model.kv.format import KV_FORMATS
 from model.ops import Ops, TorchOps
 
 PROMPT = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(3))
@@ -136,11 +137,11 @@ def test_a_format_stays_close_to_float32(
 def test_what_attention_needs_is_told(make_checkpoint: Any, build: Any) -> None:
     changes = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
     model = build(make_checkpoint("qwen2", **changes).source)
-    spec = model.attention_spec(torch.float16)
+    spec = model.attention_spec(KV_FORMATS["float16"])
     assert (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (3, 6, 2, 8)
     assert spec.windows == (None, 5, 5)
     assert spec.scale == pytest.approx(8**-0.5)
-    assert (spec.dtype, spec.kv_dtype) == (torch.float32, torch.float16)
+    assert (spec.dtype, spec.kv_format.name) == (torch.float32, "float16")
     assert model.cos_sin.shape == (64, 8)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from model.attention.reference import ReferenceAttention
 from model.attention.torch_sdpa import TorchAttention
 from model.attention.triton_attention import TritonAttention
 from model.cpu.library import ISAS, load_cpu_library
+from model.kv.format import float_format
 from model.kv.pool import KVPool
 
 CPU = torch.device("cpu")
@@ -114,18 +116,10 @@ class Scene:
     def on(self, device: torch.device) -> Scene:
         """The same on another device; what is expected stays where it is."""
         spec = replace(self.spec, device=device)
-        pool = KVPool(
-            num_layers=spec.num_layers,
-            num_pages=self.pool.num_pages,
-            page_size=self.pool.page_size,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=spec.kv_dtype,
-            device=device,
-        )
+        pool = KVPool(self.pool.layout, self.pool.num_pages, device)
         for layer in range(spec.num_layers):
-            pool.keys(layer).copy_(self.pool.keys(layer))
-            pool.values(layer).copy_(self.pool.values(layer))
+            for to, plane in zip(pool.pages(layer)[:2], self.pool.pages(layer)[:2], strict=True):
+                to.copy_(plane)
         moved: Any = {
             field.name: value.to(device)
             for field in fields(self.batch)
@@ -181,19 +175,11 @@ def make_scene(
         scale=head_dim**-0.5,
         windows=windows,
         dtype=dtype,
-        kv_dtype=kv_dtype,
+        kv_format=float_format(kv_dtype),
         device=CPU,
     )
     needs = [-(-end // page_size) for _, end in rows]
-    pool = KVPool(
-        num_layers=len(windows),
-        num_pages=sum(needs) + 2,
-        page_size=page_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=kv_dtype,
-        device=CPU,
-    )
+    pool = KVPool(spec.layout(page_size), sum(needs) + 2, CPU)
     shuffled = torch.randperm(pool.num_pages, generator=generator).int()
     # Past a row's need stands a page of nobody's, full of NaN as all of the pool.
     table = torch.full((len(rows), max(needs) + 2), int(shuffled[-1]), dtype=torch.int32)
@@ -202,9 +188,9 @@ def make_scene(
         dtype
     )
     _, new_k, new_v = Scene(spec, pool, None, qkv, []).parts  # type: ignore[arg-type] # not yet
-    for layer in range(len(windows)):
-        pool.keys(layer).fill_(torch.nan)
-        pool.values(layer).fill_(torch.nan)
+    planes = [pool.pages(layer)[:2] for layer in range(len(windows))]
+    for plane in chain.from_iterable(planes):
+        plane.fill_(torch.nan)
     positions, slots, history, done = [], [], [], 0
     for row, (count, end) in enumerate(rows):
         table[row, : needs[row]] = shuffled[: needs[row]]
@@ -212,9 +198,9 @@ def make_scene(
         at = torch.arange(end)
         slot = table[row, at // page_size].long() * page_size + at % page_size
         both = torch.randn(2, end, num_kv_heads, head_dim, generator=generator).to(kv_dtype)
-        for layer in range(len(windows)):
-            pool.keys(layer).flatten(0, 1)[slot[:-count]] = both[0, :-count]
-            pool.values(layer).flatten(0, 1)[slot[:-count]] = both[1, :-count]
+        for keys, values in planes:
+            keys.flatten(0, 1)[slot[:-count]] = both[0, :-count]
+            values.flatten(0, 1)[slot[:-count]] = both[1, :-count]
         both[0, -count:] = new_k[done : done + count].to(kv_dtype)
         both[1, -count:] = new_v[done : done + count].to(kv_dtype)
         done += count
@@ -232,6 +218,26 @@ def make_scene(
         max_seq_len=max(end for _, end in rows),
     )
     return Scene(spec, pool, batch, qkv, history)
+
+
+def poison_behind_window(scene: Scene, unit_tokens: int) -> None:
+    """Give away the keys that no query of the step sees, in units of so many tokens.
+
+    They become NaN, and pages without a key in view another page, which is full of NaN.
+    """
+    batch, page_size = scene.batch, scene.pool.layout.page_size
+    window = scene.spec.widest_window
+    assert window is not None, "a layer sees all keys"
+    stranger = int(batch.block_table[0, -1])
+    starts, ends = batch.query_starts.tolist(), batch.seq_lens.tolist()
+    for row, end in enumerate(ends):
+        first = max(end - (starts[row + 1] - starts[row]) - window + 1, 0)
+        at = torch.arange(first // unit_tokens * unit_tokens)
+        slots = batch.block_table[row, at // page_size].long() * page_size + at % page_size
+        for layer in range(scene.spec.num_layers):
+            for plane in scene.pool.pages(layer)[:2]:
+                plane.flatten(0, 1)[slots] = torch.nan
+        batch.block_table[row, : first // page_size] = stranger
 
 
 def bits(pages: Tensor) -> Tensor:
@@ -259,7 +265,7 @@ def check(build: Build, scene: Scene) -> None:
     backend.plan(scene.batch)
     q, k, v = scene.parts
     for layer in range(scene.spec.num_layers):
-        pages = scene.pool.keys(layer), scene.pool.values(layer)
+        pages = scene.pool.pages(layer)[:2]
         wanted = [page.clone() for page in pages]
         for page, new in zip(wanted, (k, v), strict=True):
             page.flatten(0, 1)[scene.batch.kv_slots] = new.to(page.dtype)
@@ -328,6 +334,26 @@ def test_each_layer_has_its_own_window(build: Build) -> None:
     check(build, make_scene(mixed(build), windows=windows))
 
 
+@pytest.mark.parametrize("page_size", [1, 16, 48, 64])
+@pytest.mark.parametrize("kv_dtype", [F32, F16, BF16], ids=str)
+def test_no_key_behind_the_window_is_read(
+    build: Build, page_size: int, kv_dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    """Prefill chunks and decodes; the pages there may be given back, and be another sequence's."""
+    is_flash = request.node.callspec.params["build"] == "flash"
+    rows = ((1, 130), (18, 70), (2, 66), (1, 9)) if is_slow(build) else (*MIXED, (64, 2100))
+    scene = make_scene(
+        rows,
+        page_size=page_size,
+        windows=(9, 40) if is_slow(build) else (1, 100, 256, 63),
+        dtype=kv_dtype if is_flash else F32,
+        kv_dtype=kv_dtype,
+    )
+    # FlashAttention loads whole tiles: in the page where the window begins the keys must be finite.
+    poison_behind_window(scene, page_size if is_flash else 1)
+    check(build, scene)
+
+
 @pytest.mark.parametrize("build", [ReferenceAttention, TorchAttention])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("has_sinks", [False, True])
@@ -372,6 +398,7 @@ def test_a_second_step_replaces_the_first(build: Build) -> None:
     page_size=st.sampled_from([1, 3, 16, 64]),
     heads=st.sampled_from([(1, 1), (2, 5), (1, 9), (2, 7)]),
     window=st.none() | st.integers(1, 400),
+    is_poisoned=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 def test_any_ragged_batch(
@@ -379,6 +406,7 @@ def test_any_ragged_batch(
     page_size: int,
     heads: tuple[int, int],
     window: int | None,
+    is_poisoned: bool,
     seed: int,
 ) -> None:
     isas = [isa for isa in ISAS[:-1] if not isinstance(load_cpu_library(isa=isa), str)]
@@ -392,4 +420,6 @@ def test_any_ragged_batch(
             windows=(window,),
             seed=seed,
         )
+        if is_poisoned and window:
+            poison_behind_window(scene, 1)
         check(BACKENDS[name], scene)

@@ -13,11 +13,13 @@ from torch import Tensor
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
 from model.architectures.transformer import Transformer
+from model.attention.interface import PagedAttention
 from model.attention.triton_attention import TritonAttention
 from model.cuda.assembly import dry_run, largest_step
-from model.cuda.decoder import GpuDecoder, has_pages
+from model.cuda.decoder import GpuDecoder
 from model.cuda.ops import GpuOps
 from model.interface import SamplingParams, SlotStart, StepInput
+from model.kv.format import KV_FORMATS
 from model.kv.memory_plan import DeviceUse, MemoryPlanError
 from model.runner import SCORED_TOKENS, TorchRunner
 
@@ -110,10 +112,9 @@ def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner)
     """Over pages that hold a past, prompts and decodes side by side, with norms of q and k."""
     transformer = runner._decoder
     assert isinstance(transformer, Transformer)
-    spec, pool = transformer.attention_spec(torch.float32), runner._pool
+    spec, pool = transformer.attention_spec(KV_FORMATS["float32"]), runner._pool
     attention = TritonAttention(spec, pool)
-    assert has_pages(attention)
-    assert not has_pages(runner._attention)
+    assert not isinstance(runner._attention, PagedAttention)
     steps = [
         StepInput(
             [3, 4, 5, 6, 7],

@@ -21,6 +21,7 @@ from model.assemble import assemble
 from model.hf.attention import common_wish
 from model.hf.decoder import HfDecoder, load_hf_decoder
 from model.implementation import choose_implementation
+from model.kv.format import KV_FORMATS
 from model.weights.source import ModelSource
 
 CPU = torch.device("cpu")
@@ -148,7 +149,7 @@ def test_the_proof_finds_what_was_lost_on_the_way(
     dummy: Callable[..., ModelSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = dummy("gemma2", head_dim=16, attn_logit_softcapping=0.5)
-    assert load(source).attention_spec(torch.float32).softcap == 0.5
+    assert load(source).attention_spec(KV_FORMATS["float32"]).softcap == 0.5
     monkeypatch.setattr(
         "model.hf.decoder.common_wish", lambda *args: replace(common_wish(*args), softcap=None)
     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.kv.arena import Arena
+from model.kv.format import KV_FORMATS, KVLayout
 from model.kv.pool import KVPool
 from model.kv.prefault import Foretouch
 
@@ -35,22 +36,22 @@ def test_memory_is_there_before_it_is_written() -> None:
     foretouch = Foretouch(regions, ahead_bytes=128 * _MIB)
     before = _resident_bytes()
     assert _touch_all(foretouch) > 1
-    assert foretouch.stats().touched_pages == 4096
+    assert foretouch.touched_pages == 4096
     assert _resident_bytes() - before > 120 * _MIB
 
 
 def test_no_more_is_taken_than_so_much_ahead_of_what_is_in_use() -> None:
     foretouch = Foretouch(_regions(2, 8192, 4096), ahead_bytes=8 * _MIB)
     _touch_all(foretouch)
-    first = foretouch.stats().touched_pages
+    first = foretouch.touched_pages
     assert 1024 <= first < 2048
     foretouch.reach(100)
     foretouch.reach(7)
     _touch_all(foretouch)
-    assert foretouch.stats().touched_pages - 1024 >= 100
+    assert foretouch.touched_pages - 1024 >= 100
     foretouch.reach(8191)
     _touch_all(foretouch)
-    assert foretouch.stats().touched_pages == 8192
+    assert foretouch.touched_pages == 8192
     assert not foretouch.step()
 
 
@@ -65,15 +66,8 @@ def test_what_pages_hold_stays() -> None:
 
 
 def test_a_pool_uses_its_idle_moments() -> None:
-    pool = KVPool(
-        num_layers=2,
-        num_pages=64,
-        page_size=16,
-        num_kv_heads=3,
-        head_dim=64,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-    )
+    layout = KVLayout(2, 3, 64, 16, KV_FORMATS["bfloat16"])
+    pool = KVPool(layout, 64, torch.device("cpu"))
     assert pool.idle()
     while pool.idle():
         pass

@@ -154,5 +154,5 @@ def test_an_arena_gives_each_its_own() -> None:
         one.fill_(mark)
     assert [int(one[0]) for one in taken] == [int(one[-1]) for one in taken] == [0, 1, 2, 3]
     assert all(one.data_ptr() % 64 == 0 for one in taken)
-    assert arena.stats().taken_bytes == 64 + 128 + 40_000_000 + 64
+    assert arena.taken_bytes == 64 + 128 + 40_000_000 + 64
     arena.check()
