@@ -22,7 +22,7 @@ from configs.schema import ModelSection, OctavoConfig, SchedulerSection
 from model import build
 from model.interface import SamplingParams
 from scheduler.engine import Engine
-from scheduler.messages import Prepared, StepResult, Submit
+from scheduler.messages import GenerateRequest, Prepared, StepResult, Submit
 
 
 def _no_grammars(_message: Prepared) -> None:
@@ -50,7 +50,7 @@ class Bench:
         vocab_size = self._runner.info.vocab_size
         prompt = tuple(self._chance.randrange(vocab_size) for _ in range(prompt_tokens))
         params = SamplingParams(max_tokens, temperature=0.0, ignore_eos=True)
-        self._engine.handle(Submit(self._num_requests, prompt, params))
+        self._engine.handle(Submit(self._num_requests, GenerateRequest(prompt, params)))
         self._num_requests += 1
 
     def step(self) -> tuple[float, StepResult]:

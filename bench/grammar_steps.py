@@ -19,7 +19,7 @@ from model.build import make_runner
 from model.interface import SamplingParams
 from model.weights.source import ModelSource
 from scheduler.engine import Engine
-from scheduler.messages import Cancel, Learn, Prepared, Submit
+from scheduler.messages import Cancel, GenerateRequest, Learn, Prepared, Submit
 from server.structured.grammar import json_form, regex_form, whole
 from server.structured.vocabulary import vocabulary_of
 from server.text.load import load_text
@@ -58,7 +58,9 @@ class Rounds:
             params = SamplingParams(
                 10_000, seed=self.num_requests, grammar=grammar, min_tokens=9999
             )
-            self.engine.handle(Submit(self.num_requests, tuple(self.prompt), params))
+            self.engine.handle(
+                Submit(self.num_requests, GenerateRequest(tuple(self.prompt), params))
+            )
             self.num_requests += 1
         taken_s, num_tokens = list[float](), 0
         while len(taken_s) < self.steps:
@@ -71,7 +73,7 @@ class Rounds:
             began_s = time.perf_counter()
             result = self.engine.step()
             spent_s = time.perf_counter() - began_s
-            if result.stats.num_running == len(grammars):
+            if result.stats.scheduler.num_running == len(grammars):
                 taken_s.append(spent_s)
                 num_tokens += len(result.token_ids)
         for request_id in range(first, self.num_requests):

@@ -9,7 +9,7 @@ from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner
 from model.interface import SamplingParams, StepOutput
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 from scheduler.scheduler import Scheduler
 
 _NUM_SEQUENCES = 256
@@ -26,7 +26,7 @@ def main() -> None:
     )
     params = SamplingParams(max_tokens=2000, ignore_eos=True)
     for i in range(_NUM_SEQUENCES):
-        scheduler.submit(Submit(i, tuple(range(i, i + 100 + i % 16)), params))
+        scheduler.submit(Submit(i, GenerateRequest(tuple(range(i, i + 100 + i % 16)), params)))
     times_us = [_step_us(scheduler) for _ in range(_NUM_STEPS)][4:]
     print(  # noqa: T201 - a benchmark's only purpose
         f"plan + apply, {_NUM_SEQUENCES} running: "

@@ -19,7 +19,7 @@ from configs.schema import ModelSection, OctavoConfig
 from model import build
 from model.interface import SamplingParams, TokenLogprobs
 from scheduler.engine import Engine
-from scheduler.messages import Prepared, Submit
+from scheduler.messages import GenerateRequest, Prepared, Submit
 from server.text.load import load_text
 
 Format = Literal["none", "fp16", "bf16", "int8"]
@@ -50,7 +50,7 @@ class Judge:
     ) -> tuple[Answers, Scores]:
         """Return the tokens each prompt is answered with, and how likely its own were."""
         for index, prompt in enumerate(prompts):
-            self._engine.handle(Submit(index, tuple(prompt), params))
+            self._engine.handle(Submit(index, GenerateRequest(tuple(prompt), params)))
         answers: Answers = defaultdict(list)
         scores: Scores = defaultdict(list)
         while self._engine.has_work:

@@ -25,7 +25,7 @@ from scheduler.shortage import is_shortage
 
 _log = logging.getLogger(__name__)
 
-#: Between two looks at a process that is to end.
+#: Between two polls of an ending process.
 _LOOK_S = 0.005
 
 
@@ -36,7 +36,7 @@ class Death:
     reason: str
     #: Killed, and not by us.
     is_outside: bool
-    #: For want of memory, processes or files, as far as can be told.
+    #: For want of memory, processes or files, as far as known.
     is_shortage: bool
 
 
@@ -51,7 +51,7 @@ class EngineStartError(EngineUnavailableError):
 class EngineProcess:
     """An engine in the making, then at work, then gone.
 
-    `receive` is called with what it says after `Ready`; `lose` once, when it can say nothing more.
+    `receive` is called with each message after `Ready`; `lose` once, after the last.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class EngineProcess:
         self._lose = lose
         self._info: ModelInfo | None = None
         self._failed: Failed | None = None
-        #: It has said that it is ready, or nothing can come from it any more.
+        #: It has sent `Ready`, or no message can come from it any more.
         self._is_settled = asyncio.Event()
         self._was_killed = False
         #: None: the process has not ended.
@@ -115,7 +115,7 @@ class EngineProcess:
         self._channel.send(message)
 
     def stop(self) -> None:
-        """Tell it to end; one that cannot be told is killed."""
+        """Send `Shutdown`; kill a process that does not read it."""
         self._channel.send(Shutdown())
         if not self._channel.is_drained:
             self.kill()

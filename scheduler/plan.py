@@ -1,4 +1,4 @@
-"""One step: what it is to compute, for whom, and what came of it.
+"""One step: what it computes, and for which sequences.
 
 Knows nothing of why a sequence is in it.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.interface import PENDING_TOKEN, ScoredSpan, StepInput, TokenLogprobs
-from scheduler.messages import FinishReason
+from model.interface import PENDING_TOKEN, ScoredSpan, StepInput
 from scheduler.sequence import Sequence, State
 
 
@@ -34,20 +33,6 @@ class StepPlan:
         """Whether the row's sequence has ended or was rolled back since the step was planned."""
         sequence = self.sequences[row]
         return sequence.state is State.FINISHED or sequence.num_rollbacks != self.rollbacks[row]
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What a step brought; columns are parallel, `logprobs` may be empty."""
-
-    request_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
-    finished: list[tuple[int, FinishReason]]
-    #: (request id, why): ended by an error of its own.
-    failed: list[tuple[int, str]]
-    #: (request id, the next tokens of its prompt).
-    prompt_logprobs: list[tuple[int, tuple[TokenLogprobs, ...]]]
 
 
 def new_plan() -> StepPlan:

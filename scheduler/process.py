@@ -14,15 +14,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, Vocabulary
-from scheduler.client import Delta, EngineUnavailableError, GenerateRequest
+from scheduler.client import EngineUnavailableError, GenerateRequest, TokenOutput
 from scheduler.engine_process import Death, EngineProcess, EngineStartError
 from scheduler.isolation import Isolation
 from scheduler.messages import (
     Begun,
     Build,
     Cancel,
-    EngineStats,
-    FinishReason,
     FromEngine,
     Learn,
     Ping,
@@ -30,15 +28,15 @@ from scheduler.messages import (
     StepResult,
     Submit,
 )
-from scheduler.resets import CacheResets
+from scheduler.stats import EngineStats
 from scheduler.streams import Streams
 from scheduler.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
-#: Engines in a row that could not be started or died before they gave anybody a token, not counting
-#: those for which the machine lacked something; then the daemon is not alive. More than it takes
-#: to find two requests that engines die of (`scheduler/isolation.py`).
+#: Consecutive engines without a token or a start, after which the daemon gives up. Engines that
+#: lacked memory, processes or files do not count. Finding two requests that crash engines takes
+#: fewer (`scheduler/isolation.py`).
 _MOST_FRUITLESS = 8
 _LONGEST_PAUSE_S = 30.0
 _STOP_TIMEOUT_S = 5.0
@@ -50,8 +48,8 @@ class ProcessClient:
     """See `EngineClient`. An engine that dies is replaced, and its streams go on where they were.
 
     A token is a function of the tokens before it and of (seed, position), so a stream goes on as it
-    would have, as far as arithmetic repeats itself: exactly with float32 weights but for the last
-    bits, up to rounding with 16 bits and fewer. The reader sees a pause.
+    would have, up to rounding: the last bits with float32 weights, more with 16 bits and fewer.
+    The reader sees a pause.
     """
 
     def __init__(
@@ -72,7 +70,6 @@ class ProcessClient:
         self._stop_timeout_s = stop_timeout_s
         self._sleep = sleep
         self._streams = Streams()
-        self._resets = CacheResets()
         self._isolation = Isolation(self._streams, self._send)
         self._watchdog = Watchdog(config.engine_timeout_s, self._ping, self._kill_hung)
         self._info: ModelInfo | None = None
@@ -102,7 +99,7 @@ class ProcessClient:
 
     @property
     def is_alive(self) -> bool:
-        """See `EngineClient`. Not while the engine owes a sign of life."""
+        """See `EngineClient`. False while an answer of the engine is overdue."""
         return self._is_serving and not self._watchdog.is_silent
 
     @property
@@ -122,7 +119,7 @@ class ProcessClient:
         self._vocabulary = vocabulary
         self._send(Learn(vocabulary))
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         """See `EngineClient`."""
         if not self._is_serving:
             message = "the engine is being restarted; try again in a moment"
@@ -133,7 +130,7 @@ class ProcessClient:
         """See `EngineClient`."""
         if not self._is_serving:
             raise EngineUnavailableError("the engine is not running", self._start_left_s())
-        return await self._resets.ask(self._send)
+        return await self._streams.reset_cache(self._send)
 
     def _start_left_s(self) -> float | None:
         """Guess when an engine in the making will be ready: as long after its start as the last.
@@ -145,22 +142,21 @@ class ProcessClient:
         return abs(self._start_took_s - (time.monotonic() - self._start_began_s))
 
     def _send(self, message: Submit | Cancel | Learn | ResetCache | Ping) -> None:
-        # The next engine is told anew whatever is still wanted.
+        # The next engine gets all open requests again.
         if self._is_serving and self._engine is not None:
             self._engine.send(message)
 
     def _receive(self, message: FromEngine) -> None:
         self._watchdog.heard()
         if isinstance(message, StepResult):
-            if message.request_ids or _has_finished(message):
+            if message.request_ids or message.finished:
                 self._num_fruitless = self._num_setbacks = 0
             self._streams.dispatch(message)
-            self._resets.dispatch(message)
             self._isolation.advance()
         elif isinstance(message, Begun):
             self._isolation.note_begun(message)
         else:
-            # It has lived for long enough to be asked whether it does.
+            # It has run for long enough to be pinged.
             self._num_fruitless = self._num_setbacks = 0
 
     # ---- the engine's life -----------------------------------------------------------------------
@@ -171,7 +167,7 @@ class ProcessClient:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def _bring_up(self) -> None:
-        """Start an engine and give it what is wanted. Raises `EngineStartError`."""
+        """Start an engine and submit all open requests. Raises `EngineStartError`."""
         self._start_began_s = time.monotonic()
         self._engine = engine = EngineProcess(self._build, self._receive, self._lose)
         self._info = await engine.ready(self._config.engine_start_timeout_s, self._stop_timeout_s)
@@ -186,23 +182,23 @@ class ProcessClient:
         self._send(Ping())
 
     def _kill_hung(self) -> None:
-        """Make a hang a death, which is known how to deal with."""
+        """Kill a hung engine, so that a hang is handled as a death."""
         assert self._engine is not None, "nobody is watched"
         _log.error("the engine said nothing for %g s; killing it", self._config.engine_timeout_s)
         self._engine.kill()
         self._lose()
 
     def _lose(self) -> None:
-        """Note that nothing more is to be expected of the engine."""
+        """Note that the engine will send no more messages."""
         if self._is_serving:
             self._is_serving = False
             self._watchdog.stop()
             self._isolation.end()
-            self._resets.fail("the engine ended before it had reset its cache")
+            self._streams.fail_resets("the engine ended before it had reset its cache")
             self._is_lost.set()
 
     async def _supervise(self) -> None:
-        """Replace each engine that is lost, until that is in vain."""
+        """Replace each lost engine, until `_MOST_FRUITLESS` in a row have failed."""
         try:
             while self._num_fruitless < _MOST_FRUITLESS:
                 await self._is_lost.wait()
@@ -210,7 +206,7 @@ class ProcessClient:
                 assert self._engine is not None, "an engine is lost that never was"
                 pause_s = self._note_death(await self._engine.end(self._stop_timeout_s))
                 await self._start_again(pause_s)
-        except Exception:  # noqa: BLE001 - whatever it is, no stream may wait for ever
+        except Exception:  # noqa: BLE001 - no stream may wait for ever
             _log.exception("the engine cannot be replaced")
         self._is_serving = False
         self._streams.close(EngineUnavailableError, "the engine died and did not come back")
@@ -241,9 +237,9 @@ class ProcessClient:
                 return
 
     def _count_setback(self, *, is_shortage: bool) -> float:
-        """Count what came to nothing; return how long to wait, if it is to help to wait.
+        """Count a failed start or a death; return how long to wait before the next start.
 
-        What the machine lacks it may have again, so for that no count is too high.
+        Shortages are not limited: the machine may recover.
         """
         self._num_setbacks += 1
         self._num_fruitless += not is_shortage
@@ -274,13 +270,8 @@ class ProcessClient:
             if self.is_alive:
                 self._engine.stop()
             else:
-                # Dead or hung, or building a model for nobody.
+                # Dead, hung or still building its model.
                 self._engine.kill()
             self._is_serving = False
             await self._engine.end(self._stop_timeout_s)
         self._streams.close(EngineUnavailableError, "the engine was closed")
-        self._resets.fail("the engine was closed")
-
-
-def _has_finished(result: StepResult) -> bool:
-    return any(reason is not FinishReason.ERROR for _, reason, _ in result.finished)

@@ -47,10 +47,11 @@ class WaitingQueue:
 
     def append(self, sequence: Sequence) -> None:
         """Let a newcomer stand at the end of its priority."""
-        lane = self._lanes.get(sequence.priority)
+        priority = sequence.request.priority
+        lane = self._lanes.get(priority)
         if lane is None:
-            lane = self._lanes[sequence.priority] = OrderedDict()
-            insort(self._priorities, sequence.priority)
+            lane = self._lanes[priority] = OrderedDict()
+            insort(self._priorities, priority)
         lane[sequence.request_id] = sequence
         self._num_waiting += 1
         self._num_tokens += len(sequence.token_ids)
@@ -58,17 +59,18 @@ class WaitingQueue:
     def append_first(self, sequence: Sequence) -> None:
         """Let one who had been served already stand before the others of its priority."""
         self.append(sequence)
-        self._lanes[sequence.priority].move_to_end(sequence.request_id, last=False)
+        self._lanes[sequence.request.priority].move_to_end(sequence.request_id, last=False)
 
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that waits."""
-        lane = self._lanes[sequence.priority]
+        priority = sequence.request.priority
+        lane = self._lanes[priority]
         del lane[sequence.request_id]
         self._num_waiting -= 1
         self._num_tokens -= len(sequence.token_ids)
         if not lane:
-            del self._lanes[sequence.priority]
-            self._priorities.remove(sequence.priority)
+            del self._lanes[priority]
+            self._priorities.remove(priority)
 
     def drop_last_token(self, sequence: Sequence) -> None:
         """Take back the newest token of one who waits."""

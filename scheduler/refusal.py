@@ -34,9 +34,9 @@ class Room:
 
 def why_never(submit: Submit, max_model_len: int) -> Rejected | None:
     """Return the refusal of a request that no waiting would help."""
-    num_tokens = len(submit.prompt_token_ids) + len(submit.output_token_ids)
+    num_tokens = submit.num_tokens
     request_id, invalid = submit.request_id, RejectKind.INVALID
-    if not submit.prompt_token_ids:
+    if not submit.request.prompt_token_ids:
         return Rejected(request_id, invalid, "the prompt has no tokens", "prompt")
     if num_tokens >= max_model_len:
         message = (
@@ -56,7 +56,7 @@ def why_not_now(
     arriving between two steps. A queue without tokens takes any request, however long: else one
     longer than `max_queue_tokens` would be refused for ever.
     """
-    num_tokens = len(submit.prompt_token_ids)
+    num_tokens = len(submit.request.prompt_token_ids)
     if submit.is_resumed or room.is_enough(num_waiting + 1, num_waiting_tokens + num_tokens):
         return None
     message = ""
@@ -86,7 +86,7 @@ def place_for(
         return []
     leaving: list[Sequence] = []
     for sequence in reversed(waiting):
-        if sequence.priority <= submit.priority:
+        if sequence.request.priority <= submit.request.priority:
             break
         if sequence.has_begun:
             continue

@@ -22,9 +22,9 @@ from model.interface import (
     PageCopy,
     StepOutput,
 )
-from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
+from scheduler.messages import FinishReason, Rejected, RejectKind, StepResult, Submit
 from scheduler.pacing import Pacing
-from scheduler.plan import StepOutcome, StepPlan, add_row, new_plan
+from scheduler.plan import StepPlan, add_row, new_plan
 from scheduler.refusal import Room, displaced, place_for, why_never
 from scheduler.sequence import Sequence, State
 from scheduler.stats import SchedulerStats
@@ -40,12 +40,7 @@ _NOT_FINITE = "no token has a finite logit"
 class Scheduler:
     """Decides, for one cache and one model, what each step computes."""
 
-    def __init__(
-        self,
-        cache: KVCache,
-        config: SchedulerSection,
-        info: ModelInfo,
-    ) -> None:
+    def __init__(self, cache: KVCache, config: SchedulerSection, info: ModelInfo) -> None:
         self._cache = cache
         self._config = config
         self._page_size = info.page_size
@@ -198,7 +193,7 @@ class Scheduler:
                 break
             if (
                 sequence.most_cached_tokens is None
-                and self._cache.match(sequence.token_ids, sequence.namespace).in_flight
+                and self._cache.match(sequence.token_ids, sequence.request.namespace).in_flight
             ):
                 continue
             # One page for each that runs: nobody is let in only to be preempted soon after.
@@ -231,7 +226,7 @@ class Scheduler:
 
     # ---- results ---------------------------------------------------------------------------------
 
-    def apply(self, plan: StepPlan, output: StepOutput, elapsed_s: float = 0.0) -> StepOutcome:
+    def apply(self, plan: StepPlan, output: StepOutput, elapsed_s: float = 0.0) -> StepResult:
         """Take in what a plan's step sampled, and how long it took (0: not measured)."""
         self._num_steps += 1
         self._num_under_way -= 1
@@ -243,7 +238,7 @@ class Scheduler:
                 num_prompt_tokens=plan.num_prompt_tokens,
             )
         self._advance(plan, output.token_ids)
-        outcome = StepOutcome([], [], [], [], [], [])
+        outcome = StepResult()
         self._note_scores(plan, output, outcome)
         step, logprobs = plan.step, output.logprobs
         for index, row in enumerate(step.sample_rows):
@@ -267,7 +262,7 @@ class Scheduler:
             self._judge(plan, outcome)
         return outcome
 
-    def _stop_if_due(self, sequence: Sequence, position: int, outcome: StepOutcome) -> None:
+    def _stop_if_due(self, sequence: Sequence, position: int, outcome: StepResult) -> None:
         reason = sequence.stop_reason(position)
         if reason is not None:
             self._finish(sequence, reason)
@@ -279,7 +274,7 @@ class Scheduler:
         position: int,
         output: StepOutput,
         index: int,
-        outcome: StepOutcome,
+        outcome: StepResult,
     ) -> None:
         """Take in that a row got no token for `position`."""
         if index in output.not_finite:
@@ -293,7 +288,7 @@ class Scheduler:
         else:
             self._num_late_rows += 1
 
-    def _note_scores(self, plan: StepPlan, output: StepOutput, outcome: StepOutcome) -> None:
+    def _note_scores(self, plan: StepPlan, output: StepOutput, outcome: StepResult) -> None:
         for span, scores in zip(plan.step.scored, output.prompt_logprobs, strict=True):
             if plan.is_void(span.row):
                 continue
@@ -355,7 +350,7 @@ class Scheduler:
         else:
             self._suspects.add(sequence, num_tokens)
 
-    def _judge(self, plan: StepPlan, outcome: StepOutcome) -> None:
+    def _judge(self, plan: StepPlan, outcome: StepResult) -> None:
         """See what a step that did not fail says about the suspect that may have been in it."""
         sequence = plan.sequences[0]
         if sequence is self._suspects.probe:

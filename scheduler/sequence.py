@@ -54,7 +54,6 @@ class Sequence:
         "is_started",
         "max_len_tokens",
         "min_len_tokens",
-        "namespace",
         "num_computed",
         "num_landed",
         "num_prompt",
@@ -62,7 +61,7 @@ class Sequence:
         "num_scored",
         "num_to_score",
         "params",
-        "priority",
+        "request",
         "request_id",
         "slot",
         "state",
@@ -80,12 +79,13 @@ class Sequence:
         max_model_len: int,
         constraint: Constraint | None = None,
     ) -> None:
-        params = submit.params
+        self.request = request = submit.request
+        params = request.params
         #: Kept for the runner, which may drop a grammar as soon as nobody needs it.
         self.constraint = constraint
         self.request_id = submit.request_id
-        self.token_ids: list[int] = [*submit.prompt_token_ids, *submit.output_token_ids]
-        self.num_prompt = len(submit.prompt_token_ids)
+        self.token_ids: list[int] = [*request.prompt_token_ids, *submit.output_token_ids]
+        self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0
         self.num_landed = 0
         #: What steps planned before the last of these bring is not for this sequence any more.
@@ -98,8 +98,6 @@ class Sequence:
         self.num_to_score = 0 if params.prompt_logprobs is None else self.num_prompt - 1
         self.num_scored = submit.num_scored
         self.params = params
-        self.priority = submit.priority
-        self.namespace = submit.namespace
         #: Order of submission: with the priority, the order of precedence.
         self.arrival = arrival
         self.stop_ids = frozenset(params.stop_token_ids) | (
@@ -117,7 +115,7 @@ class Sequence:
     @property
     def precedence(self) -> tuple[int, int]:
         """Smaller runs first and is preempted last."""
-        return self.priority, self.arrival
+        return self.request.priority, self.arrival
 
     @property
     def has_begun(self) -> bool:

@@ -39,7 +39,10 @@ class SequenceTable:
         `reserve_pages`: so many more must be available afterwards.
         """
         allocation = self._cache.admit(
-            sequence.token_ids, sequence.namespace, reserve_pages, sequence.most_cached_tokens
+            sequence.token_ids,
+            sequence.request.namespace,
+            reserve_pages,
+            sequence.most_cached_tokens,
         )
         if allocation is None:
             return None

@@ -1,7 +1,7 @@
-"""Notices that somebody who is asked for a sign of life gives none.
+"""Notices a peer that does not answer a ping.
 
-Looks from the event loop and counts looks, not seconds: a loop that stood still, or a machine that
-slept, has not waited. Knows nothing of engines.
+Runs on the event loop and counts ticks, not seconds: a blocked loop or a sleeping machine must not
+look like a silent peer. Knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -9,18 +9,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-#: Looks within the timeout.
+#: Ticks within the timeout.
 _NUM_LOOKS = 8
 #: Looks of silence after which it asks, and after which it says that nothing is to be expected.
 _ASKS_AFTER, _DOUBTS_AFTER = 2, 7
 
 
 class Watchdog:
+<<<<<<< tmpmoves
     """Calls `ask` after a silence, and `on_timeout` if there is no answer.
+=======
+    """Calls `ask` after a while without a message, and `on_timeout` if no answer arrives.
+>>>>>>> m-engine
 
-    Whoever was asked has `timeout_s` to answer, so it bites between 1 and 1.25 times as long after
-    the last sign of life. `is_silent` is true before the timeout is over. After a timeout it begins
-    anew.
+    The peer has `timeout_s` to answer a ping, so `on_timeout` is called 1 to 1.25 times as long
+    after the last message. `is_silent` is true before the timeout is over. After a timeout it
+    starts anew.
     """
 
     def __init__(
@@ -29,7 +33,7 @@ class Watchdog:
         self._period_s = timeout_s / _NUM_LOOKS
         self._ask = ask
         self._on_timeout = on_timeout
-        #: Looks since something was heard.
+        #: Ticks since the last message.
         self._num_silent = 0
         self._timer: asyncio.TimerHandle | None = None
 

@@ -22,7 +22,7 @@ from server.memory import resident_bytes
 #: By the values of the labels.
 Values: TypeAlias = Mapping[tuple[str, ...], float]
 
-#: What vLLM has too (vllm/v1/metrics/loggers.py), by our stems.
+#: Metrics that vLLM has too (vllm/v1/metrics/loggers.py), by our stems.
 VLLM_STEMS = frozenset(
     {
         "num_requests_running",
@@ -55,7 +55,11 @@ _VLLM_STEMS = {"iteration_tokens": "iteration_tokens_total"}
 
 
 class Histogram:
-    """Counts of observations by upper bound."""
+    """Counts of observations by upper bound.
+
+    Not `prometheus_client.Histogram`: that has one name, no weights and a lock a bucket. One of
+    these is shown under two names, and takes in all tokens of a read at once.
+    """
 
     __slots__ = ("_bounds", "_counts", "_sum")
 
@@ -109,7 +113,7 @@ class Page:
             yield family
 
     def cache_config(self, info: ModelInfo) -> Iterator[Metric]:
-        """Yield nothing; vLLM has a metric whose labels tell the cache's settings."""
+        """Yield nothing; vLLM has a metric with the cache's settings as labels."""
         del info
         return iter(())
 
@@ -157,18 +161,19 @@ class VllmPage(Page):
 
 def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[Metric]:
     """Yield the gauges of one moment; `info` of None: the engine has not started."""
+    cache, steps = stats.cache, stats.scheduler
     pages: dict[tuple[str, ...], float] = {
-        ("free",): stats.pages_free,
-        ("private",): stats.pages_private,
-        ("cached",): stats.pages_cached,
-        ("leased",): stats.pages_leased,
+        ("free",): cache.pages_free,
+        ("private",): cache.pages_private,
+        ("cached",): cache.pages_cached,
+        ("leased",): cache.pages_leased,
     }
     page_bytes = info.page_size * info.kv_bytes_per_token if info else 0
-    used = (stats.pages_private + stats.pages_leased) / max(1, stats.pages_total)
+    used = (cache.pages_private + cache.pages_leased) / max(1, cache.pages_total)
     memory = resident_bytes()
-    yield from page.gauge("num_requests_running", "in the batch", {(): stats.num_running})
+    yield from page.gauge("num_requests_running", "in the batch", {(): steps.num_running})
     yield from page.gauge("num_requests_waiting", "in the queue", {(): stats.num_waiting})
-    num_tokens = stats.num_waiting_tokens
+    num_tokens = steps.num_waiting_tokens
     yield from page.gauge("num_tokens_waiting", "tokens of those in the queue", {(): num_tokens})
     yield from page.gauge("kv_cache_usage_perc", "pages in use by requests, 0 to 1", {(): used})
     yield from page.gauge("kv_cache_pages", "leased pages are cached ones too", pages, "state")

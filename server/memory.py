@@ -1,4 +1,4 @@
-"""Resident memory of this process and of its children, as Linux tells it.
+"""Resident memory of this process and of its children, from Linux' /proc.
 
 Knows nothing of what the children do. On a system without /proc everything reads as 0.
 """
@@ -22,7 +22,7 @@ class ResidentMemory:
 
 
 def resident_bytes() -> ResidentMemory:
-    """Return what is resident now."""
+    """Return the resident memory now."""
     pid = os.getpid()
     children = sum(_resident_bytes_of(child) for child in descendants(pid))
     return ResidentMemory(_resident_bytes_of(pid), children)

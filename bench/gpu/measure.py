@@ -47,7 +47,7 @@ from model.interface import (
 )
 from model.kv.pool import KVPool
 from scheduler.engine import Engine
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 
 
 @dataclass
@@ -214,7 +214,11 @@ def measure_engine(report: Report) -> None:
 
     def submit(num_tokens: int, max_tokens: int) -> None:
         prompt = tuple(chance.randrange(timed.info.vocab_size) for _ in range(num_tokens))
-        engine.handle(Submit(next(ids), prompt, SamplingParams(max_tokens, 0.0, ignore_eos=True)))
+        engine.handle(
+            Submit(
+                next(ids), GenerateRequest(prompt, SamplingParams(max_tokens, 0.0, ignore_eos=True))
+            )
+        )
 
     def drain() -> float:
         began_s = time.perf_counter()

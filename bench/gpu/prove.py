@@ -34,7 +34,7 @@ from model.interface import SamplingParams
 from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 from scheduler.engine import Engine
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -212,7 +212,7 @@ def tokens_of(device: str, backend: str) -> list[list[int]]:
             ignore_eos=True,
         )
         prompt = tuple(3 + (7 * number + at) % 500 for at in range(1 + 12 * number))
-        engine.handle(Submit(number, prompt, params))
+        engine.handle(Submit(number, GenerateRequest(prompt, params)))
     while engine.has_work:
         result = engine.step()
         for number, token in zip(result.request_ids, result.token_ids, strict=True):

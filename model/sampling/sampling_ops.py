@@ -19,17 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.splitmix64 import splitmix64
+
 ONE = 2**40
-
-_UINT64 = 2**64 - 1
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-
-
-def _mix64(z: int) -> int:
-    """Finish SplitMix64 (Steele, Lea, Flood: Fast Splittable PRNGs, OOPSLA 2014; Vigna's form)."""
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _UINT64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _UINT64
-    return z ^ (z >> 31)
 
 
 def stream_of(seed: int) -> int:
@@ -38,12 +30,12 @@ def stream_of(seed: int) -> int:
     Mixed, because two raw seeds which differ by the generator's step would be the same stream one
     position apart.
     """
-    return _mix64((seed + _GOLDEN_GAMMA) & _UINT64)
+    return splitmix64(seed, 1)
 
 
 def uniform(stream: int, position: int) -> float:
     """Return the stream's number for a position: in [0, 1), a multiple of 2**-53."""
-    return (_mix64((stream + (position + 1) * _GOLDEN_GAMMA) & _UINT64) >> 11) * 2.0**-53
+    return (splitmix64(stream, position + 1) >> 11) * 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,13 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
+from model.splitmix64 import splitmix64
 from scheduler.client import SamplingParams
 from server.generation.generate import Job, generate
 from server.generation.merge_streams import merge_streams
 from server.generation.output import OutputChunk
 from server.http.context import RequestRecord
 from server.service import Service
-
-_WORD = 2**64 - 1
 
 
 async def generate_choices(
@@ -63,15 +62,7 @@ def best(job: Job, answers: Sequence[list[OutputChunk]]) -> list[list[OutputChun
 
 def params_of_try(params: SamplingParams, index: int) -> SamplingParams:
     """Return the parameters of a prompt's answer number `index`: the first has the given seed."""
-    return replace(params, seed=_mixed(params.seed, index)) if index else params
-
-
-def _mixed(seed: int, index: int) -> int:
-    """Return a seed unlike that of any neighbour (SplitMix64; Steele, Lea and Flood 2014)."""
-    state = (seed + index * 0x9E3779B97F4A7C15) & _WORD
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
-    return state ^ (state >> 31)
+    return replace(params, seed=splitmix64(params.seed, index)) if index else params
 
 
 def _mean_logprob(chunks: list[OutputChunk]) -> float:

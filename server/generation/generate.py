@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from scheduler.client import (
-    Delta,
     EngineError,
     EngineFaultError,
     FinishReason,
     GenerateRequest,
     RequestRefusedError,
+    TokenOutput,
 )
 from server.generation.output import OutputChunk, OutputOptions, OutputText
 from server.generation.params import Warned
@@ -157,7 +157,7 @@ def octavo(job: Job, record: RequestRecord, now_s: float) -> dict[str, Any]:
     }
 
 
-def _require_sound(delta: Delta) -> None:
+def _require_sound(delta: TokenOutput) -> None:
     if delta.finish_reason is FinishReason.ABORT:
         raise unavailable("the engine was stopped and ended this request")
     if delta.finish_reason is FinishReason.ERROR:
@@ -169,7 +169,7 @@ def _require_reason(record: RequestRecord) -> None:
         raise EngineFaultError("the engine's stream ended without a reason")
 
 
-def _note(service: Service, record: RequestRecord, delta: Delta, chunk: OutputChunk) -> None:
+def _note(service: Service, record: RequestRecord, delta: TokenOutput, chunk: OutputChunk) -> None:
     started = delta.started
     if started is not None:
         record.queue_s = started.queue_s

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from scheduler.client import Delta, FinishReason, TokenLogprobs
+from scheduler.client import FinishReason, TokenLogprobs, TokenOutput
 from server.text.detokenize import StreamDecoder
 from server.text.stop import StopMatcher
 from server.text.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ class OutputText:
         #: Tokens with text that is still held back.
         self._held: deque[TokenAt] = deque()
 
-    def push(self, delta: Delta) -> OutputChunk:
+    def push(self, delta: TokenOutput) -> OutputChunk:
         """Take in what the engine told. Not called again once a chunk has a `finish_reason`."""
         reason = delta.finish_reason
         num_shown = len(delta.token_ids)
@@ -124,7 +124,7 @@ class OutputText:
         self._num_sent_chars += len(text)
         return text, len(token_ids), None
 
-    def _push_singly(self, delta: Delta, num_shown: int) -> tuple[str, int, str | None]:
+    def _push_singly(self, delta: TokenOutput, num_shown: int) -> tuple[str, int, str | None]:
         texts = []
         for index, token_id in enumerate(delta.token_ids[:num_shown]):
             start, was_holding = self._num_decoded_chars, self._decoder.is_holding

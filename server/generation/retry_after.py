@@ -55,7 +55,8 @@ class QueueReservations:
             self._num_started *= fades
             self._queued_s = self._queued_s * fades + now_s - self._last_s
         self._last_s, self._num_passed = now_s, 0
-        self._is_full = stats.num_waiting > 0 or stats.num_running >= self._config.max_num_seqs
+        num_running = stats.scheduler.num_running
+        self._is_full = stats.num_waiting > 0 or num_running >= self._config.max_num_seqs
 
     def note_started(self) -> None:
         """Count a request that the queue has let in."""
@@ -73,7 +74,7 @@ class QueueReservations:
         if not self._redeem(whose, now_s):
             # Half of the queue is everybody's: those who were promised a place may never come.
             most -= min(len(self._promises), most // 2)
-        is_full = stats.num_running + num_waiting >= self._config.max_num_seqs
+        is_full = stats.scheduler.num_running + num_waiting >= self._config.max_num_seqs
         if is_full and num_waiting >= most:
             return False
         self._num_passed += 1

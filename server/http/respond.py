@@ -221,7 +221,8 @@ async def read_work(service: Service, request: Request) -> bytes:
     record = RequestContext.of(request.scope).record
     record.whose = hash((record.key_name, record.client, body))
     # With a priority it may take another's place, which the engine knows.
-    may_displace = b'"priority"' in body or service.client.stats().lowest_waiting_priority > 0
+    lowest_priority = service.client.stats().scheduler.lowest_waiting_priority
+    may_displace = b'"priority"' in body or lowest_priority > 0
     if not may_displace and not service.reservations.has_place(record.whose):
         message = "too many requests are waiting already, or were promised a place before this one"
         refused = RequestRefusedError(message, RejectKind.BUSY, None)

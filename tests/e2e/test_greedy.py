@@ -149,7 +149,7 @@ def test_alone_cold_and_warm(
     assert rounds[0] == expected
     assert rounds[1] == expected
     # In the second round everything but each prompt's last token was cached.
-    assert stats.prefix_hits_tokens_total >= sum(len(prompt) - 1 for prompt in prompts)
+    assert stats.scheduler.prefix_hits_tokens_total >= sum(len(prompt) - 1 for prompt in prompts)
 
 
 def test_sixteen_at_a_time_cold_and_warm(
@@ -167,6 +167,7 @@ def test_all_at_once_in_a_pool_for_six(
     longest = max(map(len, prompts)) + num_tokens
     rounds, stats = _serve(prompts, num_tokens, at_once=32, num_pages=6 * -(-longest // 16))
     assert rounds[0] == expected
-    assert stats.preemptions_total > 0
-    assert stats.pages_private == stats.pages_leased == 0
-    assert stats.pages_free + stats.pages_cached == stats.pages_total
+    assert stats.scheduler.preemptions_total > 0
+    cache = stats.cache
+    assert cache.pages_private == cache.pages_leased == 0
+    assert cache.pages_free + cache.pages_cached == cache.pages_total

@@ -23,7 +23,7 @@ from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSe
 from model import build
 from model.interface import Flight, SamplingParams, TokenLogprobs, Vocabulary
 from model.runner import TorchRunner
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
 from waiting import TIMEOUT_S
@@ -104,7 +104,7 @@ class _Engine:
         outputs: dict[int, list[int]] = {request.request_id: [] for request in requests}
         self.scores = {request.request_id: [] for request in requests}
         for request in requests:
-            grammar = request.params.grammar
+            grammar = request.request.params.grammar
             constraint = self.runner.prepare(grammar).result(TIMEOUT_S) if grammar else None
             assert self.scheduler.submit(request, constraint) == []
         in_flight: deque[tuple[StepPlan, Flight]] = deque()
@@ -152,7 +152,7 @@ def _requests(draw: Any) -> list[Submit]:
             **draw(st.sampled_from([{}, {}, *_FOLLOWED])),
         )
         prompt = (*draw(st.sampled_from(stems)), *tail)
-        requests.append(Submit(request_id, prompt, params))
+        requests.append(Submit(request_id, GenerateRequest(prompt, params)))
     return requests
 
 
@@ -180,7 +180,7 @@ def test_the_property_is_about_something(make_runner: MakeRunner) -> None:
     """Preemption, chunks and shared pages do happen in runs like the above."""
     params = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
     stem = tuple(range(40, 50))
-    requests = [Submit(i, (*stem, 100 + i), params) for i in range(6)]
+    requests = [Submit(i, GenerateRequest((*stem, 100 + i), params)) for i in range(6)]
     engine = _Engine(make_runner(9), budget=6)
     tokens = engine.run(requests)
     stats = engine.scheduler.stats()

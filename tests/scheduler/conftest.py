@@ -11,7 +11,7 @@ from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import SamplingParams, TokenLogprobs
-from scheduler.messages import FinishReason, Rejected, Submit
+from scheduler.messages import FinishReason, GenerateRequest, Rejected, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
 
@@ -35,14 +35,25 @@ class Drive:
         self.plans: list[StepPlan] = []
 
     def submit(
-        self, request_id: int, prompt: Sequence[int], *, max_tokens: int = 8, **submit: Any
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 8,
+        priority: int = 0,
+        namespace: str = "",
+        **submit: Any,
     ) -> Rejected | None:
         params = submit.pop("params", None) or SamplingParams(
             max_tokens=max_tokens, ignore_eos=True
         )
         self.outputs[request_id] = []
         self.scores[request_id] = []
-        refusals = self.scheduler.submit(Submit(request_id, tuple(prompt), params, **submit))
+        refusals = self.scheduler.submit(
+            Submit(
+                request_id, GenerateRequest(tuple(prompt), params, priority, namespace), **submit
+            )
+        )
         if [refused.request_id for refused in refusals] == [request_id]:
             return refusals[0]
         self.displaced += [refused.request_id for refused in refusals]

@@ -141,7 +141,7 @@ def test_who_is_preempted_goes_on_as_undisturbed() -> None:
             await _collect(client, _request(FORTY))
             requests = [_request(FORTY, (7, i)) for i in range(4)]
             told = await asyncio.gather(*(_collect(client, one) for one in requests))
-            preemptions = client.stats().preemptions_total
+            preemptions = client.stats().scheduler.preemptions_total
             client.check()
             await client.close()
             return list(told), preemptions
@@ -172,17 +172,17 @@ def _engine() -> tuple[_SlowToPrepare, Engine, list[Prepared]]:
     runner, posted = _SlowToPrepare(), list[Prepared]()
     engine = Engine(runner, _CONFIG, lambda: 0.0, posted.append)
     engine.handle(Learn(VOCABULARY))
-    engine.handle(Submit(1, (1, 2), SamplingParams(max_tokens=9, grammar=FORTY)))
+    engine.handle(Submit(1, GenerateRequest((1, 2), SamplingParams(max_tokens=9, grammar=FORTY))))
     return runner, engine, posted
 
 
 def test_a_request_waits_outside_and_nobody_waits_with_it() -> None:
     runner, engine, posted = _engine()
-    engine.handle(Submit(2, (1, 2), SamplingParams(max_tokens=2, ignore_eos=True)))
-    assert engine.step().request_ids == (2,)
+    engine.handle(Submit(2, GenerateRequest((1, 2), SamplingParams(max_tokens=2, ignore_eos=True))))
+    assert engine.step().request_ids == [2]
     assert engine.stats().num_waiting == 1
     engine.check()
-    assert engine.step().finished == ((2, FinishReason.LENGTH, ""),)
+    assert engine.step().finished == [(2, FinishReason.LENGTH)]
     assert not engine.has_work
     runner.finish()
     assert posted == [Prepared(1)]
@@ -210,7 +210,7 @@ def test_a_grammar_that_is_ready_holds_nobody_back() -> None:
     engine = Engine(runner, _CONFIG, lambda: 0.0, posted.append)
     engine.handle(Learn(VOCABULARY))
     runner.prepare(FORTY).result(TIMEOUT_S)
-    engine.handle(Submit(1, (1, 2), SamplingParams(max_tokens=9, grammar=FORTY)))
+    engine.handle(Submit(1, GenerateRequest((1, 2), SamplingParams(max_tokens=9, grammar=FORTY))))
     assert [one.request_id for one in engine.step().started] == [1]
     assert posted == []
     engine.check()
@@ -245,7 +245,7 @@ def test_a_row_without_a_token_is_computed_again_and_counted(length: int) -> Non
             tokens = await _collect(client, GenerateRequest(tuple(range(length)), params))
             client.check()
             await client.close()
-            return tokens, client.stats().late_rows_total
+            return tokens, client.stats().scheduler.late_rows_total
 
         return asyncio.run(asyncio.wait_for(test(), TIMEOUT_S))
 
@@ -264,7 +264,7 @@ def test_a_row_that_fails_ends_with_the_reason() -> None:
         await client.start()
         with pytest.raises(EngineFaultError, match="it broke"):
             await _collect(client, _request(None))
-        assert client.stats().late_rows_total == 0
+        assert client.stats().scheduler.late_rows_total == 0
         client.check()
         await client.close()
 

@@ -23,7 +23,7 @@ from model.interface import (
     StepOutput,
     TokenLogprobs,
 )
-from scheduler.messages import FinishReason, Submit
+from scheduler.messages import FinishReason, GenerateRequest, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import State
@@ -144,7 +144,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             grammar=grammar,
         )
         submit = Submit(
-            self.num_submits, tuple(prompt), params, priority=priority, namespace=namespace
+            self.num_submits,
+            GenerateRequest(tuple(prompt), params, priority=priority, namespace=namespace),
         )
         self.num_submits += 1
         resumed = self.expected(submit)[:num_resumed]
@@ -155,11 +156,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 num_scored = 0
             submit = Submit(
                 submit.request_id,
-                submit.prompt_token_ids,
-                params,
-                tuple(resumed),
-                priority,
-                namespace,
+                submit.request,
+                output_token_ids=tuple(resumed),
                 num_scored=min(num_scored, max(0, len(prompt) - 1)),
             )
         fits = bool(prompt) and len(prompt) + len(submit.output_token_ids) < self.max_len()
@@ -168,11 +166,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_taken = fits and [one.request_id for one in refusals] != [submit.request_id]
         assert fits or refusals, "taken in, though it never fits"
         if fits and not is_taken and self.scheduler._config.max_queue:
-            assert all(one.priority <= priority or one.has_begun for one in waiting)
+            assert all(one.request.priority <= priority or one.has_begun for one in waiting)
         if is_taken:
             for refused in refusals:
                 [gone] = [one for one in waiting if one.request_id == refused.request_id]
-                assert gone.priority > priority, "displaced by one that has no precedence"
+                assert gone.request.priority > priority, "displaced by one that has no precedence"
                 assert self.outputs[gone.request_id] == [], "displaced though it had begun"
                 del self.submits[gone.request_id]
             self.submits[submit.request_id] = submit
@@ -180,7 +178,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scores[submit.request_id] = self.expected_scores(submit)[: submit.num_scored]
 
     def expected_scores(self, submit: Submit) -> list[TokenLogprobs]:
-        prompt, count = submit.prompt_token_ids, submit.params.prompt_logprobs
+        prompt, count = submit.request.prompt_token_ids, submit.request.params.prompt_logprobs
         if count is None:
             return []
         return [fake_logprobs(prompt[:i], prompt[i], count) for i in range(1, len(prompt))]
@@ -189,13 +187,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         return min(12, self.runner.num_pages * self.runner.page_size + 1)
 
     def expected(self, submit: Submit) -> list[int]:
-        tokens = list(submit.prompt_token_ids)
-        end = min(len(tokens) + submit.params.max_tokens, self.max_len())
+        tokens = list(submit.request.prompt_token_ids)
+        end = min(len(tokens) + submit.request.params.max_tokens, self.max_len())
+        may_end = not submit.request.params.ignore_eos
         while tokens and len(tokens) < end:
-            tokens.append(fake_next_token(tokens, _VOCAB, may_end=not submit.params.ignore_eos))
-            if tokens[-1] == FAKE_EOS_TOKEN_ID and not submit.params.ignore_eos:
+            tokens.append(fake_next_token(tokens, _VOCAB, may_end=may_end))
+            if tokens[-1] == FAKE_EOS_TOKEN_ID and may_end:
                 break
-        return tokens[len(submit.prompt_token_ids) :]
+        return tokens[len(submit.request.prompt_token_ids) :]
 
     @rule(pick=st.integers(0, 100))
     @precondition(lambda self: self.submits)
@@ -249,7 +248,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request_id, why in outcome.failed:
             submit = self.submits.pop(request_id)
             if why == "it failed":
-                assert submit.params.grammar is not None
+                assert submit.request.params.grammar is not None
             else:
                 assert request_id in self.failed_alone, "ended for what it did not do alone"
             tokens = self.outputs[request_id]
@@ -260,7 +259,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.scores[request_id] == self.expected_scores(submit)
             assert (reason is FinishReason.STOP) == (
                 self.outputs[request_id][-1:] == [FAKE_EOS_TOKEN_ID]
-                and not submit.params.ignore_eos
+                and not submit.request.params.ignore_eos
             )
 
     @rule(has_written=st.booleans())

@@ -24,7 +24,7 @@ from model.interface import (
     Vocabulary,
 )
 from scheduler.engine import Engine
-from scheduler.messages import Cancel, FinishReason, Learn, StepResult, Submit
+from scheduler.messages import Cancel, FinishReason, GenerateRequest, Learn, StepResult, Submit
 from scheduler.scheduler import Scheduler
 from waiting import TIMEOUT_S
 
@@ -65,7 +65,7 @@ class Told:
 
     def submit(self, request_id: int, prompt: tuple[int, ...], **params: Any) -> None:
         sampling = SamplingParams(**{"max_tokens": 6, "ignore_eos": True} | params)
-        self.engine.handle(Submit(request_id, prompt, sampling))
+        self.engine.handle(Submit(request_id, GenerateRequest(prompt, sampling)))
         self.tokens[request_id] = []
 
     def step(self) -> StepResult:
@@ -73,7 +73,7 @@ class Told:
         self.engine.check()
         for request_id, token_id in zip(result.request_ids, result.token_ids, strict=True):
             self.tokens[request_id].append(token_id)
-        self.finished |= {request_id: reason for request_id, reason, _ in result.finished}
+        self.finished |= dict(result.finished)
         return result
 
     def run(self) -> None:
@@ -125,7 +125,7 @@ def test_preempted_with_steps_under_way(max_flights: int) -> None:
     for request_id, prompt in prompts.items():
         told.submit(request_id, prompt, max_tokens=8)
     told.run()
-    assert told.engine.stats().preemptions_total > 0
+    assert told.engine.stats().scheduler.preemptions_total > 0
     assert told.tokens == {id_: expected(prompt, 8) for id_, prompt in prompts.items()}
 
 
@@ -133,7 +133,7 @@ def test_a_step_of_an_earlier_stay_does_not_count_for_the_next() -> None:
     runner = Recorder()
     config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=4)
     scheduler = Scheduler(KVCache(16, 4), config, runner.info)
-    scheduler.submit(Submit(0, tuple(range(1, 11)), SamplingParams(max_tokens=2)))
+    scheduler.submit(Submit(0, GenerateRequest(tuple(range(1, 11)), SamplingParams(max_tokens=2))))
     first = scheduler.plan()
     assert first is not None
     flight = runner.launch(first.step)
@@ -153,7 +153,9 @@ def test_a_sequence_does_not_come_back_before_its_newest_token_is_known() -> Non
     runner = Recorder()
     config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=4)
     scheduler = Scheduler(KVCache(16, 4), config, runner.info)
-    scheduler.submit(Submit(0, (1, 2, 3), SamplingParams(max_tokens=3, ignore_eos=True)))
+    scheduler.submit(
+        Submit(0, GenerateRequest((1, 2, 3), SamplingParams(max_tokens=3, ignore_eos=True)))
+    )
     first = scheduler.plan()
     assert first is not None
     flight = runner.launch(first.step)
@@ -172,7 +174,7 @@ def test_a_prompt_is_told_of_once_though_it_was_preempted_with_its_step_under_wa
     scheduler = Scheduler(KVCache(16, 4), config, runner.info)
     prompt = tuple(range(1, 9))
     params = SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=2)
-    scheduler.submit(Submit(0, prompt, params))
+    scheduler.submit(Submit(0, GenerateRequest(prompt, params)))
     first = scheduler.plan()
     assert first is not None
     flight = runner.launch(first.step)
@@ -195,8 +197,8 @@ def _with_grammar(runner: Recorder) -> Scheduler:
     config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=8)
     scheduler = Scheduler(KVCache(16, 4), config, runner.info)
     params = SamplingParams(max_tokens=3, ignore_eos=True)
-    scheduler.submit(Submit(0, (1, 2, 3), params), constraint="a grammar")
-    scheduler.submit(Submit(1, (4, 5), params))
+    scheduler.submit(Submit(0, GenerateRequest((1, 2, 3), params)), constraint="a grammar")
+    scheduler.submit(Submit(1, GenerateRequest((4, 5), params)))
     return scheduler
 
 
@@ -298,7 +300,7 @@ def test_the_last_step_under_way_is_waited_for_though_nobody_wants_it() -> None:
     told.engine.handle(Cancel(0))
     assert told.engine.has_work
     told.run()
-    assert told.engine.stats().pages_private == 0
+    assert told.engine.stats().cache.pages_private == 0
 
 
 def test_a_step_is_not_timed_while_it_waits_for_the_one_before_it() -> None:

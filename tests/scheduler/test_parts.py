@@ -3,14 +3,16 @@ from __future__ import annotations
 import pytest
 
 from model.interface import SamplingParams
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 from scheduler.pacing import Pacing
 from scheduler.queue import WaitingQueue
 from scheduler.sequence import TRANSITIONS, InvalidTransitionError, Sequence, State
 
 
 def _sequence(request_id: int, priority: int = 0) -> Sequence:
-    submit = Submit(request_id, (1, 2), SamplingParams(max_tokens=4), priority=priority)
+    submit = Submit(
+        request_id, GenerateRequest((1, 2), SamplingParams(max_tokens=4), priority=priority)
+    )
     return Sequence(submit, arrival=request_id, eos_token_ids=(0,), max_model_len=100)
 
 

@@ -81,7 +81,7 @@ def test_a_killed_engine_is_replaced_and_streams_go_on_exactly() -> None:
             tasks = [
                 asyncio.create_task(_collect(client, _request(prompt, 240))) for prompt in prompts
             ]
-            await _until(lambda: client.stats().steps_total > 20)
+            await _until(lambda: client.stats().scheduler.steps_total > 20)
             assert client.engine_pid is not None
             os.kill(client.engine_pid, signal.SIGKILL)
             assert await asyncio.gather(*tasks) == [fake_output(p, 240) for p in prompts]

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from scheduler.client import Delta, FinishReason, GenerateRequest, Started
+from scheduler.client import FinishReason, GenerateRequest, Started, TokenOutput
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
 
@@ -47,15 +47,17 @@ class _Script:
         #: What the model was told, request by request.
         self.prompts: list[str] = []
 
-    async def __call__(self, _: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def __call__(
+        self, _: object, request: GenerateRequest
+    ) -> AsyncGenerator[TokenOutput, None]:
         prompt = bytes(token for token in request.prompt_token_ids if token < 256).decode()
         self.prompts.append(prompt)
         num_results = prompt.count("[tool]")
         has_tools = "<tool_call>" in prompt
         is_calling = has_tools and num_results < len(self._calls)
         said = self._calls[num_results] if is_calling else _ANSWER
-        yield Delta(tuple(said.encode()), (), Started(0, 0.0, 0, "cold"))
-        yield Delta(started=None, finish_reason=FinishReason.STOP)
+        yield TokenOutput(tuple(said.encode()), (), Started(0, 0.0, 0, "cold"))
+        yield TokenOutput(started=None, finish_reason=FinishReason.STOP)
 
 
 @pytest.fixture

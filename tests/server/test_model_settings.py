@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from event_streams import chunks_of
-from scheduler.client import Delta, FinishReason, GenerateRequest
+from scheduler.client import FinishReason, GenerateRequest, TokenOutput
 from server.generation.makers_sampling import makers_sampling
 from server.openai import response_models
 from server.text.load import ModelText
@@ -26,11 +26,11 @@ CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 
 
 def says(output: str) -> Any:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.prompt_token_ids
         for byte in output.encode():
-            yield Delta((byte,))
-        yield Delta(finish_reason=FinishReason.STOP)
+            yield TokenOutput((byte,))
+        yield TokenOutput(finish_reason=FinishReason.STOP)
 
     return script
 

@@ -22,7 +22,7 @@ from model.hf.decoder import load_hf_decoder
 from model.interface import SamplingParams
 from model.runner import TorchRunner
 from model.weights.source import ModelSource
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 from scheduler.scheduler import Scheduler
 from scheduler.stats import SchedulerStats
 
@@ -194,7 +194,7 @@ class Engine:
         params = SamplingParams(max_tokens=_NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
         outputs: list[list[int]] = [[] for _ in prompts]
         for index, prompt in enumerate(prompts):
-            assert self.scheduler.submit(Submit(index, prompt, params)) == []
+            assert self.scheduler.submit(Submit(index, GenerateRequest(prompt, params))) == []
         while self.scheduler.has_work:
             plan = self.scheduler.plan()
             if plan is None:

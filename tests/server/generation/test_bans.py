@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from scheduler.client import Delta, FinishReason, GenerateRequest, SamplingParams
+from scheduler.client import FinishReason, GenerateRequest, SamplingParams, TokenOutput
 from server.openai import schemas
 
 COMPLETION = "/v1/completions"
@@ -24,9 +24,9 @@ def roomy(start_shared: Callable[..., Any]) -> Any:
     return start_shared()
 
 
-async def _silence(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def _silence(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     assert request.prompt_token_ids
-    yield Delta(finish_reason=FinishReason.LENGTH)
+    yield TokenOutput(finish_reason=FinishReason.LENGTH)
 
 
 def _params(scripted: Callable[..., Any], path: str, **asked: Any) -> SamplingParams:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scheduler.client import Delta, FinishReason, TokenLogprobs
+from scheduler.client import FinishReason, TokenLogprobs, TokenOutput
 from server.generation.output import OutputChunk, OutputOptions, OutputText
 from server.text.load import ModelText
 
@@ -16,7 +16,7 @@ TOKENS = [97, 98, 99, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 260, 0]
 STOPS = ["ab", "ba", "aab", "é", "c a", "bb"]
 
 
-def run(text: ModelText, options: OutputOptions, deltas: list[Delta]) -> list[OutputChunk]:
+def run(text: ModelText, options: OutputOptions, deltas: list[TokenOutput]) -> list[OutputChunk]:
     output = OutputText(text.tokenizer, options)
     chunks = []
     for delta in deltas:
@@ -28,12 +28,12 @@ def run(text: ModelText, options: OutputOptions, deltas: list[Delta]) -> list[Ou
     raise AssertionError(message)
 
 
-def deltas_of(token_ids: list[int], cuts: list[int], *, has_logprobs: bool) -> list[Delta]:
+def deltas_of(token_ids: list[int], cuts: list[int], *, has_logprobs: bool) -> list[TokenOutput]:
     """Split tokens at `cuts`; the end comes with the last of them."""
     bounds = sorted({0, len(token_ids), *(cut % (len(token_ids) + 1) for cut in cuts)})
     parts = [token_ids[a:b] for a, b in pairwise(bounds)] or [[]]
     deltas = [
-        Delta(
+        TokenOutput(
             tuple(part),
             tuple(TokenLogprobs(token, -1.0, 1) for token in part) if has_logprobs else (),
         )
@@ -108,7 +108,7 @@ def test_probabilities_do_not_tell_what_text_holds_back(text: ModelText) -> None
     output = OutputText(text.tokenizer, options)
 
     def push(token: int) -> OutputChunk:
-        return output.push(Delta((token,), (TokenLogprobs(token, -1.0, 1),)))
+        return output.push(TokenOutput((token,), (TokenLogprobs(token, -1.0, 1),)))
 
     def told(chunk: OutputChunk) -> list[int]:
         return [token.logprobs.token_id for token in chunk.tokens]
@@ -129,7 +129,7 @@ def test_probabilities_do_not_tell_what_text_holds_back(text: ModelText) -> None
     ],
 )
 def test_the_text_of_an_end_token(text: ModelText, options: OutputOptions, shown: str) -> None:
-    [chunk] = run(text, options, [Delta((98, 97), finish_reason=FinishReason.STOP)])
+    [chunk] = run(text, options, [TokenOutput((98, 97), finish_reason=FinishReason.STOP)])
     assert chunk.text == shown
     assert chunk.num_tokens == 2, "it was generated all the same"
     assert chunk.finish_reason == "stop"
@@ -138,23 +138,23 @@ def test_the_text_of_an_end_token(text: ModelText, options: OutputOptions, shown
 
 def test_an_end_token_is_text_where_the_length_ended_the_output(text: ModelText) -> None:
     options = OutputOptions(end_token_ids=frozenset({97}))
-    [chunk] = run(text, options, [Delta((97,), finish_reason=FinishReason.LENGTH)])
+    [chunk] = run(text, options, [TokenOutput((97,), finish_reason=FinishReason.LENGTH)])
     assert chunk.text == "a"
 
 
 def test_stop_strings_count_from_min_tokens_on(text: ModelText) -> None:
     options = OutputOptions(stops=("a",), min_tokens=2)
-    chunks = run(text, options, [Delta((97, 97, 98)), Delta((97, 97))])
+    chunks = run(text, options, [TokenOutput((97, 97, 98)), TokenOutput((97, 97))])
     assert "".join(chunk.text for chunk in chunks) == "aab"
     assert sum(chunk.num_tokens for chunk in chunks) == 4
 
 
 def test_tokens_behind_a_stop_string_are_not_counted(text: ModelText) -> None:
     options = OutputOptions(stops=("b",))
-    [chunk] = run(text, options, [Delta((97, 98, 99, 99))])
+    [chunk] = run(text, options, [TokenOutput((97, 98, 99, 99))])
     assert (chunk.text, chunk.num_tokens) == ("a", 2)
 
 
 def test_a_broken_character_at_the_end_is_shown_as_such(text: ModelText) -> None:
-    [chunk] = run(text, OutputOptions(), [Delta((0xC3,), finish_reason=FinishReason.LENGTH)])
+    [chunk] = run(text, OutputOptions(), [TokenOutput((0xC3,), finish_reason=FinishReason.LENGTH)])
     assert chunk.text == "\ufffd"

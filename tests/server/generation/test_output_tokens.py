@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
 from event_streams import chunks_of, events_of
-from scheduler.client import Delta, FinishReason, GenerateRequest, TokenLogprobs
+from scheduler.client import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
 from server.text.token_bytes import BYTE_LEVEL_ALPHABET
@@ -78,14 +78,14 @@ class Said:
     has_end_token: bool = False
     ends_apart: bool = False
 
-    def deltas(self) -> list[Delta]:
+    def deltas(self) -> list[TokenOutput]:
         """Return them; the probability of token i is that of its number."""
         token_ids = (*self.token_ids, *((IDS[END.encode()],) if self.has_end_token else ()))
         scores = tuple(TokenLogprobs(token, -float(i), 1) for i, token in enumerate(token_ids))
         bounds = sorted({0, len(token_ids), *(cut % (len(token_ids) + 1) for cut in self.cuts)})
-        deltas = [Delta(token_ids[a:b], scores[a:b]) for a, b in pairwise(bounds)]
+        deltas = [TokenOutput(token_ids[a:b], scores[a:b]) for a, b in pairwise(bounds)]
         if self.ends_apart or not deltas:
-            deltas.append(Delta())
+            deltas.append(TokenOutput())
         reason = FinishReason.STOP if self.has_end_token else FinishReason.LENGTH
         deltas[-1] = replace(deltas[-1], finish_reason=reason)
         return deltas
@@ -101,7 +101,7 @@ def says() -> list[Said]:
 def servers(
     start_shared: Callable[..., Any], scripted_client: Callable[..., Any], says: list[Said]
 ) -> dict[str, Any]:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         for delta in says[0].deltas():
             yield delta if request.params.logprobs is not None else replace(delta, logprobs=())
 

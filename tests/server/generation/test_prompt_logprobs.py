@@ -10,7 +10,7 @@ import pytest
 
 from event_streams import chunks_of
 from model.fake import fake_logprobs
-from scheduler.client import Delta, FinishReason, GenerateRequest, TokenLogprobs
+from scheduler.client import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from server.generation import prompt_logprobs
 from server.openai import response_models
 from server.text.load import ModelText
@@ -103,10 +103,10 @@ def test_a_chat_cannot_stream_them(live: Any) -> None:
 def test_a_probability_of_nothing_is_a_number_and_a_token_is_told_once(
     scripted: Callable[..., Any],
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.params.prompt_logprobs == 2
         score = TokenLogprobs(98, float("-inf"), 2, ((99, -0.5), (98, float("-inf"))))
-        yield Delta(finish_reason=FinishReason.LENGTH, prompt_logprobs=(score,))
+        yield TokenOutput(finish_reason=FinishReason.LENGTH, prompt_logprobs=(score,))
 
     answer = scripted(script).post(COMPLETION, prompt="ab", prompt_logprobs=2)
     assert answer.json()["choices"][0]["prompt_logprobs"] == [

@@ -13,13 +13,14 @@ import pytest
 
 from configs.schema import SchedulerSection
 from scheduler.client import (
-    Delta,
     EngineStats,
     EngineUnavailableError,
     FinishReason,
     GenerateRequest,
     RejectKind,
     RequestRefusedError,
+    SchedulerStats,
+    TokenOutput,
 )
 from server.generation.retry_after import MOST_S, QueueReservations
 
@@ -45,7 +46,7 @@ class Engine:
         for _ in range(started):
             self.reservations.note_started()
         self.now_s += after_s
-        self.snapshot = EngineStats(num_waiting=waiting, num_running=running)
+        self.snapshot = EngineStats(SchedulerStats(num_waiting=waiting, num_running=running))
         for observer in self.observers:
             observer(1)
 
@@ -251,7 +252,7 @@ def test_a_full_queue_refuses_before_it_reads_what_is_asked(
 ) -> None:
     live = scripted(_said)
     client: Any = live.client
-    client.engine_stats = EngineStats(num_waiting=1024, num_running=64)
+    client.engine_stats = EngineStats(SchedulerStats(num_waiting=1024, num_running=64))
     answers = [
         live.http.post(path, content=b"{nonsense")
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
@@ -263,19 +264,21 @@ def test_a_full_queue_refuses_before_it_reads_what_is_asked(
     assert live.metric('octavo_requests_rejected_total{reason="queue_full"}') == 4
     assert live.post("/v1/completions", prompt="x", priority=-1).status_code == 200
     assert live.post("/tokenize", prompt="x").status_code == 200
-    client.engine_stats = EngineStats(num_waiting=1024, num_running=64, lowest_waiting_priority=1)
+    client.engine_stats = EngineStats(
+        SchedulerStats(num_waiting=1024, num_running=64, lowest_waiting_priority=1)
+    )
     assert live.post("/v1/completions", prompt="x").status_code == 200
 
 
-async def _said(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-    yield Delta(request.prompt_token_ids, finish_reason=FinishReason.STOP)
+async def _said(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    yield TokenOutput(request.prompt_token_ids, finish_reason=FinishReason.STOP)
 
 
 def test_a_refusal_of_the_engine_is_a_promise_too(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise RequestRefusedError("full", RejectKind.BUSY, None)
-        yield Delta()
+        yield TokenOutput()
 
     live = scripted(script)
     answers = [live.post("/v1/completions", prompt="x") for _ in range(5)]
@@ -287,10 +290,10 @@ def test_a_refusal_of_the_engine_is_a_promise_too(scripted: Callable[..., Any]) 
 def test_a_503_tells_when_the_engine_should_be_there(
     scripted: Callable[..., Any], retry_after_s: float | None, told: str
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise EngineUnavailableError("the engine is being restarted", retry_after_s)
-        yield Delta()
+        yield TokenOutput()
 
     live = scripted(script)
     answer = live.chat()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 from configs.schema import ServerSection
 from model.fake import FakeRunner
-from scheduler.client import Delta, FinishReason, GenerateRequest
+from scheduler.client import FinishReason, GenerateRequest, TokenOutput
 from server.http.keys import load_keys
 
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
@@ -131,8 +131,8 @@ def test_those_that_share_find_what_the_others_left(tenants: Any, sharing: set[s
     assert cached(tenants, second, prompt, "salt")[0] == 0
 
 
-async def answer(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-    yield Delta((72,) if request.prompt_token_ids else (), finish_reason=FinishReason.STOP)
+async def answer(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    yield TokenOutput((72,) if request.prompt_token_ids else (), finish_reason=FinishReason.STOP)
 
 
 def test_no_salt_leads_into_another_namespace(scripted: Callable[..., Any], file: Path) -> None:

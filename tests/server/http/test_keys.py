@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from configs.schema import ServerSection
-from scheduler.client import Delta, FinishReason, GenerateRequest, Started
+from scheduler.client import FinishReason, GenerateRequest, Started, TokenOutput
 from server.http.keys import Keyring, digest_of, load_keys, reload_keys
 
 FILE = """
@@ -43,11 +43,11 @@ def bearer(secret: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {secret}"}
 
 
-async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     """One token, then nothing for ever; a prompt of one byte is answered at once."""
-    yield Delta((72,), started=Started(1, 0.0, 0, ""))
+    yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
     if len(request.prompt_token_ids) == 1:
-        yield Delta(finish_reason=FinishReason.STOP)
+        yield TokenOutput(finish_reason=FinishReason.STOP)
     await asyncio.Event().wait()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from event_streams import chunks_of
-from scheduler.client import Delta, FinishReason, GenerateRequest, Started
+from scheduler.client import FinishReason, GenerateRequest, Started, TokenOutput
 from server.http import lifecycle as lifecycle_module
 from server.http.lifecycle import Lifecycle, LifecycleStats
 from waiting import TIMEOUT_S
@@ -23,13 +23,15 @@ class Held:
         self._release: asyncio.Event | None = None
         self.has_begun = threading.Event()
 
-    async def __call__(self, _: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def __call__(
+        self, _: object, request: GenerateRequest
+    ) -> AsyncGenerator[TokenOutput, None]:
         del request
         self._release = asyncio.Event()
-        yield Delta((72,), started=Started(1, 0.0, 0, ""))
+        yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
         self.has_begun.set()
         await self._release.wait()
-        yield Delta((105,), finish_reason=FinishReason.LENGTH)
+        yield TokenOutput((105,), finish_reason=FinishReason.LENGTH)
 
     async def release(self) -> None:
         assert self._release is not None
@@ -86,10 +88,10 @@ def test_what_takes_too_long_is_ended_and_told(
 def test_a_request_that_waits_in_the_engines_queue_is_ended_too(
     scripted: Callable[..., Any],
 ) -> None:
-    async def silent(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def silent(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
         await asyncio.Event().wait()
-        yield Delta()
+        yield TokenOutput()
 
     live = scripted(silent)
     with ThreadPoolExecutor() as threads:

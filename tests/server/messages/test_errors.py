@@ -10,7 +10,7 @@ import anthropic
 import httpx
 import pytest
 
-from scheduler.client import Delta, GenerateRequest, RejectKind, RequestRefusedError
+from scheduler.client import GenerateRequest, RejectKind, RequestRefusedError, TokenOutput
 from server.messages.response_models import MessagesErrorBody
 from server.openai.chat_messages import MAX_PARTS
 from server.openai.schemas import MAX_MESSAGES
@@ -230,10 +230,10 @@ def test_without_a_key_nothing_is_answered(
 
 
 def test_a_full_queue_and_an_absent_engine(scripted: Callable[..., Any], absent: Any) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise RequestRefusedError("the queue is full", RejectKind.BUSY, None)
-        yield Delta()
+        yield TokenOutput()
 
     busy = scripted(script).post(PATHS[0], **ASKED)
     error_of(busy, 429, "rate_limit_error")
@@ -246,10 +246,10 @@ def test_a_full_queue_and_an_absent_engine(scripted: Callable[..., Any], absent:
 
 
 def test_a_bug_shows_nothing_of_the_insides(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise KeyError("the secret of the insides")
-        yield Delta()
+        yield TokenOutput()
 
     answer = scripted(script).post(PATHS[0], **ASKED)
     assert answer.headers["request-id"] in error_of(answer, 500, "api_error")["message"]

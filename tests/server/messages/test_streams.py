@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from event_streams import events_of
-from scheduler.client import Delta, EngineUnavailableError, FinishReason, GenerateRequest
+from scheduler.client import EngineUnavailableError, FinishReason, GenerateRequest, TokenOutput
 from server.messages.blocks import Blocks, summed
 from server.messages.response_models import MessageEvent
 
@@ -170,11 +170,11 @@ def test_the_asynchronous_client_reads_it_too(saying: Saying) -> None:
 def test_a_failure_on_the_way_is_an_event_of_its_own(
     scripted: Callable[..., Any], client_of: Callable[[Any], Any], is_typed: bool
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        yield Delta(tuple(b"Tw"))
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        yield TokenOutput(tuple(b"Tw"))
         if is_typed:
             raise EngineUnavailableError("the engine is gone")
-        yield Delta(finish_reason=FinishReason.ERROR if request.prompt_token_ids else None)
+        yield TokenOutput(finish_reason=FinishReason.ERROR if request.prompt_token_ids else None)
 
     live = scripted(script)
     asked = ASKED | {"tools": []}

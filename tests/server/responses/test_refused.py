@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from scheduler.client import Delta, GenerateRequest, RejectKind, RequestRefusedError
+from scheduler.client import GenerateRequest, RejectKind, RequestRefusedError, TokenOutput
 
 PATH = "/v1/responses"
 TOOL = {"type": "function", "name": "add"}
@@ -148,10 +148,10 @@ def test_what_is_wrong_with_a_query_is_named(shared: Any, query: str, param: str
 
 
 def test_what_the_engine_refuses_is_named_as_here(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise RequestRefusedError("max_tokens is odd", RejectKind.INVALID, "max_tokens")
-        yield Delta()
+        yield TokenOutput()
 
     error = scripted(script).post(PATH, input="x", stream=True).json()["error"]
     assert (error["param"], error["message"]) == ("max_output_tokens", "max_output_tokens is odd")

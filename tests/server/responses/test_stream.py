@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types.responses import Response as OpenAIResponse
 
-from scheduler.client import Delta, EngineFaultError, FinishReason, GenerateRequest
+from scheduler.client import EngineFaultError, FinishReason, GenerateRequest, TokenOutput
 from waiting import TIMEOUT_S
 
 PATH = "/v1/responses"
@@ -185,9 +185,9 @@ def test_a_stream_may_be_told_not_to_pad(live: Any, api_of: Any) -> None:
 
 @pytest.fixture
 def failing(scripted: Callable[..., Any]) -> Any:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.prompt_token_ids
-        yield Delta(tuple(b"half "))
+        yield TokenOutput(tuple(b"half "))
         raise EngineFaultError("the engine fell")
 
     return scripted(script)
@@ -217,10 +217,10 @@ def test_the_official_client_raises_at_a_failure(failing: Any, api_of: Any) -> N
 def test_a_failure_before_the_first_event_is_a_status(
     scripted: Callable[..., Any],
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise EngineFaultError("the engine fell")
-        yield Delta()
+        yield TokenOutput()
 
     answer = scripted(script).post(PATH, input="x", stream=True)
     assert answer.status_code == 500
@@ -228,13 +228,13 @@ def test_a_failure_before_the_first_event_is_a_status(
 
 
 def test_a_client_that_leaves_ends_it_and_nothing_is_kept(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.prompt_token_ids
         for token in itertools.count():
-            yield Delta((65 + token % 26,))
+            yield TokenOutput((65 + token % 26,))
             # Nothing waits here for its reader: others must get their turn.
             await _turn()
-        yield Delta(finish_reason=FinishReason.STOP)
+        yield TokenOutput(finish_reason=FinishReason.STOP)
 
     live = scripted(script)
     body = {"input": "x", "stream": True}
