@@ -25,6 +25,17 @@ MAY_IMPORT = {
 #: The composition roots: single files that know more than their folder.
 EXCEPTIONS = {"server/daemon.py": {"model.build", "model.weights.source"}}
 
+#: The modules that write one API's answers.
+APIS = {
+    "openai": {
+        f"server.{room}{name}"
+        for room in ("", "openai.")
+        for name in ("chat", "chat_choice", "completions", "routes")
+    },
+    "messages": {"server.messages"},
+    "responses": {"server.responses"},
+}
+
 #: Heavy packages, for `model/` alone.
 ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_interface"}
 
@@ -114,6 +125,16 @@ def test_a_folder_imports_only_what_it_may(path: Path) -> None:
     allowed = {folder} | MAY_IMPORT[folder] | EXCEPTIONS.get(name_of(path), set())
     ours = {module for module in imports(path) if module.partition(".")[0] in MAY_IMPORT}
     assert sorted(module for module in ours if not is_within(module, allowed)) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_the_apis_do_not_import_each_others_answers(path: Path) -> None:
+    """Chat and completions, messages, and responses have no more in common than what all share."""
+    name = name_of(path).removesuffix(".py").replace("/", ".")
+    own = [api for api, modules in APIS.items() if is_within(name, modules)]
+    others = [modules for api, modules in APIS.items() if api not in own]
+    if own:
+        assert not [one for one in imports(path) if any(is_within(one, of) for of in others)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -5,9 +5,11 @@ Knows nothing of how calls and reasoning are told apart (`server/tools/`) nor of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import random
+import string
+from collections.abc import Callable, Iterable, Iterator
 
+from server.answer_types import LeftOut
 from server.generation.tooling import ParserOptions
 from server.tools.custom import input_of
 from server.tools.events import (
@@ -21,27 +23,47 @@ from server.tools.events import (
 )
 from server.tools.output_parser import OutputParser
 
+_ID_CHARS = string.ascii_letters + string.digits
+_NUM_ID_CHARS = 24
+
+
+def call_ids(
+    rng: random.Random, parser_options: ParserOptions | None, prefix: str = "call_"
+) -> Callable[[], str]:
+    """Return a function that makes ids of calls: without `prefix` where templates insist on it."""
+    calls = parser_options.syntax.calls if parser_options is not None else None
+    num_chars = calls.id_chars if calls is not None else None
+
+    def new_call_id() -> str:
+        drawn = "".join(rng.choices(_ID_CHARS, k=num_chars or _NUM_ID_CHARS))
+        return drawn if num_chars else prefix + drawn
+
+    return new_call_id
+
 
 class AnswerParser:
-    """Gives the events that the client is to see, in order."""
+    """Reads one output to the events that the client receives, in order."""
 
     def __init__(self, parser_options: ParserOptions | None) -> None:
         """`parser_options`: how the output is read; None: it is plain text."""
         self._parser_options = parser_options
         self._parser = None if parser_options is None else OutputParser(parser_options.syntax)
+        #: Of plain text.
+        self._num_chars = 0
         #: Complete calls among the events.
         self.num_calls = 0
         self._num_started = 0
         self._is_skipping = False
-        #: Arguments of a custom tool's call, of which the input is told when it is complete.
+        #: Arguments of a custom tool's call; its input follows when they are complete.
         self._held: str | None = None
-        #: What the output holds and no event tells.
-        self.left_out: dict[str, Any] = {}
+        #: Output that is in none of the events.
+        self.left_out: LeftOut = {}
 
     def push(self, text: str) -> list[Event]:
         """Return what is known now that `text` follows."""
         if self._parser is None:
-            return [Content(text)] if text else []
+            start, self._num_chars = self._num_chars, self._num_chars + len(text)
+            return [Content(text, start)] if text else []
         return self._shown(self._parser.push(text))
 
     def finish(self) -> list[Event]:

@@ -50,11 +50,11 @@ async def generate_choices(
             service.metrics.on_answered(records[first : first + job.num_tries])
 
 
-def best(job: Job, answers: Sequence[list[OutputChunk]]) -> list[list[OutputChunk]]:
+def best(job: Job, answers: Sequence[OutputChunk]) -> list[OutputChunk]:
     """Return the answers that are given, prompt by prompt: of more tries, the likeliest."""
     if job.num_tries == job.num_choices:
         return list(answers)
-    chosen: list[list[OutputChunk]] = []
+    chosen: list[OutputChunk] = []
     for first in range(0, len(answers), job.num_tries):
         tries = answers[first : first + job.num_tries]
         chosen += sorted(tries, key=_mean_logprob, reverse=True)[: job.num_choices]
@@ -74,8 +74,8 @@ def _mixed(seed: int, index: int) -> int:
     return state ^ (state >> 31)
 
 
-def _mean_logprob(chunks: list[OutputChunk]) -> float:
-    logprobs = [token.logprobs.logprob for chunk in chunks for token in chunk.tokens]
+def _mean_logprob(answer: OutputChunk) -> float:
+    logprobs = [token.logprobs.logprob for token in answer.tokens]
     return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
 
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import orjson
 
+from server.answer_types import StreamReport, Usage
 from server.http import sse
 
 
 class Envelope:
-    """What all chunks of one response have in common, as bytes."""
+    """The bytes that all chunks of one response have in common."""
 
     def __init__(
         self,
-        common: dict[str, Any],
+        common: Mapping[str, object],
         *,
         has_usage: bool,
-        usage_so_far: Callable[[], dict[str, Any]] | None = None,
+        usage_so_far: Callable[[], Usage] | None = None,
     ) -> None:
-        """`has_usage`: a chunk with the usage will come; the others say null (OpenAI's way).
+        """`has_usage`: a chunk with the usage will come; in the others it is null (OpenAI's way).
 
-        `usage_so_far`: they say this instead (vLLM's `continuous_usage_stats`).
+        `usage_so_far`: in place of null (vLLM's `continuous_usage_stats`).
         """
         self._head = orjson.dumps(common)[:-1] + b',"choices":['
         self._usage = b',"usage":null' if has_usage else b""
@@ -36,19 +36,19 @@ class Envelope:
         parts = (self._start, before, orjson.dumps(text), logprobs, tail)
         return b"".join(parts)
 
-    def choice(self, choice: dict[str, Any], beside: dict[str, Any]) -> bytes:
+    def choice(self, choice: Mapping[str, object], beside: Mapping[str, object]) -> bytes:
         """Return the event of a choice that is not ready-made, with what stands `beside` it."""
         more = b"," + orjson.dumps(beside)[1:-1] if beside else b""
         return b"".join((self._start, orjson.dumps(choice), self._tail_so_far(more)))
 
-    def closing(self, choice: dict[str, Any], told: dict[str, Any]) -> bytes:
-        """Return a choice's last event and, if `told` has it, the usage's: `told` is in the last.
+    def closing(self, choice: Mapping[str, object], report: StreamReport) -> bytes:
+        """Return a choice's last event and, if `report` has a usage, the usage's event.
 
-        It is empty but for the choice that ends last.
+        The report is in the last of them. It is empty but for the choice that ends last.
         """
-        if "usage" not in told:
-            return self.choice(choice, told)
-        rest = sse.event(self._head + b"]," + orjson.dumps(told)[1:-1] + b"}")
+        if "usage" not in report:
+            return self.choice(choice, report)
+        rest = sse.event(self._head + b"]," + orjson.dumps(report)[1:-1] + b"}")
         return self.choice(choice, {}) + rest
 
     def _tail_so_far(self, more: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""One new_format request, run: the engine's deltas become chunks, and what happened is noted.
+"""Run one request: the engine's deltas become output chunks, and the record is kept up to date.
 
 Knows nothing of JSON or of how chunks are sent.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
 
 from scheduler.client import (
     Delta,
@@ -18,6 +17,7 @@ from scheduler.client import (
     GenerateRequest,
     RequestRefusedError,
 )
+from server.answer_types import Octavo, Usage
 from server.generation.output import OutputChunk, OutputOptions, OutputText
 from server.generation.params import Warned
 from server.generation.tooling import ParserOptions
@@ -86,8 +86,10 @@ async def generate(
     tell it, once.
     """
     output = OutputText(service.text.tokenizer, job.output)
-    chunks = service.text.tokenizer.bytes_by_id(skip_special_tokens=job.output.skip_special_tokens)
-    reasoning = None if job.parser_options is None else job.parser_options.counter(chunks)
+    token_bytes = service.text.tokenizer.bytes_by_id(
+        skip_special_tokens=job.output.skip_special_tokens
+    )
+    reasoning = None if job.parser_options is None else job.parser_options.counter(token_bytes)
     record.finish_reason = "abort"
     try:
         # The length first: so no salt of a client's makes two keys' namespaces equal.
@@ -97,8 +99,6 @@ async def generate(
             async for delta in deltas:
                 _require_sound(delta)
                 chunk = output.push(delta)
-                if delta.prompt_logprobs:
-                    chunk = replace(chunk, prompt_logprobs=delta.prompt_logprobs)
                 _note(service, record, delta, chunk)
                 if reasoning is not None:
                     record.reasoning_tokens = reasoning.count(
@@ -124,25 +124,25 @@ async def generate(
             service.metrics.on_finished(record, service.clock.monotonic_s(), job.requests[index])
 
 
-def usage(record: RequestRecord) -> dict[str, Any]:
+def usage(record: RequestRecord) -> Usage:
     """Return OpenAI's `usage`."""
-    told: dict[str, Any] = {
+    report: Usage = {
         "prompt_tokens": record.prompt_tokens,
         "completion_tokens": record.output_tokens,
         "total_tokens": record.prompt_tokens + record.output_tokens,
         "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
     }
     if record.reasoning_tokens is not None:
-        told["completion_tokens_details"] = {"reasoning_tokens": record.reasoning_tokens}
-    return told
+        report["completion_tokens_details"] = {"reasoning_tokens": record.reasoning_tokens}
+    return report
 
 
-def usage_so_far(job: Job, record: RequestRecord) -> Callable[[], dict[str, Any]] | None:
-    """Return what tells it, if every chunk is to tell it."""
+def usage_so_far(job: Job, record: RequestRecord) -> Callable[[], Usage] | None:
+    """Return a function for the usage of each chunk; None: chunks have no usage."""
     return (lambda: usage(record)) if job.has_continuous_usage else None
 
 
-def octavo(job: Job, record: RequestRecord, now_s: float) -> dict[str, Any]:
+def octavo(job: Job, record: RequestRecord, now_s: float) -> Octavo:
     """Return our own object of the response: warnings, timings, and what the cache did."""
     decode_s, num_decoded = record.decode_s, record.output_tokens - len(job.requests)
     return {
@@ -150,7 +150,7 @@ def octavo(job: Job, record: RequestRecord, now_s: float) -> dict[str, Any]:
         "timings": {
             "queue_ms": milliseconds(record.queue_s),
             "ttft_ms": milliseconds(record.ttft_s),
-            "total_ms": milliseconds(now_s - record.arrived_at_s),
+            "total_ms": milliseconds(now_s - record.arrived_at_s) or 0.0,
             "decode_tokens_per_s": round(num_decoded / decode_s, 2) if decode_s else None,
         },
         "cache": {"reused_tokens": record.cached_tokens, "miss_reason": record.miss_reason or None},
@@ -177,16 +177,16 @@ def _note(service: Service, record: RequestRecord, delta: Delta, chunk: OutputCh
         record.miss_reason = started.miss_reason
         service.metrics.on_started(record)
         service.reservations.note_started()
-    if chunk.num_tokens:
+    if num_tokens := len(chunk.token_ids):
         now_s = service.clock.monotonic_s()
         last_s = record.last_token_at_s
         record.last_token_at_s = now_s
-        record.output_tokens += chunk.num_tokens
+        record.output_tokens += num_tokens
         if last_s is None:
             record.first_token_at_s = now_s
             service.metrics.on_first_token(record)
         since_last_s = None if last_s is None else now_s - last_s
-        service.metrics.on_tokens(chunk.num_tokens, since_last_s)
+        service.metrics.on_tokens(num_tokens, since_last_s)
     if chunk.finish_reason is not None:
         record.finish_reason = chunk.finish_reason
         record.stop_text = chunk.stop_text

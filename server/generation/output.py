@@ -7,6 +7,7 @@ were split.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,16 +51,28 @@ class OutputChunk:
     """What a client may be sent now."""
 
     text: str
+    #: Tokens whose text is complete with this chunk, if their probabilities were requested.
     tokens: tuple[TokenAt, ...]
-    #: Generated since the last chunk, whether or not their text is shown.
-    num_tokens: int
+    #: Tokens generated since the last chunk, whether or not their text is in the output.
+    token_ids: tuple[int, ...]
     finish_reason: FinishWord | None = None
-    #: Those `num_tokens`.
-    token_ids: tuple[int, ...] = ()
     #: The stop string that ended the output.
     stop_text: str | None = None
-    #: Of the prompt's tokens but the first, where they were asked for: all, in the first chunk.
+    #: Of the prompt's tokens but the first, where they were requested: all, in the first chunk.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def joined(chunks: Sequence[OutputChunk]) -> OutputChunk:
+    """Return an output's chunks as one."""
+    last = chunks[-1]
+    return OutputChunk(
+        "".join(chunk.text for chunk in chunks),
+        tuple(token for chunk in chunks for token in chunk.tokens),
+        tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
+        last.finish_reason,
+        last.stop_text,
+        tuple(scores for chunk in chunks for scores in chunk.prompt_logprobs),
+    )
 
 
 class OutputText:
@@ -90,21 +103,22 @@ class OutputText:
         num_shown = len(delta.token_ids)
         if reason is FinishReason.STOP and not self._options.include_stop:
             num_shown -= delta.token_ids[-1:] != () and self._is_end(delta.token_ids[-1])
+        token_ids, stop_text = delta.token_ids, None
         if not self._options.stops and not delta.logprobs:
-            text, num_tokens, stop_text = self._push_many(delta.token_ids[:num_shown])
+            text = self._push_many(token_ids[:num_shown])
         else:
-            text, num_tokens, stop_text = self._push_singly(delta, num_shown)
-        if stop_text is not None:
-            tokens, token_ids = self._taken(is_last=True, is_cut=True), delta.token_ids[:num_tokens]
-            return OutputChunk(text, tokens, num_tokens, "stop", token_ids, stop_text)
-        num_tokens += len(delta.token_ids) - num_shown
-        if reason is None:
-            return OutputChunk(text, self._taken(), num_tokens, None, delta.token_ids)
-        tail, stop_text = self._finish()
+            text, num_read, stop_text = self._push_singly(delta, num_shown)
+            if stop_text is not None:
+                token_ids = token_ids[:num_read]
+        if stop_text is None and reason is not None:
+            tail, stop_text = self._finish()
+            text += tail
         has_matched = stop_text is not None
-        word: FinishWord = "stop" if has_matched or reason is FinishReason.STOP else "length"
-        tokens = self._taken(is_last=True, is_cut=has_matched)
-        return OutputChunk(text + tail, tokens, num_tokens, word, delta.token_ids, stop_text)
+        word: FinishWord | None = None
+        if has_matched or reason is not None:
+            word = "stop" if has_matched or reason is FinishReason.STOP else "length"
+        tokens = self._taken(is_last=word is not None, is_cut=has_matched)
+        return OutputChunk(text, tokens, token_ids, word, stop_text, delta.prompt_logprobs)
 
     def check(self) -> None:
         """Assert that text is neither sent twice nor before it is known."""
@@ -117,12 +131,12 @@ class OutputText:
     def _is_end(self, token_id: int) -> bool:
         return token_id in self._options.end_token_ids
 
-    def _push_many(self, token_ids: tuple[int, ...]) -> tuple[str, int, None]:
+    def _push_many(self, token_ids: tuple[int, ...]) -> str:
         text = self._decoder.push(token_ids)
         self._num_tokens += len(token_ids)
         self._num_decoded_chars += len(text)
         self._num_sent_chars += len(text)
-        return text, len(token_ids), None
+        return text
 
     def _push_singly(self, delta: Delta, num_shown: int) -> tuple[str, int, str | None]:
         texts = []

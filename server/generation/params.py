@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
+from server.answer_types import ParamWarning
 from server.http.errors import invalid, shortened
 
 #: More are summed up.
@@ -19,11 +20,8 @@ MAX_WARNINGS = 64
 _MAX_EXTRAS = 1024
 
 
-class Warned(TypedDict):
-    """One entry of `octavo.warnings`."""
-
-    param: str
-    message: str
+#: One entry of `octavo.warnings`.
+Warned: TypeAlias = ParamWarning
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,17 @@
-"""The prompt's own log-probabilities: what a request may want of them, and how they are told.
+"""Log-probabilities of tokens in answers, and the limits of the prompt's own.
 
-Two ways: vLLM's `prompt_logprobs`, and OpenAI's older one, `echo` with `logprobs` (which is how
-evaluation harnesses ask). Knows nothing of how they are computed.
+A request has two ways to the prompt's: vLLM's `prompt_logprobs`, and OpenAI's older `echo` with
+`logprobs`, which evaluation harnesses use. Knows nothing of how they are computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from scheduler.client import TokenLogprobs
+from server.answer_types import TokenLogprob, TopLogprob
 from server.http.errors import invalid
+from server.openai.response_models import CompletionLogprobs, PromptCandidate, PromptLogprobs
 from server.openai.schemas import GenerateFields
 from server.text.detokenize import StreamDecoder
 from server.text.tokenizer import Tokenizer
@@ -48,12 +49,28 @@ def require_few(request: GenerateFields, prompts: Iterable[Sequence[int]], count
         raise invalid(message, name)
 
 
-def listed(tokenizer: Tokenizer, scores: Iterable[TokenLogprobs], count: int) -> list[Any]:
-    """Return them in vLLM's shape: nothing of the first token, then what could have stood there."""
+def logprobs_entry(tokenizer: Tokenizer, score: TokenLogprobs) -> TokenLogprob:
+    """Return the log-probabilities at one token in OpenAI's shape."""
+    sampled = _of_token(tokenizer, score.token_id, score.logprob)
+    return {**sampled, "top_logprobs": [_of_token(tokenizer, *top) for top in score.top]}
+
+
+def _of_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
+    return {
+        "token": tokenizer.token_text(token_id),
+        "logprob": max(logprob, LOWEST_LOGPROB),
+        "bytes": list(tokenizer.token_bytes(token_id)),
+    }
+
+
+def listed(tokenizer: Tokenizer, scores: Iterable[TokenLogprobs], count: int) -> PromptLogprobs:
+    """Return the prompt's in vLLM's shape: null for the first token, then the candidates."""
     return [None, *(_candidates(tokenizer, score, count) for score in scores)]
 
 
-def _candidates(tokenizer: Tokenizer, score: TokenLogprobs, count: int) -> dict[str, Any]:
+def _candidates(
+    tokenizer: Tokenizer, score: TokenLogprobs, count: int
+) -> dict[str, PromptCandidate]:
     """Return the prompt's own token, and the likeliest ones, by their ids."""
     ranked = {score.token_id: (score.rank, score.logprob)}
     for rank, (token_id, logprob) in enumerate(score.top[:count], 1):
@@ -75,7 +92,7 @@ def echoed(
     count: int,
     *,
     skip_special_tokens: bool,
-) -> dict[str, list[Any]]:
+) -> CompletionLogprobs:
     """Return them in OpenAI's shape, as of an output that begins with the prompt's tokens."""
     decoder = StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
     return {

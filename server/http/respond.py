@@ -1,6 +1,6 @@
 """Sends what is generated, whole or as a stream, as long as the client is there.
 
-Knows nothing of the shapes of chats and completions: a `AnswerFormat` does. Errors are left to the
+Knows nothing of the shapes of chats and completions: an `AnswerFormat` does. Errors are left to the
 boundary (`server/http/middleware.py`), before the first byte and after it.
 """
 
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
-from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import orjson
 from starlette.requests import Request
@@ -19,9 +18,10 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from scheduler.client import RejectKind, RequestRefusedError
+from server.answer_types import Report, StreamReport
 from server.generation.choices import best, generate_choices
 from server.generation.generate import Job, octavo, usage
-from server.generation.output import OutputChunk
+from server.generation.output import FinishWord, OutputChunk, joined
 from server.http.context import RequestContext, RequestRecord
 from server.http.deadline import Deadline
 from server.http.errors import ApiError, ClientGoneError, from_engine
@@ -29,7 +29,9 @@ from server.http.event_stream import EventStream
 from server.http.work import Check
 from server.service import Service
 
-#: What `generate_choices` yields.
+ChoiceT = TypeVar("ChoiceT")
+
+#: Yielded by `generate_choices`.
 Batches: TypeAlias = AsyncGenerator[Sequence[tuple[int, OutputChunk]], None]
 
 #: To write a probability takes as long as to encode this many characters, some 2 µs.
@@ -42,7 +44,7 @@ BODY_TIMEOUT_S = 30.0
 LEAST_BYTES_PER_S = 8192
 
 
-class AnswerFormat(Protocol):
+class AnswerFormat(Protocol[ChoiceT]):
     """How one choice looks in one route's responses. Chunks are whole events."""
 
     def opening(self) -> bytes:
@@ -51,27 +53,24 @@ class AnswerFormat(Protocol):
     def chunk(self, chunk: OutputChunk) -> bytes:
         """Events with a chunk's text."""
 
-    def closing(self, finish_reason: str, told: dict[str, Any]) -> bytes:
+    def closing(self, finish_reason: FinishWord, report: StreamReport) -> bytes:
         """Events after the last chunk.
 
-        `told` has `octavo`, and `usage` if it was asked for; it is empty while others go on.
+        `report` has `usage` only on request; it is empty while other choices go on.
         """
 
     def ending(self) -> bytes:
         """Return what ends the whole stream; only the first choice's is sent."""
 
-    def choice(self, chunks: Sequence[OutputChunk]) -> dict[str, Any]:
-        """Return the whole choice, for a request that wants no stream."""
+    def choice(self, output: OutputChunk) -> ChoiceT:
+        """Return the whole choice, for a request without a stream."""
 
-    def answer(self, choices: list[dict[str, Any]], told: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, choices: list[ChoiceT], report: Report) -> Mapping[str, object]:
         """Return the whole body around all choices."""
 
 
-class FormatFactory(Protocol):
-    """Gives a answer_format once the job is known."""
-
-    def __call__(self, job: Job, record: RequestRecord, index: int) -> AnswerFormat:
-        """Return the answer_format of one choice."""
+#: Returns the format of the choice with this index.
+FormatFactory: TypeAlias = Callable[[Job, RequestRecord, int], AnswerFormat[Any]]
 
 
 class GenerationResponse(Response):
@@ -107,7 +106,7 @@ class GenerationResponse(Response):
         self,
         batches: Batches,
         job: Job,
-        formats: Sequence[AnswerFormat],
+        formats: Sequence[AnswerFormat[Any]],
         record: RequestRecord,
         send: Send,
     ) -> None:
@@ -119,20 +118,17 @@ class GenerationResponse(Response):
                 events = b""
                 if not has_begun:
                     has_begun = True
-                    events = b"".join(answer_format.opening() for answer_format in formats)
+                    events = b"".join(form.opening() for form in formats)
                 for index, chunk in batch:
-                    answer_format = formats[index]
+                    form = formats[index]
                     if chunk.prompt_logprobs:
-                        events += await self._service.work.run(
-                            partial(_told, answer_format, chunk), _length([chunk])
-                        )
+                        events += await self._with_scores(form, chunk)
                     elif chunk.text or chunk.tokens or (job.has_token_ids and chunk.token_ids):
-                        events += answer_format.chunk(chunk)
+                        events += form.chunk(chunk)
                     if chunk.finish_reason is not None:
                         num_left -= 1
-                        has_usage = job.has_usage_chunk
-                        told = {} if num_left else self._told(job, record, has_usage=has_usage)
-                        events += answer_format.closing(chunk.finish_reason, told)
+                        report = self._stream_report(job, record) if not num_left else {}
+                        events += form.closing(chunk.finish_reason, report)
                 if not num_left:
                     events += formats[0].ending()
                 if events:
@@ -142,7 +138,7 @@ class GenerationResponse(Response):
         self,
         batches: Batches,
         job: Job,
-        formats: Sequence[AnswerFormat],
+        formats: Sequence[AnswerFormat[Any]],
         record: RequestRecord,
         send: Send,
     ) -> None:
@@ -150,30 +146,32 @@ class GenerationResponse(Response):
         async for batch in batches:
             for index, chunk in batch:
                 collected[index].append(chunk)
-        told = self._told(job, record, has_usage=True)
+        report = self._report(job, record)
 
         def write(_: Check) -> bytes:
-            answers = best(job, collected)
-            choices = [
-                answer_format.choice(own)
-                for answer_format, own in zip(formats, answers, strict=True)
-            ]
-            return orjson.dumps(formats[0].answer(choices, told))
+            answers = best(job, [joined(own) for own in collected])
+            choices = [form.choice(own) for form, own in zip(formats, answers, strict=True)]
+            return orjson.dumps(formats[0].answer(choices, report))
 
-        body = await self._service.work.run(write, sum(map(_length, collected)))
+        body = await self._service.work.run(write, sum(map(_num_score_chars, collected)))
         await send_json(send, 200, body)
 
-    def _told(self, job: Job, record: RequestRecord, *, has_usage: bool) -> dict[str, Any]:
-        told = {"octavo": octavo(job, record, self._service.clock.monotonic_s())}
-        return {"usage": usage(record)} | told if has_usage else told
+    async def _with_scores(self, form: AnswerFormat[Any], chunk: OutputChunk) -> bytes:
+        """Return the events of a chunk with the prompt's probabilities, which take a while."""
+        return await self._service.work.run(lambda _: form.chunk(chunk), _num_score_chars([chunk]))
+
+    def _stream_report(self, job: Job, record: RequestRecord) -> StreamReport:
+        report = self._report(job, record)
+        octavo_only: StreamReport = {"octavo": report["octavo"]}
+        return {"usage": report["usage"], **octavo_only} if job.has_usage_chunk else octavo_only
+
+    def _report(self, job: Job, record: RequestRecord) -> Report:
+        now_s = self._service.clock.monotonic_s()
+        return {"usage": usage(record), "octavo": octavo(job, record, now_s)}
 
 
-def _told(answer_format: AnswerFormat, chunk: OutputChunk, _: Check) -> bytes:
-    return answer_format.chunk(chunk)
-
-
-def _length(chunks: Iterable[OutputChunk]) -> int:
-    """Return of how much text the prompt's probabilities take the time to write."""
+def _num_score_chars(chunks: Iterable[OutputChunk]) -> int:
+    """Return the length of a text that takes as long to write as the prompt's probabilities."""
     scores = (score for chunk in chunks for score in chunk.prompt_logprobs)
     return _SCORE_CHARS * sum(1 + len(score.top) for score in scores)
 

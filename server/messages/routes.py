@@ -8,7 +8,6 @@ from starlette.responses import Response
 from server.generation.generate import Job
 from server.http.context import RequestRecord
 from server.http.respond import (
-    AnswerFormat,
     GenerationResponse,
     PreparedResponse,
     read_body,
@@ -49,7 +48,7 @@ def message_routes(service: Service) -> APIRouter:
         body = await read_work(service, request)
         asked = await parse(MessagesRequest, body, service.work)
 
-        def new_format(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
+        def new_format(job: Job, record: RequestRecord, index: int) -> MessagesFormat:
             assert index == 0, "there is one answer"
             return MessagesFormat(service, job, record, asked)
 

@@ -40,12 +40,12 @@ def generation_routes(service: Service) -> APIRouter:
     """Return chat and text completions."""
     router = APIRouter()
 
-    def chat(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
+    def chat(job: Job, record: RequestRecord, index: int) -> AnswerFormat[Any]:
         if job.parser_options is not None:
             return ParsedChatFormat(service, job, record, index, job.parser_options)
         return ChatFormat(service, job, record, index)
 
-    def completion(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
+    def completion(job: Job, record: RequestRecord, index: int) -> AnswerFormat[Any]:
         return CompletionFormat(service, job, record, index)
 
     @router.post(
@@ -79,7 +79,7 @@ def model_routes(service: Service) -> APIRouter:
     limit_bytes = service.config.server.max_request_bytes
     created = int(service.clock.wall_s())
 
-    def card() -> dict[str, object]:
+    def card() -> response_models.ModelCard:
         return {
             "id": service.model_name,
             "object": "model",
@@ -95,7 +95,8 @@ def model_routes(service: Service) -> APIRouter:
         responses=answers(response_models.ModelList, 503),
     )
     async def list_models() -> Response:
-        return JsonResponse({"object": "list", "data": [card()]})
+        models: response_models.ModelList = {"object": "list", "data": [card()]}
+        return JsonResponse(models)
 
     @router.get(
         "/v1/models/{model_id:path}",
@@ -138,32 +139,35 @@ def model_routes(service: Service) -> APIRouter:
         )
         service.require_model(asked.model)
 
-        async def detokenized() -> dict[str, Any]:
+        async def detokenized() -> response_models.Detokenized:
             text = await token_text(service, asked.tokens)
-            told = {"prompt": text, "content": text}
-            return _warned(told, [*asked.notes, *params.judge(asked.model_extra, {})])
+            warnings = [*asked.notes, *params.judge(asked.model_extra, {})]
+            return {"prompt": text, "content": text, **_report(warnings)}
 
         return PreparedResponse(detokenized)
 
     return router
 
 
-async def _tokenized(service: Service, asked: schemas.TokenizeRequest) -> dict[str, Any]:
+async def _tokenized(service: Service, asked: schemas.TokenizeRequest) -> response_models.Tokenized:
     warnings = [*asked.notes, *params.judge(asked.model_extra, params.TOKENIZE)]
     warnings += await service.work.run(
         lambda _: unread_fields(asked, service.text.template), asked.num_bytes
     )
     token_ids = await _tokens_of(service, asked)
-    max_model_len = service.client.info.max_model_len
-    told = {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
+    answer: response_models.Tokenized = {
+        "tokens": token_ids,
+        "count": len(token_ids),
+        "max_model_len": service.client.info.max_model_len,
+    }
     if asked.return_token_strs:
-        told["token_strs"] = await token_texts(service, token_ids)
-    return _warned(told, warnings)
+        answer["token_strs"] = await token_texts(service, token_ids)
+    return {**answer, **_report(warnings)}
 
 
-def _warned(told: dict[str, Any], warnings: list[Warned]) -> dict[str, Any]:
-    """Return an answer with the warnings, if there are any."""
-    return told | {"octavo": {"warnings": warnings}} if warnings else told
+def _report(warnings: list[Warned]) -> response_models.Reported:
+    """Return the part of an answer for warnings, if there are any."""
+    return {"octavo": {"warnings": warnings}} if warnings else {}
 
 
 async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[int]:

@@ -21,11 +21,10 @@ class TextTokens:
         #: Where the text ends that was told last.
         self._end = 0
 
-    def push(self, chunk: OutputChunk) -> Content:
-        """Take in what comes next; return its text, and where that stands."""
+    def push(self, chunk: OutputChunk) -> None:
+        """Take in the next part of the output."""
         self._waiting += chunk.tokens
         self._num_chars += len(chunk.text)
-        return Content(chunk.text, self._num_chars - len(chunk.text))
 
     def of(self, content: Content) -> list[TokenAt]:
         """Return the tokens of a text that is told now; those before it never are."""

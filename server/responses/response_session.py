@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from pydantic import BaseModel
@@ -25,6 +25,7 @@ from server.responses.conversation import (
     read_conversation,
 )
 from server.responses.items import ItemReference
+from server.responses.response_models import OutputItem, ResponseShell
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, Turn
 from server.responses.tools import CallableTool, callable_tools
@@ -100,7 +101,7 @@ class ResponseSession:
         """Return the tool that a chat's call means; None: there is none of that name."""
         return next((tool for tool in self._tools if tool.name == name), None)
 
-    def shell(self, job: Job) -> dict[str, Any]:
+    def shell(self, job: Job) -> ResponseShell:
         """Return the response as it is at its beginning, without its output."""
         request, sampling = self._request, job.requests[0].params
         reasoning, text = request.reasoning, request.text
@@ -134,8 +135,8 @@ class ResponseSession:
             "metadata": request.metadata or {},
         }
 
-    def keep(self, shell: dict[str, Any], items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Store the finished response if it is to be; return `shell` with what there is to say."""
+    def keep(self, shell: ResponseShell, items: list[OutputItem]) -> ResponseShell:
+        """Store the finished response on request; return `shell`, with a warning on failure."""
         if not self._is_kept:
             return shell
         output_json = orjson.dumps(items)
@@ -145,12 +146,13 @@ class ResponseSession:
         shell_json = orjson.dumps(shell)
         if self._store.put(self._owner, self.response_id, shell_json, turn, now_s):
             return shell
-        told: Warned = {
+        warning: Warned = {
             "param": "store",
             "message": "store was ignored: the conversation is larger than what is kept here",
         }
-        warned = {**shell["octavo"], "warnings": [*shell["octavo"]["warnings"], told]}
-        return {**shell, "store": False, "octavo": warned}
+        octavo = shell["octavo"]
+        octavo = {**octavo, "warnings": [*octavo["warnings"], warning]}
+        return {**shell, "store": False, "octavo": octavo}
 
     @property
     def _is_kept(self) -> bool:
@@ -215,6 +217,6 @@ def response_id(key: str) -> str:
     return f"resp_{key}"
 
 
-def _json_of(asked: BaseModel) -> orjson.Fragment:
-    """Return what a request holds as JSON: schemas may hold numbers that orjson does not write."""
-    return orjson.Fragment(asked.model_dump_json())
+def _json_of(asked: BaseModel) -> dict[str, Any]:
+    """Return a part of a request as JSON: schemas may have numbers that orjson does not write."""
+    return cast("dict[str, Any]", orjson.Fragment(asked.model_dump_json()))

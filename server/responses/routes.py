@@ -13,13 +13,7 @@ from starlette.types import Receive, Scope, Send
 from server.generation.generate import Job
 from server.http.context import RequestContext, RequestRecord
 from server.http.errors import ApiError, invalid, shortened
-from server.http.respond import (
-    AnswerFormat,
-    FormatFactory,
-    GenerationResponse,
-    JsonResponse,
-    read_work,
-)
+from server.http.respond import FormatFactory, GenerationResponse, JsonResponse, read_work
 from server.openai import schemas
 from server.openapi import answers, body_of, generation_answers
 from server.responses import response_models
@@ -49,7 +43,7 @@ def response_routes(service: Service, store: ResponseStore) -> APIRouter:
         asked = await schemas.parse(ResponsesRequest, body, service.work)
         session = ResponseSession(service, store, _owner(request), asked)
 
-        def new_format(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
+        def new_format(job: Job, record: RequestRecord, index: int) -> ResponsesFormat:
             assert index == 0, "a response has one answer"
             return ResponsesFormat(service, job, record, session)
 

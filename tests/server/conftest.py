@@ -337,13 +337,13 @@ def speaking(scripted: Callable[..., LiveServer], text: ModelText) -> Callable[.
         words = ChatTemplate(
             {"default": template}, special_tokens={}, now=lambda: datetime.now(tz=UTC)
         )
-        script = _syntax(outputs, width, reason, cached_tokens)
+        script = _script(outputs, width, reason, cached_tokens)
         return scripted(script, words=replace(text, template=words), **section)
 
     return start
 
 
-def _syntax(outputs: Sequence[str], width: int, reason: FinishReason, cached_tokens: int) -> Script:
+def _script(outputs: Sequence[str], width: int, reason: FinishReason, cached_tokens: int) -> Script:
     left = list(outputs)
 
     async def speak(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:

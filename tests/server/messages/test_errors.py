@@ -9,6 +9,7 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
+from pydantic import TypeAdapter
 
 from scheduler.client import Delta, GenerateRequest, RejectKind, RequestRefusedError
 from server.messages.response_models import MessagesErrorBody
@@ -29,7 +30,7 @@ def error_of(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()
-    MessagesErrorBody.model_validate(body)
+    TypeAdapter(MessagesErrorBody).validate_python(body)
     assert body["request_id"] == answer.headers["request-id"]
     error: dict[str, Any] = body["error"]
     assert error["type"] == kind

@@ -9,6 +9,7 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
+from pydantic import TypeAdapter
 
 from event_streams import events_of
 from scheduler.client import Delta, EngineUnavailableError, FinishReason, GenerateRequest
@@ -40,7 +41,7 @@ def documented_events_of(answer: httpx.Response) -> list[dict[str, Any]]:
     """Each event's payload, as it is documented."""
     found = events_of(answer.content)
     for payload in found:
-        MessageEvent.model_validate(payload)
+        TypeAdapter(MessageEvent).validate_python(payload)
     return found
 
 
