@@ -3,8 +3,8 @@
 #   docker build --target cuda --tag octavo:cuda .
 #   docker run --publish 8000:8000 --volume octavo:/var/lib/octavo octavo:cpu serve smollm2
 # The build argument is the address of PyTorch's own index of CPU builds. Without it pip takes the
-# usual build, with gigabytes of CUDA libraries that a CPU has no use for.
-# No model is inside: it is downloaded once, into the volume.
+# usual build, with gigabytes of CUDA libraries that a CPU does not need.
+# The image contains no model: it is downloaded once, into the volume.
 
 # ---- wheel: Octavo itself ------------------------------------------------------------------------
 FROM python:3.11-bookworm AS wheel
@@ -12,8 +12,8 @@ WORKDIR /build
 COPY constraints.txt ./
 RUN python -m pip install --no-cache-dir --constraint constraints.txt hatchling
 COPY pyproject.toml README.md LICENSE ./
-# The dependencies' ranges in a file of their own: the layers that install them, by far the
-# largest, then outlive changes of the source.
+# The dependencies' ranges in a separate file: the layers that install them, by far the largest, stay
+# cached when the source changes.
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
     && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['cuda'], sep='\n')" > requirements-cuda.txt
 COPY cache cache
@@ -43,7 +43,7 @@ COPY --from=wheel /build/requirements.txt /build/constraints.txt ./
 RUN /opt/octavo/bin/python -m pip install --no-cache-dir \
     --requirement requirements.txt --constraint constraints.txt
 COPY --from=wheel /build/dist dist
-# The final image has no compiler, so the CPU op is built here, for every instruction set it knows.
+# The final image has no compiler, so the CPU op is built here, for every instruction set it supports.
 RUN /opt/octavo/bin/python -m pip install --no-cache-dir --no-deps dist/*.whl \
     && /opt/octavo/bin/python -m model.cpu.ops
 
@@ -62,8 +62,8 @@ VOLUME /var/lib/octavo
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 USER 10001:10001
-# /ready, so that a container counts as healthy once it serves; a 401 (protect_metrics) is an answer
-# too. The first start downloads a model. Move the port with OCTAVO_PORT, which this reads as well.
+# /ready, so that a container is healthy once it serves; a 401 (protect_metrics) counts too. The first
+# start downloads a model. Change the port with OCTAVO_PORT, which this also reads.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 CMD ["python", "-c", "\
 import http.client, os, sys; \
 connection = http.client.HTTPConnection('127.0.0.1', int(os.environ['OCTAVO_PORT']), timeout=4); \
@@ -72,7 +72,7 @@ sys.exit(connection.getresponse().status not in (200, 401))"]
 ENTRYPOINT ["octavo"]
 CMD ["serve"]
 
-# PyTorch brings the CUDA libraries; the host's container runtime adds the driver.
+# PyTorch has the CUDA libraries; the host's container runtime adds the driver.
 FROM runtime AS cuda
 COPY --from=build-cuda /opt/octavo /opt/octavo
 ENV NVIDIA_VISIBLE_DEVICES=all \
@@ -82,6 +82,6 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/octavo /opt/octavo
 ENV OCTAVO_DEVICE=cpu
-# An op that cannot be loaded would only show as a slow server.
-RUN ["python", "-c", "import sys; from model.cpu_library import load_cpu_library; \
+# Without this check, a broken op would only make the server slow.
+RUN ["python", "-c", "import sys; from model.cpu.library import load_cpu_library; \
 found = load_cpu_library(); sys.exit(found if isinstance(found, str) else 0)"]

@@ -23,6 +23,7 @@ from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBatch, AttentionSpec
 from model.cpu.library import load_cpu_library
 from model.cpu.ops import CpuOps
+from model.kv.format import float_format
 from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 
@@ -84,24 +85,16 @@ def _spec(num_layers: int, kv_dtype: torch.dtype) -> AttentionSpec:
         scale=HEAD_DIM**-0.5,
         windows=(None,) * num_layers,
         dtype=torch.float32,
-        kv_dtype=kv_dtype,
+        kv_format=float_format(kv_dtype),
         device=CPU,
     )
 
 
 def _pool(spec: AttentionSpec, num_pages: int) -> KVPool:
-    pool = KVPool(
-        num_layers=spec.num_layers,
-        num_pages=num_pages,
-        page_size=PAGE_SIZE,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        dtype=spec.kv_dtype,
-        device=CPU,
-    )
+    pool = KVPool(spec.layout(PAGE_SIZE), num_pages, CPU)
     for layer in range(spec.num_layers):
-        pool.keys(layer).normal_()
-        pool.values(layer).normal_()
+        for plane in pool.pages(layer)[:2]:
+            plane.normal_()
     return pool
 
 
@@ -126,7 +119,7 @@ def _all_layers(attention: CpuAttention, num_layers: int, parts: tuple[torch.Ten
 
 
 def _dense_seconds(rows: int, count: int, context: int) -> float:
-    """Torch's attention over dense keys and values, heads repeated already, nothing written."""
+    """Time torch's attention over dense keys and values with repeated heads."""
     q = torch.randn(rows, HEADS, count, HEAD_DIM)
     k, v = torch.randn(2, rows, HEADS, context, HEAD_DIM)
     mask = torch.ones(count, context, dtype=torch.bool).tril(context - count)
@@ -163,7 +156,7 @@ def _print_ops(ops: Ops) -> None:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Best of many calls: others use this machine too."""
+    """Return the shortest time of many calls, since other programs run beside."""
     call()
     started = time.perf_counter()
     call()

@@ -1,4 +1,4 @@
-"""The engine without HTTP: what a step costs with 1, 8 and 32 sequences, and a prompt alone.
+"""The engine without HTTP: the cost of a step with 1, 8 and 32 sequences, and of a prompt alone.
 
 `python bench/engine.py [--model smollm2] [--rows 1 8 32] [--quantization auto]`: the real
 model behind the real scheduler, in this process. Prints; asserts nothing.
@@ -22,7 +22,7 @@ from configs.schema import ModelSection, OctavoConfig, SchedulerSection
 from model import build
 from model.interface import SamplingParams
 from scheduler.engine import Engine
-from scheduler.messages import Prepared, StepResult, Submit
+from scheduler.messages import GenerateRequest, Prepared, StepResult, Submit
 
 
 def _no_grammars(_message: Prepared) -> None:
@@ -30,12 +30,12 @@ def _no_grammars(_message: Prepared) -> None:
 
 
 class Bench:
-    """An engine, and words nobody has asked before."""
+    """An engine, and words that are not in its cache."""
 
     def __init__(self, config: OctavoConfig) -> None:
         self._runner = build.make_runner(build.resolve_source(config.model.model), config)
         self._engine = Engine(self._runner, config.scheduler, time.monotonic, _no_grammars)
-        self._chance = random.Random(0)
+        self._rng = random.Random(0)
         self._num_requests = 0
 
     @property
@@ -48,19 +48,19 @@ class Bench:
 
     def submit(self, prompt_tokens: int, max_tokens: int) -> None:
         vocab_size = self._runner.info.vocab_size
-        prompt = tuple(self._chance.randrange(vocab_size) for _ in range(prompt_tokens))
+        prompt = tuple(self._rng.randrange(vocab_size) for _ in range(prompt_tokens))
         params = SamplingParams(max_tokens, temperature=0.0, ignore_eos=True)
-        self._engine.handle(Submit(self._num_requests, prompt, params))
+        self._engine.handle(Submit(self._num_requests, GenerateRequest(prompt, params)))
         self._num_requests += 1
 
     def step(self) -> tuple[float, StepResult]:
-        """Compute one step and say how long it took."""
+        """Compute one step and return its time."""
         began_s = time.perf_counter()
         result = self._engine.step()
         return time.perf_counter() - began_s, result
 
     def drain(self) -> float:
-        """Compute all that is left and say how long it took."""
+        """Compute all that is left and return the time."""
         began_s = time.perf_counter()
         while self._engine.has_work:
             self._engine.step()
@@ -72,7 +72,7 @@ class Bench:
 
 
 def decode_s(bench: Bench, rows: int, prompt_tokens: int, steps: int) -> list[float]:
-    """Return what each step took in which all rows, and nothing else, got one token."""
+    """Return the times of the steps in which all rows, and nothing else, got one token."""
     for _ in range(rows):
         bench.submit(prompt_tokens, 2 * steps)
     taken_s: list[float] = []

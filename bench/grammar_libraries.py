@@ -2,7 +2,7 @@
 
 Each library gets the same made-up vocabulary and the schemas of `tests/data/schemas.json`. A schema
 counts as *kept* if its valid instance is accepted and its invalid one is not. Prints a table of
-times; asserts nothing. xgrammar is no dependency of ours: run it in an environment of its own.
+times; asserts nothing. xgrammar is not a dependency of ours: run it in an environment of its own.
 """
 
 # ruff: noqa: T201 - a benchmark's only purpose is to print
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-_SCHEMAS = Path(__file__).parent.parent / "data" / "schemas.json"
+_SCHEMAS = Path(__file__).parents[1] / "tests" / "data" / "schemas.json"
 _MONSTERS = {
     "enum of 100,000": {"enum": [f"value {i}" for i in range(100_000)]},
     "(a{1000}){1000}": {"type": "string", "pattern": "^(a{1000}){1000}$"},
@@ -44,22 +44,22 @@ _MONSTERS = {
 
 def vocabulary(size: int) -> list[bytes]:
     """Return all bytes, JSON's usual joints and made-up words; the last is the end of the text."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     tokens = dict.fromkeys(bytes([byte]) for byte in range(256))
     joints = ('{"', '"}', '":', '": "', '", "', '",', "},", "],", '[{"', "true", "null", "}]", '"]')
     tokens.update(dict.fromkeys(joint.encode() for joint in joints))
     letters, weights = "etaoinshrdlucmfwypvbgkjqxz", [1 / (i + 1) for i in range(26)]
     while len(tokens) < size - 1:
-        word = "".join(chance.choices(letters, weights, k=chance.randint(2, 9)))
-        kind = chance.random()
+        word = "".join(rng.choices(letters, weights, k=rng.randint(2, 9)))
+        kind = rng.random()
         if kind < 0.45:
             word = " " + word
         elif kind < 0.5:
             word = word.capitalize()
         elif kind < 0.53:
-            word = str(chance.randint(0, 9999))
+            word = str(rng.randint(0, 9999))
         elif kind < 0.56:
-            word += chance.choice(".,;:!?()[]{}\"'/")
+            word += rng.choice(".,;:!?()[]{}\"'/")
         tokens[word.encode()] = None
     return [*tokens, b"<|end|>"]
 
@@ -131,7 +131,7 @@ class _XGrammar:
 
 
 def main(name: str, size: int) -> None:
-    """Print what one library does."""
+    """Print the found of one library."""
     began_s, before_kib = time.perf_counter(), _peak_kib()
     tokens = vocabulary(size)
     made_s = time.perf_counter()
@@ -148,7 +148,7 @@ def main(name: str, size: int) -> None:
         at_s = time.perf_counter()
         try:
             compiled = library.compile(case["schema"])
-        except Exception as error:  # noqa: BLE001 - whatever the library raises
+        except Exception as error:  # noqa: BLE001 - any exception of the library
             missed.append(f"{case['name']}: {str(error).splitlines()[0][:70]}")
             continue
         compile_ms.append((time.perf_counter() - at_s) * 1e3)
@@ -166,7 +166,7 @@ def main(name: str, size: int) -> None:
 def _walk(
     library: Any, compiled: Any, ids: dict[bytes, int], value: Any, taken: list[float]
 ) -> bool:
-    """Say whether `value` is accepted, cut into the longest tokens there are."""
+    """Return whether `value` is accepted, cut into the longest tokens."""
     matcher, text = library.start(compiled), json.dumps(value).encode()
     while text:
         length = next(n for n in range(min(12, len(text)), 0, -1) if text[:n] in ids)
@@ -180,7 +180,7 @@ def _walk(
 
 
 def _torture(library: Any, schema: Any) -> str:
-    told: list[str] = []
+    found: list[str] = []
 
     def work() -> None:
         at_s = time.perf_counter()
@@ -189,13 +189,15 @@ def _torture(library: Any, schema: Any) -> str:
             compiled_s = time.perf_counter()
             library.fill(matcher)
             masked_s = time.perf_counter() - compiled_s
-            told.append(f"compile {(compiled_s - at_s) * 1e3:.0f} ms, mask {masked_s * 1e3:.1f} ms")
-        except Exception as error:  # noqa: BLE001 - whatever the library raises
+            found.append(
+                f"compile {(compiled_s - at_s) * 1e3:.0f} ms, mask {masked_s * 1e3:.1f} ms"
+            )
+        except Exception as error:  # noqa: BLE001 - any exception of the library
             spent_ms = (time.perf_counter() - at_s) * 1e3
-            told.append(f"refused after {spent_ms:.0f} ms: {str(error).splitlines()[0][:60]}")
+            found.append(f"refused after {spent_ms:.0f} ms: {str(error).splitlines()[0][:60]}")
 
     stall_s = _worst_stall_s(work)
-    return f"{told[0]}; others stood still {stall_s * 1e3:.0f} ms; peak {_peak_kib() // 1024} MiB"
+    return f"{found[0]}; others stood still {stall_s * 1e3:.0f} ms; peak {_peak_kib() // 1024} MiB"
 
 
 def _worst_stall_s(work: Callable[[], None]) -> float:

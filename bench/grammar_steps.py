@@ -1,7 +1,7 @@
-"""What grammars add to a step: `python -m tests.bench.grammar_steps MODEL.gguf`. Asserts nothing.
+"""The cost of grammars in a step (`python -m bench.grammar_steps MODEL.gguf`); no asserts.
 
-The real engine, without HTTP. Rounds of each case take turns, so that a machine that is busy with
-something else is so for all of them.
+The real engine, without HTTP. The rounds of the cases alternate, so that other load on the machine
+affects all of them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from model.build import make_runner
 from model.interface import SamplingParams
 from model.weights.source import ModelSource
 from scheduler.engine import Engine
-from scheduler.messages import Cancel, Learn, Prepared, Submit
+from scheduler.messages import Cancel, GenerateRequest, Prepared, SetVocabulary, Submit
 from server.structured.grammar import json_form, regex_form, whole
-from server.structured.vocabulary import vocabulary_of
+from server.structured.grammar_service import vocabulary_of
 from server.text.load import load_text
 
-#: The one that `bench/live/structured.py` asks a server for.
-PEOPLE = json.loads((Path(__file__).parents[0] / "data" / "people.json").read_text())
+#: As in `bench/live/structured.py`.
+PEOPLE = json.loads((Path(__file__).parents[1] / "tests" / "data" / "people.json").read_text())
 SCHEMA = whole(json_form(PEOPLE, is_lenient=False))
 COSTLY = whole(regex_form(r"(?s:.*)a(.|\n){500}"))
 #: For each case the grammars of its eight rows.
@@ -47,18 +47,20 @@ class Rounds:
         config = OctavoConfig().scheduler
         self.engine = Engine(self.runner, config, time.monotonic, self.inbox.put)
         self.tokenizer = load_text(path).tokenizer
-        self.engine.handle(Learn(vocabulary_of(self.tokenizer, self.runner.info)))
+        self.engine.handle(SetVocabulary(vocabulary_of(self.tokenizer, self.runner.info)))
         self.prompt = self.tokenizer.encode("Ten people of a town:", add_special_tokens=False)
         self.steps, self.num_requests = steps, 0
 
     def run(self, grammars: list[str | None], *, compiles: bool = False) -> tuple[list[float], int]:
-        """Return the steps' times, and how many tokens came."""
+        """Return the times of the steps and the number of tokens."""
         first = self.num_requests
         for grammar in grammars:
             params = SamplingParams(
                 10_000, seed=self.num_requests, grammar=grammar, min_tokens=9999
             )
-            self.engine.handle(Submit(self.num_requests, tuple(self.prompt), params))
+            self.engine.handle(
+                Submit(self.num_requests, GenerateRequest(tuple(self.prompt), params))
+            )
             self.num_requests += 1
         taken_s, num_tokens = list[float](), 0
         while len(taken_s) < self.steps:
@@ -71,7 +73,7 @@ class Rounds:
             began_s = time.perf_counter()
             result = self.engine.step()
             spent_s = time.perf_counter() - began_s
-            if result.stats.num_running == len(grammars):
+            if result.stats.scheduler.num_running == len(grammars):
                 taken_s.append(spent_s)
                 num_tokens += len(result.token_ids)
         for request_id in range(first, self.num_requests):
@@ -88,18 +90,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     rounds = Rounds(args.model, args.steps)
-    told: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     tokens: dict[str, int] = {}
     for _ in range(args.rounds):
         for name, grammars in CASES.items():
             taken_s, num_tokens = rounds.run(grammars)
-            told.setdefault(name, []).extend(taken_s)
+            times.setdefault(name, []).extend(taken_s)
             tokens[name] = tokens.get(name, 0) + num_tokens
         name = "eight free, grammars compiled beside"
         taken_s, num_tokens = rounds.run([None] * 8, compiles=True)
-        told.setdefault(name, []).extend(taken_s)
+        times.setdefault(name, []).extend(taken_s)
         tokens[name] = tokens.get(name, 0) + num_tokens
-    for name, taken_s in told.items():
+    for name, taken_s in times.items():
         ordered = sorted(taken_s)
         low, middle = ordered[len(ordered) // 10], statistics.median(ordered)
         high = ordered[int(len(ordered) * 0.99)]
@@ -107,7 +109,6 @@ def main() -> None:
             f"{name:38} step ms: p10 {low * 1e3:6.2f}  median {middle * 1e3:6.2f}"
             f"  p99 {high * 1e3:6.2f}  tokens {tokens[name]}\n"
         )
-    sys.stdout.write(f"{rounds.runner._sampler.stats()}\n")
     rounds.engine.close()
 
 

@@ -1,4 +1,4 @@
-"""What Octavo's own code is worth beside that of `transformers` on the same pages.
+"""Octavo's own code compared with that of `transformers` on the same pages.
 
 SmolLM2-135M's shape with random weights: eight decodes far into their texts, and 512 tokens of
 prompts in one step.
@@ -15,7 +15,7 @@ from typing import Literal
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model import build
-from model.interface import SamplingParams, SlotStart, StepInput
+from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart, StepInput
 from model.runner import TorchRunner
 
 _CONFIG = {
@@ -46,19 +46,18 @@ _RUNS: tuple[tuple[Impl, Quantization, Dtype], ...] = (
 
 
 def step(runner: TorchRunner, start: int, count: int, *, is_first: bool = False) -> float:
-    """Seconds for `count` tokens of each row."""
+    """Run a step of `count` tokens a row; return its seconds."""
     pages_each = -(-(_PAST + _DECODES) // runner.info.page_size)
     params = SamplingParams(max_tokens=1, temperature=0.0)
     slots = list(range(_ROWS))
     began = time.perf_counter()
     runner.launch(
-        StepInput(
+        StepInput.of(
             token_ids=[3] * (_ROWS * count),
-            starts=[start] * _ROWS,
-            counts=[count] * _ROWS,
+            rows=[RowSpan(start, start, count)] * _ROWS,
             slots=slots,
             page_ids=[list(range(row * pages_each, (row + 1) * pages_each)) for row in slots],
-            sample_rows=slots,
+            samples=[SampleSpan(row, count - 1, 1) for row in slots],
             started=[SlotStart(slot, params, [1]) for slot in slots] if is_first else [],
         )
     ).wait()
@@ -79,7 +78,7 @@ def main() -> None:
             prefill = min(step(runner, 0, _CHUNK) for _ in range(3))
             decode = statistics.median(step(runner, _PAST + i, 1) for i in range(_DECODES))
             weights = runner.info.quantization if impl == "octavo" else dtype
-            print(  # noqa: T201 - what one runs it for
+            print(  # noqa: T201 - a program that prints
                 f"{impl:13} {weights:9} {_ROWS} decodes {decode * 1e3:6.1f} ms, "
                 f"{_ROWS * _CHUNK} prompt tokens {prefill * 1e3:7.1f} ms"
             )

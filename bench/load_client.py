@@ -79,7 +79,7 @@ async def _ours(url: str) -> int:
 
 
 async def _httpx(url: str) -> int:
-    import httpx  # noqa: PLC0415 - only what is measured is loaded
+    import httpx  # noqa: PLC0415 - only the measured client is loaded
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 

@@ -1,4 +1,4 @@
-"""What planning and applying one step costs, without a model. Prints; asserts nothing."""
+"""The cost of planning and applying one step, without a model. Prints; asserts nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner
 from model.interface import SamplingParams, StepOutput
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 from scheduler.scheduler import Scheduler
 
 _NUM_SEQUENCES = 256
@@ -26,7 +26,7 @@ def main() -> None:
     )
     params = SamplingParams(max_tokens=2000, ignore_eos=True)
     for i in range(_NUM_SEQUENCES):
-        scheduler.submit(Submit(i, tuple(range(i, i + 100 + i % 16)), params))
+        scheduler.submit(Submit(i, GenerateRequest(tuple(range(i, i + 100 + i % 16)), params)))
     times_us = [_step_us(scheduler) for _ in range(_NUM_STEPS)][4:]
     print(  # noqa: T201 - a benchmark's only purpose
         f"plan + apply, {_NUM_SEQUENCES} running: "
@@ -39,7 +39,7 @@ def _step_us(scheduler: Scheduler) -> float:
     plan = scheduler.plan()
     planned = time.perf_counter()
     assert plan is not None
-    output = StepOutput([7] * len(plan.step.sample_rows))
+    output = StepOutput([[7] for _ in plan.step.samples])
     applying = time.perf_counter()
     scheduler.apply(plan, output)
     return (time.perf_counter() - applying + planned - began) * 1e6

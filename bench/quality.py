@@ -1,7 +1,7 @@
-"""What a format of the weights costs in quality: `python bench/quality.py [MODEL]`.
+"""The quality of each format of the weights: `python bench/quality.py [MODEL]`.
 
 Perplexity over this project's own pages, and how often a format's likeliest token is the one that
-float32 wrote, over 200 greedy answers. The first format is what the others are held against.
+float32 wrote, over 200 greedy answers. The first format is the reference of the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from configs.schema import ModelSection, OctavoConfig
 from model import build
 from model.interface import SamplingParams, TokenLogprobs
 from scheduler.engine import Engine
-from scheduler.messages import Prepared, Submit
+from scheduler.messages import GenerateRequest, Prepared, Submit
 from server.text.load import load_text
 
 Format = Literal["none", "fp16", "bf16", "int8"]
@@ -48,9 +48,9 @@ class Judge:
     def run(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams
     ) -> tuple[Answers, Scores]:
-        """Return the tokens each prompt is answered with, and how likely its own were."""
+        """Return the tokens of each answer, and the log-probabilities of each prompt."""
         for index, prompt in enumerate(prompts):
-            self._engine.handle(Submit(index, tuple(prompt), params))
+            self._engine.handle(Submit(index, GenerateRequest(tuple(prompt), params)))
         answers: Answers = defaultdict(list)
         scores: Scores = defaultdict(list)
         while self._engine.has_work:
@@ -93,11 +93,11 @@ def main() -> None:
             answers, _ = judge.run(prompts, greedy)
             written = [[*prompt, *answers[i]] for i, prompt in enumerate(prompts)]
         _, scores = judge.run(written, scored)
-        told = [entry for own in scores.values() for entry in own[-ANSWER_TOKENS:]]
-        same = sum(entry.rank == 1 for entry in told) / len(told)
+        judged = [entry for own in scores.values() for entry in own[-ANSWER_TOKENS:]]
+        same = sum(entry.rank == 1 for entry in judged) / len(judged)
         sys.stdout.write(
             f"{quantization:5} {judge.weights_bytes / 1e6:6.0f} MB  perplexity {perplexity:8.3f}"
-            f" over {len(entries)} tokens  same greedy token {100 * same:6.2f} % of {len(told)}\n"
+            f" over {len(entries)} tokens  same greedy token {100 * same:6.2f} % of {len(judged)}\n"
         )
         sys.stdout.flush()
         judge.close()

@@ -13,7 +13,8 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cache.kv_cache import Allocation, KVCache
+from cache.allocation import Allocation
+from cache.kv_cache import KVCache
 
 PAGE_SIZE_TOKENS = 16
 PROMPT_TOKENS = 8_000
@@ -29,8 +30,8 @@ def median_us(action: Callable[[], object], runs: int = 300) -> float:
     return statistics.median(times_s) * 1e6
 
 
-def random_tokens(num_tokens: int, chance: random.Random) -> list[int]:
-    return [chance.randrange(VOCABULARY) for _ in range(num_tokens)]
+def random_tokens(num_tokens: int, rng: random.Random) -> list[int]:
+    return [rng.randrange(VOCABULARY) for _ in range(num_tokens)]
 
 
 def enter(cache: KVCache, tokens: list[int]) -> None:
@@ -40,9 +41,9 @@ def enter(cache: KVCache, tokens: list[int]) -> None:
     cache.free(allocation, tokens, len(tokens))
 
 
-def bench_prompt(chance: random.Random) -> None:
+def bench_prompt(rng: random.Random) -> None:
     cache = KVCache(num_pages=4_000, page_size=PAGE_SIZE_TOKENS)
-    prompt = random_tokens(PROMPT_TOKENS, chance)
+    prompt = random_tokens(PROMPT_TOKENS, rng)
     enter(cache, prompt)
     # Equal tokens, other int objects: as they come off the wire.
     again = [int(str(token)) for token in prompt]
@@ -64,19 +65,19 @@ def bench_prompt(chance: random.Random) -> None:
     print(f"free                        {statistics.median(free_us):9.1f} us")
 
 
-def bench_many_children(chance: random.Random) -> None:
+def bench_many_children(rng: random.Random) -> None:
     cache = KVCache(num_pages=20_000, page_size=PAGE_SIZE_TOKENS)
     for _ in range(10_000):
-        enter(cache, random_tokens(PAGE_SIZE_TOKENS, chance))
-    probe = random_tokens(PAGE_SIZE_TOKENS * 2, chance)
+        enter(cache, random_tokens(PAGE_SIZE_TOKENS, rng))
+    probe = random_tokens(PAGE_SIZE_TOKENS * 2, rng)
     print(f"match among 10,000 children {median_us(lambda: cache.match(probe)):9.1f} us")
 
 
-def bench_evict(chance: random.Random) -> None:
+def bench_evict(rng: random.Random) -> None:
     num_pages = 10_000
     cache = KVCache(num_pages, PAGE_SIZE_TOKENS)
     for _ in range(num_pages // 100):
-        enter(cache, random_tokens(100 * PAGE_SIZE_TOKENS, chance))
+        enter(cache, random_tokens(100 * PAGE_SIZE_TOKENS, rng))
     taken: list[Allocation | None] = []
     start_s = perf_counter()
     taken.append(cache.admit([0] * (num_pages * PAGE_SIZE_TOKENS)))
@@ -85,10 +86,10 @@ def bench_evict(chance: random.Random) -> None:
 
 
 def main() -> None:
-    chance = random.Random(0)
-    bench_prompt(chance)
-    bench_many_children(chance)
-    bench_evict(chance)
+    rng = random.Random(0)
+    bench_prompt(rng)
+    bench_many_children(rng)
+    bench_evict(rng)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time the sampler: `python -m tests.bench.sampler`. Prints microseconds a step; asserts nothing.
+"""Time the sampler: `python -m bench.sampler`. Prints microseconds a step; asserts nothing.
 
 Logits are Zipf's law over a shuffled vocabulary, about as sharp as a small language model's.
 """
@@ -41,14 +41,14 @@ def zipf_logits(rows: int, vocab_size: int, exponent: float, device: torch.devic
     return by_rank[order].to(device)
 
 
-def time_step_us(chooser: Sampler, logits: torch.Tensor, num_steps: int) -> float:
+def time_step_us(sampler: Sampler, logits: torch.Tensor, num_steps: int) -> float:
     """Return the median time of a step."""
     slots = list(range(len(logits)))
     taken_s = []
     for position in range(num_steps):
         fresh = logits.clone()
         began = time.perf_counter()
-        chooser.sample(fresh, slots, [position] * len(slots))
+        sampler.sample(fresh, slots, [position] * len(slots))
         taken_s.append(time.perf_counter() - began)
     return statistics.median(taken_s) * 1e6
 
@@ -69,12 +69,12 @@ def main() -> None:
     for name, extras in CASES.items():
         cells = []
         for rows in args.rows:
-            chooser = Sampler(rows, args.vocab_size, (0,), device)
+            sampler = Sampler(rows, args.vocab_size, (0,), device)
             for slot in range(rows):
                 params = SamplingParams(1000, seed=slot, **extras)
-                chooser.start(SlotStart(slot, params, range(200)))
+                sampler.start(SlotStart(slot, params, range(200)))
             logits = zipf_logits(rows, args.vocab_size, args.exponent, device)
-            cells.append(time_step_us(chooser, logits, args.steps))
+            cells.append(time_step_us(sampler, logits, args.steps))
         sys.stdout.write(f"{name:24}" + "".join(f"{cell:12,.0f}" for cell in cells) + "\n")
 
 

@@ -1,1 +1,1 @@
-"""Which page holds what: pages, prefix tree, leases, eviction. No tensors, no clock, no I/O."""
+"""The key/value cache: pages, prefix tree, leases, eviction. No tensors, no clock, no I/O."""

@@ -1,7 +1,8 @@
-"""The scheduler's only door to the key/value cache: which page holds what, and for whom.
+"""The scheduler's only interface to the key/value cache: the owner and the tokens of each page.
 
 Every page is in exactly one place: free (in the pool), private (of one allocation) or cached (in
-the prefix tree); of the cached ones those are leased which an allocation reads.
+the prefix tree). Cached pages that an allocation reads are leased. Under a windowed view an
+allocation drops the pages behind its window while it runs.
 
     tokens        |  t0 .. t3  |  t4 .. t7  |  t8 .. t11 |  t12 t13   |
     page_ids      |     7      |     2      |     5      |     0      |
@@ -10,9 +11,9 @@ the prefix tree); of the cached ones those are leased which an allocation reads.
 
 Knows page ids, not bytes: no tensors, no clock, no I/O. Knows nothing of steps, slots or requests.
 
-What the runner owes: the copies of one step in the order of admission, before anything that step
+The runner must do the copies of one step in the order of admission, before anything that step
 writes. A copy's source is therefore not held: it may be evicted and handed out again within the
-same round of planning, even as the target of a later copy. What the scheduler owes: it commits only
+same round of planning, even as the target of a later copy. The scheduler must commit only
 tokens whose step was launched before the copies of any later admission are.
 """
 
@@ -21,71 +22,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import pairwise
+from sys import maxsize
 
-from cache.frontier import Frontier, Frontiers
+from cache.allocation import Allocation, MissReason
 from cache.lease import Lease
-from cache.node import Node
+from cache.moves import PageMove, PageRef, Tier
+from cache.node import NO_PAGE, Node
 from cache.pages import PagePool
+from cache.pending_pages import PendingPages
 from cache.policy import EvictionPolicy, lru
 from cache.radix import Prefix, RadixTree
 from cache.stats import CacheStats
-
-
-class MissReason(StrEnum):
-    """Why no more of a prompt was reused, in a word for the person who asks."""
-
-    #: All was that can be: the last token is always computed, for its logits.
-    COMPLETE = "complete"
-    #: Nothing with this beginning is cached in this namespace.
-    COLD = "cold"
-    #: What is cached goes on with other tokens.
-    DIVERGED = "diverged"
-    #: What is cached ends here: the rest was never cached, or was evicted.
-    ENDED = "ended"
-    #: All was that may be: the request wants more of it computed.
-    LIMITED = "limited"
+from cache.view import FULL_VIEW, View
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What a prompt would find if it were admitted now."""
+    """The result of looking a prompt up without admitting it."""
 
     #: Leading tokens that need not be computed: at most all but the last.
     num_tokens: int
     reason: MissReason
-    #: A live allocation is computing the very page that this prompt needs next: whoever waits for
-    #: its `commit` (or `free`) does not compute it twice.
+    #: A live allocation is computing the page that this prompt needs next. Waiting for its
+    #: `commit` (or `free`) avoids computing it twice.
     in_flight: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PageCopy:
-    """Copy the keys and values of the first `num_tokens` tokens of one page into another."""
-
-    source: int
-    target: int
-    num_tokens: int
-
-
-@dataclass(slots=True, eq=False)
-class Allocation:
-    """The pages of one sequence, from `admit` to `free`."""
-
-    #: The block table: page i holds the tokens from `i * page_size` on. Append-only.
-    page_ids: list[int]
-    #: To be done before the sequence's first step; none or one.
-    copies: list[PageCopy]
-    #: Leading tokens that are there already, copies included.
-    num_cached_tokens: int
-    miss_reason: MissReason
-    #: Here and below the cache's own. What the sequence reads or has entered: `lease.nodes[i]`
-    #: holds the same tokens as `page_ids[i]`, and is another page where two computed the same.
-    lease: Lease
-    #: Tokens known when it was admitted: it is foreseeable which pages it will enter.
-    num_known_tokens: int
-    frontier: Frontier | None = None
 
 
 class Pin:
@@ -103,14 +64,25 @@ class KVCache:
     within one namespace.
     """
 
-    def __init__(self, num_pages: int, page_size: int, policy: EvictionPolicy = lru) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        policy: EvictionPolicy = lru,
+        *,
+        view: View = FULL_VIEW,
+        chunk_tokens: int = 1,
+    ) -> None:
+        """`view`: of all sequences. `chunk_tokens`: how many a step may compute of one, at most."""
+        self._view = view
+        self._chunk_tokens = chunk_tokens
         self._pool = PagePool(num_pages)
         self._tree = RadixTree(page_size, policy)
         self._page_size = page_size
-        # Dicts, not sets: what is iterated over has an order.
+        # Dicts, not sets: iteration is ordered.
         self._live: dict[Allocation, None] = {}
         self._pins: dict[Pin, None] = {}
-        self._frontiers = Frontiers()
+        self._pending_pages = PendingPages()
         self._num_query_tokens = 0
         self._num_hit_tokens = 0
         self._num_evicted_pages = 0
@@ -121,15 +93,25 @@ class KVCache:
 
     @property
     def available_pages(self) -> int:
-        """Pages that can be had now: free ones and those that may be evicted."""
+        """Pages that can be allocated now: free and evictable ones."""
         return self._pool.num_free + self._tree.num_evictable
 
-    def can_ever_fit(self, num_tokens: int) -> bool:
-        """Whether a sequence of so many tokens fits when it is alone."""
-        return self._num_pages(num_tokens) <= self._pool.num_pages
+    @property
+    def max_held_tokens(self) -> int:
+        """Tokens whose pages one sequence needs at a time, at most, with whole chunks."""
+        sinks, window = self._view.sinks, self._view.window
+        return maxsize if window is None else sinks + window + self._chunk_tokens
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest sequence that fits when it is alone."""
+        num_read_pages = self._view.num_pages(self._page_size)
+        if num_read_pages is not None and num_read_pages <= self._pool.num_pages:
+            return maxsize
+        return self._pool.num_pages * self._page_size
 
     def match(self, tokens: Sequence[int], namespace: str = "") -> Match:
-        """Tell what a prompt would find. Changes nothing, recency included. O(tokens reused)."""
+        """Look a prompt up. Changes nothing, recency included. O(tokens reused)."""
         prefix = self._find(tokens, namespace)
         reason = self._miss_reason(prefix, len(tokens))
         return Match(self._num_cached_tokens(prefix), reason, self._in_flight(prefix, tokens))
@@ -143,7 +125,7 @@ class KVCache:
             # `check` counts them one by one.
             pages_private=total - free - cached,
             pages_cached=cached,
-            pages_leased=self._tree.num_leased,
+            pages_leased=self._tree.num_read,
             query_tokens_total=self._num_query_tokens,
             hit_tokens_total=self._num_hit_tokens,
             evicted_pages_total=self._num_evicted_pages,
@@ -158,33 +140,35 @@ class KVCache:
         tokens: Sequence[int],
         namespace: str = "",
         reserve_pages: int = 0,
-        most_cached_tokens: int | None = None,
+        max_cached_tokens: int | None = None,
     ) -> Allocation | None:
         """Give a sequence pages for all of `tokens`, the longest cached beginning reused.
 
-        No more than `most_cached_tokens` are, if it is given. Also asks for `reserve_pages` more to
-        be available afterwards; None, and nothing changed, where there are not enough. Raises
-        `ValueError` for no tokens.
+        Under a window: only for the tokens in view and a chunk. At most `max_cached_tokens` are
+        reused, if given. Also asks for `reserve_pages` more to be available afterwards; None,
+        and nothing changed, where there are not enough. Raises `ValueError` for no tokens.
         """
-        prefix = self._find(tokens, namespace, most_cached_tokens)
-        path = prefix.path
-        num_new_pages = self._num_pages(len(tokens)) - len(path)
-        # What it is about to lease cannot be evicted for it.
-        available_pages = self.available_pages - _num_unleased(path)
-        if num_new_pages + reserve_pages > available_pages:
+        prefix = self._find(tokens, namespace, max_cached_tokens)
+        path, num_cached_tokens = prefix.path, self._num_cached_tokens(prefix)
+        gap = self._view.unread_pages(num_cached_tokens, self._page_size)
+        num_new_pages = self._num_first_pages(len(tokens), num_cached_tokens, gap) - len(path)
+        # The pages that it is about to read cannot be evicted for it.
+        num_unread = sum(not n.readers for n in path[: gap.start] + path[gap.stop :])
+        if num_new_pages + reserve_pages > self.available_pages - num_unread:
             return None
-        num_cached_tokens = self._num_cached_tokens(prefix)
-        is_limited = num_cached_tokens == most_cached_tokens
+        is_limited = num_cached_tokens == max_cached_tokens
         reason = MissReason.LIMITED if is_limited else self._miss_reason(prefix, len(tokens))
-        page_ids = [node.page_id for node in path]
-        lease = Lease(self._tree, prefix.root or self._tree.root(namespace), path)
+        lease = Lease(self._tree, prefix.root or self._tree.root(namespace), path, gap)
+        page_ids = [0 if index in gap else node.page_id for index, node in enumerate(path)]
+        source_page = NO_PAGE
         if prefix.source is not None:
+            source_page = prefix.source.page_id
             self._tree.touch(prefix.source)
         page_ids += self._take_pages(num_new_pages)
-        copies = self._copies(prefix, page_ids)
-        allocation = Allocation(page_ids, copies, num_cached_tokens, reason, lease, len(tokens))
+        moves = self._moves(source_page, page_ids, len(path), prefix.num_head_tokens)
+        allocation = Allocation(page_ids, moves, num_cached_tokens, reason, lease, len(tokens))
         self._live[allocation] = None
-        self._move_frontier(allocation, tokens)
+        self._move_pending_page(allocation, tokens)
         self._num_query_tokens += len(tokens)
         self._num_hit_tokens += num_cached_tokens
         return allocation
@@ -206,7 +190,7 @@ class KVCache:
     def commit(self, allocation: Allocation, tokens: Sequence[int], num_computed: int) -> None:
         """Enter the whole pages of `tokens[:num_computed]`, so that others may reuse them.
 
-        O(1) while no page has been filled. Where the tree has the same page from somebody else, the
+        O(1) while no page has been filled. Where the tree has the same page already, the
         block table keeps its own: a step under way may be reading it. Raises `ValueError` if the
         allocation was freed.
         """
@@ -220,15 +204,33 @@ class KVCache:
             node = end.child(key)
             if node is None:
                 node = self._tree.insert(end, key, allocation.page_ids[index])
+            elif node.page_id == NO_PAGE:
+                self._tree.fill(node, allocation.page_ids[index])
             else:
                 self._num_duplicate_pages += 1
             allocation.lease.extend(node)
-        self._move_frontier(allocation, tokens)
+        self._move_pending_page(allocation, tokens)
+
+    def drop(self, allocation: Allocation, unread: range) -> None:
+        """Give back pages that no later query of the sequence reads, by index in its block table.
+
+        They were committed. Private ones go back to the pool; cached ones stay cached, and may be
+        evicted unless other allocations read them. `unread` begins where it did before, and never
+        shrinks. Raises `ValueError` if the allocation was freed.
+        """
+        lease = allocation.lease
+        if unread.stop <= lease.gap.stop:
+            return
+        self._require_live(allocation)
+        assert unread.stop <= len(lease.nodes), "pages are dropped that were not committed"
+        pages = range(max(unread.start, lease.gap.stop), unread.stop)
+        self._pool.give_back(allocation.duplicates(pages))
+        lease.drop(unread)
 
     def free(self, allocation: Allocation, tokens: Sequence[int], num_computed: int) -> None:
-        """Commit what is whole, then give everything back. Raises `ValueError` the second time.
+        """Commit the whole pages, then give everything back. Raises `ValueError` the second time.
 
-        What was committed stays cached until its page is needed. `page_ids` is left as it is.
+        Committed pages stay cached until they are needed. `page_ids` is left as it is.
         """
         self._require_live(allocation)
         self.commit(allocation, tokens, num_computed)
@@ -237,8 +239,8 @@ class KVCache:
     def discard(self, allocation: Allocation) -> None:
         """Give everything back, and forget the cached pages of the sequence.
 
-        For contents that are not to be trusted: nobody is to reuse them. What other allocations
-        lease stays cached. Raises `ValueError` if the allocation was freed.
+        For contents that must not be reused. Pages leased by other allocations stay cached. Raises
+        `ValueError` if the allocation was freed.
         """
         self._require_live(allocation)
         self._release(allocation)
@@ -246,14 +248,14 @@ class KVCache:
         self._num_evicted_pages += len(page_ids)
         self._pool.give_back(page_ids)
 
-    # ---- what outlives allocations ---------------------------------------------------------------
+    # ---- pins and reset --------------------------------------------------------------------------
 
     def pin(self, tokens: Sequence[int], namespace: str = "") -> Pin:
         """Make the cached whole pages of `tokens` the last to be evicted, until `unpin`.
 
         Soft: they still are when nothing else can be. Pages cached later are not covered.
         """
-        pin = Pin(self._tree.find(tokens, namespace, len(tokens)).path)
+        pin = Pin(self._tree.find(tokens, namespace, len(tokens), self._view).path)
         self._pins[pin] = None
         self._tree.pin(pin.nodes, +1)
         return pin
@@ -276,11 +278,20 @@ class KVCache:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
 
-    def _find(self, tokens: Sequence[int], namespace: str, most: int | None = None) -> Prefix:
+    def _find(self, tokens: Sequence[int], namespace: str, max_tokens: int | None = None) -> Prefix:
         if not tokens:
             raise ValueError("tokens must not be empty")
         limit = len(tokens) - 1
-        return self._tree.find(tokens, namespace, limit if most is None else min(limit, most))
+        limit = limit if max_tokens is None else min(limit, max_tokens)
+        return self._tree.find(tokens, namespace, limit, self._view)
+
+    def _num_first_pages(self, num_tokens: int, num_cached_tokens: int, gap: range) -> int:
+        """Return the length of a new block table."""
+        end = self._view.start(num_cached_tokens) - self._view.sinks + self.max_held_tokens
+        num_pages = self._num_pages(min(num_tokens, end))
+        # Chunks become smaller where there is no room for whole ones.
+        max_pages = len(gap) + self._pool.num_pages
+        return min(num_pages, max_pages) if self.max_tokens == maxsize else num_pages
 
     def _num_cached_tokens(self, prefix: Prefix) -> int:
         return len(prefix.path) * self._page_size + prefix.num_head_tokens
@@ -291,7 +302,7 @@ class KVCache:
             return MissReason.COMPLETE
         if num_cached_tokens == 0:
             return MissReason.COLD
-        is_end = prefix.path and not prefix.path[-1].children
+        is_end = prefix.is_cut or (prefix.path and not prefix.path[-1].children)
         return MissReason.ENDED if is_end else MissReason.DIVERGED
 
     def _in_flight(self, prefix: Prefix, tokens: Sequence[int]) -> bool:
@@ -299,9 +310,12 @@ class KVCache:
         if prefix.root is None or (index + 1) * self._page_size > len(tokens):
             return False
         end, key = prefix.path[-1] if prefix.path else prefix.root, self._tree.key(tokens, index)
+        if (end, key) not in self._pending_pages:
+            return False
         # Cached and computed again: of a prompt that ends with this page, only the last token is
         # wanting, and waiting would not bring it.
-        return (end, key) in self._frontiers and end.child(key) is None
+        child = end.child(key)
+        return child is None or child.page_id == NO_PAGE
 
     def _take_pages(self, num_pages: int) -> list[int]:
         num_missing_pages = max(0, num_pages - self._pool.num_free)
@@ -309,48 +323,49 @@ class KVCache:
         self._num_evicted_pages += num_missing_pages
         return self._pool.take(num_pages)
 
-    def _copies(self, prefix: Prefix, page_ids: list[int]) -> list[PageCopy]:
-        if prefix.source is None:
-            return []
-        source, target = prefix.source.page_id, page_ids[len(prefix.path)]
-        if source == target:
-            # Evicted a moment ago and handed out again in the very place: its head is there.
+    def _moves(
+        self, source: int, page_ids: list[int], index: int, num_tokens: int
+    ) -> list[PageMove]:
+        # Where they are the same, it was evicted a moment ago and handed out again in the very
+        # place: its head is there.
+        if source in {NO_PAGE, page_ids[index]}:
             return []
         self._num_copied_pages += 1
-        return [PageCopy(source, target, prefix.num_head_tokens)]
+        target = PageRef(Tier.DEVICE, page_ids[index])
+        return [PageMove(PageRef(Tier.DEVICE, source), target, num_tokens)]
 
     def _require_live(self, allocation: Allocation) -> None:
         if allocation not in self._live:
             raise ValueError("this allocation was freed before")
 
     def _release(self, allocation: Allocation) -> None:
-        self._drop_frontier(allocation)
+        self._drop_pending_page(allocation)
         del self._live[allocation]
-        self._pool.give_back(_private_pages(allocation))
+        self._pool.give_back(allocation.private_pages())
         allocation.lease.release()
 
-    def _drop_frontier(self, allocation: Allocation) -> None:
-        if allocation.frontier is not None:
-            self._frontiers.remove(allocation.frontier)
-            allocation.frontier = None
+    def _drop_pending_page(self, allocation: Allocation) -> None:
+        if allocation.pending_page is not None:
+            self._pending_pages.remove(allocation.pending_page)
+            allocation.pending_page = None
 
-    def _move_frontier(self, allocation: Allocation, tokens: Sequence[int]) -> None:
-        self._drop_frontier(allocation)
+    def _move_pending_page(self, allocation: Allocation, tokens: Sequence[int]) -> None:
+        self._drop_pending_page(allocation)
         index = len(allocation.lease.nodes)
         if (index + 1) * self._page_size <= allocation.num_known_tokens:
-            allocation.frontier = (allocation.lease.end, self._tree.key(tokens, index))
-            self._frontiers.add(allocation.frontier)
+            allocation.pending_page = (allocation.lease.end, self._tree.key(tokens, index))
+            self._pending_pages.add(allocation.pending_page)
 
     # ---- invariants ------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Every page in exactly one place, every count true. O(pages)."""
+        """Assert that every page is in exactly one place and every count is true. O(pages)."""
         self._pool.check()
         self._tree.check()
         nodes = list(self._tree.nodes())
         live = list(self._live)
-        private = [page_id for allocation in live for page_id in _private_pages(allocation)]
-        cached = [node.page_id for node in nodes]
+        private = [page_id for allocation in live for page_id in allocation.private_pages()]
+        cached = [node.page_id for node in nodes if node.page_id != NO_PAGE]
         places = sorted([*self._pool.free_ids, *private, *cached])
         assert places == list(range(self._pool.num_pages)), (
             f"not every page is in exactly one place: free {self._pool.free_ids}, "
@@ -358,12 +373,14 @@ class KVCache:
         )
         leases = Counter(node for allocation in live for node in allocation.lease.nodes)
         assert leases == {n: n.leases for n in nodes if n.leases}, "leases differ from the counts"
+        readers = Counter(node for allocation in live for node in allocation.lease.read)
+        assert readers == {n: n.readers for n in nodes if n.readers}, "readers differ"
         leases = Counter(allocation.lease.root for allocation in live)
         held = {root: root.leases for root in self._tree.roots() if root.leases}
         assert leases == held, "leases differ from the roots' counts"
         pins = Counter(node for pin in self._pins for node in pin.nodes)
         assert all(pins[n] == n.pins for n in nodes), "pins differ from the counts"
-        self._frontiers.check(a.frontier for a in live if a.frontier is not None)
+        self._pending_pages.check(a.pending_page for a in live if a.pending_page is not None)
         for allocation in live:
             self._check_allocation(allocation)
 
@@ -374,23 +391,7 @@ class KVCache:
         assert linked, "a lease is not a path"
         assert len(lease.nodes) <= len(allocation.page_ids), "more pages committed than owned"
         is_foreseeable = (len(lease.nodes) + 1) * self._page_size <= allocation.num_known_tokens
-        assert (allocation.frontier is not None) == is_foreseeable, "a frontier is out of place"
-        if allocation.frontier is not None:
-            assert allocation.frontier[0] is lease.end, "a frontier is not at the lease's end"
-
-
-def _num_unleased(path: list[Node]) -> int:
-    """Count the nodes of a path that no lease covers: all those below the last covered one."""
-    for count, node in enumerate(reversed(path)):
-        if node.leases:
-            return count
-    return len(path)
-
-
-def _private_pages(allocation: Allocation) -> list[int]:
-    """List the pages which no node has: those not committed, and the duplicates."""
-    nodes, page_ids = allocation.lease.nodes, allocation.page_ids
-    duplicates = [
-        page_id for page_id, node in zip(page_ids, nodes, strict=False) if page_id != node.page_id
-    ]
-    return duplicates + page_ids[len(nodes) :]
+        pending = allocation.pending_page
+        assert (pending is not None) == is_foreseeable, "a pending page is out of place"
+        if pending is not None:
+            assert pending[0] is lease.end, "a pending page is not at the lease's end"

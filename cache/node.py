@@ -8,7 +8,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-#: Of a root: it stands for the empty prefix and holds no page.
+#: Of a root, which stands for the empty prefix, and of a husk: a node whose page was evicted, kept
+#: while it has children or leases.
 NO_PAGE = -1
 
 
@@ -29,8 +30,10 @@ class Node:
     #: shares the longest head?", and for few children is as fast as a dict.
     keys: list[bytes] = field(default_factory=list)
     children: list[Node] = field(default_factory=list)
-    #: Leases which cover this node; while there are any it is not evicted.
+    #: Leases on a path through this node; while there are any, the node stays in the tree.
     leases: int = 0
+    #: Those of them whose view covers the page; while there are any, the page is not evicted.
+    readers: int = 0
     #: Soft pins: a pinned node is evicted only when nothing else is left to evict.
     pins: int = 0
     #: The tree's logical time of the last use.

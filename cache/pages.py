@@ -1,4 +1,4 @@
-"""The pages nobody uses: a stack of page ids.
+"""The free pages: a stack of page ids.
 
 Knows nothing of tokens, of the prefix tree, or of the bytes behind a page id.
 """
@@ -32,7 +32,7 @@ class PagePool:
         return tuple(self._free)
 
     def take(self, num_pages: int) -> list[int]:
-        """Take `num_pages` pages; the caller has made sure that there are as many. O(num_pages)."""
+        """Take `num_pages` pages; the caller has checked that there are enough. O(num_pages)."""
         kept = len(self._free) - num_pages
         assert kept >= 0, f"{num_pages} pages taken of {len(self._free)} free ones"
         taken = self._free[kept:]
@@ -45,7 +45,7 @@ class PagePool:
         self._free.extend(page_ids)
 
     def check(self) -> None:
-        """Each free page is one of ours, and is free once."""
+        """Assert that each free page is in range and is free once."""
         distinct = set(self._free)
         assert len(distinct) == len(self._free), f"a page is free twice: {sorted(self._free)}"
         strangers = distinct.difference(range(self.num_pages))

@@ -1,4 +1,4 @@
-"""Who is evicted first: a sort key, and the queue that keeps its order.
+"""The order of eviction: a sort key, and the queue that keeps its order.
 
 Knows nothing of what eviction does to the tree, nor of pages.
 """
@@ -13,28 +13,27 @@ from cache.node import Node
 
 
 class SupportsLessThan(Protocol):
-    """What a sort key can do."""
+    """A sort key."""
 
     def __lt__(self, other: Any, /) -> bool:  # noqa: ANN401 - keys are compared with their like
-        """Whether this one is evicted first."""
+        """Return whether this one is evicted first."""
 
 
-#: The node with the smallest key goes first. Read when a node becomes evictable (its last lease is
-#: released, its last child evicted) and again when it is used by a copy, pinned or unpinned; so a
-#: key may depend on the node alone, not on the time at which it is read.
+#: The node with the smallest key goes first. The key is read when a node becomes evictable, and
+#: again when a copy uses it or a pin changes. So it may depend on the node alone, not on the time.
 EvictionPolicy: TypeAlias = Callable[[Node], SupportsLessThan]
 
 
 def lru(node: Node) -> int:
-    """Least recently used first: exact, since no two evictable nodes were last used together."""
+    """Order by last use: exact, since no two evictable nodes were last used together."""
     return node.last_used
 
 
 class EvictionQueue:
     """The evictable nodes in the policy's order, soft-pinned ones last. O(log n) each operation.
 
-    A heap whose dead entries are left in place and skipped later; when more than half of it is
-    dead it is rebuilt, so garbage is bounded, at a cost that the deaths have paid for.
+    A heap that skips dead entries. It is rebuilt when more than half of it is dead, so garbage is
+    bounded at O(1) amortised cost.
     """
 
     def __init__(self, policy: EvictionPolicy) -> None:
@@ -75,7 +74,7 @@ class EvictionQueue:
             self._num_dead = 0
 
     def check(self, evictable: Iterable[Node]) -> None:
-        """Exactly the evictable nodes are here, in today's order, and garbage is bounded."""
+        """Assert that exactly the evictable nodes are here, in order, and garbage is bounded."""
         live = {
             node.ticket: (pinned, key)
             for pinned, key, ticket, node in self._heap

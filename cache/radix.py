@@ -1,7 +1,7 @@
 """The prefix tree: which cached page goes on which.
 
 One node is one whole page of tokens. Knows nothing of free pages, of sequences or of block tables;
-it is told who holds nodes (`hold`, `release`) and names the page to evict (`evict`).
+callers count their leases on nodes (`hold`, `release`), and `evict` chooses a page.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from typing import NamedTuple
 
 from cache.node import NO_PAGE, Node
 from cache.policy import EvictionPolicy, EvictionQueue
+from cache.view import View
 
 TOKEN_BYTES = 4
 
 
 class Prefix(NamedTuple):
-    """What the tree holds of a prompt's beginning."""
+    """The cached beginning of a prompt."""
 
-    #: None: nothing is known of the namespace.
+    #: None: the namespace has no pages.
     root: Node | None
-    #: The whole pages, first page first.
+    #: The whole pages, first page first. Those out of view may be husks.
     path: list[Node]
     #: A child of the path's end whose first `num_head_tokens` tokens go on as the prompt does.
     source: Node | None
     num_head_tokens: int
+    #: More of the prompt is known, but pages that it would read were evicted.
+    is_cut: bool = False
 
 
 class RadixTree:
@@ -37,9 +40,9 @@ class RadixTree:
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         self.page_size = page_size
-        #: Pages in the tree, and those of them which a lease covers.
+        #: Pages in the tree, and those of them which a lease reads.
         self.num_pages = 0
-        self.num_leased = 0
+        self.num_read = 0
         self._roots: dict[str, Node] = {}
         self._queue = EvictionQueue(policy)
         self._now = 0
@@ -49,15 +52,10 @@ class RadixTree:
     def num_evictable(self) -> int:
         """Pages that `evict` can name one after another.
 
-        No lease covers a node without covering its ancestors, so below an unleased node all is
-        unleased, and evicting leaves gets at every unleased page in the end.
+        Unread pages on a leased path can be evicted at once. No lease covers a node without its
+        ancestors, so below an unleased node all is unleased, and evicting leaves gets at the rest.
         """
-        return self.num_pages - self.num_leased
-
-    @property
-    def num_namespaces(self) -> int:
-        """Namespaces that hold a page or are held by a lease."""
-        return len(self._roots)
+        return self.num_pages - self.num_read
 
     # ---- queries ---------------------------------------------------------------------------------
 
@@ -66,15 +64,17 @@ class RadixTree:
         start = page_index * self.page_size
         return self._page.pack(*tokens[start : start + self.page_size])
 
-    def find(self, tokens: Sequence[int], namespace: str, limit: int) -> Prefix:
+    def find(self, tokens: Sequence[int], namespace: str, limit: int, view: View) -> Prefix:
         """Find the longest cached beginning of `tokens[:limit]`, token-exact. Changes nothing.
 
-        O(limit) plus O(log children) a page.
+        All its pages are there that the query behind it reads in this view. O(limit) plus
+        O(log children) a page.
         """
         root = self._roots.get(namespace)
         if root is None:
             return Prefix(None, [], None, 0)
-        node, path, size, page = root, [], self.page_size, self._page.pack
+        node, size, page = root, self.page_size, self._page.pack
+        path, husks = list[Node](), list[int]()
         for start in range(0, limit - size + 1, size):
             # `Node.child`, written out: a call a page would be a third of the whole search.
             key = page(*tokens[start : start + size])
@@ -82,13 +82,22 @@ class RadixTree:
             if position == len(node.keys) or node.keys[position] != key:
                 break
             node = node.children[position]
+            if node.page_id == NO_PAGE:
+                husks.append(len(path))
             path.append(node)
         start = len(path) * size
         source, num_head_tokens = _longest_head(node, tokens[start : min(start + size, limit)])
+        num_tokens = start + num_head_tokens
+        for index in reversed(husks):
+            first, end = index * size, (index + 1) * size
+            if end <= num_tokens and (first < view.sinks or end > view.start(num_tokens)):
+                num_tokens = first
+        if num_tokens < start:
+            return Prefix(root, path[: num_tokens // size], None, 0, is_cut=True)
         return Prefix(root, path, source, num_head_tokens)
 
     def nodes(self) -> Iterator[Node]:
-        """Every node that holds a page, parents before children. O(pages): for checks and views."""
+        """Yield all nodes but the roots, parents before children. O(nodes): for checks."""
         pending = list(self._roots.values())
         while pending:
             node = pending.pop()
@@ -111,43 +120,54 @@ class RadixTree:
 
     def insert(self, parent: Node, key: bytes, page_id: int) -> Node:
         """Enter a page below a held node; to be held before anything is evicted."""
-        node = Node(parent.namespace, key, page_id, parent, parent.depth + 1)
+        node = Node(parent.namespace, key, NO_PAGE, parent, parent.depth + 1)
         parent.add(node)
-        self.num_pages += 1
+        self.fill(node, page_id)
         return node
 
-    def hold(self, nodes: Sequence[Node]) -> None:
-        """Count one more lease on nodes of one downward path, whose ancestors are held."""
-        for node in nodes:
-            if not node.leases:
-                self.num_leased += 1
-            node.leases += 1
-        if nodes:
-            # The others have a child on the path, and so never were in the queue.
-            self._queue.discard(nodes[-1])
+    def fill(self, node: Node, page_id: int) -> None:
+        """Give a husk a page; to be held before anything is evicted."""
+        node.page_id = page_id
+        self.num_pages += 1
 
-    def release(self, root: Node, nodes: Sequence[Node]) -> None:
-        """Count one lease less on a root and a whole path below it, used until now.
+    def hold(self, read: Sequence[Node], unread: Sequence[Node]) -> None:
+        """Count one more lease on nodes of one downward path, of which it reads some.
 
-        One moment for the whole path: of one path only the last node can be a leaf, so the tail
-        goes first all the same, and no two leaves share a moment.
+        Their ancestors are held.
         """
-        self._now += 1
+        for node in read:
+            self.num_read += not node.readers
+            node.leases += 1
+            node.readers += 1
+            self._queue.discard(node)
+        for node in unread:
+            node.leases += 1
+            self._settle(node)
+
+    def unread(self, nodes: Sequence[Node]) -> None:
+        """Count one reader less on nodes, used until now; the leases on them remain."""
         for node in nodes:
-            node.leases -= 1
+            self._now += 1
             node.last_used = self._now
-            if not node.leases:
-                self.num_leased -= 1
-        if nodes:
-            self._queue_if_evictable(nodes[-1])
-        root.leases -= 1
-        self._drop_if_empty(root)
+            node.readers -= 1
+            if not node.readers:
+                self.num_read -= 1
+                if node.leases or not node.children:
+                    self._settle(node)
+
+    def release(self, root: Node, read: Sequence[Node], unread: Sequence[Node]) -> None:
+        """Count one lease less on a root and a whole path below it, of which it read some."""
+        for node in (root, *read, *unread):
+            node.leases -= 1
+        self.unread(read)
+        for node in (*unread, root):
+            self._settle(node)
 
     def touch(self, node: Node) -> None:
         """Make a node the most recently used one."""
         self._now += 1
         node.last_used = self._now
-        self._queue_if_evictable(node)
+        self._settle(node)
 
     def pin(self, nodes: Sequence[Node], difference: int) -> None:
         """Count one soft pin more (+1) or less (-1) on nodes; some may be evicted by now."""
@@ -157,26 +177,26 @@ class RadixTree:
                 self._queue.push(node)
 
     def evict(self) -> int:
-        """Forget the leaf that goes first, and return its page. The caller knows there is one."""
+        """Take away the page that goes first, and return it. The caller knows there is one."""
         node = self._queue.pop()
-        self._unlink(node)
+        page_id, node.page_id = node.page_id, NO_PAGE
         self.num_pages -= 1
-        return node.page_id
+        self._settle(node)
+        return page_id
 
     def prune(self, path: Sequence[Node]) -> list[int]:
-        """Forget what no lease covers of a path, with all below it; return the pages.
+        """Forget the unleased nodes of a path and all below them; return their pages.
 
-        The path is one that the tree still has. O(pages forgotten).
+        Its husks may have left the tree already. O(pages forgotten).
         """
         top = next((node for node in path if not node.leases), None)
-        if top is None:
+        if top is None or top.parent is None:
             return []
-        pending, page_ids = [top], []
-        while pending:
-            node = pending.pop()
+        nodes = [top]
+        for node in nodes:
             self._queue.discard(node)
-            page_ids.append(node.page_id)
-            pending.extend(node.children)
+            nodes.extend(node.children)
+        page_ids = [node.page_id for node in nodes if node.page_id != NO_PAGE]
         self._unlink(top)
         self.num_pages -= len(page_ids)
         return page_ids
@@ -185,33 +205,39 @@ class RadixTree:
         parent = node.parent
         assert parent is not None, "a root is not a page"
         parent.remove(node)
-        if parent.parent is None:
-            self._drop_if_empty(parent)
-        else:
-            self._queue_if_evictable(parent)
+        node.parent = None
+        self._settle(parent)
 
-    def _queue_if_evictable(self, node: Node) -> None:
-        if not node.leases and not node.children:
+    def _settle(self, node: Node) -> None:
+        """Queue a node or not, or take it out of the tree, as its page and its holders want it."""
+        if is_evictable(node):
             self._queue.push(node)
-
-    def _drop_if_empty(self, root: Node) -> None:
-        # A client may send a million salts: a namespace lives no longer than its pages.
-        if not root.leases and not root.children:
-            del self._roots[root.namespace]
+            return
+        self._queue.discard(node)
+        if node.page_id == NO_PAGE and not node.leases and not node.children:
+            if node.parent is not None:
+                self._unlink(node)
+            else:
+                # A client may send a million salts: a namespace is deleted with its last page.
+                self._roots.pop(node.namespace, None)
 
     # ---- invariants ------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Children sorted and linked, counters true, leases and roots consistent, queue exact."""
+        """Assert that links, counters, leases, roots and the queue agree."""
         nodes = list(self.nodes())
         for node in [*self.roots(), *nodes]:
             self._check_node(node)
+        pages = [node for node in nodes if node.page_id != NO_PAGE]
+        for husk in set(nodes).difference(pages):
+            assert not husk.readers, "an evicted page is read"
+            assert husk.leases > 0 or bool(husk.children), "a husk was left behind"
         for namespace, root in self._roots.items():
             assert root.leases > 0 or bool(root.children), f"namespace {namespace!r} is empty"
-        num_leased = sum(node.leases > 0 for node in nodes)
-        assert self.num_pages == len(nodes), f"{len(nodes)} pages, {self.num_pages} counted"
-        assert self.num_leased == num_leased, f"{num_leased} leased, {self.num_leased} counted"
-        self._queue.check(node for node in nodes if not node.leases and not node.children)
+        num_read = sum(node.readers > 0 for node in nodes)
+        assert self.num_pages == len(pages), f"{len(pages)} pages, {self.num_pages} counted"
+        assert self.num_read == num_read, f"{num_read} read, {self.num_read} counted"
+        self._queue.check(filter(is_evictable, nodes))
 
     def _check_node(self, node: Node) -> None:
         name = f"the node of page {node.page_id}"
@@ -220,6 +246,7 @@ class RadixTree:
         assert all(a < b for a, b in pairwise(keys)), f"{name}: not sorted"
         covered = sum(child.leases for child in node.children)
         assert node.leases >= covered, f"{name}: its children are leased without it"
+        assert node.leases >= node.readers, f"{name}: it is read without a lease"
         for child in node.children:
             assert child.parent is node, f"{name}: a child knows another parent"
             assert child.depth == node.depth + 1, f"{name}: a child knows another depth"
@@ -228,18 +255,24 @@ class RadixTree:
             assert num_tokens == self.page_size, f"{name}: a child of {num_tokens} tokens"
 
 
-def _longest_head(node: Node, head: Sequence[int]) -> tuple[Node | None, int]:
-    """Find the child that shares the most leading tokens with `head`; and how many: O(log n).
+def is_evictable(node: Node) -> bool:
+    """Return whether a page may go now: unread, and a leaf or out of view of all its leases."""
+    is_unread = node.page_id != NO_PAGE and not node.readers
+    return is_unread and (node.leases > 0 or not node.children)
 
-    In sorted order, the further a key is from the place where `head` belongs, the less of its
-    beginning it shares: so one of the two neighbours of that place shares the most.
+
+def _longest_head(node: Node, head: Sequence[int]) -> tuple[Node | None, int]:
+    """Find the page that shares the most leading tokens with `head`; and how many: O(log n).
+
+    The keys are sorted, so one of the two neighbours of the place where `head` belongs shares the
+    longest beginning with it.
     """
     probe = pack(f">{len(head)}I", *head)
     position = bisect_left(node.keys, probe)
     best, num_best_tokens = None, 0
     for child in node.children[max(position - 1, 0) : position + 1]:
         num_tokens = _num_shared_bytes(child.key[: len(probe)], probe) // TOKEN_BYTES
-        if num_tokens > num_best_tokens:
+        if num_tokens > num_best_tokens and child.page_id != NO_PAGE:
             best, num_best_tokens = child, num_tokens
     return best, num_best_tokens
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class CacheStats:
+class CacheStats(NamedTuple):
     """One moment of the cache. Counters (`*_total`) only grow.
 
     `pages_free + pages_private + pages_cached == pages_total`; leased are those of the cached.
     """
 
-    pages_total: int
-    pages_free: int
-    pages_private: int
-    pages_cached: int
-    pages_leased: int
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_private: int = 0
+    pages_cached: int = 0
+    pages_leased: int = 0
     #: Tokens of the prompts admitted, and those of them that were reused.
-    query_tokens_total: int
-    hit_tokens_total: int
-    evicted_pages_total: int
-    copied_pages_total: int
+    query_tokens_total: int = 0
+    hit_tokens_total: int = 0
+    evicted_pages_total: int = 0
+    copied_pages_total: int = 0
     #: Pages committed while the tree had the same: computed side by side, or for a last token.
-    duplicate_pages_total: int
+    duplicate_pages_total: int = 0

@@ -1,1 +1,1 @@
-"""What an operator may set; presets and dashboards lie beside the code."""
+"""The settings of an operator, with presets and dashboards beside the code."""

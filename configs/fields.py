@@ -1,23 +1,20 @@
-"""The schema's fields, flat: what flags, file keys and `OCTAVO_*` variables are made from.
+"""The schema's fields as one flat list, for flags, file keys and `OCTAVO_*` variables.
 
 Everything is derived from `configs/schema.py`, so a field added there is a flag, a key and a
-variable at once. Knows nothing of values or where they came from (`configs/load.py`), nor of
-argparse (`server/cli.py`).
+variable at once. Knows nothing of values or their sources (`configs/load.py`), nor of argparse
+(`server/cli.py`).
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from configs.schema import OctavoConfig, Section
-from configs.sizes import format_size, parse_size_bytes
+from configs.sizes import format_size
 
 ENV_PREFIX = "OCTAVO_"
 
@@ -26,7 +23,6 @@ POSITIONAL = "model"
 
 #: Fields whose values appear in no message and no log.
 SECRETS = frozenset({"api_key", "ssl_keyfile_password"})
-
 
 Kind = Literal["choice", "size", "bool", "list", "path", "text", "integer", "number"]
 
@@ -40,30 +36,38 @@ _ALLOWED: Mapping[Kind, str] = {
     "number": "a number",
 }
 
-_KINDS: Mapping[object, Kind] = {
-    bool: "bool",
-    tuple: "list",
-    Path: "path",
-    str: "text",
-    int: "integer",
-    float: "number",
+#: By type, or by format where there is one, in JSON Schema.
+_KINDS: Mapping[str, Kind] = {
+    "size": "size",
+    "boolean": "bool",
+    "array": "list",
+    "path": "path",
+    "string": "text",
+    "integer": "integer",
+    "number": "number",
+}
+_BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigField:
-    """One thing an operator may set."""
+    """A setting."""
 
     #: As in the schema and in files: `max_model_len`.
     name: str
-    #: Attribute of `OctavoConfig` that holds it.
+    #: Its attribute of `OctavoConfig`.
     section: str
     description: str
     default: object
     #: The values of a `Literal`; empty where any value of the type will do.
     choices: tuple[str, ...]
     kind: Kind
-    #: What a value may be, as the end of the sentence "expected ...".
+    #: The allowed values, as the end of the sentence "expected ...".
     allowed: str
 
     @property
@@ -103,16 +107,20 @@ def sections() -> dict[str, type[Section]]:
 def config_fields() -> dict[str, ConfigField]:
     """Return all fields by name, in the schema's order. Names are unique across sections."""
     return {
-        name: _config_field(name, section_name, info)
+        name: _config_field(name, section_name, info, schema["properties"][name])
         for section_name, section in sections().items()
+        for schema in [section.model_json_schema()]
         for name, info in section.model_fields.items()
     }
 
 
-def _config_field(name: str, section: str, info: FieldInfo) -> ConfigField:
-    leaves = [*_leaves(info.annotation), *_leaves_of_metadata(info.metadata)]
-    choices = tuple(leaf for leaf in leaves if isinstance(leaf, str))
-    kind = _kind(leaves, choices)
+def _config_field(
+    name: str, section: str, info: FieldInfo, schema: Mapping[str, Any]
+) -> ConfigField:
+    """Return the field of this JSON Schema, in which a type that may be None is the first."""
+    value = schema.get("anyOf", [schema])[0]
+    choices = tuple(value.get("enum", ()))
+    kind: Kind = "choice" if choices else _KINDS[value.get("format", value["type"])]
     return ConfigField(
         name=name,
         section=section,
@@ -120,56 +128,11 @@ def _config_field(name: str, section: str, info: FieldInfo) -> ConfigField:
         default=info.default,
         choices=choices,
         kind=kind,
-        allowed="one of " + ", ".join(choices) if choices else _allowed(leaves, kind),
+        allowed="one of " + ", ".join(choices) if choices else _allowed(value, kind),
     )
 
 
-def _kind(leaves: list[object], choices: tuple[str, ...]) -> Kind:
-    if choices:
-        return "choice"
-    if parse_size_bytes in leaves:
-        return "size"
-    return next(kind for leaf, kind in _KINDS.items() if leaf in leaves)
-
-
-def _leaves(annotation: object) -> Iterator[object]:
-    """Yield the types, `Literal` values and constraints that an annotation is made of."""
-    origin = get_origin(annotation)
-    if origin is Literal:
-        yield from get_args(annotation)
-    elif origin is Annotated:
-        inner, *metadata = get_args(annotation)
-        yield from _leaves(inner)
-        yield from _leaves_of_metadata(metadata)
-    elif origin in (Union, types.UnionType):
-        for member in get_args(annotation):
-            yield from _leaves(member)
-    else:
-        yield origin or annotation
-
-
-def _leaves_of_metadata(metadata: list[object]) -> Iterator[object]:
-    for item in metadata:
-        yield getattr(item, "func", item)
-
-
-def _allowed(leaves: list[object], kind: Kind) -> str:
-    bounds = [text for leaf in leaves if (text := _bound(leaf, is_size=kind == "size"))]
+def _allowed(schema: Mapping[str, Any], kind: Kind) -> str:
+    shown: Callable[[Any], str] = format_size if kind == "size" else str
+    bounds = [f"{words} {shown(schema[key])}" for key, words in _BOUNDS.items() if key in schema]
     return " ".join([_ALLOWED[kind], " and ".join(bounds)]).rstrip()
-
-
-def _bound(leaf: object, *, is_size: bool) -> str | None:
-    def shown(limit: object) -> str:
-        return format_size(limit) if is_size and isinstance(limit, int) else str(limit)
-
-    match leaf:
-        case Ge(ge=limit):
-            return f"of at least {shown(limit)}"
-        case Gt(gt=limit):
-            return f"above {shown(limit)}"
-        case Le(le=limit):
-            return f"at most {shown(limit)}"
-        case Lt(lt=limit):
-            return f"below {shown(limit)}"
-        case _:
-            return None

@@ -1,10 +1,10 @@
-"""What an operator may set: four frozen sections.
+"""The settings of an operator: four frozen sections.
 
 Each field is also a flag, a file key and an `OCTAVO_*` variable of the same name, so field names
 are unique across sections.
 
-Knows nothing of where a value came from (`configs/load.py`), nor of what the program derives from
-it (the number of pages, the dtype in use): derived values have types of their own.
+Knows nothing of the sources of values (`configs/load.py`). Values that the program derives (the
+number of pages, the dtype in use) have types of their own.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from configs.sizes import parse_size_bytes
 
-SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes)]
+_PARSED = BeforeValidator(parse_size_bytes)
+_SIZE = Field(json_schema_extra={"format": "size"})
+SizeBytes = Annotated[int, _PARSED, _SIZE]
 ToolCallParser = Literal[
     "auto",
     "none",
@@ -122,8 +125,8 @@ class ModelSection(Section):
 class CacheSection(Section):
     """How much memory the keys and values get, and how they lie there."""
 
-    kv_cache_memory: SizeBytes | None = Field(
-        default=None, ge=1, description="such as 2GiB; default: decided from what is free, and said"
+    kv_cache_memory: Annotated[int, Ge(1), _PARSED, _SIZE] | None = Field(
+        default=None, description="such as 2GiB; default: decided from what is free, and said"
     )
     kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="dtype of the keys and values; auto: by the weights' format"
@@ -173,7 +176,7 @@ class SchedulerSection(Section):
 
 
 class ServerSection(Section):
-    """Where and to whom it answers."""
+    """The address, the clients and the limits of the HTTP server."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0: all")
     port: int = Field(default=8000, ge=0, le=65535, description="0: any free port")
@@ -275,7 +278,7 @@ class ServerSection(Section):
 
 
 class OctavoConfig(Section):
-    """Everything, resolved once at start and passed down; nobody writes to it."""
+    """All settings, resolved once at start and passed down; read-only."""
 
     model: ModelSection = ModelSection()
     cache: CacheSection = CacheSection()

@@ -8,16 +8,16 @@ _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
 
-#: More is no size of any memory, and would overflow a float.
+#: A larger number is not the size of any memory, and would overflow a float.
 _MAX_DIGITS = 30
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_size_bytes(value: object) -> object:
-    """Bytes meant by `value`: a bare letter and `KiB` count in 1024s, `KB` in 1000s.
+    """Parse a size in bytes: a bare letter and `KiB` count in 1024s, `KB` in 1000s.
 
-    What is no string (None, an int) passes through for the caller's own validation. Raises
-    `ValueError` that says what is allowed.
+    Other values than strings pass through for the caller's own validation. Raises `ValueError` with
+    the allowed forms.
     """
     if not isinstance(value, str):
         return value
@@ -30,7 +30,7 @@ def parse_size_bytes(value: object) -> object:
 
 
 def format_size(num_bytes: float) -> str:
-    """`num_bytes` for a person: three significant digits and a binary unit."""
+    """Return `num_bytes` with three significant digits and a binary unit."""
     amount = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(amount) < 999.5:

@@ -3,7 +3,7 @@
 Exit codes: 0 done, 1 failed (also when a run got no answer at all), 2 wrong usage, 130 cut off.
 """
 
-# ruff: noqa: T201 - what it finds is told on the terminal
+# ruff: noqa: T201 - the report is printed on the terminal
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def _load(asked: cli.LoadCommand) -> int:
                     runs.append(run)
                     _tell(run, asked.outputs)
     finally:
-        # Also when a later run fails or is cut off: what is measured is measured.
+        # Also after a run that failed or was interrupted: the results of the others are valid.
         _conclude(runs, asked.outputs)
     if interruption.has_come:
         return _INTERRUPTED

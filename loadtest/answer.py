@@ -1,4 +1,4 @@
-"""What one streamed answer says: text, counts, errors, and when. Pure: it is told the time."""
+"""One streamed answer: text, counts, errors and their times. Pure: the caller passes the time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MAX_MESSAGE_CHARS = 300
 class Answer:
     """Reads the events of one completion or chat, as OpenAI-compatible servers write them.
 
-    The first *text* is what a user waits for: an opening event with a role and no content, as
-    chats begin with, is none. Reasoning and the arguments of tool calls count as text.
+    A user waits for the first *text*: the opening event of a chat, with a role and no content, does
+    not count. Reasoning and the arguments of tool calls count as text.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Answer:
         self.output_tokens: int | None = None
         self.cached_tokens: int | None = None
         self._texts: list[str] = []
-        #: Of each piece of text: when it came, and the usage's count by then if events tell it.
+        #: For each piece of text: its time, and the usage's count by then if events have it.
         self._moments: list[float] = []
         self._counts: list[int | None] = []
         self._is_done = False
@@ -63,7 +63,7 @@ class Answer:
             for choice in event.get("choices") or ():
                 self._take_choice(choice, now_s)
 
-    def _take_usage(self, usage: Any) -> None:  # noqa: ANN401 - whatever the server sent
+    def _take_usage(self, usage: Any) -> None:  # noqa: ANN401 - any JSON of the server
         if not isinstance(usage, dict):
             return
         self.prompt_tokens = _count(usage.get("prompt_tokens"))
@@ -96,9 +96,9 @@ class Answer:
     def arrivals(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return the moments at which text came, and how many tokens came at each.
 
-        Pieces that were read together came at one moment. Where each event tells the usage so far,
-        counts are exact. Else every piece counts the same: the usage's total over the number of
-        pieces, for servers hold text back (half a character, half a stop string) and then send two
+        Pieces that were read together arrived together. Counts are exact if each event has the
+        usage so far. Otherwise every piece counts the same: the usage's total over the number of
+        pieces. Servers hold text back (half a character, half a stop string), and then send two
         tokens in one piece.
         """
         moments: list[float] = []
@@ -121,7 +121,7 @@ class Answer:
         return [mean] * num_pieces
 
     def is_json(self) -> bool:
-        """Whether the text is one JSON value."""
+        """Return whether the text is one JSON value."""
         try:
             json.loads(self.text)
         except ValueError:
@@ -142,7 +142,7 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def message_of(body: Any) -> str:  # noqa: ANN401 - whatever the server sent
+def message_of(body: Any) -> str:  # noqa: ANN401 - any JSON of the server
     """Return the message in an error's body, of any of the shapes servers give it."""
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, dict):

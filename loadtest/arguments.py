@@ -1,4 +1,4 @@
-"""Values on the command line: each reader says in its `ArgumentTypeError` what would be right."""
+"""Values on the command line; the `ArgumentTypeError` of each reader names the valid form."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add(
 
 
 def typed(read: Callable[[str], ValueT]) -> Callable[[str], ValueT]:
-    """Keep the message of a `ValueError`: argparse would say "invalid value"."""
+    """Keep the message of a `ValueError`: argparse would print "invalid value"."""
 
     @wraps(read)
     def reading(text: str) -> ValueT:

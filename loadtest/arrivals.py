@@ -25,7 +25,7 @@ def poisson(rate_per_s: float, seed: int, burst: int) -> Iterator[float]:
 
 def bursts(rate_per_s: float, seed: int, burst: int) -> Iterator[float]:
     """Yield `burst` at one moment, at Poisson's moments; `rate_per_s` is kept in the long run."""
-    chance = random.Random(seed)  # noqa: S311 - a workload is no secret
+    chance = random.Random(seed)  # noqa: S311 - a workload is not a secret
     moment_s = 0.0
     while True:
         moment_s += chance.expovariate(rate_per_s / burst)

@@ -1,4 +1,4 @@
-"""The command line: what can be asked, checked before anything is sent.
+"""The command line, checked before anything is sent.
 
 `python -m loadtest run | compare | report`. A command is a function that adds its arguments and
 returns a value object; `loadtest/__main__.py` carries it out.
@@ -52,7 +52,7 @@ class LoadCommand:
 
 @dataclass(frozen=True, slots=True)
 class ReportCommand:
-    """`report`: a page from what was recorded."""
+    """`report`: a page from recorded runs."""
 
     records: tuple[Path, ...]
     page: Path
@@ -62,7 +62,7 @@ Asked: TypeAlias = LoadCommand | ReportCommand
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; argparse would print the whole usage before it."""
+    """Reports errors in one line; argparse would print the whole usage before it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")

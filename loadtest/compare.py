@@ -1,7 +1,7 @@
-"""Two or more servers under the same load, in turns, and what their figures are to each other.
+"""Compares two or more servers under the same load, in turns.
 
-In turns (A B A B), because a machine has phases: each round gives one ratio, taken minutes apart
-at most, and the spread of the ratios tells how far to trust their median.
+In turns (A B A B), because the speed of a machine varies over time. Each round gives one ratio,
+from runs at most minutes apart. The spread of the ratios shows how reliable their median is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loadtest.records import Run
 from loadtest.summary import load_of, number, table
 from loadtest.target import Target
 
-#: What is compared: name, how many digits are shown, and where it stands.
+#: Compared figures: name, number of digits, and getter.
 _ROWS: tuple[tuple[str, int, Callable[[Run, Figures], float | None]], ...] = (
     ("output tokens/s", 1, lambda _, f: f.output_tokens_per_s),
     ("requests/s", 2, lambda _, f: f.requests_per_s),
@@ -52,7 +52,7 @@ class Contestant:
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What is the same for all contestants."""
+    """The settings that all contestants share."""
 
     #: One run each, in this order, whenever it is a contestant's turn.
     plans: tuple[Plan, ...]
@@ -139,7 +139,7 @@ class Comparison:
 
 
 def compared(runs: Sequence[Run]) -> list[Comparison]:
-    """Pair the runs by load and round. Runs that are part of no comparison are left out."""
+    """Group the runs by load and round. Other runs are left out."""
     loads: dict[tuple[str, str], list[tuple[Run, Figures]]] = {}
     for run in runs:
         if run.header.round is not None:

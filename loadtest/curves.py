@@ -13,7 +13,7 @@ _MOST_BINS = 80
 
 
 def cumulative(values: Sequence[float]) -> list[Point]:
-    """Return what share of the values is at most so large, at up to 240 places."""
+    """Return the cumulative distribution of the values, at up to 240 places."""
     ordered = sorted(values)
     if not ordered:
         return []

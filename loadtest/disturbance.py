@@ -1,4 +1,4 @@
-"""How long the first lane's streams stand still for what runs beside them. Pure."""
+"""The gaps that requests cause in the streams of the first lane. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Disturbance:
 
     @property
     def ratio(self) -> float:
-        """The worst gap, in those that are usual where nothing disturbs."""
+        """The worst gap as a multiple of the median gap without disturbance."""
         return self.worst_beside_s / self.median_alone_s
 
 

@@ -22,13 +22,13 @@ from loadtest.workloads import Lane
 #: After a failure a closed loop waits, so that a dead server is not asked thousands of times.
 _AFTER_FAILURE_S = 0.2
 _LONGEST_WAIT_S = 10.0
-#: Conversations of the warm-up are other ones than those that are measured.
+#: Conversations of the warm-up differ from the measured ones.
 WARM_UP_OFFSET = 1_000_000
 
 
 @dataclass(slots=True)
 class Live:
-    """What goes on right now, for whoever watches."""
+    """The present state of a run, for the progress line."""
 
     running: dict[int, Answer] = field(default_factory=dict)
     num_failed: int = 0
@@ -54,7 +54,7 @@ class Bounds:
 
 @dataclass(slots=True)
 class Driver:
-    """One run against one server. `stop` ends it early; what it has by then is kept."""
+    """One run against one server. `stop` ends it early, with the results so far."""
 
     target: Target
     composer: Composer
@@ -68,7 +68,7 @@ class Driver:
     _is_stopped: bool = False
 
     async def warm_up(self, num_conversations: int) -> Failure | None:
-        """Ask conversations that are not measured, all at a time. Returns what went wrong."""
+        """Send conversations that are not measured, all at a time. Returns the failures."""
         warm = Driver(self.target, self.composer, self.bounds)
         lane = self.composer.workload.lanes[0]
         numbers = range(WARM_UP_OFFSET, WARM_UP_OFFSET + num_conversations)
@@ -84,7 +84,7 @@ class Driver:
         for lane in others:
             self._start_workers(lane, None)
         await asyncio.wait(leaders)
-        # What runs beside them is finished, but nothing new is begun.
+        # Requests beside them are finished, but no new ones begin.
         self._is_stopped = True
         await self._all_done()
 
@@ -102,7 +102,7 @@ class Driver:
             self._start(self._converse(lane, number, due))
 
     def stop(self) -> None:
-        """End now: what runs is recorded as cut off by us."""
+        """End now: running requests are recorded as cut off by us."""
         self._is_stopped = True
         for task in self._tasks:
             task.cancel()
@@ -132,7 +132,7 @@ class Driver:
                 await asyncio.sleep(pause_s)
 
     async def _converse(self, lane: Lane, number: int, due_s: float | None) -> float:
-        """Ask all turns of a conversation; returns how long to wait before the next."""
+        """Send all turns of a conversation; return the pause before the next conversation."""
         history: list[dict[str, Any]] = []
         pause_s = 0.0
         for index, turn in enumerate(lane.make(number)):

@@ -15,7 +15,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
-#: What an SLO may bound, each in seconds for one request.
+#: The bounds of an SLO, each in seconds for one request.
 SLO_KEYS = {
     "ttft": "time to first token",
     "tpot": "mean time per output token after the first",
@@ -58,12 +58,12 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """What users waited for, in seconds."""
+    """The waiting times of users, in seconds."""
 
     ttft: Spread
     #: Of all tokens after the first arrivals, all requests together.
     itl: Spread
-    #: Of requests: what each had on average.
+    #: The mean of each request.
     tpot: Spread
     e2e: Spread
     #: Of requests: the longest each waited between two arrivals of text.
@@ -80,7 +80,7 @@ class Goodput:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """All there is to say of one run. Rates count answered requests alone."""
+    """All figures of one run. Rates count only answered requests."""
 
     num_requests: int
     num_answered: int
@@ -96,13 +96,13 @@ class Figures:
     lanes: Mapping[str, Latencies]
     #: Of the first lane by the others, where there are several.
     disturbance: Disturbance | None
-    #: Tokens of prompts that were cached, of all; None where the server does not tell.
+    #: Tokens of prompts that were cached, of all; None if the server does not report it.
     cache_hit_rate: float | None
     prompt_tokens: Spread
     output_tokens: Spread
     #: Answers that ended before `max_tokens`.
     num_short: int
-    #: Share of answers that are JSON; None where none was asked for.
+    #: Share of answers that are JSON; None if none was requested.
     json_share: float | None
     goodput: Goodput | None
 
@@ -169,7 +169,7 @@ def _cache_hit_rate(good: Sequence[Record]) -> float | None:
 
 
 def meets(record: Record, slo: Mapping[str, float]) -> bool:
-    """Whether an answered request kept every bound. What it does not have, it kept."""
+    """Return whether an answered request kept every bound; a missing value keeps it."""
     itl_s = record.itl_s() if "itl" in slo else []
     taken: dict[str, float | None] = {
         "ttft": record.ttft_s,

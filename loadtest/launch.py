@@ -1,4 +1,4 @@
-"""Starts a server, waits until it serves, tells what that took, and stops it and its children."""
+"""Starts a server, measures the time until it serves, and stops it and its children."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Started:
     ready_s: float
 
     def memory_bytes(self) -> int:
-        """Return what the process and its children hold; pages they share count once."""
-        import psutil  # noqa: PLC0415 - `started` says where it comes from
+        """Return the memory of the process and its children; shared pages count once."""
+        import psutil  # noqa: PLC0415 - `started` reports a missing one
 
         try:
             top = psutil.Process(self.process.pid)
@@ -114,7 +114,7 @@ async def _wait_ready(target: Target, process: Process, log: Path, until_s: floa
 
 
 async def _is_ready(target: Target) -> bool:
-    """Say whether it is healthy, where it can tell, and lists a model."""
+    """Return whether it is healthy, if it has that route, and lists a model."""
     try:
         status, _ = await target.get("/health")
         if status not in (200, _NOT_FOUND):
@@ -126,7 +126,7 @@ async def _is_ready(target: Target) -> bool:
 
 
 async def _stop(process: Process) -> None:
-    """End the whole group: what a server leaves behind would run beside the next one."""
+    """End the whole group: a remaining process would run beside the next server."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)

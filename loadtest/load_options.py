@@ -75,7 +75,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 def plans(options: argparse.Namespace) -> tuple[Plan, ...]:
-    """Return a plan for each load that was asked for. Raises `ValueError`."""
+    """Return a plan for each requested load. Raises `ValueError`."""
     if options.workload == TRACE and options.trace is None:
         raise ValueError("--workload trace needs --trace FILE")
     if options.trace is not None and options.workload not in (None, TRACE):

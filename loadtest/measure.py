@@ -1,4 +1,4 @@
-"""One run from beginning to end: learn how to ask, warm up, drive, put down what was measured."""
+"""One run from beginning to end: probe the server, warm up, drive, record the measurements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Ctrl-C: while requests are driven, the first ends the run and keeps what there is.
+    """Ctrl-C: while requests are driven, the first ends the run and keeps its results so far.
 
     At any other time, and the second time, it ends the program.
     """
@@ -50,7 +50,7 @@ class Interruption:
 
     @contextmanager
     def ends(self, driver: Driver) -> Iterator[None]:
-        """While within, an interruption ends this driver's run."""
+        """Let an interruption within the block end this driver's run."""
         self._driver = driver
         try:
             yield
@@ -58,7 +58,7 @@ class Interruption:
             self._driver = None
 
     def come(self) -> None:
-        """End what runs."""
+        """End the run."""
         self.has_come = True
         self._let_go()
         if self._driver is not None:
@@ -147,7 +147,7 @@ def _header(
 
 
 def host() -> dict[str, Any]:
-    """Return what this machine is."""
+    """Describe this machine."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),

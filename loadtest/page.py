@@ -219,7 +219,7 @@ def _median_ms(group: _Group, key: str) -> float:
 
 
 def _timeline(group: _Group) -> Iterator[str]:
-    """Yield what the group's first run looked like over time."""
+    """Yield the plots of the group's first run over time."""
     records = group.runs[0].records
     levels, rates = running(records), token_rate(records)
     if not levels:

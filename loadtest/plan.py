@@ -1,4 +1,4 @@
-"""What a user asked for, made into a workload, a way of sending it and bounds. Pure but for traces.
+"""The options of a user as a workload, a way of sending it and bounds. Pure but for traces.
 
 A plan may hold several loads (`--concurrency 1,8,32`): each becomes a run of its own.
 """
@@ -56,7 +56,7 @@ class Plan:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def make_workload(self) -> Workload:
-        """Return what is asked. Raises `ValueError` (of a trace, naming its line)."""
+        """Return the requests. Raises `ValueError` (of a trace, naming its line)."""
         num_conversations = self.num_requests
         if num_conversations is None and self.duration_s is not None:
             num_conversations = sys.maxsize
@@ -91,13 +91,13 @@ class Plan:
         return None
 
     def num_warm_ups(self, workload: Workload) -> int:
-        """Return how many conversations are asked before the clock starts."""
+        """Return how many conversations are sent before the clock starts."""
         if self.warm_up is not None:
             return self.warm_up
         return min(_MOST_WARM_UPS, workload.lanes[0].concurrency)
 
     def describe(self, workload: Workload) -> dict[str, Any]:
-        """Return what shapes the load, for the header of its record."""
+        """Return the parameters of the load, for the header of its record."""
         about: dict[str, Any] = {"endpoint": workload.endpoint, **workload.shape}
         if self.load.rate_per_s is not None:
             about |= {"loop": "open", "rate_per_s": self.load.rate_per_s, "arrivals": self.arrivals}

@@ -26,7 +26,7 @@ class Series:
     colour: int
     kind: Literal["line", "steps", "area"] = "line"
     labels: Sequence[str] = ()
-    #: Another line of the same colour is told from it by dashes.
+    #: Dashes distinguish another line of the same colour.
     is_dashed: bool = False
 
 

@@ -1,7 +1,7 @@
-"""Learns, before a run, how a server wants to be asked and how its tokens are counted.
+"""Finds out, before a run, which requests a server accepts and how its tokens are counted.
 
-Nothing here is guessed by a server's name: each way is tried, best first, and the first that is
-taken is kept and told in the run's notes.
+Nothing is guessed by a server's name: each way is tried, best first. The first accepted one is
+used and reported in the run's notes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loadtest.target import Target, TargetError
 from loadtest.words import WORDS
 from loadtest.workloads import Drawn, Turn, Workload, draws
 
-#: `auto`: token ids where the server tells them and the route takes them, else words.
+#: `auto`: token ids if the server returns them and the route accepts them, else words.
 PromptForm: TypeAlias = Literal["auto", "ids", "text"]
 
 _PROBE_WORDS = (32, 64)
@@ -27,7 +27,7 @@ _TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
-    """How the server is asked, and what a reader of the figures should know of that."""
+    """The form of the requests, and notes on it for readers of the figures."""
 
     composer: Composer
     notes: tuple[str, ...]
@@ -42,7 +42,7 @@ async def learn(
     wants_continuous_usage: bool,
     extra: dict[str, Any],
 ) -> Learnt:
-    """Ask some small requests. Raises `TargetError` if the server takes none, and says why."""
+    """Send some small requests. Raises `TargetError` with the reason if the server accepts none."""
     token_ids = await _token_ids(target, model, workload, form)
     manner = Manner(has_continuous_usage=wants_continuous_usage, extra=extra)
     composer = Composer(model, workload, Spelling(token_ids), manner)
@@ -81,7 +81,7 @@ async def _agreed(target: Target, composer: Composer) -> tuple[Composer, Answer]
         refusals.append(failure)
         if failure.kind not in _REFUSALS:
             break
-    # The last one asked for the least, so it tells what is wrong with the request itself.
+    # The last request had the fewest fields, so its error is about the request itself.
     fault = refusals[-1]
     raise TargetError(f"{target.url} refuses to be tested: {fault.kind}: {fault.message}")
 

@@ -1,4 +1,4 @@
-"""A line on the terminal that shows how a run goes. It only looks; it slows nothing down."""
+"""A line on the terminal with the progress of a run. It only reads, and slows nothing down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns drawn prompts into what a certain server is sent. Pure; `loadtest/probe.py` learns how."""
+"""Turns drawn prompts into requests for a certain server, as `loadtest/probe.py` found. Pure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 class Spelling:
     """How draws become a prompt of as many tokens.
 
-    As token ids it is exact. As text it is as exact as words are one token each, which is what
-    `tokens_per_word` says; `overhead_tokens` are those a template or a tokenizer adds.
+    As token ids it is exact. As text it is as exact as `tokens_per_word`; a template or a tokenizer
+    adds `overhead_tokens`.
     """
 
     token_ids: tuple[int, ...] | None = None
@@ -47,13 +47,13 @@ class Manner:
 
     ending: Ending = "ignore_eos"
     has_usage: bool = True
-    #: Every event tells the usage so far: exact counts, at some cost to the server.
+    #: Every event has the usage so far: exact counts, at some cost to the server.
     has_continuous_usage: bool = False
     #: More fields for every body, as a user gave them.
     extra: dict[str, Any] = field(default_factory=dict)
 
     def fields(self, max_tokens: int) -> dict[str, Any]:
-        """Return what all bodies have in common."""
+        """Return the fields that all bodies share."""
         fields: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0, "stream": True}
         if self.has_usage:
             fields["stream_options"] = {"include_usage": True}
@@ -77,7 +77,7 @@ class Composer:
 
     @property
     def path(self) -> str:
-        """The route that is asked."""
+        """The route of the requests."""
         return _PATHS[self.workload.endpoint]
 
     def body(self, turn: Turn, history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What is kept of a run: a header, a record of each request, a summary; and the file they make.
+"""The record of a run: a header, a record of each request, a summary; and their file.
 
 A file holds one JSON object a line, each with its `kind`. Runs follow each other in one file: a
-header begins one. Times are seconds since the run began unless a name says otherwise.
+header begins one. Times are seconds since the run began unless a name states otherwise.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _MAX_DIGITS = 7
 
 
 class RecordsError(Exception):
-    """A file that cannot be read as records; the message says where and why."""
+    """A file that cannot be read as records; the message has the place and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a request gave no answer. `kind` is what failures are counted by."""
+    """The reason for a missing answer. Failures are counted by `kind`."""
 
     kind: str
     message: str
@@ -36,7 +36,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request and what came back. A failed one is no sample of any latency."""
+    """One request and its answer. A failed one is not part of any latency."""
 
     lane: str
     conversation: int
@@ -49,12 +49,12 @@ class Record:
     #: Moments at which text arrived, and how many tokens came at each (see `Answer.arrivals`).
     arrival_s: tuple[float, ...] = ()
     arrival_tokens: tuple[float, ...] = ()
-    #: From the server's usage; None where it tells none.
+    #: From the server's usage; None if it has none.
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int | None = None
     finish_reason: str | None = None
-    #: Whether the text is JSON, where JSON was asked for.
+    #: Whether the text is JSON, if JSON was requested.
     is_json: bool | None = None
     failure: Failure | None = None
 
@@ -94,7 +94,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What was run, where, and against what: enough to run it again."""
+    """The load, the machine and the server of a run: enough to repeat it."""
 
     name: str
     url: str
@@ -117,7 +117,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A header, what came of it, and what its load generator and server took."""
+    """A header, its results, and the resources of load generator and server."""
 
     header: Header
     records: tuple[Record, ...]
@@ -210,5 +210,5 @@ def _record(content: dict[str, Any]) -> Record:
 
 
 def answered(records: Sequence[Record]) -> list[Record]:
-    """Return those that ended well."""
+    """Return the answered requests."""
     return [record for record in records if record.failure is None]

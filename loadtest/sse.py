@@ -1,4 +1,4 @@
-"""Server-sent events from bytes that arrive in any pieces. Pure; knows not what is in them."""
+"""Server-sent events from bytes that arrive in any pieces. Pure; knows nothing of their content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EventReader:
         self._ended_with_cr = False
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take in what has arrived and return the data of each event that is complete by now."""
+        """Add bytes and return the data of each event that is complete by now."""
         if self._ended_with_cr and data:
             # A CRLF that was cut in two is one line end.
             data = data.removeprefix(b"\n")
@@ -29,7 +29,7 @@ class EventReader:
 
 
 def _data_of(event: bytes) -> bytes | None:
-    # What nearly every event looks like.
+    # The form of nearly every event.
     if event.startswith(b"data: ") and b"\n" not in event:
         return event[6:]
     values = []

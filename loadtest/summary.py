@@ -1,4 +1,4 @@
-"""Figures in words: the tables on a terminal, and what a reader should be warned of. Pure."""
+"""Figures as text: the tables on a terminal, and warnings for the reader. Pure."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from loadtest.disturbance import Disturbance
 from loadtest.figures import PERCENTILES, Figures, Latencies, Spread
 from loadtest.records import Header, Run, answered
 
-#: Beyond these the generator may have slowed down what it measured.
+#: Beyond these the generator may have slowed down the server.
 _MUCH_CPU_SHARE = 0.5
 _MUCH_LATENESS_S = 0.05
-#: Prompts may differ from what was asked by so much before it is told.
+#: A larger deviation of the prompts from their requested length is reported.
 _PROMPT_TOLERANCE = 0.02
 
 LATENCY_NAMES = {
@@ -34,7 +34,7 @@ def load_of(header: Header) -> str:
 
 
 def lines(run: Run, found: Figures) -> Iterator[str]:
-    """Yield the lines that tell of one run."""
+    """Yield the lines about one run."""
     header = run.header
     version = f" {header.server_version}" if header.server_version else ""
     yield f"{header.name}{version} · {header.model} · {header.workload}, {load_of(header)}"
@@ -102,7 +102,7 @@ def _disturbed(found: Disturbance) -> str:
 
 
 def remarks(run: Run, found: Figures) -> Iterator[str]:
-    """Yield what a reader of the figures should be warned of."""
+    """Yield warnings for readers of the figures."""
     yield from run.header.notes
     good = answered(run.records)
     if found.num_interrupted:

@@ -1,4 +1,4 @@
-"""The server under test: what it says of itself, and one streamed request to it.
+"""The server under test: its description, and one streamed request to it.
 
 Knows the routes of OpenAI's API and where servers differ; nothing of workloads or figures.
 """
@@ -32,7 +32,7 @@ class Outcome:
     """How a streamed request ended."""
 
     failure: Failure | None
-    #: What the server asked to wait before the next request.
+    #: The Retry-After of the server.
     retry_after_s: float | None = None
 
 
@@ -54,7 +54,7 @@ class Target:
     async def stream(
         self, path: str, body: dict[str, Any], timeout_s: float, answer: Answer
     ) -> Outcome:
-        """Ask for a streamed answer and read it to its end. Failures are returned, not raised.
+        """Request a streamed answer and read it to its end. Failures are returned, not raised.
 
         `answer` is filled as events come.
         """
@@ -92,7 +92,7 @@ class Target:
         return Outcome(answer.failure or failure, _retry_after_s(head))
 
     async def get(self, path: str) -> tuple[int, Any]:
-        """Return the status and what the body holds: JSON, or its text. Raises `TargetError`."""
+        """Return the status and the body: JSON, or its text. Raises `TargetError`."""
         return await self._call("GET", path, b"")
 
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -117,7 +117,7 @@ class Target:
         return head.status, _decoded(b"".join(pieces))
 
     async def models(self) -> list[str]:
-        """Return the names of what is served. Raises `TargetError`."""
+        """Return the names of the served models. Raises `TargetError`."""
         status, content = await self.get("/v1/models")
         if status in (401, 403):
             raise TargetError(f"{self.url} wants an API key: {message_of(content)} (--api-key)")
@@ -129,7 +129,7 @@ class Target:
         return found
 
     async def version(self) -> str | None:
-        """Return what `/version` (ours, vLLM) or `/props` (llama-server) says; None if nothing."""
+        """Return the version in `/version` (ours, vLLM) or `/props` (llama-server), or None."""
         for path, key in (("/version", "version"), ("/props", "build_info")):
             status, content = await self.get(path)
             if status == 200 and isinstance(content, dict) and isinstance(content.get(key), str):

@@ -1,4 +1,4 @@
-"""A workload from a file: JSON lines that say when something was asked, and what."""
+"""A workload from a file: JSON lines with requests and their times."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _require(content: object, name: str) -> None:
 
 
 def _is_chat(turn: Turn) -> bool | None:
-    """Say which route a turn needs; None if either will do."""
+    """Return the route that a turn needs; None if both are possible."""
     if isinstance(turn.prompt, Drawn):
         return None
     content = turn.prompt.content

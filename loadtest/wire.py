@@ -1,7 +1,7 @@
 """HTTP/1.1 for a load generator: as little work as possible between the socket and the clock.
 
 The generator shares the machine with the server it measures, so its own CPU time matters. Here a
-chunk of a stream is one callback: half of what aiohttp takes, a fifth of httpx
+chunk of a stream is one callback: half the time of aiohttp, a fifth of httpx
 (`bench/load_client.py` compares them).
 Knows nothing of tokens, events or JSON.
 """
@@ -31,7 +31,7 @@ class WireError(Exception):
 
 @dataclass(slots=True)
 class Head:
-    """What precedes a body. Names of headers are in lower case."""
+    """The head before a body. Names of headers are in lower case."""
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Connection(asyncio.Protocol):
         try:
             return await self._done
         except BaseException:
-            # Cancelled or broken: what may still come belongs to nobody.
+            # Cancelled or broken: no request expects the remaining bytes.
             self.close()
             raise
         finally:
@@ -186,7 +186,7 @@ class Pool:
                 return await self._exchange(connection, request, take)
             except WireError:
                 # It may have been closed for idleness just as we wrote; nothing was answered, so
-                # asking again on a new one is what every client does (RFC 9112, 9.3.1).
+                # every client retries on a new one (RFC 9112, 9.3.1).
                 if connection.has_begun:
                     raise
         return await self._exchange(await self._opened(), request, take)
@@ -233,7 +233,7 @@ class Pool:
         return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
     def close(self) -> None:
-        """Close what is open; exchanges that run end with a `WireError`."""
+        """Close all connections; running exchanges end with a `WireError`."""
         for connection in [*self._idle, *self._busy]:
             connection.close()
         self._idle.clear()
@@ -254,7 +254,7 @@ def _parsed(url: str) -> SplitResult:
     if parsed.scheme not in ("http", "https") or not parsed.hostname:
         raise ValueError(f"{url!r} is no URL of a server; it looks like http://127.0.0.1:8000")
     try:
-        parsed.port  # noqa: B018 - reading it is what validates it
+        parsed.port  # noqa: B018 - reading it validates it
     except ValueError as error:
         raise ValueError(f"{url!r}: {error}") from error
     return parsed

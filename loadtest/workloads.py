@@ -1,4 +1,4 @@
-"""What is asked: conversations made of seeded words. Pure; the same seed asks the same.
+"""The requests: conversations of seeded words. Pure; the same seed gives the same requests.
 
 A prompt is a row of draws, one for each token it shall have. `loadtest/prompts.py` turns draws into
 the words or token ids of a certain server; nothing here knows any.
@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 Endpoint: TypeAlias = Literal["completions", "chat"]
 
-#: Draws are below this; whoever spells them takes the remainder by the number of its words.
+#: Draws are below this; a draw's word is the remainder by the number of words.
 DRAW_RANGE = 1 << 30
 
 #: Asked for by the workload `structured`; small enough for a small model, with each common type.
@@ -45,7 +45,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Verbatim:
-    """A prompt as somebody wrote it: text, token ids, or the messages of a chat."""
+    """A given prompt: text, token ids, or the messages of a chat."""
 
     content: str | list[int] | list[dict[str, Any]]
 
@@ -58,7 +58,7 @@ class Turn:
     max_tokens: int
 
 
-#: Turns that follow each other; each is asked after the answer to the one before it.
+#: Turns that follow each other; each is sent after the answer to the one before it.
 Conversation: TypeAlias = tuple[Turn, ...]
 
 
@@ -76,7 +76,7 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Lanes, and what all requests have in common. The first lane decides when a run is over."""
+    """Lanes, and the parts that all requests share. The first lane decides when a run is over."""
 
     name: str
     lanes: tuple[Lane, ...]
@@ -87,13 +87,13 @@ class Workload:
     response_format: Mapping[str, Any] | None = None
     #: When the conversations of a trace are due; None for other workloads.
     due_s: tuple[float, ...] | None = None
-    #: What shapes it, for the record.
+    #: Its parameters, for the record.
     shape: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a user may change about a preset; None leaves the preset's own."""
+    """The options of a preset; None leaves the preset's own."""
 
     seed: int = 0
     concurrency: int | None = None
@@ -108,7 +108,7 @@ class Shape:
 def draws(num_tokens: int, *key: object) -> tuple[int, ...]:
     """Return draws that depend on the key alone."""
     # A string as a seed is hashed by `random` itself, the same in every process.
-    chance = random.Random("/".join(map(str, key)))  # noqa: S311 - a workload is no secret
+    chance = random.Random("/".join(map(str, key)))  # noqa: S311 - a workload is not a secret
     return tuple(chance.randrange(DRAW_RANGE) for _ in range(num_tokens))
 
 
@@ -171,7 +171,7 @@ def _long_among_decodes(shape: Shape) -> Workload:
 
 
 def _mixed(shape: Shape) -> Workload:
-    """Prompts of 16 to 1,024 tokens and answers of 8 to 256: short ones often, long ones seldom."""
+    """Create prompts of 16 to 1,024 tokens and answers of 8 to 256, mostly short ones."""
     longest_prompt, longest_out = shape.prompt_tokens or 1024, shape.max_tokens or 256
 
     def make(number: int) -> Conversation:
@@ -226,7 +226,7 @@ def _of_one_lane(
     )
 
 
-#: Name to what it is and how it is made.
+#: Name to description and constructor.
 PRESETS: dict[str, tuple[str, Callable[[Shape], Workload]]] = {
     "c1": ("one at a time, 129 tokens in, 128 out", lambda s: _fixed(s, 1, 129, 128)),
     "c8": ("eight at a time, 129 in, 128 out", lambda s: _fixed(s, 8, 129, 128)),

@@ -1,7 +1,7 @@
-"""From settings to a runner: what is loaded, in which format, with how many pages.
+"""From settings to a runner: the weights, their format and the number of pages.
 
-Importing this module does not import torch: the API process resolves names here and hands
-`make_runner` to the engine's process, which pays for torch alone.
+Importing this module does not import torch: the API process resolves names here, and only the
+engine's process, which calls `make_runner`, imports torch.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ def make_runner(
 ) -> TorchRunner:
     """Load the model and size its pages. Raises `ValueError` that names the setting at fault.
 
-    `end_token_ids`: tokens that end an answer besides those that the model's config names.
+    `end_token_ids`: tokens that end an answer, in addition to the model's config.
     """
     # Read when torch loads its OpenMP. Threads that wait for each other between two products spin
-    # for some tens of microseconds, then sleep. By default they spin for milliseconds, and where
-    # somebody else wants a core that is what they burn: half a second a step was measured beside
-    # one busy process, against 70 ms so, and 17 ms on a quiet machine either way. Sleeping at once
-    # costs 28 ms there.
+    # for some tens of microseconds, then sleep. By default they spin for milliseconds, which delays
+    # a step if another process needs the core. Measured beside one busy process: half a second a
+    # step by default, 70 ms with this; on an idle machine 17 ms with both, 28 ms without spinning.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     from model.assemble import assemble  # noqa: PLC0415 - imports torch, see above

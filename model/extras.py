@@ -1,6 +1,6 @@
-"""Packages that an extra of the wheel brings: whether one is here, and the command that gets it.
+"""Packages of the wheel's extras: whether one is installed, and the command that installs it.
 
-Knows nothing of what they are for.
+Knows nothing of their purpose.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib.util
 
 
 def why_missing(package: str, extra: str) -> str:
-    """Say that a package is not installed, and with which extra it is; nothing if it is here."""
+    """Return that a package is not installed, and its extra; empty if it is installed."""
     if importlib.util.find_spec(package):
         return ""
     return f"{package} is not installed: pip install 'octavo[{extra}]'"

@@ -1,14 +1,14 @@
 """A model that can be computed by hand, for tests of everything around a model. No torch.
 
-Its "keys and values" are what really matters about them: which prefix they belong to. Each place in
-a page holds the token written there and a digest of the whole prefix up to it; the next token is a
-function of the digest. So a page shared wrongly, freed too early or copied short changes tokens.
-Of what a grammar allows, the digest picks one.
+Its "keys and values" identify the prefix they belong to. Each place in a page holds the token
+written there and a digest of the prefix up to it; the next token is a function of the digest. So a
+page shared wrongly, freed too early or copied short changes tokens. Under a view a digest also
+depends on the oldest key in view behind the sinks. The digest picks one of the tokens that a
+grammar allows.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -16,15 +16,25 @@ from enum import StrEnum
 
 import numpy as np
 
+from cache.view import FULL_VIEW, View
+from model.fake_pages import (
+    EMPTY,
+    NAN_TOKEN_ID,
+    Entry,
+    FakePages,
+    FakeSlot,
+    digest_of,
+    digests_of,
+    extend,
+)
 from model.grammar.grammars import CompiledGrammar, Grammars
 from model.grammar.matchers import Matchers
 from model.interface import (
-    NO_TOKEN,
     PENDING_TOKEN,
     Constraint,
     ModelInfo,
-    PageCopy,
-    SamplingParams,
+    RowSpan,
+    SampleSpan,
     SlotStart,
     StepInput,
     StepOutput,
@@ -33,44 +43,41 @@ from model.interface import (
 )
 
 FAKE_EOS_TOKEN_ID = 0
-_EMPTY = 0xFFFF
-#: Stands in pages whose keys and values are not finite.
-_NAN_TOKEN_ID = 2**32 - 1
 
 
-def fake_next_token(token_ids: Sequence[int], vocab_size: int, *, may_end: bool = True) -> int:
+def fake_next_token(
+    token_ids: Sequence[int], vocab_size: int, *, may_end: bool = True, view: View = FULL_VIEW
+) -> int:
     """Return the token a `FakeRunner` gives after these."""
-    digest = _EMPTY
-    for token_id in token_ids:
-        digest = _extend(digest, token_id)
-    return _choose(digest, vocab_size, may_end=may_end)
+    return _choose(digests_of(token_ids, view)[-1], vocab_size, may_end=may_end)
 
 
 def fake_output(
-    prompt: Sequence[int], num_tokens: int, vocab_size: int = 64, *, may_end: bool = False
+    prompt: Sequence[int],
+    num_tokens: int,
+    vocab_size: int = 64,
+    *,
+    may_end: bool = False,
+    view: View = FULL_VIEW,
 ) -> list[int]:
     """Return the tokens that a `FakeRunner` gives after a prompt: alone, uncached, unchunked."""
-    token_ids = list(prompt)
+    digests, output = digests_of(prompt, view), list[int]()
     for _ in range(num_tokens):
-        token_ids.append(fake_next_token(token_ids, vocab_size, may_end=may_end))
-    return token_ids[len(prompt) :]
+        output.append(_choose(digests[-1], vocab_size, may_end=may_end))
+        digests.append(digest_of(len(digests), output[-1], view, digests.__getitem__))
+    return output
 
 
-def fake_logprobs(prefix: Sequence[int], token_id: int, num_top: int) -> TokenLogprobs:
-    """Return what a `FakeRunner` tells of a prompt's token behind a prefix."""
-    digest = _EMPTY
-    for known in prefix:
-        digest = _extend(digest, known)
-    return _score(digest, token_id, num_top)
+def fake_logprobs(
+    prefix: Sequence[int], token_id: int, num_top: int, view: View = FULL_VIEW
+) -> TokenLogprobs:
+    """Return a `FakeRunner`'s score of a prompt's token behind a prefix."""
+    return _score(digests_of(prefix, view)[-1], token_id, num_top)
 
 
 def _score(digest: int, token_id: int, num_top: int) -> TokenLogprobs:
-    logprob = -float(_extend(digest, token_id) % 1009)
+    logprob = -float(extend(digest, token_id) % 1009)
     return TokenLogprobs(token_id, logprob, 1, tuple((rank, logprob) for rank in range(num_top)))
-
-
-def _extend(digest: int, token_id: int) -> int:
-    return zlib.crc32(token_id.to_bytes(4, "little"), digest)
 
 
 def _choose(digest: int, vocab_size: int, *, may_end: bool) -> int:
@@ -96,7 +103,7 @@ class Fault:
 
 
 @dataclass(slots=True)
-class _FakeFlight:
+class _FakeInFlightStep:
     runner: FakeRunner
     number: int
     output: StepOutput
@@ -117,30 +124,32 @@ class FakeRunner:
     max_model_len: int = 256
     page_size: int = 4
     num_pages: int = 64
-    #: Steps so far, and tokens computed in them: what was recomputed shows here.
+    #: Of the model: a request's own view takes its place.
+    view: View = FULL_VIEW
+    #: Steps so far, and tokens computed in them, recomputed ones included.
     num_steps: int = 0
     num_tokens: int = 0
     #: See `ModelRunner`.
-    max_flights: int = 1
-    #: Raise when these steps, counted from 0, are launched, or when they are waited for.
+    max_steps_in_flight: int = 1
+    #: Raise when these steps, counted from 0, are launched; the second: when they are waited for.
     faulty_steps: frozenset[int] = frozenset()
-    faulty_flights: frozenset[int] = frozenset()
+    faulty_waits: frozenset[int] = frozenset()
     #: By the seed of a request, what is wrong with it.
     faults: Mapping[int, Fault] = field(default_factory=dict)
-    #: Read every row back from its first token in every step; off for benchmarks.
+    #: Read back all that is in a row's view in every step; off for benchmarks.
     is_strict: bool = True
-    #: page * page_size + offset -> the token there, and the digest of the prefix it ends.
-    _written: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _params: dict[int, SamplingParams] = field(default_factory=dict)
+    _slots: dict[int, FakeSlot] = field(default_factory=dict)
     _has_nan: bool = False
-    #: By slot, what the last step sampled.
+    #: By slot, the token that the last step sampled.
     _sampled: dict[int, int] = field(default_factory=dict)
     #: Steps that were launched and not waited for.
     _in_flight: list[int] = field(default_factory=list)
     _grammars: Grammars = field(default_factory=Grammars)
     _matchers: Matchers = field(init=False)
+    pages: FakePages = field(init=False)
 
     def __post_init__(self) -> None:
+        self.pages = FakePages(self.page_size)
         self._matchers = Matchers(self.vocab_size)
 
     @property
@@ -160,139 +169,170 @@ class FakeRunner:
             kv_cache_dtype="int",
             device="none",
             attention_backend="fake",
+            view=self.view,
         )
 
-    def launch(self, step: StepInput) -> _FakeFlight:
+    def launch(self, step: StepInput) -> _FakeInFlightStep:
         """See `ModelRunner`. Raises RuntimeError in the steps named in `faulty_steps`."""
         number = self.num_steps
         self.num_steps += 1
-        assert len(self._in_flight) < self.max_flights, "more flights than there may be"
+        assert len(self._in_flight) < self.max_steps_in_flight, "more steps in flight than allowed"
         if number in self.faulty_steps:
             raise RuntimeError("this step was told to fail")
         for start in step.started:
             self._start(start)
-        for copy in step.copies:
-            self._copy(copy)
-        digests, first = [], 0
-        for row, count in enumerate(step.counts):
-            token_ids = step.token_ids[first : first + count]
-            if token_ids[-1] == PENDING_TOKEN:
-                token_ids[-1] = self._sampled[step.slots[row]]
-            digests.append(self._write(step, row, token_ids))
-            first += count
+        for move in step.moves:
+            self.pages.move(move)
+        token_ids, digests, first = list[list[int]](), list[list[int]](), 0
+        for row, span in enumerate(step.rows):
+            tokens = step.token_ids[first : first + span.count]
+            if tokens[-1] == PENDING_TOKEN:
+                tokens[-1] = self._sampled[step.slots[row]]
+            token_ids.append(tokens)
+            slot = self._slots[step.slots[row]]
+            digests.append(self._compute(slot, span, tokens, step.page_ids[row]))
+            first += span.count
         faults = self._faults_of(step)
         if FaultKind.LAUNCH in faults.values():
             raise RuntimeError("a row of this step was told to fail")
         assert first == len(step.token_ids), "rows and tokens do not add up"
         self.num_tokens += first
-        rows = step.sample_rows
         failures: dict[int, str] = {}
-        token_ids = [
-            self._sample(step.slots[row], digests[row], index, failures)
-            for index, row in enumerate(rows)
-        ]
+        drawn: list[list[int]] = []
+        for index, sample in enumerate(step.samples):
+            row = sample.row
+            tokens, why = self._draw(step.slots[row], sample, token_ids[row], digests[row])
+            drawn.append(tokens)
+            if why:
+                failures[index] = why
+        self._sampled = {
+            step.slots[sample.row]: tokens[-1]
+            for sample, tokens in zip(step.samples, drawn, strict=True)
+            if tokens
+        }
+        self._in_flight.append(number)
+        output = self._output(step, drawn, failures, faults)
+        return _FakeInFlightStep(self, number, output, FaultKind.WAIT in faults.values())
+
+    def _output(
+        self,
+        step: StepInput,
+        drawn: list[list[int]],
+        failures: dict[int, str],
+        faults: dict[int, FaultKind],
+    ) -> StepOutput:
+        samples = list(enumerate(step.samples))
+        not_finite = [i for i, span in samples if faults.get(span.row) is FaultKind.NOT_FINITE]
+        for index in not_finite:
+            drawn[index] = []
+        wants = [self._slots[step.slots[span.row]].params.logprobs for _, span in samples]
         logprobs = [
-            None if self._params[step.slots[row]].logprobs is None else TokenLogprobs(token, 0.0, 1)
-            for row, token in zip(rows, token_ids, strict=True)
+            [] if wanted is None else [TokenLogprobs(token_id, 0.0, 1) for token_id in tokens]
+            for wanted, tokens in zip(wants, drawn, strict=True)
         ]
         scores = [
             tuple(self._scores(step, span.row, span.offset, span.token_ids)) for span in step.scored
         ]
-        self._sampled = {step.slots[row]: t for row, t in zip(rows, token_ids, strict=True)}
-        self._in_flight.append(number)
-        not_finite = [i for i, row in enumerate(rows) if faults.get(row) is FaultKind.NOT_FINITE]
-        for index in not_finite:
-            token_ids[index] = NO_TOKEN
-        output = StepOutput(
-            token_ids, logprobs if any(logprobs) else [], failures, not_finite, scores
-        )
-        return _FakeFlight(self, number, output, FaultKind.WAIT in faults.values())
+        return StepOutput(drawn, logprobs if any(logprobs) else [], failures, not_finite, scores)
 
     def land(self, number: int) -> None:
-        """Note that a flight was waited for; RuntimeError for those in `faulty_flights`."""
+        """Note that a step in flight was waited for; RuntimeError for those in `faulty_waits`."""
         assert self._in_flight[0] == number, "waited for out of order, or twice"
         del self._in_flight[0]
-        if number in self.faulty_flights:
-            raise RuntimeError("this flight was told to fail")
+        if number in self.faulty_waits:
+            raise RuntimeError("this step was configured to fail")
 
     def _faults_of(self, step: StepInput) -> dict[int, FaultKind]:
         """Return by row how it fails; one that is not finite leaves that in its page."""
         found = {}
-        for row, (slot, start, count) in enumerate(
-            zip(step.slots, step.starts, step.counts, strict=True)
-        ):
-            pages = step.page_ids[row]
-            fault = self.faults.get(self._params[slot].seed)
-            if fault is not None and start <= fault.position < start + count:
+        for row, span in enumerate(step.rows):
+            slot, pages = self._slots[step.slots[row]], step.page_ids[row]
+            fault = self.faults.get(slot.params.seed)
+            if fault is not None and 0 <= fault.position - span.position < span.count:
                 found[row] = fault.kind
                 if fault.kind is FaultKind.NOT_FINITE:
                     self._has_nan = True
-                    self._written[self._place(pages, fault.position)] = (_NAN_TOKEN_ID, _EMPTY)
-            elif self._has_nan and self._reads_nan(pages, start):
+                    self.pages.write(pages, slot.index(fault.position), (NAN_TOKEN_ID, EMPTY))
+            elif self._has_nan and any(
+                self.pages.read(pages, slot.index(position))[0] == NAN_TOKEN_ID
+                for position in slot.in_view(span.position)
+            ):
                 found[row] = FaultKind.NOT_FINITE
         return found
-
-    def _reads_nan(self, pages: list[int], num_tokens: int) -> bool:
-        return any(
-            self._written[self._place(pages, position)][0] == _NAN_TOKEN_ID
-            for position in range(num_tokens)
-        )
 
     def _scores(
         self, step: StepInput, row: int, offset: int, token_ids: list[int]
     ) -> Iterator[TokenLogprobs]:
-        num_top = self._params[step.slots[row]].prompt_logprobs or 0
-        for position, token_id in enumerate(token_ids, step.starts[row] + offset):
-            _, digest = self._written[self._place(step.page_ids[row], position)]
-            yield _score(digest, token_id, num_top)
+        slot, span = self._slots[step.slots[row]], step.rows[row]
+        for index, token_id in enumerate(token_ids, span.stored + offset):
+            _, digest = self.pages.read(step.page_ids[row], index)
+            yield _score(digest, token_id, slot.params.prompt_logprobs or 0)
 
     def _start(self, start: SlotStart) -> None:
-        self._params[start.slot] = start.params
+        view, known = self.view if start.view == FULL_VIEW else start.view, list[Entry]()
+        if self.is_strict:
+            token_ids = [*start.prompt_token_ids, *start.output_token_ids]
+            known += zip(token_ids, digests_of(token_ids, view), strict=True)
+        self._slots[start.slot] = FakeSlot(start.params, view, known)
         self._matchers.drop(start.slot)
         if start.constraint is not None:
             assert isinstance(start.constraint, CompiledGrammar), "another runner's grammar"
             self._matchers.start(start.slot, start.constraint, start.output_token_ids)
 
-    def _copy(self, copy: PageCopy) -> None:
-        source, target = copy.source * self.page_size, copy.target * self.page_size
-        for offset in range(copy.num_tokens):
-            self._written[target + offset] = self._written[source + offset]
-
-    def _write(self, step: StepInput, row: int, token_ids: list[int]) -> int:
-        start, pages = step.starts[row], step.page_ids[row]
-        digest = self._read(pages, start)
-        for position, token_id in enumerate(token_ids, start):
-            digest = _extend(digest, token_id)
-            self._written[self._place(pages, position)] = (token_id, digest)
-        return digest
-
-    def _read(self, pages: list[int], num_tokens: int) -> int:
-        if num_tokens == 0:
-            return _EMPTY
-        _, digest = self._written[self._place(pages, num_tokens - 1)]
+    def _compute(
+        self, slot: FakeSlot, span: RowSpan, token_ids: list[int], pages: list[int]
+    ) -> list[int]:
+        """Write a row's keys and return their digests."""
+        if span.position - span.stored > slot.num_dropped:
+            self.pages.compact(slot, span, pages)
+        slot.page_ids, slot.num_stored = pages, span.stored + span.count
         if self.is_strict:
-            expected = _EMPTY
-            for position in range(num_tokens):
-                token_id, here = self._written[self._place(pages, position)]
-                if token_id == _NAN_TOKEN_ID:
+            for position in slot.in_view(span.position):
+                found = self.pages.read(pages, slot.index(position))
+                if found[0] == NAN_TOKEN_ID:
                     break
-                expected = _extend(expected, token_id)
-                assert here == expected, f"page {pages[position // self.page_size]} was overwritten"
-        return digest
+                here = pages[slot.index(position) // self.page_size]
+                assert found == slot.known[position], f"page {here} was overwritten"
+        digests = []
+        for position, token_id in enumerate(token_ids, span.position):
+            digest = digest_of(
+                position,
+                token_id,
+                slot.view,
+                lambda seen: self.pages.read(pages, slot.index(seen))[1],
+                slot.num_dropped,
+            )
+            self.pages.write(pages, slot.index(position), (token_id, digest))
+            if self.is_strict:
+                slot.know(position, token_id, digest)
+            digests.append(digest)
+        return digests
 
-    def _place(self, pages: list[int], position: int) -> int:
-        return pages[position // self.page_size] * self.page_size + position % self.page_size
+    def _draw(
+        self, slot: int, span: SampleSpan, token_ids: list[int], digests: list[int]
+    ) -> tuple[list[int], str]:
+        """Return the tokens of a span, and why its request cannot go on."""
+        drawn: list[int] = []
+        for offset in range(span.first, span.first + span.count):
+            found = self._sample(slot, digests[offset])
+            if not isinstance(found, int):
+                return drawn, "" if drawn else found or ""
+            drawn.append(found)
+            if offset + 1 == len(token_ids) or found != token_ids[offset + 1]:
+                break
+        return drawn, ""
 
-    def _sample(self, slot: int, digest: int, index: int, failures: dict[int, str]) -> int:
+    def _sample(self, slot: int, digest: int) -> int | str | None:
+        """Return a token, why there can be none, or None where it is not known in time."""
         if not self._matchers.holds(slot):
-            return _choose(digest, self.vocab_size, may_end=not self._params[slot].ignore_eos)
-        [turn] = self._matchers.turns([slot])
-        if turn is None:
-            return NO_TOKEN
-        if turn.error:
-            failures[index] = turn.error
-            return NO_TOKEN
-        allowed = np.flatnonzero(~turn.is_banned)
+            may_end = not self._slots[slot].params.ignore_eos
+            return _choose(digest, self.vocab_size, may_end=may_end)
+        [mask] = self._matchers.masks([slot])
+        if mask is None:
+            return None
+        if mask.error:
+            return mask.error
+        allowed = np.flatnonzero(~mask.is_banned)
         token_id = int(allowed[digest // 61 % len(allowed)])
         if token_id != FAKE_EOS_TOKEN_ID:
             self._matchers.advance([(slot, token_id)])
@@ -302,9 +342,9 @@ class FakeRunner:
         """See `ModelRunner`. Nothing here gets better by itself."""
         return False
 
-    def learn(self, vocabulary: Vocabulary) -> None:
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""
-        self._grammars.learn(vocabulary)
+        self._grammars.set_vocabulary(vocabulary)
 
     def prepare(self, grammar: str) -> Future[Constraint]:
         """See `ModelRunner`."""
@@ -312,6 +352,6 @@ class FakeRunner:
 
     def close(self) -> None:
         """See `ModelRunner`."""
-        self._written.clear()
+        self.pages.clear()
         self._grammars.close()
         self._matchers.close()

@@ -1,11 +1,11 @@
-"""Whose code computes a model: Octavo's own, or that of `transformers` on Octavo's pages.
+"""Chooses between Octavo's own decoder and that of `transformers` on Octavo's pages.
 
-Knows nothing of either; what decides is which of them knows the architecture.
+Knows nothing of either; the choice depends on which of them supports the architecture.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 
@@ -19,13 +19,13 @@ from model.weights.interface import WeightsError
 from model.weights.load import build_transformer
 from model.weights.source import ModelSource
 
-Implementation: TypeAlias = Literal["octavo", "transformers"]
 
+def choose_implementation(
+    source: ModelSource, asked: str
+) -> tuple[Literal["octavo", "transformers"], str]:
+    """Return the implementation, and the reason if it is not Octavo's own.
 
-def choose_implementation(source: ModelSource, asked: str) -> tuple[Implementation, str]:
-    """Settle whose code is used, and say why it is not ours where it is not.
-
-    Raises `ValueError` where `asked` cannot be, `OSError` where files cannot be read.
+    Raises `ValueError` if `asked` is not possible, `OSError` if files cannot be read.
     """
     if source.kind == "gguf" and asked == "transformers":
         raise ValueError("model_impl transformers reads folders of safetensors, and not .gguf")
@@ -51,7 +51,7 @@ def build_decoder(
     ops: Ops,
     tiles: CpuLibrary | None,
 ) -> ServedDecoder:
-    """Load a model by the one or the other. Raises `ValueError` that says what is in the way."""
+    """Load a model with either implementation. Raises `ValueError` with the reason."""
     chosen, reason = choose_implementation(source, config.model_impl)
     if chosen == "octavo":
         try:
@@ -68,7 +68,7 @@ def build_decoder(
         except WeightsError as error:
             if config.model_impl == "octavo" or source.kind == "gguf":
                 raise
-            # That library knows more ways to save a model.
+            # That library supports more ways to save a model.
             reason = str(error)
     if config.quantization not in {"auto", "none"}:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the scheduler and the model say to each other: plain types and two Protocols.
+"""The interface of the scheduler and the model: plain types and two Protocols.
 
 Knows nothing of torch, of pages' contents, of text or of HTTP. Everything here is plain data, so
 that `scheduler/` can import it in a process (or a test) that has no torch at all.
@@ -10,14 +10,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-#: In `StepInput.token_ids`: "the token which the flight before this one samples for this slot".
-#: It lets step n+1 be launched before the tokens of step n are known on the host.
+from cache.moves import PageMove
+from cache.view import FULL_VIEW, View
+
+#: In `StepInput.token_ids`: "the token which the step in flight before this one samples for this
+#: slot". It lets step n+1 be launched before the tokens of step n are known on the host.
 PENDING_TOKEN = -1
-
-#: In `StepOutput.token_ids`: the row got no token; its last known token is to be computed again.
-NO_TOKEN = -1
 
 MAX_TOP_LOGPROBS = 20
 
@@ -27,7 +27,7 @@ class SamplingParams:
     """How one request's tokens are chosen, and when it has enough of them.
 
     Randomness is a function of `(seed, position)` alone, so the same request gives the same tokens
-    whatever else is in the batch. Raises `ValueError` whose message begins with the field's name.
+    in every batch. Raises `ValueError` whose message begins with the field's name.
     """
 
     #: 0: nothing is sampled, the prompt alone is computed.
@@ -41,20 +41,20 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    #: The only tokens there are; None: all. They come before all else: where what is banned
-    #: (`bad_words`, ends before `min_tokens`) leaves none of them, it is not banned.
+    #: The only tokens allowed; None: all. They take precedence: where bans (`bad_words`, ends
+    #: before `min_tokens`) leave none of them, the bans do not apply.
     allowed_token_ids: tuple[int, ...] | None = None
     #: Sequences of tokens that the output must not contain.
     bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
-    #: None: none wanted; 0: of the sampled token alone; n: also of the n likeliest.
+    #: None: not requested; 0: of the sampled token alone; n: also of the n likeliest.
     logprobs: int | None = None
     #: The same of the prompt's tokens, each after those before it; of the first there is nothing.
     prompt_logprobs: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    #: What the output must be, in llguidance's words (Lark, with JSON Schemas in it); None: free.
+    #: The output's grammar in llguidance's format (Lark, with JSON Schemas in it); None: free.
     #: It may end before `min_tokens`, where the grammar allows nothing else.
     grammar: str | None = None
 
@@ -111,23 +111,14 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class PageCopy:
-    """Copy the keys and values of the first `num_tokens` tokens of one page into another."""
-
-    source: int
-    target: int
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What every token says: without it a grammar, which is about bytes, says nothing of tokens."""
+    """The bytes of every token: grammars are defined over bytes."""
 
     #: The bytes of all tokens one after another, and where those of each end. Two objects instead
     #: of one for each token: it is sent from process to process.
     packed: bytes
     ends: array[int]
-    #: Tokens that are no text, whatever their bytes look like.
+    #: Tokens that are not text, regardless of their bytes.
     special_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
 
@@ -140,7 +131,7 @@ class Vocabulary:
 
 
 class Constraint(Protocol):
-    """A grammar that a runner has made ready. Only the runner that made it knows what is in it."""
+    """A grammar that a runner has made ready. Its contents are private to that runner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +142,17 @@ class SlotStart:
     params: SamplingParams
     #: The prompt, for the repetition penalty.
     prompt_token_ids: Sequence[int]
-    #: What was generated before (the sequence was preempted, or is resumed), for the penalties.
+    #: The tokens generated before (the sequence was preempted, or is resumed), for the penalties.
     output_token_ids: Sequence[int] = ()
-    #: What `prepare` gave for `params.grammar`.
+    #: The result of `prepare` for `params.grammar`.
     constraint: Constraint | None = None
+    #: The request's own; a model's windows are the model's.
+    view: View = FULL_VIEW
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredSpan:
-    """Tokens of a row, of which it is wanted how probable the token after each is."""
+    """Tokens of a row after each of which the next token is to be scored."""
 
     row: int
     #: The first of them, counted from the row's own first.
@@ -168,45 +161,134 @@ class ScoredSpan:
     token_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class StepInput:
-    """One step, row by row: row i computes `counts[i]` tokens from position `starts[i]` on.
+class RowSpan(NamedTuple):
+    """The tokens that one row of a step computes."""
 
-    The runner does, in this order: `started`, then `copies` one after another as listed (a page
-    may be the source of one copy and the target of a later one), then the forward pass, which
-    writes the rows' keys and values into their pages and reads all tokens before.
+    #: Of the row's first token in the text: for rotation and sampling.
+    position: int
+    #: Keys of the sequence that are stored before it, which is the index of its own key in the
+    #: row's pages. Fewer than `position` where the sequence dropped keys.
+    stored: int
+    count: int  # type: ignore[assignment] # a tuple's `count` is not used
+
+
+class SampleSpan(NamedTuple):
+    """Draw a token after each of a row's tokens `first .. first + count - 1`.
+
+    The tokens behind the first are drafts: the span ends with the first drawn token that differs
+    from the draft in its place. Each token is drawn exactly as it would be without drafts.
     """
 
-    #: Flat, `[sum(counts)]`.
+    row: int
+    first: int
+    count: int  # type: ignore[assignment] # a tuple's `count` is not used
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step, row by row.
+
+    The runner processes `started`, then `moves` in order, then the forward pass. A page may be the
+    source of one move and the target of a later one. The forward pass writes the rows' keys and
+    values into their pages and reads all keys in view.
+
+    Where a row's `position - stored` has grown since its slot's last step, the runner first drops
+    all but `stored` of the slot's keys. It chooses them by the view and moves them to the front of
+    the row's pages. The block table may then be another one.
+
+    Rows and samples are columns, which turn into arrays fastest; `rows` and `samples` are views.
+    """
+
+    #: Flat, `[sum of the rows' counts]`.
     token_ids: list[int]
-    #: Each `[rows]`.
-    starts: list[int]
+    #: `[rows]` each, see `RowSpan`.
+    positions: list[int]
     counts: list[int]
-    #: In `range(max_num_seqs)`; a slot belongs to one sequence at a time.
+    #: `[rows]`, in `range(max_num_seqs)`; a slot belongs to one sequence at a time.
     slots: list[int]
     #: The block table of each row. Append-only while a slot keeps its sequence, and borrowed: the
-    #: scheduler goes on appending to these very lists after `launch` has returned.
+    #: scheduler goes on appending to these very lists after `launch` has returned. Entries of
+    #: pages without a key in view are any valid page: nothing may be read there. Groups of layers
+    #: with pages of their own would follow one another, `[groups * rows]`; there is one today.
     page_ids: list[list[int]]
-    #: Rows that reach the end of their known tokens and so sample one, ascending.
+    #: The rows that sample, ascending: each after its last token.
     sample_rows: list[int]
-    copies: list[PageCopy] = field(default_factory=list)
+    moves: list[PageMove] = field(default_factory=list)
     started: list[SlotStart] = field(default_factory=list)
     scored: list[ScoredSpan] = field(default_factory=list)
+    #: By row: how many keys its sequence dropped, which is `position - stored`.
+    dropped: dict[int, int] = field(default_factory=dict)
+    #: By index in `sample_rows`: spans that are not the row's last token alone.
+    spans: dict[int, SampleSpan] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: list[int],
+        rows: Sequence[RowSpan],
+        slots: list[int],
+        page_ids: list[list[int]],
+        samples: Sequence[SampleSpan],
+        moves: Sequence[PageMove] = (),
+        started: Sequence[SlotStart] = (),
+        scored: Sequence[ScoredSpan] = (),
+    ) -> StepInput:
+        """Build a step from its spans."""
+        return cls(
+            token_ids=token_ids,
+            positions=[row.position for row in rows],
+            counts=[row.count for row in rows],
+            slots=slots,
+            page_ids=page_ids,
+            sample_rows=[span.row for span in samples],
+            moves=list(moves),
+            started=list(started),
+            scored=list(scored),
+            dropped={i: row[0] - row[1] for i, row in enumerate(rows) if row[0] != row[1]},
+            spans={i: s for i, s in enumerate(samples) if s[1:] != (rows[s.row].count - 1, 1)},
+        )
+
+    @property
+    def rows(self) -> list[RowSpan]:
+        """The spans of all rows."""
+        return [
+            RowSpan(position, position - self.dropped.get(row, 0), count)
+            for row, (position, count) in enumerate(zip(self.positions, self.counts, strict=True))
+        ]
+
+    @property
+    def samples(self) -> list[SampleSpan]:
+        """The spans after whose tokens one is drawn, in ascending order of their rows."""
+        return [
+            self.spans.get(index) or SampleSpan(row, self.counts[row] - 1, 1)
+            for index, row in enumerate(self.sample_rows)
+        ]
+
+    @property
+    def sample_positions(self) -> list[int]:
+        """The position in the text of each span's first drawn token."""
+        positions, counts = self.positions, self.counts
+        found = [positions[row] + counts[row] for row in self.sample_rows]
+        for index, span in self.spans.items():
+            found[index] = positions[span.row] + span.first + 1
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step sampled: parallel to `StepInput.sample_rows`."""
+    """The tokens a step sampled: parallel to `StepInput.samples`."""
 
-    #: `NO_TOKEN` where what the row's grammar allows was not known in time, and where it failed.
+    #: The tokens of each span, at least one. Empty where the grammar's mask was not ready in time,
+    #: and where the span failed: then its last known token is to be computed again.
     #: A row whose request has `max_tokens` 0 has some token here too.
-    token_ids: list[int]
-    #: None where the row's request asked for none; the whole list is empty where nobody did.
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    token_ids: list[list[int]]
+    #: Of the same tokens, empty where the row's request asked for none; the whole list is empty
+    #: where no request did.
+    logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
     #: By index: why a row's request cannot go on.
     failures: dict[int, str] = field(default_factory=dict)
-    #: Indices of rows whose largest logit is NaN or infinite, which got `NO_TOKEN`: the model, or
-    #: what it read of the row's pages, is at fault.
+    #: Indices of spans without a token whose largest logit is NaN or infinite: the model or the
+    #: contents of the row's pages are at fault.
     not_finite: list[int] = field(default_factory=list)
     #: Parallel to `StepInput.scored`, an entry a token.
     prompt_logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
@@ -214,7 +296,7 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a built model is: fixed from start to end."""
+    """Properties of a built model, constant from start to end."""
 
     name: str
     #: Longest sequence, prompt and output together, in tokens.
@@ -225,19 +307,21 @@ class ModelInfo:
     num_pages: int
     kv_bytes_per_token: int
     weights_bytes: int
-    #: Of the activations, the weights, the keys and values, as a person would say them.
+    #: Of the activations, the weights, the keys and values, for display.
     dtype: str
     quantization: str
     kv_cache_dtype: str
     device: str
     attention_backend: str
-    #: On a GPU, what its memory is for: (name, bytes).
+    #: The view of the whole model: windowed only if each layer is.
+    view: View = FULL_VIEW
+    #: On a GPU, the uses of its memory: (name, bytes).
     device_bytes: tuple[tuple[str, int], ...] = ()
     #: Decisions an operator should know: "compiled CPU op not available: no g++; using torch".
     notes: tuple[str, ...] = ()
 
 
-class Flight(Protocol):
+class InFlightStep(Protocol):
     """A step under way."""
 
     def wait(self) -> StepOutput:
@@ -249,23 +333,23 @@ class ModelRunner(Protocol):
 
     @property
     def info(self) -> ModelInfo:
-        """What was built."""
+        """The built model."""
 
     @property
-    def max_flights(self) -> int:
+    def max_steps_in_flight(self) -> int:
         """Steps that may be under way at a time: launched and not yet waited for."""
 
-    def launch(self, step: StepInput) -> Flight:
-        """Start computing a step; flights are waited for in the order they were launched.
+    def launch(self, step: StepInput) -> InFlightStep:
+        """Start computing a step; steps in flight are waited for in the order they were launched.
 
         Nothing of it is seen by a step launched before, all of it by those after.
         """
 
     def idle(self) -> bool:
-        """Use a moment without work, some milliseconds of it; whether another would be of use."""
+        """Run background work for some milliseconds; return whether more of it is left."""
 
-    def learn(self, vocabulary: Vocabulary) -> None:
-        """Take in what the tokens say; needed once, before the first grammar."""
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Set the tokens' bytes; needed once, before the first grammar."""
 
     def prepare(self, grammar: str) -> Future[Constraint]:
         """Make a grammar ready in another thread, beside steps. May be done when it is returned.
@@ -274,4 +358,4 @@ class ModelRunner(Protocol):
         """
 
     def close(self) -> None:
-        """Give back what the runner holds. The runner is not used afterwards."""
+        """Release all resources. The runner is not used afterwards."""

@@ -13,13 +13,13 @@ from torch.nn import functional
 
 
 class Ops(Protocol):
-    """Elementwise and row-wise operations; `out_dtype` is what the next matrix product wants."""
+    """Elementwise and row-wise operations; `out_dtype` is the next matrix product's input."""
 
-    #: As it is told to operators.
+    #: For the operator.
     name: str
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-        """Root-mean-square norm over the last dimension (arXiv:1910.07467), in float32 inside."""
+        """Apply the root-mean-square norm to the last dimension (arXiv:1910.07467), in float32."""
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
@@ -38,7 +38,7 @@ class Ops(Protocol):
 
 
 class TorchOps:
-    """The obvious version, on any device; what the others are checked against."""
+    """The plain version, on any device: the oracle of the others."""
 
     name = "torch"
 
@@ -62,8 +62,8 @@ class TorchOps:
         for x in (q, k):
             first, second = x[..., :half].float(), x[..., half : 2 * half].float()
             # Both before either is stored: float() of float32 is the tensor itself.
-            turned = first * cos - second * sin, second * cos + first * sin
-            x[..., :half], x[..., half : 2 * half] = turned
+            rotated = first * cos - second * sin, second * cos + first * sin
+            x[..., :half], x[..., half : 2 * half] = rotated
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """See `Ops`."""

@@ -1,4 +1,4 @@
-"""Steps as arrays: rows side by side, with their places in pages and what the kernels want to know.
+"""Steps as arrays: rows side by side, with their places in pages and the kernels' parameters.
 
 Numpy alone: knows nothing of devices. Everything a step brings to a GPU is two arrays, so that it
 takes two copies.
@@ -17,7 +17,7 @@ from model.interface import PENDING_TOKEN, StepInput
 
 
 class BlockTables:
-    """Every slot's block table as one array, so that a step copies only what is new in it."""
+    """Every slot's block table as one array, so that a step copies only its new entries."""
 
     def __init__(self, max_num_seqs: int, max_pages: int) -> None:
         self._pages = np.zeros((max_num_seqs, max_pages), dtype=np.int32)
@@ -50,9 +50,9 @@ class PackedStep:
     query_starts: np.ndarray
     seq_lens: np.ndarray
     block_table: np.ndarray
-    #: int64: the last token of each row that samples.
+    #: int64: after which tokens one is drawn.
     sampled: np.ndarray
-    #: int64: which tokens are not known yet, and which of the flight before sampled them.
+    #: int64: which tokens are not known yet, and which of the step in flight before sampled them.
     pending: np.ndarray
     pending_from: np.ndarray
     max_query_len: int
@@ -145,7 +145,7 @@ def _together(arrays: tuple[np.ndarray, ...], device: torch.device) -> tuple[Ten
 
 
 class Packer:
-    """Turns steps into arrays. Remembers block tables, and who sampled what in the step before."""
+    """Turns steps into arrays. Stores block tables, and the samples of the step before."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
         self._page_size = page_size
@@ -154,29 +154,36 @@ class Packer:
         self._sample_of_slot: dict[int, int] = {}
 
     def pack(self, step: StepInput) -> PackedStep:
-        """Lay out the next step."""
+        """Lay out the next step. Raises `ValueError` for a step that cannot be computed here."""
         for start in step.started:
             self._tables.forget(start.slot)
-        page_size = self._page_size
-        starts = np.asarray(step.starts, dtype=np.int64)
-        counts = np.asarray(step.counts, dtype=np.int64)
-        ends = starts + counts
+        page_size, slots = self._page_size, step.slots
+        if step.dropped:
+            raise ValueError("rows whose sequences dropped keys cannot be computed")
+        if any(span.count > 1 for span in step.spans.values()):
+            raise ValueError("one token a span can be drawn, not several")
+        firsts = np.fromiter(step.positions, np.int64, len(step.positions))
+        counts = np.fromiter(step.counts, np.int64, len(step.counts))
+        ends = firsts + counts
         query_starts = np.zeros(len(counts) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_starts[1:])
         rows = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(query_starts[-1]) - query_starts[rows] + starts[rows]
+        positions = np.arange(query_starts[-1]) - query_starts[rows] + firsts[rows]
         max_seq_len = int(ends.max())
-        table = self._tables.gather(step.slots, step.page_ids, -(-max_seq_len // page_size))
+        table = self._tables.gather(slots, step.page_ids, -(-max_seq_len // page_size))
         kv_slots = table[rows, positions // page_size].astype(np.int64) * page_size
         kv_slots += positions % page_size
-        token_ids = np.asarray(step.token_ids, dtype=np.int64)
+        token_ids = np.fromiter(step.token_ids, np.int64, len(step.token_ids))
         pending = pending_from = np.flatnonzero(token_ids == PENDING_TOKEN)
         if len(pending):
             token_ids[pending] = 0
-            slots = [step.slots[row] for row in rows[pending].tolist()]
-            pending_from = np.asarray([self._sample_of_slot[slot] for slot in slots])
-        self._sample_of_slot = {step.slots[row]: i for i, row in enumerate(step.sample_rows)}
-        sample_rows = np.asarray(step.sample_rows, dtype=np.int64)
+            pending_rows = rows[pending].tolist()
+            pending_from = np.asarray([self._sample_of_slot[slots[row]] for row in pending_rows])
+        sample_rows = np.fromiter(step.sample_rows, np.int64, len(step.sample_rows))
+        sampled = query_starts[sample_rows + 1].astype(np.int64) - 1
+        for index, span in step.spans.items():
+            sampled[index] = query_starts[span.row] + span.first
+        self._sample_of_slot = {slots[row]: index for index, row in enumerate(step.sample_rows)}
         return PackedStep(
             token_ids=token_ids,
             positions=positions,
@@ -184,7 +191,7 @@ class Packer:
             query_starts=query_starts,
             seq_lens=ends.astype(np.int32),
             block_table=table,
-            sampled=query_starts[sample_rows + 1].astype(np.int64) - 1,
+            sampled=sampled,
             pending=pending,
             pending_from=pending_from,
             max_query_len=int(counts.max()),

@@ -1,8 +1,8 @@
 """Steps into tokens with torch: brings rows to the device, runs the decoder, samples.
 
 Knows nothing of why a row is in a step, of requests or of how pages came to be shared. On CUDA
-nothing here waits for the device but `Flight.wait`, once a step, and what asks for more than
-tokens: see `Draft.settle` and prompt_logprobs.
+nothing here waits for the device but `InFlightStep.wait`, once a step, and requests for more than
+tokens: see `SampledTokens.settle` and prompt_logprobs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cache.view import FULL_VIEW
 from model.architectures.transformer import Decoder
 from model.attention.interface import AttentionBackend
 from model.cuda.graphs import DecodeGraphs
@@ -28,7 +29,7 @@ from model.interface import (
 )
 from model.kv.pool import KVPool
 from model.packing import PackedStep, Packer
-from model.sampling.sampled_tokens import Draft, mark
+from model.sampling.sampled_tokens import SampledTokens, mark
 from model.sampling.sampler import Sampler
 
 #: Of a prompt that is scored, the logits of so many tokens are held at once: a chunk's would be
@@ -37,17 +38,17 @@ SCORED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
+class _InFlightStep:
     """A step on its way."""
 
-    draft: Draft | None
+    sampled_tokens: SampledTokens | None
     scores: list[tuple[TokenLogprobs, ...]]
     is_over: Callable[[], None]
 
     @torch.inference_mode()
     def wait(self) -> StepOutput:
         self.is_over()
-        output = StepOutput([]) if self.draft is None else self.draft.finish()
+        output = StepOutput([]) if self.sampled_tokens is None else self.sampled_tokens.finish()
         return replace(output, prompt_logprobs=self.scores) if self.scores else output
 
 
@@ -64,7 +65,7 @@ class TorchRunner:
         sampler: Sampler,
         max_num_seqs: int,
         graphs: DecodeGraphs | None = None,
-        max_flights: int = 1,
+        max_steps_in_flight: int = 1,
     ) -> None:
         self._info = info
         self._decoder = decoder
@@ -74,10 +75,10 @@ class TorchRunner:
         self._grammars = Grammars()
         self._device = pool.device
         self._graphs = graphs
-        self._max_flights = max_flights
+        self._max_steps_in_flight = max_steps_in_flight
         self._packer = Packer(max_num_seqs, info.max_model_len, info.page_size)
-        #: What the step before sampled, if it did.
-        self._newest: Draft | None = None
+        #: The samples of the step before, if any.
+        self._newest: SampledTokens | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -85,28 +86,30 @@ class TorchRunner:
         return self._info
 
     @property
-    def max_flights(self) -> int:
-        """See `ModelRunner`: two on a GPU; a CPU computes while it is asked to."""
-        return self._max_flights
+    def max_steps_in_flight(self) -> int:
+        """See `ModelRunner`: two on a GPU; a CPU computes inside `launch`."""
+        return self._max_steps_in_flight
 
     @torch.inference_mode()
-    def launch(self, step: StepInput) -> _Flight:
+    def launch(self, step: StepInput) -> _InFlightStep:
         """See `ModelRunner`."""
         # Taken out first: a step that raises leaves nothing behind for the next to fail by.
         newest, self._newest = self._newest, None
         if newest is not None:
             newest.settle()
+        packed = self._packer.pack(step)
         for start in step.started:
+            if start.view != FULL_VIEW:
+                raise ValueError(f"a request cannot have a view of its own, got {start.view}")
             self._sampler.start(start)
         self._pool.reach(max(pages[-1] for pages in step.page_ids))
-        if step.copies:
-            self._pool.copy_pages(step.copies)
-        hidden, sampled = self._compute(self._packer.pack(step), newest)
+        self._pool.move_pages(step.moves)
+        hidden, sampled = self._compute(packed, newest)
         scores = self._score(step, hidden)
         self._newest = self._sample(step, hidden, sampled) if step.sample_rows else None
-        return _Flight(self._newest, scores, mark(self._device))
+        return _InFlightStep(self._newest, scores, mark(self._device))
 
-    def _compute(self, packed: PackedStep, newest: Draft | None) -> tuple[Tensor, Tensor]:
+    def _compute(self, packed: PackedStep, newest: SampledTokens | None) -> tuple[Tensor, Tensor]:
         """Return the hidden states of all tokens, and which of them are sampled after."""
         graphs = self._graphs
         padded = graphs.pad(packed) if graphs is not None else None
@@ -121,17 +124,18 @@ class TorchRunner:
         positions = step.batch.positions
         return self._decoder.forward(step.token_ids, positions, self._attention), step.sampled
 
-    def _sample(self, step: StepInput, hidden: Tensor, sampled: Tensor) -> Draft:
+    def _sample(self, step: StepInput, hidden: Tensor, sampled: Tensor) -> SampledTokens:
         return self._sampler.begin(
             self._decoder.logits(hidden[sampled] if len(sampled) < len(hidden) else hidden),
             [step.slots[row] for row in step.sample_rows],
-            [step.starts[row] + step.counts[row] for row in step.sample_rows],
+            step.sample_positions,
         )
 
     def _score(self, step: StepInput, hidden: Tensor) -> list[tuple[TokenLogprobs, ...]]:
         scores = []
         for span in step.scored:
-            first, slot = sum(step.counts[: span.row]) + span.offset, step.slots[span.row]
+            first = sum(step.counts[: span.row]) + span.offset
+            slot = step.slots[span.row]
             found: list[TokenLogprobs] = []
             for done in range(0, len(span.token_ids), SCORED_TOKENS):
                 token_ids = span.token_ids[done : done + SCORED_TOKENS]
@@ -144,9 +148,9 @@ class TorchRunner:
         """See `ModelRunner`."""
         return self._pool.idle()
 
-    def learn(self, vocabulary: Vocabulary) -> None:
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""
-        self._grammars.learn(vocabulary)
+        self._grammars.set_vocabulary(vocabulary)
 
     def prepare(self, grammar: str) -> Future[Constraint]:
         """See `ModelRunner`."""

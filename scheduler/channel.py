@@ -1,9 +1,9 @@
 """Messages over a socket without ever blocking the event loop: the API's end.
 
-What the peer does not take in waits here, in order; what the peer has sent half is kept until the
-rest comes. Frames are those of `multiprocessing.connection.Connection`, which is the other end.
-Knows nothing of what messages mean, except that a request which was not sent yet need not be
-cancelled but only forgotten.
+Unsent messages wait here, in order; the first part of a received message is kept until the rest
+arrives. Frames are those of `multiprocessing.connection.Connection`, which is the other end.
+Knows nothing of the meaning of messages, except that the cancellation of an unsent request just
+removes it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from scheduler.messages import Cancel, FromEngine, Submit, ToEngine
 _log = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("!i")
-#: Taken in at once; then others on the loop have their turn.
-_MOST_READ_BYTES = 256 * 1024
+#: Read at once, so that other callbacks of the loop are not delayed.
+_MAX_READ_BYTES = 256 * 1024
 
 
 class Channel:
     """One end of a stream socket, on the running event loop.
 
-    `receive` is called with each message; `lose` once, when the peer is gone or what it sent cannot
-    be read. Memory: what is not sent yet are the callers' own objects, and one pickled message.
+    `receive` is called with each message; `lose` once, when the peer is gone or a message
+    cannot be read. Memory: unsent messages are the callers' own objects; one is pickled.
     """
 
     def __init__(
@@ -46,24 +46,24 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         #: Not sent: requests by id, others by a key of their own.
         self._unsent: OrderedDict[object, ToEngine] = OrderedDict()
-        #: What is left of the message that is being sent.
+        #: The unsent rest of the current message.
         self._frame = memoryview(b"")
         #: Whether the loop watches for room in the socket.
         self._is_full = False
         self._is_open = True
-        self._chunk = memoryview(bytearray(_MOST_READ_BYTES))
+        self._chunk = memoryview(bytearray(_MAX_READ_BYTES))
         self._received = bytearray()
         self._loop.add_reader(end.fileno(), self._read)
 
     @property
     def is_drained(self) -> bool:
-        """Whether all that was to be sent is with the kernel."""
+        """Whether the kernel has all messages."""
         return not self._frame and not self._unsent
 
     def send(self, message: ToEngine) -> None:
-        """Send now what the socket takes, the rest as soon as there is room.
+        """Send as much as the socket takes, the rest as soon as there is room.
 
-        To a peer that is gone nothing is sent: reading tells of its end.
+        Sends nothing to a peer that is gone; `_read` notices its end.
         """
         if isinstance(message, Cancel) and message.request_id in self._unsent:
             del self._unsent[message.request_id]
@@ -74,7 +74,7 @@ class Channel:
             self._write()
 
     def close(self) -> None:
-        """Forget what is unsent and unread. Again is fine."""
+        """Drop unsent and unread messages. May be called again."""
         if self._is_open:
             self._is_open = False
             self._loop.remove_reader(self._socket.fileno())

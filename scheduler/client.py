@@ -1,4 +1,4 @@
-"""What the API holds in its hand: an engine, wherever it runs.
+"""The interface to an engine, in its own process or in the same one.
 
 Knows nothing of HTTP or text. `scheduler/process.py` implements this over a pipe,
 `scheduler/inline.py` in the same process for tests; one contract suite runs over both.
@@ -7,15 +7,14 @@ Knows nothing of HTTP or text. `scheduler/process.py` implements this over a pip
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from model.interface import ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
-from scheduler.messages import EngineStats, FinishReason, RejectKind, Started
+from scheduler.messages import FinishReason, GenerateRequest, RejectKind, Started, TokenOutput
+from scheduler.stats import EngineStats, SchedulerStats
 
-#: The types a caller needs in order to speak to an engine, so that it imports them from one place.
+#: All types of the interface, so that callers import them from one place.
 __all__ = [
-    "Delta",
     "EngineClient",
     "EngineError",
     "EngineFaultError",
@@ -27,36 +26,12 @@ __all__ = [
     "RejectKind",
     "RequestRefusedError",
     "SamplingParams",
+    "SchedulerStats",
     "Started",
     "TokenLogprobs",
+    "TokenOutput",
     "Vocabulary",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateRequest:
-    """What a caller wants generated; `scheduler.messages` tells the fields' meaning."""
-
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    priority: int = 0
-    namespace: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What became known of a request since its last delta; several tokens if the reader is slow."""
-
-    token_ids: tuple[int, ...] = ()
-    #: Parallel to `token_ids`, or empty where none were asked for.
-    logprobs: tuple[TokenLogprobs | None, ...] = ()
-    #: In the first delta that follows admission.
-    started: Started | None = None
-    #: In the last delta, and only there.
-    finish_reason: FinishReason | None = None
-    #: Of the prompt's tokens but the first, if asked for: all of them in the first delta that has a
-    #: token or a reason.
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class EngineError(Exception):
@@ -73,11 +48,11 @@ class RequestRefusedError(EngineError):
 
 
 class EngineFaultError(EngineError):
-    """A bug on our side ended this request; others live."""
+    """A bug on our side ended this request; others go on."""
 
 
 class EngineUnavailableError(EngineError):
-    """The engine is gone, or not there yet; `retry_after_s`: when it should be, if known."""
+    """The engine ended or has not started; `retry_after_s`: until it should be up, if known."""
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -98,11 +73,11 @@ class EngineClient(Protocol):
     async def start(self) -> None:
         """Bring the engine up. Raises `EngineUnavailableError` with the reason if it can't."""
 
-    def learn(self, vocabulary: Vocabulary) -> None:
-        """Tell the engine what the tokens say; needed once, before the first grammar."""
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Send the bytes of all tokens; needed once, before the first grammar."""
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """Deltas until one carries a `finish_reason`. Closing the generator cancels the request.
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        """Yield outputs until one has a `finish_reason`. Closing the generator cancels the request.
 
         Raises (from the first iteration on) `RequestRefusedError`, `EngineFaultError`,
         `EngineUnavailableError`.
@@ -121,4 +96,4 @@ class EngineClient(Protocol):
         """Call `observer(num_step_tokens)` after each step: for a histogram of step sizes."""
 
     async def close(self) -> None:
-        """End the engine. What still runs is aborted; draining is the caller's business."""
+        """End the engine and abort running requests. Draining is up to the caller."""

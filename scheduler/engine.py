@@ -9,27 +9,26 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.interface import Constraint, Flight, ModelRunner
+from model.interface import Constraint, InFlightStep, ModelRunner
 from scheduler.messages import (
     Begun,
     Cancel,
-    EngineStats,
-    FinishReason,
-    Learn,
     Prepared,
     Rejected,
     RejectKind,
     ResetCache,
+    SetVocabulary,
     Started,
     StepResult,
     Submit,
 )
-from scheduler.plan import StepOutcome, StepPlan
+from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
+from scheduler.stats import EngineStats
 
 _log = logging.getLogger(__name__)
 
@@ -37,15 +36,15 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Launched:
     plan: StepPlan
-    flight: Flight
+    in_flight_step: InFlightStep
     began_s: float
 
 
 class Engine:
     """Takes messages between steps; each step gives one message back.
 
-    Where the runner can have several steps under way, the next one is planned, packed and launched
-    before the tokens of the one before are known, so that the device never waits for the host.
+    Where the runner can have several steps under way, the next step is launched before the tokens
+    of the last one are known. So the device never waits for the host.
 
     A request with a grammar is held back from the scheduler until the grammar is ready.
     """
@@ -60,7 +59,7 @@ class Engine:
     ) -> None:
         """`post`: brings a message from any thread to `handle`, in the engine's own.
 
-        `announce`: called before what may end a process, for whoever has to say of whom it died.
+        `announce`: called with requests before the first work on them, which may crash the process.
         """
         info = runner.info
         self._runner = runner
@@ -68,7 +67,12 @@ class Engine:
         self._post = post
         self._announce = announce
         self._is_debug = config.debug
-        self._cache = KVCache(info.num_pages, info.page_size)
+        self._cache = KVCache(
+            info.num_pages,
+            info.page_size,
+            view=info.view,
+            chunk_tokens=config.max_num_batched_tokens,
+        )
         self._scheduler = Scheduler(self._cache, config, info)
         #: Requests whose grammars are being made ready.
         self._preparing: dict[int, tuple[Submit, Future[Constraint]]] = {}
@@ -76,38 +80,36 @@ class Engine:
         self._arrived_s: dict[int, float] = {}
         #: Steps under way, the oldest first.
         self._launched: deque[_Launched] = deque()
-        #: When the last of those that are over ended.
-        self._landed_s = 0.0
-        #: Not yet told.
-        self._started: list[Started] = []
-        self._rejected: list[Rejected] = []
-        self._failed: list[tuple[int, str]] = []
-        self._reset_pages: list[int] = []
+        #: When the last completed step ended.
+        self._completed_s = 0.0
+        #: For the next message, and whether there must be one.
+        self._news = StepResult()
         self._has_news = False
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to do or to tell."""
+        """Whether `step` has work or news."""
         return self._has_news or self._scheduler.has_work or bool(self._launched)
 
-    def handle(self, message: Submit | Cancel | Learn | ResetCache | Prepared) -> None:
-        """Take in one message; refusals are told by the next step."""
-        if isinstance(message, Learn):
-            self._runner.learn(message.vocabulary)
+    def handle(self, message: Submit | Cancel | SetVocabulary | ResetCache | Prepared) -> None:
+        """Take in one message; refusals are in the result of the next step."""
+        if isinstance(message, SetVocabulary):
+            self._runner.set_vocabulary(message.vocabulary)
             return
         self._has_news = True
         if isinstance(message, Submit):
             self._arrived_s[message.request_id] = self._clock_s()
-            if message.params.grammar is None:
+            grammar = message.request.params.grammar
+            if grammar is None:
                 self._submit(message)
             else:
-                self._prepare(message, message.params.grammar)
+                self._prepare(message, grammar)
         elif isinstance(message, Prepared):
             # It may have been cancelled meanwhile.
             if found := self._preparing.pop(message.request_id, None):
                 self._submit_prepared(*found)
         elif isinstance(message, ResetCache):
-            self._reset_pages.append(self._cache.reset())
+            self._news.reset_pages.append(self._cache.reset())
         else:
             self._arrived_s.pop(message.request_id, None)
             if self._preparing.pop(message.request_id, None) is None:
@@ -117,7 +119,7 @@ class Engine:
         self._announce(Begun((submit.request_id,)))
         try:
             preparation = self._runner.prepare(grammar)
-        except Exception as fault:  # noqa: BLE001 - told like one that comes later
+        except Exception as fault:  # noqa: BLE001 - reported like a later one
             preparation = Future()
             preparation.set_exception(fault)
         if preparation.done():
@@ -135,7 +137,8 @@ class Engine:
         except Exception as fault:  # noqa: BLE001 - a bug that is to harm this request alone
             _log.exception("the grammar of request %d failed", submit.request_id)
             self._arrived_s.pop(submit.request_id, None)
-            self._failed.append((submit.request_id, f"the grammar failed: {type(fault).__name__}"))
+            message = f"the grammar failed: {type(fault).__name__}"
+            self._news.failed.append((submit.request_id, message))
         else:
             self._submit(submit, constraint)
 
@@ -145,35 +148,35 @@ class Engine:
 
     def _reject(self, rejected: Rejected) -> None:
         self._arrived_s.pop(rejected.request_id, None)
-        self._rejected.append(rejected)
+        self._news.rejected.append(rejected)
 
     def idle(self) -> bool:
-        """Use a moment without work, some milliseconds of it; whether another would be of use."""
+        """Use some milliseconds without work; return whether further ones would be of use."""
         return self._runner.idle()
 
     def step(self) -> StepResult:
-        """Launch what may be under way, wait for one step if there is one, tell all there is.
+        """Launch steps, wait for the oldest one if there is any, and return all news.
 
-        The requests of a step that raises run again one at a time; only those whose step raises
-        again end with an error. Raises `ModelFaultError` where the model computes nothing any more.
+        The requests of a step that raises run again one at a time. Only a request whose step raises
+        again ends with an error. Raises `ModelFaultError` if the model computes nothing.
         """
-        while len(self._launched) < self._max_flights:
+        while len(self._launched) < self._max_steps_in_flight:
             plan = self._scheduler.plan()
             if plan is None or not self._launch(plan):
                 break
-        result = self._land(self._launched.popleft()) if self._launched else self._tell()
+        result = self._complete(self._launched.popleft()) if self._launched else self._report()
         if self._is_debug:
             self._scheduler.check()
         return result
 
     @property
-    def _max_flights(self) -> int:
+    def _max_steps_in_flight(self) -> int:
         """Steps that may be under way now.
 
-        A grammar has to take in a token before it says what may be next: sequences that follow one
-        could only be in every other step, and all would run in two halves of a batch.
+        A grammar needs the last token before it gives the next mask. With two steps under way its
+        sequences would be in every other step, and the batch would run in two halves.
         """
-        return 1 if self._scheduler.follows_grammars else self._runner.max_flights
+        return 1 if self._scheduler.follows_grammars else self._runner.max_steps_in_flight
 
     def _launch(self, plan: StepPlan) -> bool:
         began_s = self._clock_s()
@@ -182,88 +185,56 @@ class Engine:
             for id_, num_cached, why in plan.started
         )
         if begun:
-            self._started.extend(begun)
+            self._news.started.extend(begun)
             self._announce(Begun(tuple(one.request_id for one in begun)))
         try:
-            flight = self._runner.launch(plan.step)
-        except Exception as fault:  # noqa: BLE001 - whatever it is, it is one request's or the model's
+            in_flight_step = self._runner.launch(plan.step)
+        except Exception as fault:  # noqa: BLE001 - a fault of one request or of the model
             self._fail(plan, fault)
             return False
-        self._launched.append(_Launched(plan, flight, began_s))
+        self._launched.append(_Launched(plan, in_flight_step, began_s))
         return True
 
-    def _land(self, launched: _Launched) -> StepResult:
+    def _complete(self, launched: _Launched) -> StepResult:
         plan = launched.plan
         try:
-            output = launched.flight.wait()
+            output = launched.in_flight_step.wait()
         except Exception as fault:  # noqa: BLE001 - as in `_launch`
             self._fail(plan, fault)
-            return self._tell()
+            return self._report()
         # A step that was launched early began when the one before it was over.
-        began_s, self._landed_s = max(launched.began_s, self._landed_s), self._clock_s()
-        outcome = self._scheduler.apply(plan, output, self._landed_s - began_s)
-        return self._tell(outcome, plan.num_tokens)
+        began_s, self._completed_s = max(launched.began_s, self._completed_s), self._clock_s()
+        result = self._scheduler.apply(plan, output, self._completed_s - began_s)
+        return self._report(result, plan.num_tokens)
 
     def _fail(self, plan: StepPlan, fault: Exception) -> None:
         ids = [sequence.request_id for sequence in plan.sequences]
         _log.error("a step of the requests %s failed; each is run alone", ids, exc_info=fault)
         self._scheduler.fail(plan, f"the model failed: {type(fault).__name__}")
 
-    def _tell(self, outcome: StepOutcome | None = None, num_step_tokens: int = 0) -> StepResult:
-        outcome = outcome or StepOutcome([], [], [], [], [], [])
-        started, self._started = tuple(self._started), []
-        failed, self._failed = [*self._failed, *outcome.failed], []
-        reset_pages, self._reset_pages = tuple(self._reset_pages), []
-        return StepResult(
+    def _report(self, result: StepResult | None = None, num_step_tokens: int = 0) -> StepResult:
+        news, self._news, self._has_news = self._news, StepResult(), False
+        result = result or StepResult()
+        return replace(
+            result,
             stats=self.stats(),
-            request_ids=tuple(outcome.request_ids),
-            token_ids=tuple(outcome.token_ids),
-            logprobs=tuple(outcome.logprobs),
-            prompt_logprobs=tuple(outcome.prompt_logprobs),
-            started=started,
-            rejected=self._take_rejected(),
-            finished=(
-                *((id_, reason, "") for id_, reason in outcome.finished),
-                *((id_, FinishReason.ERROR, why) for id_, why in failed),
-            ),
+            started=news.started,
+            rejected=news.rejected,
+            failed=[*news.failed, *result.failed],
+            reset_pages=news.reset_pages,
             num_step_tokens=num_step_tokens,
-            reset_pages=reset_pages,
         )
-
-    def _take_rejected(self) -> tuple[Rejected, ...]:
-        rejected, self._rejected, self._has_news = tuple(self._rejected), [], False
-        return rejected
 
     def stats(self) -> EngineStats:
         """Return a snapshot of scheduler and cache together."""
-        pages, steps = self._cache.stats(), self._scheduler.stats()
-        return EngineStats(
-            num_running=steps.num_running,
-            num_waiting=steps.num_waiting + len(self._preparing),
-            num_waiting_tokens=steps.num_waiting_tokens,
-            lowest_waiting_priority=steps.lowest_waiting_priority,
-            pages_total=pages.pages_total,
-            pages_free=pages.pages_free,
-            pages_private=pages.pages_private,
-            pages_cached=pages.pages_cached,
-            pages_leased=pages.pages_leased,
-            prefix_queries_tokens_total=steps.prefix_queries_tokens_total,
-            prefix_hits_tokens_total=steps.prefix_hits_tokens_total,
-            prompt_tokens_computed_total=steps.prompt_tokens_computed_total,
-            evicted_pages_total=pages.evicted_pages_total,
-            copied_pages_total=pages.copied_pages_total,
-            preemptions_total=steps.preemptions_total,
-            late_rows_total=steps.late_rows_total,
-            faulty_rows_total=steps.faulty_rows_total,
-            steps_total=steps.steps_total,
-        )
+        return EngineStats(self._scheduler.stats(), self._cache.stats(), len(self._preparing))
 
     def check(self) -> None:
         """Assert every invariant below."""
         self._scheduler.check()
-        waiting = self._scheduler.stats().num_waiting + len(self._preparing)
-        assert len(self._arrived_s) <= waiting, "an arrival time of a request that is gone"
+        is_bounded = len(self._arrived_s) <= self.stats().num_waiting
+        assert is_bounded, "the arrival time of a request that is gone"
 
     def close(self) -> None:
-        """Give back what the model holds."""
+        """Release the memory of the model."""
         self._runner.close()

@@ -1,7 +1,7 @@
 """The engine's process: builds the model, then serves one end of a pipe.
 
-Knows nothing of HTTP or of text. It never runs asyncio; a thread drains the pipe, so that what is
-said to a busy engine does not pile up in the kernel.
+Knows nothing of HTTP or of text. It never runs asyncio; a thread drains the pipe, so that
+messages to a busy engine do not pile up in the kernel.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from scheduler.shortage import is_shortage
 
 _log = logging.getLogger(__name__)
 
-#: What the API says, what the engine's own threads say, and why the API cannot be heard any more.
+#: Messages of the API and of the engine's threads, and the error that ended the pipe.
 Inbox: TypeAlias = queue.SimpleQueue[ToEngine | Prepared | Exception]
 
 
 def engine_main(pipe: Connection) -> None:
-    """Build what the first message says, say so, then serve the pipe until it closes or ends."""
-    # A terminal's Ctrl-C reaches the whole group; when to stop is for the API to say.
+    """Build the model, send `Ready`, then serve the pipe until it closes or `Shutdown` arrives."""
+    # A terminal's Ctrl-C reaches the whole group; the API decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         _run(pipe)
     except (BrokenPipeError, ConnectionResetError):
-        return  # The API is gone, and with it everybody who could want a token.
+        return  # The API is gone, and with it all clients.
     except Exception as fault:
-        _log.debug("the engine gives up", exc_info=True)
-        pipe.send(Failed(_words_of(fault), is_shortage(fault)))
+        _log.debug("the engine fails", exc_info=True)
+        pipe.send(Failed(_message_of(fault), is_shortage(fault)))
         raise SystemExit(1) from fault
 
 
-def _words_of(fault: Exception) -> str:
+def _message_of(fault: Exception) -> str:
     """Return a fault's message for an operator, with its class where the message needs one.
 
     Wrong input is a `ValueError` with a sentence, here as everywhere; so is an `OSError`'s message.
@@ -59,7 +59,7 @@ def _run(pipe: Connection) -> None:
         return
     inbox: Inbox = queue.SimpleQueue()
     is_built = threading.Event()
-    # Before the model is built: that may take minutes, and nobody may be left to want it.
+    # Before the model is built: that may take minutes, and the API may end meanwhile.
     args = pipe, inbox, is_built
     threading.Thread(target=_drain, args=args, name="inbox", daemon=True).start()
     if build.prepare is not None:
@@ -67,7 +67,7 @@ def _run(pipe: Connection) -> None:
     runner = build.make_runner()
     engine = Engine(runner, build.config, time.monotonic, inbox.put, pipe.send)
     is_built.set()
-    # What is there now stays to the end: collections need not walk it between two tokens.
+    # Objects made so far stay to the end: collections need not walk them between two tokens.
     gc.collect()
     gc.freeze()
     pipe.send(Ready(runner.info))
@@ -77,7 +77,7 @@ def _run(pipe: Connection) -> None:
 
 def _serve(engine: Engine, pipe: Connection, inbox: Inbox) -> None:
     while True:
-        # With nothing to do, sleep until a message comes; else only take what is there.
+        # With nothing to do, sleep until a message comes; else only read waiting ones.
         is_idle = not engine.has_work
         while is_idle and inbox.empty() and engine.idle():
             pass
@@ -102,7 +102,7 @@ def _drain(pipe: Connection, inbox: Inbox, is_built: threading.Event) -> None:
             inbox.put(pipe.recv())
     except (EOFError, OSError):
         if not is_built.is_set():
-            # The main thread is deep in somebody's C++ and hears nothing.
+            # The main thread is in foreign C++ code and cannot be interrupted.
             os._exit(1)
         inbox.put(Shutdown())
     except Exception as fault:  # noqa: BLE001 - the loop raises it

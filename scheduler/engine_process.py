@@ -1,7 +1,7 @@
 """One engine's process and the channel to it, from its start to its end.
 
-Nothing here blocks the event loop: starting a process takes a millisecond (it is spawned, and what
-it is to build follows over the channel), its end is asked for again and again, not waited for.
+Nothing here blocks the event loop. Starting a process takes a millisecond: it is spawned, and its
+`Build` follows over the channel. The end of a process is polled.
 Knows nothing of requests.
 """
 
@@ -25,8 +25,8 @@ from scheduler.shortage import is_shortage
 
 _log = logging.getLogger(__name__)
 
-#: Between two looks at a process that is to end.
-_LOOK_S = 0.005
+#: Between two polls of an ending process.
+_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Death:
     reason: str
     #: Killed, and not by us.
     is_outside: bool
-    #: For want of memory, processes or files, as far as can be told.
+    #: For want of memory, processes or files, as far as known.
     is_shortage: bool
 
 
@@ -49,9 +49,9 @@ class EngineStartError(EngineUnavailableError):
 
 
 class EngineProcess:
-    """An engine in the making, then at work, then gone.
+    """An engine that starts, works and ends.
 
-    `receive` is called with what it says after `Ready`; `lose` once, when it can say nothing more.
+    `receive` is called with each message after `Ready`; `lose` once, after the last.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class EngineProcess:
         self._lose = lose
         self._info: ModelInfo | None = None
         self._failed: Failed | None = None
-        #: It has said that it is ready, or nothing can come from it any more.
+        #: It has sent `Ready`, or no message can come from it any more.
         self._is_settled = asyncio.Event()
         self._was_killed = False
         #: None: the process has not ended.
@@ -87,7 +87,7 @@ class EngineProcess:
             self.pid = self._process.pid
             self._channel.send(build)
         except BaseException:
-            # A process that has started all the same ends as it finds its pipe closed.
+            # If the process has started, it ends because its pipe is closed.
             self._channel.close()
             raise
 
@@ -111,11 +111,11 @@ class EngineProcess:
         )
 
     def send(self, message: ToEngine) -> None:
-        """Send, as soon as it takes it."""
+        """Send, as soon as the socket has room."""
         self._channel.send(message)
 
     def stop(self) -> None:
-        """Tell it to end; one that cannot be told is killed."""
+        """Send `Shutdown`; kill a process that does not read it."""
         self._channel.send(Shutdown())
         if not self._channel.is_drained:
             self.kill()
@@ -143,7 +143,7 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         until_s = loop.time() + timeout_s
         while not self._has_ended() and loop.time() < until_s:  # noqa: ASYNC110 - it sets no event
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
         return self._has_ended()
 
     def _has_ended(self) -> bool:

@@ -1,4 +1,4 @@
-"""An engine in this very process, behind the client's interface: for tests and embedding.
+"""An engine in the same process, behind the client's interface: for tests and embedding.
 
 Steps block the event loop while they compute; with a fake model that is microseconds, and the
 order of everything is deterministic.
@@ -12,10 +12,10 @@ from collections.abc import AsyncGenerator, Callable
 
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, Vocabulary
-from scheduler.client import Delta, EngineFaultError, EngineUnavailableError, GenerateRequest
+from scheduler.client import EngineFaultError, EngineUnavailableError, GenerateRequest, TokenOutput
 from scheduler.engine import Engine
-from scheduler.messages import Cancel, EngineStats, Learn, Prepared, ResetCache, Submit
-from scheduler.resets import CacheResets
+from scheduler.messages import Cancel, Prepared, ResetCache, SetVocabulary, Submit
+from scheduler.stats import EngineStats
 from scheduler.streams import Streams
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ class InlineClient:
         self._runner = runner
         self._engine = Engine(runner, config, clock_s, self._post)
         self._streams = Streams()
-        self._resets = CacheResets()
         self._wakes = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -50,11 +49,11 @@ class InlineClient:
         self._loop = asyncio.get_running_loop()
         self._pump = asyncio.create_task(self._run())
 
-    def learn(self, vocabulary: Vocabulary) -> None:
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `EngineClient`."""
-        self._send(Learn(vocabulary))
+        self._send(SetVocabulary(vocabulary))
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         """See `EngineClient`."""
         if not self.is_alive:
             raise EngineUnavailableError("the engine is not running")
@@ -69,9 +68,9 @@ class InlineClient:
         """See `EngineClient`."""
         if not self.is_alive:
             raise EngineUnavailableError("the engine is not running")
-        return await self._resets.ask(self._send)
+        return await self._streams.reset_cache(self._send)
 
-    def _send(self, message: Submit | Cancel | Learn | ResetCache | Prepared) -> None:
+    def _send(self, message: Submit | Cancel | SetVocabulary | ResetCache | Prepared) -> None:
         self._engine.handle(message)
         self._wakes.set()
 
@@ -83,12 +82,10 @@ class InlineClient:
                 while self._engine.has_work:
                     result = self._engine.step()
                     self._streams.dispatch(result)
-                    self._resets.dispatch(result)
                     await asyncio.sleep(0)
-        except Exception as fault:  # noqa: BLE001 - whatever it was, no stream may wait for ever
-            _log.exception("the engine gives up")
+        except Exception as fault:  # noqa: BLE001 - no stream may wait for ever
+            _log.exception("the engine fails")
             self._streams.close(EngineFaultError, f"the engine failed: {fault}")
-            self._resets.fail(f"the engine failed: {fault}")
 
     def stats(self) -> EngineStats:
         """See `EngineClient`."""
@@ -109,5 +106,4 @@ class InlineClient:
             self._pump.cancel()
             await asyncio.wait([self._pump])
         self._streams.close(EngineUnavailableError, "the engine was closed")
-        self._resets.fail("the engine was closed")
         self._engine.close()

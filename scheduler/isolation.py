@@ -1,12 +1,12 @@
-"""Finds the request that engines die of, without ending one that only ran beside it.
+"""Finds the request that crashes engines, without ending the requests beside it.
 
 Pure: requests, deaths and steps in, messages to the engine out. Knows nothing of processes.
 
-An engine may die of any request it has begun with. When a second one dies with the same requests,
-at the same place, these are suspects: each is run alone for a while, one after another, and all
-others wait. Only the death of an engine that had one request to die of counts against that request,
-and two such deaths end it. A death by SIGKILL from outside counts half: it may be an operator's
-doing, or the kernel's for want of memory.
+Any request that an engine has begun may have crashed it. When a second engine dies with the same
+requests at the same place, these are suspects: each is run alone for a while, one after another,
+and all others wait. Only the death of an engine with one request counts against that request, and
+two such deaths end it. A death by SIGKILL from outside counts half: an operator may have sent it,
+or the kernel for want of memory.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from scheduler.streams import Stream, Streams
 _log = logging.getLogger(__name__)
 
 #: Engines in a row that died with a request, before it is run alone.
-_MOST_DEATHS = 2
-#: What a death weighs for the one request that the engine had, and what ends that request.
-_OWN_WEIGHT, _OUTSIDE_WEIGHT, _MOST_WEIGHT = 2, 1, 4
-#: Tokens behind the place of a death that clear a request of it.
+_MAX_DEATHS = 2
+#: Weight of a death for the only request of the engine, and the weight that ends a request.
+_OWN_WEIGHT, _OUTSIDE_WEIGHT, _MAX_WEIGHT = 2, 1, 4
+#: Tokens after the place of a death that clear a request of it.
 _CLEARING_TOKENS = 16
-#: Turns alone double in length: what engines die of may be that many run side by side.
-_MOST_DOUBLINGS = 6
+#: Turns alone double in length, since several requests together may be the cause.
+_MAX_DOUBLINGS = 6
 
 
 class Isolation:
-    """Stands between the streams and an engine, and decides which of them it is given."""
+    """Decides which streams an engine gets."""
 
     def __init__(self, streams: Streams, send: Callable[[Submit | Cancel], None]) -> None:
         self._streams = streams
@@ -41,7 +41,7 @@ class Isolation:
         #: How many requests the engine was ever given; the first few that it has begun with.
         self._num_given = 0
         self._begun: set[int] = set()
-        #: Still to be run alone, and the one that is.
+        #: Streams to be run alone, and the one that runs alone now.
         self._suspects: deque[Stream] = deque()
         self._alone: Stream | None = None
 
@@ -51,7 +51,7 @@ class Isolation:
         return self._alone is not None or bool(self._suspects)
 
     def send(self, message: Submit | Cancel) -> None:
-        """Take in what a stream has to say; a new request may have to wait."""
+        """Pass on a message of a stream; a new request may have to wait."""
         if isinstance(message, Submit):
             if self._has_engine and not self.is_on:
                 self._give(self._streams.get(message.request_id))
@@ -60,20 +60,20 @@ class Isolation:
             self.advance()
 
     def begin(self) -> None:
-        """Give a new engine what it may have."""
+        """Give a new engine the requests it may run."""
         self._has_engine = True
         self._num_given = 0
         self._begun.clear()
         self._give_next()
 
     def note_begun(self, begun: Begun) -> None:
-        """Note of which requests the engine may die from now on."""
+        """Note the requests that may crash the engine from now on."""
         if len(self._begun) <= 1:
             self._begun.update(begun.request_ids)
         self._streams.begin(begun)
 
     def advance(self) -> None:
-        """See whether the one that runs alone has done so for long enough. After each step."""
+        """End the turn of the request that runs alone, if it is due. Called after each step."""
         alone = self._alone
         if alone is None or not self._has_engine:
             return
@@ -81,7 +81,8 @@ class Isolation:
             if len(alone.sent_token_ids) < alone.suspicion.turn_ends:
                 return
             if self._suspects:
-                self._take_back(alone)
+                self._send(Cancel(alone.request_id))
+                self._streams.renew(alone)
         self._give_next()
 
     def end(self) -> None:
@@ -89,14 +90,14 @@ class Isolation:
         self._has_engine = False
 
     def judge(self, *, is_outside: bool) -> None:
-        """Count the death of the engine, and end a request if it is plain that it died of that.
+        """Count the death of the engine, and end a request that is certain to be the cause.
 
-        `is_outside`: it was killed, by somebody else than us.
+        `is_outside`: it was killed from outside.
         """
         given = [stream for stream in self._streams.unfinished() if stream.is_given]
         involved = [stream for stream in given if stream.has_begun]
         if not involved and not is_outside:
-            # It may have died of what it was told.
+            # The message itself may have crashed it.
             involved = given
         weight = _OUTSIDE_WEIGHT if is_outside else _OWN_WEIGHT
         is_certain = self._alone is not None or (len(self._begun) or self._num_given) == 1
@@ -105,7 +106,7 @@ class Isolation:
         for stream in given:
             stream.is_given = stream.has_begun = False
         if self._alone is not None:
-            # Whoever kills engines again and again is not to find the same request each time.
+            # Repeated kills from outside must not hit the same request each time.
             is_last = is_outside and bool(involved)
             self._suspects.insert(len(self._suspects) if is_last else 0, self._alone)
             self._alone = None
@@ -114,11 +115,11 @@ class Isolation:
     def _mark(self, involved: list[Stream]) -> None:
         num_suspects = len(self._suspects)
         for stream in involved:
-            if stream.suspicion.weight >= _MOST_WEIGHT:
+            if stream.suspicion.weight >= _MAX_WEIGHT:
                 _log.error("engines die of request %d; it is ended", stream.arrival)
                 message = "the engine died twice or more while it ran nothing but this request"
                 stream.fail(EngineFaultError(message))
-            elif stream.suspicion.num_deaths >= _MOST_DEATHS and stream not in self._suspects:
+            elif stream.suspicion.num_deaths >= _MAX_DEATHS and stream not in self._suspects:
                 self._suspects.append(stream)
         if len(self._suspects) > num_suspects:
             message = "two engines died with the same %d requests; they are run one at a time"
@@ -138,17 +139,13 @@ class Isolation:
                     self._give(stream)
 
     def _give(self, stream: Stream) -> None:
-        message = stream.resumed()
+        message = stream.submit()
         stream.is_given = stream.was_given = True
         self._num_given += 1
         self._send(message)
 
-    def _take_back(self, stream: Stream) -> None:
-        self._send(Cancel(stream.request_id))
-        self._streams.renew(stream)
-
     def check(self) -> None:
-        """Assert that nothing runs beside the one that is run alone."""
+        """Assert that nothing runs beside the request that is run alone."""
         given = [stream for stream in self._streams.unfinished() if stream.is_given]
         assert self._alone is None or given in ([], [self._alone]), "something runs beside it"
 
@@ -164,6 +161,6 @@ def _note_death(stream: Stream, weight: int) -> None:
 
 def _begin_turn(stream: Stream) -> None:
     suspicion = stream.suspicion
-    num_tokens = _CLEARING_TOKENS << min(suspicion.num_turns, _MOST_DOUBLINGS)
+    num_tokens = _CLEARING_TOKENS << min(suspicion.num_turns, _MAX_DOUBLINGS)
     suspicion.turn_ends = len(stream.sent_token_ids) + num_tokens
     suspicion.num_turns += 1

@@ -1,4 +1,4 @@
-"""What the API process and the engine process say to each other: frozen, flat, picklable.
+"""The messages between the API process and the engine process: frozen, picklable.
 
 Knows nothing of how a message travels, of HTTP or of text. Engine to API there is one message a
 step, and it is columnar: parallel tuples of ids and tokens cost a sixth of as many small objects
@@ -8,12 +8,13 @@ to pickle.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, SamplingParams, TokenLogprobs, Vocabulary
+from scheduler.stats import EngineStats
 
 
 class FinishReason(StrEnum):
@@ -26,7 +27,7 @@ class FinishReason(StrEnum):
 
 
 class RejectKind(StrEnum):
-    """Whose fault a refusal is: the request can never be served, or not now."""
+    """The kind of a refusal: the request can never be served, or not now."""
 
     INVALID = "invalid"
     BUSY = "busy"
@@ -48,34 +49,46 @@ class Build:
 
 
 @dataclass(frozen=True, slots=True)
-class Submit:
-    """A request for tokens, new or resumed by another engine than the one that took it in."""
+class GenerateRequest:
+    """A request for tokens, as the API passes it to an `EngineClient`."""
 
-    request_id: int
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
-    #: What its client has already.
-    output_token_ids: tuple[int, ...] = ()
-    #: Smaller goes first (vLLM's meaning); first come, first served within one priority.
+    #: Smaller goes first, as in vLLM; first come, first served within one priority.
     priority: int = 0
-    #: Prefixes are shared only within one namespace (the API key's, with `cache_salt` in it).
+    #: Prefixes are shared only within one namespace: of the API key and the `cache_salt`.
     namespace: str = ""
-    #: Taken in before, so that a full queue is no reason to refuse it.
-    is_resumed: bool = False
-    #: Of how many tokens of its prompt the client has been told the probabilities.
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A request, new or resumed by another engine than the one that first accepted it."""
+
+    request_id: int
+    request: GenerateRequest
+    #: Tokens that the client already has.
+    output_token_ids: tuple[int, ...] = ()
+    #: Prompt tokens whose logprobs the client already has.
     num_scored: int = 0
+    #: Accepted before, so a full queue must not refuse it.
+    is_resumed: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens of prompt and output."""
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Nobody waits for this request any more. Unknown and finished ids are fine: they race."""
+    """End a request whose reader has left. Ids of unknown and finished requests are fine."""
 
     request_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Stop after the current step; what still runs is aborted. Draining is the API's business."""
+    """Stop after the current step and abort running requests. Draining is up to the API."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +97,8 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
-class Learn:
-    """What the tokens say; sent to each engine once, before the first request with a grammar."""
+class SetVocabulary:
+    """The bytes of all tokens. Sent to each engine once, before the first grammar."""
 
     vocabulary: Vocabulary
 
@@ -97,52 +110,23 @@ class ResetCache:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A grammar is ready, or is known to be none: said within the engine, by the thread that knows.
-
-    So that nobody has to look: the engine sleeps until it is told something.
-    """
+    """A grammar is compiled or refused. Posted by the compiling thread, so no polling is needed."""
 
     request_id: int
 
 
-ToEngine: TypeAlias = Build | Submit | Cancel | Learn | Ping | ResetCache | Shutdown
+ToEngine: TypeAlias = Build | Submit | Cancel | SetVocabulary | Ping | ResetCache | Shutdown
 
 
 # ---- engine to API -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class EngineStats:
-    """One moment of the engine. Counters (`*_total`) only grow while a process lives."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_waiting_tokens: int = 0
-    #: At least 0: greater only where a request without a priority would displace somebody.
-    lowest_waiting_priority: int = 0
-    pages_total: int = 0
-    #: free + private + cached == total; leased are those of `cached` that something running uses.
-    pages_free: int = 0
-    pages_private: int = 0
-    pages_cached: int = 0
-    pages_leased: int = 0
-    prefix_queries_tokens_total: int = 0
-    prefix_hits_tokens_total: int = 0
-    prompt_tokens_computed_total: int = 0
-    evicted_pages_total: int = 0
-    copied_pages_total: int = 0
-    preemptions_total: int = 0
-    late_rows_total: int = 0
-    faulty_rows_total: int = 0
-    steps_total: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Begun:
     """The engine is about to do something for these requests for the first time.
 
-    Said before it is done: should the engine die of it, it is known who may be the reason, and that
-    those who only waited are not. Nothing is said of the steps that follow.
+    Sent first, so a crash can be blamed on these requests and not on waiting ones. Later steps of
+    the same requests are not announced.
     """
 
     request_ids: tuple[int, ...]
@@ -150,18 +134,18 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A request left the queue (told once, with its first admission)."""
+    """A request left the queue. Sent once, with its first admission."""
 
     request_id: int
     queue_s: float
     cached_tokens: int
-    #: Why no more was reused, for the person who asks: see `cache.MissReason`.
+    #: The reason why no more was reused: see `cache.MissReason`.
     miss_reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A request that will not run; the only thing its caller ever hears of it."""
+    """A request that will not run. No other message about it follows."""
 
     request_id: int
     kind: RejectKind
@@ -171,24 +155,42 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """All there is to tell after one step (or one batch of messages). Columns are parallel."""
+    """All news of one step, or of one batch of messages. Columns are parallel lists."""
 
-    stats: EngineStats
+    stats: EngineStats = field(default_factory=EngineStats)
     #: One entry a token: a request may stand here more than once, in order.
-    request_ids: tuple[int, ...] = ()
-    token_ids: tuple[int, ...] = ()
-    #: Empty where nobody asked for any.
-    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    request_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    #: Empty where no request asked for logprobs.
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     #: (request id, the next tokens of its prompt): before its first token, all of them.
-    prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...] = ()
-    started: tuple[Started, ...] = ()
-    rejected: tuple[Rejected, ...] = ()
-    #: (request id, reason, message or ""): after the request's last token in this message.
-    finished: tuple[tuple[int, FinishReason, str], ...] = ()
-    #: Tokens the step computed, prompt and decode together; 0 where no step ran.
-    num_step_tokens: int = 0
+    prompt_logprobs: list[tuple[int, tuple[TokenLogprobs, ...]]] = field(default_factory=list)
+    started: list[Started] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    #: (request id, reason), after the request's last token in this message.
+    finished: list[tuple[int, FinishReason]] = field(default_factory=list)
+    #: (request id, message): ended by an error of its own.
+    failed: list[tuple[int, str]] = field(default_factory=list)
     #: Pages that each `ResetCache` freed.
-    reset_pages: tuple[int, ...] = ()
+    reset_pages: list[int] = field(default_factory=list)
+    #: Tokens the step computed, prompt and decode together; 0 without a step.
+    num_step_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """News of one request since the last output; several tokens if the reader is slow."""
+
+    token_ids: tuple[int, ...] = ()
+    #: Parallel to `token_ids`, or empty where the request has none.
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    #: In the first output after admission.
+    started: Started | None = None
+    #: In the last output only.
+    finish_reason: FinishReason | None = None
+    #: Of the prompt's tokens but the first, if asked for: all of them in the first output that has
+    #: a token or a reason.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""One step: what it is to compute, for whom, and what came of it.
+"""One step: its rows and their sequences.
 
 Knows nothing of why a sequence is in it.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.interface import PENDING_TOKEN, ScoredSpan, StepInput, TokenLogprobs
-from scheduler.messages import FinishReason
-from scheduler.sequence import Sequence, State
+from model.interface import PENDING_TOKEN, ScoredSpan, StepInput
+from scheduler.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +19,7 @@ class StepPlan:
     sequences: list[Sequence]
     #: Each `[rows]`: the sequence's rollbacks when the step was planned.
     rollbacks: list[int]
-    #: Those that left the queue for the first time: (request id, cached tokens, miss reason).
+    #: Requests that left the queue for the first time: (request id, cached tokens, miss reason).
     started: list[tuple[int, int, str]]
     num_decodes: int
     num_prompt_tokens: int
@@ -31,23 +30,9 @@ class StepPlan:
         return len(self.step.token_ids)
 
     def is_void(self, row: int) -> bool:
-        """Whether the row's sequence has ended or was rolled back since the step was planned."""
+        """Return whether the row's sequence ended or was rolled back since the step was planned."""
         sequence = self.sequences[row]
-        return sequence.state is State.FINISHED or sequence.num_rollbacks != self.rollbacks[row]
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What a step brought; columns are parallel, `logprobs` may be empty."""
-
-    request_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
-    finished: list[tuple[int, FinishReason]]
-    #: (request id, why): ended by an error of its own.
-    failed: list[tuple[int, str]]
-    #: (request id, the next tokens of its prompt).
-    prompt_logprobs: list[tuple[int, tuple[TokenLogprobs, ...]]]
+        return sequence.finish_reason is not None or sequence.num_rollbacks != self.rollbacks[row]
 
 
 def new_plan() -> StepPlan:
@@ -56,24 +41,25 @@ def new_plan() -> StepPlan:
 
 
 def add_row(plan: StepPlan, sequence: Sequence, count: int) -> None:
-    """Let the step compute the sequence's next `count` tokens, and count on them from here on."""
-    step, start = plan.step, sequence.num_computed
+    """Add the sequence's next `count` tokens to the step, and count them as computed."""
+    step, start, token_ids = plan.step, sequence.num_computed, sequence.token_ids
     end = start + count
     allocation = sequence.allocation
     assert allocation is not None, "a running sequence without pages"
     if count == 1:
-        step.token_ids.append(sequence.token_ids[start])
+        step.token_ids.append(token_ids[start])
     else:
-        step.token_ids.extend(sequence.token_ids[start:end])
+        step.token_ids.extend(token_ids[start:end])
     sequence.num_computed = end
-    if end == len(sequence.token_ids):
+    if end == len(token_ids):
         step.sample_rows.append(len(plan.sequences))
-        sequence.token_ids.append(PENDING_TOKEN)
-    first, last = max(start, sequence.num_scored), min(end, sequence.num_to_score)
-    if first < last:
-        targets = sequence.token_ids[first + 1 : last + 1]
-        step.scored.append(ScoredSpan(len(plan.sequences), first - start, targets))
-    step.starts.append(start)
+        token_ids.append(PENDING_TOKEN)
+    if start < sequence.num_to_score:
+        first, last = max(start, sequence.num_scored), min(end, sequence.num_to_score)
+        if first < last:
+            targets = token_ids[first + 1 : last + 1]
+            step.scored.append(ScoredSpan(len(plan.sequences), first - start, targets))
+    step.positions.append(start)
     step.counts.append(count)
     step.slots.append(sequence.slot)
     step.page_ids.append(allocation.page_ids)

@@ -1,6 +1,6 @@
 """The engine in a process of its own: the client that starts it, watches it and replaces it.
 
-Knows nothing of HTTP, of text or of what a runner is made of: `make_runner` is pickled into the
+Knows nothing of HTTP, of text or of the parts of a runner: `make_runner` is pickled into the
 child, which alone imports torch. No call here blocks the event loop, whatever state the engine is
 in.
 """
@@ -14,33 +14,31 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, Vocabulary
-from scheduler.client import Delta, EngineUnavailableError, GenerateRequest
+from scheduler.client import EngineUnavailableError, GenerateRequest, TokenOutput
 from scheduler.engine_process import Death, EngineProcess, EngineStartError
 from scheduler.isolation import Isolation
 from scheduler.messages import (
     Begun,
     Build,
     Cancel,
-    EngineStats,
-    FinishReason,
     FromEngine,
-    Learn,
     Ping,
     ResetCache,
+    SetVocabulary,
     StepResult,
     Submit,
 )
-from scheduler.resets import CacheResets
+from scheduler.stats import EngineStats
 from scheduler.streams import Streams
 from scheduler.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
-#: Engines in a row that could not be started or died before they gave anybody a token, not counting
-#: those for which the machine lacked something; then the daemon is not alive. More than it takes
-#: to find two requests that engines die of (`scheduler/isolation.py`).
-_MOST_FRUITLESS = 8
-_LONGEST_PAUSE_S = 30.0
+#: Consecutive engines without a token or a start, after which the daemon gives up. Engines that
+#: lacked memory, processes or files do not count. Finding two requests that crash engines takes
+#: fewer (`scheduler/isolation.py`).
+_MAX_FRUITLESS = 8
+_MAX_PAUSE_S = 30.0
 _STOP_TIMEOUT_S = 5.0
 
 MakeRunner = Callable[[], ModelRunner]
@@ -49,9 +47,9 @@ MakeRunner = Callable[[], ModelRunner]
 class ProcessClient:
     """See `EngineClient`. An engine that dies is replaced, and its streams go on where they were.
 
-    A token is a function of the tokens before it and of (seed, position), so a stream goes on as it
-    would have, as far as arithmetic repeats itself: exactly with float32 weights but for the last
-    bits, up to rounding with 16 bits and fewer. The reader sees a pause.
+    A token is a function of the tokens before it and of (seed, position). So a stream goes on as it
+    would have, up to rounding: the last bits with float32 weights, more with 16 bits and fewer.
+    The reader notices a pause.
     """
 
     def __init__(
@@ -72,9 +70,10 @@ class ProcessClient:
         self._stop_timeout_s = stop_timeout_s
         self._sleep = sleep
         self._streams = Streams()
-        self._resets = CacheResets()
         self._isolation = Isolation(self._streams, self._send)
-        self._watchdog = Watchdog(config.engine_timeout_s, self._ping, self._kill_hung)
+        self._watchdog = Watchdog(
+            config.engine_timeout_s, lambda: self._send(Ping()), self._kill_hung
+        )
         self._info: ModelInfo | None = None
         #: Sent to each engine that takes the place of another.
         self._vocabulary: Vocabulary | None = None
@@ -83,10 +82,11 @@ class ProcessClient:
         self._is_serving = False
         self._is_lost = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
-        #: See `_MOST_FRUITLESS`; and the same with those for which the machine lacked something.
+        #: See `_MAX_FRUITLESS`; and the same with the engines that lacked resources.
         self._num_fruitless = 0
         self._num_setbacks = 0
-        self._num_restarts = 0
+        #: Engines that had to be replaced so far.
+        self.num_restarts = 0
         #: When the newest engine was started or the next one will be, and how long the last one
         #: took to be ready.
         self._start_began_s = 0.0
@@ -102,27 +102,22 @@ class ProcessClient:
 
     @property
     def is_alive(self) -> bool:
-        """See `EngineClient`. Not while the engine owes a sign of life."""
+        """See `EngineClient`. False while an answer of the engine is overdue."""
         return self._is_serving and not self._watchdog.is_silent
 
     @property
-    def num_restarts(self) -> int:
-        """Engines that had to be replaced so far."""
-        return self._num_restarts
-
-    @property
     def engine_pid(self) -> int | None:
-        """The process that holds the model, for its memory's sake."""
+        """The process that holds the model."""
         return self._engine.pid if self._engine else None
 
     # ---- requests --------------------------------------------------------------------------------
 
-    def learn(self, vocabulary: Vocabulary) -> None:
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `EngineClient`."""
         self._vocabulary = vocabulary
-        self._send(Learn(vocabulary))
+        self._send(SetVocabulary(vocabulary))
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         """See `EngineClient`."""
         if not self._is_serving:
             message = "the engine is being restarted; try again in a moment"
@@ -133,7 +128,7 @@ class ProcessClient:
         """See `EngineClient`."""
         if not self._is_serving:
             raise EngineUnavailableError("the engine is not running", self._start_left_s())
-        return await self._resets.ask(self._send)
+        return await self._streams.reset_cache(self._send)
 
     def _start_left_s(self) -> float | None:
         """Guess when an engine in the making will be ready: as long after its start as the last.
@@ -144,23 +139,22 @@ class ProcessClient:
             return None
         return abs(self._start_took_s - (time.monotonic() - self._start_began_s))
 
-    def _send(self, message: Submit | Cancel | Learn | ResetCache | Ping) -> None:
-        # The next engine is told anew whatever is still wanted.
+    def _send(self, message: Submit | Cancel | SetVocabulary | ResetCache | Ping) -> None:
+        # The next engine gets all open requests again.
         if self._is_serving and self._engine is not None:
             self._engine.send(message)
 
     def _receive(self, message: FromEngine) -> None:
         self._watchdog.heard()
         if isinstance(message, StepResult):
-            if message.request_ids or _has_finished(message):
+            if message.request_ids or message.finished:
                 self._num_fruitless = self._num_setbacks = 0
             self._streams.dispatch(message)
-            self._resets.dispatch(message)
             self._isolation.advance()
         elif isinstance(message, Begun):
             self._isolation.note_begun(message)
         else:
-            # It has lived for long enough to be asked whether it does.
+            # It has run for long enough to be pinged.
             self._num_fruitless = self._num_setbacks = 0
 
     # ---- the engine's life -----------------------------------------------------------------------
@@ -171,7 +165,7 @@ class ProcessClient:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def _bring_up(self) -> None:
-        """Start an engine and give it what is wanted. Raises `EngineStartError`."""
+        """Start an engine and submit all open requests. Raises `EngineStartError`."""
         self._start_began_s = time.monotonic()
         self._engine = engine = EngineProcess(self._build, self._receive, self._lose)
         self._info = await engine.ready(self._config.engine_start_timeout_s, self._stop_timeout_s)
@@ -179,38 +173,35 @@ class ProcessClient:
         self._is_serving = True
         self._watchdog.start()
         if self._vocabulary is not None:
-            self._send(Learn(self._vocabulary))
+            self._send(SetVocabulary(self._vocabulary))
         self._isolation.begin()
 
-    def _ping(self) -> None:
-        self._send(Ping())
-
     def _kill_hung(self) -> None:
-        """Make a hang a death, which is known how to deal with."""
-        assert self._engine is not None, "nobody is watched"
+        """Kill a hung engine, so that a hang is handled as a death."""
+        assert self._engine is not None, "the watchdog runs without an engine"
         _log.error("the engine said nothing for %g s; killing it", self._config.engine_timeout_s)
         self._engine.kill()
         self._lose()
 
     def _lose(self) -> None:
-        """Note that nothing more is to be expected of the engine."""
+        """Note that the engine will send no more messages."""
         if self._is_serving:
             self._is_serving = False
             self._watchdog.stop()
             self._isolation.end()
-            self._resets.fail("the engine ended before it had reset its cache")
+            self._streams.fail_resets("the engine ended before it had reset its cache")
             self._is_lost.set()
 
     async def _supervise(self) -> None:
-        """Replace each engine that is lost, until that is in vain."""
+        """Replace each lost engine, until `_MAX_FRUITLESS` in a row have failed."""
         try:
-            while self._num_fruitless < _MOST_FRUITLESS:
+            while self._num_fruitless < _MAX_FRUITLESS:
                 await self._is_lost.wait()
                 self._is_lost.clear()
-                assert self._engine is not None, "an engine is lost that never was"
+                assert self._engine is not None, "an engine is lost before the first start"
                 pause_s = self._note_death(await self._engine.end(self._stop_timeout_s))
                 await self._start_again(pause_s)
-        except Exception:  # noqa: BLE001 - whatever it is, no stream may wait for ever
+        except Exception:  # noqa: BLE001 - no stream may wait for ever
             _log.exception("the engine cannot be replaced")
         self._is_serving = False
         self._streams.close(EngineUnavailableError, "the engine died and did not come back")
@@ -222,12 +213,12 @@ class ProcessClient:
         _log.error("the engine died (%s); %d streams wait for another", death.reason, num_waiting)
         self._streams.engine_stats = EngineStats()
         self._isolation.judge(is_outside=death.is_outside)
-        self._num_restarts += 1
+        self.num_restarts += 1
         pause_s = self._count_setback(is_shortage=death.is_shortage)
         return pause_s if death.is_shortage else 0.0
 
     async def _start_again(self, pause_s: float) -> None:
-        while self._num_fruitless < _MOST_FRUITLESS:
+        while self._num_fruitless < _MAX_FRUITLESS:
             if pause_s > 0:
                 _log.warning("the next engine is started in %g s", pause_s)
                 self._start_began_s = time.monotonic() + pause_s
@@ -241,15 +232,15 @@ class ProcessClient:
                 return
 
     def _count_setback(self, *, is_shortage: bool) -> float:
-        """Count what came to nothing; return how long to wait, if it is to help to wait.
+        """Count a failed start or a death; return how long to wait before the next start.
 
-        What the machine lacks it may have again, so for that no count is too high.
+        Shortages are not limited: the machine may recover.
         """
         self._num_setbacks += 1
         self._num_fruitless += not is_shortage
         if self._num_setbacks == 1:
             return 0.0
-        return min(_LONGEST_PAUSE_S, 2.0 ** (self._num_setbacks - 2))
+        return min(_MAX_PAUSE_S, 2.0 ** (self._num_setbacks - 2))
 
     def stats(self) -> EngineStats:
         """See `EngineClient`."""
@@ -274,13 +265,8 @@ class ProcessClient:
             if self.is_alive:
                 self._engine.stop()
             else:
-                # Dead or hung, or building a model for nobody.
+                # Dead, hung or still building its model.
                 self._engine.kill()
             self._is_serving = False
             await self._engine.end(self._stop_timeout_s)
         self._streams.close(EngineUnavailableError, "the engine was closed")
-        self._resets.fail("the engine was closed")
-
-
-def _has_finished(result: StepResult) -> bool:
-    return any(reason is not FinishReason.ERROR for _, reason, _ in result.finished)

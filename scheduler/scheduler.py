@@ -1,10 +1,10 @@
 """What to compute next: requests and results in, plans and outcomes out.
 
 Knows nothing of time, tensors, text, processes or HTTP. The same inputs give the same plans: no
-clock, no chance, no sets where order matters.
+clock, no randomness, no sets where order matters.
 
 One token budget a step, no phases (as in vLLM v1): sequences that lack one token (decodes) come
-first, chunks of prompts fill what is left, newcomers come last.
+first, chunks of prompts fill the rest, newcomers come last.
 """
 
 from __future__ import annotations
@@ -14,46 +14,35 @@ from itertools import islice
 
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
-from model.interface import (
-    NO_TOKEN,
-    PENDING_TOKEN,
-    Constraint,
-    ModelInfo,
-    PageCopy,
-    StepOutput,
-)
-from scheduler.messages import FinishReason, Rejected, RejectKind, Submit
+from model.interface import PENDING_TOKEN, Constraint, ModelInfo, StepOutput
+from scheduler.admission import Room, displaced, place_for, why_never
+from scheduler.messages import FinishReason, Rejected, RejectKind, StepResult, Submit
 from scheduler.pacing import Pacing
-from scheduler.plan import StepOutcome, StepPlan, add_row, new_plan
-from scheduler.refusal import Room, displaced, place_for, why_never
-from scheduler.sequence import Sequence, State
+from scheduler.plan import StepPlan, add_row, new_plan
+from scheduler.sequence import Sequence
 from scheduler.stats import SchedulerStats
 from scheduler.suspects import ModelFaultError, Suspects
 from scheduler.table import SequenceTable
 
-#: Those that wait for a page under computation and are looked at in one step all the same: each
-#: look is a search as long as its prefix, and a thousand of them would stall those who decode.
-_MOST_HELD_BACK = 32
+#: Requests waiting for a page under computation that one step looks up all the same. Each look-up
+#: is a search as long as its prefix: a thousand of them would stall the decodes.
+_MAX_HELD_BACK = 32
 _NOT_FINITE = "no token has a finite logit"
 
 
 class Scheduler:
-    """Decides, for one cache and one model, what each step computes."""
+    """Chooses the rows of each step, for one cache and one model."""
 
-    def __init__(
-        self,
-        cache: KVCache,
-        config: SchedulerSection,
-        info: ModelInfo,
-    ) -> None:
+    def __init__(self, cache: KVCache, config: SchedulerSection, info: ModelInfo) -> None:
         self._cache = cache
         self._config = config
         self._page_size = info.page_size
+        self._view = info.view
         # The newest token of a sequence needs no place: its keys are never read.
-        self._max_model_len = min(info.max_model_len, info.num_pages * info.page_size + 1)
+        self._max_model_len = min(info.max_model_len, cache.max_tokens + 1)
         self._eos_token_ids = info.eos_token_ids
         self._pacing = Pacing(config.max_decode_slowdown)
-        self._table = SequenceTable(cache, config.max_num_seqs)
+        self._table = SequenceTable(cache, config.max_num_seqs, info.page_size)
         self._waiting, self._running = self._table.waiting, self._table.running
         self._suspects = Suspects()
         #: Steps that were planned and neither applied nor failed.
@@ -79,7 +68,7 @@ class Scheduler:
         return any(sequence.constraint is not None for sequence in self._running)
 
     def submit(self, submit: Submit, constraint: Constraint | None = None) -> list[Rejected]:
-        """Queue a request; return its refusal, or those of whom it displaced in a full queue.
+        """Queue a request; return its refusal, or those of the requests it displaced.
 
         `constraint`: of its grammar.
         """
@@ -104,7 +93,8 @@ class Scheduler:
             message = f"request id {submit.request_id} is in use"
             return Rejected(submit.request_id, RejectKind.INVALID, message, "request_id")
         free_pages = self._cache.available_pages - len(self._running)
-        room = Room(len(self._table.free_slots), free_pages, self._page_size)
+        num_held = self._cache.max_held_tokens
+        room = Room(len(self._table.free_slots), free_pages, self._page_size, num_held)
         never = why_never(submit, self._max_model_len)
         return never or place_for(submit, self._waiting, room, self._config)
 
@@ -120,9 +110,9 @@ class Scheduler:
         """Choose the next step, or None where there is nothing to do before one is applied.
 
         Every plan is followed by one `apply` or `fail` of it, in the order of the plans; others may
-        be made before. They count on what is under way: its keys and values, and a token of each
-        row that samples, for which `PENDING_TOKEN` stands until `apply` brings it. A sequence that
-        turns out to have ended has computed a token in vain, and nobody hears of it.
+        be made before. They rely on the steps under way: on their keys and values, and on a token
+        of each row that samples. `PENDING_TOKEN` stands for it until `apply`. A token computed
+        for a sequence that has ended meanwhile is dropped.
         """
         if self._suspects:
             plan = None if self._num_under_way else self._plan_suspect()
@@ -151,8 +141,7 @@ class Scheduler:
         if sequence.allocation is None or not self._table.grow(sequence):
             while not self._start(plan, sequence, reserve_pages=0):
                 self._table.preempt(self._running[-1])
-        missing = len(sequence.token_ids) - sequence.num_computed
-        count = min(missing, self._config.max_num_batched_tokens)
+        count = self._table.chunk(sequence, self._config.max_num_batched_tokens)
         add_row(plan, sequence, count)
         return replace(plan, num_prompt_tokens=count)
 
@@ -161,50 +150,51 @@ class Scheduler:
         row = 0
         while row < len(running):
             sequence = running[row]
-            num_tokens = len(sequence.token_ids)
-            if num_tokens - sequence.num_computed == 1 and not sequence.awaits_token:
-                allocation = sequence.allocation
-                assert allocation is not None, "a running sequence without pages"
-                is_full = num_tokens > len(allocation.page_ids) * page_size
+            allocation = sequence.allocation
+            assert allocation is not None, "a running sequence without pages"
+            is_decode = len(sequence.token_ids) - sequence.num_computed == 1
+            is_full = sequence.num_computed >= len(allocation.page_ids) * page_size
+            if is_decode and not sequence.awaits_token:
                 if is_full and not self._table.grow(sequence):
                     continue
                 add_row(plan, sequence, 1)
+            elif is_full and not is_decode and not self._table.go_on(sequence):
+                continue
             row += 1
 
     def _plan_prompts(self, plan: StepPlan, budget_tokens: int) -> int:
         for sequence in self._running:
-            missing = len(sequence.token_ids) - sequence.num_computed
             if budget_tokens == 0:
                 break
-            if missing > 1:
-                count = min(missing, budget_tokens)
+            is_prompt = len(sequence.token_ids) - sequence.num_computed > 1
+            if is_prompt and (count := self._table.chunk(sequence, budget_tokens)):
                 add_row(plan, sequence, count)
                 budget_tokens -= count
         return budget_tokens
 
     def _admit(self, plan: StepPlan, budget_tokens: int) -> int:
-        """Let in who fits, in order of precedence; who does not fit holds up those behind.
+        """Admit requests that fit, in order of precedence; one that does not fit blocks the rest.
 
         A request whose next page a running sequence is computing right now waits for that page
-        instead of computing it twice, and holds up nobody (unless `_MOST_HELD_BACK` such wait).
+        instead of computing it twice, and blocks no other (unless `_MAX_HELD_BACK` such wait).
         """
         free_slots = self._table.free_slots
         if budget_tokens == 0 or not free_slots or not self._waiting:
             return budget_tokens
-        num_looked_at = len(free_slots) + _MOST_HELD_BACK
+        num_looked_at = len(free_slots) + _MAX_HELD_BACK
         for sequence in list(islice(self._waiting, num_looked_at)):
             if sequence.token_ids[-1] == PENDING_TOKEN:
                 # Preempted with a step under way, which is to bring its newest token.
                 break
             if (
-                sequence.most_cached_tokens is None
-                and self._cache.match(sequence.token_ids, sequence.namespace).in_flight
+                sequence.max_cached_tokens is None
+                and self._cache.match(sequence.token_ids, sequence.request.namespace).in_flight
             ):
                 continue
-            # One page for each that runs: nobody is let in only to be preempted soon after.
+            # One page for each that runs: none is admitted only to be preempted soon after.
             if not self._start(plan, sequence, reserve_pages=len(self._running)):
                 break
-            count = min(len(sequence.token_ids) - sequence.num_computed, budget_tokens)
+            count = self._table.chunk(sequence, budget_tokens)
             add_row(plan, sequence, count)
             budget_tokens -= count
             if budget_tokens == 0 or not free_slots:
@@ -218,9 +208,7 @@ class Scheduler:
         if allocation is None:
             return False
         plan.step.started.append(sequence.slot_start())
-        plan.step.copies.extend(
-            PageCopy(copy.source, copy.target, copy.num_tokens) for copy in allocation.copies
-        )
+        plan.step.moves.extend(allocation.moves)
         if not sequence.is_started:
             sequence.is_started = True
             num_cached = allocation.num_cached_tokens
@@ -231,8 +219,8 @@ class Scheduler:
 
     # ---- results ---------------------------------------------------------------------------------
 
-    def apply(self, plan: StepPlan, output: StepOutput, elapsed_s: float = 0.0) -> StepOutcome:
-        """Take in what a plan's step sampled, and how long it took (0: not measured)."""
+    def apply(self, plan: StepPlan, output: StepOutput, elapsed_s: float = 0.0) -> StepResult:
+        """Process the output of a plan's step, and its time (0: not measured)."""
         self._num_steps += 1
         self._num_under_way -= 1
         self._prompt_tokens_computed += plan.num_prompt_tokens
@@ -243,35 +231,35 @@ class Scheduler:
                 num_prompt_tokens=plan.num_prompt_tokens,
             )
         self._advance(plan, output.token_ids)
-        outcome = StepOutcome([], [], [], [], [], [])
+        outcome = StepResult()
         self._note_scores(plan, output, outcome)
         step, logprobs = plan.step, output.logprobs
-        for index, row in enumerate(step.sample_rows):
+        samples = zip(step.sample_rows, step.sample_positions, output.token_ids, strict=True)
+        for index, (row, position, token_ids) in enumerate(samples):
             if plan.is_void(row):
                 continue
             sequence = plan.sequences[row]
-            position = step.starts[row] + step.counts[row]
-            token_id = output.token_ids[index]
             if sequence.params.max_tokens == 0 and index not in output.not_finite:
-                self._stop_if_due(sequence, position - 1, outcome)
-            elif token_id == NO_TOKEN:
-                self._go_without(sequence, position, output, index, outcome)
-            else:
+                reason = sequence.stop_reason(position - 1)
+                self._stop(sequence, reason or FinishReason.LENGTH, outcome)
+            elif token_ids:
+                [token_id] = token_ids
                 sequence.token_ids[position] = token_id
                 outcome.request_ids.append(sequence.request_id)
                 outcome.token_ids.append(token_id)
                 if logprobs:
-                    outcome.logprobs.append(logprobs[index])
-                self._stop_if_due(sequence, position, outcome)
+                    outcome.logprobs.append(logprobs[index][0] if logprobs[index] else None)
+                if reason := sequence.stop_reason(position):
+                    self._stop(sequence, reason, outcome)
+            else:
+                self._go_without(sequence, position, output, index, outcome)
         if self._suspects:
             self._judge(plan, outcome)
         return outcome
 
-    def _stop_if_due(self, sequence: Sequence, position: int, outcome: StepOutcome) -> None:
-        reason = sequence.stop_reason(position)
-        if reason is not None:
-            self._finish(sequence, reason)
-            outcome.finished.append((sequence.request_id, reason))
+    def _stop(self, sequence: Sequence, reason: FinishReason, outcome: StepResult) -> None:
+        self._finish(sequence, reason)
+        outcome.finished.append((sequence.request_id, reason))
 
     def _go_without(
         self,
@@ -279,69 +267,68 @@ class Scheduler:
         position: int,
         output: StepOutput,
         index: int,
-        outcome: StepOutcome,
+        outcome: StepResult,
     ) -> None:
         """Take in that a row got no token for `position`."""
         if index in output.not_finite:
             sequence.trusts_cache = False
             self._suspect(sequence, position, _NOT_FINITE)
             return
-        self._take_back(sequence, position)
+        self._table.take_back(sequence, position)
         if index in output.failures:
             self._finish(sequence, FinishReason.ERROR)
             outcome.failed.append((sequence.request_id, output.failures[index]))
         else:
             self._num_late_rows += 1
 
-    def _note_scores(self, plan: StepPlan, output: StepOutput, outcome: StepOutcome) -> None:
+    def _note_scores(self, plan: StepPlan, output: StepOutput, outcome: StepResult) -> None:
         for span, scores in zip(plan.step.scored, output.prompt_logprobs, strict=True):
             if plan.is_void(span.row):
                 continue
             sequence = plan.sequences[span.row]
             # Preempted with a step under way and back, it may have two steps that score the same.
-            num_known = sequence.num_scored - plan.step.starts[span.row] - span.offset
+            num_known = sequence.num_scored - plan.step.positions[span.row] - span.offset
             assert num_known >= 0, "a prompt's scores have a gap"
             if new := scores[num_known:]:
                 sequence.num_scored += len(new)
                 outcome.prompt_logprobs.append((sequence.request_id, new))
 
-    def _take_back(self, sequence: Sequence, position: int) -> None:
-        """Undo what was counted on for a token that did not come."""
-        assert len(sequence.token_ids) == position + 1, "a step counts on a token that did not come"
-        if sequence.state is State.WAITING:
-            self._waiting.drop_last_token(sequence)
-        else:
-            del sequence.token_ids[-1]
-            sequence.num_computed -= 1
-
-    def _advance(self, plan: StepPlan, token_ids: list[int]) -> None:
+    def _advance(self, plan: StepPlan, token_ids: list[list[int]]) -> None:
         page_size, step = self._page_size, plan.step
-        # A row without a token has its last one computed again: that is what samples the next.
-        sampled = zip(step.sample_rows, token_ids, strict=False)
-        again = {row for row, token_id in sampled if token_id == NO_TOKEN}
-        for row, count in enumerate(step.counts):
-            sequence = plan.sequences[row]
+        # A row without a token computes its last one again, which samples the next.
+        again = set[int]()
+        if not all(token_ids):
+            sampled = zip(step.sample_rows, token_ids, strict=True)
+            again = {row for row, tokens in sampled if not tokens}
+        has_window = self._view.window is not None
+        rows = zip(plan.sequences, step.counts, step.page_ids, strict=True)
+        for row, (sequence, count, page_ids) in enumerate(rows):
             allocation = sequence.allocation
             # Meanwhile it may have ended or been preempted, or even have come back.
-            if allocation is None or allocation.page_ids is not step.page_ids[row]:
+            if allocation is None or allocation.page_ids is not page_ids:
                 continue
-            before = sequence.num_landed
-            sequence.num_landed = before + count - (row in again)
-            if sequence.num_landed // page_size != before // page_size:
-                self._cache.commit(allocation, sequence.token_ids, sequence.num_landed)
+            before = sequence.num_completed
+            completed = sequence.num_completed = before + count - (row in again)
+            if completed // page_size != before // page_size:
+                self._cache.commit(allocation, sequence.token_ids, sequence.num_completed)
+            if has_window:
+                # No query comes before this one, not even if the last token is computed again.
+                unread = self._view.unread_pages(sequence.num_completed, page_size)
+                self._cache.drop(allocation, unread)
 
     # ---- faults ----------------------------------------------------------------------------------
 
     def fail(self, plan: StepPlan, why: str) -> None:
         """Take back a step that raised: its sequences run again, alone, one after another.
 
-        One that fails alone is ended, `why` told in an outcome, once a probe has shown that the
-        model still computes. Raises `ModelFaultError` if the probe is what failed.
+        A sequence that fails alone is ended with `why` in an outcome, once a probe has shown that
+        the model still computes. Raises `ModelFaultError` if the probe itself failed.
         """
         self._num_under_way -= 1
         for row, sequence in enumerate(plan.sequences):
             if not plan.is_void(row):
-                self._suspect(sequence, plan.step.starts[row] + plan.step.counts[row], why)
+                end = plan.step.positions[row] + plan.step.counts[row]
+                self._suspect(sequence, end, why)
 
     def _suspect(self, sequence: Sequence, num_tokens: int, why: str) -> None:
         """Roll back a sequence that failed while `num_tokens` of its tokens were computed."""
@@ -355,8 +342,8 @@ class Scheduler:
         else:
             self._suspects.add(sequence, num_tokens)
 
-    def _judge(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """See what a step that did not fail says about the suspect that may have been in it."""
+    def _judge(self, plan: StepPlan, outcome: StepResult) -> None:
+        """Clear or convict a suspect after a step that did not fail."""
         sequence = plan.sequences[0]
         if sequence is self._suspects.probe:
             outcome.finished.clear()
@@ -394,4 +381,4 @@ class Scheduler:
         self._cache.check()
         self._pacing.check()
         self._suspects.check()
-        self._table.check(self._page_size)
+        self._table.check()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from enum import StrEnum
 
-from cache.kv_cache import Allocation
+from cache.allocation import Allocation
 from model.interface import PENDING_TOKEN, Constraint, SlotStart
 from scheduler.messages import FinishReason, Submit
 
@@ -24,7 +24,7 @@ class State(StrEnum):
     FINISHED = "finished"
 
 
-#: All moves there are: admitted, preempted, ended; whatever else is a bug.
+#: All moves there are: admitted, preempted, ended; any other is a bug.
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.RUNNING, State.FINISHED}),
     State.RUNNING: frozenset({State.WAITING, State.FINISHED}),
@@ -39,10 +39,10 @@ class InvalidTransitionError(Exception):
 class Sequence:
     """`len(token_ids)` tokens are known, `num_computed` of them have keys and values in pages.
 
-    Prefill, decode, a prefix hit and the way back from preemption are all the same: each step
-    computes some of `len(token_ids) - num_computed` tokens, and a step that reaches the end
-    samples one more. Both count from when the step is planned; until it is over a `PENDING_TOKEN`
-    stands for what it samples, and of the keys and values only `num_landed` are sure.
+    Prefill, decode, a prefix hit and resumption after preemption are the same: each step computes
+    some of `len(token_ids) - num_computed` tokens. A step that reaches the end samples one more.
+    Both count from when the step is planned. Until it is over, a `PENDING_TOKEN` stands for the
+    sampled token, and only the keys and values of `num_completed` tokens are certain.
     """
 
     __slots__ = (
@@ -54,15 +54,14 @@ class Sequence:
         "is_started",
         "max_len_tokens",
         "min_len_tokens",
-        "namespace",
+        "num_completed",
         "num_computed",
-        "num_landed",
         "num_prompt",
         "num_rollbacks",
         "num_scored",
         "num_to_score",
         "params",
-        "priority",
+        "request",
         "request_id",
         "slot",
         "state",
@@ -80,26 +79,25 @@ class Sequence:
         max_model_len: int,
         constraint: Constraint | None = None,
     ) -> None:
-        params = submit.params
-        #: Kept for the runner, which may drop a grammar as soon as nobody needs it.
+        self.request = request = submit.request
+        params = request.params
+        #: Kept for the runner, which may drop a grammar as soon as it is not referenced.
         self.constraint = constraint
         self.request_id = submit.request_id
-        self.token_ids: list[int] = [*submit.prompt_token_ids, *submit.output_token_ids]
-        self.num_prompt = len(submit.prompt_token_ids)
+        self.token_ids: list[int] = [*request.prompt_token_ids, *submit.output_token_ids]
+        self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0
-        self.num_landed = 0
-        #: What steps planned before the last of these bring is not for this sequence any more.
+        self.num_completed = 0
+        #: Results of steps planned before the last rollback are void.
         self.num_rollbacks = 0
-        #: Whether cached pages may be read, and its own be cached: not after logits that were not
-        #: finite, since nobody knows how many pages hold such keys and values.
+        #: Whether it may read cached pages and have its own cached: not after logits that were not
+        #: finite, since any of its pages may hold such keys and values.
         self.trusts_cache = True
-        #: How many of the prompt's tokens are to be scored, and have been: token i + 1 by what the
-        #: model says at token i, so that all up to `num_scored` may come out of the cache.
+        #: How many of the prompt's tokens are to be scored, and have been. The logits at token i
+        #: score token i + 1, so all up to `num_scored` may come out of the cache.
         self.num_to_score = 0 if params.prompt_logprobs is None else self.num_prompt - 1
         self.num_scored = submit.num_scored
         self.params = params
-        self.priority = submit.priority
-        self.namespace = submit.namespace
         #: Order of submission: with the priority, the order of precedence.
         self.arrival = arrival
         self.stop_ids = frozenset(params.stop_token_ids) | (
@@ -117,7 +115,7 @@ class Sequence:
     @property
     def precedence(self) -> tuple[int, int]:
         """Smaller runs first and is preempted last."""
-        return self.priority, self.arrival
+        return self.request.priority, self.arrival
 
     @property
     def has_begun(self) -> bool:
@@ -126,8 +124,8 @@ class Sequence:
         return self.is_started or has_tokens
 
     @property
-    def most_cached_tokens(self) -> int | None:
-        """How many of its tokens need not be computed again at most; None: as many as are there."""
+    def max_cached_tokens(self) -> int | None:
+        """How many of its tokens may be reused from the cache; None: any number."""
         if not self.trusts_cache:
             return 0
         return self.num_scored if self.num_scored < self.num_to_score else None
@@ -152,17 +150,18 @@ class Sequence:
         return self.constraint is not None or len(self.token_ids) >= self.max_len_tokens
 
     def slot_start(self) -> SlotStart:
-        """Return all the runner must remember of it."""
+        """Return all the runner must store of it."""
         tokens, num_prompt = self.token_ids, self.num_prompt
         return SlotStart(
             self.slot, self.params, tokens[:num_prompt], tokens[num_prompt:], self.constraint
         )
 
     def stop_reason(self, position: int) -> FinishReason | None:
-        """Why the sequence ends with the token at `position`, or None if it goes on."""
+        """Return why the sequence ends with the token at `position`, or None if it goes on."""
         length = position + 1
-        # A grammar may be at its end before min_tokens are had: then the end is all there is.
-        may_stop = length > self.min_len_tokens or self.params.grammar is not None
-        if may_stop and self.token_ids[position] in self.stop_ids:
+        if self.token_ids[position] in self.stop_ids and (
+            # A grammar may be at its end before min_tokens are had: then the end is all there is.
+            length > self.min_len_tokens or self.params.grammar is not None
+        ):
             return FinishReason.STOP
         return FinishReason.LENGTH if length >= self.max_len_tokens else None

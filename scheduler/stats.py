@@ -1,24 +1,40 @@
-"""A snapshot of the scheduler. Knows nothing of how its numbers come about."""
+"""Snapshots of the scheduler and of the engine around it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
+
+from cache.stats import CacheStats
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """One moment. Counters (`*_total`) only grow."""
+class SchedulerStats(NamedTuple):
+    """A snapshot of the scheduler. Counters (`*_total`) only grow within one process."""
 
-    num_running: int
-    num_waiting: int
-    num_waiting_tokens: int
-    lowest_waiting_priority: int
-    prefix_queries_tokens_total: int
-    prefix_hits_tokens_total: int
-    prompt_tokens_computed_total: int
-    preemptions_total: int
-    #: Rows that got no token, since what their grammar allows was not known in time.
-    late_rows_total: int
-    #: Rows that were taken back: their step raised, or their logits were not finite.
-    faulty_rows_total: int
-    steps_total: int
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    #: At least 0. Greater only where a request of priority 0 would displace a waiting one.
+    lowest_waiting_priority: int = 0
+    prefix_queries_tokens_total: int = 0
+    prefix_hits_tokens_total: int = 0
+    prompt_tokens_computed_total: int = 0
+    preemptions_total: int = 0
+    #: Rows without a token, because their grammar's mask was not ready in time.
+    late_rows_total: int = 0
+    #: Rows taken back, because their step raised or their logits were not finite.
+    faulty_rows_total: int = 0
+    steps_total: int = 0
+
+
+class EngineStats(NamedTuple):
+    """A snapshot of the engine."""
+
+    scheduler: SchedulerStats = SchedulerStats()
+    cache: CacheStats = CacheStats()
+    #: Requests that wait for their grammar to be compiled.
+    num_preparing: int = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a grammar or in the queue."""
+        return self.scheduler.num_waiting + self.num_preparing

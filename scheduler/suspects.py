@@ -7,7 +7,7 @@ fails too, the model is at fault and no request is. Knows nothing of steps, page
 from __future__ import annotations
 
 from model.interface import SamplingParams
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 from scheduler.sequence import Sequence
 
 #: The request id of the probe; requests have ids from 0 on.
@@ -15,20 +15,20 @@ PROBE_ID = -1
 
 
 class ModelFaultError(Exception):
-    """Not even the probe succeeds: whatever is wrong, no request is the reason."""
+    """Not even the probe succeeds: the model is at fault, and no request is."""
 
 
 def new_probe() -> Sequence:
-    """Return a sequence of one token that nobody asked for and nothing is sampled from."""
-    submit = Submit(PROBE_ID, (0,), SamplingParams(max_tokens=0), namespace="\0probe")
-    probe = Sequence(submit, arrival=PROBE_ID, eos_token_ids=(), max_model_len=2)
-    # So that its admission is not told.
+    """Return a sequence of one token that belongs to no request and samples nothing."""
+    request = GenerateRequest((0,), SamplingParams(max_tokens=0), namespace="\0probe")
+    probe = Sequence(Submit(PROBE_ID, request), arrival=PROBE_ID, eos_token_ids=(), max_model_len=2)
+    # So that its admission is not reported.
     probe.is_started = True
     return probe
 
 
 class Suspects:
-    """Which sequence runs alone now, and what its end says about it."""
+    """The sequences that run alone, and the evidence against them."""
 
     def __init__(self) -> None:
         #: Each suspect, and how many of its tokens have to be computed to clear it.
@@ -75,7 +75,7 @@ class Suspects:
 
     def clear(self, sequence: Sequence) -> None:
         """Take out a suspect that has come past the place of the fault."""
-        if sequence.num_landed >= self._num_tokens.get(sequence, sequence.num_landed + 1):
+        if sequence.num_completed >= self._num_tokens.get(sequence, sequence.num_completed + 1):
             del self._num_tokens[sequence]
             sequence.trusts_cache = True
 

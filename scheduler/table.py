@@ -1,4 +1,4 @@
-"""All unfinished sequences: those that wait, those that run, and their pages and slots.
+"""All unfinished sequences, waiting and running, with their pages and slots.
 
 Knows nothing of steps and budgets, nor of why a sequence moves.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 
-from cache.kv_cache import Allocation, KVCache
+from cache.allocation import Allocation
+from cache.kv_cache import KVCache
 from model.interface import PENDING_TOKEN
 from scheduler.messages import FinishReason
 from scheduler.queue import WaitingQueue
@@ -16,10 +17,11 @@ from scheduler.sequence import Sequence, State
 
 
 class SequenceTable:
-    """Moves sequences between waiting, running and finished, with what they hold."""
+    """Moves sequences, with their pages and slots, between waiting, running and finished."""
 
-    def __init__(self, cache: KVCache, max_num_seqs: int) -> None:
+    def __init__(self, cache: KVCache, max_num_seqs: int, page_size: int) -> None:
         self._cache = cache
+        self._page_size = page_size
         self._max_num_seqs = max_num_seqs
         self.waiting = WaitingQueue()
         #: In order of precedence: the last is the first to be preempted.
@@ -39,7 +41,10 @@ class SequenceTable:
         `reserve_pages`: so many more must be available afterwards.
         """
         allocation = self._cache.admit(
-            sequence.token_ids, sequence.namespace, reserve_pages, sequence.most_cached_tokens
+            sequence.token_ids,
+            sequence.request.namespace,
+            reserve_pages,
+            sequence.max_cached_tokens,
         )
         if allocation is None:
             return None
@@ -48,25 +53,51 @@ class SequenceTable:
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda running: running.precedence)
         sequence.allocation = allocation
-        sequence.num_computed = sequence.num_landed = num_cached
+        sequence.num_computed = sequence.num_completed = num_cached
         sequence.slot = self.free_slots.popleft()
         return allocation
 
     def grow(self, sequence: Sequence) -> bool:
-        """Make room for the newest token, at the cost of the sequences of least precedence.
+        """Make room for the next token, at the cost of the sequences of least precedence.
 
         False where the sequence itself had to be preempted.
         """
         assert sequence.allocation is not None, "a running sequence without pages"
-        while not self._cache.grow(sequence.allocation, len(sequence.token_ids)):
+        while not self._cache.grow(sequence.allocation, sequence.num_computed + 1):
             victim = self.running[-1]
             self.preempt(victim)
             if victim is sequence:
                 return False
         return True
 
+    def go_on(self, sequence: Sequence) -> bool:
+        """Make room for a token of a prompt whose table grows with it, as it does under a window.
+
+        Not while a step of it is under way, which will give pages back. Called before any row of
+        less precedence is planned. False where the sequence itself had to be preempted.
+        """
+        return sequence.num_completed < sequence.num_computed or self.grow(sequence)
+
+    def take_back(self, sequence: Sequence, position: int) -> None:
+        """Take back the placeholder of a token that did not come."""
+        assert len(sequence.token_ids) == position + 1, "a step counts on a token that did not come"
+        if sequence.state is State.WAITING:
+            self.waiting.drop_last_token(sequence)
+        else:
+            del sequence.token_ids[-1]
+            sequence.num_computed -= 1
+
+    def chunk(self, sequence: Sequence, budget_tokens: int) -> int:
+        """Return how many missing tokens the next step can compute without a preemption."""
+        allocation, end = sequence.allocation, sequence.num_computed
+        assert allocation is not None, "a running sequence without pages"
+        count = min(len(sequence.token_ids) - end, budget_tokens)
+        if self._cache.grow(allocation, end + count):
+            return count
+        return len(allocation.page_ids) * self._page_size - end
+
     def preempt(self, sequence: Sequence) -> None:
-        """Take the pages back; what they hold stays in the tree, so coming back is nearly free."""
+        """Take the pages back; the tree keeps their contents, so resuming costs almost nothing."""
         self.num_preemptions += 1
         self._leave(sequence, State.WAITING, "preempted")
         self.waiting.append_first(sequence)
@@ -87,7 +118,7 @@ class SequenceTable:
         self.waiting.append_first(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence and take back what it holds."""
+        """End a sequence and take back its pages and slot."""
         if sequence.state is State.RUNNING:
             self._leave(sequence, State.FINISHED, reason)
         else:
@@ -99,20 +130,20 @@ class SequenceTable:
     def _leave(self, sequence: Sequence, to: State, why: str) -> None:
         assert sequence.allocation is not None, "a running sequence without pages"
         sequence.move(to, why)
-        # A step under way may still write to these pages: before anything that is planned from now
-        # on, so whoever gets them next loses nothing. What it writes is not counted on.
+        # A step under way may still write to these pages. It does so before all steps planned from
+        # now on, so their next owner loses nothing.
         if sequence.trusts_cache:
-            self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_landed)
+            self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_completed)
         else:
             self._cache.discard(sequence.allocation)
         sequence.allocation = None
-        sequence.num_computed = sequence.num_landed = 0
+        sequence.num_computed = sequence.num_completed = 0
         self.running.remove(sequence)
         self.free_slots.append(sequence.slot)
         sequence.slot = -1
 
-    def check(self, page_size: int) -> None:
-        """Assert that each sequence is in one place, with what belongs to it."""
+    def check(self) -> None:
+        """Assert that each sequence is in one place, with its pages and slot."""
         self.waiting.check()
         running, waiting = self.running, list(self.waiting)
         assert running == sorted(running, key=lambda s: s.precedence), "running is out of order"
@@ -126,11 +157,11 @@ class SequenceTable:
         assert live == sorted(self.requests), "a request is neither running nor waiting"
         for sequence in running:
             assert sequence.allocation is not None, "a running sequence without pages"
-            held = len(sequence.allocation.page_ids) * page_size
+            held = len(sequence.allocation.page_ids) * self._page_size
             assert sequence.num_computed <= held, "computed more than its pages hold"
             cached = sequence.allocation.num_cached_tokens
-            assert cached <= sequence.num_landed, "shared pages would be written again"
-            assert sequence.num_landed <= sequence.num_computed, "more came back than was sent"
+            assert cached <= sequence.num_completed, "shared pages would be written again"
+            assert sequence.num_completed <= sequence.num_computed, "more came back than was sent"
             assert sequence.num_computed < len(sequence.token_ids), "nothing left to compute"
         cache = self._cache.stats()
         assert running or cache.pages_private == cache.pages_leased == 0, "nothing runs, pages held"

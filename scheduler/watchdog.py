@@ -1,7 +1,7 @@
-"""Notices that somebody who is asked for a sign of life gives none.
+"""Notices a peer that does not answer a ping.
 
-Looks from the event loop and counts looks, not seconds: a loop that stood still, or a machine that
-slept, has not waited. Knows nothing of engines.
+Runs on the event loop and counts ticks, not seconds: a blocked loop or a sleeping machine must not
+look like a silent peer. Knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -9,43 +9,43 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-#: Looks within the timeout.
-_NUM_LOOKS = 8
-#: Looks of silence after which it asks, and after which it says that nothing is to be expected.
-_ASKS_AFTER, _DOUBTS_AFTER = 2, 7
+#: Ticks within the timeout.
+_NUM_TICKS = 8
+#: Silent ticks after which the peer is pinged, and after which its answer is overdue.
+_PING_AFTER, _SILENT_AFTER = 2, 7
 
 
 class Watchdog:
-    """Calls `ask` after a silence, and `on_timeout` if there is no answer.
+    """Calls `ping` after a while without a message, and `on_timeout` if no answer arrives.
 
-    Whoever was asked has `timeout_s` to answer, so it bites between 1 and 1.25 times as long after
-    the last sign of life. `is_silent` is true before the timeout is over. After a timeout it begins
-    anew.
+    The peer has `timeout_s` to answer a ping, so `on_timeout` is called 1 to 1.25 times as long
+    after the last message. `is_silent` is true before the timeout is over. After a timeout it
+    starts anew.
     """
 
     def __init__(
-        self, timeout_s: float, ask: Callable[[], None], on_timeout: Callable[[], None]
+        self, timeout_s: float, ping: Callable[[], None], on_timeout: Callable[[], None]
     ) -> None:
-        self._period_s = timeout_s / _NUM_LOOKS
-        self._ask = ask
+        self._period_s = timeout_s / _NUM_TICKS
+        self._ping = ping
         self._on_timeout = on_timeout
-        #: Looks since something was heard.
+        #: Ticks since the last message.
         self._num_silent = 0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def is_silent(self) -> bool:
         """Whether an answer is overdue."""
-        return self._num_silent >= _DOUBTS_AFTER
+        return self._num_silent >= _SILENT_AFTER
 
     def start(self) -> None:
-        """Begin to look, from the running loop."""
+        """Begin to count, on the running loop."""
         self.stop()
         self.heard()
         self._wait()
 
     def stop(self) -> None:
-        """Look no more. Without a start it is fine, too."""
+        """Stop. May be called without a start."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -55,11 +55,11 @@ class Watchdog:
         self._num_silent = 0
 
     def look(self) -> None:
-        """Ask or call `on_timeout`, if it is time to."""
+        """Call `ping` or `on_timeout` when it is due."""
         self._num_silent += 1
-        if self._num_silent == _ASKS_AFTER:
-            self._ask()
-        elif self._num_silent == _ASKS_AFTER + _NUM_LOOKS:
+        if self._num_silent == _PING_AFTER:
+            self._ping()
+        elif self._num_silent == _PING_AFTER + _NUM_TICKS:
             self.heard()
             self._on_timeout()
 

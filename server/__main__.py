@@ -1,6 +1,6 @@
-"""The `octavo` command in its first moments: what it takes to be stopped in them.
+"""The start of the `octavo` command, which signals may stop at any moment.
 
-Nothing is imported here that takes time. The engine's process imports this module too.
+Imports here are fast. The engine's process imports this module too.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def main() -> int:
     try:
         return run()
     finally:
-        # The event loop takes its handlers with it.
+        # The event loop removed its handlers.
         _exit_on_signals()
 
 
 def _silence_warnings() -> None:
     """Ignore Python's warnings, which are for developers, here and in child processes.
 
-    Unless some are asked for, with `python -W` or `PYTHONWARNINGS`.
+    `python -W` or `PYTHONWARNINGS` enables them.
     """
     if not sys.warnoptions:
         sys.warnoptions.append("ignore")

@@ -1,4 +1,4 @@
-"""Puts the HTTP side together. Knows everyone here, and nothing of processes or signals."""
+"""Builds the HTTP application. Knows nothing of processes or signals."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Match, Route
-from starlette.types import Scope
 
 from configs.schema import OctavoConfig
 from scheduler.client import EngineClient
 from server.docs_page import docs_routes
-from server.generation.makers_sampling import makers_sampling
 from server.generation.retry_after import QueueReservations
+from server.generation.sampling import makers_sampling
 from server.http.auth import PROBE_PATHS, AuthMiddleware
 from server.http.context import Clock
 from server.http.cors import Cors
 from server.http.errors import from_status, shortened
-from server.http.gate import DrainGate
 from server.http.keys import Keyring, load_keys
-from server.http.lifecycle import Lifecycle
+from server.http.lifecycle import DrainGate, Lifecycle
 from server.http.middleware import RequestMiddleware
 from server.logs import LOGGER_NAME, fields
 from server.messages.routes import DOCUMENTED as MESSAGES_DOCUMENTED
@@ -59,7 +57,7 @@ _DOCUMENTED = (
 _MAX_BODIES = 16
 
 
-def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
+def create_app(  # noqa: PLR0913 - every part that the caller may hold too
     config: OctavoConfig,
     client: EngineClient,
     text: ModelText,
@@ -72,11 +70,11 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     grammars: GrammarService | None = None,
     num_lines_dropped: Callable[[], int] = lambda: 0,
 ) -> FastAPI:
-    """Return the application. `client` may still be starting: until it is up, /ready says 503.
+    """Return the application. `client` may still be starting: until it is up, /ready returns 503.
 
-    The caller starts and closes `client`, closes `grammars`, drains `lifecycle`, counts log lines
-    that were dropped and may change `keyring`; where that is not given, the configuration's keys
-    are loaded, which raises `ValueError` if they are wrong.
+    The caller starts and closes `client`, closes `grammars`, drains `lifecycle`, counts dropped log
+    lines and may change `keyring`. Without `keyring` the configured keys are loaded, which raises
+    `ValueError` if they are wrong.
     """
     clock = clock or Clock()
     chance = chance or random.SystemRandom()
@@ -84,8 +82,8 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     metrics = Metrics(client, lambda: served_name(config, client), config.server.metrics_alias)
     grammars = grammars or GrammarService()
     reservations = QueueReservations(client, clock.monotonic_s, config.scheduler)
-    asks = config.model.generation_config != "vllm"
-    defaults, notes = makers_sampling(text.sampling_defaults if asks else {})
+    uses_defaults = config.model.generation_config != "vllm"
+    defaults, notes = makers_sampling(text.sampling_defaults if uses_defaults else {})
     log = logging.getLogger(LOGGER_NAME)
     for note in notes:
         log.info("note", extra=fields(note=note))
@@ -116,7 +114,7 @@ def create_app(  # noqa: PLR0913 - every part that somebody outside holds too
     routes = [*app.routes, *(route for router in routers for route in router.routes)]
     known = [route for route in routes if isinstance(route, Route)]
     app.add_exception_handler(HTTPException, _router_errors(known))
-    # The one added last is the outermost.
+    # The last one is the outermost.
     app.add_middleware(DrainGate, lifecycle=lifecycle)
     app.add_middleware(
         AuthMiddleware,
@@ -148,14 +146,9 @@ def _show_store(metrics: Metrics, store: ResponseStore, clock: Clock) -> None:
 
 
 def _router_errors(routes: Sequence[Route]) -> Callable[[Request, Exception], NoReturn]:
-    """Return what raises a router's error for the boundary, which knows how this path's look."""
+    """Return a handler that raises a router's error as one in the form of the path's API."""
 
-    def methods_of(scope: Scope) -> list[str]:
-        """Return what a path may be asked with: the router knows only its first route."""
-        matching = [route for route in routes if route.matches(scope)[0] is not Match.NONE]
-        return sorted({method for route in matching for method in route.methods or ()})
-
-    def tell(request: Request, error: Exception) -> NoReturn:
+    def fail(request: Request, error: Exception) -> NoReturn:
         assert isinstance(error, HTTPException)
         method, path = request.method, shortened(request.url.path)
         message = {
@@ -164,7 +157,10 @@ def _router_errors(routes: Sequence[Route]) -> Callable[[Request, Exception], No
         }.get(error.status_code, error.detail)
         headers = dict(error.headers or {})
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            headers["Allow"] = ", ".join(methods_of(request.scope))
+            # All methods of the path: the router finds only its first route.
+            matching = [route for route in routes if route.matches(request.scope)[0] != Match.NONE]
+            methods = {method for route in matching for method in route.methods or ()}
+            headers["Allow"] = ", ".join(sorted(methods))
         raise from_status(error.status_code, message, headers) from error
 
-    return tell
+    return fail

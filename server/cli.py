@@ -1,7 +1,7 @@
-"""The command line, built from the schema: a field added there is a flag here at once.
+"""The command line, built from the schema: a field added there is also a flag.
 
-Values stay as they were typed: `configs/load.py` validates them together with those of the
-environment and the file, so that a bad value reads the same whatever its source.
+Values stay as they were typed. `configs/load.py` validates them together with those of the
+environment and the file, so that the error for a bad value does not depend on its source.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ _METAVARS = {
     "number": "N",
 }
 
-
-#: argparse's words, whose quotes differ from version to version of Python.
+#: argparse's message; its quotes differ between versions of Python.
 _WRONG_CHOICE = re.compile(r"invalid choice: '([^']+)' \(choose from (.+)\)")
 
 
 class CommandLine(NamedTuple):
-    """What was asked for."""
+    """A parsed command line."""
 
     command: Literal["serve", "version", "export"]
-    #: Field name to value, only those given: for `configs.load.load_config`.
+    #: Field name to value, if given: for `configs.load.load_config`.
     flags: dict[str, object]
     #: `--config`, a preset's name resolved to its file.
     config: Path | None
@@ -44,10 +43,10 @@ class CommandLine(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
-    """Read the arguments after the program's name.
+    """Parse the arguments after the program's name.
 
-    Exits 2 with one line on a wrong one, or with the help where there is none; 0 after the help
-    that was asked for.
+    Exits with 2 and one line for a wrong one, with 2 and the help if there is none, and with 0
+    after `--help`.
     """
     parser = _parser()
     if not argv:
@@ -64,18 +63,14 @@ def parse(argv: Sequence[str]) -> CommandLine:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; argparse would print the whole usage before it."""
+    """Reports errors in one line; argparse would print the whole usage before it."""
 
     def error(self, message: str) -> NoReturn:
         hint = f"see {self.prog} --help"
         near: list[str] = []
         if unknown := message.partition("unrecognized arguments: ")[2].split():
-            flags = [
-                "--config",
-                "--help",
-                "--version",
-                *(known.flag for known in config_fields().values()),
-            ]
+            flags = ["--config", "--help", "--version"]
+            flags += [known.flag for known in config_fields().values()]
             near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
         elif wrong := _WRONG_CHOICE.search(message):
             near = difflib.get_close_matches(wrong[1], re.findall(r"\w+", wrong[2]), n=1)
@@ -153,7 +148,7 @@ def _add_field(group: argparse._ArgumentGroup, known: ConfigField) -> None:
 
 
 def _metavar(known: ConfigField) -> str:
-    """Say what goes behind the flag; in a list, its name's last word: cors_origins, ORIGIN."""
+    """Return the name of a flag's value; for a list its last word: cors_origins, ORIGIN."""
     if known.kind == "list":
         return known.name.rpartition("_")[2].removesuffix("s").upper()
     return _METAVARS[known.kind]

@@ -1,7 +1,7 @@
-"""The daemon: the composition root, the only module that knows everyone.
+"""The daemon: the composition root, the only module that connects all parts.
 
-Also the only one that knows of signals, exit codes and sockets. Exit codes: 0 stopped, 1 failed,
-2 wrong usage.
+Also the only one with signals, exit codes and sockets. Exit codes: 0 stopped, 1 failed, 2 wrong
+usage.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ from server.http.keys import Keyring, load_keys, reload_keys
 from server.http.lifecycle import Lifecycle
 from server.http.protocol import HttpProtocol
 from server.http.tls import Certificate
-from server.logs import LOGGER_NAME, configure, fields
+from server.logs import LOGGER_NAME, configure, fields, reported
 from server.memory import descendants
-from server.progress import reported
 from server.structured.grammar_service import GrammarService
 from server.text.export import export_tokenizer
 from server.text.load import load_text
@@ -51,7 +50,7 @@ from server.text.tokenizer import Tokenizer
 _log = logging.getLogger(LOGGER_NAME)
 
 _BACKLOG = 2048
-#: At the exit, for a reader of the log that takes no line; one that takes some is waited for.
+#: At the exit, for a reader of the log that takes no line; one that takes some gets more time.
 _FLUSH_TIMEOUT_S = 1.0
 
 
@@ -60,14 +59,14 @@ class StartError(Exception):
 
 
 class UsageError(Exception):
-    """What a setting points to is wrong; the message is one line that names the setting."""
+    """A file of a setting is wrong; the message is one line that names the setting."""
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     command = cli.parse(sys.argv[1:] if argv is None else argv)
     if command.command == "version":
-        print(f"octavo {__version__}")  # noqa: T201 - what was asked for
+        print(f"octavo {__version__}")  # noqa: T201 - the answer to a command
         return 0
     try:
         config = load_config(command.flags, os.environ, command.config)
@@ -76,7 +75,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return 2
     if command.folder is not None:
         return _export_tokenizer(config, command.folder)
-    # Before the log, and the engine, get hold of them.
+    # Before the log and the engine use them.
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: it is closed.
     relays = [Relay(stream.fileno(), _note_dropped) for stream in streams]
     for relay in relays:
@@ -116,11 +115,11 @@ async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> 
         chat_template = None if chosen is None else chosen_template(chosen)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    # The port before the model: if it is taken, that is known before seconds go into loading.
+    # The port before the model: a port in use is an error before seconds of loading.
     listener = _listen(config.server)
-    _on_signals(_leave)  # Until requests are taken, nothing has to be put in order.
-    told = {"model": config.model.model, **describe_changes(config)}
-    _log.info("starting", extra=fields(version=__version__, **told))
+    _on_signals(_leave)  # Before the first request there is nothing to drain.
+    settings = {"model": config.model.model, **describe_changes(config)}
+    _log.info("starting", extra=fields(version=__version__, **settings))
     try:
         async with reported("loading", model=config.model.model):
             source = await asyncio.to_thread(build.resolve_source, config.model.model)
@@ -147,14 +146,14 @@ async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> 
     try:
         await _run(config, client, lifecycle, server, listener, text.tokenizer)
     finally:
-        # Side by side: neither is to outlive the other because that one hangs.
+        # At the same time: one that hangs must not keep the other alive.
         await asyncio.gather(grammars.close(), client.close())
 
 
 def _guards(section: ServerSection) -> tuple[Keyring, Certificate | None]:
-    """Load keys and certificate; their files are read again with each SIGHUP.
+    """Load keys and certificate; SIGHUP reads their files again.
 
-    Without such a file SIGHUP ends the program as ever, such as when its terminal is closed.
+    Without such a file SIGHUP ends the program, as when its terminal is closed.
     """
     try:
         keyring = Keyring(load_keys(section))
@@ -198,7 +197,7 @@ async def _run(
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not lost.is_set():
         hint = "press Ctrl-C again to stop at once"
-        timeout_s, running = config.server.drain_timeout_s, lifecycle.stats().num_in_flight
+        timeout_s, running = config.server.drain_timeout_s, lifecycle.num_in_flight
         _log.info("draining", extra=fields(timeout_s=timeout_s, running=running, hint=hint))
         await lifecycle.drain(config.server.drain_timeout_s)
     server.should_exit = True
@@ -210,9 +209,7 @@ async def _run(
 
 def _server(app: FastAPI, certificate: Certificate | None, max_per_address: int) -> _Server:
     protocol = partial(
-        HttpProtocol,
-        connections_by_address=Counter(),
-        max_per_address=max_per_address,
+        HttpProtocol, connections_by_address=Counter(), max_per_address=max_per_address
     )
     config = uvicorn.Config(
         app,
@@ -223,7 +220,7 @@ def _server(app: FastAPI, certificate: Certificate | None, max_per_address: int)
         log_config=None,
         access_log=False,
         server_header=False,
-        # Longer than clients keep a connection: who closes first must not be the one that is asked.
+        # Longer than clients keep a connection: the server must not be the first to close it.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
@@ -233,10 +230,7 @@ def _server(app: FastAPI, certificate: Certificate | None, max_per_address: int)
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: the first one drains, and uvicorn would cut streams off."""
-
-    def install_signal_handlers(self) -> None:
-        """Leave them as they are."""
+    """A server that leaves signals to us: the first one drains; uvicorn would cut streams off."""
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve without capturing signals."""
@@ -250,12 +244,12 @@ def _on_signals(call: Callable[..., object], *args: object) -> None:
 
 def _stop(stop: asyncio.Event) -> None:
     if stop.is_set():
-        _leave()  # Asked twice: nobody is waited for.
+        _leave()  # The second signal: stop without draining.
     stop.set()
 
 
 def _leave() -> None:
-    """Stop at once, and the children with it, one of which may be building a model."""
+    """Stop at once, with all children, one of which may be building a model."""
     for pid in list(descendants(os.getpid())):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -264,16 +258,16 @@ def _leave() -> None:
 
 def _listen(section: ServerSection) -> socket.socket:
     host, port = section.host, section.port
-    # A connection is a file; the soft limit is for programs that `select` among many.
+    # A connection is a file; the soft limit is for programs that use `select`.
     max_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # Named, so that asyncio knows it is TCP and turns Nagle off.
+        # The explicit protocol makes asyncio turn Nagle's algorithm off.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it. The kernel sees who does not read, or is not there any more, and
-        # whatever was answered; to us it is a client that left.
+        # Connections inherit it. The kernel closes the connection of a client that does not read or
+        # has gone; for us it is a client that left.
         timeout_ms = round(section.send_timeout_s * 1000)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         listener.bind((host, port))
@@ -292,7 +286,7 @@ def _url(listener: socket.socket, *, is_encrypted: bool) -> str:
 
 
 def _announce(info: ModelInfo, tokenizer: Tokenizer, url: str) -> None:
-    """Say once, in one line, that it is ready, and what fits."""
+    """Log once, in one line, that it is ready, with the sizes."""
     for note in (*info.notes, *row_notes(tokenizer, info.vocab_size)):
         _log.info("note", extra=fields(note=note))
     num_tokens = info.num_pages * info.page_size

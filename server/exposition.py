@@ -5,6 +5,7 @@ Knows nothing of where the numbers come from (`server/metrics.py`).
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
@@ -17,12 +18,12 @@ from prometheus_client.metrics_core import (
 )
 
 from scheduler.client import EngineStats, ModelInfo
-from server.memory import resident_bytes
+from server.memory import descendants, resident_bytes
 
 #: By the values of the labels.
 Values: TypeAlias = Mapping[tuple[str, ...], float]
 
-#: What vLLM has too (vllm/v1/metrics/loggers.py), by our stems.
+#: Metrics that vLLM has too (vllm/v1/metrics/loggers.py), by our stems.
 VLLM_STEMS = frozenset(
     {
         "num_requests_running",
@@ -55,7 +56,11 @@ _VLLM_STEMS = {"iteration_tokens": "iteration_tokens_total"}
 
 
 class Histogram:
-    """Counts of observations by upper bound."""
+    """Counts of observations by upper bound.
+
+    Not `prometheus_client.Histogram`: that has one name, no weights and a lock a bucket. This one
+    has two names, and counts all tokens of a read at once.
+    """
 
     __slots__ = ("_bounds", "_counts", "_sum")
 
@@ -89,9 +94,6 @@ class Page:
         """Return the name of a metric of this stem; None: it is not on this page."""
         return f"octavo_{stem}"
 
-    def _own(self) -> tuple[list[str], list[str]]:
-        return [*self._labels], [*self._labels.values()]
-
     def counter(self, name: str, text: str, values: Values, *labels: str) -> Iterator[Metric]:
         """Yield the counter `name` + `_total`."""
         yield from self._family(CounterMetricFamily, name, text, values, labels)
@@ -103,13 +105,12 @@ class Page:
     def histogram(self, name: str, text: str, histogram: Histogram) -> Iterator[Metric]:
         """Yield the histogram `name`."""
         if full_name := self.name(name):
-            names, values = self._own()
-            family = HistogramMetricFamily(full_name, text, labels=names)
-            family.add_metric(values, *histogram.buckets())
+            family = HistogramMetricFamily(full_name, text, labels=[*self._labels])
+            family.add_metric([*self._labels.values()], *histogram.buckets())
             yield family
 
     def cache_config(self, info: ModelInfo) -> Iterator[Metric]:
-        """Yield nothing; vLLM has a metric whose labels tell the cache's settings."""
+        """Yield nothing; vLLM has a metric with the cache's settings as labels."""
         del info
         return iter(())
 
@@ -122,10 +123,9 @@ class Page:
         labels: Sequence[str],
     ) -> Iterator[Metric]:
         if full_name := self.name(name):
-            own_names, own_values = self._own()
-            family = kind(full_name, text, labels=[*own_names, *labels])
+            family = kind(full_name, text, labels=[*self._labels, *labels])
             for label_values, value in values.items():
-                family.add_metric([*own_values, *label_values], value)
+                family.add_metric([*self._labels.values(), *label_values], value)
             yield family
 
 
@@ -157,18 +157,19 @@ class VllmPage(Page):
 
 def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[Metric]:
     """Yield the gauges of one moment; `info` of None: the engine has not started."""
+    cache, steps = stats.cache, stats.scheduler
     pages: dict[tuple[str, ...], float] = {
-        ("free",): stats.pages_free,
-        ("private",): stats.pages_private,
-        ("cached",): stats.pages_cached,
-        ("leased",): stats.pages_leased,
+        ("free",): cache.pages_free,
+        ("private",): cache.pages_private,
+        ("cached",): cache.pages_cached,
+        ("leased",): cache.pages_leased,
     }
     page_bytes = info.page_size * info.kv_bytes_per_token if info else 0
-    used = (stats.pages_private + stats.pages_leased) / max(1, stats.pages_total)
-    memory = resident_bytes()
-    yield from page.gauge("num_requests_running", "in the batch", {(): stats.num_running})
+    used = (cache.pages_private + cache.pages_leased) / max(1, cache.pages_total)
+    pid = os.getpid()
+    yield from page.gauge("num_requests_running", "in the batch", {(): steps.num_running})
     yield from page.gauge("num_requests_waiting", "in the queue", {(): stats.num_waiting})
-    num_tokens = stats.num_waiting_tokens
+    num_tokens = steps.num_waiting_tokens
     yield from page.gauge("num_tokens_waiting", "tokens of those in the queue", {(): num_tokens})
     yield from page.gauge("kv_cache_usage_perc", "pages in use by requests, 0 to 1", {(): used})
     yield from page.gauge("kv_cache_pages", "leased pages are cached ones too", pages, "state")
@@ -186,7 +187,7 @@ def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[M
     yield from page.gauge(
         "process_resident_memory_bytes",
         "resident memory; engine: all child processes together",
-        {("api",): memory.own_bytes, ("engine",): memory.children_bytes},
+        {("api",): resident_bytes([pid]), ("engine",): resident_bytes(descendants(pid))},
         "process",
     )
     if info:

@@ -1,13 +1,17 @@
-"""Log lines with fields, as `key=value` text or as JSON. Contents and keys never come near it.
+"""Log lines with fields, as `key=value` text or as JSON, without contents or keys.
 
 A caller logs an event and its fields: `logger.info("request", extra=fields(status=200))`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Literal, TextIO
 
@@ -15,6 +19,7 @@ from server.http.context import RequestRecord
 
 LOGGER_NAME = "octavo"
 _ATTRIBUTE = "octavo_fields"
+_REPEAT_INTERVAL_S = 15.0
 
 
 def fields(**values: object) -> dict[str, object]:
@@ -39,15 +44,15 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, a traceback in it as a string."""
-        told: dict[str, object] = {
+        payload: dict[str, object] = {
             "time": _time_of(record),
             "level": record.levelname,
             "event": record.getMessage(),
+            **_fields_of(record),
         }
-        told |= _fields_of(record)
         if record.exc_info:
-            told["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(told, default=str)
+            payload["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(payload, default=str)
 
 
 def configure(log_format: Literal["text", "json"], stream: TextIO | None = None) -> None:
@@ -58,12 +63,12 @@ def configure(log_format: Literal["text", "json"], stream: TextIO | None = None)
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger(LOGGER_NAME).setLevel(logging.INFO)
-    # Its warnings are for clients' nonsense: three lines for each request that is no HTTP.
+    # Its warnings are about invalid requests: three lines for each that is not HTTP.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
 def log_request(record: RequestRecord, now_s: float, *, is_probe: bool) -> None:
-    """Write the one line of a request; probes and scrapes only where debug lines are wanted."""
+    """Log a request in one line; probes and scrapes only at level DEBUG."""
     has_generated, error = bool(record.model), record.error
     logging.getLogger(LOGGER_NAME).log(
         logging.DEBUG if is_probe else logging.INFO,
@@ -90,8 +95,32 @@ def log_request(record: RequestRecord, now_s: float, *, is_probe: bool) -> None:
     )
 
 
+@asynccontextmanager
+async def reported(
+    event: str, *, interval_s: float = _REPEAT_INTERVAL_S, **values: object
+) -> AsyncIterator[None]:
+    """Log that a long event has begun, and again with `elapsed_s` until the block is left.
+
+    A progress bar needs a terminal; these lines are there without one.
+    """
+    log, began_s = logging.getLogger(LOGGER_NAME), time.monotonic()
+    log.info(event, extra=fields(**values))
+
+    async def repeat() -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            elapsed_s = round(time.monotonic() - began_s, 1)
+            log.info(event, extra=fields(**values, elapsed_s=elapsed_s))
+
+    repeating = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        repeating.cancel()
+
+
 def milliseconds(duration_s: float | None) -> float | None:
-    """Return a duration as people read it."""
+    """Return a duration in milliseconds, rounded."""
     return None if duration_s is None else round(duration_s * 1000, 2)
 
 
@@ -106,7 +135,7 @@ def _time_of(record: logging.LogRecord) -> str:
 
 
 def _plain(value: object) -> str:
-    """Quote what would break a line or a `key=value` pair; ASCII, so that no terminal obeys it."""
+    """Quote text that would break a line or a `key=value` pair, or control a terminal."""
     text = str(value)
     is_plain = text.isprintable() and not set(text) & set(" \"='")
     return text if is_plain and text else json.dumps(text)

@@ -1,39 +1,27 @@
-"""Resident memory of this process and of its children, as Linux tells it.
+"""Child processes and resident memory, from Linux' /proc.
 
-Knows nothing of what the children do. On a system without /proc everything reads as 0.
+Knows nothing of the processes' work. On a system without /proc everything reads as 0.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
 
 
-@dataclass(frozen=True, slots=True)
-class ResidentMemory:
-    """Pages shared between processes count in each of them."""
-
-    own_bytes: int
-    children_bytes: int
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Return the resident memory of processes; pages that several share count in each."""
+    return sum(map(_resident_pages, pids)) * os.sysconf("SC_PAGE_SIZE")
 
 
-def resident_bytes() -> ResidentMemory:
-    """Return what is resident now."""
-    pid = os.getpid()
-    children = sum(_resident_bytes_of(child) for child in descendants(pid))
-    return ResidentMemory(_resident_bytes_of(pid), children)
-
-
-def _resident_bytes_of(pid: int) -> int:
+def _resident_pages(pid: int) -> int:
     try:
-        resident_pages = int((_PROC / str(pid) / "statm").read_text().split()[1])
+        return int((_PROC / str(pid) / "statm").read_text().split()[1])
     except OSError:  # it has just ended, or there is no /proc
         return 0
-    return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def descendants(pid: int) -> Iterator[int]:

@@ -1,14 +1,13 @@
-"""What Prometheus reads: the counts, and when they are shown.
+"""Counts for Prometheus, and their exposition.
 
 Every series stands in the first scrape. Stems are vLLM's. Counts are kept in plain numbers (one
 event loop, no locks: an observation is a bisection and two additions) and become metric families
-(`server/exposition.py`) only when somebody scrapes.
+(`server/exposition.py`) only at a scrape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder
@@ -23,7 +22,7 @@ from server.http.context import RequestRecord
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 #: 499 is a client that closed its connection before its answer.
 STATUSES = (200, 400, 401, 404, 405, 408, 413, 429, 499, 500, 503)
-#: `error.code` of what is refused, or ended, because it cannot be served now.
+#: `error.code` of requests refused or ended because they cannot be served now.
 REJECTED_REASONS = ("queue_full", "key_limit", "unavailable")
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -72,26 +71,15 @@ class GrowingCount:
         self._last = 0
 
     def read(self, value: int) -> int:
-        """Return the count over all processes, of which the newest says `value`."""
+        """Return the count over all processes, of which the newest has counted `value`."""
         if value < self._last:
             self._before += self._last
         self._last = value
         return self._before + value
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsStats:
-    """One moment of what the API process itself counts."""
-
-    prompt_tokens: int
-    generation_tokens: int
-    finished: dict[str, int]
-    responses: dict[int, int]
-    rejected: dict[str, int]
-
-
 class Metrics(Collector):
-    """Collects from the engine's newest snapshot and from what requests report."""
+    """Collects the engine's newest snapshot and the reports of requests."""
 
     def __init__(self, client: EngineClient, model_name: Callable[[], str], alias: str) -> None:
         self._client = client
@@ -160,35 +148,25 @@ class Metrics(Collector):
             self._histograms["request_max_num_generation_tokens"].observe(longest)
 
     def on_response(self, status: int) -> None:
-        """Count an answer, to whatever route."""
+        """Count an answer of any route."""
         self._responses[status] = self._responses.get(status, 0) + 1
 
     def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
-        """Show what `read` says with each scrape."""
+        """Show the result of `read` with each scrape."""
         self._own_gauges.append((name, text, read))
 
     def add_counter(self, name: str, text: str, read: Callable[[], int]) -> None:
-        """Show what `read` says with each scrape, as `name` + `_total`."""
+        """Show the result of `read` with each scrape, as `name` + `_total`."""
         self._own_counters.append((name, text, read))
 
     def on_rejected(self, code: str) -> None:
         """Count a request that could not be served now."""
         self._rejected[code] = self._rejected.get(code, 0) + 1
 
-    def stats(self) -> MetricsStats:
-        """Return a snapshot."""
-        return MetricsStats(
-            self._prompt_tokens,
-            self._generation_tokens,
-            dict(self._finished),
-            dict(self._responses),
-            dict(self._rejected),
-        )
-
     # ---- what Prometheus asks
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
-        """Return the page and its content type: OpenMetrics for who accepts it, else plain text."""
+        """Return the page and its content type: OpenMetrics if accepted, else plain text."""
         if "openmetrics" in choose_encoder(accept)[1]:
             # No name needs escaping; the escaping would take vLLM's colons for a fault.
             encode: Callable[..., bytes] = openmetrics.generate_latest
@@ -203,9 +181,9 @@ class Metrics(Collector):
             info = self._client.info
         except EngineUnavailableError:
             info = None
+        counted = stats.scheduler._asdict() | stats.cache._asdict()
         engine_counts = {
-            field: counts.read(getattr(stats, field))
-            for field, counts in self._engine_counts.items()
+            field: counts.read(counted[field]) for field, counts in self._engine_counts.items()
         }
         for kind in self._pages:
             page = kind(self._model_name())
@@ -215,10 +193,6 @@ class Metrics(Collector):
                 yield from page.gauge(name, text, {(): read()})
             for name, histogram in self._histograms.items():
                 yield from page.histogram(name, _HISTOGRAMS[name][0], histogram)
-
-    def describe(self) -> Iterator[Metric]:
-        """Yield nothing: the registry is ours alone, nobody else's names can collide."""
-        return iter(())
 
     def _counters(self, page: Page, engine_counts: dict[str, int]) -> Iterator[Metric]:
         for name, field, text in _ENGINE_COUNTERS:

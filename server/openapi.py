@@ -1,16 +1,18 @@
 """/openapi.json: the routes' requests and every way they answer.
 
-Bodies are read and validated by the routes themselves, so FastAPI has to be told of them here.
+Routes read and validate their bodies themselves, so FastAPI learns the types of them here. The
+code that builds the answers is typed with the same types.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import TypeAdapter
 
-from server.openai.response_models import ErrorBody
+from server.answer_types import ErrorBody
 
 _REF = "#/components/schemas/{model}"
 _MEANINGS = {
@@ -25,12 +27,12 @@ _MEANINGS = {
 }
 
 
+#: A pydantic model, a TypedDict or an alias of a union of them.
+Model: TypeAlias = Any
 Responses: TypeAlias = dict[int | str, dict[str, Any]]
 
 
-def answers(
-    model: type[BaseModel] | None, *error_statuses: int, error: type[BaseModel] = ErrorBody
-) -> Responses:
+def answers(model: Model | None, *error_statuses: int, error: Model = ErrorBody) -> Responses:
     """Return a route's responses for FastAPI: success holds `model`; None: it is plain text."""
     success: dict[str, Any] = {"model": model}
     if model is None:
@@ -41,16 +43,14 @@ def answers(
     return responses
 
 
-def generation_answers(
-    model: type[BaseModel], chunk: type[BaseModel], error: type[BaseModel] = ErrorBody
-) -> Responses:
+def generation_answers(model: Model, chunk: Model, error: Model = ErrorBody) -> Responses:
     """Return the responses of a route that generates; a stream's events hold `chunk`s."""
     responses = answers(model, 400, 404, 408, 413, 429, 503, error=error)
     responses[200]["content"] = {"text/event-stream": {"schema": _event_of(chunk, error)}}
     return responses
 
 
-def _event_of(*models: type[BaseModel]) -> dict[str, Any]:
+def _event_of(*models: Model) -> dict[str, Any]:
     """Return the schema of an event of a stream, whose data is one of these or the end."""
     references = [{"$ref": _REF.format(model=model.__name__)} for model in models]
     data = {
@@ -62,7 +62,7 @@ def _event_of(*models: type[BaseModel]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": ["data"]}
 
 
-def body_of(model: type[BaseModel]) -> dict[str, Any]:
+def body_of(model: Model) -> dict[str, Any]:
     """Return the request body of a route, for FastAPI's `openapi_extra`."""
     schema = {"$ref": _REF.format(model=model.__name__)}
     content = {"application/json": {"schema": schema}}
@@ -70,9 +70,9 @@ def body_of(model: type[BaseModel]) -> dict[str, Any]:
 
 
 class DocumentedApp(FastAPI):
-    """FastAPI, whose document has also what the routes read by themselves."""
+    """FastAPI with the bodies that the routes read themselves in its document."""
 
-    def __init__(self, version: str, documented: tuple[type[BaseModel], ...]) -> None:
+    def __init__(self, version: str, documented: Iterable[Model]) -> None:
         # No documentation pages: theirs load scripts from elsewhere (see `server/docs_page.py`). No
         # redirect for a trailing slash: it would answer for a path that does not exist.
         super().__init__(
@@ -87,9 +87,10 @@ class DocumentedApp(FastAPI):
             components = document.setdefault("components", {})
             schemas = components.setdefault("schemas", {})
             for model in self._documented:
-                schema = model.model_json_schema(ref_template=_REF)
+                schema = TypeAdapter(model).json_schema(ref_template=_REF)
                 schemas.update(schema.pop("$defs", {}))
-                schemas[model.__name__] = schema
+                if "$ref" not in schema:
+                    schemas[model.__name__] = schema
             components["securitySchemes"] = {
                 "key": {"type": "http", "scheme": "bearer"},
                 "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},

@@ -7,8 +7,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from scheduler.client import EngineUnavailableError
+from server.generation.respond import JsonResponse
 from server.http.errors import from_engine, unavailable
-from server.http.respond import JsonResponse
 from server.openai import response_models
 from server.openapi import answers
 from server.service import Service
@@ -22,7 +22,7 @@ def probe_routes(service: Service, version: str) -> APIRouter:
         "/health", summary="Whether the process answers", responses=answers(response_models.Health)
     )
     async def health() -> Response:
-        return JsonResponse({"status": "ok"})
+        return JsonResponse(response_models.Health(status="ok"))
 
     @router.get(
         "/ready",
@@ -34,7 +34,7 @@ def probe_routes(service: Service, version: str) -> APIRouter:
             raise unavailable("the server is shutting down")
         if not service.client.is_alive:
             raise unavailable("the engine is not running or does not answer")
-        return JsonResponse({"status": "ready"})
+        return JsonResponse(response_models.Health(status="ready"))
 
     @router.get(
         "/metrics",
@@ -52,7 +52,7 @@ def probe_routes(service: Service, version: str) -> APIRouter:
         responses=answers(response_models.Version),
     )
     async def get_version() -> Response:
-        return JsonResponse({"version": version})
+        return JsonResponse(response_models.Version(version=version))
 
     if service.config.server.dev_endpoints:
 
@@ -63,7 +63,8 @@ def probe_routes(service: Service, version: str) -> APIRouter:
         )
         async def reset_prefix_cache() -> Response:
             try:
-                return JsonResponse({"freed_pages": await service.client.reset_cache()})
+                num_freed = await service.client.reset_cache()
+                return JsonResponse(response_models.CacheReset(freed_pages=num_freed))
             except EngineUnavailableError as error:
                 raise from_engine(error) from error
 

@@ -1,4 +1,4 @@
-"""What every route needs, handed over once: no globals, no application state."""
+"""The parts that all routes need, passed once: no globals, no application state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from server.text.load import ModelText
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The engine, the words of its model, and what watches over both."""
+    """The engine, the text side of its model, and the services around both."""
 
     config: OctavoConfig
     client: EngineClient
@@ -32,7 +32,7 @@ class Service:
     chance: random.Random
     reservations: QueueReservations
     grammars: GrammarService
-    #: Of requests that do not say otherwise.
+    #: Of requests that do not set them.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     #: Where long texts are converted.
     work: Workshop = field(default_factory=Workshop)
@@ -43,7 +43,7 @@ class Service:
         return served_name(self.config, self.client)
 
     def require_model(self, name: str | None) -> None:
-        """Raise `ApiError` (404) if another model than the one served is asked for."""
+        """Raise `ApiError` (404) if the request names another model than the served one."""
         if name is not None and name != self.model_name:
             raise model_not_found(name)
 

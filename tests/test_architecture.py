@@ -1,50 +1,82 @@
-"""Which folder may know which, and what every file keeps to."""
+"""Which folder may import which, and rules for every file."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
-#: Folder to what of ours it may import besides itself: whole packages, or single modules.
+#: Folder to our packages or modules that it may import besides itself.
 MAY_IMPORT = {
     "configs": set[str](),
     "cache": set[str](),
     "loadtest": set[str](),
-    "model": {"configs"},
+    "model": {"cache.moves", "cache.view", "configs"},
     "scheduler": {"cache", "configs", "model.interface"},
-    "server": {"scheduler", "configs", "model.formats"},
+    "server": {"scheduler", "configs", "model.formats", "model.splitmix64"},
 }
 #: The composition roots: single files that know more than their folder.
 EXCEPTIONS = {"server/daemon.py": {"model.build", "model.weights.source"}}
 
+#: Room to the rooms and modules of its own folder that it may import besides itself. Files outside
+#: the rooms may import all of their folder, but for the leaves below.
+ROOMS = {
+    "model.formats": set[str](),
+    "model.kv": set[str](),
+    "model.grammar": {"model.interface"},
+    "model.weights": {"model.architectures", "model.cpu.library", "model.formats", "model.kv.arena"}
+    | {"model.ops"},
+    "model.architectures": {"model.attention.interface", "model.formats", "model.kv.format"}
+    | {"model.ops", "model.weights"},
+    "model.attention": {"model.cpu.library", "model.cuda.ops", "model.extras", "model.kv"},
+    "model.cpu": {"model.architectures", "model.attention", "model.ops", "model.weights"},
+    "model.cuda": {"model.architectures", "model.attention", "model.extras", "model.interface"}
+    | {"model.kv", "model.ops", "model.packing", "model.runner", "model.sampling"},
+    "model.sampling": {"model.grammar", "model.interface", "model.packing", "model.splitmix64"},
+    "model.hf": {"model.architectures", "model.attention", "model.formats", "model.kv"}
+    | {"model.weights"},
+    "server.text": set[str](),
+    "server.http": {"server.answer_types", "server.logs", "server.metrics", "server.service"},
+    "server.tools": {"server.generation.generation_spec", "server.http.errors", "server.text"}
+    | {"server.structured.schemas"},
+    "server.structured": {"server.generation", "server.http", "server.service", "server.text"}
+    | {"server.tools"},
+    "server.generation": {"server.answer_types", "server.http", "server.logs", "server.service"}
+    | {"server.structured", "server.text", "server.tools"},
+}
+#: The three APIs: each may import all rooms of `server`, but none of the others.
+APIS = {"server.openai", "server.messages", "server.responses"}
 #: Heavy packages, for `model/` alone.
 ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_interface"}
 
-#: Of `model/`, what other folders and the API process load.
+#: The modules of `model/` that other folders and the API process load.
 LIGHT_IN_MODEL = {
     f"model/{name}.py"
     for name in (
-        *("__init__", "interface", "fake", "source", "hub", "weight_files"),
-        *("grammar", "grammar_check", "json_patterns", "json_schema", "matchers"),
-        *("formats/__init__", "formats/gguf", "formats/json_file"),
+        *("__init__", "interface", "fake", "fake_pages", "splitmix64"),
+        *("weights/__init__", "weights/source", "weights/hub", "weights/weight_files"),
+        *("grammar/__init__", "grammar/grammars", "grammar/check", "grammar/json_patterns"),
+        *("grammar/json_schema", "grammar/matchers"),
+        *("formats/__init__", "formats/gguf", "formats/json_file", "formats/safetensors"),
     )
 }
 
-#: What would make a pure folder depend on the world; these files of it talk to the world.
+#: Modules that a pure folder must not import; these files of it may.
 IMPURE = {"asyncio", "multiprocessing", "os", "random", "socket", "subprocess", "threading", "time"}
 WORLDLY = {
     f"scheduler/{name}.py"
     for name in (
         *("engine", "engine_main", "engine_process", "process", "channel"),
-        *("inline", "client", "resets", "streams", "watchdog"),
+        *("inline", "client", "streams", "watchdog"),
     )
 }
 
@@ -52,7 +84,7 @@ BAD_NAMES = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
 
 MAX_LINES = 400
 
-#: What only this or that machine has, put together so that this file does not contain them.
+#: Paths of single machines, put together so that this file does not contain them.
 MACHINE_PATHS = ["/" + name + "/" for name in ("root", "work", "home")]
 REGISTRY_HOSTS = [
     ".".join(parts)
@@ -69,7 +101,7 @@ SKIPPED_FOLDERS = {"__pycache__", "dist", "build", "htmlcov", "node_modules"}
 
 
 def files(folder: Path = ROOT) -> Iterator[Path]:
-    """All files of the project: what git would track, found without git."""
+    """Yield the files that git would track, without git."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [
             name
@@ -117,6 +149,32 @@ def test_a_folder_imports_only_what_it_may(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_room_imports_only_the_rooms_that_it_may(path: Path) -> None:
+    """An API has no list of its own: it may import every room, but no other API."""
+    room = ".".join(path.relative_to(ROOT).parts[:2])
+    ours = {one for one in imports(path) if one.partition(".")[0] == room.partition(".")[0]}
+    if room in APIS:
+        assert not [one for one in ours if is_within(one, APIS - {room})]
+    elif room in ROOMS:
+        assert sorted(one for one in ours if not is_within(one, {room} | ROOMS[room])) == []
+
+
+def test_every_room_has_a_rule() -> None:
+    folders = {
+        ".".join(path.relative_to(ROOT).parts[:2])
+        for path in SOURCES
+        if len(path.relative_to(ROOT).parts) > 2
+    }
+    assert folders == set(ROOMS) | APIS
+
+
+def test_the_rooms_are_documented() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+\.\w+)` \|[^|]*\| (.*) \|$", text, re.MULTILINE)
+    assert {room: set(re.findall(r"`([\w.]+)`", imported)) for room, imported in rows} == ROOMS
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_only_model_imports_heavy_packages(path: Path) -> None:
     if path.relative_to(ROOT).parts[0] != "model" or name_of(path) in LIGHT_IN_MODEL:
         assert {module.partition(".")[0] for module in imports(path)}.isdisjoint(ONLY_IN_MODEL)
@@ -128,10 +186,34 @@ def test_cache_and_scheduler_are_pure(path: Path) -> None:
         assert {module.partition(".")[0] for module in imports(path)}.isdisjoint(IMPURE)
 
 
+def module_of(path: Path) -> str:
+    return name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports inside functions and for type checkers alone count, too."""
+    modules = {module_of(path): path for path in SOURCES}
+    graph = {
+        module: {
+            imported if imported in modules else imported.rpartition(".")[0]
+            for imported in imports(path)
+        }
+        for module, path in modules.items()
+    }
+    # `from package import module` is an import of the module alone.
+    reached = {module: graph[module] & modules.keys() - {module} for module in modules}
+    cycle: list[str] = []
+    try:
+        TopologicalSorter(reached).prepare()
+    except CycleError as error:
+        cycle = error.args[1]
+    assert cycle == []
+
+
 def test_the_api_process_does_not_load_torch() -> None:
-    """What `server/daemon.py` imports, the API process pays for."""
+    """The API process pays for every import of `server/daemon.py`."""
     modules = sorted(
-        name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        module_of(path)
         for path in SOURCES
         if path.relative_to(ROOT).parts[0] in ("server", "scheduler", "cache", "configs")
     )

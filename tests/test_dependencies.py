@@ -1,4 +1,4 @@
-"""What the code imports is declared, what is declared is pinned, and images get it all."""
+"""Imported packages are declared, declared ones are pinned, and images contain them all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _names(lines: list[str]) -> set[str]:
 
 
 RUN_TIME = _names(PROJECT["project"]["dependencies"])
-#: Of the extras for users, what only they bring.
+#: Packages that only the extras for users bring.
 EXTRAS = {
     name
     for extra, lines in PROJECT["project"]["optional-dependencies"].items()
@@ -65,8 +65,8 @@ def test_what_is_declared_is_pinned() -> None:
     assert (RUN_TIME | EXTRAS) - pinned == set()
 
 
-def test_the_image_is_built_from_what_the_wheel_packs() -> None:
-    """What is not copied is not in the wheel that is built there, and nothing says so."""
+def test_the_image_copies_the_packages_of_the_wheel() -> None:
+    """A folder that is not copied is missing from the image's wheel, without an error."""
     copied = re.findall(r"^COPY (\w+) \1$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     sent = re.findall(r"^!(\w+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
     assert sorted(copied) == sorted(PACKAGES)

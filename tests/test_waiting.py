@@ -1,4 +1,4 @@
-"""No test may bet on a machine's speed: what it waits for, it waits for until it happens."""
+"""No test may bet on a machine's speed: it waits for an event until that happens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 TESTS = Path(__file__).parent
 #: Where time is measured, and suites of an environment that does not have the tests' own modules.
 _EXEMPT_FOLDERS = {"bench", "support", "node_modules"}
-#: What waits, and the place of the seconds among its arguments; None: only by name.
+#: Calls that wait, and the place of the seconds among their arguments; None: only by name.
 _WAITS = {
     "timeout": 0,
     "wait_for": 1,
@@ -75,7 +75,7 @@ def test_no_test_bets_on_a_machines_speed() -> None:
 
 
 def test_streams_are_read_by_one_parser() -> None:
-    """Whoever takes each line for data takes a comment for data, once a server is slow."""
+    """A parser that takes each line for data fails on the comments of a slow server."""
     by_hand = 'removeprefix("' + "data"
     assert [name_of(path) for path in files() if by_hand in path.read_text()] == []
 

@@ -1,6 +1,6 @@
-"""docs/api.md, made from the schemas and from the table of what is not honoured: it cannot drift.
+"""docs/api.md, made from the schemas and the tables of parameters, so it cannot drift.
 
-`python -m tools.api_table > docs/api.md`. Knows of other servers only what is written here.
+`python -m tools.api_table > docs/api.md`. Knows nothing of other servers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import orjson
 from pydantic import BaseModel
 
-from server.generation import params
+from server.generation import params, request_fields
 from server.generation.params import Unsupported
 from server.messages import params as message_params
 from server.messages.schemas import MessagesRequest
@@ -22,31 +22,31 @@ from server.responses import schemas as responses_schemas
 _HEAD = """\
 # Parameters
 
-Made by `python -m tools.api_table > docs/api.md` from `server/openai/schemas.py` and
-`server/generation/params.py`; a test keeps it equal to what they say.
+Made by `python -m tools.api_table > docs/api.md` from `server/openai/schemas.py`,
+`server/generation/request_fields.py` and `server/generation/params.py`;
+a test keeps it equal to them.
 
-- **honoured**: it does what its documentation says; a wrong value is a 400 that names it.
+- **honoured**: it works as documented; a wrong value is a 400 that names it.
 - **refused**: any value but a neutral one is a 400 that names it, never silence.
 - **warned**: the request is served, and `octavo.warnings` in the answer names the parameter.
 - **-**: not a parameter of this route; if it is sent all the same, it is warned of, like every
-  name nobody knows.
+  unknown name.
 
-The columns of vLLM and SGLang are there for those who come from them, and were written from
-memory of their 2025 versions: *yes* means taken and acted upon, *no* unknown, refused or without
-effect, *?* that we are not sure.
+The tests of this page send each parameter that it calls refused or warned of, and look at the
+answer.
 
 Several answers (`n`, `best_of`, a list of prompts) are at most 16 to a prompt and 64 to a request.
 The prompt is computed once and counted once in `usage`; its completion tokens are those of all
 answers, `best_of`'s unseen ones too. Answer `k` of a prompt has a seed made from (`seed`, `k`), and
 the first has `seed` itself, so it is the answer that `n: 1` gives. `index` is prompt * n + k.
 
-A prompt's own probabilities come in two shapes: `prompt_logprobs` (vLLM's; of a completion in each
-choice, of a chat beside the choices) and, of completions, `echo` with `logprobs` (OpenAI's older
-one, which evaluation harnesses use: `max_tokens` 0 or 1, also as a stream). Such a prompt is
-computed from its first token on, once for each answer, whatever is cached of it
-(`octavo.cache.miss_reason` says `limited`); what it computes is cached for others. An answer holds
-at most 1,048,576 of these probabilities. Of an answer's tokens, a chat tells those of reasoning and
-calls too, a response those of its text alone; a token that is shown in part is among them.
+A prompt's own probabilities come in two shapes. `prompt_logprobs` is vLLM's: of a completion in
+each choice, of a chat beside the choices. `echo` with `logprobs` is OpenAI's older one, for
+completions only (evaluation harnesses use it: `max_tokens` 0 or 1, also as a stream). Such a prompt
+is computed from its first token on, once for each answer, even if it is cached
+(`octavo.cache.miss_reason` is `limited`); its pages are cached for others. An answer holds
+at most 1,048,576 of these probabilities. Of an answer's tokens, a chat has those of reasoning and
+calls too, a response those of its text alone; a token that is sent in part is among them.
 
 `bad_words` are compared as tokens, written with a space before them and without: the same letters
 in other tokens are not found. `allowed_token_ids` goes before them, and before `min_tokens`: where
@@ -57,20 +57,20 @@ _MESSAGES = """
 ## Anthropic's Messages
 
 `POST /v1/messages` and `POST /v1/messages/count_tokens` (which takes the fields that make the
-prompt, and counts also what does not fit). The same templates, samplers and parsers answer; what
-differs:
+prompt, and also counts prompts that do not fit). Templates, samplers and parsers are the same. The
+differences:
 
 - A field named in an error or a warning is named as here, by its path: `messages.2.content.0`.
 - Content is text, `tool_use`, `tool_result` (of text), `thinking` and `redacted_thinking` (warned
   of: only its maker can read it). Pictures and documents are refused.
 - Neighbours of one role become one message, their blocks joined by a line break. A last message
   of the assistant is gone on with.
-- The result of a failed tool (`is_error`) is shown to the model behind a line `Error:`.
-- `thinking` of the types `enabled` and `disabled`, and `output_config.effort`, are what the
-  model's template calls `enable_thinking` and `reasoning_effort`; where it has no such switch,
-  they are warned of, and `thinking.budget_tokens` always. What a model thinks comes as a
+- The result of a failed tool (`is_error`) is rendered behind a line `Error:`.
+- `thinking` of the types `enabled` and `disabled`, and `output_config.effort`, set
+  `enable_thinking` and `reasoning_effort` of the model's template. Where it has no such switch,
+  they are warned of, and `thinking.budget_tokens` always. Reasoning comes as a
   `thinking` block, whose signature is empty; with the `display` `omitted` the block is too.
-- `max_tokens` above what the context has room for is cut, with a warning; an answer that reaches
+- `max_tokens` above the room in the context is cut, with a warning; an answer that reaches
   the context's end has the `stop_reason` `model_context_window_exceeded`.
 - `usage`: `cache_read_input_tokens` were found in the cache; `cache_creation_input_tokens` were
   computed and are in it from then on, in whole pages; `input_tokens` are the few behind the last
@@ -87,8 +87,8 @@ differs:
 _RESPONSES_HEAD = """\
 ## Responses
 
-`POST /v1/responses` is the chat behind other names: what is said of a parameter above holds here
-too. Made from `server/responses/schemas.py` and `server/responses/params.py`.
+`POST /v1/responses` is the chat behind other names: the rules above hold here too.
+Made from `server/responses/schemas.py` and `server/responses/params.py`.
 
 - `input`: a string, or items of the types `message` (parts `input_text`, `output_text`, `refusal`),
   `function_call`, `function_call_output`, `reasoning` and `item_reference`. Any other type of item,
@@ -107,89 +107,24 @@ too. Made from `server/responses/schemas.py` and `server/responses/params.py`.
 |---|---|---|
 """
 
-#: What vLLM does with a parameter, and SGLang.
-PEERS: Mapping[str, tuple[str, str]] = {
-    **dict.fromkeys(
-        (
-            *("model", "messages", "prompt", "n", "max_tokens", "max_completion_tokens"),
-            *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
-            *("repetition_penalty", "logit_bias", "stop", "stop_token_ids", "skip_special_tokens"),
-            *("min_tokens", "ignore_eos", "stream", "stream_options", "logprobs", "top_logprobs"),
-            *("tools", "tool_choice", "continue_final_message", "chat_template_kwargs"),
-            *("stream_options.include_usage", "stream_options.continuous_usage_stats"),
-            *("response_format", "reasoning_effort", "echo", "priority"),
-        ),
-        ("yes", "yes"),
-    ),
-    "seed": ("yes", "?"),
-    "best_of": ("?", "?"),
-    "parallel_tool_calls": ("yes", "?"),
-    "include_stop_str_in_output": ("yes", "no"),
-    "cache_salt": ("yes", "?"),
-    "add_special_tokens": ("yes", "?"),
-    "add_generation_prompt": ("yes", "no"),
-    "truncate_prompt_tokens": ("yes", "?"),
-    "return_token_ids": ("yes", "?"),
-    "include_reasoning": ("yes", "no"),
-    "timeout": ("no", "no"),
-    "use_beam_search": ("yes", "no"),
-    "length_penalty": ("yes", "no"),
-    "early_stopping": ("?", "no"),
-    "bad_words": ("yes", "no"),
-    "allowed_token_ids": ("yes", "no"),
-    "prompt_logprobs": ("yes", "no"),
-    "logits_processors": ("?", "no"),
-    "guided_json": ("?", "no"),
-    "guided_regex": ("?", "no"),
-    "guided_choice": ("?", "no"),
-    "guided_grammar": ("?", "no"),
-    "structured_outputs": ("yes", "no"),
-    "kv_transfer_params": ("yes", "no"),
-    "return_tokens_as_token_ids": ("yes", "no"),
-    "spaces_between_special_tokens": ("yes", "?"),
-    "detokenize": ("?", "no"),
-    "user": ("no", "no"),
-    "metadata": ("no", "?"),
-    "store": ("no", "no"),
-    "service_tier": ("no", "no"),
-    "safety_identifier": ("no", "no"),
-    "prompt_cache_key": ("no", "no"),
-    "prompt_cache_retention": ("no", "no"),
-    "request_id": ("yes", "no"),
-    "functions": ("no", "no"),
-    "function_call": ("no", "no"),
-    "audio": ("no", "no"),
-    "modalities": ("no", "?"),
-    "web_search_options": ("no", "no"),
-    "chat_template": ("yes", "no"),
-    "documents": ("yes", "no"),
-    "mm_processor_kwargs": ("yes", "?"),
-    "prediction": ("no", "no"),
-    "verbosity": ("no", "no"),
-    "suffix": ("?", "?"),
-    "prompt_embeds": ("yes", "?"),
-    "stream_options.include_obfuscation": ("no", "no"),
-}
-_UNSURE = ("?", "?")
 _NOT_HERE = "-"
 
 
 def page() -> str:
     """Return the whole document."""
     rows = [
-        "| parameter | chat | completions | vLLM | SGLang | |",
-        "|---|---|---|---|---|---|",
+        "| parameter | chat | completions | |",
+        "|---|---|---|---|",
     ]
     for name, chat, completion, note in entries():
-        vllm, sglang = PEERS.get(name, _UNSURE)
-        rows.append(f"| `{name}` | {chat} | {completion} | {vllm} | {sglang} | {note} |")
+        rows.append(f"| `{name}` | {chat} | {completion} | {note} |")
     rows_of_messages = [f"| `{name}` | {said} | {note} |" for name, said, note in message_entries()]
     messages = _MESSAGES + "\n".join(rows_of_messages) + "\n"
     return _HEAD + "\n" + "\n".join(rows) + "\n" + messages + "\n" + _responses_section()
 
 
 def responses_entries() -> Iterator[tuple[str, str, str]]:
-    """Yield (name, what `/v1/responses` does with it, a note): honoured ones first."""
+    """Yield (name, its treatment by `/v1/responses`, a note): honoured ones first."""
     request = responses_schemas.ResponsesRequest
     chat = _said(schemas.ChatRequest, params.CHAT)
     said = _said(request, responses_params.RESPONSES)
@@ -215,8 +150,8 @@ def _responses_section() -> str:
 
 
 def entries() -> Iterator[tuple[str, str, str, str]]:
-    """Yield (name, what chats do with it, what completions do, a note): honoured ones first."""
-    options = _said(schemas.StreamOptions, params.STREAM_OPTIONS)
+    """Yield (name, its treatment by chats, by completions, a note): honoured ones first."""
+    options = _said(request_fields.StreamOptions, params.STREAM_OPTIONS)
     nested = {f"stream_options.{name}": said for name, said in options.items()}
     chat = _said(schemas.ChatRequest, params.CHAT) | nested
     completion = _said(schemas.CompletionRequest, params.COMPLETION) | nested
@@ -229,7 +164,7 @@ def entries() -> Iterator[tuple[str, str, str, str]]:
 
 
 def message_entries() -> Iterator[tuple[str, str, str]]:
-    """Yield (name, what Messages do with it, a note): honoured ones first."""
+    """Yield (name, its treatment by Messages, a note): honoured ones first."""
     said = _said(MessagesRequest, message_params.MESSAGES)
     passed = dict.fromkeys(message_params.PASSED, ("honoured", "as in chats"))
     order = ("honoured", "refused", "warned")
@@ -238,7 +173,7 @@ def message_entries() -> Iterator[tuple[str, str, str]]:
 
 
 def _said(request: type[BaseModel], table: Mapping[str, Unsupported]) -> dict[str, tuple[str, str]]:
-    """Return what becomes of each parameter of one route, and why."""
+    """Return the treatment of each parameter of one route, and the reason."""
     said = {
         name: ("honoured", field.description or "") for name, field in request.model_fields.items()
     }
@@ -250,7 +185,7 @@ def _said(request: type[BaseModel], table: Mapping[str, Unsupported]) -> dict[st
 
 
 def _note(in_chat: tuple[str, str], in_completion: tuple[str, str]) -> str:
-    """Return what there is to add, apart where the two routes differ."""
+    """Return the note, one for each route where they differ."""
     notes = dict.fromkeys((in_chat[1], in_completion[1]))
     if len(notes) > 1 and _NOT_HERE not in {in_chat[0], in_completion[0]}:
         named = (("chat", in_chat[1]), ("completions", in_completion[1]))

@@ -14,165 +14,30 @@ class Bug(NamedTuple):
     new: str
 
 
-KV, RADIX, POLICY = "cache/kv_cache.py", "cache/radix.py", "cache/policy.py"
-
-CACHE_BUGS = [
-    Bug(
-        "a duplicate page is freed at commit",
-        KV,
-        "self._num_duplicate_pages += 1\n",
-        "self._num_duplicate_pages += 1\n"
-        "                self._pool.give_back([allocation.page_ids[index]])\n",
-    ),
-    Bug(
-        "commit replaces an entry of the block table",
-        KV,
-        "            allocation.lease.extend(node)\n",
-        "            allocation.lease.extend(node)\n"
-        "            allocation.page_ids[index] = node.page_id\n",
-    ),
-    Bug("a duplicate page leaks", KV, "return duplicates + page_ids", "return page_ids"),
-    Bug(
-        "the copy is a token short",
-        KV,
-        "PageCopy(source, target, prefix.num_head_tokens)",
-        "PageCopy(source, target, prefix.num_head_tokens - 1)",
-    ),
-    Bug(
-        "the copy goes to the wrong page",
-        KV,
-        "prefix.source.page_id, page_ids[len(prefix.path)]",
-        "prefix.source.page_id, page_ids[-1]",
-    ),
-    Bug(
-        "the last token is not computed",
-        KV,
-        "        limit = len(tokens) - 1\n",
-        "        limit = len(tokens)\n",
-    ),
-    Bug(
-        "pages about to be leased count as evictable",
-        KV,
-        "self.available_pages - _num_unleased(path)",
-        "self.available_pages",
-    ),
-    Bug(
-        "pages leased already are subtracted again",
-        KV,
-        "        if node.leases:\n            return count\n",
-        "        if node.leases:\n            continue\n",
-    ),
-    Bug(
-        "a page not quite full is committed",
-        KV,
-        "num_whole_pages = num_computed // self._page_size",
-        "num_whole_pages = (num_computed + 1) // self._page_size",
-    ),
-    Bug(
-        "a frontier outlives its sequence",
-        KV,
-        "        self._drop_frontier(allocation)\n        del self._live[allocation]\n",
-        "        del self._live[allocation]\n",
-    ),
-    Bug(
-        "a cached page is said to be in flight",
-        KV,
-        "(end, key) in self._frontiers and end.child(key) is None",
-        "(end, key) in self._frontiers",
-    ),
-    Bug(
-        "the reserve is forgotten",
-        KV,
-        "num_new_pages + reserve_pages > available_pages",
-        "num_new_pages > available_pages",
-    ),
-    Bug(
-        "growth takes more than there is",
-        KV,
-        "if num_new_pages > self.available_pages:",
-        "if num_new_pages > self.available_pages + 1:",
-    ),
-    Bug(
-        "a use does not make a path recent",
-        RADIX,
-        "            node.leases -= 1\n            node.last_used = self._now\n",
-        "            node.leases -= 1\n",
-    ),
-    Bug("a copy does not make its source recent", KV, "self._tree.touch(prefix.source)", "pass"),
-    Bug("a leased leaf stays evictable", RADIX, "self._queue.discard(nodes[-1])", "pass"),
-    Bug(
-        "a parent whose last child went is forgotten",
-        RADIX,
-        "            self._queue_if_evictable(parent)\n",
-        "            pass\n",
-    ),
-    Bug(
-        "only the child after the probe is looked at",
-        RADIX,
-        "node.children[max(position - 1, 0) : position + 1]",
-        "node.children[position : position + 1]",
-    ),
-    Bug(
-        "only the child before the probe is looked at",
-        RADIX,
-        "node.children[max(position - 1, 0) : position + 1]",
-        "node.children[max(position - 1, 0) : position]",
-    ),
-    Bug(
-        "a token half shared counts as shared",
-        RADIX,
-        "_num_shared_bytes(child.key[: len(probe)], probe) // TOKEN_BYTES",
-        "-(-_num_shared_bytes(child.key[: len(probe)], probe) // TOKEN_BYTES)",
-    ),
-    Bug(
-        "namespaces share",
-        RADIX,
-        "root = self._roots.get(namespace)\n        if root is None:\n            return",
-        "root = self._roots.get('')\n        if root is None:\n            return",
-    ),
-    Bug(
-        "an empty namespace stays",
-        RADIX,
-        "if not root.leases and not root.children:",
-        "if not root.leases and not root.children and not root.namespace:",
-    ),
-    Bug(
-        "pins do not matter",
-        POLICY,
-        "heappush(self._heap, (node.pins > 0, self._policy(node), node.ticket, node))",
-        "heappush(self._heap, (False, self._policy(node), node.ticket, node))",
-    ),
-    Bug(
-        "the queue serves a dead entry",
-        POLICY,
-        "            if node.ticket == ticket:\n                node.ticket = 0\n",
-        "            if node.ticket:\n                node.ticket = 0\n",
-    ),
-]
-
+VIEW = "cache/view.py"
 SCHEDULER, SEQUENCE = "scheduler/scheduler.py", "scheduler/sequence.py"
 TABLE, SUSPECTS = "scheduler/table.py", "scheduler/suspects.py"
-REFUSAL = "scheduler/refusal.py"
+REFUSAL = "scheduler/admission.py"
 PLAN = "scheduler/plan.py"
 
 SCHEDULER_BUGS = [
     Bug(
         "a preempted sequence keeps its count of computed tokens",
         TABLE,
-        "        sequence.num_computed = sequence.num_landed = 0\n",
+        "        sequence.num_computed = sequence.num_completed = 0\n",
         "",
     ),
     Bug(
         "cached tokens are computed again, over shared pages",
         TABLE,
-        "        sequence.num_computed = sequence.num_landed = num_cached\n",
-        "        sequence.num_computed = sequence.num_landed = 0\n",
+        "        sequence.num_computed = sequence.num_completed = num_cached\n",
+        "        sequence.num_computed = sequence.num_completed = 0\n",
     ),
     Bug(
         "page copies are forgotten",
         SCHEDULER,
-        "        plan.step.copies.extend(\n",
-        "        list(\n",
+        "        plan.step.moves.extend(allocation.moves)\n",
+        "",
     ),
     Bug(
         "a slot is not given back",
@@ -207,9 +72,9 @@ SCHEDULER_BUGS = [
     ),
     Bug(
         "a chunk may be longer than what is left of the budget",
-        SCHEDULER,
-        "                count = min(missing, budget_tokens)\n",
-        "                count = missing\n",
+        TABLE,
+        "count = min(len(sequence.token_ids) - end, budget_tokens)\n",
+        "count = len(sequence.token_ids) - end\n",
     ),
     Bug(
         "a prompt that can never fit is let into the queue",
@@ -226,13 +91,13 @@ SCHEDULER_BUGS = [
     Bug(
         "pages count as computed while their step is under way",
         TABLE,
-        "self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_landed)",
+        "self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_completed)",
         "self._cache.free(sequence.allocation, sequence.token_ids, sequence.num_computed)",
     ),
     Bug(
         "a chunk that does not reach the end samples all the same",
         PLAN,
-        "    if end == len(sequence.token_ids):\n",
+        "    if end == len(token_ids):\n",
         "    if True:\n",
     ),
     Bug(
@@ -250,8 +115,54 @@ SCHEDULER_BUGS = [
     Bug(
         "a token is sampled though none is wanted",
         SCHEDULER,
-        "            if sequence.params.max_tokens == 0:\n",
+        "            if sequence.params.max_tokens == 0 and index not in output.not_finite:\n",
         "            if False:\n",
+    ),
+    Bug(
+        "what a late token reads when it is computed again is dropped",
+        SCHEDULER,
+        "self._view.unread_pages(sequence.num_completed, page_size)",
+        "self._view.unread_pages(sequence.num_computed, page_size)",
+    ),
+]
+
+#: About the pages that a sequence under a window gives back.
+WINDOW_BUGS = [
+    Bug(
+        "a page too many is dropped",
+        VIEW,
+        "self.start(position) // page_size)",
+        "self.start(position) // page_size + 1)",
+    ),
+    Bug(
+        "nothing is dropped",
+        SCHEDULER,
+        "self._cache.drop(allocation, unread)",
+        "pass",
+    ),
+    Bug(
+        "a prompt gets no room for its next token",
+        SCHEDULER,
+        "elif is_full and not is_decode and not self._table.go_on(sequence):",
+        "elif False:",
+    ),
+    Bug(
+        "a chunk outgrows its table",
+        TABLE,
+        "        return len(allocation.page_ids) * self._page_size - end\n",
+        "        return count\n",
+    ),
+    Bug(
+        "a prompt longer than the pool counts as too long",
+        SCHEDULER,
+        "cache.max_tokens + 1",
+        "info.num_pages * info.page_size + 1",
+    ),
+    Bug(
+        "a request that fits under its window finds no room",
+        REFUSAL,
+        "        num_tokens = min(num_tokens, num_sequences * self.max_held_tokens)\n",
+        "",
     ),
 ]
 
@@ -260,7 +171,7 @@ OVERLAP_BUGS = [
     Bug(
         "a step counts for a sequence that was preempted and came back meanwhile",
         SCHEDULER,
-        "if allocation is None or allocation.page_ids is not step.page_ids[row]:",
+        "if allocation is None or allocation.page_ids is not page_ids:",
         "if allocation is None:",
     ),
     Bug(
@@ -276,7 +187,7 @@ OVERLAP_BUGS = [
         "",
     ),
     Bug("a late token is counted on", SEQUENCE, "self.constraint is not None or len", "len"),
-    Bug("a late token is not computed again", SCHEDULER, "num_computed -= 1", "num_computed -= 0"),
+    Bug("a late token is not computed again", TABLE, "num_computed -= 1", "num_computed -= 0"),
     Bug(
         "a late token counts in the queue", "scheduler/queue.py", "_tokens -= 1\n", "_tokens -= 0\n"
     ),
@@ -294,8 +205,8 @@ FAULT_BUGS = [
     Bug(
         "tokens that never came stay",
         TABLE,
-        "            del sequence.token_ids[-1]\n",
-        "            break\n",
+        "            del sequence.token_ids[-1]\n        self._leave",
+        "            break\n        self._leave",
     ),
     Bug("pages that are not finite stay cached", TABLE, "if sequence.trusts_cache:", "if True:"),
     Bug(

@@ -1,8 +1,8 @@
-"""Seed one bug after another, and see whether the state machine of that package finds it.
+"""Seeds one bug after another, and checks whether the state machine of that package finds it.
 
 `python -m tools.seeded_bugs cache [NAME ...]`: exits 1 if a bug stays unfound. Not part of the test
-suite: it says how good the suite is. Each bug is a piece of source text replaced in a copy of the
-project, so the checkout is never touched.
+suite: it measures how good the suite is. Each bug replaces a piece of source text in a copy of the
+project, so the checkout is never changed.
 """
 
 # ruff: noqa: T201 - a script that reports
@@ -18,12 +18,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-from tools.bugs import CACHE_BUGS, FAULT_BUGS, OVERLAP_BUGS, SCHEDULER_BUGS, Bug
+from tools.bugs import FAULT_BUGS, OVERLAP_BUGS, SCHEDULER_BUGS, WINDOW_BUGS, Bug
+from tools.cache_bugs import CACHE_BUGS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 300
 
-#: Search longer than the suite does, remember nothing, and do not simplify what is found.
+#: Search longer than the suite does, remember nothing, and do not simplify a failure.
 PROFILE = """
 from hypothesis import HealthCheck, Phase, settings
 settings.register_profile(
@@ -42,12 +43,13 @@ SUITES = {
     "cache": Suite("tests/cache/test_machine.py", CACHE_BUGS),
     "scheduler": Suite("tests/scheduler/test_machine.py", SCHEDULER_BUGS),
     "overlap": Suite("tests/scheduler/test_overlap.py", OVERLAP_BUGS),
+    "windows": Suite("tests/scheduler/test_windows.py", WINDOW_BUGS),
     "faults": Suite("tests/scheduler/test_faults.py", FAULT_BUGS),
 }
 
 
 def copy_project(folder: Path) -> None:
-    """Copy what the tests import; not the checkout's history, models and environments."""
+    """Copy the tests' imports; not the checkout's history, models and environments."""
     for package in ("cache", "configs", "model", "scheduler", "server", "tests"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, folder / package, ignore=ignore)
@@ -60,7 +62,7 @@ def seed(folder: Path, bug: Bug) -> str:
     path = folder / bug.file
     text = path.read_text()
     if text.count(bug.old) != 1 or bug.old == bug.new:
-        raise SystemExit(f"{bug.name}: the text to replace must stand exactly once in {bug.file}")
+        raise SystemExit(f"{bug.name}: the text to replace must occur exactly once in {bug.file}")
     path.write_text(text.replace(bug.old, bug.new))
     return text
 

@@ -4,11 +4,11 @@
 # says what is there already). FlashAttention-3 is packed anew: xz makes half of its 60 MiB. Run it
 # where pip works, in the environment that `make check` installs.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PATH="$PWD/.venv/bin:$PATH"
 
 FLASH_ATTENTION_3=tokenspeed-fa3==3.0.0.post20260810
-MOST_BYTES=$((64 * 1024 * 1024))
+MAX_BYTES=$((64 * 1024 * 1024))
 platforms=()
 for tag in manylinux_2_31 manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 \
     manylinux2014 manylinux1; do
@@ -34,7 +34,7 @@ python3 -m zipfile -e "$unpacked"/wheel/*.whl "$unpacked/site"
 tar --create --directory "$unpacked/site" . | xz -6 --threads=0 >.whl/flash-attention-3.tar.xz
 bytes=$(du --summarize --bytes .whl | cut --fields 1)
 echo "${#pins[@]} packages and FlashAttention-3: $((bytes / 1024 / 1024)) MiB"
-if ((bytes > MOST_BYTES)); then
-    echo "more than a machine takes: $MOST_BYTES bytes" >&2
+if ((bytes > MAX_BYTES)); then
+    echo "more than a machine takes: $MAX_BYTES bytes" >&2
     exit 1
 fi

@@ -1,4 +1,4 @@
-"""What is proved and measured on a GPU, and the small case that rehearses it on any CPU.
+"""The case that is proved and measured on a GPU, and the small one that rehearses it on a CPU.
 
 In a rehearsal every line of the scripts is run, with figures that mean nothing: torch's code stands
 in for FlashAttention's, Triton's and CUDA graphs'.
@@ -44,7 +44,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured where."""
+    """The model, the sizes and the device of a measurement."""
 
     device: torch.device
     dtype: torch.dtype
@@ -57,24 +57,24 @@ class Case:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The model's."""
+        """Return the model's config."""
         config: dict[str, Any] = json.loads(self.path.read_text())
         return config
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """Query heads, KV heads and their width."""
+        """Return the numbers of query heads and of KV heads, and their width."""
         heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
         return heads, kv_heads, self.config["hidden_size"] // heads
 
     @property
     def layers(self) -> int:
-        """The model's."""
+        """Return the number of layers."""
         return int(self.config["num_hidden_layers"])
 
     @property
     def layer_weights(self) -> int:
-        """What all layers multiply with."""
+        """Return the parameters of all layers' matrix products."""
         heads, kv_heads, head_dim = self.heads
         hidden, inner = self.config["hidden_size"], self.config["intermediate_size"]
         attention = hidden * head_dim * 2 * (heads + kv_heads)
@@ -82,17 +82,17 @@ class Case:
 
     @property
     def head_weights(self) -> int:
-        """What gives the logits."""
+        """Return the parameters of the product that gives the logits."""
         return int(self.config["hidden_size"] * self.config["vocab_size"])
 
     @property
     def kv_token_bytes(self) -> int:
-        """A token's key and value, in one layer."""
+        """Return the bytes of a token's key and value, in one layer."""
         _, kv_heads, head_dim = self.heads
         return 2 * kv_heads * head_dim * self.dtype.itemsize
 
     def record(self) -> Record:
-        """Return what records a computation, where the device can."""
+        """Return the recorder of computations, where the device has one."""
         return record_on_cuda(self.device) if self.device.type == "cuda" else lambda one: one
 
 
@@ -135,7 +135,7 @@ REHEARSAL = Case(
 
 
 def seconds(device: torch.device, compute: Callable[[], object], *, repeats: int = 20) -> float:
-    """Return what one run takes: the median of several, after three to warm up."""
+    """Return the seconds of one run: the median of several, after three to warm up."""
     for _ in range(3):
         compute()
     return statistics.median(_once_s(device, compute) for _ in range(repeats))
@@ -156,13 +156,13 @@ def _once_s(device: torch.device, compute: Callable[[], object]) -> float:
 
 @dataclass
 class Limits:
-    """What this very device does at its best."""
+    """The measured limits of this device."""
 
     case: Case
 
     @cached_property
     def copy_bytes_per_s(self) -> float:
-        """Bytes read and written a second."""
+        """Return the bytes read and written a second."""
         device = self.case.device
         source = torch.empty(self.case.sizes.copy_bytes, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
@@ -170,14 +170,14 @@ class Limits:
 
     @cached_property
     def flops(self) -> float:
-        """Of a square product of random numbers."""
+        """Return the operations a second of a square product of random numbers."""
         rows, device, dtype = self.case.sizes.matrix_rows, self.case.device, self.case.dtype
         a, b = (torch.randn(rows, rows, device=device, dtype=dtype) for _ in range(2))
         return 2.0 * rows**3 / seconds(device, lambda: a @ b)
 
 
 def case_of(device: str) -> Case:
-    """Return what is done on `cuda`, or, to rehearse it, on `cpu`; exits where there is no GPU."""
+    """Return the case of `cuda` or, to rehearse it, of `cpu`; exit if there is no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no GPU here")
     return ON_GPU if device == "cuda" else REHEARSAL

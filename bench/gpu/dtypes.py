@@ -1,11 +1,11 @@
 """The decoder's way on CUDA, on tensors that have a device, a dtype and a shape but no memory.
 
 `python bench/gpu/dtypes.py`: needs FlashAttention-3 and a torch built for CUDA, but no GPU.
-torch refuses what a GPU would: operands on two devices or of two dtypes, arguments that a kernel
-does not take. Triton's operations have torch's in their place.
+torch refuses the same calls as a GPU: operands on two devices or of two dtypes, arguments that a
+kernel does not take. Triton's operations have torch's in their place.
 """
 
-# ruff: noqa: T201 - printing is all it is for
+# ruff: noqa: T201 - printing is its only purpose
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from model.attention import flash
 from model.attention.interface import AttentionBatch
 from model.cuda.decoder import GpuDecoder
 from model.cuda.ops import GpuOps
+from model.kv.format import float_format
 from model.kv.pool import KVPool
 from model.ops import TorchOps
 from model.weights import load
@@ -42,7 +43,7 @@ CUDA, PAGE_SIZE = torch.device("cuda"), 64
 
 
 class InThisThread(Executor):
-    """Runs what it is given at once: such tensors are the business of one thread."""
+    """An executor that runs calls at once, since such tensors belong to one thread."""
 
     def __init__(self, *_args: object) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class InThisThread(Executor):
 
 
 class FusedOps(TorchOps):
-    """What Triton's operations do, by torch's, which refuse other dtypes."""
+    """Triton's operations by torch's, which refuse other dtypes."""
 
     def rope_and_store(
         self,
@@ -81,17 +82,8 @@ def attention_on(transformer: Transformer, dtype: torch.dtype) -> flash.FlashAtt
         return module.flash_attn_with_kvcache(*args, **(kwargs | {"num_splits": 2}))
 
     named = cast("ModuleType", SimpleNamespace(flash_attn_with_kvcache=in_two_splits))
-    arch = transformer.arch
-    pool = KVPool(
-        num_layers=arch.num_layers,
-        num_pages=9,
-        page_size=PAGE_SIZE,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        dtype=dtype,
-        device=CUDA,
-    )
-    spec = transformer.attention_spec(dtype)
+    spec = transformer.attention_spec(float_format(dtype))
+    pool = KVPool(spec.layout(PAGE_SIZE), 9, CUDA)
     return flash.FlashAttention(spec, pool, partial(flash._flash_attention_3, named))
 
 

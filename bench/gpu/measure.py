@@ -1,12 +1,12 @@
 """How near the GPU's limits the engine comes: a table, as JSON and as markdown.
 
 `python bench/gpu/measure.py OUT [--budget-s 480] [--only SECTION ...]`: Llama-3.1-8B's shape
-in bfloat16 with random weights. A section that fails, or that there is no time left for, is said to
-have; the others stand. What a limit is, is measured first: a copy, a matrix product. `--device cpu`
+in bfloat16 with random weights. A section that fails, or has no time left, is reported as failed
+and leaves the others valid. The limits are measured first: a copy, a matrix product. `--device cpu`
 rehearses it without a GPU: a tiny model, small sizes, and figures that mean nothing.
 """
 
-# ruff: noqa: T201 - printing is all a benchmark is for
+# ruff: noqa: T201 - printing is its only purpose
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ from cases import Case, Limits, case_of, seconds
 
 from configs.schema import ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.attention.interface import AttentionBatch, AttentionSpec
+from model.attention.interface import AttentionBatch, AttentionSpec, PagedAttention
 from model.attention.registry import choose_backend
-from model.cuda.decoder import has_pages
 from model.interface import (
     Constraint,
-    Flight,
+    InFlightStep,
     ModelInfo,
     ModelRunner,
     SamplingParams,
@@ -45,9 +44,10 @@ from model.interface import (
     StepOutput,
     Vocabulary,
 )
+from model.kv.format import float_format
 from model.kv.pool import KVPool
 from scheduler.engine import Engine
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 
 
 @dataclass
@@ -66,14 +66,14 @@ class Report:
 
     @contextmanager
     def finding(self, what: str) -> Iterator[str]:
-        """Note that there is no figure of it where it fails; what comes after it goes on."""
+        """Record a section's failure, and continue with the next."""
         try:
             yield what
         except Exception as error:  # noqa: BLE001 - it is the finding
             self.failed(what, f"{type(error).__name__}: {error}")
 
     def failed(self, what: str, why: str) -> None:
-        """Note what there is no figure of."""
+        """Record a failure in place of a figure."""
         self.rows.append({"what": what, "failed": why})
         print(f"{what}: FAILED: {why}", flush=True)
 
@@ -85,21 +85,14 @@ def attention(case: Case, name: str, rows: int, context: int, queries: int) -> t
     num_bytes = rows * context * case.kv_token_bytes
     layers = max(1, min(case.layers, 2**28 // num_bytes))
     windows = (None,) * layers
+    stored = float_format(dtype)
     spec = AttentionSpec(
-        layers, heads, kv_heads, head_dim, head_dim**-0.5, windows, dtype, dtype, device
+        layers, heads, kv_heads, head_dim, head_dim**-0.5, windows, dtype, stored, device
     )
     offer = choose_backend(name, spec)
     page_size = offer.page_size(None)
     each = -(-context // page_size)
-    pool = KVPool(
-        num_layers=layers,
-        num_pages=rows * each,
-        page_size=page_size,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        device=device,
-    )
+    pool = KVPool(spec.layout(page_size), rows * each, device)
     table = torch.randperm(rows * each, device=device).int().view(rows, each)
     positions = torch.arange(context - queries, context, device=device).repeat(rows, 1)
     slots = table.long().gather(1, positions // page_size) * page_size + positions % page_size
@@ -123,7 +116,7 @@ def attention(case: Case, name: str, rows: int, context: int, queries: int) -> t
         found = q
         for layer in range(layers):
             # Where it can, without the write of the step's own keys.
-            read = has_pages(backend)
+            read = isinstance(backend, PagedAttention)
             found = backend.read(layer, q) if read else backend.attend(layer, q, k, k)
         return found
 
@@ -131,7 +124,7 @@ def attention(case: Case, name: str, rows: int, context: int, queries: int) -> t
 
 
 def measure_attention(report: Report) -> None:
-    """Decode against a copy, prompts against a matrix product."""
+    """Compare decodes with a copy, and prompts with a matrix product."""
     case, limits = report.case, report.limits
     for name, (rows, context) in product(case.backends, case.sizes.decodes):
         with report.finding(f"decode attention, {name}, {rows} x {context}") as what:
@@ -159,17 +152,17 @@ class Timed:
         return self.runner.info
 
     @property
-    def max_flights(self) -> int:
-        return self.runner.max_flights
+    def max_steps_in_flight(self) -> int:
+        return self.runner.max_steps_in_flight
 
-    def launch(self, step: StepInput) -> Flight:
-        return _TimedFlight(self, self.runner.launch(step))
+    def launch(self, step: StepInput) -> InFlightStep:
+        return _TimedStep(self, self.runner.launch(step))
 
     def idle(self) -> bool:
         return self.runner.idle()
 
-    def learn(self, vocabulary: Vocabulary) -> None:
-        self.runner.learn(vocabulary)
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        self.runner.set_vocabulary(vocabulary)
 
     def prepare(self, grammar: str) -> Future[Constraint]:
         return self.runner.prepare(grammar)
@@ -179,19 +172,19 @@ class Timed:
 
 
 @dataclass
-class _TimedFlight:
+class _TimedStep:
     timed: Timed
-    flight: Flight
+    in_flight_step: InFlightStep
 
     def wait(self) -> StepOutput:
         began_s = time.perf_counter()
-        output = self.flight.wait()
+        output = self.in_flight_step.wait()
         self.timed.waited_s += time.perf_counter() - began_s
         return output
 
 
 def measure_engine(report: Report) -> None:
-    """Steps of the whole engine, in this process."""
+    """Measure steps of the whole engine, in this process."""
     case, sizes, limits = report.case, report.case.sizes, report.limits
     config = OctavoConfig(
         model=ModelSection.model_validate({"device": case.device.type}),
@@ -214,7 +207,11 @@ def measure_engine(report: Report) -> None:
 
     def submit(num_tokens: int, max_tokens: int) -> None:
         prompt = tuple(chance.randrange(timed.info.vocab_size) for _ in range(num_tokens))
-        engine.handle(Submit(next(ids), prompt, SamplingParams(max_tokens, 0.0, ignore_eos=True)))
+        engine.handle(
+            Submit(
+                next(ids), GenerateRequest(prompt, SamplingParams(max_tokens, 0.0, ignore_eos=True))
+            )
+        )
 
     def drain() -> float:
         began_s = time.perf_counter()
@@ -265,7 +262,7 @@ def _decode_s(engine: Engine, timed: Timed, rows: int, most: int) -> tuple[float
 
 
 def measure_limits(report: Report) -> None:
-    """What shares are of."""
+    """Report the limits that shares refer to."""
     report.add("copy", report.limits.copy_bytes_per_s / 1e12, "TB/s, read and written")
     report.add("matrix product", report.limits.flops / 1e12, "TFLOP/s")
 
@@ -290,7 +287,7 @@ def markdown(rows: Iterable[dict[str, Any]], about: str) -> str:
 
 
 def main() -> None:
-    """Measure what is asked for, write as it comes."""
+    """Measure the requested sections, and write each result at once."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -1,13 +1,13 @@
-"""What a run on a GPU machine needs beside our own code: what to carry there, and whether it came.
+"""The packages that a run on a GPU machine needs beside our own code, and a check that they came.
 
-`python bench/gpu/needs.py pins`: of all that is required at run time or imported by what runs
-there, and of all that these require in turn, less what the machine has. Read from the metadata of
-this environment, so all of it has to be installed here (`make check`).
-`python bench/gpu/needs.py check`: imports all that what runs there imports, also inside
-functions; exit status 1 if something cannot be imported.
+`python bench/gpu/needs.py pins`: the run-time requirements and imports of the code that runs
+there, with their own requirements, without the packages that the machine has. Read from the
+metadata of this environment, so all of them have to be installed here (`make check`).
+`python bench/gpu/needs.py check`: imports every module that this code imports, also inside
+functions; exit status 1 if one cannot be imported.
 """
 
-# ruff: noqa: T201 - printing is what it is for
+# ruff: noqa: T201 - the result is printed
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-#: What runs there.
+#: The code that runs there.
 FOLDERS = ("cache", "configs", "loadtest", "model", "scheduler", "server", "bench/gpu")
-#: What the machine has and keeps: large, or tied to a version by something large.
+#: The packages of the machine that stay: large, or tied to a version by something large.
 THERE = {"huggingface-hub", "numpy", "tokenizers", "torch", "transformers", "triton"}
-#: What requirements are for.
+#: The machine that requirements are evaluated for.
 TARGET = {
     "implementation_name": "cpython",
     "platform_machine": "x86_64",
@@ -41,7 +41,7 @@ TARGET = {
 
 
 def imports() -> list[tuple[str, str]]:
-    """Return (module, name taken from it or nothing) of every import in what runs there."""
+    """Return (module, name taken from it or nothing) of each import in the code that runs there."""
     found: set[tuple[str, str]] = set()
     for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -53,7 +53,7 @@ def imports() -> list[tuple[str, str]]:
 
 
 def roots() -> list[Requirement]:
-    """Return what is required at run time, and the packages of all that is imported."""
+    """Return the run-time requirements, and the packages of all imports."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     tops = {module.partition(".")[0] for module, _ in imports()}
     ours = {*FOLDERS, *(path.stem for path in Path(__file__).parent.glob("*.py"))}
@@ -63,7 +63,7 @@ def roots() -> list[Requirement]:
 
 
 def closure(waiting: list[Requirement], without: AbstractSet[str] = frozenset()) -> set[str]:
-    """Return the names of these and of all they require in turn, but for what `without` names."""
+    """Return the names of these and all their requirements, without those in `without`."""
     seen: set[tuple[str, str]] = set()
     while waiting:
         requirement = waiting.pop()
@@ -79,7 +79,7 @@ def closure(waiting: list[Requirement], without: AbstractSet[str] = frozenset())
 
 
 def pins() -> list[str]:
-    """Return the pins of what is needed and not there; KeyError for what has none."""
+    """Return the pins of the missing packages; raise KeyError for one without a pin."""
     lines = (ROOT / "constraints.txt").read_text().split()
     pinned: dict[str, str] = {
         canonicalize_name(line.partition("==")[0]): line for line in lines if "==" in line
@@ -88,18 +88,18 @@ def pins() -> list[str]:
 
 
 def why_not(module: str, name: str) -> str:
-    """Import it; say what is in the way, or nothing."""
+    """Import a module; return the error, or nothing."""
     try:
         found = importlib.import_module(module)
         if name and not hasattr(found, name):
             importlib.import_module(f"{module}.{name}")
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+    except Exception as error:  # noqa: BLE001 - any error is the finding
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def check() -> int:
-    """Import everything; print what cannot be."""
+    """Import everything, and print the modules that cannot be imported."""
     began_s, needed = time.perf_counter(), imports()
     failed = {
         (module, name): reason for module, name in needed if (reason := why_not(module, name))

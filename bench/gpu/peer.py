@@ -4,7 +4,7 @@
 rehearses it without a GPU: see `cases.py`.
 """
 
-# ruff: noqa: T201 - printing is all a benchmark is for
+# ruff: noqa: T201 - printing is its only purpose
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model_of(case: Case) -> Any:
 
 
 def memory_of(case: Case) -> Any:
-    """Say how much of it the keys and values take: on a GPU as much as it finds."""
+    """Return the number of blocks for keys and values; on a GPU the peer decides."""
     if case.device.type == "cuda":
         return None
     return transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256)
@@ -42,9 +42,9 @@ def memory_of(case: Case) -> Any:
 
 def tokens_per_s(model: Any, case: Case, rows: int) -> float:
     """Generate side by side; RuntimeError where it did not, which the library only logs."""
-    num_tokens, chance = case.sizes.num_steps, random.Random(rows)
+    num_tokens, rng = case.sizes.num_steps, random.Random(rows)
     vocabulary = range(case.config["vocab_size"])
-    prompts = [chance.choices(vocabulary, k=case.sizes.context) for _ in range(rows)]
+    prompts = [rng.choices(vocabulary, k=case.sizes.context) for _ in range(rows)]
     generation = transformers.GenerationConfig(
         max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )

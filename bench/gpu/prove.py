@@ -1,10 +1,10 @@
-"""Whether what was written for CUDA is right there: kernels, operations, and the same tokens.
+"""Checks the code for CUDA on a GPU: kernels, operations, and the same tokens as on a CPU.
 
 `python bench/gpu/prove.py`: one line a check, exit status 1 if one fails. Takes a minute.
 `--device cpu` rehearses it without a GPU: see `cases.py`.
 """
 
-# ruff: noqa: T201 - printing is all it is for
+# ruff: noqa: T201 - printing is its only purpose
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from model.attention.reference import ReferenceAttention
 from model.attention.registry import choose_backend
 from model.cuda.ops import GpuOps
 from model.interface import SamplingParams
+from model.kv.format import float_format
 from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 from scheduler.engine import Engine
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -42,7 +43,7 @@ BF16 = torch.bfloat16
 TOLERANCE = 2e-2
 DECODES = ((1, 1), (1, 64), (1, 65), (1, 1000), (1, 5003))
 MIXED = ((1, 300), (1, 17), (200, 200), (129, 700), (2, 64))
-#: What gives the tokens that are compared.
+#: The model whose tokens are compared.
 TINY = REHEARSAL.path
 
 
@@ -76,14 +77,14 @@ class Scene:
         self.parts = starts, lens, table, positions, longest
 
     def wanted(self) -> Tensor:
-        """Return what it should come to, in float64 on the CPU."""
+        """Return the expected result, in float64 on the CPU."""
         spec, pool, batch = self._on(CPU, torch.float64)
         backend = ReferenceAttention(spec, pool, torch.float64)
         backend.plan(batch)
         return backend.attend(0, *self._split(CPU, torch.float64))
 
     def found(self, name: str, case: Case, *, is_recorded: bool = False) -> Tensor:
-        """Return what a backend makes of it, as float64 on the CPU."""
+        """Return the result of a backend, as float64 on the CPU."""
         spec, pool, batch = self._on(case.device, BF16)
         backend: AttentionBackend = choose_backend(name, spec).build(spec, pool)
         q, k, v = self._split(case.device, BF16)
@@ -106,20 +107,11 @@ class Scene:
         self, device: torch.device, dtype: torch.dtype
     ) -> tuple[AttentionSpec, KVPool, AttentionBatch]:
         scale, windows = self.head_dim**-0.5, (self.window,)
-        spec = AttentionSpec(
-            1, self.heads, self.kv_heads, self.head_dim, scale, windows, dtype, dtype, device
-        )
-        pool = KVPool(
-            num_layers=1,
-            num_pages=self.past.shape[1],
-            page_size=self.page_size,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            dtype=dtype,
-            device=device,
-        )
-        pool.keys(0).copy_(self.past[0])
-        pool.values(0).copy_(self.past[1])
+        heads, stored = (self.heads, self.kv_heads, self.head_dim), float_format(dtype)
+        spec = AttentionSpec(1, *heads, scale, windows, dtype, stored, device)
+        pool = KVPool(spec.layout(self.page_size), self.past.shape[1], device)
+        for plane, past in zip(pool.pages(0)[:2], self.past, strict=True):
+            plane.copy_(past)
         starts, lens, table, positions, longest = self.parts
         batch = AttentionBatch(
             query_starts=starts.to(device),
@@ -134,7 +126,7 @@ class Scene:
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> str:
-    """Say how far off, relative to the largest; raises if too far."""
+    """Describe the error relative to the largest value; raise if it is too large."""
     error = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
     # Written so that NaN fails.
     if not error < tolerance:
@@ -143,7 +135,7 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> str:
 
 
 def attention_checks(case: Case) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Each backend, at sizes that take other paths through it, replayed from a graph too."""
+    """Yield checks of each backend, at sizes for all of its paths, also replayed from a graph."""
     variants = product(case.backends, (64, 128), case.pages, (None, 100))
     for name, head_dim, page_size, window in variants:
         for kind, rows in (("decode", DECODES), ("mixed", MIXED)):
@@ -151,17 +143,17 @@ def attention_checks(case: Case) -> Iterator[tuple[str, Callable[[], str]]]:
 
             def check(scene: Scene = scene, name: str = name, kind: str = kind) -> str:
                 wanted = scene.wanted()
-                said = close(scene.found(name, case), wanted)
+                results = close(scene.found(name, case), wanted)
                 if kind == "decode":
                     replayed = scene.found(name, case, is_recorded=True)
-                    said += "; replayed " + close(replayed, wanted)
-                return said
+                    results += "; replayed " + close(replayed, wanted)
+                return results
 
             yield f"attention {name} {kind} head {head_dim} page {page_size} window {window}", check
 
 
 def check_ops(case: Case) -> str:
-    """Our operations against torch's, on the GPU, where rounding is the GPU's own."""
+    """Compare our operations with torch's on the GPU, where both round alike."""
     device = case.device
     ours: Ops = GpuOps() if device.type == "cuda" else TorchOps()
     plain: Ops = TorchOps()
@@ -172,8 +164,8 @@ def check_ops(case: Case) -> str:
         ops.add_rms_norm(x, residual, weight, 1e-5, BF16)
         for ops, residual in zip((ours, plain), residuals, strict=True)
     ]
-    said = [close(normed[0], normed[1]), close(residuals[0], residuals[1], 1e-6)]
-    said.append(close(ours.silu_and_mul(x), plain.silu_and_mul(x)))
+    results = [close(normed[0], normed[1]), close(residuals[0], residuals[1], 1e-6)]
+    results.append(close(ours.silu_and_mul(x), plain.silu_and_mul(x)))
     turned = []
     for ops in (ours, plain):
         qk = torch.randn(300, 40, 128, generator=torch.Generator().manual_seed(1)).to(device, BF16)
@@ -181,12 +173,12 @@ def check_ops(case: Case) -> str:
         cos_sin = torch.randn(300, 128, generator=torch.Generator().manual_seed(2)).to(device)
         ops.apply_rope(qk[:, :32], qk[:, 32:], positions, cos_sin)
         turned.append(qk)
-    said.append(close(turned[0], turned[1]))
-    return ", ".join(said)
+    results.append(close(turned[0], turned[1]))
+    return ", ".join(results)
 
 
 def tokens_of(device: str, backend: str) -> list[list[int]]:
-    """What a small model in float32 answers to requests side by side."""
+    """Return the answers of a small model in float32 to concurrent requests."""
     config = OctavoConfig(
         model=ModelSection.model_validate(
             {
@@ -212,7 +204,7 @@ def tokens_of(device: str, backend: str) -> list[list[int]]:
             ignore_eos=True,
         )
         prompt = tuple(3 + (7 * number + at) % 500 for at in range(1 + 12 * number))
-        engine.handle(Submit(number, prompt, params))
+        engine.handle(Submit(number, GenerateRequest(prompt, params)))
     while engine.has_work:
         result = engine.step()
         for number, token in zip(result.request_ids, result.token_ids, strict=True):
@@ -223,7 +215,7 @@ def tokens_of(device: str, backend: str) -> list[list[int]]:
 
 
 def check_tokens(case: Case) -> str:
-    """Graphs, padding, overlap and sampling on the device give what a CPU gives."""
+    """Check that graphs, padding, overlap and sampling give the tokens of a CPU."""
     # In float32, which the last of them can do.
     device, backend = case.device.type, case.backends[-1]
     wanted, found = tokens_of("cpu", "reference"), tokens_of(device, backend)
@@ -252,7 +244,7 @@ def main() -> int:
     for name, check in checks:
         try:
             print(f"ok      {name}: {check()}", flush=True)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+        except Exception as error:  # noqa: BLE001 - any error is the finding
             num_failed += 1
             print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
             traceback.print_exc()

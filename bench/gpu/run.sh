@@ -4,17 +4,17 @@
 # Figures land in $OUT (default: docs/results); exit status 1 if a part failed.
 # REHEARSE=1 runs every step on a CPU with a tiny model, without a GPU; what it prints is no figure.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 here=bench/gpu
 site=${SITE:-/tmp/site} wheels=${WHEELS-.whl}
 if [[ ${REHEARSE:-} ]]; then
     # A laptop may be slow; a GPU's minutes are counted.
-    device=cpu config=$here/tiny.json patience=4
+    device=cpu config=$here/tiny.json time_factor=4
     out=${OUT:-$(mktemp --directory)}
     engine=(--max-num-batched-tokens 128 --max-num-seqs 8)
     load=(--concurrency 1,4 --prompt-tokens 64 --max-tokens 16)
 else
-    device=cuda config=$here/llama-3.1-8b.json patience=1
+    device=cuda config=$here/llama-3.1-8b.json time_factor=1
     out=${OUT:-docs/results}
     engine=(--max-num-batched-tokens 8192 --max-num-seqs 256)
     load=(--concurrency 1,64 --prompt-tokens 1024 --max-tokens 256)
@@ -36,7 +36,7 @@ commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 # hangs or fails costs the others nothing.
 failed=()
 part() {
-    local name=$1 limit_s=$(($2 * patience)) began_s=$SECONDS
+    local name=$1 limit_s=$(($2 * time_factor)) began_s=$SECONDS
     timeout --kill-after 20 "$limit_s" "${@:3}" 2>&1 | tee "$out/gpu-$name.txt"
     local status=${PIPESTATUS[0]}
     ((status == 0)) || failed+=("$name ($status)")

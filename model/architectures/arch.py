@@ -1,37 +1,44 @@
-"""What a decoder of the Llama shape is made of: the few switches between Llama and its cousins.
+"""The types that describe a decoder: its sizes, its layers and its tensors.
 
-Llama, SmolLM2, Mistral, Qwen2 and Qwen3 are one `ArchSpec` each. Free of torch, so that capacity
-can be planned without it. Knows nothing of files: `model/architectures/read_arch.py` finds them,
-`model/architectures/arch_hf.py` and `model/architectures/arch_gguf.py` read them.
+Free of torch, so that capacity can be planned without it. Knows nothing of files:
+`model/architectures/` has a module for each family, `model/architectures/read_arch.py` finds the
+files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 from model.formats.json_file import shown
 
 RopeVariant: TypeAlias = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-#: Thirty times what models have. What a file says of its sizes is looped over.
+Activation: TypeAlias = Literal["silu", "gelu_tanh"]
+#: The places of a layer's RMS norms: the inputs and outputs of its two blocks.
+NormPlace: TypeAlias = Literal["attention_input", "attention_output", "mlp_input", "mlp_output"]
+BiasedPart: TypeAlias = Literal["qkv", "o", "mlp"]
+#: Shapes of a file's tensors by name, outermost dimension first.
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+PRE_NORMS: frozenset[NormPlace] = frozenset({"attention_input", "mlp_input"})
+#: Thirty times the layers of any model. A file's sizes bound loops.
 MOST_LAYERS = 4096
 
 
-#: Beyond what a file can hold in 64 bits.
+#: More than 64 bits of a file can hold.
 _BEYOND = 2.0**64
 
 
 class ArchError(ValueError):
-    """The model is of no supported shape; the message names the key and what is supported."""
+    """An architecture that is not supported; the message names the key and the supported values."""
 
 
 class BadValueError(ArchError):
-    """The config says what no reader can mean; another implementation need not be tried."""
+    """A value that is invalid for any implementation, so that no other need be tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,71 +64,87 @@ class RopeSpec:
     truncate: bool = True
 
 
-class DecoderShape(Protocol):
-    """What must be known of any decoder to plan its pages and sample from it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderShape:
+    """The properties of a decoder that page planning and sampling need."""
 
-    @property
-    def num_layers(self) -> int:
-        """Layers that keep keys and values."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads that are kept in each layer."""
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a key or value."""
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence, in tokens."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below this."""
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-
-    @property
-    def unknown_keys(self) -> tuple[str, ...]:
-        """Keys of the config that nobody here knows."""
+    #: Token ids are below this.
+    vocab_size: int
+    #: Longest sequence, in tokens.
+    max_positions: int
+    #: Tokens that end an answer.
+    eos_token_ids: tuple[int, ...] = ()
+    #: Keys of the config that no reader knows.
+    unknown_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class ArchSpec:
+class GatedMlpSpec:
+    """An MLP that computes `down(activation(gate(x)) * up(x))`."""
+
+    intermediate_size: int
+    activation: Activation = "silu"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer: attention and an MLP, each between optional norms and added to the residual."""
+
+    mlp: GatedMlpSpec
+    #: Factor on q·k. It and `softcap` are the same in all layers.
+    scale: float
+    #: Scores s become softcap * tanh(s / softcap); None: unchanged.
+    softcap: float | None = None
+    #: Number of tokens a query sees, itself included; None: all.
+    window: int | None = None
+    norms: frozenset[NormPlace] = PRE_NORMS
+    #: RMS norm of q and of k: one for each head, or one over all heads.
+    qk_norm: Literal["head", "all_heads"] | None = None
+    biases: frozenset[BiasedPart] = frozenset()
+    #: Factor on both blocks' outputs before they are added to the residual.
+    residual_multiplier: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchSpec(DecoderShape):
     """One decoder. `*_size` count values, `num_*` things, windows and positions tokens."""
 
     family: str
-    vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rms_eps: float
-    max_positions: int
     rope: RopeSpec
-    #: For each layer how many tokens back it sees, itself included; None: all.
-    windows: tuple[int | None, ...]
-    eos_token_ids: tuple[int, ...]
+    layers: tuple[LayerSpec, ...]
     is_tied: bool
-    has_qkv_bias: bool = False
-    has_o_bias: bool = False
-    has_mlp_bias: bool = False
-    has_qk_norm: bool = False
+    embedding_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    #: Logits are capped as `LayerSpec.softcap` caps scores.
+    logits_softcap: float | None = None
+    #: Added to the weights of all norms when they are loaded.
+    norm_offset: float = 0.0
     default_dtype: Dtype = "float32"
-    #: Keys of the config that nobody here knows.
-    unknown_keys: tuple[str, ...] = ()
-    #: How files were read that can be read in two ways.
+    #: Choices made where files can be read in two ways.
     notes: tuple[str, ...] = ()
 
+    @property
+    def num_layers(self) -> int:
+        """Return the number of layers."""
+        return len(self.layers)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Return the window of each layer."""
+        return tuple(layer.window for layer in self.layers)
+
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ArchError(f"{name} must be at least 1, got {getattr(self, name)}")
+        names = ("vocab_size", "hidden_size", "num_layers", "num_heads")
+        sizes = [(name, getattr(self, name)) for name in names]
+        sizes += [("intermediate_size", layer.mlp.intermediate_size) for layer in self.layers]
+        for name, size in sizes:
+            if size < 1:
+                raise ArchError(f"{name} must be at least 1, got {size}")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ArchError(
                 f"num_kv_heads must divide num_heads {self.num_heads}, got {self.num_kv_heads}"
@@ -134,47 +157,55 @@ class ArchSpec:
             )
         if any(window is not None and window < 1 for window in self.windows):
             raise ArchError(f"sliding_window must be at least 1, got {self.windows}")
-        assert len(self.windows) == self.num_layers
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of a checkpoint, by `transformers`' names; matrices are `[out, in]`."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, hidden),
-            "model.norm.weight": (hidden,),
-        }
-        if not self.is_tied:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        for layer in range(self.num_layers):
-            at = f"model.layers.{layer}."
-            for part, size_out, size_in, has_bias in (
-                ("self_attn.q_proj", q_size, hidden, self.has_qkv_bias),
-                ("self_attn.k_proj", kv_size, hidden, self.has_qkv_bias),
-                ("self_attn.v_proj", kv_size, hidden, self.has_qkv_bias),
-                ("self_attn.o_proj", hidden, q_size, self.has_o_bias),
-                ("mlp.gate_proj", inner, hidden, self.has_mlp_bias),
-                ("mlp.up_proj", inner, hidden, self.has_mlp_bias),
-                ("mlp.down_proj", hidden, inner, self.has_mlp_bias),
-            ):
-                shapes[f"{at}{part}.weight"] = (size_out, size_in)
-                if has_bias:
-                    shapes[f"{at}{part}.bias"] = (size_out,)
-            shapes[f"{at}input_layernorm.weight"] = (hidden,)
-            shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
-            if self.has_qk_norm:
-                shapes[f"{at}self_attn.q_norm.weight"] = (self.head_dim,)
-                shapes[f"{at}self_attn.k_norm.weight"] = (self.head_dim,)
-        return shapes
+    def with_layers(self, layer: LayerSpec, windows: Sequence[int | None] = ()) -> ArchSpec:
+        """Return the same decoder with this layer throughout, with a window each if given."""
+        windows = windows or self.windows
+        return replace(self, layers=tuple(replace(layer, window=window) for window in windows))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of a checkpoint, declared once for checking and for loading."""
+
+    #: In safetensors; the name by which weights are read, whatever the file.
+    name: str
+    gguf_name: str
+    #: Matrices are `[out, in]`.
+    shape: tuple[int, ...]
+    #: The norm or the product that it becomes; a product stacks its tensors in order.
+    target: str
+    #: Whether GGUF interleaves the rows of each head's halves.
+    is_interleaved: bool = False
+
+    def in_layer(self, index: int) -> TensorSpec:
+        """Return the same tensor of one layer."""
+        return replace(
+            self,
+            name=f"model.layers.{index}.{self.name}",
+            gguf_name=f"blk.{index}.{self.gguf_name}",
+            target=f"{index}.{self.target}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of models: how its files are read and which tensors they hold."""
+
+    #: Read config.json, but for the keys that `arch_hf.read_common` adds.
+    read_hf: Callable[[ConfigKeys], ArchSpec]
+    #: Read a GGUF file's metadata and the shapes of its tensors, likewise.
+    read_gguf: Callable[[ConfigKeys, Shapes], ArchSpec]
+    #: Declare the tensors of a layer, with names relative to it.
+    layer_tensors: Callable[[ArchSpec, LayerSpec], Iterable[TensorSpec]]
 
 
 def lengthened(arch: ArchSpec, wanted_positions: int | None) -> ArchSpec:
     """Return the architecture for texts of this length, where that changes it.
 
-    Under dynamic rope all angles change once a text is longer than the model was trained for, and
-    they would with each token more. Keys that are kept cannot follow, nor can the keys of two
-    texts of different length be shared. So where longer texts are wanted, all texts get the angles
-    of the longest.
+    Under dynamic rope all angles change with each token beyond the trained length. Cached keys
+    cannot follow, and texts of different length could not share them. So if longer texts are
+    requested, all texts get the angles of the longest.
     """
     original = arch.rope.original_max_positions
     if arch.rope.variant != "dynamic":
@@ -189,27 +220,28 @@ def lengthened(arch: ArchSpec, wanted_positions: int | None) -> ArchSpec:
 
 
 class ConfigKeys:
-    """A config whose reads are typed and remembered, so that what nobody read can be named."""
+    """A config with typed reads, which records the keys that were read."""
 
     def __init__(self, values: Mapping[str, object], prefix: str = "") -> None:
         self._values = values
-        self._prefix = prefix
-        self._read: set[str] = set()
+        self.prefix = prefix
+        #: Keys that were read.
+        self.read: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
-        return self._prefix + key in self._values
+        return self.prefix + key in self._values
 
     def get(self, key: str) -> object:
         """Return the value; null and absent are the same."""
-        self._read.add(key)
-        return self._values.get(self._prefix + key)
+        self.read.add(key)
+        return self._values.get(self.prefix + key)
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a finite number; `default` where the key is absent."""
         value = self.get(key)
         value = default if value is None else value
         if value is None:
-            raise ArchError(f"{self._prefix}{key} is missing")
+            raise ArchError(f"{self.prefix}{key} is missing")
         # Infinity is not within the bounds, nor is NaN.
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _BEYOND:
             return value
@@ -240,12 +272,12 @@ class ConfigKeys:
         value = self.get(key)
         if value is not None and value not in allowed:
             only = " or ".join(json.dumps(one) for one in allowed) or "nothing"
-            raise ArchError(f"{self._prefix}{key}: {shown(value)} is not supported, only {only}")
+            raise ArchError(f"{self.prefix}{key}: {shown(value)} is not supported, only {only}")
 
     def _bad_value(self, key: str, wanted: str, value: object) -> BadValueError:
-        return BadValueError(f"{self._prefix}{key} must be {wanted}, got {shown(value)}")
+        return BadValueError(f"{self.prefix}{key} must be {wanted}, got {shown(value)}")
 
     def unread(self, *, inert: frozenset[str]) -> tuple[str, ...]:
-        """Keys with a say (no null, no false, no zero) that were neither read nor are inert."""
-        names = (key.removeprefix(self._prefix) for key, value in self._values.items() if value)
-        return tuple(sorted(name for name in names if name not in self._read | inert))
+        """Return keys that were not read, are not inert and are not null, false or zero."""
+        names = (key.removeprefix(self.prefix) for key, value in self._values.items() if value)
+        return tuple(sorted(name for name in names if name not in self.read | inert))

@@ -1,31 +1,32 @@
-"""From a config.json, as `transformers` reads it, to an `ArchSpec`.
+"""Reads the keys of a config.json that families share, as `transformers` reads them.
 
-The same file must give the same logits there and here: what that library takes where a key is
-absent or null, and which of two keys it prefers, is taken here too. An option that would change the
-arithmetic and is not supported is an error that names its key; a key nobody here knows is kept in
-`unknown_keys`, to be told to the operator.
+The same file must give the same logits there and here, so defaults and the preference between two
+keys are that library's. An unsupported option that would change the arithmetic is an error that
+names its key; an unknown key is kept in `unknown_keys` for the operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast, get_args
 
 from model.architectures.arch import (
-    FAMILIES,
     MOST_LAYERS,
     ArchError,
     ArchSpec,
     BadValueError,
+    BiasedPart,
     ConfigKeys,
     Dtype,
+    GatedMlpSpec,
+    LayerSpec,
     RopeSpec,
     RopeVariant,
 )
 from model.formats.json_file import shown
 
-#: Keys of config.json that have no say in inference.
+#: Keys of config.json without effect on inference.
 _INERT = frozenset(
     # A table of words reads best as one text.
     """_name_or_path architectures attention_dropout attn_implementation auto_map bos_token_id
@@ -34,146 +35,130 @@ _INERT = frozenset(
     return_dict chunk_size_feed_forward problem_type""".split()  # noqa: SIM905 - see above
 )
 
-#: What `transformers` takes where config.json says nothing.
-_HF_DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
-_HF_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-#: Keys that every config of `transformers` acts on, whatever its family.
-_ANY_FAMILY = (
-    "configuration_files",
-    "decoder",
-    "fusion_config",
-    "generator",
-    "per_layer_config",
-    "text_config",
-    "text_encoder",
-    "transformers_weights",
-)
+#: Keys that change the arithmetic in some family, with the values that do not.
+_ARITHMETIC: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("configuration_files", "decoder", "fusion_config", "generator"), ()),
+    **dict.fromkeys(("per_layer_config", "text_config", "text_encoder"), ()),
+    **dict.fromkeys(("transformers_weights", "quantization_config", "no_rope_layers"), ()),
+    **dict.fromkeys(("attention_multiplier", "attn_logit_softcapping"), ()),
+    **dict.fromkeys(("final_logit_softcapping", "attention_chunk_size"), ()),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), (1.0,)),
+    **dict.fromkeys(("logits_scaling", "logit_scale"), (1.0,)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "mlp_only_layers"), (0, [])),
+    "is_encoder_decoder": (0,),
+    "rope_interleaved": (0,),
+    "hidden_act": ("silu", "swish"),
+}
 
 
-def from_hf_config(
-    config: Mapping[str, object], generation_config: Mapping[str, object] | None = None
+def read_dense(
+    keys: ConfigKeys,
+    *,
+    max_positions: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rms_eps: float = 1e-6,
+    is_tied: bool = False,
+    biases: frozenset[BiasedPart] = frozenset(),
 ) -> ArchSpec:
-    """Read a config.json, and the generation_config.json beside it for its end-of-sequence ids."""
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ArchError(f"model_type {shown(family)} is not supported, only {', '.join(FAMILIES)}")
-    assert isinstance(family, str)
-    keys = ConfigKeys(config)
-    keys.get("model_type")
-    _refuse_hf(keys)
+    """Read the keys that dense families share, into layers like Llama's.
+
+    All arguments but `biases` are the values that `transformers` takes for absent keys; None:
+    derived.
+    """
     hidden_size, num_heads = keys.count("hidden_size"), keys.count("num_attention_heads")
-    default_head_dim = 128 if family == "qwen3" else hidden_size // max(num_heads, 1)
-    head_dim = keys.count("head_dim", default_head_dim)
-    max_positions = keys.count("max_position_embeddings", _HF_DEFAULT_MAX_POSITIONS[family])
-    # Qwen2's bias and Mistral's lack of one are no options.
-    has_bias = keys.flag("attention_bias") if family in {"llama", "qwen3"} else family == "qwen2"
-    num_layers = keys.count("num_hidden_layers", most=MOST_LAYERS)
+    head_dim = keys.count("head_dim", head_dim or hidden_size // max(num_heads, 1))
+    max_positions = keys.count("max_position_embeddings", max_positions)
+    # A key that is null, as opposed to absent, means as many as heads.
+    if "num_key_value_heads" in keys or num_kv_heads is None:
+        num_kv_heads = num_heads
+    mlp = GatedMlpSpec(keys.count("intermediate_size"))
+    layer = LayerSpec(mlp, scale=max(head_dim, 1) ** -0.5, biases=biases)
     return ArchSpec(
-        family=family,
+        family=str(keys.get("model_type")),
         vocab_size=keys.count("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=keys.count("intermediate_size"),
-        num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=_num_kv_heads(keys, family, num_heads),
+        num_kv_heads=keys.count("num_key_value_heads", num_kv_heads),
         head_dim=head_dim,
-        rms_eps=keys.number("rms_norm_eps", 1e-6),
+        rms_eps=keys.number("rms_norm_eps", rms_eps),
         max_positions=max_positions,
-        rope=_hf_rope(keys, head_dim, max_positions),
-        windows=_hf_windows(keys, family, num_layers),
-        eos_token_ids=_token_ids(
-            ("generation_config.json: ", (generation_config or {}).get("eos_token_id")),
-            ("", keys.get("eos_token_id")),
-        ),
-        is_tied=keys.flag("tie_word_embeddings"),
-        has_qkv_bias=has_bias,
-        has_o_bias=has_bias and family != "qwen2",
-        has_mlp_bias=family == "llama" and keys.flag("mlp_bias"),
-        has_qk_norm=family == "qwen3",
-        default_dtype=_hf_dtype(keys),
-        unknown_keys=keys.unread(inert=_INERT),
-        notes=_notes(config, family),
+        rope=_rope(keys, head_dim, max_positions),
+        layers=(layer,) * keys.count("num_hidden_layers", most=MOST_LAYERS),
+        is_tied=keys.flag("tie_word_embeddings", default=is_tied),
     )
 
 
-def _notes(config: Mapping[str, object], family: str) -> tuple[str, ...]:
-    expected, named = f"{family.capitalize()}ForCausalLM", config.get("architectures")
+def read_common(
+    arch: ArchSpec, keys: ConfigKeys, generation_config: Mapping[str, object]
+) -> ArchSpec:
+    """Add the keys that all families share; refuse unsupported keys that were not read."""
+    for key, harmless in _ARITHMETIC.items():
+        if key not in keys.read:
+            keys.refuse_unless(key, *harmless)
+    if "is_causal" in keys and keys.get("is_causal") is not True:
+        raise ArchError("is_causal must be true where it is there")
+    return replace(
+        arch,
+        eos_token_ids=_eos_token_ids(keys, generation_config),
+        default_dtype=_dtype(keys),
+        notes=_notes(keys, arch.family),
+        unknown_keys=keys.unread(inert=_INERT),
+    )
+
+
+def _notes(keys: ConfigKeys, family: str) -> tuple[str, ...]:
+    expected, named = f"{family.capitalize()}ForCausalLM", keys.get("architectures")
     if not named or named == [expected]:
         return ()
     return (f"read as {expected} after its model_type {family!r}, though architectures is {named}",)
 
 
-def _num_kv_heads(keys: ConfigKeys, family: str, num_heads: int) -> int:
-    """Tell a key that is absent from one that is null, which is as many as heads."""
-    is_null = "num_key_value_heads" in keys
-    default = num_heads if is_null else _HF_DEFAULT_KV_HEADS.get(family, num_heads)
-    return keys.count("num_key_value_heads", default)
-
-
-def _refuse_hf(keys: ConfigKeys) -> None:
-    for key in _ANY_FAMILY:
-        keys.refuse_unless(key)
-    keys.refuse_unless("is_encoder_decoder", 0)
-    if "is_causal" in keys and keys.get("is_causal") is not True:
-        raise ArchError("is_causal must be true where it is there")
-    keys.refuse_unless("hidden_act", "silu", "swish")
-    keys.refuse_unless("rope_interleaved", 0)
-    keys.refuse_unless("quantization_config")
-    keys.refuse_unless("no_rope_layers")
-    keys.refuse_unless("attention_chunk_size")
-    for key in ("num_experts", "num_local_experts", "mlp_only_layers"):
-        keys.refuse_unless(key, 0, [])
-    for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"):
-        keys.refuse_unless(key, 1.0)
-    for key in ("attention_multiplier", "attn_logit_softcapping", "final_logit_softcapping"):
-        keys.refuse_unless(key)
-
-
-def _hf_dtype(keys: ConfigKeys) -> Dtype:
-    # Both are read: newer files say dtype, older ones torch_dtype.
+def _dtype(keys: ConfigKeys) -> Dtype:
+    # Both are read: newer files have dtype, older ones torch_dtype.
     dtype, torch_dtype = keys.get("dtype"), keys.get("torch_dtype")
     found = dtype or torch_dtype or "float32"
-    # As the weights have it; either way they are read in whatever they are saved in.
+    # "auto" is the dtype of the weights, in which they are read anyway.
     found = "float32" if found == "auto" else found
     if found not in get_args(Dtype):
         raise ArchError(f"dtype {shown(found)} is not supported, only {', '.join(get_args(Dtype))}")
     return cast("Dtype", found)
 
 
-def _token_ids(*candidates: tuple[str, object]) -> tuple[int, ...]:
-    """Return the first candidate that says something, a number or a list of them."""
-    for where, found in candidates:
-        if found is None:
-            continue
-        ids = found if isinstance(found, list) else [found]
-        if not all(type(one) is int for one in ids):
-            raise BadValueError(
-                f"{where}eos_token_id must be a number or a list of them, got {shown(found)}"
-            )
-        return tuple(ids)
-    return ()
+def _eos_token_ids(keys: ConfigKeys, generation_config: Mapping[str, object]) -> tuple[int, ...]:
+    where, found = "", keys.get("eos_token_id")
+    if (generated := generation_config.get("eos_token_id")) is not None:
+        where, found = "generation_config.json: ", generated
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(one) is int for one in ids):
+        raise BadValueError(
+            f"{where}eos_token_id must be a number or a list of them, got {shown(found)}"
+        )
+    return tuple(ids)
 
 
-def _hf_windows(keys: ConfigKeys, family: str, num_layers: int) -> tuple[int | None, ...]:
-    if family == "llama":
-        return (None,) * num_layers
-    # Present and null means none; absent means what transformers takes.
+def attention_biases(keys: ConfigKeys) -> frozenset[BiasedPart]:
+    """Read `attention_bias`: whether q, k, v and o have one."""
+    return frozenset({"qkv", "o"}) if keys.flag("attention_bias") else frozenset()
+
+
+def window_size(keys: ConfigKeys) -> int | None:
+    """Read `sliding_window`: null means none, an absent key the default of `transformers`."""
     is_null = "sliding_window" in keys and keys.get("sliding_window") is None
-    window = None if is_null else keys.count("sliding_window", 4096)
-    if family == "mistral":
-        if "layer_types" in keys:
-            raise ArchError("layer_types is not supported with model_type 'mistral'")
-        return (window,) * num_layers
-    first = keys.count("max_window_layers", 28)
-    if not keys.flag("use_sliding_window"):
-        window = None
-    types = keys.get("layer_types")
+    return None if is_null else keys.count("sliding_window", 4096)
+
+
+def windows_by_type(
+    keys: ConfigKeys, window: int | None, default: Sequence[int | None]
+) -> tuple[int | None, ...]:
+    """Read each layer's window from `layer_types`; `default` where the key is absent."""
+    types, num_layers = keys.get("layer_types"), len(default)
     if types is None:
-        return tuple(window if layer >= first else None for layer in range(num_layers))
+        return tuple(default)
     if not isinstance(types, list) or len(types) != num_layers:
         raise ArchError(f"layer_types must list {num_layers} layers, got {shown(types)}")
     kinds = {"full_attention": None, "sliding_attention": window}
-    # A tuple: what stands there need not be hashable.
+    # A tuple, since a value of the list may not be hashable.
     if unknown := [kind for kind in types if kind not in tuple(kinds)]:
         raise ArchError(
             f"layer_types: {shown(unknown[0])} is not supported, only {', '.join(kinds)}"
@@ -183,32 +168,21 @@ def _hf_windows(keys: ConfigKeys, family: str, num_layers: int) -> tuple[int | N
     return tuple(kinds[kind] for kind in types)
 
 
-#: Which keys a rope variant reads, apart from rope_theta.
+#: The keys of each rope variant besides those of all variants.
 _ROPE_KEYS: dict[RopeVariant, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
+        *("factor", "beta_fast", "beta_slow", "attention_factor"),
+        *("mscale", "mscale_all_dim", "truncate"),
     ),
 }
 
 
-def _hf_rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
-    """`rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+def _rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
+    """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     values = _rope_values(keys)
     rope = ConfigKeys(values)
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -219,12 +193,12 @@ def _hf_rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
         )
     known = {*_ROPE_KEYS[variant], "rope_theta", "rope_type", "type", "partial_rotary_factor"}
     known.add("original_max_position_embeddings")
-    said = {key for key, value in values.items() if value is not None}
-    if unknown := sorted(said - known):
+    given = {key for key, value in values.items() if value is not None}
+    if unknown := sorted(given - known):
         raise ArchError(
             f"rope_parameters: {shown(unknown[0])} is not supported with rope_type {variant!r}"
         )
-    # transformers has these families turn whole heads, whatever the factor, or cannot run them.
+    # transformers rotates whole heads of these families, whatever the factor, or fails.
     rope.refuse_unless("partial_rotary_factor", 1.0)
     spec = RopeSpec(
         theta=rope.number("rope_theta", 10000.0),
@@ -246,7 +220,7 @@ def _hf_rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
     if variant == "dynamic":
         if head_dim <= 2:
             raise ArchError(f"rope_type 'dynamic' needs heads wider than {head_dim}")
-        # transformers counts from there, whatever else is said.
+        # transformers counts from there, whatever other keys are set.
         spec = replace(spec, original_max_positions=max_positions)
     if min(spec.theta, spec.factor, spec.original_max_positions) <= 0:
         raise ArchError("rope_parameters: numbers must be above 0")
@@ -256,7 +230,7 @@ def _hf_rope(keys: ConfigKeys, head_dim: int, max_positions: int) -> RopeSpec:
 
 
 def _rope_values(keys: ConfigKeys) -> dict[str, object]:
-    """Join what is said of rope in several places."""
+    """Join the keys of rope from several places."""
     values: dict[str, object] = {}
     for key in ("rope_parameters", "rope_scaling"):
         found = keys.get(key)

@@ -1,35 +1,65 @@
-"""The architecture of a resolved model, whatever its files are. Free of torch."""
+"""Reads the architecture of a resolved model, whatever its files are. Free of torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.architectures.arch import ArchError, ArchSpec
-from model.architectures.arch_gguf import from_gguf
-from model.architectures.arch_hf import from_hf_config
-from model.formats.json_file import read_json_object
-from model.gguf_file import read_gguf
+from model.architectures import arch_gguf, arch_hf
+from model.architectures.arch import ArchError, ArchSpec, ConfigKeys, Family, Shapes
+from model.architectures.registry import FAMILIES
+from model.formats.json_file import read_json_object, shown
+from model.weights.gguf_file import GgufFile, read_gguf
 from model.weights.source import ModelSource
 
 
 def read_arch(source: ModelSource) -> ArchSpec:
     """Read the architecture of a resolved model. Raises `ArchError`, `FormatError` or `OSError`."""
     if source.kind == "gguf":
-        with naming(source.path):
-            return from_gguf(read_gguf(source.path))
+        return from_gguf(read_gguf(source.path))
     path = source.path if source.kind == "dummy" else source.path / "config.json"
     config, generation = read_json_object(path), path.with_name("generation_config.json")
     has_generation = source.kind != "dummy" and generation.is_file()
     ends = read_json_object(generation) if has_generation else {}
-    with naming(path):
+    with _naming(path):
         return from_hf_config(config, ends)
 
 
+def from_hf_config(
+    config: Mapping[str, object], generation_config: Mapping[str, object] | None = None
+) -> ArchSpec:
+    """Read a config.json, and the generation_config.json beside it for its end-of-sequence ids."""
+    family = _family("model_type", config.get("model_type"))
+    keys = ConfigKeys(config)
+    return arch_hf.read_common(family.read_hf(keys), keys, generation_config or {})
+
+
+def from_gguf(file: GgufFile) -> ArchSpec:
+    """Read the architecture off a GGUF file. Raises `ArchError`."""
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    with _naming(file.path):
+        return from_gguf_metadata(file.metadata, shapes)
+
+
+def from_gguf_metadata(metadata: Mapping[str, object], shapes: Shapes) -> ArchSpec:
+    """Read the metadata and the tensors' shapes. Raises `ArchError`."""
+    name = metadata.get("general.architecture")
+    family = _family("general.architecture", name)
+    own = {key: value for key, value in metadata.items() if key.startswith(f"{name}.")}
+    keys = ConfigKeys(own, prefix=f"{name}.")
+    return arch_gguf.read_common(family.read_gguf(keys, shapes), keys, metadata)
+
+
+def _family(key: str, name: object) -> Family:
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ArchError(f"{key} {shown(name)} is not supported, only {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the file's name before what is wrong with a key of it."""
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name before an error about one of its keys."""
     try:
         yield
     except ArchError as error:

@@ -1,6 +1,6 @@
-"""Rotary position embedding: how fast each pair of dimensions turns, and the table of angles.
+"""Rotary position embedding: the frequencies of the pairs of dimensions and the table of angles.
 
-The embedding is RoFormer's (arXiv:2104.09864). Its stretchings to longer contexts: linear, that
+The embedding is RoFormer's (arXiv:2104.09864). Its extensions to longer contexts: linear, that
 is position interpolation (arXiv:2306.15595); llama3 (the Llama 3.1 model, by wavelength); yarn
 (arXiv:2309.00071); dynamic (NTK-aware, with a base that grows with the text). Applying it is
 `Ops.apply_rope`.
@@ -28,7 +28,7 @@ def cos_sin_table(
     if frequency_factors is not None:
         frequencies = frequencies / frequency_factors
     table = torch.empty(max_positions, spec.rotary_dim)
-    # In place: the table of a long context is large, and another one beside it is not planned for.
+    # In place: the table of a long context is large, and memory for a second one is not planned.
     cosines, sines = table.chunk(2, dim=1)
     torch.mul(torch.arange(max_positions, dtype=torch.float32)[:, None], frequencies, out=sines)
     torch.cos(sines, out=cosines)
@@ -58,7 +58,7 @@ def inverse_frequencies(spec: RopeSpec, max_positions: int = 0) -> Tensor:
 
 
 def attention_factor(spec: RopeSpec) -> float:
-    """Return what cosines and sines are multiplied with (yarn alone, equation 22 of its paper)."""
+    """Return the factor on cosines and sines (only yarn's is not 1, equation 22 of its paper)."""
     if spec.variant != "yarn":
         return 1.0
     if spec.attention_factor is not None:
@@ -88,7 +88,7 @@ def _llama3(spec: RopeSpec, frequencies: Tensor) -> Tensor:
 
 
 def _yarn(spec: RopeSpec, frequencies: Tensor) -> Tensor:
-    """Keep what turns more than `beta_fast` times, stretch what turns less than `beta_slow`."""
+    """Keep frequencies of more than `beta_fast` turns, stretch those of less than `beta_slow`."""
 
     def dimension_of(turns: float) -> float:
         context = spec.original_max_positions / (turns * 2 * math.pi)

@@ -1,13 +1,13 @@
-"""The decoder stack of the Llama shape: Llama, SmolLM2, Mistral, Qwen2, Qwen3.
+"""The decoder layers with torch, for every architecture that an `ArchSpec` describes.
 
-A pre-norm residual stream kept in float32 whatever the matrix products run in. Knows nothing of
+The residual stream is float32, whatever dtype the matrix products run in. Knows nothing of
 pages (`AttentionBackend`), of packed layouts (`Linear`), of files (`model/weights/load.py` builds
 it) or of sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.architectures.arch import ArchSpec, DecoderShape
+from model.architectures.arch import Activation, ArchSpec, DecoderShape, LayerSpec, NormPlace
 from model.architectures.rope import cos_sin_table
 from model.attention.interface import AttentionBackend, AttentionSpec
+from model.kv.format import KVFormat
 from model.ops import Ops
 from model.weights.linear import Format, Linear
 
@@ -29,101 +30,93 @@ class Decoder(Protocol):
         """Run the layers over a planned batch.
 
         Both inputs are int64 `[tokens]`. Returns float32 `[tokens, hidden]`, before the final
-        norm: `logits` applies it to the rows that are wanted.
+        norm, which `logits` applies to the rows it is given.
         """
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 `[rows, vocab]` for rows of what `forward` returned."""
+        """Return float32 `[rows, vocab]` for rows of the result of `forward`."""
 
 
 class ServedDecoder(Decoder, Protocol):
-    """A decoder that was loaded, with what has to be known to make pages for it."""
+    """A loaded decoder, with the properties that its pages depend on."""
 
     #: Of the linear layers.
     format: Format
     weights_bytes: int
-    #: Dtype of q, k, v and of what attention returns.
+    #: Dtype of q, k, v and of the result of attention.
     attention_dtype: torch.dtype
     device: torch.device
 
     @property
     def arch(self) -> DecoderShape:
-        """What its pages are made of."""
+        """Return the sizes of its pages."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Say, for the operator, why it is this format and whose code computes."""
+        """Return reasons for the format and the implementation, for the operator."""
 
-    #: What `hold_positions` takes for each.
+    #: Memory that `hold_positions` takes for each.
     bytes_per_position: int
 
-    def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
-        """Say what an attention backend has to know of this model."""
+    def attention_spec(self, kv_format: KVFormat) -> AttentionSpec:
+        """Return the properties of this model that an attention backend depends on."""
 
     def hold_positions(self, max_positions: int) -> None:
-        """Make the table of angles for positions below this, the longest that was planned for."""
+        """Compute the table of angles for positions below this, the longest planned."""
 
 
-class Embedding(Protocol):
-    """What each token of the vocabulary begins as."""
+class Mlp(Protocol):
+    """The second block of a layer: `[rows, hidden]` of `in_dtype` to as many new values."""
 
-    num_bytes: int
+    in_dtype: torch.dtype
 
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """Return new float32 `[tokens, hidden]` for int64 `[tokens]`."""
+    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
+        """Compute the block for contiguous rows."""
 
 
-class PlainEmbedding:
-    """See `Embedding`: a `[vocab, hidden]` table in any floating dtype."""
+class GatedMlp:
+    """See `Mlp` and `GatedMlpSpec`; gate and up are one product."""
 
-    def __init__(self, table: Tensor) -> None:
-        self.num_bytes = table.nbytes
-        self._table = table
+    def __init__(self, gate_up: Linear, down: Linear, activation: Activation) -> None:
+        self.gate_up, self.down, self._activation = gate_up, down, activation
+        self.in_dtype = gate_up.in_dtype
 
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """See `Embedding`."""
-        return functional.embedding(token_ids, self._table).float()
+    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
+        """See `Mlp`."""
+        gate_up = self.gate_up(x)
+        if self._activation == "silu":
+            return self.down(ops.silu_and_mul(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down(functional.gelu(gate, approximate="tanh") * up)
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer's weights: q, k and v are one product, gate and up another."""
+    """One layer's weights; q, k and v are one product."""
 
-    input_norm: Tensor
+    spec: LayerSpec
+    norms: Mapping[NormPlace, Tensor]
     qkv: Linear
-    #: Both None, or both `[head_dim]`.
+    #: Both None, or of the size that `LayerSpec.qk_norm` means.
     q_norm: Tensor | None
     k_norm: Tensor | None
     o: Linear
-    post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp
 
 
 @dataclass(frozen=True, slots=True)
 class TransformerWeights:
-    """All a decoder multiplies with."""
+    """All weights of a decoder."""
 
-    embedding: Embedding
+    #: New float32 `[tokens, hidden]` for int64 `[tokens]`.
+    embedding: Callable[[Tensor], Tensor]
     layers: tuple[DecoderLayer, ...]
     final_norm: Tensor
     lm_head: Linear
-    #: Divisors of rope's frequencies; None: the file has none.
+    #: Divisors of rope's frequencies, from the file; None if it has none.
     rope_factors: Tensor | None
-    #: Whether `lm_head` multiplies with the embedding itself.
-    is_head_shared: bool
-
-    @property
-    def num_bytes(self) -> int:
-        """All of it but the divisors, which are few."""
-        kept = [self.final_norm]
-        packed = [] if self.is_head_shared else [self.lm_head]
-        for layer in self.layers:
-            norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
-            kept += [norm for norm in norms if norm is not None]
-            packed += [layer.qkv, layer.o, layer.gate_up, layer.down]
-        others = sum(one.nbytes for one in kept) + sum(one.weight_bytes for one in packed)
-        return self.embedding.num_bytes + others
+    #: Memory of them all but the few divisors.
+    num_bytes: int
 
 
 class Transformer:
@@ -156,13 +149,13 @@ class Transformer:
 
     @property
     def cos_sin(self) -> Tensor:
-        """Float32 `[positions, rotary_dim]`; as many as the model has, unless told otherwise."""
+        """Return float32 `[positions, rotary_dim]`, by default for all the model's positions."""
         if self._cos_sin is None:
             self.hold_positions(self.arch.max_positions)
         assert self._cos_sin is not None
         return self._cos_sin
 
-    def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
+    def attention_spec(self, kv_format: KVFormat) -> AttentionSpec:
         """See `ServedDecoder`."""
         arch = self.arch
         return AttentionSpec(
@@ -170,20 +163,23 @@ class Transformer:
             num_heads=arch.num_heads,
             num_kv_heads=arch.num_kv_heads,
             head_dim=arch.head_dim,
-            scale=arch.head_dim**-0.5,
+            scale=arch.layers[0].scale,
+            softcap=arch.layers[0].softcap,
             windows=arch.windows,
             dtype=self.attention_dtype,
-            kv_dtype=kv_dtype,
+            kv_format=kv_format,
             device=self.device,
         )
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """See `Decoder`."""
-        return self.run_layers(
-            token_ids,
-            self._ops,
-            lambda index, layer, x: self._attend(index, layer, x, positions, attention),
-        )
+
+        def attend(index: int, layer: DecoderLayer, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(layer, x, self._ops)
+            self._ops.apply_rope(q, k, positions, self.cos_sin)
+            return layer.o(attention.attend(index, q, k, v))
+
+        return self.run_layers(token_ids, self._ops, attend)
 
     def run_layers(
         self,
@@ -191,43 +187,62 @@ class Transformer:
         ops: Ops,
         attend: Callable[[int, DecoderLayer, Tensor], Tensor],
     ) -> Tensor:
-        """Run the layers with these operations; `attend` is what comes between the norms."""
+        """Run the layers with these operations; `attend` computes the attention block."""
         eps = self.arch.rms_eps
-        residual = self.weights.embedding(token_ids)
+        residual = self.embed(token_ids)
         update: Tensor | None = None
-        for index, layer in enumerate(self.weights.layers):
-            dtype = layer.qkv.in_dtype
+
+        def enter(norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+            """Add the previous block's output to the residual; return the next block's input."""
+            if norm is None:
+                return (residual if update is None else residual.add_(update)).to(dtype)
             if update is None:
-                x = ops.rms_norm(residual, layer.input_norm, eps, dtype)
-            else:
-                x = ops.add_rms_norm(update, residual, layer.input_norm, eps, dtype)
-            x = attend(index, layer, x)
-            x = ops.add_rms_norm(x, residual, layer.post_norm, eps, layer.gate_up.in_dtype)
-            update = layer.down(ops.silu_and_mul(layer.gate_up(x)))
+                return ops.rms_norm(residual, norm, eps, dtype)
+            return ops.add_rms_norm(update, residual, norm, eps, dtype)
+
+        def leave(x: Tensor, norm: Tensor | None, multiplier: float) -> Tensor:
+            """Return a block's output as it is added to the residual."""
+            x = x if norm is None else ops.rms_norm(x, norm, eps, x.dtype)
+            return x if multiplier == 1 else x * multiplier
+
+        for index, layer in enumerate(self.weights.layers):
+            norms, multiplier = layer.norms, layer.spec.residual_multiplier
+            x = attend(index, layer, enter(norms.get("attention_input"), layer.qkv.in_dtype))
+            update = leave(x, norms.get("attention_output"), multiplier)
+            x = layer.mlp(enter(norms.get("mlp_input"), layer.mlp.in_dtype), ops)
+            update = leave(x, norms.get("mlp_output"), multiplier)
         assert update is not None
         return residual.add_(update)
 
-    def _attend(
-        self,
-        index: int,
-        layer: DecoderLayer,
-        x: Tensor,
-        positions: Tensor,
-        attention: AttentionBackend,
-    ) -> Tensor:
-        arch, ops = self.arch, self._ops
-        num_heads, num_kv_heads = arch.num_heads, arch.num_kv_heads
-        qkv = layer.qkv(x).view(-1, num_heads + 2 * num_kv_heads, arch.head_dim)
-        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)  # type: ignore[no-untyped-call] # torch's
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = ops.rms_norm(q, layer.q_norm, arch.rms_eps, q.dtype)
-            k = ops.rms_norm(k, layer.k_norm, arch.rms_eps, k.dtype)
-        ops.apply_rope(q, k, positions, self.cos_sin)
-        return layer.o(attention.attend(index, q, k, v))
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return float32 `[tokens, hidden]`: the input of the first layer."""
+        x, multiplier = self.weights.embedding(token_ids), self.arch.embedding_multiplier
+        return x if multiplier == 1 else x.mul_(multiplier)
+
+    def qkv(self, layer: DecoderLayer, x: Tensor, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v `[tokens, heads, head_dim]`, normed where the layer has norms."""
+        arch, kind = self.arch, layer.spec.qk_norm
+
+        def normed(x: Tensor, norm: Tensor | None) -> Tensor:
+            return x if norm is None else ops.rms_norm(x, norm, arch.rms_eps, x.dtype)
+
+        sizes = [one * arch.head_dim for one in (arch.num_heads, arch.num_kv_heads)]
+        q, k, v = layer.qkv(x).split([*sizes, sizes[1]], dim=1)  # type: ignore[no-untyped-call] # torch's
+        if kind == "all_heads":
+            q, k = normed(q, layer.q_norm), normed(k, layer.k_norm)
+        q, k, v = (one.unflatten(1, (-1, arch.head_dim)) for one in (q, k, v))
+        if kind == "head":
+            q, k = normed(q, layer.q_norm), normed(k, layer.k_norm)
+        return q, k, v
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder`."""
-        weights = self.weights
+        weights, arch = self.weights, self.arch
         head = weights.lm_head
-        x = self._ops.rms_norm(hidden, weights.final_norm, self.arch.rms_eps, head.in_dtype)
-        return head(x).float()
+        x = self._ops.rms_norm(hidden, weights.final_norm, arch.rms_eps, head.in_dtype)
+        logits = head(x).float()
+        if arch.logits_divisor != 1:
+            logits.div_(arch.logits_divisor)
+        if arch.logits_softcap is not None:
+            logits.div_(arch.logits_softcap).tanh_().mul_(arch.logits_softcap)
+        return logits

@@ -1,8 +1,8 @@
-"""Attention on a CPU by the compiled operations: pages are read as they lie, nothing is gathered.
+"""Attention on a CPU by the compiled operations, which read the pages in place.
 
-Decode is cut along its keys as in flash-decoding (arXiv:2311.01282), prefill is tiled with an
-online softmax (arXiv:2205.14135); both in model/cpu/csrc. A row's result never depends on the rows
-beside it or on the number of threads.
+Decode is split along its keys as in flash-decoding (arXiv:2311.01282), prefill is tiled with an
+online softmax (arXiv:2205.14135); both are in model/cpu/csrc. A row's result never depends on the
+rows beside it or on the number of threads.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
-from model.cpu.library import DTYPE_CODES, CpuLibrary, load_cpu_library
+from model.cpu.library import DTYPE_CODES, CpuLibrary, load_cpu_library, strided
 from model.kv.pool import KVPool
 
-#: Of the vectors of the widest instruction set, in floats.
+#: Floats in a vector of the widest instruction set.
 _HEAD_DIM_MULTIPLE = 16
 _MAX_HEAD_DIM = 1024
 _NO_WINDOW = 2**31 - 1
 
 
 class CpuAttention:
-    """See `AttentionBackend`. Steps are checked as far as the safety of memory needs it."""
+    """See `AttentionBackend`. Steps are checked as far as memory safety requires."""
 
     name = "cpu"
 
@@ -33,29 +33,30 @@ class CpuAttention:
         self._spec = spec
         self._pool = pool
         #: Prefill rounds its operands to bfloat16, unless keys and values are kept in float32.
-        self.is_rounded = library.isa == "amx" and pool.dtype != torch.float32
+        storage = pool.layout.format.storage
+        self.is_rounded = library.isa == "amx" and storage != torch.float32
         self._functions = library.functions
         self._attend = library.functions.octavo_attention_attend
         self._width = spec.num_heads * spec.head_dim
         self._dtype_code = DTYPE_CODES[spec.dtype]
-        #: For the compiled decoder, which attends without leaving its own code.
+        #: For the compiled decoder, whose attention is part of its own call.
         self.session = self._new_session(library)
         self._batch: AttentionBatch | None = None
         weakref.finalize(self, library.functions.octavo_attention_free, self.session)
 
     def _new_session(self, library: CpuLibrary) -> int:
-        spec, pool = self._spec, self._pool
-        layers = range(spec.num_layers)
+        spec, pool, layout = self._spec, self._pool, self._pool.layout
+        pages = [pool.pages(layer) for layer in range(spec.num_layers)]
         addresses = ctypes.c_int64 * spec.num_layers
         session: int = library.functions.octavo_attention_new(
             library.kernels,
-            addresses(*(pool.keys(layer).data_ptr() for layer in layers)),
-            addresses(*(pool.values(layer).data_ptr() for layer in layers)),
+            addresses(*(one.keys.data_ptr() for one in pages)),
+            addresses(*(one.values.data_ptr() for one in pages)),
             (ctypes.c_int32 * spec.num_layers)(*(window or _NO_WINDOW for window in spec.windows)),
             spec.num_layers,
-            DTYPE_CODES[pool.dtype],
+            DTYPE_CODES[layout.format.storage],
             pool.num_pages,
-            pool.page_size,
+            layout.page_size,
             spec.num_kv_heads,
             spec.num_heads // spec.num_kv_heads,
             spec.head_dim,
@@ -98,22 +99,16 @@ class CpuAttention:
             self.session,
             layer,
             self._dtype_code,
-            q.data_ptr(),
-            q.stride(0),
-            q.stride(1),
-            k.data_ptr(),
-            k.stride(0),
-            k.stride(1),
-            v.data_ptr(),
-            v.stride(0),
-            v.stride(1),
+            *strided(q),
+            *strided(k),
+            *strided(v),
             out.data_ptr(),
         )
         return out
 
 
 def offer(spec: AttentionSpec) -> BackendOffer | str:
-    """Offer this backend, or say in a line why it cannot serve the model here."""
+    """Offer this backend, or return in one line why it cannot serve the model here."""
     if spec.device.type != "cpu":
         return f"the model is on {spec.device.type}, not on the CPU"
     if reason := spec.beyond_softmax:
@@ -123,9 +118,8 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
             f"head_dim must be a multiple of {_HEAD_DIM_MULTIPLE} up to {_MAX_HEAD_DIM}, "
             f"got {spec.head_dim}"
         )
-    for dtype in (spec.dtype, spec.kv_dtype):
-        if dtype not in DTYPE_CODES:
-            return f"{dtype} is not among float32, float16 and bfloat16"
+    if spec.dtype not in DTYPE_CODES:
+        return f"{spec.dtype} is not among float32, float16 and bfloat16"
     library = load_cpu_library()
     if isinstance(library, str):
         return library

@@ -1,23 +1,25 @@
-"""The one door to attention: paged keys and values, any mix of prefill chunks and decodes.
+"""The interface of attention over pages, for any mix of prefill chunks and decodes.
 
 A backend owns neither the pages (`model/kv/pool.py`) nor their meaning (`cache/`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from model.kv.format import KV_FORMATS, KVFormat, KVLayout, LayerPages
 from model.kv.pool import KVPool
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What stays the same from layer to layer and step to step."""
+    """The constants of a model's attention."""
 
     num_layers: int
     num_heads: int
@@ -27,9 +29,10 @@ class AttentionSpec:
     scale: float
     #: For each layer how many tokens back a query sees, itself included; None: all of them.
     windows: tuple[int | None, ...]
-    #: Dtype of q, k, v and of the result; the pool's dtype may differ.
+    #: Dtype of q, k, v and of the result.
     dtype: torch.dtype
-    kv_dtype: torch.dtype
+    #: Of the pages.
+    kv_format: KVFormat
     device: torch.device
     #: Scores s become softcap * tanh(s / softcap); None: they stay.
     softcap: float | None = None
@@ -37,9 +40,21 @@ class AttentionSpec:
     #: whose value is zero.
     sinks: tuple[Tensor, ...] | None = None
 
+    def layout(self, page_size: int) -> KVLayout:
+        """Return the layout of the model's pages."""
+        return KVLayout(
+            self.num_layers, self.num_kv_heads, self.head_dim, page_size, self.kv_format
+        )
+
+    @property
+    def widest_window(self) -> int | None:
+        """Return how many tokens back any layer sees; None: a layer sees all of them."""
+        windows = [window for window in self.windows if window is not None]
+        return max(windows) if len(windows) == len(self.windows) else None
+
     @property
     def beyond_softmax(self) -> str:
-        """Say what a kernel of plain softmax cannot do for this model; nothing where it can."""
+        """Return why kernels of plain softmax cannot serve this model; empty where they can."""
         if self.softcap is not None:
             return "the model caps its attention scores"
         return "" if self.sinks is None else "the model has attention sinks"
@@ -47,23 +62,33 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """The rows of one step. Row i's queries are its last `query_lens[i]` of `seq_lens[i]` tokens.
+    """The rows of one step: tokens whose keys are stored, then attend to the stored keys.
 
-    Tensors lie on the model's device; int32 but for `positions` and `kv_slots` (int64).
+    A *position* counts the tokens of the text: it rotates queries and keys. A *stored index* counts
+    the row's stored keys: it finds a key in the block table, and windows compare it. The two differ
+    once a sequence has dropped keys, so a backend never derives a position from a length. Row i's
+    queries have the last indices below `seq_lens[i]`, and read no key before the window of the
+    first of them: pages behind it may hold anything, NaN included.
+
+    Tensors are on the model's device; int32 but for `positions` and `kv_slots` (int64).
     """
 
     #: `[rows + 1]`: row i's tokens are `query_starts[i]:query_starts[i + 1]` of the flat batch.
     query_starts: Tensor
-    #: `[rows]`: keys each row ends with, the step's own included.
+    #: `[rows]`: stored keys of each row, the step's own included.
     seq_lens: Tensor
-    #: `[rows, max_pages]`: page ids; entries past a row's need are any valid page.
+    #: `[rows, max_pages]`: page ids; entries that the row does not read are any valid page.
     block_table: Tensor
-    #: `[tokens]`: each token's position in its sequence.
+    #: `[tokens]`: each token's position in its text.
     positions: Tensor
     #: `[tokens]`: page * page_size + offset, where each token's key and value go.
     kv_slots: Tensor
     max_query_len: int
     max_seq_len: int
+
+    def first_keys(self, window: int) -> Tensor:
+        """Return `[rows]`, int32: the first stored index that a row's queries see in a window."""
+        return (self.seq_lens - self.query_starts.diff() - window + 1).clamp(min=0)
 
 
 class AttentionBackend(Protocol):
@@ -73,7 +98,7 @@ class AttentionBackend(Protocol):
     name: str
 
     def plan(self, batch: AttentionBatch) -> None:
-        """Take in the rows of the next step; every `attend` until the next `plan` is over these."""
+        """Set the rows that every `attend` until the next `plan` is for."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v to their pages, then attend.
@@ -83,31 +108,64 @@ class AttentionBackend(Protocol):
         """
 
 
-class PagedAttention(AttentionBackend, Protocol):
-    """A backend whose `attend` has a second half of its own: reading what somebody else wrote."""
+class PagedAttention(ABC):
+    """An `AttentionBackend` that reads keys and values which other code may have stored."""
+
+    name: str
+
+    def __init__(self, spec: AttentionSpec, pool: KVPool) -> None:
+        self._spec = spec
+        self._pool = pool
+        self._planned: AttentionBatch | None = None
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """See `AttentionBackend`."""
+        self._planned = batch
+
+    @property
+    def _batch(self) -> AttentionBatch:
+        assert self._planned is not None, "attend before plan"
+        return self._planned
 
     @property
     def kv_slots(self) -> Tensor:
-        """Where the planned step's keys and values go, as in `AttentionBatch`."""
+        """Return the slots of the planned step's keys and values, as in `AttentionBatch`."""
+        return self._batch.kv_slots
 
-    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and the values of a layer, as in `KVPool`."""
+    def pages(self, layer: int) -> LayerPages:
+        """Return the pages of a layer."""
+        return self._pool.pages(layer)
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionBackend`."""
+        self._pool.store(layer, self.kv_slots, k, v)
+        return self.read(layer, q)
+
+    @abstractmethod
     def read(self, layer: int, q: Tensor) -> Tensor:
-        """Attend, the step's own keys and values being in their pages; as `attend` otherwise."""
+        """Attend to keys and values that are stored, the step's own included."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackendOffer:
-    """A backend that can serve a model on this machine, before there is a pool to serve it from."""
+    """A backend that can run on this machine, before there is a pool."""
 
     name: str
     #: The pool's page size must be a multiple of it.
     page_multiple: int
     default_page_size: int
     build: Callable[[AttentionSpec, KVPool], AttentionBackend]
+    #: The formats of pages it reads.
+    formats: Collection[KVFormat] = tuple(KV_FORMATS.values())
     #: Decisions an operator should know, one line each.
     notes: tuple[str, ...] = ()
+
+    def why_not(self, spec: AttentionSpec) -> str:
+        """Return why this backend cannot serve the model's pages; empty where it can."""
+        if spec.kv_format in self.formats:
+            return ""
+        names = " or ".join(one.name for one in self.formats)
+        return f"pages must be in {names}, got {spec.kv_format.name}"
 
     def page_size(self, requested: int | None) -> int:
         """Return the page size in tokens; ValueError naming it where the request does not fit."""

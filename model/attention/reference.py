@@ -1,6 +1,6 @@
-"""Attention as its definition says, row by row in plain torch: what other backends are held to.
+"""Attention by its definition, row by row in plain torch: the oracle of the other backends.
 
-Runs on any device and is in no hurry.
+Runs on any device, slowly. Knows nothing of the layout of pages: it stores and loads.
 """
 
 from __future__ import annotations
@@ -33,22 +33,24 @@ class ReferenceAttention:
         """See `AttentionBackend`."""
         batch = self._batch
         assert batch is not None, "attend before plan"
-        keys = self._pool.keys(layer).flatten(0, 1)
-        values = self._pool.values(layer).flatten(0, 1)
-        keys[batch.kv_slots] = k.to(keys.dtype)
-        values[batch.kv_slots] = v.to(values.dtype)
+        self._pool.store(layer, batch.kv_slots, k, v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         starts, ends = batch.query_starts.tolist(), batch.seq_lens.tolist()
         for row, num_keys in enumerate(ends):
             mine = slice(starts[row], starts[row + 1])
-            slots = self._slots(batch.block_table[row], num_keys)
-            out[mine] = self._attend_row(q[mine], keys[slots], values[slots], layer)
+            slots = self._slots(
+                batch.block_table[row], num_keys, starts[row + 1] - starts[row], layer
+            )
+            out[mine] = self._attend_row(q[mine], *self._pool.load(layer, slots), layer)
         return out.flatten(1)
 
-    def _slots(self, pages: Tensor, num_keys: int) -> Tensor:
-        position = torch.arange(num_keys, device=pages.device)
-        page_size = self._pool.page_size
-        return pages[position // page_size].long() * page_size + position % page_size
+    def _slots(self, pages: Tensor, num_keys: int, num_queries: int, layer: int) -> Tensor:
+        """Return the slots of a row's keys; behind the window, that of the oldest key in it."""
+        window = self._spec.windows[layer] or num_keys
+        oldest = max(num_keys - num_queries - window + 1, 0)
+        key_at = torch.arange(num_keys, device=pages.device).clamp(min=oldest)
+        page_size = self._pool.layout.page_size
+        return pages[key_at // page_size].long() * page_size + key_at % page_size
 
     def _attend_row(self, q: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
         """Attend the last of `[keys, kv_heads, head_dim]`; returns `[queries, heads, head_dim]`."""
@@ -72,6 +74,6 @@ class ReferenceAttention:
 
 
 def offer(spec: AttentionSpec) -> BackendOffer:
-    """Serve any model, anywhere."""
+    """Offer it for any model on any device."""
     del spec
     return BackendOffer("reference", 1, 16, ReferenceAttention)

@@ -1,6 +1,6 @@
-"""Which attention backend serves a model: the one asked for, or the best of those that can.
+"""The choice of the attention backend: the requested one, or the best that can serve the model.
 
-Falling back is never silent: it comes back as a note for the operator.
+A fallback is never silent: it becomes a note for the operator.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import MappingProxyType
 from model.attention import cpu, flash, reference, torch_sdpa, triton_attention
 from model.attention.interface import AttentionSpec, BackendOffer
 
-#: By name on the command line; each offers itself or says why not.
+#: By name on the command line; each offers itself or returns why it cannot.
 BACKENDS: Mapping[str, Callable[[AttentionSpec], BackendOffer | str]] = MappingProxyType(
     {
         "cpu": cpu.offer,
@@ -27,23 +27,28 @@ BACKENDS: Mapping[str, Callable[[AttentionSpec], BackendOffer | str]] = MappingP
 def choose_backend(name: str, spec: AttentionSpec) -> BackendOffer:
     """Return an offer that can serve `spec`: `offer.page_size()`, then a pool, then `build()`.
 
-    ValueError, with the reason, for a backend that is asked for by name and cannot.
+    Raises ValueError, with the reason, if the requested backend cannot.
     """
     if name == "auto":
         return _best(spec)
     if name not in BACKENDS:
         raise ValueError(f"attention_backend must be auto or one of {', '.join(BACKENDS)}")
-    offer = BACKENDS[name](spec)
+    offer = _offer(name, spec)
     if isinstance(offer, str):
         message = f"attention_backend {name} is not available: {offer}"
-        raise ValueError(message)  # noqa: TRY004 - the operator's wish cannot be met; no type is wrong
+        raise ValueError(message)  # noqa: TRY004 - the setting is at fault, not a type
     return offer
+
+
+def _offer(name: str, spec: AttentionSpec) -> BackendOffer | str:
+    offer = BACKENDS[name](spec)
+    return offer if isinstance(offer, str) else offer.why_not(spec) or offer
 
 
 def _best(spec: AttentionSpec) -> BackendOffer:
     notes: list[str] = []
     for name in ("flash", "triton") if spec.device.type == "cuda" else ("cpu",):
-        offer = BACKENDS[name](spec)
+        offer = _offer(name, spec)
         if not isinstance(offer, str):
             return dataclasses.replace(offer, notes=(*notes, *offer.notes))
         notes.append(f"attention backend {name} not available: {offer}")

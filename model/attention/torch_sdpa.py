@@ -1,7 +1,7 @@
-"""Attention by gathering pages and calling torch's own: on any device, where nothing better runs.
+"""Attention by gathering pages and calling torch's own: the fallback, on any device.
 
-Decodes go in one batched call; each prefill chunk in one of its own. Several times slower than a
-backend that reads the pages in place, and far faster than `model/attention/reference.py`.
+Decodes share one batched call; each prefill chunk has its own. Several times slower than a backend
+that reads the pages in place, and far faster than `model/attention/reference.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Group:
 
     #: `[rows * queries]`: the tokens of the flat batch.
     tokens: Tensor
-    #: `[rows * keys]`: where their keys lie; past a row's end its last key again.
+    #: `[rows * keys]`: the slots of their keys; outside a row's view, of the nearest key in it.
     slots: Tensor
     #: `[rows, queries, keys]`: how many tokens back a key lies; negative past the query.
     back: Tensor
@@ -52,12 +52,14 @@ class TorchAttention:
         self._groups = [self._group(batch, rows, counts[rows[0]]) for rows in rows_of_groups]
 
     def _group(self, batch: AttentionBatch, rows: list[int], num_queries: int) -> _Group:
-        device, page_size = batch.seq_lens.device, self._pool.page_size
+        device, page_size = batch.seq_lens.device, self._pool.layout.page_size
         index = torch.tensor(rows, device=device)
         seq_lens = batch.seq_lens[index].long()
         key_at = torch.arange(int(seq_lens.max()), device=device)
-        # Not beyond its end: what lies there may be NaN, which no mask takes away.
+        # Not outside the view: the values there may be NaN, which a weight of zero keeps.
         real_at = torch.minimum(key_at, seq_lens[:, None] - 1)
+        if (window := self._spec.widest_window) is not None:
+            real_at = torch.maximum(real_at, batch.first_keys(window)[index, None])
         pages = batch.block_table[index].long().gather(1, real_at // page_size)
         query = torch.arange(num_queries, device=device)
         query_at = seq_lens[:, None] - num_queries + query
@@ -70,23 +72,18 @@ class TorchAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `AttentionBackend`."""
         assert self._kv_slots is not None, "attend before plan"
-        keys = self._pool.keys(layer).flatten(0, 1)
-        values = self._pool.values(layer).flatten(0, 1)
-        keys.index_copy_(0, self._kv_slots, k.to(keys.dtype))
-        values.index_copy_(0, self._kv_slots, v.to(values.dtype))
+        self._pool.store(layer, self._kv_slots, k, v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for group in self._groups:
-            out.index_copy_(0, group.tokens, self._attend_group(group, layer, q, keys, values))
+            out.index_copy_(0, group.tokens, self._attend_group(group, layer, q))
         return out.flatten(1)
 
-    def _attend_group(
-        self, group: _Group, layer: int, q: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
+    def _attend_group(self, group: _Group, layer: int, q: Tensor) -> Tensor:
         """Return `[rows * queries, heads, head_dim]`."""
         spec = self._spec
         rows, num_queries, num_keys = group.back.shape
         heads_each = spec.num_heads // spec.num_kv_heads
-        # The query heads of a KV head go in as more queries to it: nothing is repeated.
+        # The query heads of a KV head become further queries of it, so that no key is repeated.
         packed = (
             q.index_select(0, group.tokens)
             .view(rows, num_queries, spec.num_kv_heads, heads_each, spec.head_dim)
@@ -97,14 +94,17 @@ class TorchAttention:
         window = spec.windows[layer]
         if window is not None:
             seen &= group.back < window
-        own_keys = self._gathered(keys, group, rows, num_keys, q.dtype)
-        own_values = self._gathered(values, group, rows, num_keys, q.dtype)
+        # `[rows, kv_heads, keys, head_dim]`.
+        keys, values = (
+            loaded.to(q.dtype).view(rows, num_keys, *loaded.shape[1:]).transpose(1, 2)
+            for loaded in self._pool.load(layer, group.slots)
+        )
         mask = seen.repeat(1, heads_each, 1).unsqueeze(1)
         if spec.beyond_softmax:
-            attended = self._spelled_out(layer, packed, own_keys, own_values, mask)
+            attended = self._spelled_out(layer, packed, keys, values, mask)
         else:
             attended = functional.scaled_dot_product_attention(
-                packed, own_keys, own_values, attn_mask=mask, scale=spec.scale
+                packed, keys, values, attn_mask=mask, scale=spec.scale
             )
         return (
             attended.view(rows, spec.num_kv_heads, heads_each, num_queries, spec.head_dim)
@@ -117,7 +117,7 @@ class TorchAttention:
     ) -> Tensor:
         """Attend `[rows, kv_heads, heads_each * queries, head_dim]`, with caps and sinks.
 
-        torch's own function knows neither, so scores are whole: float32, for each head and query.
+        torch's own function has neither, so all scores are in memory, in float32.
         """
         spec = self._spec
         scores = (q.float() @ keys.float().mT).mul_(spec.scale)
@@ -133,17 +133,8 @@ class TorchAttention:
         weights = scores.softmax(-1)[..., : keys.shape[2]]
         return (weights @ values.float()).to(q.dtype)
 
-    @staticmethod
-    def _gathered(
-        cache: Tensor, group: _Group, rows: int, num_keys: int, dtype: torch.dtype
-    ) -> Tensor:
-        """Return `[rows, kv_heads, keys, head_dim]`."""
-        # index_select: two to ten times faster than indexing, measured on a CPU.
-        chosen = cache.index_select(0, group.slots).to(dtype)
-        return chosen.view(rows, num_keys, *cache.shape[1:]).transpose(1, 2)
-
 
 def offer(spec: AttentionSpec) -> BackendOffer:
-    """Serve any model, anywhere."""
+    """Offer it for any model on any device."""
     del spec
     return BackendOffer("torch", 1, 16, TorchAttention)

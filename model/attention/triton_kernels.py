@@ -1,11 +1,11 @@
 """Paged attention in Triton: decode with split keys, prompts tile by tile. Needs triton.
 
-Knows nothing of torch, of plans or of how many splits are worth it (`triton_attention.py`). Scores
-are kept in base 2, which is what the hardware raises.
+Knows nothing of torch, of plans or of the number of splits (`triton_attention.py`). Scores are in
+base 2, the base of the hardware's exponential.
 
 A row's tokens are `query_starts[row]:query_starts[row + 1]` of the batch and the last of its
-`seq_lens[row]` keys; key i lies in page `table[row, i // PAGE_SIZE]`. A query sees `window` tokens
-back, its own included.
+`seq_lens[row]` stored keys; key i is in page `table[row, i // PAGE_SIZE]`. A query sees `window`
+tokens back, its own included; no key before the first query's window is read.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Of a step: where its arrays begin and how wide its table is differ from step to step. By default
-#: Triton would compile anew for each alignment, and for each kind of width, amid requests.
+#: The addresses of a step's arrays and the width of its table change from step to step. By default
+#: Triton would compile for each alignment and each kind of width, while requests wait.
 OF_A_STEP = ["table_ptr", "seq_lens_ptr", "query_starts_ptr"]
 WIDTH = ["table_stride"]
 
 
 @triton.jit
 def _slots(table_row, start, key_at, is_key, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """Return where a tile's keys lie, counted in tokens from the pool's first."""
+    """Return the slots of a tile's keys, counted in tokens from the pool's first."""
     if PAGE_SIZE % TILE == 0:
         # The whole tile lies in one page: tiles begin at multiples of their size.
         page = tl.load(table_row + start // PAGE_SIZE).to(tl.int64)
@@ -34,9 +34,9 @@ def _slots(table_row, start, key_at, is_key, PAGE_SIZE: tl.constexpr, TILE: tl.c
 
 @triton.jit
 def _load(base, slots, slot_stride, dims, is_key, HEAD_DIM: tl.constexpr, dtype: tl.constexpr):
-    """Return a tile `[keys, dims]`; zeros, not what lies there, where there is no key.
+    """Return a tile `[keys, dims]`, with zeros where there is no key.
 
-    What lies there may be NaN, which no weight of zero takes away.
+    The memory there may hold NaN, which a weight of zero keeps.
     """
     mask = is_key[:, None] & (dims < HEAD_DIM)[None, :]
     return tl.load(base + slots[:, None] * slot_stride + dims[None, :], mask=mask, other=0.0).to(
@@ -46,11 +46,11 @@ def _load(base, slots, slot_stride, dims, is_key, HEAD_DIM: tl.constexpr, dtype:
 
 @triton.jit
 def _fold(q, k, v, is_seen, scale_log2, acc, peak, total):
-    """Take one tile of keys into a softmax that is computed as it goes (arXiv:2205.14135)."""
+    """Add one tile of keys to an online softmax (arXiv:2205.14135)."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
     scores = tl.where(is_seen, scores, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    # A query that has seen no key yet: minus infinity less minus infinity would be NaN.
+    # For a query without a key so far, minus infinity less minus infinity would be NaN.
     base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
     weights = tl.exp2(scores - base[:, None])
     kept = tl.exp2(peak - base)
@@ -86,7 +86,7 @@ def decode_kernel(
 ):
     """Attend one row's only query to one share of its keys, for all query heads of a KV head.
 
-    Grid: rows, KV heads, splits. Rows with more queries are left alone. With one split the result
+    Grid: rows, KV heads, splits. Rows with more queries are skipped. With one split the result
     is `out` `[tokens, heads, HEAD_DIM]`; with more, `partial` `[rows, heads, splits, HEAD_DIM]` and
     `lse` (base 2) `[rows, heads, splits]`, for `combine_kernel`.
     """
@@ -108,7 +108,7 @@ def decode_kernel(
     num_heads = tl.num_programs(1) * GROUP
     split_at = (row.to(tl.int64) * num_heads + heads) * NUM_SPLITS + split
     if begin >= end:
-        # Too short a row for so many splits.
+        # The row is too short for so many splits.
         tl.store(lse_ptr + split_at, -float("inf"), mask=members < GROUP)
         return
 
@@ -146,7 +146,7 @@ def combine_kernel(
     DIM_BLOCK: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
 ):
-    """Weigh the splits of one head of one row by what each has seen. Grid: rows, heads."""
+    """Combine the splits of one head of one row by their log-sum-exp. Grid: rows, heads."""
     row, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     token = tl.load(query_starts_ptr + row)
     if tl.load(query_starts_ptr + row + 1) - token != 1:
@@ -155,7 +155,7 @@ def combine_kernel(
     split_at = (row.to(tl.int64) * num_heads + head) * NUM_SPLITS + splits
     lse = tl.load(lse_ptr + split_at)
     is_dim = dims < HEAD_DIM
-    # A split that saw nothing wrote nothing: what stands there is not read.
+    # A split without keys has written no result, so it is not read.
     mask = (lse > -float("inf"))[:, None] & is_dim[None, :]
     partial_at = split_at[:, None] * HEAD_DIM + dims[None, :]
     partial = tl.load(partial_ptr + partial_at, mask=mask, other=0.0)
@@ -211,11 +211,12 @@ def prompt_kernel(
     total = tl.zeros([QUERY_TILE], tl.float32)
     table_row = table_ptr + row.to(tl.int64) * table_stride
     head_at = head // GROUP * HEAD_DIM
-    begin = tl.maximum(past + tile * QUERY_TILE - window + 1, 0) // TILE * TILE
+    first_key = tl.maximum(past + tile * QUERY_TILE - window + 1, 0)
+    begin = first_key // TILE * TILE
     end = past + tl.minimum((tile + 1) * QUERY_TILE, count)
     for start in range(begin, end, TILE):
         key_at = start + tl.arange(0, TILE)
-        is_key = key_at < end
+        is_key = (key_at >= first_key) & (key_at < end)
         slots = _slots(table_row, start, key_at, is_key, PAGE_SIZE, TILE)
         k = _load(keys_ptr + head_at, slots, slot_stride, dims, is_key, HEAD_DIM, DOT_DTYPE)
         v = _load(values_ptr + head_at, slots, slot_stride, dims, is_key, HEAD_DIM, DOT_DTYPE)
@@ -225,6 +226,6 @@ def prompt_kernel(
 
     num_heads = tl.num_programs(1)
     out_at = (tokens * num_heads + head)[:, None] * HEAD_DIM + dims[None, :]
-    # Past the row's last query nothing may have been seen.
+    # Past the row's last query there may be no key.
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=mask)

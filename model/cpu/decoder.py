@@ -1,7 +1,7 @@
 """A decoder's layers in one compiled call (csrc/decoder.cpp), for tiled weights on a CPU.
 
-The same arithmetic as `Transformer.forward`, operation by operation, without a tensor, a thread
-woken or a line of Python between them. Knows nothing of how weights are packed.
+The same arithmetic as `Transformer.forward`, operation by operation, without tensors, thread
+wake-ups or Python between them. Knows nothing of how weights are packed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import weakref
 import torch
 from torch import Tensor
 
-from model.architectures.transformer import DecoderLayer, Transformer
+from model.architectures.arch import PRE_NORMS, LayerSpec
+from model.architectures.transformer import DecoderLayer, GatedMlp, Transformer
 from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBackend
 from model.cpu.library import CpuLibrary
 from model.weights.linear import Linear
 from model.weights.tiled_linear import TiledLinear
 
-#: Gates, and what they are for, must be whole output groups of a tile.
+#: Gates, and the values they multiply, must be whole output groups of a tile.
 _INNER_MULTIPLE = 16
 
 
@@ -27,13 +28,13 @@ class CpuDecoder:
     """See `Decoder`."""
 
     def __init__(self, transformer: Transformer, library: CpuLibrary) -> None:
-        """Take over the weights, which must satisfy `why_not`."""
+        """Use the weights of a transformer that `why_not` accepts."""
         self._transformer = transformer
         weights = transformer.weights
         arch = transformer.arch
         shape = (
             arch.hidden_size,
-            arch.intermediate_size,
+            arch.layers[0].mlp.intermediate_size,
             arch.num_heads,
             arch.num_kv_heads,
             arch.head_dim,
@@ -52,9 +53,9 @@ class CpuDecoder:
         weakref.finalize(self, library.functions.octavo_decoder_free, self._handle)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """See `Decoder`. Attention is the one that `why_not` was asked about."""
+        """See `Decoder`. Attention is the one that `why_not` accepted."""
         assert isinstance(attention, CpuAttention), "see why_not"
-        residual = self._transformer.weights.embedding(token_ids)
+        residual = self._transformer.embed(token_ids)
         positions = positions.contiguous()
         self._forward(self._handle, attention.session, positions.data_ptr(), residual.data_ptr())
         return residual
@@ -65,32 +66,51 @@ class CpuDecoder:
 
 
 def why_not(transformer: Transformer, attention: AttentionBackend) -> str:
-    """Say what keeps a model from the compiled decoder; nothing where it can have it."""
+    """Return why the compiled decoder cannot serve a model; empty where it can."""
     if not isinstance(attention, CpuAttention):
         return f"attention backend {attention.name} is not the compiled one"
-    if transformer.arch.intermediate_size % _INNER_MULTIPLE:
-        return f"intermediate_size is no multiple of {_INNER_MULTIPLE}"
+    specs = transformer.arch.layers
+    if reason := next(filter(None, map(_why_not_layer, specs)), ""):
+        return reason
+    if len({spec.mlp.intermediate_size for spec in specs}) > 1:
+        return "layers differ in intermediate_size"
     for layer in transformer.weights.layers:
         if not all(isinstance(one, TiledLinear) for one in _products(layer)):
             return f"weights in {transformer.format} are not in tiles"
     return ""
 
 
+def _why_not_layer(spec: LayerSpec) -> str:
+    if spec.norms != PRE_NORMS:
+        return "norms are not those before attention and MLP"
+    if spec.qk_norm == "all_heads":
+        return "q and k have norms over all heads"
+    if spec.mlp.activation != "silu":
+        return f"activation {spec.mlp.activation} is not silu"
+    if spec.residual_multiplier != 1:
+        return "residual updates have a factor"
+    if spec.mlp.intermediate_size % _INNER_MULTIPLE:
+        return f"intermediate_size is no multiple of {_INNER_MULTIPLE}"
+    return ""
+
+
 def _products(layer: DecoderLayer) -> tuple[Linear, ...]:
-    return layer.qkv, layer.o, layer.gate_up, layer.down
+    assert isinstance(layer.mlp, GatedMlp), "see why_not"
+    return layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down
 
 
 def _pointers(layer: DecoderLayer) -> tuple[int, ...]:
     """Return the addresses in the order of csrc/decoder.cpp's `Layer`."""
+    qkv, o, gate_up, down = map(_addresses, _products(layer))
     return (
-        layer.input_norm.data_ptr(),
-        *_addresses(layer.qkv),
+        _address(layer.norms["attention_input"]),
+        *qkv,
         _address(layer.q_norm),
         _address(layer.k_norm),
-        *_addresses(layer.o),
-        layer.post_norm.data_ptr(),
-        *_addresses(layer.gate_up),
-        *_addresses(layer.down),
+        *o,
+        _address(layer.norms["mlp_input"]),
+        *gate_up,
+        *down,
     )
 
 

@@ -1,10 +1,9 @@
-"""The compiled CPU operations as a shared library: finding it, building it, loading it.
+"""Finds, builds and loads the compiled CPU operations, a shared library.
 
-The library (model/cpu/csrc) has a C interface and is not linked against torch, so a build needs no
-more than a C++ compiler and a few seconds, and a binary outlives updates of torch. It holds code
-for several instruction sets and asks the CPU which to use. It ends with its own checksum, without
-which it is not loaded. Nothing here knows what the operations do: see `model/cpu/ops.py` and
-`model/attention/cpu.py`.
+The library (model/cpu/csrc) has a C interface and is not linked against torch. So a build needs
+only a C++ compiler and a few seconds, and a binary stays valid when torch is updated. It has code
+for several instruction sets and detects the CPU's. Without the right checksum at its end it is not
+loaded. Knows nothing of the operations (`model/cpu/ops.py`, `model/attention/cpu.py`).
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# Also brings OpenMP's runtime into the process, which the library takes its threads from.
+# Also loads OpenMP's runtime into the process, which the library's threads come from.
 import torch
+from torch import Tensor
 
 from model.weights.source import octavo_home
 
@@ -58,10 +58,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "octavo_sources": (ctypes.c_char_p, ()),
     "octavo_supports": (ctypes.c_bool, (ctypes.c_char_p,)),
     "octavo_kernels": (_POINTER, (ctypes.c_char_p,)),
-    "octavo_attention_new": (
-        _POINTER,
-        (*(_POINTER,) * 4, _INT, _INT, _LONG, *(_INT,) * 4, _FLOAT),
-    ),
+    "octavo_attention_new": (_POINTER, (*(_POINTER,) * 4, _INT, _INT, _LONG, *(_INT,) * 4, _FLOAT)),
     "octavo_attention_free": (None, (_POINTER,)),
     "octavo_attention_plan": (
         ctypes.c_char_p,
@@ -87,6 +84,16 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 }
 
 
+def strided(heads: Tensor) -> tuple[int, int, int]:
+    """Return the `_ROWS` of a tensor: its address and its first two strides."""
+    return heads.data_ptr(), heads.stride(0), heads.stride(1)
+
+
+def typed(values: Tensor) -> tuple[int, int]:
+    """Return the `_MATRIX` of a tensor: its address and the code of its dtype (else KeyError)."""
+    return values.data_ptr(), DTYPE_CODES[values.dtype]
+
+
 @dataclass(frozen=True, slots=True)
 class CpuLibrary:
     """The loaded library, and which of its instruction sets is in use."""
@@ -96,18 +103,18 @@ class CpuLibrary:
     functions: ctypes.CDLL
     #: Address of the table of this instruction set's functions.
     kernels: int
-    #: What an operator should know of how it was found.
+    #: For the operator: how it was found.
     notes: tuple[str, ...] = ()
 
 
 def load_cpu_library(
     *, isa: str | None = None, environ: Mapping[str, str] | None = None
 ) -> CpuLibrary | str:
-    """Load the compiled operations, building them if need be; or say in a line why not.
+    """Load the compiled operations, building them if needed, or return in one line why not.
 
-    Looked for: the file that `OCTAVO_CPU_OPS` names; `_cpu_ops.so` beside this file (a container
+    In this order: the file that `OCTAVO_CPU_OPS` names; `_cpu_ops.so` beside this file (a container
     has no compiler); the build of an earlier start under `octavo_home()`; a new build there.
-    `isa`, else `OCTAVO_CPU_ISA`, asks for an instruction set other than the best.
+    `isa`, else `OCTAVO_CPU_ISA`, requests an instruction set other than the best.
     """
     variables = os.environ if environ is None else environ
     isa = isa or variables.get("OCTAVO_CPU_ISA")
@@ -120,7 +127,7 @@ def load_cpu_library(
 def _load(path: Path, isa: str | None, notes: tuple[str, ...] = ()) -> CpuLibrary | str:
     try:
         if not _is_whole(path):
-            return f"{path} is damaged; build it anew with python -m model.cpu_ops"
+            return f"{path} is damaged; build it anew with python -m model.cpu.ops"
         functions = ctypes.CDLL(str(path.resolve()))
         for name, (result, parameters) in _SIGNATURES.items():
             function = getattr(functions, name)
@@ -128,7 +135,7 @@ def _load(path: Path, isa: str | None, notes: tuple[str, ...] = ()) -> CpuLibrar
     except (OSError, AttributeError) as error:
         return f"{path} cannot be loaded: {error}"
     if functions.octavo_sources().decode() != _digest_of_sources():
-        return f"{path} was built from other sources; build it anew with python -m model.cpu_ops"
+        return f"{path} was built from other sources; build it anew with python -m model.cpu.ops"
     if isa is not None and (isa not in ISAS or not functions.octavo_supports(isa.encode())):
         return f"instruction set {isa!r} is not one of {', '.join(ISAS)}, or not this CPU's"
     isa = isa or next(name for name in ISAS if functions.octavo_supports(name.encode()))
@@ -136,9 +143,9 @@ def _load(path: Path, isa: str | None, notes: tuple[str, ...] = ()) -> CpuLibrar
 
 
 def _is_whole(path: Path) -> bool:
-    """Compare a library with the checksum at its end: the loader jumps into whatever it is given.
+    """Compare a library with its checksum, since the loader runs damaged code, too.
 
-    Raises `OSError` where it cannot be read.
+    Raises `OSError` if it cannot be read.
     """
     content = path.read_bytes()
     return hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest() == content[-_CHECKSUM_BYTES:]
@@ -148,9 +155,9 @@ def _is_whole(path: Path) -> bool:
 
 
 def build(output: Path, compiler: str | None = None) -> str | None:
-    """Compile the library to `output`, all or nothing; returns why it could not be, or None.
+    """Compile the library to `output`, atomically; return why it could not be, or None.
 
-    Portable: it runs on any CPU of this machine's architecture.
+    The result runs on any CPU of this machine's architecture.
     """
     compiler = compiler or _find_compiler(os.environ)
     if compiler is None:
@@ -160,7 +167,7 @@ def build(output: Path, compiler: str | None = None) -> str | None:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=_BUILD_PREFIX) as folder:
             linked = Path(folder) / output.name
             _compile(compiler, Path(folder), linked)
-            # The system's loader takes no notice of what comes after the sections.
+            # The system's loader ignores bytes after the sections.
             content = linked.read_bytes()
             linked.write_bytes(content + hashlib.sha256(content).digest())
             linked.chmod(0o755)
@@ -208,9 +215,9 @@ def _first_error(stderr: str) -> str:
 
 
 def _load_cached(variables: Mapping[str, str], isa: str | None) -> CpuLibrary | str:
-    """Load this machine's build of these sources, built now if there is none to be trusted."""
-    # The flags follow from this file and the architecture. Whichever compiler built it will do:
-    # a machine that has lost its compiler keeps what it has.
+    """Load this machine's build of these sources, or build it now if none can be trusted."""
+    # The flags follow from this file and the architecture. The compiler is not part of the key:
+    # without one, an earlier build stays in use.
     key = hashlib.sha256((_digest_of_sources() + platform.machine()).encode())
     key.update(Path(__file__).read_bytes())
     builds = octavo_home(variables) / "build"
@@ -224,7 +231,7 @@ def _load_cached(variables: Mapping[str, str], isa: str | None) -> CpuLibrary | 
         return f"{found}no C++ compiler found"
     try:
         with _locked(library.parent):
-            # Whoever held the lock before may have built it.
+            # The previous holder of the lock may have built it.
             is_built = _fault_of(library) is None
             reason = None if is_built else _rebuild(library, compiler)
     except OSError as error:
@@ -238,7 +245,7 @@ def _load_cached(variables: Mapping[str, str], isa: str | None) -> CpuLibrary | 
 
 
 def _fault_of(library: Path) -> str | None:
-    """Say why a build must not be loaded: None where it may be, nothing where there is none."""
+    """Return why a build must not be loaded: None if it may be, empty if there is none."""
     try:
         for path in (library.parent, library):
             status = path.lstat()
@@ -246,7 +253,7 @@ def _fault_of(library: Path) -> str | None:
                 return f"{path} belongs to another user"
             if status.st_mode & _WRITABLE_BY_OTHERS:
                 return f"{path} can be written by other users"
-        # What is no file might never be read to its end.
+        # Reading a pipe or a device might never end.
         return None if library.is_file() and _is_whole(library) else f"{library} is damaged"
     except (FileNotFoundError, NotADirectoryError):
         return ""
@@ -261,9 +268,9 @@ def _rebuild(library: Path, compiler: str) -> str | None:
 
 
 def _clear_abandoned(builds: Path) -> None:
-    """Remove what killed builds have left, those of other versions too."""
+    """Remove the files of killed builds, of other versions too."""
     for abandoned in builds.glob(f"*/{_BUILD_PREFIX}*"):
-        # A builder that lives holds the lock; what belongs to others is theirs to remove.
+        # A running build holds the lock; files of other users are theirs to remove.
         with suppress(OSError), (abandoned.parent / "lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(abandoned)
@@ -271,7 +278,7 @@ def _clear_abandoned(builds: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock against other processes on a folder that nobody else can write to."""
+    """Lock a folder against other processes, and make it writable for this user alone."""
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     status = folder.lstat()
     if status.st_uid not in {0, os.geteuid()}:
@@ -283,7 +290,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-# ---- what a build is made of ---------------------------------------------------------------------
+# ---- the inputs of a build -----------------------------------------------------------------------
 
 
 def _find_compiler(variables: Mapping[str, str]) -> str | None:

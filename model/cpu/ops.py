@@ -1,7 +1,7 @@
-"""`Ops` of model/ops.py, compiled: a call costs microseconds where torch takes tens.
+"""`Ops` of model/ops.py, compiled: a call takes microseconds where torch takes tens.
 
-`python -m model.cpu_ops --output model/_cpu_ops.so` builds ahead of time, for a place without a
-compiler. Knows nothing of how the library is found or built (`model/cpu/library.py`).
+`python -m model.cpu.ops --output model/cpu/_cpu_ops.so` builds ahead of time, for machines without
+a compiler. Knows nothing of how the library is found or built (`model/cpu/library.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.cpu.library import DTYPE_CODES, CpuLibrary, build
-
-_CODES = DTYPE_CODES
+from model.cpu.library import DTYPE_CODES, CpuLibrary, build, strided, typed
 
 
 class CpuOps:
@@ -54,15 +52,12 @@ class CpuOps:
             self._kernels,
             x.numel() // dim,
             dim,
-            x.data_ptr(),
-            _CODES[x.dtype],
+            *typed(x),
             x.stride(-2),
             None if residual is None else residual.data_ptr(),
-            weight.data_ptr(),
-            _CODES[weight.dtype],
+            *typed(weight),
             eps,
-            out.data_ptr(),
-            _CODES[out_dtype],
+            *typed(out),
         )
         return out
 
@@ -72,14 +67,10 @@ class CpuOps:
         self._rope(
             self._kernels,
             tokens,
-            _CODES[q.dtype],
-            q.data_ptr(),
-            q.stride(0),
-            q.stride(1),
+            DTYPE_CODES[q.dtype],
+            *strided(q),
             num_heads,
-            k.data_ptr(),
-            k.stride(0),
-            k.stride(1),
+            *strided(k),
             k.shape[1],
             positions.data_ptr(),
             cos_sin.data_ptr(),
@@ -96,7 +87,7 @@ class CpuOps:
             width // 2,
             gate_up.data_ptr(),
             gate_up.stride(0),
-            _CODES[gate_up.dtype],
+            DTYPE_CODES[gate_up.dtype],
             out.data_ptr(),
         )
         return out
@@ -104,7 +95,7 @@ class CpuOps:
 
 def main() -> int:
     """Build the library for later."""
-    parser = argparse.ArgumentParser(prog="python -m model.cpu_ops", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m model.cpu.ops", description=main.__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("_cpu_ops.so"))
     output: Path = parser.parse_args().output
     reason = build(output)

@@ -1,7 +1,7 @@
-"""Puts a runner together on CUDA: measures what a step and its graphs take, the rest is pages.
+"""Builds a runner on CUDA: measures the memory of a step and its graphs; the rest is for pages.
 
-NEVER RUN ON A GPU YET. What needs none is tested: the step that is measured, and the plan that is
-made from what was (`model/kv/memory_plan.py`).
+Tests cover the measured step and the plan made from it (`model/kv/memory_plan.py`);
+docs/performance.md has the status on GPUs.
 """
 
 from __future__ import annotations
@@ -15,21 +15,29 @@ import torch
 from configs.schema import OctavoConfig
 from configs.sizes import format_size
 from model.architectures.transformer import Decoder, ServedDecoder, Transformer
-from model.attention.interface import BackendOffer
-from model.cuda.decoder import GpuDecoder, has_pages
+from model.attention.interface import AttentionSpec, BackendOffer, PagedAttention
+from model.cuda.decoder import GpuDecoder
 from model.cuda.graphs import DecodeGraphs, GraphPlan, decode_buckets, record_on_cuda
 from model.cuda.ops import GpuOps
-from model.interface import ModelInfo, SamplingParams, ScoredSpan, SlotStart, StepInput
+from model.interface import (
+    ModelInfo,
+    RowSpan,
+    SampleSpan,
+    SamplingParams,
+    ScoredSpan,
+    SlotStart,
+    StepInput,
+)
 from model.kv.memory_plan import DeviceUse, PoolPlan
 from model.kv.pool import KVPool
 from model.runner import SCORED_TOKENS, TorchRunner
 from model.sampling.sampler import Sampler
 
-#: Steps under way: while one runs, the next is planned, packed and launched.
-_MAX_FLIGHTS = 2
+#: Steps in flight: while one runs, the next is planned, packed and launched.
+_MAX_STEPS_IN_FLIGHT = 2
 
-#: What sampling can ask for at its dearest, one after the other: all of it in all rows.
-_DEAREST = (
+#: The sampling settings that take most memory, one after the other, each in all rows.
+_COSTLIEST = (
     SamplingParams(max_tokens=9, temperature=1.0, seed=1),
     SamplingParams(
         max_tokens=9,
@@ -48,13 +56,13 @@ _DEAREST = (
 
 @dataclass(frozen=True, slots=True)
 class GpuParts:
-    """What is there before there are pages."""
+    """The parts of a runner that do not depend on the number of pages."""
 
     decoder: ServedDecoder
     offer: BackendOffer
-    #: Says what is built, from the pages there are.
+    #: Describes the runner with this pool.
     info_of: Callable[[PoolPlan], ModelInfo]
-    kv_dtype: torch.dtype
+    spec: AttentionSpec
     ops: GpuOps | None
     config: OctavoConfig
 
@@ -67,9 +75,9 @@ def assemble_on_gpu(parts: GpuParts, plan_of: Callable[[int], PoolPlan]) -> Torc
     plan = plan_of(page_bytes)
     parts.decoder.hold_positions(plan.max_model_len)
     account = use.account(parts.decoder.weights_bytes, plan.total_bytes)
-    told = ", ".join(f"{name} {format_size(size)}" for name, size in account)
+    uses = ", ".join(f"{name} {format_size(size)}" for name, size in account)
     info = parts.info_of(plan)
-    notes = (*info.notes, f"memory of the GPU: {told}")
+    notes = (*info.notes, f"memory of the GPU: {uses}")
     buckets = decode_buckets(parts.config.scheduler.max_num_seqs)
     runner = _runner(parts, replace(info, device_bytes=account, notes=notes), buckets)
     torch.cuda.synchronize(device)
@@ -77,23 +85,15 @@ def assemble_on_gpu(parts: GpuParts, plan_of: Callable[[int], PoolPlan]) -> Torc
 
 
 def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> TorchRunner:
-    """Build a runner with as many pages as `info` says, and graphs for these numbers of rows."""
+    """Build a runner with the number of pages in `info`, and graphs for these numbers of rows."""
     served, config = parts.decoder, parts.config
-    arch, device = served.arch, served.device
-    pool = KVPool(
-        num_layers=arch.num_layers,
-        # One is nobody's: what pads a recorded step writes there.
-        num_pages=info.num_pages + 1,
-        page_size=info.page_size,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        dtype=parts.kv_dtype,
-        device=device,
-    )
-    attention = parts.offer.build(served.attention_spec(parts.kv_dtype), pool)
+    device = served.device
+    # One more page than the scheduler has: the rows that pad a recorded step write there.
+    pool = KVPool(parts.spec.layout(info.page_size), info.num_pages + 1, device)
+    attention = parts.offer.build(parts.spec, pool)
     decoder: Decoder = served
-    # Layers of transformers are left as they are, and may do what cannot be recorded.
-    if isinstance(served, Transformer) and has_pages(attention):
+    # Layers of transformers stay as they are, and may do things that cannot be recorded.
+    if isinstance(served, Transformer) and isinstance(attention, PagedAttention):
         decoder = GpuDecoder(served, parts.ops) if parts.ops else served
     else:
         buckets = ()
@@ -111,12 +111,12 @@ def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> Torch
         sampler=Sampler(max_num_seqs, info.vocab_size, info.eos_token_ids, device),
         max_num_seqs=max_num_seqs,
         graphs=graphs,
-        max_flights=_MAX_FLIGHTS,
+        max_steps_in_flight=_MAX_STEPS_IN_FLIGHT,
     )
 
 
 def _measure(parts: GpuParts) -> DeviceUse:
-    """Run the largest step there may be and record graphs, on two pages; then drop all of it."""
+    """Run the largest step and record graphs, on two pages; then free all of it."""
     device, config = parts.decoder.device, parts.config
     arch = parts.decoder.arch
     page_size = parts.offer.page_size(config.cache.page_size)
@@ -129,16 +129,20 @@ def _measure(parts: GpuParts) -> DeviceUse:
         torch.cuda.synchronize(device)
         return torch.cuda.mem_get_info(device)[0]
 
-    # No step under measurement goes further.
+    # The measured steps have no later position.
     parts.decoder.hold_positions(min(max_len, config.scheduler.max_num_batched_tokens))
     before = free_bytes()
     runner = _runner(parts, info, ())
     step = largest_step(
-        config.scheduler.max_num_batched_tokens, max_num_seqs, max_len, page_size, _DEAREST[0]
+        config.scheduler.max_num_batched_tokens,
+        max_num_seqs,
+        max_len,
+        page_size,
+        _COSTLIEST[0],
     )
     dry_run(runner, step)
     after_step = free_bytes()
-    # All share the memory of the largest; each takes some of its own beside.
+    # All graphs share the memory of the largest; each takes some of its own.
     first = _runner(parts, info, buckets[-1:])
     after_first = free_bytes()
     both = _runner(parts, info, buckets[-2:])
@@ -152,19 +156,21 @@ def _measure(parts: GpuParts) -> DeviceUse:
         total_bytes=total,
         free_bytes=free,
         step_tokens=len(step.token_ids),
-        step_rows=len(step.counts),
+        step_rows=len(step.rows),
         step_bytes=before - after_step,
         graph_bytes=after_step - after_first + each * max(len(buckets) - 1, 0),
     )
 
 
 def dry_run(runner: TorchRunner, step: StepInput) -> None:
-    """Compute a step with all that sampling can ask for, twice at a time where two may fly."""
-    for params in _DEAREST:
+    """Compute a step with the most demanding sampling, as often at a time as steps may overlap."""
+    for params in _COSTLIEST:
         starts = [replace(start, params=params) for start in step.started]
-        flights = [runner.launch(replace(step, started=starts)) for _ in range(runner.max_flights)]
-        for flight in flights:
-            flight.wait()
+        in_flight_steps = [
+            runner.launch(replace(step, started=starts)) for _ in range(runner.max_steps_in_flight)
+        ]
+        for in_flight_step in in_flight_steps:
+            in_flight_step.wait()
 
 
 def largest_step(
@@ -174,9 +180,9 @@ def largest_step(
     page_size: int,
     params: SamplingParams,
 ) -> StepInput:
-    """Return the step that takes most memory: all tokens there may be, and every row samples.
+    """Return the step that takes most memory: as many tokens as allowed, and every row samples.
 
-    Some tokens are scored, too. All pages are page 0: what is computed is of no use to anybody.
+    Some tokens are scored, too. All pages are page 0, since the results are not used.
     """
     num_rows = min(max_num_seqs, max_num_batched_tokens)
     counts: list[int] = []
@@ -186,13 +192,12 @@ def largest_step(
         left -= counts[-1]
     tokens = sum(counts)
     rows = list(range(num_rows))
-    return StepInput(
+    return StepInput.of(
         token_ids=[0] * tokens,
-        starts=[0] * num_rows,
-        counts=counts,
+        rows=[RowSpan(0, 0, count) for count in counts],
         slots=rows,
         page_ids=[[0] * -(-count // page_size) for count in counts],
-        sample_rows=rows,
+        samples=[SampleSpan(row, counts[row] - 1, 1) for row in rows],
         scored=[ScoredSpan(0, 0, [0] * min(counts[0], SCORED_TOKENS))],
         started=[SlotStart(row, params, [0] * counts[row]) for row in rows],
     )

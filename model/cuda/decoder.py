@@ -1,12 +1,10 @@
 """The decoder's layers on CUDA: the arithmetic of `Transformer.forward` in fewer passes.
 
 Rotation writes keys and values straight to their pages, so attention has only to read. Knows
-nothing of how pages are read (`PagedAttention`) or of how the kernels do it (`GpuOps`).
+nothing of how pages are read (`PagedAttention`) or of the kernels (`GpuOps`).
 """
 
 from __future__ import annotations
-
-from typing import cast
 
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from model.cuda.ops import GpuOps
 
 
 class GpuDecoder:
-    """See `Decoder`; attention is a `PagedAttention` (`has_pages`)."""
+    """See `Decoder`; attention is a `PagedAttention`."""
 
     def __init__(self, transformer: Transformer, ops: GpuOps) -> None:
         self._transformer = transformer
@@ -24,7 +22,8 @@ class GpuDecoder:
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """See `Decoder`."""
-        paged = cast("PagedAttention", attention)
+        assert isinstance(attention, PagedAttention), "see assemble_on_gpu"
+        paged = attention
         return self._transformer.run_layers(
             token_ids,
             self._ops,
@@ -34,22 +33,12 @@ class GpuDecoder:
     def _attend(
         self, index: int, layer: DecoderLayer, x: Tensor, positions: Tensor, paged: PagedAttention
     ) -> Tensor:
-        arch, ops = self._transformer.arch, self._ops
-        num_heads, num_kv_heads = arch.num_heads, arch.num_kv_heads
-        qkv = layer.qkv(x).view(-1, num_heads + 2 * num_kv_heads, arch.head_dim)
-        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)  # type: ignore[no-untyped-call] # torch's
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = ops.rms_norm(q, layer.q_norm, arch.rms_eps, q.dtype)
-            k = ops.rms_norm(k, layer.k_norm, arch.rms_eps, k.dtype)
-        pages = (*paged.pages(index), paged.kv_slots)
-        ops.rope_and_store(q, k, v, positions, self._transformer.cos_sin, pages)
+        q, k, v = self._transformer.qkv(layer, x, self._ops)
+        keys, values, _ = paged.pages(index)
+        pages = keys, values, paged.kv_slots
+        self._ops.rope_and_store(q, k, v, positions, self._transformer.cos_sin, pages)
         return layer.o(paged.read(index, q))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder`."""
         return self._transformer.logits(hidden)
-
-
-def has_pages(attention: AttentionBackend) -> bool:
-    """Whether the backend is a `PagedAttention`: one that reads what `GpuDecoder` has written."""
-    return hasattr(attention, "read")

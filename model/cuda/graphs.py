@@ -1,8 +1,8 @@
-"""Decode steps recorded once and replayed: a graph for each of some numbers of rows.
+"""Records decode steps as graphs and replays them, a graph for each of some numbers of rows.
 
 A replay launches the hundreds of kernels of a step at once, which takes the host a few
-microseconds. It reads and writes the very memory it was recorded with, so a step is padded to the
-next number of rows and copied there. Knows nothing of CUDA: how to record is given.
+microseconds. It uses the memory of the recording, so a step is padded to the next number of rows
+and copied there. Knows nothing of CUDA: the recorder is a parameter.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from model.packing import DeviceStep, PackedStep
 
 _log = logging.getLogger(__name__)
 
-#: Records a computation and returns what computes it again, in the same place.
+#: Records a computation; the result repeats it in the same memory.
 Record: TypeAlias = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
 def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
-    """Numbers of rows worth a graph, ascending; the last is `max_num_seqs`.
+    """Return the numbers of rows with a graph, ascending; the last is `max_num_seqs`.
 
-    Above 64 rows a fifth at most is padding; below, a step reads weights most of the time, and more
-    rows cost next to nothing.
+    Above 64 rows a fifth at most is padding; below, a step mostly reads weights, and further rows
+    cost next to nothing.
     """
     buckets = [1, 2, 4, 8]
     while (newest := buckets[-1]) < max_num_seqs:
@@ -41,18 +41,18 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class GraphPlan:
-    """Which steps are recorded, and what padding may write to."""
+    """The steps to record, and the page that padding writes to."""
 
     buckets: tuple[int, ...]
     #: Longest sequence, in tokens.
     max_model_len: int
     page_size: int
-    #: A page that is nobody's.
+    #: A page that no sequence has.
     scratch_page: int
 
 
 class DecodeGraphs:
-    """Hidden states of decode steps, by replay."""
+    """Recorded decode steps: they compute hidden states by replay."""
 
     def __init__(
         self,
@@ -65,16 +65,16 @@ class DecodeGraphs:
         self._decoder = decoder
         self._attention = attention
         self._plan = plan
-        most, max_pages = plan.buckets[-1], -(-plan.max_model_len // plan.page_size)
+        max_rows, max_pages = plan.buckets[-1], -(-plan.max_model_len // plan.page_size)
         #: Token ids, positions and slots in the pool.
-        self._numbers = torch.zeros(3, most, dtype=torch.int64, device=device)
-        self._query_starts = torch.arange(most + 1, dtype=torch.int32, device=device)
-        self._seq_lens = torch.ones(most, dtype=torch.int32, device=device)
-        shape = most, max_pages
+        self._numbers = torch.zeros(3, max_rows, dtype=torch.int64, device=device)
+        self._query_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._seq_lens = torch.ones(max_rows, dtype=torch.int32, device=device)
+        shape = max_rows, max_pages
         self._table = torch.full(shape, plan.scratch_page, dtype=torch.int32, device=device)
         self._numbers[2] = plan.scratch_page * plan.page_size
         began_s = time.perf_counter()
-        # The largest first: the others fit into the memory it took.
+        # The largest first: the others fit into its memory.
         self._replay = {rows: record(self._computation(rows)) for rows in reversed(plan.buckets)}
         taken_s = time.perf_counter() - began_s
         _log.info("%d decode graphs recorded in %.1f s", len(plan.buckets), taken_s)
@@ -92,7 +92,7 @@ class DecodeGraphs:
         )
 
         def compute() -> Tensor:
-            # Recorded too: a plan may derive tensors from the batch's.
+            # Recorded too: a plan may compute tensors from the batch's.
             self._attention.plan(batch)
             return self._decoder.forward(token_ids, positions, self._attention)
 
@@ -120,11 +120,11 @@ class DecodeGraphs:
 
 
 def record_on_cuda(device: torch.device) -> Record:
-    """Return a recorder of CUDA graphs which share one pool of memory. NEVER RUN YET."""
+    """Return a recorder of CUDA graphs which share one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        # Kernels are compiled and tuned before, which may not be recorded.
+        # Compiling and tuning kernels cannot be recorded, so it happens before.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):

@@ -1,7 +1,7 @@
 """The small operations between matrix products, in Triton. Needs triton.
 
 Each is one pass over memory with float32 inside. Knows nothing of torch or of layers
-(`gpu_ops.py`); a program takes one row, or a block of it.
+(`ops.py`); a program takes one row, or a block of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rms_norm_kernel(
     BLOCK: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """Norm a row; where `ADDS`, of x plus the residual, which is left in the residual.
+    """Normalize a row: of x or, where `ADDS`, of x plus the residual, stored in the residual.
 
     Row i of x begins at `i // NUM_INNER * outer_stride + i % NUM_INNER * inner_stride`; rows of the
     residual and of the result are contiguous. Grid: rows.
@@ -45,7 +45,7 @@ def rms_norm_kernel(
 
 @triton.jit
 def silu_and_mul_kernel(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: rows, blocks of a row of the result."""
+    """Multiply the up half by silu of the gate half. Grid: rows, blocks of a row of the result."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -56,7 +56,7 @@ def silu_and_mul_kernel(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _turned(x_ptr, at, cos_ptr, halves, first_mask, HALF: tl.constexpr):
+def _rotated(x_ptr, at, cos_ptr, halves, first_mask, HALF: tl.constexpr):
     """Return both halves of some heads, rotated."""
     first = tl.load(x_ptr + at, mask=first_mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + at + HALF, mask=first_mask, other=0.0).to(tl.float32)
@@ -66,8 +66,8 @@ def _turned(x_ptr, at, cos_ptr, halves, first_mask, HALF: tl.constexpr):
     return first * cos - second * sin, second * cos + first * sin
 
 
-# Where in a step's arrays these begin differs from step to step; by default each alignment would be
-# compiled anew, amid requests.
+# These begin elsewhere in each step's arrays; by default Triton would compile for each alignment,
+# while requests wait.
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "kv_slots_ptr"])
 def rope_kernel(
     q_ptr,
@@ -97,7 +97,7 @@ def rope_kernel(
     """Rotate q in place, and k: in place too, or, where `STORES`, into its page, as v goes to its.
 
     Grid: tokens, blocks of `HEADS_EACH` heads: those of q, then those of k, then (`STORES`) of v.
-    A thread reads both halves of what it writes, so that in place nobody reads what is rotated.
+    A thread reads both halves before it writes them, so in place no thread reads rotated values.
     """
     Q_BLOCKS: tl.constexpr = (NUM_HEADS + HEADS_EACH - 1) // HEADS_EACH
     KV_BLOCKS: tl.constexpr = (NUM_KV_HEADS + HEADS_EACH - 1) // HEADS_EACH
@@ -109,7 +109,7 @@ def rope_kernel(
         heads = block * HEADS_EACH + members
         mask = (heads < NUM_HEADS)[:, None] & (halves < HALF)[None, :]
         at = token * q_token_stride + heads[:, None] * q_head_stride + halves[None, :]
-        first, second = _turned(q_ptr, at, cos_ptr, halves, mask, HALF)
+        first, second = _rotated(q_ptr, at, cos_ptr, halves, mask, HALF)
         tl.store(q_ptr + at, first.to(q_ptr.dtype.element_ty), mask=mask)
         tl.store(q_ptr + at + HALF, second.to(q_ptr.dtype.element_ty), mask=mask)
         return
@@ -121,7 +121,7 @@ def rope_kernel(
     if block < Q_BLOCKS + KV_BLOCKS:
         row = token * k_token_stride + heads[:, None] * k_head_stride
         mask = is_head & (halves < HALF)[None, :]
-        first, second = _turned(k_ptr, row + halves[None, :], cos_ptr, halves, mask, HALF)
+        first, second = _rotated(k_ptr, row + halves[None, :], cos_ptr, halves, mask, HALF)
         if STORES:
             to = keys_ptr + page_at
             is_rest = is_head & (dims >= 2 * HALF)[None, :] & (dims < HEAD_DIM)[None, :]

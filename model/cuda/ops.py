@@ -1,7 +1,7 @@
-"""`Ops` in Triton, and rotation fused with the write of keys and values to their pages.
+"""`Ops` in Triton, and rotation fused with storing keys and values in their pages.
 
-NEVER RUN ON A GPU YET: the kernels run in Triton's interpreter (`tests/model/test_ops.py`) and are
-compiled for sm_80 and sm_90. Knows nothing of weights or of attention.
+Tests run the kernels in Triton's interpreter (`tests/model/test_ops.py`) and compile them for sm_80
+and sm_90; docs/performance.md has the status on GPUs. Knows nothing of weights or of attention.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class GpuOps:
     ) -> Tensor:
         num_inner, inner_stride = inner
         width = x.shape[-1]
-        block = _power_of_two(width)
+        block = power_of_two(width)
         out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
         self._kernels.rms_norm_kernel[(x.numel() // width,)](
             x,
@@ -74,7 +74,7 @@ class GpuOps:
 
     def apply_rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
         """See `Ops`."""
-        self._rotate(q, k, None, positions, cos_sin, None)
+        self.rope_and_store(q, k, k, positions, cos_sin, None)
 
     def rope_and_store(
         self,
@@ -83,28 +83,16 @@ class GpuOps:
         v: Tensor,
         positions: Tensor,
         cos_sin: Tensor,
-        pages: tuple[Tensor, Tensor, Tensor],
-    ) -> None:
-        """Rotate q in place; write k, rotated, and v to their pages, leaving both as they are.
-
-        `pages` are a layer's keys, its values (`[pages, page_size, kv_heads, head_dim]`) and each
-        token's slot in them.
-        """
-        self._rotate(q, k, v, positions, cos_sin, pages)
-
-    def _rotate(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        positions: Tensor,
-        cos_sin: Tensor,
         pages: tuple[Tensor, Tensor, Tensor] | None,
     ) -> None:
+        """Rotate q in place; store k, rotated, and v in their pages, without changing either.
+
+        `pages` are a layer's keys, its values (`[pages, page_size, kv_heads, head_dim]`) and each
+        token's slot in them. None: rotate k in place, too, and do not use v.
+        """
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads, half = k.shape[1], cos_sin.shape[1] // 2
-        # What is not stored to is not read either: any tensors do in their place.
-        v = k if v is None else v
+        # Without pages the kernel does not use these: any tensors serve as placeholders.
         keys, values, slots = (k, k, positions) if pages is None else pages
         kv_blocks = -(-num_kv_heads // _HEADS_EACH)
         num_blocks = -(-num_heads // _HEADS_EACH) + kv_blocks * (1 if pages is None else 2)
@@ -127,9 +115,9 @@ class GpuOps:
             NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
-            DIM_BLOCK=_power_of_two(head_dim),
+            DIM_BLOCK=power_of_two(head_dim),
             HALF=half,
-            HALF_BLOCK=_power_of_two(half),
+            HALF_BLOCK=power_of_two(half),
             HEADS_EACH=_HEADS_EACH,
             STORES=pages is not None,
             num_warps=2,
@@ -139,7 +127,7 @@ class GpuOps:
         """See `Ops`; `gate_up` is contiguous `[rows, 2 * width]`."""
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-        block = min(_power_of_two(width), _GATES)
+        block = min(power_of_two(width), _GATES)
         self._kernels.silu_and_mul_kernel[(rows, -(-width // block))](
             gate_up, out, WIDTH=width, BLOCK=block, num_warps=4
         )
@@ -147,9 +135,18 @@ class GpuOps:
 
 
 def why_not() -> str:
-    """Say what keeps a CUDA machine from these; nothing where it can have them."""
+    """Return why a CUDA machine cannot run these; empty where it can."""
     return why_missing("triton", "cuda")
 
 
-def _power_of_two(value: int) -> int:
+def why_not_ampere(device: torch.device) -> str:
+    """Return why the device is not an Ampere GPU or a later one; empty if it is."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"compute capability must be 8.0 or more, got {major}.{minor}"
+
+
+def power_of_two(value: int) -> int:
+    """Return the smallest power of two that is not below the value."""
     return 1 << (value - 1).bit_length()

@@ -1,5 +1,5 @@
-"""How a model's files are laid out. Free of torch and of numpy: the API process reads them, too."""
+"""Readers of a model's file formats. Free of torch and numpy: both processes use them."""
 
 
 class FormatError(ValueError):
-    """A file that cannot be read as what it should be; one line that names the file."""
+    """A file that does not have the expected format; one line that names the file."""

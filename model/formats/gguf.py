@@ -1,8 +1,8 @@
 """The header of a GGUF file: its metadata and its directory of tensors. Pure Python.
 
 The `gguf` package's own reader makes four numpy arrays of every string of the vocabulary: 1.7 s
-for 49k tokens, where this takes 0.03 s. A length in the file is compared with the file's size
-before anything is read or kept by it. Knows nothing of what a key or a tensor means.
+for 49k tokens, instead of 0.03 s here. Each length in the file is compared with the file's size
+before it is used. Knows nothing of the meaning of keys and tensors.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -13,7 +13,7 @@ import mmap
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -31,12 +31,12 @@ _STRING, _ARRAY = 8, 9
 _LETTERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _read_u64 = struct.Struct("<Q").unpack_from
 _DEFAULT_ALIGNMENT = 32
-_MOST_DIMENSIONS = 4
+_MAX_DIMENSIONS = 4
 #: The largest vocabularies with their merges take a tenth of either.
-_MOST_HEADER_BYTES = 2**28
-_MOST_ITEMS = 2**24
-#: What a key and a directory's entry take at the least.
-_LEAST_KEY_BYTES, _LEAST_ENTRY_BYTES = 13, 24
+_MAX_HEADER_BYTES = 2**28
+_MAX_ITEMS = 2**24
+#: The smallest size of a key and of a directory's entry.
+_MIN_KEY_BYTES, _MIN_ENTRY_BYTES = 13, 24
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -56,7 +56,7 @@ class GgufEntry:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What stands before the tensors' bytes."""
+    """The part of a file before the tensors' bytes."""
 
     metadata: Mapping[str, Value]
     entries: Mapping[str, GgufEntry]
@@ -95,18 +95,18 @@ def shard_paths(path: Path) -> list[Path]:
 
 
 def model_stem(path: Path) -> str:
-    """Return a file's name without suffix and number of its part."""
+    """Return a file's name without its suffix and part number."""
     found = _SHARD.fullmatch(path.name)
     return found["stem"] if found else path.stem
 
 
 class _Cursor:
-    """A place in the file that moves on as values are read. Raises `ValueError`."""
+    """A position in the file that advances as values are read. Raises `ValueError`."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._offset = 0
-        self._end = min(len(data), _MOST_HEADER_BYTES)
+        self._end = min(len(data), _MAX_HEADER_BYTES)
 
     def header(self) -> GgufHeader:
         if self._data[: len(_MAGIC)] != _MAGIC:
@@ -115,12 +115,12 @@ class _Cursor:
         version, num_tensors, num_keys = self._numbers("IQQ")
         if version not in _VERSIONS:
             raise ValueError(f"has GGUF version {version}; 2 and 3 are supported (little-endian)")
-        self._need(num_keys * _LEAST_KEY_BYTES, f"{num_keys} keys")
+        self._need(num_keys * _MIN_KEY_BYTES, f"{num_keys} keys")
         metadata: dict[str, Value] = {}
         for _ in range(num_keys):
             key = self._string()
             _add(metadata, key, self._value(self._count("I")))
-        self._need(num_tensors * _LEAST_ENTRY_BYTES, f"{num_tensors} tensors")
+        self._need(num_tensors * _MIN_ENTRY_BYTES, f"{num_tensors} tensors")
         entries: dict[str, GgufEntry] = {}
         for _ in range(num_tensors):
             entry = self._entry()
@@ -129,17 +129,17 @@ class _Cursor:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"is damaged: general.alignment is {alignment!r:.80}")
         start = -(-self._offset // alignment) * alignment
-        placed = (
-            GgufEntry(one.name, one.shape, one.type_id, start + one.offset_bytes)
-            for one in entries.values()
-        )
-        return GgufHeader(metadata, {one.name: one for one in placed})
+        placed = {
+            name: replace(entry, offset_bytes=start + entry.offset_bytes)
+            for name, entry in entries.items()
+        }
+        return GgufHeader(metadata, placed)
 
-    def _need(self, num_bytes: int, what: str) -> None:
-        """Check that the file goes on for so long."""
+    def _need(self, num_bytes: int, content: str) -> None:
+        """Check that this many bytes are left."""
         if num_bytes > self._end - self._offset:
             raise ValueError(
-                f"is cut off or damaged: its header should have {what} at byte {self._offset}, "
+                f"is cut off or damaged: its header should have {content} at byte {self._offset}, "
                 f"but ends at byte {self._end}"
             )
 
@@ -158,7 +158,7 @@ class _Cursor:
         return self._strings(1)[0]
 
     def _strings(self, count: int) -> list[str]:
-        """Read `count` strings, in one loop without calls: vocabularies are long."""
+        """Read `count` strings in one loop without calls, since vocabularies are long."""
         self._need(8 * count, f"{count} strings")
         data, begin, last = self._data, self._offset, self._end
         strings = []
@@ -180,8 +180,8 @@ class _Cursor:
         if kind != _ARRAY:
             return self._numbers(_letter(kind))[0]
         inner, count = self._numbers("IQ")
-        if count > _MOST_ITEMS:
-            raise ValueError(f"is damaged: an array of {count} values; at most {_MOST_ITEMS}")
+        if count > _MAX_ITEMS:
+            raise ValueError(f"is damaged: an array of {count} values; at most {_MAX_ITEMS}")
         if inner == _STRING:
             return self._strings(count)
         letter = _letter(inner)
@@ -189,9 +189,9 @@ class _Cursor:
         return self._numbers(f"{count}{letter}")
 
     def _entry(self) -> GgufEntry:
-        """Read an entry of the directory, its offset still from where the tensors start."""
+        """Read an entry of the directory, its offset still relative to the first tensor."""
         name, num_dimensions = self._string(), self._count("I")
-        if num_dimensions > _MOST_DIMENSIONS:
+        if num_dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"is damaged: tensor {name[:80]} has {num_dimensions} dimensions")
         shape = self._numbers("Q" * num_dimensions)[::-1]
         type_id, offset_bytes = self._numbers("IQ")

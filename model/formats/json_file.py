@@ -1,7 +1,7 @@
-"""Reads the JSON files beside a model's weights, whatever a stranger wrote into them.
+"""Reads the untrusted JSON files beside a model's weights.
 
-`Infinity`, `NaN` and a byte-order mark are let through, as Python's own reader and so
-`transformers` have it. Knows nothing of keys.
+`Infinity`, `NaN` and a byte-order mark are accepted, as by Python's own reader and so by
+`transformers`. Knows nothing of keys.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from pathlib import Path
 
 from model.formats import FormatError
 
-#: Twice what the largest index or table of added tokens takes.
-_MOST_BYTES = 64 * 2**20
-#: Deeper than any such file, and far from where Python's recursion ends.
-_MOST_LEVELS = 64
+#: Twice the largest known index or table of added tokens.
+_MAX_BYTES = 64 * 2**20
+#: Deeper than any such file, and far below Python's limit of recursion.
+_MAX_LEVELS = 64
 
 
 def read_json_object(path: Path) -> dict[str, object]:
     """Return the object in a JSON file. Raises `FormatError`, or `OSError`."""
     size_bytes = path.stat().st_size
-    if size_bytes > _MOST_BYTES:
-        raise FormatError(f"{path} has {size_bytes} bytes; at most {_MOST_BYTES} are read")
+    if size_bytes > _MAX_BYTES:
+        raise FormatError(f"{path} has {size_bytes} bytes; at most {_MAX_BYTES} are read")
     return parse_json_object(path.read_bytes(), str(path))
 
 
@@ -30,10 +30,10 @@ def parse_json_object(raw: bytes, name: str) -> dict[str, object]:
     try:
         found = json.loads(raw.decode("utf-8-sig"))
         _check_depth(found)
-        # Half of a surrogate pair can be escaped, but neither shown nor logged nor sent.
+        # Half of a surrogate pair can be escaped, but not logged or sent.
         json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
-        raise _too_deep(name) from None
+        raise FormatError(f"{name} is nested more than {_MAX_LEVELS} levels deep") from None
     except ValueError as error:
         raise FormatError(f"{name} is not JSON: {error}") from error
     if not isinstance(found, dict):
@@ -42,14 +42,14 @@ def parse_json_object(raw: bytes, name: str) -> dict[str, object]:
 
 
 def shown(value: object) -> str:
-    """Return a value as a message shows it: in one line, and not all of it where it is long."""
+    """Return a value for a message: in one line, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_depth(found: object) -> None:
     level = [found]
-    for _ in range(_MOST_LEVELS):
+    for _ in range(_MAX_LEVELS):
         level = [inner for one in level for inner in _inside(one)]
         if not level:
             return
@@ -60,7 +60,3 @@ def _inside(value: object) -> list[object]:
     if isinstance(value, dict):
         return [*value.values()]
     return value if isinstance(value, list) else []
-
-
-def _too_deep(name: str) -> FormatError:
-    return FormatError(f"{name} is nested more than {_MOST_LEVELS} levels deep")

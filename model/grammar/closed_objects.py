@@ -1,11 +1,11 @@
-"""JSON Schemas taken as closed: an object has the properties that its schema names, and no others.
+"""Closes JSON Schemas: an object has the properties that its schema names, and no others.
 
-The standard lets every object have more. Small models then add properties until the limit, so a
-schema that names properties is closed here, unless it says `additionalProperties` itself: whatever
-satisfies the closed schema satisfies the open one. Schemas that apply to one value together
-(`allOf`, `$ref` beside others, ...) are closed as one, with the names of all. Where closing might
-exclude all values, or the library takes alternatives for disjoint only because they are closed, a
-schema stays open. Knows nothing of grammars.
+The standard allows more properties, and small models then add some until the limit. So a schema
+that names properties is closed here, unless it has `additionalProperties`: every value of the
+closed schema satisfies the open one. Schemas that apply to one value together (`allOf`, `$ref`
+beside others, ...) are closed as one, with the names of all. A schema stays open where closing
+might exclude all values, or make the library take alternatives for disjoint. Knows nothing of
+grammars.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from urllib.parse import unquote
 
 _Schema = dict[str, Any]
 
-#: What applies to the same value.
+#: Keywords whose schemas apply to the same value.
 _IN_PLACE = ("allOf", "anyOf", "oneOf", "$ref")
 _OF_ARRAYS = ("items", "prefixItems", "additionalItems")
 _OF_OBJECTS = ("properties", "patternProperties", "additionalProperties")
-#: What says of properties in a way that names alone do not show.
+#: Keywords that constrain properties beyond their names.
 _OPENING = {
     *("const", "enum", "if", "then", "else", "dependentSchemas", "dependencies", "extends"),
     *("unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
 }
-#: What makes a schema more than a list of alternatives.
+#: Keywords that make a schema more than a list of alternatives.
 _OWN_WORDS = _OPENING.union(
     _OF_ARRAYS, _OF_OBJECTS, ("required", "minProperties", "maxProperties", "unevaluatedItems")
 )
-#: A schema of more parts that apply together (a bomb of references) stays open.
+#: A schema with more parts that apply together (a bomb of references) stays open.
 _MAX_MEMBERS = 100_000
 
 
 def close_objects(root: _Schema) -> None:
-    """Add `additionalProperties: false` wherever a schema names properties and does not say it."""
+    """Add `additionalProperties: false` to each schema that can be closed."""
     closing = _Closing(root)
     closing.take(root)
     closing.close()
 
 
 def referred(root: object, ref: str) -> object:
-    """Return what a reference within a schema leads to. Raises `LookupError`, also for others."""
+    """Return the target of a reference within a schema. Raises `LookupError` for any other."""
     pointer, target = unquote(ref), root
     if pointer[:1] != "#" or pointer[1:2] not in {"", "/"}:
         raise LookupError(ref)
@@ -62,14 +62,14 @@ class _Closing:
     def __init__(self, root: _Schema) -> None:
         self._root = root
         self._taken: set[int] = set()
-        #: Schemas that do not describe a value alone.
+        #: Ids of schemas that do not describe a value alone.
         self._open: set[int] = set()
         self._left: set[int] = set()
         self._closable: list[tuple[_Schema, dict[str, Any]]] = []
         self._num_members = 0
 
     def take(self, schema: object) -> None:
-        """Take a schema that alone describes a value, and all that it needs."""
+        """Visit a schema that alone describes a value, and all schemas within."""
         if not isinstance(schema, dict) or id(schema) in self._taken:
             return
         self._taken.add(id(schema))
@@ -87,19 +87,19 @@ class _Closing:
         for member in members:
             listed = member.get("oneOf")
             if isinstance(listed, list) and not self._is_apart(listed):
-                # To be closed would let one of them pass where the others match as well.
+                # Closed, one of them might match alone where the original ones match together.
                 for one in listed:
                     self._leave(one)
 
     def close(self) -> None:
-        """Close what can be closed."""
+        """Close the closable schemas."""
         for schema, names in self._closable:
             if id(schema) not in self._open:
                 schema["properties"] = {**names, **schema.get("properties", {})}
                 schema["additionalProperties"] = False
 
     def _alternatives(self, schema: _Schema) -> Sequence[object] | None:
-        """Return schemas of which each describes the value alone; None: it is no list of such."""
+        """Return schemas that each describe the value alone; None: not a list of such schemas."""
         keys = [key for key in _IN_PLACE if key in schema]
         if len(keys) != 1 or not _OWN_WORDS.isdisjoint(schema):
             return None
@@ -122,7 +122,7 @@ class _Closing:
         return target if isinstance(target, dict) else None
 
     def _is_apart(self, listed: list[object]) -> bool:
-        """Whether a property that all require has other values in each."""
+        """Return whether the alternatives require one property with different values."""
         if len(listed) == 1:
             return True
         branches: list[dict[str, list[object]]] = []
@@ -139,7 +139,7 @@ class _Closing:
         return False
 
     def _members(self, schema: _Schema, seen: set[int]) -> Iterator[_Schema]:
-        """Yield it and what applies to the same value."""
+        """Yield a schema and all that apply to the same value."""
         if id(schema) in seen or self._num_members > _MAX_MEMBERS:
             return
         seen.add(id(schema))
@@ -158,29 +158,33 @@ class _Closing:
         if any(self._may_be_open(member) for member in members):
             return False
         if any("patternProperties" in member for member in members):
-            # A name that is required may be one of the patterns'.
+            # A required name may match one of the patterns.
             [first, *others] = members
             named = first.get("properties")
             if others or not isinstance(named, dict) or set(_required(first)) - named.keys():
                 return False
-        # Of names that are given twice, no value may be left.
+        # No value may satisfy both schemas of a name that has two.
         num_names = num_names if len(members) == 1 else 0
         least = [member.get("minProperties") for member in members]
         return all(not isinstance(one, int | float) or one <= num_names for one in least)
 
     def _may_be_open(self, member: _Schema) -> bool:
         is_lost = "$ref" in member and self._target(member) is None
-        says = member.get("additionalProperties", False) is not False
-        return is_lost or says or not _OPENING.isdisjoint(member)
+        is_open = member.get("additionalProperties", False) is not False
+        return is_lost or is_open or not _OPENING.isdisjoint(member)
 
     def _take_parts(self, members: Sequence[_Schema]) -> None:
-        """Take the schemas of properties and items; leave open what describes one part together."""
+        """Visit the schemas of properties and items; leave open schemas of a shared part."""
         named: dict[str, list[object]] = {}
         for member in members:
             for name, one in _mapped(member, "properties"):
                 named.setdefault(name, []).append(one)
         others = [one for member in members for _, one in _mapped(member, "patternProperties")]
-        rest = [member["additionalProperties"] for member in members if _has_rest(member)]
+        rest = [
+            one
+            for one in (member.get("additionalProperties") for member in members)
+            if isinstance(one, dict)
+        ]
         is_apart = not others and (not rest or len(members) == 1)
         for found in named.values():
             self._take_all(found, is_apart=is_apart and len(found) == 1)
@@ -189,9 +193,7 @@ class _Closing:
         arrays = [member for member in members if not member.keys().isdisjoint(_OF_ARRAYS)]
         for member in arrays:
             for key in _OF_ARRAYS:
-                given = member.get(key)
-                listed = given if isinstance(given, list) else [given]
-                self._take_all(listed, is_apart=len(arrays) == 1)
+                self._take_all(_listed(member, key), is_apart=len(arrays) == 1)
 
     def _take_all(self, schemas: Sequence[object], *, is_apart: bool) -> None:
         for one in schemas:
@@ -201,19 +203,18 @@ class _Closing:
                 self._leave(one)
 
     def _leave(self, schema: object) -> None:
-        """Leave a schema open, and all that it needs."""
+        """Leave open a schema and all schemas within."""
         if not isinstance(schema, dict) or id(schema) in self._left:
             return
         self._left.add(id(schema))
         self._open.add(id(schema))
         if "$ref" in schema:
             self._leave(self._target(schema))
-        for key in (*_IN_PLACE, *_OF_ARRAYS, *_OF_OBJECTS):
-            found = schema.get(key)
-            parts = found if isinstance(found, list) else [found]
-            if key in {"properties", "patternProperties"} and isinstance(found, dict):
-                parts = list(found.values())
-            for one in parts:
+        for key in (*_IN_PLACE, *_OF_ARRAYS, "additionalProperties"):
+            for one in _listed(schema, key):
+                self._leave(one)
+        for key in ("properties", "patternProperties"):
+            for _, one in _mapped(schema, key):
                 self._leave(one)
 
 
@@ -221,6 +222,11 @@ def _names(schema: _Schema) -> Iterator[str]:
     """Yield the properties that a schema names itself."""
     yield from (name for name, _ in _mapped(schema, "properties"))
     yield from _required(schema)
+
+
+def _listed(schema: _Schema, key: str) -> list[object]:
+    found = schema.get(key)
+    return found if isinstance(found, list) else [found]
 
 
 def _mapped(schema: _Schema, key: str) -> list[tuple[str, object]]:
@@ -233,12 +239,8 @@ def _required(schema: _Schema) -> list[str]:
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
-def _has_rest(schema: _Schema) -> bool:
-    return isinstance(schema.get("additionalProperties"), dict)
-
-
 def _texts(schema: _Schema, name: str) -> list[object]:
-    """Return the values that a property can have, if they are listed and texts; else nothing."""
+    """Return the values of a property if they are listed texts, else nothing."""
     part = dict(_mapped(schema, "properties")).get(name)
     if not isinstance(part, dict):
         return []

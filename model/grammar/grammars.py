@@ -1,7 +1,8 @@
-"""Grammars, compiled: which texts a request may be answered with.
+"""Compiled grammars: the texts that may answer a request.
 
-The library is llguidance (docs/adr/0010-structured-output.md); it is imported when the first
-grammar comes, so who uses none pays nothing. Free of torch. Knows nothing of slots or of steps.
+The library is llguidance (docs/adr/0010-structured-output.md). It is imported with the first
+grammar, so servers without grammars do not pay for it. Free of torch. Knows nothing of slots or of
+steps.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: Compiled grammars kept for the next request with the same text. Each holds up to a few MiB.
+#: Compiled grammars kept for the next request with the same text, up to a few MiB each.
 MAX_CACHED = 32
-#: How the library begins a reason: with a line and a column.
+#: The beginning of the library's reasons: a line and a column.
 _PLACE = re.compile(r"at (\d+)\(\d+\): ")
-#: A rule that is a schema, as the server writes them: with options, on one line.
+#: A rule that is a schema, as the server writes it: with options, on one line.
 _SCHEMA_RULE = re.compile(r'(\w+: %json )(\{.*"x-guidance": \{"as_said": true.*\})')
-#: A request whose mask takes longer than this, of a processor's time, is ended.
-MAX_TURN_S = 0.25
+#: A request whose mask takes more CPU time than this is ended.
+MAX_MASK_S = 0.25
 #: See `Compiler.try_out`.
 _MAX_TRIED_TOKENS = 16
-#: As nice as can be: what computes tokens goes first, a grammar takes what is left.
+#: The lowest priority: the threads that compute tokens go first.
 _NICENESS = 19
 
 #: Well below the library's own limits. The schemas of `tests/data/schemas.json` need a fifth of it;
-#: what needs more takes tens of milliseconds for each token.
+#: grammars that need more take tens of milliseconds for each token.
 _STEP_LEXER_FUEL = 50_000
 _STEP_MAX_ITEMS = 20_000
 #: At 1 to 2 kB each.
@@ -48,11 +49,11 @@ _MAX_LEXER_STATES = 20_000
 
 
 class GrammarError(ValueError):
-    """A grammar that cannot be used; the message says why, in the library's words."""
+    """A grammar that cannot be used; the message is the library's reason."""
 
     def __init__(self, message: str, line: int = 0) -> None:
         super().__init__(message)
-        #: Of the grammar's text, from 1; 0 where none is to blame.
+        #: Of the grammar's text, from 1; 0 where no single line is at fault.
         self.line = line
 
 
@@ -63,15 +64,15 @@ class CompiledGrammar:
         self._start = start
 
     def matcher(self) -> LLMatcher:
-        """Return a matcher that has seen nothing yet. It shares nothing with others."""
+        """Return a new matcher that has consumed no tokens and shares no state."""
         return self._start.deep_copy()
 
 
 class Compiler:
-    """Compiles grammars for one vocabulary. Takes 0.1 s to make for 49k tokens, 0.4 s for 150k."""
+    """Compiles grammars for one vocabulary. Takes 0.1 s to build for 49k tokens, 0.4 s for 150k."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        # Reads the packages' metadata on its way, some 20 ms.
+        # Its import reads the packages' metadata, some 20 ms.
         import llguidance  # noqa: PLC0415 - see the module's header
 
         self._library = llguidance
@@ -88,15 +89,12 @@ class Compiler:
         )
 
     def compile(self, grammar: str) -> CompiledGrammar:
-        """Return the grammar, ready to be followed. Lets other Python threads run.
-
-        Raises `GrammarError`.
-        """
+        """Compile a grammar, without holding the GIL. Raises `GrammarError`."""
         grammar, _ = translated(grammar)
         matcher = self._library.LLMatcher(
             self._tokenizer, grammar, log_level=0, limits=self._limits
         )
-        # What can begin no text shows only here. What is computed here, copies have for nothing.
+        # Finds grammars that match no text. Copies of the matcher reuse the mask.
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():
@@ -104,11 +102,11 @@ class Compiler:
         return CompiledGrammar(matcher)
 
     def try_out(self, grammar: CompiledGrammar, seed: int = 0) -> None:
-        """Write some tokens as chance will have it. Raises `GrammarError` if that does not go well.
+        """Generate some random tokens. Raises `GrammarError` if that fails or takes too long.
 
-        Some grammars compile in no time, and then take forever.
+        Some grammars compile fast, and then need minutes for a mask.
         """
-        chance, matcher = random.Random(seed), grammar.matcher()  # noqa: S311 - no secret
+        rng, matcher = random.Random(seed), grammar.matcher()  # noqa: S311 - not a secret
         for _ in range(_MAX_TRIED_TOKENS):
             began_s = time.thread_time()
             mask = matcher.compute_bitmask()
@@ -117,15 +115,15 @@ class Compiler:
                 return
             if matcher.is_error():
                 raise _fault(matcher.get_error())
-            if taken_s > MAX_TURN_S:
+            if taken_s > MAX_MASK_S:
                 raise GrammarError(f"it is too complex: one token took {taken_s * 1e3:.0f} ms")
             places = [at for at, bits in enumerate(mask) if bits]
-            at = chance.choice(places)
+            at = rng.choice(places)
             allowed = [bit for bit in range(8) if mask[at] >> bit & 1]
-            matcher.consume_token(8 * at + chance.choice(allowed))
+            matcher.consume_token(8 * at + rng.choice(allowed))
 
     def warnings(self, grammar: str) -> list[str]:
-        """Return what is not kept of a grammar that compiles."""
+        """Return a warning for each part of a compiled grammar that is not enforced."""
         grammar, left_out = translated(grammar)
         has_failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(
             grammar, self._tokenizer, limits=self._limits
@@ -134,31 +132,32 @@ class Compiler:
 
 
 def translated(grammar: str) -> tuple[str, list[str]]:
-    """Return a grammar whose schemas the library keeps as they are said, and what was left out.
+    """Translate a grammar's schemas to ones that the library enforces; also return warnings.
 
-    What is translated already is returned as it is. Raises `GrammarError`.
+    A translated grammar is returned unchanged. Raises `GrammarError`.
     """
+    warnings: list[str] = []
     if grammar.startswith("{"):
-        told = json.loads(grammar)
-        parts = [translated(part["lark_grammar"]) for part in told["grammars"]]
-        for part, (text, _) in zip(told["grammars"], parts, strict=True):
-            part["lark_grammar"] = text
-        return json.dumps(told), [warning for _, warnings in parts for warning in warnings]
-    lines, left_out = grammar.split("\n"), list[str]()
+        parsed = json.loads(grammar)
+        for part in parsed["grammars"]:
+            part["lark_grammar"], found = translated(part["lark_grammar"])
+            warnings += found
+        return json.dumps(parsed), warnings
+    lines = grammar.split("\n")
     for index, line in enumerate(lines):
-        if found := _SCHEMA_RULE.fullmatch(line):
+        if rule := _SCHEMA_RULE.fullmatch(line):
             try:
-                schema = json.loads(found[2])
+                schema = json.loads(rule[2])
                 del schema["x-guidance"]["as_said"]
-                left_out += strict_schema(schema)
+                warnings += strict_schema(schema)
             except (SchemaError, RecursionError) as fault:
                 raise GrammarError(str(fault), index + 1) from fault
-            lines[index] = found[1] + json.dumps(schema, ensure_ascii=False)
-    return "\n".join(lines), left_out
+            lines[index] = rule[1] + json.dumps(schema, ensure_ascii=False)
+    return "\n".join(lines), warnings
 
 
 class Grammars:
-    """Compiles in a thread of its own, each grammar once as long as it is remembered.
+    """Compiles grammars in its own thread, and caches them.
 
     All methods are for one thread.
     """
@@ -166,9 +165,9 @@ class Grammars:
     def __init__(self) -> None:
         self._compiler: Future[Compiler] | None = None
         self._cached: OrderedDict[str, Future[Constraint]] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, "grammars", initializer=step_back)
+        self._thread = ThreadPoolExecutor(1, "grammars", initializer=lower_priority)
 
-    def learn(self, vocabulary: Vocabulary) -> None:
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""
         self._compiler = self._thread.submit(Compiler, vocabulary)
 
@@ -190,17 +189,17 @@ class Grammars:
         except GrammarError:
             raise
         except BaseException as fault:
-            # The library's panics are no `Exception`; they end this request alone.
+            # The library's panics are not an `Exception`; they end this request alone.
             _log.exception("a grammar could not be compiled")
             raise GrammarError(f"it cannot be compiled: {fault}") from fault
 
     def close(self) -> None:
-        """End the thread, once it is through with the grammar in hand."""
+        """End the thread after the grammar that it is compiling."""
         self._thread.shutdown(cancel_futures=True)
 
 
 class _Words:
-    """A vocabulary in the shape the library asks for."""
+    """A vocabulary with the attributes that the library reads."""
 
     bos_token_id = None
 
@@ -211,32 +210,26 @@ class _Words:
         self.cut: Callable[[str], list[int]] | None = None
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Cut a text into tokens.
-
-        Asked only by grammars that do not say `no_forcing`, for how to write what they force.
-        """
+        """Tokenize text that a grammar forces; not called for grammars with `no_forcing`."""
         if self.cut is None or isinstance(text, bytes):
             raise TypeError("text, and only once the tokenizer is made")
         return self.cut(text)
 
 
-def step_back() -> None:
-    """Let this thread wait for all others of the machine."""
+def lower_priority() -> None:
+    """Give this thread the lowest priority on the machine."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
-def _fault(told: str) -> GrammarError:
-    """Return the library's reason, and its place apart: the client has not written that text."""
-    place = _PLACE.match(told)
-    return GrammarError(_readable(told), int(place[1]) if place else 0)
-
-
-def _readable(message: str) -> str:
+def _fault(message: str) -> GrammarError:
+    """Return the library's reason without the text around its place, which is not the client's."""
     kept: list[str] = []
     for line in message.splitlines():
         number, bar, _ = line.strip().partition(" | ")
         if (bar and number.isdecimal()) or line.startswith(("<state>", "<non-verbose")):
             break
         kept.append(line)
+    place = _PLACE.match(message)
     text = _PLACE.sub("", "\n".join(kept).strip(), count=1)
-    return text.removeprefix("failed to compile JSON schema: ")
+    text = text.removeprefix("failed to compile JSON schema: ")
+    return GrammarError(text, int(place[1]) if place else 0)

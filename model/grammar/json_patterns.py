@@ -1,7 +1,7 @@
-"""Patterns of JSON Schema (ECMA-262) as the grammar library reads them (Rust's syntax).
+"""Patterns of JSON Schema (ECMA-262) translated to the grammar library's syntax (Rust's).
 
-In a JSON string the library lets a class that holds all control characters hold the quote and the
-backslash too, whatever it says. Without U+0000, which no class here holds, it reads them right.
+In a JSON string, a class with all control characters wrongly includes the quote and the backslash
+in the library. So every class here leaves out U+0000.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TOKEN = re.compile(
 )
 _IN_CLASS = re.compile(rf"(?P<set>-?\\[dDwWsS]-?)|(?P<escape>{_ESCAPE})|(?P<other>--|.)", re.DOTALL)
 _DOT = r"[^\n\r\x{2028}\x{2029}\x00]"
-#: By letter what every reading of it has, and what any has: ECMA-262's, and Python's of Unicode.
+#: By letter the characters in every reading of it, and in any: ECMA-262's, and Python's of Unicode.
 _NARROW = {"d": "0-9", "w": "0-9A-Za-z_", "s": r" \t\n\r\f\v"}
 _WIDE = {"d": r"\p{Nd}", "w": r"\p{L}\p{N}\p{M}_", "s": r"\s\x{1c}-\x{1f}\x{85}\x{feff}"}
 _SPACES = r"\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}"
@@ -25,9 +25,9 @@ _ECMA = {**_NARROW, "s": _NARROW["s"] + _SPACES}
 
 
 def translated(pattern: str, *, is_exact: bool = False) -> str:
-    r"""Return the pattern in Rust's syntax; what may be read in two ways matches less, not more.
+    r"""Translate a pattern to Rust's syntax; of two readings, take the one that matches less.
 
-    `is_exact`: read it as ECMA-262 says, no narrower. Raises `ValueError` for what has no
+    `is_exact`: as ECMA-262 reads it, not narrower. Raises `ValueError` for constructs without a
     translation; look-arounds and `\b` are left for the library to refuse.
     """
     narrow, wide = (_ECMA, _ECMA) if is_exact else (_NARROW, _WIDE)
@@ -50,7 +50,7 @@ def _translated(found: re.Match[str], narrow: dict[str, str], wide: dict[str, st
     if found["quantifier"] is not None:
         if found["mode"] == "+":
             raise ValueError("has a possessive quantifier")
-        # Lazy or not, it matches the same texts.
+        # A lazy quantifier matches the same texts.
         return found["quantifier"]
     other = found["other"]
     if other == "\0" or len(other) > 1:
@@ -71,7 +71,7 @@ def _class_body(body: str, narrow: dict[str, str], wide: dict[str, str]) -> str:
     for found in _IN_CLASS.finditer(body):
         text = found.group()
         if found["set"]:
-            # A hyphen beside a set is no range.
+            # A hyphen beside a set is not a range.
             dashes = [r"\-" if text[0] == "-" else "", r"\-" if text[-1] == "-" else ""]
             parts += [dashes[0], _escaped(text.strip("-"), narrow, wide), dashes[1]]
         elif found["escape"]:
@@ -79,7 +79,7 @@ def _class_body(body: str, narrow: dict[str, str], wide: dict[str, str]) -> str:
         elif text == "--":
             raise ValueError("has -- in a class")
         else:
-            # Rust knows classes in classes, and operators between them.
+            # Rust has classes in classes, and operators between them.
             parts.append(text if text.isalnum() or text == "-" else rf"\x{{{ord(text):x}}}")
     return "".join(parts)
 

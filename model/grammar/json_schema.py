@@ -1,8 +1,8 @@
-"""JSON Schemas as the grammar library keeps them: what it would not keep is refused by name.
+"""JSON Schemas translated to ones that the grammar library enforces; others are refused by name.
 
-It takes numbers for doubles, reads patterns as Rust does, lets keys that are not named repeat, and
-knows dates only roughly. Bounds are moved inwards where it cannot tell them: what is allowed may be
-a little less than the schema says, never more. Knows nothing of grammars.
+The library takes numbers for doubles, reads patterns in Rust's syntax, lets unnamed keys repeat,
+and checks dates only roughly. Bounds that it cannot represent are moved inwards: the
+translated schema may allow a little less than the original, never more. Knows nothing of grammars.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from model.grammar.closed_objects import close_objects, referred
 from model.grammar.json_patterns import translated
 
 _MAX_PATTERN_CHARS = 16_384
-#: What is lenient may lose so much.
+#: Parts that a lenient translation may leave out.
 _MAX_WARNINGS = 100
-#: The library refuses most of these too, but cannot say where they stand.
+#: The library refuses most of these too, but without their place.
 _UNKNOWN = {
     *("not", "if", "then", "else", "contains", "uniqueItems", "propertyNames", "dependentSchemas"),
     *("dependentRequired", "dependencies", "unevaluatedItems", "unevaluatedProperties"),
@@ -29,38 +29,36 @@ _UNKNOWN = {
 _SCHEMAS = {"additionalProperties", "items"}
 _LISTS_OF_SCHEMAS = {"allOf", "anyOf", "oneOf", "prefixItems"}
 _MAPS_OF_SCHEMAS = {"properties", "patternProperties"}
-#: Those that do not know `prefixItems`.
+#: Drafts without `prefixItems`.
 _OLD_DRAFTS = re.compile("draft-0[3-7]|2019-09")
 _NO_SCHEMAS = [[name] for name in (*_MAPS_OF_SCHEMAS, "$defs", "definitions")]
-#: Integers that are doubles end here.
+#: The largest integer of 64 bits that is also a double.
 _MAX_INTEGER = 2**63 - 1024
 _MAX_PLACES = 18
 _FIFTEEN_DIGITS = Context(prec=15, rounding=ROUND_CEILING)
 _YEAR = "[1-9][0-9]{3}"
 _LEAP_YEAR = "(?:[1-9][0-9](?:0[48]|[2468][048]|[13579][26])|(?:[2468][048]|[13579][26])00)"
 _DATE = f"^(?:{_YEAR}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8]))|{_LEAP_YEAR}-02-29)"
-#: What formats ask for beside what the library knows of them. It lets seconds be 60 at any time.
+#: Requirements of formats that the library does not enforce. It allows 60 seconds at any time.
 _FORMATS: dict[str, list[dict[str, Any]]] = {
     "date": [{"pattern": _DATE}],
     "date-time": [{"pattern": _DATE}, {"pattern": "^.{17}[0-5]"}],
     "time": [{"pattern": "^.{6}[0-5]"}],
     "hostname": [{"maxLength": 253}],
 }
-
-
-#: Characters that a JSON string has as `\\uXXXX` alone, as the library writes it.
+#: Characters that the library's JSON strings have only as `\\uXXXX`.
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
 
 class SchemaError(ValueError):
-    """A schema that cannot be kept; the message begins with the place at fault."""
+    """A schema that cannot be enforced; the message begins with the place at fault."""
 
 
 def strict_schema(schema: dict[str, Any]) -> list[str]:
-    """Change a schema into what the library keeps; return what had to be left out, with its place.
+    """Translate a schema in place; return a warning with the place of each part left out.
 
-    The schema has the library's options in `x-guidance`; only where they say `lenient` anything is
-    left out. Raises `SchemaError`.
+    The schema has the library's options in `x-guidance`. Parts are left out only with `lenient`.
+    Raises `SchemaError`.
     """
     options = schema.pop("x-guidance")
     is_old = bool(_OLD_DRAFTS.search(str(schema.get("$schema"))))
@@ -78,32 +76,35 @@ def strict_schema(schema: dict[str, Any]) -> list[str]:
 
 @dataclass
 class _Translation:
-    """One schema on its way; changed in place."""
+    """One schema, translated in place."""
 
     root: dict[str, Any]
     is_lenient: bool
     warnings: list[str] = field(default_factory=list)
-    #: By identity; kept, lest another get it.
+    #: By id; held so that no other object gets the same id.
     _seen: dict[int, object] = field(default_factory=dict)
     _multiples: set[Decimal] = field(default_factory=set)
     _has_open_names: bool = False
     _is_old: bool = False
-    #: Where a text stands that can only be written with `\\uXXXX`.
+    #: The place of a text that can only be written with `\\uXXXX`.
     _escaped_at: str = ""
 
     def allows_unicode_escapes(self) -> bool:
-        """Say so. Raises `SchemaError` if they are needed and would let names pass for others."""
+        """Return whether Unicode escapes may be allowed: they let unnamed keys equal named ones.
+
+        Raises `SchemaError` if they are needed and may not be allowed.
+        """
         if self._escaped_at and self._has_open_names:
             why = "has a control character, beside properties that are not named"
             raise SchemaError(f"{self._escaped_at} {why}")
         return not self._has_open_names
 
     def visit(self, schema: object, path: str) -> None:
-        """Translate a schema and all that it needs."""
+        """Translate a schema and all schemas within."""
         if not isinstance(schema, dict) or id(schema) in self._seen:
             return
         self._seen[id(schema)] = schema
-        # The newest draft says all that is left of the others.
+        # All drafts are translated to the newest.
         schema.pop("$schema", None)
         self._refuse_unknown(schema, path)
         self._bounds(schema, path)
@@ -133,10 +134,10 @@ class _Translation:
             self._follow(schema, value, path)
 
     def _refuse(self, schema: dict[str, Any], key: str, path: str, why: str) -> None:
-        told = f"{path}/{key} {why}"
+        message = f"{path}/{key} {why}"
         if not self.is_lenient or len(self.warnings) == _MAX_WARNINGS:
-            raise SchemaError(told)
-        self.warnings.append(told)
+            raise SchemaError(message)
+        self.warnings.append(message)
         del schema[key]
 
     def _refuse_unknown(self, schema: dict[str, Any], path: str) -> None:
@@ -164,7 +165,7 @@ class _Translation:
             self.visit(target, pointer[1:])
 
     def _constant(self, value: object, path: str) -> object:
-        """Return it with its numbers as the library reads them. Raises `ValueError`."""
+        """Return a value with its numbers as the library reads them. Raises `ValueError`."""
         if isinstance(value, list):
             return [self._constant(one, path) for one in value]
         if isinstance(value, dict):
@@ -182,13 +183,13 @@ class _Translation:
         return exact
 
     def _bounds(self, schema: dict[str, Any], path: str) -> None:
-        """Write the bounds of numbers as inclusive ones that the library reads as they are."""
+        """Make bounds of numbers inclusive, and exact in the library's reading."""
         is_integer = schema.get("type") == "integer"
         for side, key, other in ((1, "minimum", "maximum"), (-1, "maximum", "minimum")):
             exclusive_key = f"exclusive{key.capitalize()}"
             stated, exclusive = schema.get(key), schema.get(exclusive_key)
             if exclusive is True:
-                # As draft 4 had it.
+                # Draft 4's form.
                 stated, exclusive = None, stated
             bounds = []
             if _is_number(stated):
@@ -209,7 +210,7 @@ class _Translation:
                 schema.setdefault(other, side * _MAX_INTEGER)
 
     def _multiple(self, schema: dict[str, Any], path: str) -> None:
-        """Refuse a factor that the library would take for another, or multiply beyond 32 bits."""
+        """Refuse a factor that the library would round, or whose products exceed 32 bits."""
         factor = schema.get("multipleOf")
         if not _is_number(factor):
             return
@@ -235,13 +236,12 @@ class _Translation:
                 schema["pattern"] = _translated(pattern)
             except ValueError as error:
                 self._refuse(schema, "pattern", path, str(error))
-        asked = schema.get("format")
-        others = schema.get("allOf", [])
-        if isinstance(asked, str) and asked in _FORMATS and isinstance(others, list):
-            schema["allOf"] = [*others, *map(dict, _FORMATS[asked])]
+        name, others = schema.get("format"), schema.get("allOf", [])
+        if isinstance(name, str) and name in _FORMATS and isinstance(others, list):
+            schema["allOf"] = [*others, *map(dict, _FORMATS[name])]
 
     def _array(self, schema: dict[str, Any]) -> None:
-        """Say of items by place what the newest draft says."""
+        """Rename the keywords for items by place to the newest draft's."""
         if self._is_old:
             schema.pop("prefixItems", None)
         rest = schema.pop("additionalItems", None)
@@ -261,13 +261,12 @@ class _Translation:
             except ValueError as error:
                 self._refuse(schema, "patternProperties", path, str(error))
             else:
-                if len(names) == len(patterns):
-                    schema["patternProperties"] = names
-                else:
+                schema["patternProperties"] = names
+                if len(names) < len(patterns):
                     why = "has patterns that mean the same"
                     self._refuse(schema, "patternProperties", path, why)
         least = schema.get("minProperties")
-        num_named = len(dict.fromkeys(map(str, required))) if isinstance(required, list) else 0
+        num_named = len(set(map(str, required))) if isinstance(required, list) else 0
         if is_open and isinstance(least, int) and least > num_named + 1:
             why = "counts properties that are not named, which may repeat"
             self._refuse(schema, "minProperties", path, why)
@@ -294,10 +293,10 @@ def _behind(bound: Decimal, *, is_integer: bool) -> Decimal:
 
 
 def _inwards(bound: Decimal) -> int | float | None:
-    """Return the least number, not below `bound`, that the library reads as it is written.
+    """Return the least number, not below `bound`, that the library reads exactly as written.
 
-    It reads digits as an integer and divides that by a power of ten: exact, or rounded once, as
-    long as both are doubles.
+    It reads digits as an integer and divides it by a power of ten. The result is exact, or rounded
+    once, as long as both are doubles.
     """
     if bound > _MAX_INTEGER:
         return None

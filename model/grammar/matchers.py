@@ -1,41 +1,41 @@
-"""What each slot's grammar allows next, computed beside the steps.
+"""The next token mask of each slot's grammar, computed beside the steps.
 
-A worker takes in a slot's newest token and works out the next mask while the model computes; the
-sampler asks for it when it needs it, and waits a moment at most: a grammar that is slow delays its
-own request, nobody else's. Free of torch. Knows nothing of logits.
+A worker advances a slot's matcher by the newest token and computes the next mask while the model
+runs. The sampler waits for masks only for a moment, so a slow grammar delays its own request
+alone. Free of torch. Knows nothing of logits.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.grammar.grammars import MAX_TURN_S, CompiledGrammar, step_back
+from model.grammar.grammars import MAX_MASK_S, CompiledGrammar, lower_priority
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _log = logging.getLogger(__name__)
 
-#: How long a step waits for masks, in all.
-TIMEOUT_S = 0.001
-#: A slot whose mask once took longer is served by the other worker from then on.
+#: How long a step waits for all its masks together.
+MASK_TIMEOUT_S = 0.001
+#: After one mask that took longer, a slot is served by the slow worker.
 _SLOW_S = 0.004
-#: More tokens than this to catch up with (at 2 µs each) are for the other worker.
+#: More tokens than this to replay (at 2 µs each) are for the slow worker.
 _MAX_REPLAYED_TOKENS = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """What a grammar says of a sequence's next token."""
+class TokenMask:
+    """The tokens that a grammar forbids as a sequence's next one."""
 
     #: `[vocab]`: true where a token is not allowed.
     is_banned: NDArray[np.bool_]
@@ -44,30 +44,30 @@ class Turn:
     error: str = ""
 
 
-class _Follower:
-    """One sequence's way through its grammar. Used by one worker at a time."""
+class _SlotMatcher:
+    """The place of one sequence in its grammar. Used by one worker at a time."""
 
     def __init__(self, grammar: CompiledGrammar, token_ids: Sequence[int], vocab_size: int) -> None:
         self._grammar = grammar
         self._matcher: LLMatcher | None = None
         self._vocab_size = vocab_size
-        self._mask = np.zeros(-(-vocab_size // 32), dtype=np.int32)
-        #: Tokens to be taken in; written by the engine's thread while no worker has it.
+        self._bits = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+        #: Tokens not yet consumed; written by the engine's thread while no worker runs this.
         self.pending = list(token_ids)
         self.is_slow = len(self.pending) > _MAX_REPLAYED_TOKENS
-        #: None while a worker has it.
-        self.turn: Turn | None = None
+        #: None while a worker runs this.
+        self.mask: TokenMask | None = None
 
-    def go_on(self) -> None:
-        """Take in what is pending and work out the turn."""
+    def advance(self) -> None:
+        """Consume the pending tokens and compute the mask."""
         try:
-            self.turn = self._next_turn()
-        except Exception as fault:  # noqa: BLE001 - whatever it is, the other slots are to go on
+            self.mask = self._next_mask()
+        except Exception as fault:  # noqa: BLE001 - no fault of one slot may stop the others
             _log.exception("a grammar could not be followed")
-            nothing = np.ones(self._vocab_size, dtype=np.bool_)
-            self.turn = Turn(nothing, 0, f"the grammar failed: {type(fault).__name__}")
+            everything = np.ones(self._vocab_size, dtype=np.bool_)
+            self.mask = TokenMask(everything, 0, f"the grammar failed: {type(fault).__name__}")
 
-    def _next_turn(self) -> Turn:
+    def _next_mask(self) -> TokenMask:
         began_s = time.thread_time()
         if self._matcher is None:
             self._matcher = self._grammar.matcher()
@@ -75,105 +75,80 @@ class _Follower:
         if self.pending:
             matcher.consume_tokens(self.pending)
         if not matcher.is_error():
-            matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+            matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if matcher.is_error():
             error = f"the grammar cannot be followed: {matcher.get_error().partition('<')[0]}"
         taken_s = time.thread_time() - began_s
         self.is_slow = self.is_slow or taken_s > _SLOW_S
-        if taken_s > MAX_TURN_S and not error:
+        if taken_s > MAX_MASK_S and not error:
             error = f"the grammar is too complex: one token took {taken_s * 1e3:.0f} ms"
-        bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._vocab_size]
+        bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab_size]
         is_banned = bits == 0
-        return Turn(is_banned, self._vocab_size - int(is_banned.sum()), error.strip())
-
-
-class _Worker:
-    """A thread that lets followers go on, in the order in which they come."""
-
-    def __init__(self, name: str, told: threading.Condition, *, steps_back: bool) -> None:
-        self._queue: queue.SimpleQueue[list[_Follower]] = queue.SimpleQueue()
-        self._told = told
-        self._steps_back = steps_back
-        self._thread: threading.Thread | None = None
-        self._name = name
-
-    def put(self, followers: list[_Follower]) -> None:
-        """Let these go on. Starts the thread if need be."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
-        self._queue.put(followers)
-
-    def close(self) -> None:
-        """End the thread once all is done."""
-        if self._thread is not None:
-            self._queue.put([])
-            self._thread.join()
-            self._thread = None
-
-    def _run(self) -> None:
-        if self._steps_back:
-            step_back()
-        while followers := self._queue.get():
-            for follower in followers:
-                follower.go_on()
-                with self._told:
-                    self._told.notify()
+        return TokenMask(is_banned, self._vocab_size - int(is_banned.sum()), error.strip())
 
 
 class Matchers:
     """The grammars in the slots. All methods are for the engine's thread."""
 
-    def __init__(self, vocab_size: int, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, vocab_size: int, *, mask_timeout_s: float = MASK_TIMEOUT_S) -> None:
         self._vocab_size = vocab_size
-        self._timeout_s = timeout_s
-        self._slots: dict[int, _Follower] = {}
-        self._told = threading.Condition()
-        self._quick = _Worker("masks", self._told, steps_back=False)
-        self._slow = _Worker("slow masks", self._told, steps_back=True)
+        self._mask_timeout_s = mask_timeout_s
+        self._slots: dict[int, _SlotMatcher] = {}
+        self._finished = threading.Condition()
+        self._quick = ThreadPoolExecutor(1, "masks")
+        self._slow = ThreadPoolExecutor(1, "slow masks", initializer=lower_priority)
 
     def start(self, slot: int, grammar: CompiledGrammar, output_token_ids: Sequence[int]) -> None:
-        """Let a sequence follow a grammar from where its output is by now."""
-        follower = _Follower(grammar, output_token_ids, self._vocab_size)
-        self._slots[slot] = follower
-        self._put([follower])
+        """Match a sequence against a grammar from the end of its output on."""
+        self._slots[slot] = _SlotMatcher(grammar, output_token_ids, self._vocab_size)
+        self._submit([self._slots[slot]])
 
     def drop(self, slot: int) -> None:
-        """Forget the slot: its sequence is another one."""
+        """Remove the slot's matcher, if it has one."""
         self._slots.pop(slot, None)
 
     def holds(self, slot: int) -> bool:
-        """Whether the slot's sequence follows a grammar."""
+        """Return whether the slot's sequence has a grammar."""
         return slot in self._slots
 
-    def turns(self, slots: Sequence[int]) -> list[Turn | None]:
-        """Return the turn of each slot; None: not known yet, even after a moment's patience."""
-        followers = [self._slots[slot] for slot in slots]
-        if any(follower.turn is None for follower in followers):
-            with self._told:
-                self._told.wait_for(
-                    lambda: all(follower.turn is not None for follower in followers),
-                    self._timeout_s,
+    def masks(self, slots: Sequence[int]) -> list[TokenMask | None]:
+        """Return the mask of each slot; None: not ready within the timeout."""
+        matchers = [self._slots[slot] for slot in slots]
+        if any(matcher.mask is None for matcher in matchers):
+            with self._finished:
+                self._finished.wait_for(
+                    lambda: all(matcher.mask is not None for matcher in matchers),
+                    self._mask_timeout_s,
                 )
-        return [follower.turn for follower in followers]
+        return [matcher.mask for matcher in matchers]
 
     def advance(self, chosen: Sequence[tuple[int, int]]) -> None:
-        """Take in (slot, token) of slots whose turn it was, and begin their next turns."""
-        followers = []
+        """Consume (slot, token) of slots with a mask, and start computing their next masks."""
+        matchers = []
         for slot, token_id in chosen:
-            follower = self._slots[slot]
-            assert follower.turn is not None, f"slot {slot} moves out of turn"
-            follower.turn = None
-            follower.pending = [token_id]
-            followers.append(follower)
-        self._put([follower for follower in followers if not follower.is_slow])
-        self._put([follower for follower in followers if follower.is_slow])
+            matcher = self._slots[slot]
+            assert matcher.mask is not None, f"slot {slot} advances without a mask"
+            matcher.mask = None
+            matcher.pending = [token_id]
+            matchers.append(matcher)
+        self._submit(matchers)
 
-    def _put(self, followers: list[_Follower]) -> None:
-        if followers:
-            (self._slow if followers[0].is_slow else self._quick).put(followers)
+    def _submit(self, matchers: list[_SlotMatcher]) -> None:
+        # Sorted before the first is submitted: a worker may find that a matcher is slow.
+        quick = [matcher for matcher in matchers if not matcher.is_slow]
+        slow = [matcher for matcher in matchers if matcher.is_slow]
+        for worker, own in ((self._quick, quick), (self._slow, slow)):
+            if own:
+                worker.submit(self._run, own)
+
+    def _run(self, matchers: list[_SlotMatcher]) -> None:
+        """Advance matchers; runs in a worker."""
+        for matcher in matchers:
+            matcher.advance()
+            with self._finished:
+                self._finished.notify()
 
     def close(self) -> None:
-        """End the workers."""
-        self._quick.close()
-        self._slow.close()
+        """End the workers once they are idle."""
+        self._quick.shutdown()
+        self._slow.shutdown()

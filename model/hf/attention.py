@@ -1,11 +1,10 @@
-"""The attention of a model of `transformers`, as that library lets others compute it.
+"""The attention of a model of `transformers`, through that library's attention interface.
 
 Every attention layer calls the function registered under the name in its config, and every mask is
-made by the function registered for that name. Two names are ours: under `ASKING` a model tells
-what it wants of attention, mask included, and under `PAGED` it makes no masks and is served.
-Whoever runs the model sits in an `AttenderSlot` that each of its modules has, for not all layers
-hand on to their attention what they are called with. Knows nothing of pages, of files or of any
-architecture.
+made by the function registered for that name. Two names are ours: under `PROBING` each layer's
+requirements are recorded, mask included; under `PAGED` a model makes no masks and is served. Each
+module holds an `AttentionSlot` with the function that attends, since not all layers pass their
+arguments on to their attention. Knows nothing of files or of any architecture.
 """
 
 from __future__ import annotations
@@ -13,25 +12,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from model.architectures.arch import ArchError
+from model.attention.interface import AttentionSpec
+from model.kv.format import float_format
 
-#: Said before weights are read where that can be known.
+#: Found before weights are read where the class shows it.
 NOT_OPEN = "does not let others compute its attention (transformers' attention interface)"
-ASKING, PAGED = "octavo-asking", "octavo"
+PROBING, PAGED = "octavo-probing", "octavo"
 
-#: Is the key seen by the query: (batch, head, query's position, key's position) to bool.
+#: Whether a query reads a key: (batch, head, query's position, key's position) to bool.
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What one layer hands over. A view of its tensors; k and v have fewer heads than q."""
+    """The arguments of one layer: views of its tensors; k and v may have fewer heads than q."""
 
     #: `[tokens, heads, head_dim]` each; that of v may differ.
     q: Tensor
@@ -42,48 +42,45 @@ class AttentionCall:
     softcap: float | None
     #: `[heads]`.
     sinks: Tensor | None
-    #: What else the layer said, but for nothings.
+    #: Other arguments that are not None.
     others: dict[str, object]
 
 
-class Attender(Protocol):
-    """Goes through the layers of one pass, in their order."""
-
-    def attend(self, call: AttentionCall) -> Tensor:
-        """Return `[tokens, heads, head_dim of v]`."""
+#: Attends for the next layer of a pass: returns `[tokens, heads, head_dim of v]`.
+AttentionFn = Callable[[AttentionCall], Tensor]
 
 
-class AttenderSlot:
-    """The attender of the pass that a model is in, if it is in one of ours."""
+class AttentionSlot:
+    """Holds the function that attends in the current pass through a model."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Make the slot known to every module of `model`."""
-        self._attender: Attender | None = None
+        """Store the slot in every module of `model`."""
+        self._attend: AttentionFn | None = None
         for module in model.modules():
-            module.octavo = self  # type: ignore[assignment] # torch knows of tensors and modules
+            module.octavo = self  # type: ignore[assignment] # torch expects tensors and modules
 
     @contextmanager
-    def filled(self, attender: Attender) -> Iterator[None]:
-        """Have `attender` attend until the end of the context."""
-        self._attender = attender
+    def filled(self, attend: AttentionFn) -> Iterator[None]:
+        """Attend by `attend` within the context."""
+        self._attend = attend
         try:
             yield
         finally:
-            self._attender = None
+            self._attend = None
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `Attender`."""
-        if self._attender is None:
+        """See `AttentionFn`."""
+        if self._attend is None:
             raise ArchError("it attends where only logits are computed")
-        return self._attender.attend(call)
+        return self._attend(call)
 
 
 def register() -> None:
-    """Make the two names known to `transformers`; more than once does no harm."""
-    for name in (ASKING, PAGED):
+    """Register both names with `transformers`; idempotent."""
+    for name in (PROBING, PAGED):
         AttentionInterface.register(name, _attention)
-    # Not for PAGED: a name that is unknown here gets no masks at all.
-    AttentionMaskInterface.register(ASKING, _mask)
+    # Not for PAGED: a name that is not registered here gets no masks at all.
+    AttentionMaskInterface.register(PROBING, _mask)
 
 
 def _attention(
@@ -98,9 +95,9 @@ def _attention(
     s_aux: Tensor | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Have the names and shapes of `transformers`: `[1, heads, tokens, head_dim]`."""
+    """Attend with the names and shapes of `transformers`: `[1, heads, tokens, head_dim]`."""
     slot = getattr(module, "octavo", None)
-    if not isinstance(slot, AttenderSlot):
+    if not isinstance(slot, AttentionSlot):
         raise ArchError("it does not say which of its modules attends")
     call = AttentionCall(
         q=_flat(query),
@@ -121,7 +118,7 @@ def _flat(heads: Tensor) -> Tensor:
 
 
 class _RuledMask(Tensor):
-    """A mask that remembers by which rule it was to be made; what is computed of it does not."""
+    """A mask that keeps its rule; tensors computed from it have none."""
 
     rule: MaskRule
 
@@ -135,8 +132,8 @@ def _mask(
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWish:
-    """What one layer wants of attention."""
+class LayerRequirements:
+    """The attention that one layer requires."""
 
     num_heads: int
     num_kv_heads: int
@@ -146,12 +143,12 @@ class LayerWish:
     softcap: float | None
     #: float32 `[heads]`.
     sinks: Tensor | None
-    #: How many tokens back a query sees, itself included; None: all.
+    #: Number of tokens that a query reads, its own included; None: all.
     window: int | None
 
 
-#: Said by layers beside what is read above, and without a say here: windows and causality are in
-#: the mask, which is what the library's own attention goes by.
+#: Arguments without effect here: the mask holds windows and causality, as in the library's own
+#: attention.
 _INERT = frozenset(
     """dropout sliding_window position_ids use_cache output_attentions output_hidden_states
     output_router_logits return_dict cache_position is_causal logits_to_keep""".split()  # noqa: SIM905 - reads best as one text
@@ -162,22 +159,22 @@ _INERT = frozenset(
 _KEYS_AT_ONCE = 2**16
 
 
-class Inquirer:
-    """See `Attender`: writes down what each layer wants and attends to nothing."""
+class Probe:
+    """Records each layer's requirements; attends to nothing."""
 
     def __init__(self, num_positions: int) -> None:
-        self.wishes: list[LayerWish] = []
+        self.layers: list[LayerRequirements] = []
         self._num_positions = num_positions
-        #: Layers share masks, and a rule is long to try out.
+        #: By id of a mask: layers share masks, and a rule takes long to try.
         self._windows: dict[int, tuple[Tensor, int | None]] = {}
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `Attender`; `ArchError` where a layer wants what no page-wise attention does."""
+        """See `AttentionFn`; `ArchError` where attention over pages cannot serve a layer."""
         if unknown := sorted(call.others.keys() - _INERT):
             raise ArchError(f"its attention wants {unknown[0]!r}, which pages know nothing of")
         sinks = None if call.sinks is None else call.sinks.detach().float().flatten()
-        self.wishes.append(
-            LayerWish(
+        self.layers.append(
+            LayerRequirements(
                 num_heads=call.q.shape[1],
                 num_kv_heads=call.k.shape[1],
                 head_dim=call.q.shape[2],
@@ -199,10 +196,10 @@ class Inquirer:
 
 
 def window_of(rule: MaskRule, num_positions: int) -> int | None:
-    """Find how far back a rule sees. `ArchError` where it is not "the last so many tokens".
+    """Find a rule's window; None: all. `ArchError` where it is not "the last so many tokens".
 
-    Tried for queries at both ends and in between: what looks like a window from one place (a
-    chunk, a prefix that sees all of itself) does not from the others.
+    Tries queries at both ends and in between: a chunk, or a prefix that reads all of itself, looks
+    like a window from one position, and not from others.
     """
     last = num_positions - 1
     reach = num_positions
@@ -216,56 +213,53 @@ def window_of(rule: MaskRule, num_positions: int) -> int | None:
 
 
 def _seen(rule: MaskRule, at: int, num_positions: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the positions of keys, and whether a query sees them; in blocks, for there are many."""
+    """Yield blocks of key positions, and whether a query reads each."""
     zero = torch.zeros((), dtype=torch.int64)
     for start in range(0, num_positions, _KEYS_AT_ONCE):
         key = torch.arange(start, min(start + _KEYS_AT_ONCE, num_positions))
         yield key, torch.as_tensor(rule(zero, zero, torch.tensor(at), key)).expand(len(key))
 
 
-@dataclass(frozen=True, slots=True)
-class CommonWish:
-    """What fits every layer: pages are alike in all of them, and a backend has one scale."""
+def common_spec(
+    layers: Sequence[LayerRequirements], num_layers: int, dtype: torch.dtype, device: torch.device
+) -> AttentionSpec:
+    """Find a spec that fits every layer, with pages of `dtype`; `ArchError` where none does.
 
-    num_heads: int
-    #: The most that a layer has; where it has fewer, each is kept several times.
-    num_kv_heads: int
-    #: The widest key or value of all; others are filled up with zeros.
-    head_dim: int
-    scale: float
-    softcap: float | None
-    sinks: tuple[Tensor, ...] | None
-
-
-def common_wish(wishes: Sequence[LayerWish], num_layers: int) -> CommonWish:
-    """Find what fits every layer; `ArchError` where nothing does."""
-    if not wishes:
+    All layers have pages of one shape, and a backend has one scale. Layers with fewer KV heads
+    repeat theirs; keys and values narrower than the widest are padded with zeros.
+    """
+    if not layers:
         raise ArchError(f"it {NOT_OPEN}")
-    if len(wishes) % num_layers:
-        raise ArchError(f"it attends {len(wishes)} times in {num_layers} layers")
-    first = wishes[0]
-    num_kv_heads = max(wish.num_kv_heads for wish in wishes)
+    if len(layers) % num_layers:
+        raise ArchError(f"it attends {len(layers)} times in {num_layers} layers")
+    first = layers[0]
+    num_kv_heads = max(layer.num_kv_heads for layer in layers)
     for name in ("num_heads", "softcap"):
-        if found := {getattr(wish, name) for wish in wishes} - {getattr(first, name)}:
+        if found := {getattr(layer, name) for layer in layers} - {getattr(first, name)}:
             message = f"its layers differ in {name}: {getattr(first, name)} and {found.pop()}"
             raise ArchError(message)
-    if any(num_kv_heads % wish.num_kv_heads for wish in wishes):
+    if any(num_kv_heads % layer.num_kv_heads for layer in layers):
         raise ArchError("its layers differ in key/value heads, and not by a whole factor")
-    return CommonWish(
+    return AttentionSpec(
+        num_layers=len(layers),
         num_heads=first.num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=max(max(wish.head_dim, wish.v_head_dim) for wish in wishes),
+        head_dim=max(max(layer.head_dim, layer.v_head_dim) for layer in layers),
         scale=first.scale,
+        windows=tuple(layer.window for layer in layers),
+        dtype=dtype,
+        kv_format=float_format(dtype),
+        device=device,
         softcap=first.softcap,
-        sinks=_sinks(wishes),
+        sinks=_sinks(layers),
     )
 
 
-def _sinks(wishes: Sequence[LayerWish]) -> tuple[Tensor, ...] | None:
+def _sinks(layers: Sequence[LayerRequirements]) -> tuple[Tensor, ...] | None:
     """Return every layer's sinks; None where no layer has any."""
-    found = next((wish.sinks for wish in wishes if wish.sinks is not None), None)
+    found = next((layer.sinks for layer in layers if layer.sinks is not None), None)
     if found is None:
         return None
-    # A score that takes no share of the softmax.
+    # A score without weight in the softmax.
     none = torch.full_like(found, -torch.inf)
-    return tuple(none if wish.sinks is None else wish.sinks for wish in wishes)
+    return tuple(none if layer.sinks is None else layer.sinks for layer in layers)

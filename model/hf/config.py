@@ -1,6 +1,6 @@
-"""Which models of `transformers` can be served, decided before any weight is read.
+"""Decides which models of `transformers` can be served, before any weight is read.
 
-Knows nothing of layers: what only a run can tell is found out in `model/hf/proof.py`.
+Knows nothing of layers: `model/hf/proof.py` checks the properties that need a run.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from model.weights.source import ModelSource
 
 _SERVED = "served are decoders of text that attend in every layer and keep no other state"
 #: Some libraries' messages are pages long.
-_LONGEST_REASON = 300
-#: As many as the proof computes.
-_FEWEST_POSITIONS = 8
+_MAX_REASON_CHARS = 300
+#: The positions that the proof computes.
+_MIN_POSITIONS = 8
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _PAGED_KINDS = frozenset({"attention", "full_attention", "sliding_attention"})
 
@@ -37,42 +37,42 @@ _PAGED_KINDS = frozenset({"attention", "full_attention", "sliding_attention"})
 class HfConfig:
     """A config that `transformers` understands and we can serve."""
 
-    #: Its own, with its own attributes.
+    #: An instance of the model's own class of configs.
     config: Any
-    #: What of it is for text: itself, where it is for nothing else.
+    #: Its part for text; `config` itself where there is no other part.
     text_config: Any
-    #: The class to be loaded where there are parts for more than text; see `text_class`.
+    #: The class to load where there are parts for more than text, else None; see `text_class`.
     text_class: Any
-    #: Positions below this give the same result whatever else is in the batch.
+    #: Below this position, results do not depend on the rest of the batch.
     max_positions: int
-    #: Whether the weights are in mxfp4, as those of gpt-oss.
+    #: Whether the weights are in mxfp4, as in gpt-oss.
     is_mxfp4: bool
     notes: tuple[str, ...]
 
 
 @contextmanager
 def faults_of(model_type: object) -> Iterator[None]:
-    """Have whatever a model's code raises begin with its name, and be an `ArchError`."""
+    """Turn the exceptions of a model's code into `ArchError`s that name the model."""
     try:
         yield
     except (MemoryError, OSError):
         raise
-    # Hundreds of authors' code: what it makes of a config it cannot work with is anybody's guess.
+    # Hundreds of authors' code: it may raise anything for a config that it cannot handle.
     except Exception as error:
-        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        reason = " ".join(str(error).split())[:_MAX_REASON_CHARS]
         if not isinstance(error, ArchError | FormatError):
             reason = f"{type(error).__name__}: {reason}"
         raise ArchError(f"model_type {model_type!r}: {reason}; {_SERVED}") from error
 
 
 def read_hf_config(source: ModelSource, wanted_positions: int | None) -> HfConfig:
-    """Read and judge a config.json. `ArchError` says in a line why a model cannot be served."""
+    """Read and check a config.json. Raises `ArchError` with the reason in one line."""
     path = source.path if source.kind == "dummy" else source.path / "config.json"
     values = read_json_object(path)
     with faults_of(values.get("model_type")):
         for part in (values, *values.values()):
             if isinstance(part, dict):
-                # The library loops over them before it looks at anything.
+                # The library loops over them before any check.
                 for key in _LAYER_COUNTS:
                     ConfigKeys(part).count(key, 0, most=MOST_LAYERS)
         config = _parse(source.path, values)
@@ -87,24 +87,21 @@ def read_hf_config(source: ModelSource, wanted_positions: int | None) -> HfConfi
     is_mxfp4 = _quantization_method(config) is not None
     if is_mxfp4:
         notes = ("weights in mxfp4 are expanded", *notes)
-    # `AutoModelForCausalLM` takes the part of a config that is for such a class.
-    is_all_text = is_text_class and not text_config.sub_configs and _is_causal_lm(config)
+    # `AutoModelForCausalLM` accepts the text part of a config.
+    is_causal_lm = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    is_all_text = is_text_class and not text_config.sub_configs and is_causal_lm
     found_class = None if is_all_text else text_class(model_class)
     return HfConfig(config, text_config, found_class, max_positions, is_mxfp4, notes)
 
 
-def _is_causal_lm(config: Any) -> bool:  # noqa: ANN401 - one of hundreds of classes
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def _model_class(config: Any) -> Any:  # noqa: ANN401 - as above
+def _model_class(config: Any) -> Any:  # noqa: ANN401 - one of hundreds of classes
     """Return the class that computes logits of text; None where there is none."""
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
     return next((one[type(config)] for one in mappings if type(config) in one), None)
 
 
-def _quantization_method(config: Any) -> str | None:  # noqa: ANN401 - one of hundreds of classes
-    """Return what a config says its weights are quantized by."""
+def _quantization_method(config: Any) -> str | None:  # noqa: ANN401 - as above
+    """Return the name of the method that quantized the weights, or None."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
@@ -112,7 +109,7 @@ def _quantization_method(config: Any) -> str | None:  # noqa: ANN401 - one of hu
 
 
 def _parse(path: Path, values: Mapping[str, object]) -> Any:  # noqa: ANN401 - as above
-    """Have `transformers` read a config through the door that its users take.
+    """Parse a config by `AutoConfig`, as users of `transformers` do.
 
     Its classes by themselves read some files otherwise, such as a Mistral with layer_types.
     """
@@ -130,7 +127,7 @@ def _parse(path: Path, values: Mapping[str, object]) -> Any:  # noqa: ANN401 - a
 
 
 def _why_not(config: Any, text_config: Any, model_class: Any) -> str:  # noqa: ANN401 - as above
-    """Say what is in the way; nothing where nothing is."""
+    """Return the reason why a model cannot be served, or an empty string."""
     if getattr(config, "is_encoder_decoder", False):
         return "has an encoder"
     if model_class is None:
@@ -140,12 +137,12 @@ def _why_not(config: Any, text_config: Any, model_class: Any) -> str:  # noqa: A
     unpaged = sorted(kinds - _PAGED_KINDS)
     reasons = (
         (
-            # Not where the config says that no layer is one that does.
+            # Not where the config lists only layers without such a state.
             getattr(model_class, "_is_stateful", False) and (unpaged or not kinds),
             "keeps a recurrent state, which has no pages to be shared or brought back",
         ),
         (unpaged, f"has layers of kind {', '.join(unpaged)}"),
-        # Of others, too, but this is known before their weights are read.
+        # Known here only for text-only models; the probe finds the others.
         (config is text_config and not _is_open(model_class), NOT_OPEN),
         (
             {"longrope"} < ropes,
@@ -156,13 +153,13 @@ def _why_not(config: Any, text_config: Any, model_class: Any) -> str:  # noqa: A
 
 
 def _is_open(model_class: Any) -> bool:  # noqa: ANN401 - as above
-    """Tell whether a class calls what is registered as its attention; see `open_attention`."""
-    is_open: bool = model_class._can_set_attn_implementation()  # noqa: SLF001 - nothing else says it
+    """Return whether a class calls the registered attention; see `open_attention`."""
+    is_open: bool = model_class._can_set_attn_implementation()  # noqa: SLF001 - has no public form
     return is_open or model_class is transformers.FalconForCausalLM
 
 
 def _layer_kinds(config: Any) -> set[str]:  # noqa: ANN401 - as above
-    """Return the kinds of layers that a config speaks of, which may be none."""
+    """Return the kinds of layers that a config lists, which may be none."""
     names = ("layer_types", "layers_block_type")
     return {str(kind) for name in names for kind in getattr(config, name, None) or ()}
 
@@ -175,15 +172,14 @@ def _rope_types(config: Any) -> set[str]:  # noqa: ANN401 - as above
 
 
 def _positions(config: Any, wanted: int | None) -> tuple[int, tuple[str, ...]]:  # noqa: ANN401 - as above
-    """Return how long a text may be.
+    """Return the longest text, and a note where it is shorter than the config allows.
 
-    Under dynamic rope all angles change with each token past what the model was trained for, in the
-    keys that are kept, too; texts end there.
-    Under longrope all angles change once one text of the batch is longer than the model was first
-    trained for. Where such texts are wanted, everything gets their angles.
+    Under dynamic rope each token past the trained length changes all angles, also of stored keys,
+    so texts end there. Under longrope all angles change once one text of the batch is longer than
+    the first trained length. Where such texts are requested, all texts get their angles.
     """
     longest = getattr(config, "max_position_embeddings", None)
-    if not isinstance(longest, int) or longest < _FEWEST_POSITIONS:
+    if not isinstance(longest, int) or longest < _MIN_POSITIONS:
         raise ArchError(f"its max_position_embeddings is {longest}, so its length is not known")
     kinds = _rope_types(config)
     if "dynamic" in kinds:

@@ -1,9 +1,9 @@
 """Decoders of `transformers` on our pages: its layers, our attention, one flat batch.
 
-The model runs without a cache of its own: what it would keep is in the pages, and what sets the
-sequences of a batch apart is attention alone. Knows nothing of architectures: what a model wants
-is asked of it (`model/hf/attention.py`), and that it gets it is proved at each start
-(`model/hf/proof.py`). Imported only where such a model is served, for the import takes seconds.
+The model runs without a cache of its own: keys and values are in the pages, and attention alone
+separates the sequences of a batch. Knows nothing of architectures: each layer's requirements are
+recorded (`model/hf/attention.py`), and each start proves that they are met (`model/hf/proof.py`).
+Imported only where such a model is served: the import takes seconds.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,43 +20,30 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from model.architectures.arch import ArchError
+from model.architectures.arch import ArchError, DecoderShape
 from model.attention.interface import AttentionBackend, AttentionSpec
 from model.hf.attention import (
-    ASKING,
     PAGED,
-    AttenderSlot,
+    PROBING,
     AttentionCall,
-    CommonWish,
-    Inquirer,
-    LayerWish,
-    common_wish,
+    AttentionSlot,
+    LayerRequirements,
+    Probe,
+    common_spec,
     register,
 )
 from model.hf.config import HfConfig, faults_of, read_hf_config
 from model.hf.falcon import open_attention
 from model.hf.proof import Proof
 from model.hf.text import decoder_of, left_out, notes_on_parts
+from model.kv.format import KVFormat
 from model.weights.linear import Format
 from model.weights.safetensors import SafetensorsWeights, is_derived
 from model.weights.source import ModelSource
 
 
-@dataclass(frozen=True, slots=True)
-class HfShape:
-    """See `DecoderShape`."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    unknown_keys: tuple[str, ...] = ()
-
-
 class _Given(MoeModelOutputWithPast):  # type: ignore[misc] # transformers has no types
-    """What layers put out; every field that some model's own output has beside these is unset."""
+    """The output of the layers; any field that a model adds to its own output is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -65,35 +51,32 @@ class _Given(MoeModelOutputWithPast):  # type: ignore[misc] # transformers has n
 
 
 class _PagedLayers:
-    """See `Attender`: one pass through the layers over planned pages."""
+    """See `AttentionFn`: one pass through the layers over planned pages."""
 
     def __init__(
         self,
-        wishes: Sequence[LayerWish],
-        common: CommonWish,
-        dtype: torch.dtype,
+        layers: Sequence[LayerRequirements],
+        spec: AttentionSpec,
         backend: AttentionBackend,
     ) -> None:
-        self._wishes = iter(enumerate(wishes))
-        self._common = common
-        self._dtype = dtype
+        self._layers = iter(enumerate(layers))
+        self._spec = spec
         self._backend = backend
 
-    def attend(self, call: AttentionCall) -> Tensor:
-        """See `Attender`."""
-        common = self._common
-        layer, wish = next(self._wishes)
+    def __call__(self, call: AttentionCall) -> Tensor:
+        spec = self._spec
+        index, layer = next(self._layers)
         # Norms and rotations leave some models' heads in float32.
         q, k, v = (
-            _widened(heads.to(self._dtype), common.head_dim) for heads in (call.q, call.k, call.v)
+            _widened(heads.to(spec.dtype), spec.head_dim) for heads in (call.q, call.k, call.v)
         )
-        if wish.scale != common.scale:
-            q = q * (wish.scale / common.scale)
-        if wish.num_kv_heads != common.num_kv_heads:
-            repeats = common.num_kv_heads // wish.num_kv_heads
+        if layer.scale != spec.scale:
+            q = q * (layer.scale / spec.scale)
+        if layer.num_kv_heads != spec.num_kv_heads:
+            repeats = spec.num_kv_heads // layer.num_kv_heads
             k, v = (heads.repeat_interleave(repeats, dim=1) for heads in (k, v))
-        attended = self._backend.attend(layer, q, k, v).view(q.shape)
-        return attended[..., : wish.v_head_dim].to(call.v.dtype)
+        attended = self._backend.attend(index, q, k, v).view(q.shape)
+        return attended[..., : layer.v_head_dim].to(call.v.dtype)
 
 
 def _widened(heads: Tensor, width: int) -> Tensor:
@@ -102,28 +85,24 @@ def _widened(heads: Tensor, width: int) -> Tensor:
 
 
 class HfDecoder:
-    """See `ServedDecoder`: a causal language model of `transformers`, taken in two."""
+    """See `ServedDecoder`: a causal language model of `transformers`, split at its last layer."""
 
     format: Format = "none"
-    #: Angles are computed with each step, or are among the weights.
+    #: Angles are computed in each step, or are among the weights.
     bytes_per_position = 0
 
     def __init__(self, model: Any, found: HfConfig) -> None:  # noqa: ANN401 - transformers' class
-        """Take over `model`."""
+        """Take ownership of `model`."""
         text_config = found.text_config
-        self._slot = AttenderSlot(model)
-        wishes = _wishes(model, self._slot, found.max_positions)
-        self._wishes = tuple(wishes)
-        self._common = common_wish(wishes, text_config.num_hidden_layers)
-        self.arch = HfShape(
-            num_layers=len(wishes),
-            num_kv_heads=self._common.num_kv_heads,
-            head_dim=self._common.head_dim,
+        self._slot = AttentionSlot(model)
+        self._layers = _probe(model, self._slot, found.max_positions)
+        num_layers, dtype = text_config.num_hidden_layers, model.dtype
+        self._spec = common_spec(self._layers, num_layers, dtype, model.device)
+        self.arch = DecoderShape(
             max_positions=found.max_positions,
             vocab_size=text_config.vocab_size,
             eos_token_ids=_eos_token_ids(model, text_config),
         )
-        dtype = model.dtype
         library = f"transformers {transformers.__version__} ({type(model).__name__})"
         weights = f"weights in {str(dtype).removeprefix('torch.')}"
         self.notes = (f"computed by {library}, {weights}", *found.notes)
@@ -134,31 +113,18 @@ class HfDecoder:
         if body is model:
             raise ArchError("its layers and its logits are in one piece")
         self._run_layers = body.forward
-        # So that all but the layers computes logits and no more.
+        # So that calling the model computes logits from hidden states.
         body.forward = self._given_hidden
         self._hidden: Tensor | None = None
         self._head = model
 
-    def attention_spec(self, kv_dtype: torch.dtype) -> AttentionSpec:
+    def attention_spec(self, kv_format: KVFormat) -> AttentionSpec:
         """See `ServedDecoder`."""
-        common = self._common
-        return AttentionSpec(
-            num_layers=self.arch.num_layers,
-            num_heads=common.num_heads,
-            num_kv_heads=common.num_kv_heads,
-            head_dim=common.head_dim,
-            scale=common.scale,
-            windows=tuple(one.window for one in self._wishes),
-            dtype=self.attention_dtype,
-            kv_dtype=kv_dtype,
-            device=self.device,
-            softcap=common.softcap,
-            sinks=common.sinks,
-        )
+        return replace(self._spec, kv_format=kv_format)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """See `Decoder`; what it returns is behind the final norm already."""
-        layers = _PagedLayers(self._wishes, self._common, self.attention_dtype, attention)
+        """See `Decoder`; the final norm is already applied."""
+        layers = _PagedLayers(self._layers, self._spec, attention)
         with self._slot.filled(layers):
             found = self._run_layers(
                 input_ids=token_ids.unsqueeze(0),
@@ -169,12 +135,12 @@ class HfDecoder:
         return hidden.float()
 
     def hold_positions(self, max_positions: int) -> None:
-        """See `ServedDecoder`: there is nothing to make."""
+        """See `ServedDecoder`: there is no table."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """See `Decoder`: by the model's own code, for some cap or scale them."""
+        """See `Decoder`: by the model's own code, since some cap or scale logits."""
         self._hidden = hidden.to(self.attention_dtype).unsqueeze(0)
-        # What is looked up for them goes nowhere; some models count them.
+        # Their embeddings are not used; some models count them.
         ids = torch.zeros(self._hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         logits: Tensor = self._head(input_ids=ids, use_cache=False).logits.squeeze(0)
         return logits.float()
@@ -198,10 +164,10 @@ def load_hf_decoder(
     device: torch.device,
     max_positions: int | None = None,
 ) -> HfDecoder:
-    """Load a folder of safetensors, or make a dummy's random weights, and prove that it works.
+    """Load a folder of safetensors, or make a dummy's random weights, and prove the logits.
 
-    `max_positions`: as long as requests will be at most, where that is known. `ArchError` (a
-    `ValueError`) says in one line why a model cannot be served.
+    `max_positions`: the longest request, where that is known. Raises `ArchError` (a `ValueError`)
+    with the reason in one line.
     """
     found = read_hf_config(source, max_positions)
     register()
@@ -217,7 +183,7 @@ def load_hf_decoder(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the library's advice, which is for people who train, and bars in log files."""
+    """Suppress the library's advice on training, and progress bars outside of terminals."""
     log = transformers.logging
     before, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -232,63 +198,42 @@ def _quiet() -> Iterator[None]:
 
 
 def _load(source: ModelSource, found: HfConfig, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
-    """Have `transformers` load a model as its users do; also what an operator should know of it."""
-    # eager: what the library's authors hold everything else against.
+    """Load the parts of a model that text needs, by its public classes; also return notes."""
+    model_class: Any = found.text_class or transformers.AutoModelForCausalLM
+    # eager: the library's reference implementation.
     settings: dict[str, object] = {"dtype": dtype, "attn_implementation": "eager"}
-    if found.text_class is not None:
-        return _load_text(source, found, settings)
     if source.kind == "dummy":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return transformers.AutoModelForCausalLM.from_config(found.config, **settings), ()
-    if found.is_mxfp4:
-        # Kernels that multiply it as it is are for GPUs alone, and would be fetched from the hub.
-        settings["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
-    return _read(transformers.AutoModelForCausalLM, source.path, found.config, settings)
-
-
-def _load_text(
-    source: ModelSource, found: HfConfig, settings: dict[str, object]
-) -> tuple[Any, tuple[str, ...]]:
-    """Load all of a model but what is not for text."""
-    if source.kind == "dummy":
-        # Tensors that are nowhere are made up; what is left out is not.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            # Not by a class's own door: some fetch other files, too.
+            if found.text_class is None:
+                return model_class.from_config(found.config, **settings), ()
+            # Makes up tensors that are missing from state_dict, except in parts that are left out.
+            # Not by the class's own override of from_pretrained: some fetch other files, too.
             make = transformers.PreTrainedModel.from_pretrained.__func__
-            model = make(found.text_class, None, config=found.config, state_dict={}, **settings)
-        return model, tuple(notes_on_parts(model))
-    model, notes = _read(found.text_class, source.path, found.config, settings)
-    return model, (*notes_on_parts(model), *notes)
-
-
-def _read(
-    model_class: Any,  # noqa: ANN401 - as above
-    path: Path,
-    config: Any,  # noqa: ANN401 - as above
-    settings: dict[str, object],
-) -> tuple[Any, tuple[str, ...]]:
-    """Read a folder's files; `ArchError` where they lack anything."""
-    files = SafetensorsWeights(path)
+            model = make(model_class, None, config=found.config, state_dict={}, **settings)
+            return model, tuple(notes_on_parts(model))
+    if found.is_mxfp4:
+        # Kernels for mxfp4 are for GPUs alone, and would be fetched from the hub.
+        settings["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    files = SafetensorsWeights(source.path)
     model, info = model_class.from_pretrained(
-        path,
-        config=config,
+        source.path,
+        config=found.config,
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
         **settings,
     )
-    for what in ("missing_keys", "mismatched_keys"):
-        if tensors := sorted(map(str, info[what])):
+    for fault in ("missing_keys", "mismatched_keys"):
+        if tensors := sorted(map(str, info[fault])):
             # transformers would go on with random ones.
-            raise ArchError(f"{what.replace('_', ' ')}: {tensors[0]}")
-    return model, (*files.notes, *_notes_on_weights(model, info))
+            raise ArchError(f"{fault.replace('_', ' ')}: {tensors[0]}")
+    return model, (*notes_on_parts(model), *files.notes, *_notes_on_weights(model, info))
 
 
 def _notes_on_weights(model: Any, info: Mapping[str, Iterable[object]]) -> Iterator[str]:  # noqa: ANN401 - as above
-    """Say which tensors were read otherwise than the config has it, or not at all."""
+    """Yield a note for tensors that were not read, or not as the config states."""
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     for name in sorted(tied.keys() - model.all_tied_weights_keys.keys()):
         yield f"the config ties {name} to {tied[name]}, but it is another: it is used"
@@ -303,28 +248,28 @@ def _notes_on_weights(model: Any, info: Mapping[str, Iterable[object]]) -> Itera
     odd = [
         name
         for name, one in model.named_parameters()
-        # As in `model.weights.read_into`.
+        # As in `model.weights.interface.read_into`.
         if not one.sum(dtype=torch.float32).isfinite() and not one.isfinite().all()
     ]
     if odd:
         yield f"weights that are not finite: {', '.join(odd)}"
 
 
-def _wishes(model: Any, slot: AttenderSlot, max_positions: int) -> list[LayerWish]:  # noqa: ANN401 - as above
-    """Have the model tell what it wants of attention, and leave it ready to be served."""
-    inquirer = Inquirer(max_positions)
+def _probe(model: Any, slot: AttentionSlot, max_positions: int) -> list[LayerRequirements]:  # noqa: ANN401 - as above
+    """Record the attention that each layer requires, and leave the model ready to be served."""
+    probe = Probe(max_positions)
     open_attention(model)
-    _set_attention(model, ASKING)
-    # One token: with more, some models cut the masks of layers that need not see all of them.
+    _set_attention(model, PROBING)
+    # One token: with more, some models cut the masks of layers with a window.
     zero = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    with slot.filled(inquirer):
+    with slot.filled(probe.attend):
         model(input_ids=zero, position_ids=zero, use_cache=False)
     _set_attention(model, PAGED)
-    return inquirer.wishes
+    return probe.layers
 
 
 def _set_attention(model: Any, name: str) -> None:  # noqa: ANN401 - as above
-    """Choose the attention of all models within; the library's own way passes over some."""
+    """Set the attention of all models within; the library's own setter misses some."""
     for part in model.modules():
         if isinstance(part, transformers.PreTrainedModel):
             part.config._attn_implementation = name  # noqa: SLF001 - see above

@@ -1,7 +1,7 @@
-"""Falcon's attention as a call of the attention interface, which is younger than that model.
+"""Falcon's attention through the attention interface, which is younger than that model.
 
-Its projections, its layout of heads and its rotation stay those of `transformers`. Without this,
-the layers compute attention in place, where no pages can come in.
+Projections, layout of heads and rotation stay those of `transformers`. Without this, the layers
+compute attention themselves, without pages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from model.architectures.arch import ArchError
 
 
 def open_attention(model: Any) -> None:  # noqa: ANN401 - transformers' classes
-    """Have the attention of a Falcon call what is registered for it; others are left alone."""
+    """Route a Falcon's attention through the registered function; leave other models unchanged."""
     for module in model.modules():
         if isinstance(module, FalconAttention):
             module.forward = MethodType(_forward, module)
@@ -32,7 +32,7 @@ def _forward(
     position_embeddings: tuple[Tensor, Tensor],
     **_others: object,
 ) -> tuple[Tensor, None]:
-    """Have the arguments of `FalconAttention.forward`."""
+    """Replace `FalconAttention.forward`."""
     if alibi is not None:
         raise ArchError("its scores depend on distances (alibi), which pages know nothing of")
     heads = attention._split_heads(attention.query_key_value(hidden_states))  # noqa: SLF001 - how a version lays out its heads is its own business

@@ -1,39 +1,37 @@
-"""Proof, at each start, that a model of `transformers` computes on pages what it computes alone.
+"""Proof, at each start, that a model of `transformers` has the same logits on pages as alone.
 
-Hundreds of architectures go through the same door, and a new version of the library may move
-something behind it: a model that keeps something between tokens outside attention, that counts
-positions itself or wants what attention did not give it comes out with other numbers here, instead
-of with bad answers later. Costs three passes over a dozen tokens.
+Hundreds of architectures are served by the same code, and a new version of the library may break
+it. A model that keeps state outside attention, counts positions itself or needs more from its
+attention differs here, instead of giving bad answers later. Costs three passes over a dozen tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from model.architectures.arch import ArchError
+from model.architectures.transformer import ServedDecoder
 from model.attention.interface import AttentionBatch
 from model.attention.reference import ReferenceAttention
+from model.kv.format import float_format
 from model.kv.pool import KVPool
-
-if TYPE_CHECKING:
-    from model.hf.decoder import HfDecoder
 
 _PAGE_SIZE = 4
 _PAGES_EACH = 2
-#: The first comes in two steps, the second beside the first of them.
+#: The first text takes two steps, the second is computed beside the first of these.
 _LENGTHS = (7, 5)
 _STEPS: tuple[tuple[tuple[int, int, int], ...], ...] = (
     # (sequence, from, to)
     ((0, 0, 3), (1, 0, 5)),
     ((0, 3, 7),),
 )
-#: Largest relative error of one position's logits. What has nothing to do with each other is 1.4
-#: apart. Rounding alone gave 1e-5 in float32 and up to 0.4 in bfloat16, over 70 architectures with
-#: random weights, which are far worse than trained ones.
+#: Largest relative error of one position's logits. Unrelated logits differ by 1.4. Rounding alone
+#: gave 1e-5 in float32 and up to 0.4 in bfloat16, over 70 architectures with random weights, where
+#: it is far larger than with trained ones.
 _TOLERANCE = {torch.float32: 1e-3}
 _TOLERANCE_16_BITS = 0.6
 
@@ -42,7 +40,7 @@ class Proof:
     """Two short texts and their logits, by the model as `transformers` made it."""
 
     def __init__(self, model: Any, vocab_size: int) -> None:  # noqa: ANN401 - transformers' class
-        """Run it; its attention must be the library's own still."""
+        """Run the model, whose attention must still be the library's own."""
         generator = torch.Generator().manual_seed(0)
         self._texts = [
             torch.randint(vocab_size, (length,), generator=generator).to(model.device)
@@ -53,20 +51,13 @@ class Proof:
             for text in self._texts
         ]
 
-    def check(self, decoder: HfDecoder) -> None:
+    def check(self, decoder: ServedDecoder) -> None:
         """Compute the same on pages, in chunks and side by side. `ArchError` where it differs."""
-        arch = decoder.arch
-        pool = KVPool(
-            num_layers=arch.num_layers,
-            num_pages=_PAGES_EACH * len(_LENGTHS),
-            page_size=_PAGE_SIZE,
-            num_kv_heads=arch.num_kv_heads,
-            head_dim=arch.head_dim,
-            dtype=decoder.attention_dtype,
-            device=decoder.device,
-        )
-        attention = ReferenceAttention(decoder.attention_spec(decoder.attention_dtype), pool)
-        tolerance = _TOLERANCE.get(decoder.attention_dtype, _TOLERANCE_16_BITS)
+        dtype = decoder.attention_dtype
+        spec = decoder.attention_spec(float_format(dtype))
+        pool = KVPool(spec.layout(_PAGE_SIZE), _PAGES_EACH * len(_LENGTHS), decoder.device)
+        attention = ReferenceAttention(spec, pool)
+        tolerance = _TOLERANCE.get(dtype, _TOLERANCE_16_BITS)
         for rows in _STEPS:
             batch = _batch(rows, decoder.device)
             attention.plan(batch)
@@ -83,7 +74,7 @@ class Proof:
 
 
 def _batch(rows: Sequence[tuple[int, int, int]], device: torch.device) -> AttentionBatch:
-    """Say where rows' tokens lie: each text has pages of its own, one after another."""
+    """Place the tokens of (text, from, to): each text has its own pages, one after another."""
     positions = torch.cat([torch.arange(start, end) for _, start, end in rows])
     counts = [end - start for _, start, end in rows]
     table = torch.arange(_PAGES_EACH * len(_LENGTHS), dtype=torch.int32).view(-1, _PAGES_EACH)

@@ -1,8 +1,8 @@
-"""The text of a model that also sees or hears: its other parts are left out before they are read.
+"""The text decoder of a multimodal model, loaded without the model's other parts.
 
-Such a model of `transformers` is a decoder of text beside towers and projectors. Text alone goes
-through none of these, so none is loaded, and calling one is an error. Knows nothing of pages and of
-no architecture: what is left out is what stands beside the decoder and is not the head.
+Such a model of `transformers` is a text decoder beside towers and projectors. Text alone does not
+use these, so they are not loaded, and calling one is an error. Knows nothing of pages or of
+architectures: it leaves out every part beside the decoder, except for the head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model.architectures.arch import ArchError
 
 
 class _LeftOut(nn.Module):
-    """Stands where a part was that text does not need."""
+    """Replaces a part that text does not need."""
 
     def __init__(self, name: str, part: nn.Module) -> None:
         super().__init__()
@@ -30,30 +30,30 @@ class _LeftOut(nn.Module):
 
 
 def decoder_of(model: Any) -> Any:  # noqa: ANN401 - transformers' classes
-    """Return the layers of a model: what is given tokens and returns hidden states."""
+    """Return the layers of a model: the module from tokens to hidden states."""
     body = model.get_decoder()
-    # Some have a last product of that name.
+    # In some models `get_decoder` returns the last linear layer.
     return body if isinstance(body, transformers.PreTrainedModel) else model.base_model
 
 
 def text_class(model_class: Any) -> Any:  # noqa: ANN401 - as above
-    """Return `model_class` without the parts that are not for text; they are never made whole.
+    """Return `model_class` without the parts that are not for text.
 
-    `from_pretrained` makes a model without memory first, then gives it the tensors that it has a
-    place for.
+    `from_pretrained` makes a model on the meta device, then loads the tensors of its modules: the
+    other parts are never allocated.
     """
 
     def init(self: Any, *args: object, **kwargs: object) -> None:  # noqa: ANN401 - as above
         model_class.__init__(self, *args, **kwargs)
         _leave_out(self)
 
-    # transformers looks for names and for the file of a class.
+    # transformers reads the name and the file of a class.
     attributes = {"__init__": init, "__module__": model_class.__module__}
     return type(model_class.__name__, (model_class,), attributes)
 
 
 def _leave_out(model: Any) -> None:  # noqa: ANN401 - as above
-    """Replace what stands beside the decoder, on the way to it, and whole models within it."""
+    """Replace the siblings of the decoder and of its parents, and other models within it."""
     body, head = decoder_of(model), model.get_output_embeddings()
     above = {id(one) for one in model.modules() if one is not body and body in one.modules()}
     within = {id(one) for one in body.modules()} - {id(body)}
@@ -68,18 +68,18 @@ def _leave_out(model: Any) -> None:  # noqa: ANN401 - as above
 
 
 def _is_another(part: nn.Module, body: Any) -> bool:  # noqa: ANN401 - as above
-    """Tell whole models that are made from another config than the decoder's."""
+    """Return whether a part is a model with another config than the decoder's."""
     return isinstance(part, transformers.PreTrainedModel) and part.config is not body.config
 
 
 def left_out(model: nn.Module) -> dict[str, int]:
-    """Return the names of the parts that were left out, and how many bytes each would take."""
+    """Return the parts that were left out: name to size in bytes."""
     parts = (part for part in model.modules() if isinstance(part, _LeftOut))
     return {part.name: part.num_bytes for part in parts}
 
 
 def notes_on_parts(model: nn.Module) -> Iterator[str]:
-    """Say what is left out, and what that saves."""
+    """Yield a note on the parts left out and their size."""
     if parts := left_out(model):
         size = format_size(sum(parts.values()))
         yield f"text alone is served; not loaded: {', '.join(parts)} ({size})"

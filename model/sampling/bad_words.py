@@ -1,6 +1,6 @@
-"""Which tokens would complete a sequence of tokens that a request forbids.
+"""`bad_words`: the tokens that would complete a forbidden sequence.
 
-Knows nothing of logits, of slots or of the text that the tokens stand for.
+Knows nothing of logits, of slots or of text.
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ from collections.abc import Sequence
 
 
 class BannedSequences:
-    """Follows one output, and says which tokens must not come next in it.
+    """The forbidden sequences of one request, followed along its output.
 
-    A token costs O(lengths), for as many lengths as the sequences have, not for each sequence.
+    A token costs O(number of distinct lengths), not O(number of sequences).
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]], output: Sequence[int]) -> None:
-        """`output`: what was generated before; the prompt does not count (vLLM's way)."""
+        """`output`: the tokens generated before; the prompt does not count (as in vLLM)."""
         ends: dict[tuple[int, ...], set[int]] = {}
         for *beginning, last in sequences:
             ends.setdefault(tuple(beginning), set()).add(last)
-        #: By all but the last token of sequences: their last ones.
+        #: By all tokens but the last: the last tokens.
         self._ends = ends
         self._lengths = sorted({len(beginning) for beginning in ends})
-        self._most_tokens = self._lengths[-1]
-        #: The output's end, as long as it may be the beginning of a sequence.
+        self._max_tokens = self._lengths[-1]
+        #: The output's last tokens, as many as a sequence has before its last.
         self._recent: list[int] = []
         self._keep(output)
 
     def push(self, token_id: int) -> None:
-        """Take in the next token."""
+        """Append the next token of the output."""
         self._keep((token_id,))
 
     def _keep(self, token_ids: Sequence[int]) -> None:
         self._recent += token_ids
-        del self._recent[: max(0, len(self._recent) - self._most_tokens)]
+        del self._recent[: max(0, len(self._recent) - self._max_tokens)]
 
     def next_banned(self) -> set[int]:
         """Return the tokens that would complete a sequence now."""

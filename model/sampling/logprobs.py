@@ -1,6 +1,6 @@
-"""How probable tokens were, of the raw logits: what `logprobs` and `prompt_logprobs` tell.
+"""Log-probabilities of tokens by the raw logits, for `logprobs` and `prompt_logprobs`.
 
-Pure functions over logits, as in `model/sampling/sampling_ops.py`. Knows nothing of who asked.
+Pure functions over logits, as in `model/sampling/sampling_ops.py`. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from model.interface import TokenLogprobs
-from model.sampling.sampling_ops import ONE, leaders, ranks, weights
+from model.sampling.sampling_ops import ONE, ranks, top_tokens, weights
 
-#: Said instead of minus infinity, which JSON does not have (OpenAI's value for "very unlikely").
+#: In place of minus infinity, which JSON does not have (OpenAI's value for "very unlikely").
 MIN_LOGPROB = -9999.0
 
 
@@ -24,7 +24,7 @@ def describe(
     """
     value = logits.gather(-1, chosen)
     peak = logits.amax(-1, keepdim=True)
-    # By whole-number weights, so that this too does not depend on the batch.
+    # By integer weights, so that this too does not depend on the batch.
     total = weights(logits, peak, torch.ones_like(peak)).sum(-1, keepdim=True)
     norm = peak + (total.double() / ONE).log()
     logprobs = _finite(value - norm)
@@ -42,15 +42,15 @@ def _tops(logits: Tensor, norm: Tensor, count: int) -> list[tuple[tuple[int, flo
     if count == 0:
         return [()] * len(logits)
     vocab_size = logits.shape[-1]
-    found = leaders(logits, 2 * count)
+    found = top_tokens(logits, 2 * count)
     if int(found.num_sure.min()) < min(count, vocab_size):
-        found = leaders(logits, vocab_size)
+        found = top_tokens(logits, vocab_size)
     logprobs = _finite(found.values[:, :count] - norm)
     ids: list[list[int]] = found.ids[:, :count].tolist()
     return [tuple(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
 
 
 def _finite(logprobs: Tensor) -> list[list[float]]:
-    """Bring log-probabilities `[rows, n]` to the host, with no value JSON cannot say."""
+    """Copy log-probabilities `[rows, n]` to the host, infinities replaced."""
     values: list[list[float]] = logprobs.nan_to_num(MIN_LOGPROB, 0.0, MIN_LOGPROB).tolist()
     return values

@@ -1,4 +1,4 @@
-"""What a batch of requests asks of the sampler, grouped and laid out on the device.
+"""The parameters of a batch's requests, grouped and laid out on the device for the sampler.
 
 A plan holds from step to step while the batch keeps its slots, so a decode step uploads nothing
 but its random numbers. Knows nothing of logits or of positions.
@@ -9,44 +9,45 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.interface import SamplingParams
+from model.packing import upload
 from model.sampling.sampling_ops import ONE, Filters, Penalties
 
-#: Below this a temperature is no different from zero (vLLM's limit), but divides badly.
+#: A temperature below this acts like zero (vLLM's limit), but divides badly.
 MIN_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class SlotRequest:
-    """What the request in a slot asks for, as far as it does not change from token to token."""
+    """The request in a slot, as far as it does not change from token to token."""
 
     params: SamplingParams
-    #: See `model.draw.stream_of`.
-    stream: int
+    #: See `sampling_ops.rng_stream`.
+    rng_stream: int
     #: Position of the first token for which `banned` does not hold.
     free_from: int
     banned: tuple[int, ...]
-    #: bool `[vocab]`: where `allowed_token_ids` does not allow a token; None where all are.
+    #: bool `[vocab]`: true where `allowed_token_ids` forbids a token; None where it is not set.
     disallowed: Tensor | None = None
 
     @property
     def is_greedy(self) -> bool:
-        """Whether chance has no part in it."""
+        """Whether the likeliest token is taken."""
         return self.params.is_greedy or self.params.temperature < MIN_TEMPERATURE
 
     @property
     def is_penalized(self) -> bool:
         """Whether its earlier tokens matter."""
         params = self.params
-        penalties = (
-            params.repetition_penalty,
-            params.presence_penalty,
-            params.frequency_penalty,
+        return (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
         )
-        return penalties != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Rows which draw at random, in the same way."""
+    """Rows that are sampled by the same operations."""
 
     group: Rows
     filters: Filters
@@ -85,7 +86,7 @@ class Penalized:
 
 @dataclass(frozen=True, slots=True)
 class Restricted:
-    """Rows which may have some tokens only."""
+    """Rows with `allowed_token_ids`."""
 
     group: Rows
     #: bool `[rows, vocab]`.
@@ -94,7 +95,7 @@ class Restricted:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one batch of slots needs."""
+    """The rows of one batch, grouped by the operations that they need."""
 
     slots: list[int]
     greedy: Rows
@@ -112,7 +113,7 @@ class Plan:
 
     @property
     def is_only_greedy(self) -> bool:
-        """Whether the largest logit of each row is all there is to find."""
+        """Whether the likeliest token of the unchanged logits is all that is needed."""
         return len(self.greedy.rows) == len(self.slots) and not (
             self.bias is not None
             or self.restricted is not None
@@ -132,62 +133,55 @@ class Planner:
 
     def plan(self, slots: list[int], held: list[SlotRequest], count_rows: dict[int, int]) -> Plan:
         """Plan for a batch; `held` is parallel to `slots`, `count_rows` by slot."""
+        params = [slot.params for slot in held]
         rows = range(len(slots))
-        wants_logprobs = [row for row in rows if held[row].params.logprobs is not None]
-        followed = [row for row in rows if held[row].params.bad_words]
-        has_least = {row for row in rows if held[row].params.min_tokens > 0}
+        followed = [row for row in rows if params[row].bad_words]
         return Plan(
             slots=slots,
             greedy=self._rows([row for row in rows if held[row].is_greedy]),
             draws=self._draws(held),
             bias=self._bias(held),
             restricted=self._restricted(held),
-            guarded=sorted(has_least.union(followed)),
+            guarded=[row for row in rows if params[row].bad_words or params[row].min_tokens > 0],
             followed=followed,
-            constrained=[row for row in rows if held[row].params.grammar is not None],
+            constrained=[row for row in rows if params[row].grammar is not None],
             penalized=self._penalized(slots, held, count_rows),
-            wants_logprobs=self._rows(wants_logprobs),
+            wants_logprobs=self._rows([row for row in rows if params[row].logprobs is not None]),
         )
 
-    def upload(self, values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        """Bring numbers to the device, without waiting for it."""
-        # From pinned memory: a copy from any other makes the host wait for the device.
-        pinned = torch.tensor(list(values), dtype=dtype, pin_memory=self.device.type == "cuda")
-        return pinned.to(self.device, non_blocking=True)
-
     def index(self, values: Iterable[int]) -> Tensor:
-        """Bring whole numbers to the device."""
-        return self.upload(values, torch.int64)
+        """Copy integers to the device."""
+        return upload(np.fromiter(values, np.int64), self.device)
 
-    def column(self, values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Bring one number for each row to the device, as `[rows, 1]`."""
-        return self.upload(values, dtype).unsqueeze(-1)
+    def column(self, values: Iterable[float], dtype: type[np.number] = np.float32) -> Tensor:
+        """Copy one number for each row to the device, as `[rows, 1]`."""
+        return upload(np.fromiter(values, dtype), self.device).unsqueeze(-1)
 
     def filters(self, group: list[SamplingParams]) -> Filters:
-        """Lay out a group's filters; as to top-k and min-p, its requests all have one, or none."""
+        """Lay out a group's filters: top-k and min-p each for all its requests or for none."""
         limits = [self._limit(each) for each in group]
         return Filters(
             inverse_temperature=self.column(1.0 / each.temperature for each in group),
             min_weight=(
-                self.index(round(each.min_p * ONE) for each in group).unsqueeze(-1)
+                self.column((round(each.min_p * ONE) for each in group), np.int64)
                 if group[0].min_p > 0.0
                 else None
             ),
-            top_k=self.index(limits).unsqueeze(-1) if limits[0] > 0 else None,
+            top_k=self.column(limits, np.int64) if limits[0] > 0 else None,
             top_p=self.column(
-                (each.top_p if each.top_p < 1.0 else torch.inf for each in group), torch.float64
+                (each.top_p if each.top_p < 1.0 else np.inf for each in group), np.float64
             ),
         )
 
     def _limit(self, params: SamplingParams) -> int:
-        """Return top_k, or 0 where it lets the whole vocabulary through."""
+        """Return top_k, or 0 where it keeps the whole vocabulary."""
         return params.top_k if params.top_k < self.vocab_size else 0
 
     def _rows(self, rows: list[int]) -> Rows:
         return Rows(rows, self.index(rows))
 
     def _draws(self, held: list[SlotRequest]) -> list[Draw]:
-        """Group the rows that are not greedy by what has to be done for them."""
+        """Group the rows that are not greedy by the operations that they need."""
         groups: dict[tuple[bool, bool, bool], list[int]] = {}
         for row, slot in enumerate(held):
             if not slot.is_greedy:
@@ -218,11 +212,9 @@ class Planner:
         )
 
     def _restricted(self, held: list[SlotRequest]) -> Restricted | None:
-        masks = {row: slot.disallowed for row, slot in enumerate(held)}
-        found = {row: mask for row, mask in masks.items() if mask is not None}
-        if not found:
-            return None
-        return Restricted(self._rows(list(found)), torch.stack(list(found.values())))
+        rows = [row for row, slot in enumerate(held) if slot.disallowed is not None]
+        masks = [slot.disallowed for slot in held if slot.disallowed is not None]
+        return Restricted(self._rows(rows), torch.stack(masks)) if rows else None
 
     def _bias(self, held: list[SlotRequest]) -> tuple[Tensor, Tensor, Tensor] | None:
         entries = [
@@ -233,4 +225,4 @@ class Planner:
         if not entries:
             return None
         rows, tokens, biases = zip(*entries, strict=True)
-        return self.index(rows), self.index(tokens), self.upload(biases, torch.float32)
+        return self.index(rows), self.index(tokens), self.column(biases).squeeze(-1)

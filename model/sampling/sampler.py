@@ -1,32 +1,32 @@
-"""From logits to tokens: the next token of each row, each by its own request's parameters.
+"""From logits to tokens: the next token of each row, by its own request's parameters.
 
-Remembers what each slot's request asked for and, for those with penalties, which tokens it has
-had. Knows nothing of pages, of the model, or of when a sequence ends. The arithmetic is in
+Keeps each slot's parameters and, for slots with penalties, the tokens of its sequence. Knows
+nothing of pages, of the model, or of when a sequence ends. The arithmetic is in
 `model/sampling/sampling_ops.py` and `model/sampling/logprobs.py`.
 
-Order, as in vLLM: log-probabilities are of the raw logits; then what is not allowed, logit_bias,
-what is banned, penalties, what the grammar forbids, temperature, min-p, top-k, top-p. Rows are
-grouped by what they need, and no group pays for what another one needs.
+Order, as in vLLM: log-probabilities are of the raw logits; then allowed_token_ids, logit_bias,
+banned tokens, penalties, the grammar's mask, temperature, min-p, top-k, top-p. Rows are grouped by
+the operations they need, and no group pays for the operations of another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.grammar.grammars import CompiledGrammar
-from model.grammar.matchers import TIMEOUT_S, Matchers, Turn
-from model.interface import NO_TOKEN, SlotStart, StepOutput, TokenLogprobs
+from model.grammar.matchers import MASK_TIMEOUT_S, Matchers, TokenMask
+from model.interface import SlotStart, StepOutput, TokenLogprobs
 from model.packing import upload
 from model.sampling.bad_words import BannedSequences
 from model.sampling.logprobs import describe
 from model.sampling.plan import Penalized, Plan, Planner, SlotRequest
-from model.sampling.sampled_tokens import NOT_DECIDED, Draft
-from model.sampling.sampling_ops import draw_plain, draw_ranked, penalize, stream_of, uniform
+from model.sampling.sampled_tokens import NO_TOKEN, NOT_DECIDED, SampledTokens
+from model.sampling.sampling_ops import draw_plain, draw_ranked, penalize, rng_stream, uniform
 from model.sampling.token_counts import TokenCounts
 
 #: How many of the likeliest tokens top-k and top-p look at first; then at these many more, then at
@@ -35,27 +35,14 @@ from model.sampling.token_counts import TokenCounts
 CANDIDATES = (256, 4096)
 
 
-@dataclass(frozen=True, slots=True)
-class SamplerStats:
-    """One moment of a sampler. `*_total` only grow."""
-
-    num_penalty_slots: int
-    penalty_bytes: int
-    rows_total: int
-    #: Rows whose first candidates were not enough.
-    widened_rows_total: int
-    #: Rows that got no token, since what their grammar allows was not known in time.
-    late_rows_total: int
-
-
 class Sampler:
     """Chooses the next tokens.
 
-    Which token a row gets depends on its logits, its request and its position alone: never on the
-    other rows of this step or of earlier ones, nor on a restart in between.
+    A row's token depends on its logits, its request and its position alone: not on other rows, on
+    earlier steps or on restarts.
 
-    A row with NaN or plus infinity gets no token (`StepOutput.not_finite`), nor does one where all
-    is minus infinity, whose request fails. Neither harms another row.
+    A row with NaN or plus infinity gets no token (`StepOutput.not_finite`). Nor does a row of
+    minus infinity alone, whose request fails. Neither harms another row.
     """
 
     def __init__(
@@ -66,9 +53,9 @@ class Sampler:
         device: torch.device,
         *,
         candidates: tuple[int, ...] = CANDIDATES,
-        timeout_s: float = TIMEOUT_S,
+        mask_timeout_s: float = MASK_TIMEOUT_S,
     ) -> None:
-        """`timeout_s`: how long a step waits for what its grammars allow."""
+        """`mask_timeout_s`: how long a step waits for the masks of its grammars."""
         self._max_num_seqs = max_num_seqs
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
@@ -78,35 +65,23 @@ class Sampler:
         #: Of the slots with bad_words.
         self._banned: dict[int, BannedSequences] = {}
         self._counts = TokenCounts(vocab_size, device)
-        self._matchers = Matchers(vocab_size, timeout_s=timeout_s)
+        self._matchers = Matchers(vocab_size, mask_timeout_s=mask_timeout_s)
         self._planner = Planner(vocab_size, device)
         self._last_plan: Plan | None = None
-        self._rows_total = 0
-        self._widened_rows_total = 0
-        self._late_rows_total = 0
+        #: Rows so far whose first candidates were not enough.
+        self.num_widened_rows = 0
 
     def start(self, start: SlotStart) -> None:
-        """Give a slot a sequence: new, or preempted or resumed with what it had generated.
+        """Give a slot a sequence: new, or preempted or resumed with its output so far.
 
-        Raises `ValueError` naming the parameter that names a token which does not exist.
+        Raises `ValueError` naming the parameter with a token outside the vocabulary.
         """
         params = start.params
         assert 0 <= start.slot < self._max_num_seqs, f"slot {start.slot} of {self._max_num_seqs}"
-        self._require_known("logit_bias", (token for token, _ in params.logit_bias))
-        self._require_known("allowed_token_ids", params.allowed_token_ids or ())
-        ends = {*self._eos_token_ids, *params.stop_token_ids}
-        slot = SlotRequest(
-            params=params,
-            stream=stream_of(params.seed),
-            free_from=len(start.prompt_token_ids) + params.min_tokens,
-            # A stop token which does not exist is never generated: nothing to ban.
-            banned=tuple(sorted(token for token in ends if 0 <= token < self._vocab_size)),
-            disallowed=self._disallowed(params.allowed_token_ids),
-        )
-        self._slots[start.slot] = slot
+        slot = self._slots[start.slot] = self._slot_request(start)
         self._last_plan = None
         if start.constraint is None:
-            assert params.grammar is None, "a grammar that was not made ready"
+            assert params.grammar is None, "a grammar that was not prepared"
             self._matchers.drop(start.slot)
         else:
             assert isinstance(start.constraint, CompiledGrammar), "another runner's grammar"
@@ -116,10 +91,24 @@ class Sampler:
         else:
             self._counts.drop(start.slot)
         self._banned.pop(start.slot, None)
-        # A sequence with a token which does not exist is never generated either.
+        # Likewise, a sequence with a token outside the vocabulary is never generated.
         bad_words = [word for word in params.bad_words if max(word) < self._vocab_size]
         if bad_words:
             self._banned[start.slot] = BannedSequences(bad_words, start.output_token_ids)
+
+    def _slot_request(self, start: SlotStart) -> SlotRequest:
+        params = start.params
+        self._require_known("logit_bias", (token for token, _ in params.logit_bias))
+        self._require_known("allowed_token_ids", params.allowed_token_ids or ())
+        ends = {*self._eos_token_ids, *params.stop_token_ids}
+        return SlotRequest(
+            params=params,
+            rng_stream=rng_stream(params.seed),
+            free_from=len(start.prompt_token_ids) + params.min_tokens,
+            # A stop token outside the vocabulary is never generated: there is nothing to ban.
+            banned=tuple(sorted(token for token in ends if 0 <= token < self._vocab_size)),
+            disallowed=self._disallowed(params.allowed_token_ids),
+        )
 
     def _require_known(self, name: str, token_ids: Iterable[int]) -> None:
         for token in token_ids:
@@ -135,65 +124,52 @@ class Sampler:
         return mask
 
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> StepOutput:
-        """Choose a token for each row and wait for it: `begin`, then `Draft.finish`."""
+        """Choose a token for each row and wait for it: `begin`, then `SampledTokens.finish`."""
         return self.begin(logits, slots, positions).finish()
 
-    def begin(self, logits: Tensor, slots: list[int], positions: list[int]) -> Draft:
+    def begin(self, logits: Tensor, slots: list[int], positions: list[int]) -> SampledTokens:
         """Begin to choose a token for each row of float32 `[rows, vocab]` logits.
 
-        `positions[i]` is where the token will stand in row i's sequence: the number of tokens
-        before it. The logits may be overwritten, and must stay as they are until the draft is
-        settled. Waits for nothing, unless penalties meet top-k, top-p, bad_words or a grammar, and
-        for what a grammar allows a moment at most: that has to be known by now.
+        `positions[i]` is the position of the new token in row i's sequence: the number of tokens
+        before it. The logits may be overwritten, and must not be changed until the tokens are
+        settled. Waits for a grammar's mask until the timeout, and for the device only where
+        penalties meet top-k, top-p, bad_words or a grammar.
         """
         assert logits.shape == (len(slots), self._vocab_size), f"logits of {tuple(logits.shape)}"
         plan = self._plan(slots)
-        self._rows_total += len(slots)
         if plan.is_only_greedy:
-            return Draft(*_likeliest(logits))
-        # Indexed, so a copy: the rows are about to be changed.
-        raw = logits[plan.wants_logprobs.index] if plan.wants_logprobs.rows else None
-        found = self._matchers.turns([slots[row] for row in plan.constrained])
-        turns = dict(zip(plan.constrained, found, strict=True))
-        self._edit(plan, logits, positions, turns)
+            return SampledTokens(*_likeliest(logits))
+        describe_rows = None
+        if rows := plan.wants_logprobs.rows:
+            # Read now: the slots may have other requests by then. Indexed: the rows will change.
+            num_tops = [self._slots[slots[row]].params.logprobs or 0 for row in rows]
+            raw = logits[plan.wants_logprobs.index]
+            describe_rows = partial(self._logprobs, rows, num_tops, raw)
+        found = self._matchers.masks([slots[row] for row in plan.constrained])
+        masks = dict(zip(plan.constrained, found, strict=True))
+        self._edit(plan, logits, positions, masks)
         tokens, peaks = self._choose(plan, logits, positions)
         is_ranked = any(draw.is_ranked for draw in plan.draws)
-        tell = None
-        if raw is not None:
-            rows = plan.wants_logprobs.rows
-            # Read now: by then the slots may be others'.
-            wanted = [self._slots[slots[row]].params.logprobs or 0 for row in rows]
-            tell = partial(self._logprobs, rows, wanted, raw)
-        draft = Draft(
+        sampled = SampledTokens(
             tokens,
             peaks,
             widen=partial(self._widen, plan, logits, positions) if is_ranked else None,
-            follow=partial(self._follow, plan, turns) if turns or plan.followed else None,
-            describe=tell,
+            follow=partial(self._follow, plan, masks) if masks or plan.followed else None,
+            describe=describe_rows,
         )
         if plan.penalized is not None:
-            draft.settle()
-            self._count(plan.penalized, tokens, turns)
-        return draft
+            sampled.settle()
+            self._count(plan.penalized, tokens, masks)
+        return sampled
 
     def score(self, logits: Tensor, slot: int, token_ids: list[int]) -> list[TokenLogprobs]:
-        """Tell of tokens of a slot's prompt how probable each was.
+        """Return the log-probabilities of tokens of a slot's prompt.
 
         `logits`: float32 `[len(token_ids), vocab]`, of the tokens before them.
         """
         count = self._slots[slot].params.prompt_logprobs or 0
         chosen = self._planner.index(token_ids).unsqueeze(-1)
         return describe(logits, chosen, token_ids, [count] * len(token_ids))
-
-    def stats(self) -> SamplerStats:
-        """Count what is held and what was done."""
-        return SamplerStats(
-            num_penalty_slots=len(self._counts.row_of_slot),
-            penalty_bytes=self._counts.num_bytes,
-            rows_total=self._rows_total,
-            widened_rows_total=self._widened_rows_total,
-            late_rows_total=self._late_rows_total,
-        )
 
     def close(self) -> None:
         """End the threads, if there are any."""
@@ -220,9 +196,9 @@ class Sampler:
         return self._last_plan
 
     def _edit(
-        self, plan: Plan, logits: Tensor, positions: list[int], turns: dict[int, Turn | None]
+        self, plan: Plan, logits: Tensor, positions: list[int], masks: dict[int, TokenMask | None]
     ) -> None:
-        """Apply, in place, what changes which token is the likeliest."""
+        """Apply in place the steps before temperature."""
         if plan.restricted is not None:
             place = plan.restricted.group.place
             logits[place] = logits[place].masked_fill(plan.restricted.disallowed, -torch.inf)
@@ -232,7 +208,7 @@ class Sampler:
         banned = [
             (row, token)
             for row in plan.guarded
-            if not _must_end(turns.get(row), self._slots[plan.slots[row]].banned)
+            if not _must_end(masks.get(row), self._slots[plan.slots[row]].banned)
             for token in self._next_banned(plan.slots[row], positions[row])
         ]
         if banned:
@@ -241,33 +217,30 @@ class Sampler:
             logits[index] = -torch.inf
         if plan.penalized is not None:
             self._penalize(plan.penalized, logits)
-        for row, turn in turns.items():
-            if turn is not None:
-                is_banned = upload(turn.is_banned, self._device)
-                logits[row].masked_fill_(is_banned, -torch.inf)
+        for row, mask in masks.items():
+            if mask is not None:
+                logits[row].masked_fill_(upload(mask.is_banned, self._device), -torch.inf)
 
     def _follow(
-        self, plan: Plan, turns: dict[int, Turn | None], token_ids: list[int]
+        self, plan: Plan, masks: dict[int, TokenMask | None], token_ids: list[int]
     ) -> dict[int, str]:
-        """Let grammars and bad_words take in their tokens, and take away those that cannot stand.
+        """Advance grammars and bad_words by their tokens; replace invalid tokens by `NO_TOKEN`.
 
         Return by row why its request cannot go on.
         """
         failures: dict[int, str] = {}
         chosen: list[tuple[int, int]] = []
-        for row, turn in turns.items():
+        for row, mask in masks.items():
             token = token_ids[row]
-            if token == NO_TOKEN:
-                if turn is not None and turn.error:
-                    failures[row] = turn.error
-                continue
-            if turn is None:
-                self._late_rows_total += 1
+            if mask is None:
                 token_ids[row] = NO_TOKEN
-            elif turn.error or turn.is_banned[token]:
-                failures[row] = turn.error or "no token is left that the grammar allows"
+            elif mask.error:
+                failures[row] = mask.error
                 token_ids[row] = NO_TOKEN
-            elif token not in self._eos_token_ids:
+            elif token != NO_TOKEN and mask.is_banned[token]:
+                failures[row] = "no token is left that the grammar allows"
+                token_ids[row] = NO_TOKEN
+            elif token != NO_TOKEN and token not in self._eos_token_ids:
                 chosen.append((plan.slots[row], token))
         self._matchers.advance(chosen)
         for row in plan.followed:
@@ -276,15 +249,17 @@ class Sampler:
                 banned.push(token_ids[row])
         return failures
 
-    def _count(self, penalized: Penalized, tokens: Tensor, turns: dict[int, Turn | None]) -> None:
-        """Note the new tokens of those whose earlier tokens matter, but for those that are late."""
+    def _count(
+        self, penalized: Penalized, tokens: Tensor, masks: dict[int, TokenMask | None]
+    ) -> None:
+        """Count the new tokens of penalized rows, except for rows whose mask was late."""
         counts, group = penalized.counts, penalized.group
-        had = [i for i, row in enumerate(group.rows) if turns.get(row, True) is not None]
-        if len(had) == len(group.rows):
+        on_time = [i for i, row in enumerate(group.rows) if masks.get(row, True) is not None]
+        if len(on_time) == len(group.rows):
             self._counts.add(counts.rows, counts.index, tokens[group.index])
-        elif had:
-            index = self._planner.index(had)
-            rows = [counts.rows[i] for i in had]
+        elif on_time:
+            index = self._planner.index(on_time)
+            rows = [counts.rows[i] for i in on_time]
             self._counts.add(rows, counts.index[index], tokens[group.index[index]])
 
     def _next_banned(self, slot: int, position: int) -> Collection[int]:
@@ -296,7 +271,7 @@ class Sampler:
         return () if allowed is not None and banned.issuperset(allowed) else banned
 
     def _penalize(self, penalized: Penalized, logits: Tensor) -> None:
-        """Touch the tokens alone that the sequences have had: a few hundred, not the vocabulary."""
+        """Apply penalties to the tokens of the sequences: a few hundred, not the vocabulary."""
         held = penalized.counts
         token_ids = self._counts.tokens_of(held.rows, held.index)
         counts = held.index.unsqueeze(-1), token_ids
@@ -331,14 +306,13 @@ class Sampler:
         return tokens, peaks
 
     def _uniforms(self, plan: Plan, rows: list[int], positions: list[int]) -> Tensor:
-        return self._planner.column(
-            (uniform(self._slots[plan.slots[row]].stream, positions[row]) for row in rows),
-            torch.float64,
-        )
+        streams = (self._slots[plan.slots[row]].rng_stream for row in rows)
+        at = (positions[row] for row in rows)
+        return self._planner.column(map(uniform, streams, at), np.float64)
 
     def _widen(self, plan: Plan, logits: Tensor, positions: list[int], row: int) -> int:
         """Draw again, from more candidates."""
-        self._widened_rows_total += 1
+        self.num_widened_rows += 1
         filters = self._planner.filters([self._slots[plan.slots[row]].params])
         u = self._uniforms(plan, [row], positions)
         for num_candidates in self._candidates[1:]:
@@ -348,15 +322,13 @@ class Sampler:
         raise AssertionError("the whole vocabulary did not decide")
 
     def _logprobs(
-        self, rows: list[int], wanted: list[int], raw: Tensor, token_ids: list[int]
+        self, rows: list[int], num_tops: list[int], raw: Tensor, token_ids: list[int]
     ) -> list[TokenLogprobs | None]:
-        """Describe the tokens by the raw logits `[rows that want it, vocab]`."""
-        found: list[TokenLogprobs | None] = [None] * len(token_ids)
+        """Describe the tokens of `rows` by their raw logits `[len(rows), vocab]`."""
         chosen = [token_ids[row] for row in rows]
-        told = describe(raw, self._planner.index(chosen).unsqueeze(-1), chosen, wanted)
-        for row, entry in zip(rows, told, strict=True):
-            found[row] = entry
-        return found
+        entries = describe(raw, self._planner.index(chosen).unsqueeze(-1), chosen, num_tops)
+        by_row = dict(zip(rows, entries, strict=True))
+        return [by_row.get(row) for row in range(len(token_ids))]
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -365,6 +337,6 @@ def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return found.indices, found.values
 
 
-def _must_end(turn: Turn | None, ends: tuple[int, ...]) -> bool:
-    """Whether a grammar allows nothing but these."""
-    return turn is not None and turn.num_allowed == sum(not turn.is_banned[end] for end in ends)
+def _must_end(mask: TokenMask | None, ends: tuple[int, ...]) -> bool:
+    """Return whether a grammar allows nothing but these."""
+    return mask is not None and mask.num_allowed == sum(not mask.is_banned[end] for end in ends)

@@ -1,11 +1,11 @@
 """The arithmetic of choosing a token: pure functions over logits, no state.
 
-Knows nothing of slots, of requests or of which rows want what: `model/sampling/sampler.py` does.
+Knows nothing of slots or of requests.
 
 Probabilities are whole numbers here. A token's weight is `floor(2**40 * p / p_max)` as int64, and
-whole numbers add up to the same sum in any order. So a sum over a row does not depend on how a
-device splits it, on the other rows, or on whether the row was sorted first, and a draw can be
-repeated bit by bit. Tokens below `p_max * 2**-40` (1e-12) are never drawn; sums stay below 2**63
+whole numbers add up to the same sum in any order. So a sum over a row does not depend on the
+device's way to split it, on the other rows, or on the row's order. A draw can be repeated bit by
+bit. Tokens below `p_max * 2**-40` (1e-12) are never drawn; sums stay below 2**63
 for vocabularies up to 2**22.
 
 Of equal logits the lowest token id comes first, everywhere.
@@ -19,55 +19,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.splitmix64 import splitmix64
+
 ONE = 2**40
 
-_UINT64 = 2**64 - 1
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
-
-def _mix64(z: int) -> int:
-    """Finish SplitMix64 (Steele, Lea, Flood: Fast Splittable PRNGs, OOPSLA 2014; Vigna's form)."""
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _UINT64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _UINT64
-    return z ^ (z >> 31)
-
-
-def stream_of(seed: int) -> int:
-    """Return where the seed's SplitMix64 stream starts.
+def rng_stream(seed: int) -> int:
+    """Return the state at which the seed's SplitMix64 stream starts.
 
     Mixed, because two raw seeds which differ by the generator's step would be the same stream one
     position apart.
     """
-    return _mix64((seed + _GOLDEN_GAMMA) & _UINT64)
+    return splitmix64(seed, 1)
 
 
 def uniform(stream: int, position: int) -> float:
     """Return the stream's number for a position: in [0, 1), a multiple of 2**-53."""
-    return (_mix64((stream + (position + 1) * _GOLDEN_GAMMA) & _UINT64) >> 11) * 2.0**-53
+    return (splitmix64(stream, position + 1) >> 11) * 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)
-class Leaders:
+class TopTokens:
     """The first `count` tokens of each row, largest logit first, ids ascending within a tie."""
 
     #: `[rows, count]` each.
     values: Tensor
     ids: Tensor
-    #: `[rows]`: how many leading ids are certain. `topk` picks anyhow among those which tie with
-    #: its last value, so those alone are not.
+    #: `[rows]`: how many leading ids are certain. Among tokens that tie with its last value `topk`
+    #: picks arbitrarily, so these are not.
     num_sure: Tensor
 
 
-def leaders(logits: Tensor, count: int) -> Leaders:
+def top_tokens(logits: Tensor, count: int) -> TopTokens:
     """Find the first tokens of each row; a count of the whole vocabulary sorts it all."""
     vocab_size = logits.shape[-1]
     if count >= vocab_size:
         values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        return Leaders(values, ids, torch.full_like(ids[:, 0], vocab_size))
+        return TopTokens(values, ids, torch.full_like(ids[:, 0], vocab_size))
     values, ids = logits.topk(count, dim=-1, sorted=False)
     ids, order = ids.sort(dim=-1)
     values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return Leaders(values, ids.gather(-1, order), (values > values[:, -1:]).sum(-1))
+    return TopTokens(values, ids.gather(-1, order), (values > values[:, -1:]).sum(-1))
 
 
 def ranks(logits: Tensor, token_ids: Tensor) -> list[int]:
@@ -75,7 +67,7 @@ def ranks(logits: Tensor, token_ids: Tensor) -> list[int]:
     value = logits.gather(-1, token_ids)
     found = _num_true(logits > value)
     is_equal = logits == value
-    # But for itself there is hardly ever one, and to look where they stand would double the cost.
+    # Ties are rare, and comparing ids would double the cost.
     if max(_num_true(is_equal), default=0) > 1:
         place = torch.arange(logits.shape[-1], device=logits.device)
         num_before = _num_true(is_equal.logical_and_(place < token_ids))
@@ -84,12 +76,10 @@ def ranks(logits: Tensor, token_ids: Tensor) -> list[int]:
 
 
 def _num_true(mask: Tensor) -> list[int]:
-    """Count them in each row; on a CPU with numpy, which takes a tenth of torch's time."""
-    if mask.device.type == "cpu":
-        counts: list[int] = np.count_nonzero(mask.numpy(), axis=-1).tolist()
-        return counts
-    on_device: list[int] = mask.sum(-1).tolist()
-    return on_device
+    """Count true values by row; on a CPU with numpy, which takes a tenth of torch's time."""
+    is_cpu = mask.device.type == "cpu"
+    counts = np.count_nonzero(mask.numpy(), axis=-1) if is_cpu else mask.sum(-1)
+    return counts.tolist()
 
 
 def weights(logits: Tensor, peak: Tensor, inverse_temperature: Tensor) -> Tensor:
@@ -102,7 +92,7 @@ def weights(logits: Tensor, peak: Tensor, inverse_temperature: Tensor) -> Tensor
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What a group of rows asks for, `[rows, 1]` each, on the device."""
+    """The filters of a group of rows, `[rows, 1]` each, on the device."""
 
     inverse_temperature: Tensor
     #: min_p as a weight; None where no row of the group has one.
@@ -123,7 +113,7 @@ def _kept(weight: Tensor, filters: Filters) -> Tensor:
 def _invert(cumulative: Tensor, total: Tensor, u: Tensor) -> Tensor:
     """Return the first index `[rows, 1]` whose cumulative weight exceeds `u * total`.
 
-    Of NaN weights, which are any numbers as integers, it is any index, but an index.
+    Of NaN weights, which convert to arbitrary integers, it is an arbitrary but valid index.
     """
     target = torch.minimum((u * total).to(torch.int64), total - 1)
     return torch.searchsorted(cumulative, target, right=True).clamp_(max=cumulative.shape[-1] - 1)
@@ -144,15 +134,15 @@ def draw_ranked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a token `[rows]` for rows with top-k or top-p, from likeliest to least likely.
 
-    The filters apply in vLLM's order: min-p, top-k, then top-p over what these left. Every one of
-    them keeps a prefix of the sorted row, so `num_candidates` tokens are enough wherever the
-    prefix ends among them. The second result `[rows]` says where they were enough; there, the
-    token is exactly that of a full sort. The third `[rows]` is each row's largest logit.
+    The filters apply in vLLM's order: min-p, top-k, then top-p over the tokens left by these. Each
+    keeps a prefix of the sorted row, so `num_candidates` tokens are enough wherever the prefix ends
+    among them. The second result `[rows]` is true where they were enough; there, the token is
+    exactly that of a full sort. The third `[rows]` is each row's largest logit.
     """
-    found = leaders(logits, num_candidates)
+    found = top_tokens(logits, num_candidates)
     peak = found.values[:, :1]
     weight = _kept(weights(found.values, peak, filters.inverse_temperature), filters)
-    # A row whose last candidate min-p drops, or which weighs nothing, has no more to offer.
+    # Behind a last candidate that min-p drops, or whose weight is 0, all weights are 0.
     is_whole = (weight[:, -1:] == 0) | (num_candidates >= logits.shape[-1])
     if filters.top_k is None:
         every = _kept(weights(logits, peak, filters.inverse_temperature), filters)
@@ -173,7 +163,7 @@ def draw_ranked(
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """What a group of rows asks for, `[rows, 1]` each, on the device."""
+    """The penalties of a group of rows, `[rows, 1]` each, on the device."""
 
     #: 1 does nothing, nor does 0 in the others.
     repetition: Tensor

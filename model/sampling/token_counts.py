@@ -1,6 +1,6 @@
-"""Which tokens a sequence has had, for the penalties: a row for each slot that needs one.
+"""The tokens of a sequence, counted for penalties: a row for each slot that needs one.
 
-Knows nothing of what a penalty is.
+Knows nothing of penalties.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class TokenCounts:
-    """Counts by token, and the list of tokens that have any; no memory before a slot asks.
+    """Counts by token, and lists of the counted tokens; no memory before the first slot.
 
-    Both are on the device. A row is found by its number in `row_of_slot`.
+    Both are on the device. `row_of_slot` has the number of a slot's row.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
@@ -22,23 +22,18 @@ class TokenCounts:
         self._device = device
         #: float32 `[rows, vocab]`: how often each token was generated.
         self.generated = torch.zeros(0, vocab_size, device=device)
-        #: bool `[rows, vocab]`: whether the prompt has it.
+        #: bool `[rows, vocab]`: whether the prompt has the token.
         self.in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
         self.row_of_slot: dict[int, int] = {}
         self._free: list[int] = []
-        #: `[rows, capacity]`: the prompt's distinct tokens, then the output; any ids after that.
+        #: `[rows, capacity]`: the prompt's distinct tokens, then the output, then arbitrary ids.
         self._tokens = torch.zeros(0, 1, dtype=torch.int64, device=device)
-        #: How many of `_tokens` count, on the host and on the device.
+        #: By row the number of valid `_tokens`, on the host and on the device.
         self._lengths: list[int] = []
         self._device_lengths = torch.zeros(0, dtype=torch.int64, device=device)
 
-    @property
-    def num_bytes(self) -> int:
-        """Held on the device."""
-        return self.generated.nbytes + self.in_prompt.nbytes + self._tokens.nbytes
-
     def take(self, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
-        """Begin a slot's row anew."""
+        """Start a slot's row with these tokens, and give it one if it has none."""
         if slot not in self.row_of_slot:
             if not self._free:
                 self._grow()
@@ -57,13 +52,13 @@ class TokenCounts:
         self.in_prompt[row, self._tokens[row, :num_prompt]] = True
 
     def drop(self, slot: int) -> None:
-        """Take back a slot's row, if it has one."""
+        """Free a slot's row, if it has one."""
         row = self.row_of_slot.pop(slot, None)
         if row is not None:
             self._free.append(row)
 
     def tokens_of(self, rows: list[int], index: Tensor) -> Tensor:
-        """Return `[rows, n]` ids: all that each row has had, some of them repeated, and others.
+        """Return ids `[rows, n]`: every token of each row, with repetitions and others among them.
 
         `index` is `rows` on the device.
         """
@@ -79,7 +74,7 @@ class TokenCounts:
         self._device_lengths[index] += 1
 
     def check(self) -> None:
-        """Assert that each row is either free or one slot's, and lists all that it counts."""
+        """Assert that each row is free or one slot's, and lists exactly the tokens it counts."""
         rows = sorted([*self.row_of_slot.values(), *self._free])
         assert rows == list(range(len(self.generated))), (
             f"of {len(self.generated)} rows {sorted(self._free)} are free, "
@@ -95,7 +90,7 @@ class TokenCounts:
             assert listed == set(had.tolist()), f"slot {slot} lists other tokens"
 
     def _grow(self) -> None:
-        """Double the rows: few slots use penalties, so few rows are the rule."""
+        """Double the rows. Few slots use penalties, so rows are not allocated for all."""
         old = len(self.generated)
         more = max(1, old)
         self.generated, self.in_prompt, self._tokens, self._device_lengths = (
@@ -106,7 +101,7 @@ class TokenCounts:
         self._free.extend(reversed(range(old, old + more)))
 
     def _reserve(self, num_tokens: int) -> None:
-        """Make the lists long enough, doubling them."""
+        """Make the lists long enough by doubling them."""
         rows, old = self._tokens.shape
         if num_tokens > old:
             wider = self._tokens.new_zeros(rows, max(num_tokens, 2 * old))

@@ -1,18 +1,18 @@
-"""Random weights for an architecture, made on the fly: for benchmarks and capacity tests.
+"""Random weights for an architecture, generated when read: for benchmarks and capacity tests.
 
-The same config always gives the same weights, and reading a tensor does not depend on what was
-read before it.
+The same config always gives the same weights, in any order of reads.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from model.architectures.arch import ArchSpec
+from model.architectures.registry import declare_tensors
 from model.weights.interface import row_blocks
 
 
@@ -20,12 +20,7 @@ class DummyWeights:
     """See `WeightSource`: norms are ones, the rest is uniform with a standard deviation of 0.02."""
 
     def __init__(self, arch: ArchSpec) -> None:
-        self._shapes = arch.tensor_shapes()
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """See `WeightSource`."""
-        return self._shapes
+        self.shapes = {name: one.shape for name, one in declare_tensors(arch).items()}
 
     def describe(self, name: str) -> str:
         """See `WeightSource`."""
@@ -33,7 +28,7 @@ class DummyWeights:
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """See `WeightSource`."""
-        shape = self._shapes[name]
+        shape = self.shapes[name]
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         for _start, count in row_blocks(shape):
             block = torch.ones(count, *shape[1:])

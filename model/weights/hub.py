@@ -1,6 +1,6 @@
 """Fetches models from the hub: the choice of files, the progress, a sentence for each failure.
 
-Free of torch; its import takes a third of a second. Knows nothing of what is in the files. The
+Free of torch; its import takes a third of a second. Knows nothing of the files' contents. The
 transfer, the cache and the operator's settings (HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE) are
 `huggingface_hub`'s.
 """
@@ -13,12 +13,12 @@ import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
-from huggingface_hub import constants, errors, get_token
+from huggingface_hub import constants, errors, get_token, try_to_load_from_cache
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined] # documented
 from tqdm import tqdm
 
 from configs.sizes import format_size
@@ -26,8 +26,8 @@ from configs.sizes import format_size
 _log = logging.getLogger("octavo.hub")
 
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
-#: Folders hold the model in other formats, except for chat templates. The rest are the same weights
-#: under the names of another program, or weights that belong to another model.
+#: Subfolders hold the model in other formats, except for chat templates. The other names are the
+#: same weights for another program, adapters, and macOS's hidden files.
 _LEFT_OUT = [f"*/{pattern}" for pattern in _PATTERNS if pattern != "*.jinja"]
 _LEFT_OUT += ["consolidated*", "adapter_*", "._*"]
 
@@ -40,7 +40,7 @@ _STATUSES = {
 
 
 class HubError(Exception):
-    """A model cannot be fetched; the message is a sentence that says why and what to do."""
+    """A model cannot be fetched; the message is a sentence with the reason and a remedy."""
 
 
 class NotOnHubError(HubError):
@@ -55,10 +55,10 @@ class Snapshot(NamedTuple):
 
 
 def fetch_snapshot(repo_id: str, revision: str, *, progress: bool) -> Snapshot:
-    """Return the folder of a model's files, and fetch those that the hub's cache lacks.
+    """Return the folder of a model's files, and fetch the missing ones into the hub's cache.
 
-    Where the hub cannot be asked, the copy in the cache is returned, with a note. With `progress`,
-    a bar on stderr where that is a terminal, else lines of the log. Raises `HubError`.
+    Where the hub cannot be reached, the copy in the cache is returned, with a note. `progress`:
+    show a bar on stderr where that is a terminal, else log lines. Raises `HubError`.
     """
     api = huggingface_hub.HfApi()
     _forward_log()
@@ -67,52 +67,41 @@ def fetch_snapshot(repo_id: str, revision: str, *, progress: bool) -> Snapshot:
             repo_id,
             revision=revision,
             files_metadata=True,
-            # Its own requests wait for ever.
+            # Without it the library waits forever.
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
         )
     except Exception as error:  # noqa: BLE001 - errors of its HTTP client have no public base class
         return _cached(repo_id, revision, error)
     sizes = {found.rfilename: found.size or 0 for found in info.siblings or ()}
-    missing = _missing_files(repo_id, info.sha, sizes)
+    wanted = [*filter_repo_objects(sizes, allow_patterns=_PATTERNS, ignore_patterns=_LEFT_OUT)]
+    _check_is_model(repo_id, wanted, sizes)
+    cached = (try_to_load_from_cache(repo_id, name, revision=info.sha) for name in wanted)
+    missing = [name for name, path in zip(wanted, cached, strict=True) if not isinstance(path, str)]
     total_bytes = sum(sizes[name] for name in missing)
     if missing and progress:
         how_much = f"{len(missing)} files, {format_size(total_bytes)}"
         _log.info("downloading %s: %s, to %s", repo_id, how_much, constants.HF_HUB_CACHE)
     try:
         with _progress_bars(repo_id, total_bytes if progress else 0) as bars:
-            folder = huggingface_hub.snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=_PATTERNS,
-                ignore_patterns=_LEFT_OUT,
-                tqdm_class=bars,
-            )
+            folder = _download(repo_id, revision, tqdm_class=bars)
     except Exception as error:  # see above
         raise _explained(error, revision) from error
-    return Snapshot(Path(folder))
+    return Snapshot(folder)
 
 
-def _missing_files(repo_id: str, commit: str | None, names: Collection[str]) -> list[str]:
-    """Return those of a repository's files to fetch. `HubError` where they would be no model."""
-    wanted = [name for name in names if _is_wanted(name)]
-    _check_is_model(repo_id, wanted, names)
-
-    def is_cached(name: str) -> bool:
-        found = huggingface_hub.try_to_load_from_cache(repo_id, name, revision=commit)
-        return isinstance(found, str)
-
-    return [name for name in wanted if not is_cached(name)]
-
-
-def _is_wanted(name: str) -> bool:
-    """Tell as the library does, which takes the same patterns."""
-    return any(fnmatch(name, pattern) for pattern in _PATTERNS) and not any(
-        fnmatch(name, pattern) for pattern in _LEFT_OUT
+def _download(repo_id: str, revision: str, **options: Any) -> Path:  # noqa: ANN401 - the library's
+    folder = huggingface_hub.snapshot_download(
+        repo_id,
+        revision=revision,
+        allow_patterns=_PATTERNS,
+        ignore_patterns=_LEFT_OUT,
+        **options,
     )
+    return Path(folder)
 
 
 def _check_is_model(repo_id: str, wanted: Collection[str], names: Collection[str]) -> None:
-    """Refuse a repository before gigabytes are fetched that are no model."""
+    """Refuse a repository without a model before gigabytes are fetched."""
     if "adapter_config.json" in names and "config.json" not in names:
         raise HubError("what the hub has under that name is an adapter, not a model")
     has_weights = any(name.endswith(".safetensors") for name in wanted)
@@ -131,16 +120,10 @@ def _check_is_model(repo_id: str, wanted: Collection[str], names: Collection[str
 
 
 def _cached(repo_id: str, revision: str, fault: Exception) -> Snapshot:
-    """Return the copy in the hub's cache, for `fault` keeps from asking the hub."""
+    """Return the copy in the hub's cache, since the hub failed with `fault`."""
     reason = _explained(fault, revision)
     try:
-        folder = huggingface_hub.snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=_PATTERNS,
-            ignore_patterns=_LEFT_OUT,
-            local_files_only=True,
-        )
+        folder = _download(repo_id, revision, local_files_only=True)
     except errors.IncompleteSnapshotError:
         raise HubError(f"{reason} (the hub's cache holds only some of its files)") from fault
     except (errors.LocalEntryNotFoundError, ValueError):  # ValueError: the name cannot be an id.
@@ -148,7 +131,7 @@ def _cached(repo_id: str, revision: str, fault: Exception) -> Snapshot:
             where = constants.HF_HUB_CACHE
             raise HubError(f"{reason}, whose cache ({where}) does not have it") from fault
         raise reason from fault
-    return Snapshot(Path(folder), (f"the copy in the hub's cache is served: {reason}",))
+    return Snapshot(folder, (f"the copy in the hub's cache is served: {reason}",))
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -156,7 +139,7 @@ def _cached(repo_id: str, revision: str, fault: Exception) -> Snapshot:
 
 def _explained(error: BaseException, revision: str) -> HubError:
     """Return the sentence for a failure of the library."""
-    # It stands where another error was, which it names as its cause.
+    # The library raises it in place of the error that is its cause.
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__
     cache = f"the hub's cache ({constants.HF_HUB_CACHE})"
@@ -176,7 +159,7 @@ def _explained(error: BaseException, revision: str) -> HubError:
             sentence = f"the hub has no revision {revision!r} of it"
         case errors.HfHubHTTPError(response=response):
             if response.status_code == 401 and get_token() is None:
-                # What the hub says of a model that it does not have to whom it does not know.
+                # The hub's answer to anonymous clients for a model that does not exist.
                 return NotOnHubError(_NOT_THERE)
             sentence = _status_sentence(response.status_code, response.headers)
         case OSError(strerror=str(why)):
@@ -196,11 +179,11 @@ def _status_sentence(status: int, headers: Mapping[str, str]) -> str:
     return f"{sentence}: try again in {wait_s} s" if wait_s.isdecimal() else sentence
 
 
-# ---- what is shown meanwhile ---------------------------------------------------------------------
+# ---- progress ------------------------------------------------------------------------------------
 
 
 class _Progress:
-    """How much of a download is here: a bar on a terminal, a line of the log a tenth elsewhere."""
+    """The progress of a download: a bar on a terminal, elsewhere a log line for each tenth."""
 
     def __init__(self, name: str, total_bytes: int) -> None:
         self._name = name
@@ -217,11 +200,11 @@ class _Progress:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar."""
         self._bar.close()
 
     def reach(self, num_bytes: int) -> None:
-        """Show that this many bytes are here, unless more are already."""
+        """Show that this many bytes are present, unless it already shows more."""
         if not self._total_bytes:
             return
         num_bytes = min(num_bytes, self._total_bytes)
@@ -238,7 +221,7 @@ class _Progress:
 
 @contextmanager
 def _progress_bars(name: str, total_bytes: int) -> Iterator[type[tqdm]]:
-    """Yield a class for the library's bars, of which it has several: here all feed a single one."""
+    """Yield a class for the library's several bars, which all feed a single one here."""
     with Path(os.devnull).open("w") as nowhere, closing(_Progress(name, total_bytes)) as progress:
 
         class Bar(tqdm):  # type: ignore[misc] # it has no types
@@ -247,8 +230,8 @@ def _progress_bars(name: str, total_bytes: int) -> Iterator[type[tqdm]]:
 
             def update(self, n: float | None = 1) -> bool | None:
                 is_shown: bool | None = super().update(n)
-                # The others count files. Of those that count bytes the one ahead is right: what
-                # is on the disk already is not transferred.
+                # Other bars count files. Of several byte counts the largest is right: bytes on the
+                # disk already are not transferred.
                 if self.unit == "B":
                     progress.reach(int(self.n))
                 return is_shown
@@ -257,16 +240,16 @@ def _progress_bars(name: str, total_bytes: int) -> Iterator[type[tqdm]]:
 
 
 class _Forwarder(logging.Handler):
-    """Writes the library's warnings, such as of a lost connection, as lines of our log."""
+    """Copies the library's warnings, such as of a lost connection, to our log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line, without the signatures that addresses of files have."""
+        """Log one line, without the signatures in URLs of files."""
         words = re.sub(r"\?\S+", "", " ".join(record.getMessage().split()))
         _log.log(record.levelno, "hub: %s", words)
 
 
 def _forward_log() -> None:
-    """Take over the library's log, which it sets up when its API is first used."""
+    """Replace the handlers of the library's log, which it sets up when its API is first used."""
     log = logging.getLogger("huggingface_hub")
     log.handlers[:] = [_Forwarder()]
     log.propagate = False

@@ -1,15 +1,14 @@
-"""How weights come in, whatever the file: by canonical name, in blocks of rows.
+"""The interface to weights in files of any format: by canonical name, in blocks of rows.
 
-The canonical names are those of `transformers`' checkpoints. Tensors are read with plain reads
-into memory of ours, a block at a time: peak memory is what is kept plus one block, where a mapped
-file would also count every page of it that was touched, and a file cut short while it is read is
-an error, not a bus error. Knows nothing of formats on either side.
+The canonical names are those of `transformers`' checkpoints. Blocks are read, not mapped: peak
+memory is the kept weights plus one block, without the pages of a mapping. A file that is truncated
+meanwhile is an error, not a bus error. Knows nothing of formats on either side.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from io import BufferedReader
 from typing import Protocol
 
@@ -22,15 +21,14 @@ BLOCK_VALUES = 2**15
 
 
 class WeightsError(ValueError):
-    """The files do not hold what the config promises; the message names tensor, file and shapes."""
+    """Files that do not match the config; the message names tensor, file and shapes."""
 
 
 class WeightSource(Protocol):
     """Tensors by canonical name. Threads may read side by side; nothing is open between reads."""
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """What there is, without what no decoder needs (old checkpoints' rope buffers)."""
+    #: Of all tensors but unused ones (old checkpoints' rope buffers).
+    shapes: dict[str, tuple[int, ...]]
 
     def describe(self, name: str) -> str:
         """Name a tensor, present or not, for an error: its name in the file, and the file."""
@@ -60,30 +58,6 @@ def row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int,
         yield start, min(step, num_rows - start)
 
 
-def check_shapes(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare all that should be there with what is. Raises `WeightsError`."""
-    found = source.shapes
-    for name, shape in expected.items():
-        if name not in found:
-            raise WeightsError(f"{source.describe(name)} is missing; it should be {list(shape)}")
-        if found[name] != shape:
-            raise WeightsError(
-                f"{source.describe(name)} has shape {list(found[name])}, "
-                f"the config asks for {list(shape)}"
-            )
-
-
-def say_of_others(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Say which tensors nobody asks for; None where there are none."""
-    others = [name for name in source.shapes if name not in expected]
-    if not others:
-        return None
-    return (
-        f"{source.describe(others[0])} of shape {list(source.shapes[others[0]])} has no place in "
-        f"this architecture ({len(others)} such tensors)"
-    )
-
-
 def read_into(source: WeightSource, name: str, target: Tensor) -> bool:
     """Fill `target`, of any dtype and device, with a tensor of its shape.
 
@@ -93,7 +67,7 @@ def read_into(source: WeightSource, name: str, target: Tensor) -> bool:
     for block in source.blocks(name):
         target[start : start + len(block)].copy_(block)
         start += len(block)
-        # A sum is cheap, and what is not finite shows in it; so may what is only large.
+        # A sum is cheap, and any value that is not finite makes it so; large values may, too.
         is_finite &= bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())
     assert start == len(target), f"{name}: {start} of {len(target)} rows"
     return is_finite

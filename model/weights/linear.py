@@ -1,11 +1,11 @@
-"""Matrix products with packed weights: what a format costs, keeps and gives.
+"""Matrix products with packed weights, in several formats.
 
-A linear layer is packed once, in the layout the fastest kernel of this very CPU wants, and the
-plain copy is dropped. Knows nothing of layers or of files.
+A linear layer is packed once, in the layout of this CPU's fastest kernel, and the plain copy is
+dropped. Knows nothing of layers or of files.
 
-Every packed format but int8 rounds the weights alone (bf16 the activations too, where they enter).
-In the packed formats a row's result does not depend on the rows computed beside it, to the last
-bit, so a batch does not change anybody's tokens; float32 differs in its last bits at some sizes.
+Every packed format but int8 rounds the weights alone (bf16 the input activations too). In the
+packed formats a row's result does not depend on the other rows, to the last bit, so a batch does
+not change a request's tokens. Float32 differs in its last bits at some sizes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Fp16Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         num_rows, num_columns = weight.shape
-        # FBGEMM pads to whole tiles of 512 by 16: a width of 576 takes what 1024 would.
+        # FBGEMM pads to whole tiles of 512 by 16: a width of 576 takes as much as 1024.
         padded = _round_up(num_columns, 512) * _round_up(num_rows, 16)
         self.weight_bytes = padded * 2 + _num_bytes(bias)
         self._packed = _FBGEMM.linear_prepack_fp16(weight, bias)
@@ -94,9 +94,9 @@ class Fp16Linear:
 class Int8Linear:
     """Eight-bit weights, a scale per output; eight-bit activations, a scale per row.
 
-    torch's own `linear_dynamic` takes one scale for all rows, which would let one request's
-    outliers round another's values; here every row is brought to [-1, 1] first, so rows are
-    independent. Costs a third more time at 32 rows.
+    torch's own `linear_dynamic` takes one scale for all rows, so one request's outliers would
+    round another's values. Here every row is scaled to [-1, 1] first, so rows are independent.
+    This costs a third more time at 32 rows.
     """
 
     in_dtype = out_dtype = torch.float32
@@ -149,7 +149,7 @@ def pack(weight: Tensor, bias: Tensor | None, fmt: Format) -> Linear:
 
 
 def staging_dtype(fmt: Format, dtype: torch.dtype) -> torch.dtype:
-    """Which dtype `pack` takes weights and bias in; `dtype` is that of the activations."""
+    """Return the dtype in which `pack` takes weights and bias; `dtype` is the activations'."""
     if fmt == "none":
         return dtype
     return torch.bfloat16 if fmt == "bf16" else torch.float32
@@ -163,10 +163,10 @@ def head_format(fmt: Format) -> Format:
 def choose_format(
     quantization: str, device: torch.device, dtype: torch.dtype, *, has_tiles: bool = False
 ) -> tuple[Format, str]:
-    """Settle the format of the linear layers, and say why in words for the operator.
+    """Choose the format of the linear layers; return it with the reason, for the operator.
 
     `has_tiles`: bf16 and int8 will be packed for products of our own, which run on any CPU.
-    Raises `ValueError` where the device or the CPU cannot do what is asked.
+    Raises `ValueError` if the device or the CPU does not support the format.
     """
     if quantization not in {"auto", *get_args(Format)}:
         raise ValueError(f"quantization must be auto, none, fp16, bf16 or int8: {quantization!r}")
@@ -196,7 +196,7 @@ def _fastest_format() -> tuple[Format, str]:
 
 
 def _why_not(fmt: Format) -> str:
-    """Say why a format does not run on this CPU; nothing where it does."""
+    """Return why a format does not run on this CPU; empty if it does."""
     if fmt == "bf16":
         # ATEN_CPU_CAPABILITY=avx2 makes this CPU stand in for a lesser one.
         if torch.backends.cpu.get_cpu_capability() != "AVX512":

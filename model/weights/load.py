@@ -1,25 +1,29 @@
-"""From files to a decoder: reads, packs and drops tensor after tensor, the largest first.
+"""Builds a decoder from files: reads, packs and drops tensor after tensor, the largest first.
 
-Peak memory is what is kept plus, for each worker, one product in the dtype its packing wants; the
-largest products are packed while little else is there.
+Peak memory is the kept weights plus, for each worker, one product in the dtype of its packing. The
+largest products are packed first, while little other memory is in use.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
-from model.architectures.arch import ArchSpec, lengthened
+from model.architectures.arch import ArchSpec, TensorSpec, lengthened
+from model.architectures.registry import declare_tensors
 from model.architectures.transformer import (
     DecoderLayer,
-    Embedding,
-    PlainEmbedding,
+    GatedMlp,
     Transformer,
     TransformerWeights,
 )
@@ -39,7 +43,7 @@ from model.weights.linear import (
 )
 from model.weights.open import open_weights
 from model.weights.source import ModelSource
-from model.weights.tiled_linear import TILED_FORMATS, TiledEmbedding, TiledLinear, Tiles
+from model.weights.tiled_linear import TILED_FORMATS, TiledLinear, Tiles
 
 
 def build_transformer(
@@ -56,8 +60,8 @@ def build_transformer(
     """Load a model onto `device`.
 
     `tiles`: pack bf16 and int8 weights for this library's products instead of torch's.
-    `dtype` is that of the activations, on a CPU float32; `max_positions`: as long as requests will
-    be at most, where that is known. With `progress`, a bar on stderr where that is a terminal.
+    `dtype` is that of the activations, on a CPU float32; `max_positions`: the length of the longest
+    request, where that is known. With `progress`, a bar on stderr where that is a terminal.
     Raises `ValueError` (`WeightsError`, `ArchError`, `FormatError` are ones) or `OSError`.
     """
     fmt, note = choose_format(quantization, device, dtype, has_tiles=tiles is not None)
@@ -84,7 +88,7 @@ def _load(loader: _Loader, bar: tqdm) -> TransformerWeights:
     """Load the vocabulary and the layers side by side.
 
     Decoding and packing release the interpreter's lock, and each is single-threaded or too short
-    to share out, so threads by layer are what makes loading fast.
+    to split, so one thread a layer makes loading fast.
     """
     num_layers = loader.arch.num_layers
     num_workers = min(torch.get_num_threads(), _MAX_WORKERS)
@@ -103,28 +107,28 @@ def _load(loader: _Loader, bar: tqdm) -> TransformerWeights:
     return TransformerWeights(
         embedding=embedding,
         layers=decoder_layers,
-        final_norm=loader.kept("model.norm.weight"),
+        final_norm=loader.norm("final_norm"),
         lm_head=lm_head,
         rope_factors=loader.rope_factors(),
-        is_head_shared=loader.is_head_shared,
+        num_bytes=sum(loader.sizes_bytes),
     )
 
 
 #: Eight-bit tiles of 64 inputs that share a scale. A layer multiplies whole prompts, where each
-#: scale costs time; the logits, of few rows, feel the rounding most (docs/performance.md).
+#: scale costs time; the logits, of few rows, lose most by rounding (docs/performance.md).
 _LAYER_SCALE_TILES, _HEAD_SCALE_TILES = 2, 1
-#: Each has a layer's product in hand, so many of them would cost peak memory.
+#: Each holds one layer's product, so more of them would raise peak memory.
 _MAX_WORKERS = 4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @contextmanager
 def _without_holes() -> Iterator[None]:
-    """Have malloc take large blocks from the system one by one, and give them back one by one.
+    """Make malloc take large blocks from the system one by one, and return them one by one.
 
-    Otherwise weights that are kept settle in the room of temporaries that are not, and the next
-    temporary takes new room: half as much again as the weights, measured. Afterwards malloc has
-    the limits it would have found by itself; where it is not glibc's, nothing is done.
+    Otherwise kept weights reuse the memory of freed temporaries, and the next temporary needs new
+    memory: half as much again as the weights, measured. Afterwards malloc has the limits that it
+    adapts to by itself. Another malloc than glibc's is left alone.
     """
     libc = ctypes.CDLL(None)
     if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
@@ -139,96 +143,107 @@ def _without_holes() -> Iterator[None]:
         libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
 
 
+def _look_up(table: Tensor, token_ids: Tensor) -> Tensor:
+    return functional.embedding(token_ids, table).float()
+
+
+@dataclass(slots=True)
 class _Loader:
     """Reads and packs parts of a model; its methods may run side by side."""
 
-    def __init__(
-        self,
-        arch: ArchSpec,
-        weights: WeightSource,
-        device: torch.device,
-        fmt: Format,
-        dtype: torch.dtype,
-        tiles: CpuLibrary | None,
-    ) -> None:
-        self.arch = arch
-        #: Whether the embedding is also the product that gives the logits.
-        self.is_head_shared = arch.is_tied and (fmt == "none" or tiles is not None)
-        #: Names of tensors with NaN or infinities in them.
-        self.not_finite: set[str] = set()
-        #: None: the weights are not packed in tiles.
-        self._tiles = tiles
-        self._arena = Arena()
-        self._weights = weights
-        self._device = device
-        self._fmt = fmt
-        self._dtype = dtype
+    arch: ArchSpec
+    weights: WeightSource
+    device: torch.device
+    fmt: Format
+    dtype: torch.dtype
+    #: None: the weights are not packed in tiles.
+    tiles: CpuLibrary | None
+    arena: Arena = field(default_factory=Arena)
+    #: Memory of each part that was loaded.
+    sizes_bytes: list[int] = field(default_factory=list)
+    #: Names of tensors with NaN or infinities in them.
+    not_finite: set[str] = field(default_factory=set)
+    #: By target.
+    tensors: dict[str, list[TensorSpec]] = field(default_factory=lambda: defaultdict(list))
 
-    def vocabulary(self) -> tuple[Embedding, Linear]:
-        """Load the two largest: the product first, since its packing needs the most room."""
-        name = "model.embed_tokens.weight"
-        # 16 bits hold any embedding closely enough; looked-up rows are made float32 again.
-        kept_dtype = self._dtype if self._fmt == "none" else torch.float16
-        if self.is_head_shared and self._tiles is None:
-            embedding = self.kept(name, kept_dtype)
-            return PlainEmbedding(embedding), PlainLinear(embedding, None)
-        head = "model.embed_tokens" if self.arch.is_tied else "lm_head"
-        lm_head = self._linear([head], head_format(self._fmt), scale_tiles=_HEAD_SCALE_TILES)
-        if self.is_head_shared:
-            assert isinstance(lm_head, TiledLinear), "packed in tiles"
-            return TiledEmbedding(lm_head.tiles), lm_head
-        return PlainEmbedding(self.kept(name, kept_dtype)), lm_head
+    def __post_init__(self) -> None:
+        for tensor in declare_tensors(self.arch).values():
+            self.tensors[tensor.target].append(tensor)
+
+    def vocabulary(self) -> tuple[Callable[[Tensor], Tensor], Linear]:
+        """Load the embedding and the product that gives the logits, as one tensor if possible.
+
+        The product comes first, since its packing needs the most memory.
+        """
+        is_tied = self.arch.is_tied
+        if is_tied and self.fmt == "none":
+            table = self.kept("embedding", self.dtype)
+            return partial(_look_up, table), PlainLinear(table, None)
+        head = "embedding" if is_tied else "lm_head"
+        lm_head = self._linear(head, head_format(self.fmt), scale_tiles=_HEAD_SCALE_TILES)
+        if is_tied and isinstance(lm_head, TiledLinear):
+            return lm_head.tiles.rows, lm_head
+        # 16 bits hold any embedding closely enough.
+        kept_dtype = self.dtype if self.fmt == "none" else torch.float16
+        return partial(_look_up, self.kept("embedding", kept_dtype)), lm_head
 
     def layer(self, index: int) -> DecoderLayer:
         """Load a layer, its largest product first."""
-        at = f"model.layers.{index}."
-        attention, mlp = f"{at}self_attn.", f"{at}mlp."
-        has_qk_norm, fmt = self.arch.has_qk_norm, self._fmt
+        spec, fmt = self.arch.layers[index], self.fmt
+        gate_up = self._linear(f"{index}.gate_up", fmt)
+        down = self._linear(f"{index}.down", fmt)
         return DecoderLayer(
-            gate_up=self._linear([f"{mlp}gate_proj", f"{mlp}up_proj"], fmt),
-            down=self._linear([f"{mlp}down_proj"], fmt),
-            qkv=self._linear([f"{attention}{one}_proj" for one in "qkv"], fmt),
-            o=self._linear([f"{attention}o_proj"], fmt),
-            input_norm=self.kept(f"{at}input_layernorm.weight"),
-            post_norm=self.kept(f"{at}post_attention_layernorm.weight"),
-            q_norm=self.kept(f"{attention}q_norm.weight") if has_qk_norm else None,
-            k_norm=self.kept(f"{attention}k_norm.weight") if has_qk_norm else None,
+            spec=spec,
+            mlp=GatedMlp(gate_up, down, spec.mlp.activation),
+            qkv=self._linear(f"{index}.qkv", fmt),
+            o=self._linear(f"{index}.o", fmt),
+            norms={place: self.norm(f"{index}.{place}") for place in spec.norms},
+            q_norm=self.norm(f"{index}.q_norm") if spec.qk_norm else None,
+            k_norm=self.norm(f"{index}.k_norm") if spec.qk_norm else None,
         )
 
-    def kept(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Read a tensor that stays as it is; norms in float32, since they are small."""
-        return self._stacked([name], dtype)
+    def norm(self, target: str) -> Tensor:
+        """Read a norm's weights, in float32 since they are small."""
+        return self.kept(target, torch.float32).add_(self.arch.norm_offset)
+
+    def kept(self, target: str, dtype: torch.dtype) -> Tensor:
+        """Read a tensor that is not packed."""
+        kept = self._stacked(self.tensors[target], dtype)
+        self.sizes_bytes.append(kept.nbytes)
+        return kept
 
     def rope_factors(self) -> Tensor | None:
-        """Read what the file divides rope's frequencies by, where it does."""
-        if ROPE_FACTORS not in self._weights.shapes:
+        """Read the divisors of rope's frequencies, if the file has any."""
+        if ROPE_FACTORS not in self.weights.shapes:
             return None
-        factors = torch.empty(self._weights.shapes[ROPE_FACTORS])
-        read_into(self._weights, ROPE_FACTORS, factors)
+        factors = torch.empty(self.weights.shapes[ROPE_FACTORS])
+        read_into(self.weights, ROPE_FACTORS, factors)
         return factors
 
-    def _linear(
-        self, parts: Sequence[str], fmt: Format, *, scale_tiles: int = _LAYER_SCALE_TILES
-    ) -> Linear:
+    def _linear(self, target: str, fmt: Format, *, scale_tiles: int = _LAYER_SCALE_TILES) -> Linear:
         """Pack products that share their input as one, their rows one after another."""
-        staging = staging_dtype(fmt, self._dtype)
-        biases = [f"{part}.bias" for part in parts]
-        bias = self._stacked(biases, staging) if biases[0] in self._weights.shapes else None
-        weight = self._stacked([f"{part}.weight" for part in parts], staging)
-        if self._tiles is None:
-            return pack(weight, bias, fmt)
-        if self._fmt != "int8":
-            scale_tiles = 0
-        tiles = Tiles(weight, bias, scale_tiles=scale_tiles, arena=self._arena)
-        return TiledLinear(tiles, self._tiles)
+        staging = staging_dtype(fmt, self.dtype)
+        tensors = self.tensors[target]
+        biases = [one for one in tensors if len(one.shape) == 1]
+        bias = self._stacked(biases, staging) if biases else None
+        weight = self._stacked([one for one in tensors if len(one.shape) > 1], staging)
+        if self.tiles is None:
+            linear: Linear = pack(weight, bias, fmt)
+        else:
+            scale_tiles = scale_tiles if self.fmt == "int8" else 0
+            tiles = Tiles(weight, bias, scale_tiles=scale_tiles, arena=self.arena)
+            linear = TiledLinear(tiles, self.tiles)
+        self.sizes_bytes.append(linear.weight_bytes)
+        return linear
 
-    def _stacked(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
-        shapes = [self._weights.shapes[name] for name in names]
-        num_rows = sum(shape[0] for shape in shapes)
-        stacked = torch.empty(num_rows, *shapes[0][1:], dtype=dtype, device=self._device)
+    def _stacked(self, tensors: Sequence[TensorSpec], dtype: torch.dtype) -> Tensor:
+        num_rows = sum(one.shape[0] for one in tensors)
+        shape = (num_rows, *tensors[0].shape[1:])
+        stacked = torch.empty(shape, dtype=dtype, device=self.device)
         start = 0
-        for name, shape in zip(names, shapes, strict=True):
-            if not read_into(self._weights, name, stacked[start : start + shape[0]]):
-                self.not_finite.add(name)
-            start += shape[0]
+        for one in tensors:
+            end = start + one.shape[0]
+            if not read_into(self.weights, one.name, stacked[start:end]):
+                self.not_finite.add(one.name)
+            start = end
         return stacked

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from model.architectures.arch import ArchSpec
-from model.architectures.arch_gguf import from_gguf
-from model.architectures.read_arch import naming, read_arch
-from model.gguf_file import read_gguf
+from model.architectures.read_arch import from_gguf, read_arch
+from model.architectures.registry import declare_tensors
 from model.weights.dummy import DummyWeights
 from model.weights.gguf import ROPE_FACTORS, GgufWeights
-from model.weights.interface import WeightsError, WeightSource, check_shapes, say_of_others
+from model.weights.gguf_file import read_gguf
+from model.weights.interface import WeightsError, WeightSource
 from model.weights.safetensors import SafetensorsWeights
 from model.weights.source import ModelSource
 
@@ -24,28 +26,23 @@ def open_weights(source: ModelSource) -> tuple[ArchSpec, WeightSource]:
 
     Raises `WeightsError`, `ArchError`, `FormatError` (each a `ValueError`) or `OSError`.
     """
-    if source.kind == "safetensors":
-        return _open_folder(source)
-    if source.kind == "dummy":
-        arch = read_arch(source)
-        return arch, DummyWeights(arch)
-    file = read_gguf(source.path)
-    with naming(source.path):
+    if source.kind == "gguf":
+        file = read_gguf(source.path)
         arch = from_gguf(file)
-    weights = GgufWeights(file, arch)
-    expected = arch.tensor_shapes()
-    if ROPE_FACTORS in weights.shapes:
-        expected[ROPE_FACTORS] = (arch.rope.rotary_dim // 2,)
-    check_shapes(weights, expected)
-    if others := say_of_others(weights, expected):
-        raise WeightsError(others)
-    return arch, weights
-
-
-def _open_folder(source: ModelSource) -> tuple[ArchSpec, SafetensorsWeights]:
-    """Open safetensors, which may hold more than the config asks for, as `transformers` does."""
+        weights = GgufWeights(file, arch)
+        expected = _shapes(arch)
+        if ROPE_FACTORS in weights.shapes:
+            expected[ROPE_FACTORS] = (arch.rope.rotary_dim // 2,)
+        if others := _check(weights, expected):
+            raise WeightsError(others)
+        return arch, weights
     arch = read_arch(source)
-    weights = SafetensorsWeights(source.path)
+    return (arch, DummyWeights(arch)) if source.kind == "dummy" else _open_folder(source.path, arch)
+
+
+def _open_folder(folder: Path, arch: ArchSpec) -> tuple[ArchSpec, SafetensorsWeights]:
+    """Open safetensors, which may hold more than the config asks for, as `transformers` does."""
+    weights = SafetensorsWeights(folder)
     notes = [*arch.notes, *weights.notes]
     if arch.is_tied and _HEAD in weights.shapes:
         if _EMBEDDING not in weights.shapes:
@@ -57,12 +54,38 @@ def _open_folder(source: ModelSource) -> tuple[ArchSpec, SafetensorsWeights]:
         else:
             arch = replace(arch, is_tied=False)
             notes.append(f"tie_word_embeddings is true, but {_HEAD} is another: it is used")
-    expected = arch.tensor_shapes()
-    check_shapes(weights, expected)
-    if others := say_of_others(weights, expected):
+    expected = _shapes(arch)
+    if others := _check(weights, expected):
         notes.append(f"{others}: not used")
-        weights.leave_out([name for name in weights.shapes if name not in expected])
+        weights.leave_out(weights.shapes.keys() - expected.keys())
     return replace(arch, notes=tuple(notes)), weights
+
+
+def _shapes(arch: ArchSpec) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in declare_tensors(arch).items()}
+
+
+def _check(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Compare the expected tensors with those of the source; describe the others, if any.
+
+    Raises `WeightsError`.
+    """
+    found = source.shapes
+    for name, shape in expected.items():
+        if name not in found:
+            raise WeightsError(f"{source.describe(name)} is missing; it should be {list(shape)}")
+        if found[name] != shape:
+            raise WeightsError(
+                f"{source.describe(name)} has shape {list(found[name])}, "
+                f"the config asks for {list(shape)}"
+            )
+    others = [name for name in found if name not in expected]
+    if not others:
+        return ""
+    return (
+        f"{source.describe(others[0])} of shape {list(found[others[0]])} has no place in "
+        f"this architecture ({len(others)} such tensors)"
+    )
 
 
 def _are_equal(weights: SafetensorsWeights, first: str, second: str) -> bool:

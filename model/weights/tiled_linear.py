@@ -121,15 +121,3 @@ class TiledLinear:
             torch.get_num_threads(),
         )
         return out
-
-
-class TiledEmbedding:
-    """See `Embedding`: the rows of the product that gives the logits."""
-
-    def __init__(self, tiles: Tiles) -> None:
-        self.num_bytes = tiles.num_bytes
-        self._tiles = tiles
-
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """See `Embedding`."""
-        return self._tiles.rows(token_ids)

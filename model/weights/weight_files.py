@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model.formats.gguf import model_stem
 
-#: What lies beside or instead of weights that can be read: how it begins, and what it is.
+#: Files beside or instead of readable weights: the beginning of the name and a description.
 _OTHERS = {
     "consolidated": "Mistral's own format: use the model*.safetensors of the same model",
     "adapter_model": "an adapter without its base model: merge the two",
@@ -14,10 +14,10 @@ _OTHERS = {
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """Return what may be parts of one model.
+    """Return the files that may be parts of one model.
 
-    Hidden files are left out (macOS writes a `._model.safetensors` beside each file that it
-    copies), and so is the same model in another format, and adapters to it.
+    Hidden files are left out (macOS writes a `._model.safetensors` beside each copied file), and
+    so are adapters and the same model in another format.
     """
     return [
         path
@@ -29,7 +29,7 @@ def safetensors_files(folder: Path) -> list[Path]:
 def gguf_files(folder: Path) -> list[Path]:
     """Return a file of each model in GGUF, of a split one its first part.
 
-    What is for pictures (`mmproj-*.gguf`) is left out.
+    Projectors of images (`mmproj-*.gguf`) are left out.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.gguf")):
@@ -39,7 +39,7 @@ def gguf_files(folder: Path) -> list[Path]:
 
 
 def other_files(folder: Path) -> str:
-    """Say what else of weights there is, and why it cannot be read; nothing where there is none."""
+    """Describe weights that cannot be read, with the reason; empty if there are none."""
     for path in sorted(folder.glob("*.safetensors")):
         for begin, reason in _OTHERS.items():
             if path.name.startswith(begin):

@@ -1,4 +1,4 @@
-"""The choices of one request: several engine requests, read together and told as one.
+"""The choices of one request: several engine requests, read together and reported as one.
 
 Knows nothing of JSON, and of one engine request only that `server/generation/generate.py` runs it.
 """
@@ -9,23 +9,20 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from scheduler.client import SamplingParams
 from server.generation.generate import Job, generate
 from server.generation.merge_streams import merge_streams
 from server.generation.output import OutputChunk
 from server.http.context import RequestRecord
 from server.service import Service
 
-_WORD = 2**64 - 1
-
 
 async def generate_choices(
     service: Service, job: Job, record: RequestRecord
 ) -> AsyncGenerator[Sequence[tuple[int, OutputChunk]], None]:
-    """Yield what became known since the last time: (index of the engine request, chunk).
+    """Yield the chunks since the last batch: (index of the engine request, chunk).
 
     Raises as `generate` does: the first error of any choice ends them all. Closing it cancels all.
-    `record` tells of the whole request; the metrics are told of each choice.
+    `record` has the data of the whole request; the metrics count each choice.
     """
     record.model = service.model_name
     record.prompt_tokens = sum(map(len, job.prompts))
@@ -37,60 +34,47 @@ async def generate_choices(
         finally:
             service.metrics.on_answered([record])
         return
-    records = [_record_of_choice(job, index, record) for index in range(len(job.requests))]
+    # The first choice of each prompt counts the prompt.
+    records = [
+        replace(
+            record,
+            prompt_tokens=0 if index % job.spec.num_tries else len(request.prompt_token_ids),
+        )
+        for index, request in enumerate(job.requests)
+    ]
     sources = [generate(service, job, index, own) for index, own in enumerate(records)]
     try:
         async with aclosing(merge_streams(sources)) as batches:
             async for batch in batches:
-                _sum_up(record, records, job.num_tries)
+                _sum_up(record, records, job.spec.num_tries)
                 yield batch
     finally:
-        _sum_up(record, records, job.num_tries)
-        for first in range(0, len(records), job.num_tries):
-            service.metrics.on_answered(records[first : first + job.num_tries])
+        _sum_up(record, records, job.spec.num_tries)
+        for first in range(0, len(records), job.spec.num_tries):
+            service.metrics.on_answered(records[first : first + job.spec.num_tries])
 
 
-def best(job: Job, answers: Sequence[list[OutputChunk]]) -> list[list[OutputChunk]]:
-    """Return the answers that are given, prompt by prompt: of more tries, the likeliest."""
-    if job.num_tries == job.num_choices:
+def best(job: Job, answers: Sequence[OutputChunk]) -> list[OutputChunk]:
+    """Return the answers to send, prompt by prompt: the likeliest where there are more tries."""
+    if job.spec.num_tries == job.spec.num_choices:
         return list(answers)
-    chosen: list[list[OutputChunk]] = []
-    for first in range(0, len(answers), job.num_tries):
-        tries = answers[first : first + job.num_tries]
-        chosen += sorted(tries, key=_mean_logprob, reverse=True)[: job.num_choices]
+    chosen: list[OutputChunk] = []
+    for first in range(0, len(answers), job.spec.num_tries):
+        tries = answers[first : first + job.spec.num_tries]
+        chosen += sorted(tries, key=_mean_logprob, reverse=True)[: job.spec.num_choices]
     return chosen
 
 
-def params_of_try(params: SamplingParams, index: int) -> SamplingParams:
-    """Return the parameters of a prompt's answer number `index`: the first has the given seed."""
-    return replace(params, seed=_mixed(params.seed, index)) if index else params
-
-
-def _mixed(seed: int, index: int) -> int:
-    """Return a seed unlike that of any neighbour (SplitMix64; Steele, Lea and Flood 2014)."""
-    state = (seed + index * 0x9E3779B97F4A7C15) & _WORD
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
-    return state ^ (state >> 31)
-
-
-def _mean_logprob(chunks: list[OutputChunk]) -> float:
-    logprobs = [token.logprobs.logprob for chunk in chunks for token in chunk.tokens]
+def _mean_logprob(answer: OutputChunk) -> float:
+    logprobs = [token.logprobs.logprob for token in answer.tokens]
     return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
 
 
-def _record_of_choice(job: Job, index: int, record: RequestRecord) -> RequestRecord:
-    """Return a record for one choice: the first of each prompt counts the prompt."""
-    is_first = index % job.num_tries == 0
-    num_prompt = len(job.requests[index].prompt_token_ids) if is_first else 0
-    return replace(record, prompt_tokens=num_prompt)
-
-
 def _sum_up(record: RequestRecord, records: Sequence[RequestRecord], num_tries: int) -> None:
-    """Tell in `record` what is known of the choices' `records` by now.
+    """Sum up the choices' `records` in `record`.
 
-    Of one prompt's choices, all but the first to run find it cached by that very one: what was
-    cached for the request is what the one with the least found.
+    The first choice of a prompt puts it into the cache, where the others find it. So the number of
+    cached tokens is that of the choice with the fewest.
     """
     leaders = [
         _leader(records[first : first + num_tries]) for first in range(0, len(records), num_tries)
@@ -113,6 +97,6 @@ def _sum_up(record: RequestRecord, records: Sequence[RequestRecord], num_tries: 
 
 
 def _leader(records: Sequence[RequestRecord]) -> RequestRecord:
-    """Return the one that found least of its prompt in the cache, of those that run."""
+    """Return the running choice with the fewest cached tokens."""
     started = [own for own in records if own.queue_s is not None]
     return min(started or records, key=lambda own: own.cached_tokens)

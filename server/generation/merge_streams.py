@@ -13,11 +13,11 @@ ItemT = TypeVar("ItemT")
 async def merge_streams(
     sources: Sequence[AsyncGenerator[ItemT, None]],
 ) -> AsyncGenerator[list[tuple[int, ItemT]], None]:
-    """Yield what the sources gave since the last time: (index of the source, item), one of each.
+    """Yield the new items as batches: (index of the source, item), at most one of each source.
 
-    What comes in one turn of the loop is one batch. A source is asked for more only when the
-    reader asks for the next batch, so a slow reader holds them all up. The first exception of any
-    is raised, before what else is ready. Leaving this generator closes every source.
+    The items of one turn of the loop are one batch. A source is read on only when the reader takes
+    the next batch, so a slow reader holds them all up. The first exception of any source is raised,
+    before other ready items. Leaving this generator closes every source.
     """
     flow = _Flow[ItemT](len(sources))
     pumps = [asyncio.create_task(flow.pump(index, src)) for index, src in enumerate(sources)]
@@ -29,7 +29,7 @@ async def merge_streams(
                 raise flow.error
             if flow.ready:
                 batch, flow.ready = flow.ready, []
-                # Swapped before the reader has it: what comes meanwhile waits for the next.
+                # Swapped before the reader has it: later items wait for the next.
                 taken, flow.taken = flow.taken, asyncio.Event()
                 yield batch
                 taken.set()
@@ -42,7 +42,7 @@ async def merge_streams(
 
 
 class _Flow(Generic[ItemT]):
-    """What the pumps and the reader share."""
+    """The state that the pumps and the reader share."""
 
     def __init__(self, num_sources: int) -> None:
         self.ready: list[tuple[int, ItemT]] = []

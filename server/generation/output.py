@@ -7,10 +7,11 @@ were split.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from scheduler.client import Delta, FinishReason, TokenLogprobs
+from scheduler.client import FinishReason, TokenLogprobs, TokenOutput
 from server.text.detokenize import StreamDecoder
 from server.text.stop import StopMatcher
 from server.text.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ FinishWord = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """What becomes of the tokens."""
+    """How tokens become text."""
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
@@ -35,7 +36,7 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True)
 class TokenAt:
-    """A token whose probabilities were asked for, and where its text stands in the output.
+    """A token with requested probabilities, and the place of its text in the output.
 
     Tokens that make a character together all stand where it does.
     """
@@ -47,26 +48,38 @@ class TokenAt:
 
 @dataclass(frozen=True, slots=True)
 class OutputChunk:
-    """What a client may be sent now."""
+    """The text that is certain after one more output of the engine."""
 
     text: str
+    #: Tokens whose text is complete with this chunk, if their probabilities were requested.
     tokens: tuple[TokenAt, ...]
-    #: Generated since the last chunk, whether or not their text is shown.
-    num_tokens: int
+    #: The engine's, up to the token that completes a stop string.
+    delta: TokenOutput
     finish_reason: FinishWord | None = None
-    #: Those `num_tokens`.
-    token_ids: tuple[int, ...] = ()
     #: The stop string that ended the output.
     stop_text: str | None = None
-    #: Of the prompt's tokens but the first, where they were asked for: all, in the first chunk.
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def joined(chunks: Sequence[OutputChunk]) -> OutputChunk:
+    """Return an output's chunks as one."""
+    last = chunks[-1]
+    return OutputChunk(
+        "".join(chunk.text for chunk in chunks),
+        tuple(token for chunk in chunks for token in chunk.tokens),
+        TokenOutput(
+            token_ids=tuple(i for chunk in chunks for i in chunk.delta.token_ids),
+            prompt_logprobs=tuple(p for chunk in chunks for p in chunk.delta.prompt_logprobs),
+        ),
+        last.finish_reason,
+        last.stop_text,
+    )
 
 
 class OutputText:
     """Turns deltas into chunks; nothing in a chunk is ever taken back.
 
     The token that completes a stop string is the last one counted. Probabilities of a token are
-    given out with the last character of its text, so they cannot tell what text holds back.
+    given out with the last character of its text, so they reveal no text that is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: OutputOptions) -> None:
@@ -84,27 +97,28 @@ class OutputText:
         #: Tokens with text that is still held back.
         self._held: deque[TokenAt] = deque()
 
-    def push(self, delta: Delta) -> OutputChunk:
-        """Take in what the engine told. Not called again once a chunk has a `finish_reason`."""
+    def push(self, delta: TokenOutput) -> OutputChunk:
+        """Read an output of the engine; the last call returns a chunk with a `finish_reason`."""
         reason = delta.finish_reason
         num_shown = len(delta.token_ids)
         if reason is FinishReason.STOP and not self._options.include_stop:
-            num_shown -= delta.token_ids[-1:] != () and self._is_end(delta.token_ids[-1])
+            num_shown -= not self._options.end_token_ids.isdisjoint(delta.token_ids[-1:])
+        stop_text = None
         if not self._options.stops and not delta.logprobs:
-            text, num_tokens, stop_text = self._push_many(delta.token_ids[:num_shown])
+            text = self._push_many(delta.token_ids[:num_shown])
         else:
-            text, num_tokens, stop_text = self._push_singly(delta, num_shown)
-        if stop_text is not None:
-            tokens, token_ids = self._taken(is_last=True, is_cut=True), delta.token_ids[:num_tokens]
-            return OutputChunk(text, tokens, num_tokens, "stop", token_ids, stop_text)
-        num_tokens += len(delta.token_ids) - num_shown
-        if reason is None:
-            return OutputChunk(text, self._taken(), num_tokens, None, delta.token_ids)
-        tail, stop_text = self._finish()
+            text, num_read, stop_text = self._push_singly(delta, num_shown)
+            if stop_text is not None:
+                delta = replace(delta, token_ids=delta.token_ids[:num_read])
+        if stop_text is None and reason is not None:
+            tail, stop_text = self._finish()
+            text += tail
         has_matched = stop_text is not None
-        word: FinishWord = "stop" if has_matched or reason is FinishReason.STOP else "length"
-        tokens = self._taken(is_last=True, is_cut=has_matched)
-        return OutputChunk(text + tail, tokens, num_tokens, word, delta.token_ids, stop_text)
+        word: FinishWord | None = None
+        if has_matched or reason is not None:
+            word = "stop" if has_matched or reason is FinishReason.STOP else "length"
+        tokens = self._taken(is_last=word is not None, is_cut=has_matched)
+        return OutputChunk(text, tokens, delta, word, stop_text)
 
     def check(self) -> None:
         """Assert that text is neither sent twice nor before it is known."""
@@ -114,17 +128,14 @@ class OutputText:
         ends = [token.end_char for token in self._held]
         assert ends == sorted(ends), "held tokens are out of order"
 
-    def _is_end(self, token_id: int) -> bool:
-        return token_id in self._options.end_token_ids
-
-    def _push_many(self, token_ids: tuple[int, ...]) -> tuple[str, int, None]:
+    def _push_many(self, token_ids: tuple[int, ...]) -> str:
         text = self._decoder.push(token_ids)
         self._num_tokens += len(token_ids)
         self._num_decoded_chars += len(text)
         self._num_sent_chars += len(text)
-        return text, len(token_ids), None
+        return text
 
-    def _push_singly(self, delta: Delta, num_shown: int) -> tuple[str, int, str | None]:
+    def _push_singly(self, delta: TokenOutput, num_shown: int) -> tuple[str, int, str | None]:
         texts = []
         for index, token_id in enumerate(delta.token_ids[:num_shown]):
             start, was_holding = self._num_decoded_chars, self._decoder.is_holding
@@ -132,7 +143,7 @@ class OutputText:
             self._num_decoded_chars += len(decoded)
             logprobs = delta.logprobs[index] if delta.logprobs else None
             if logprobs is not None:
-                # What stands for a broken character is the text of the tokens before.
+                # U+FFFD for a broken character is the text of the tokens before.
                 start += was_holding and decoded.startswith("\ufffd")
                 end = self._num_decoded_chars + self._decoder.is_holding
                 self._held.append(TokenAt(logprobs, start, end))
@@ -144,7 +155,7 @@ class OutputText:
         return "".join(texts), num_shown, None
 
     def _match(self, decoded: str) -> tuple[str, str | None]:
-        """Return what may be sent, and the stop string that ends it."""
+        """Return the text that may be sent, and the stop string that ends it."""
         matched = None
         if self._num_tokens > self._options.min_tokens:
             decoded, matched = self._matcher.push(decoded)
@@ -152,7 +163,7 @@ class OutputText:
         return decoded, matched
 
     def _finish(self) -> tuple[str, str | None]:
-        """Return what was held back, now that nothing follows it."""
+        """Return the text that was held back, at the end of the output."""
         rest = self._decoder.finish()
         self._num_decoded_chars += len(rest)
         text, stop_text = self._match(rest)
@@ -169,7 +180,7 @@ class OutputText:
             token = self._held[0]
             is_sent = token.end_char <= self._num_sent_chars
             if is_cut:
-                # One that the stop string begins in the middle of, too.
+                # Also a token in whose middle the stop string begins.
                 is_sent = is_sent or token.start_char < self._num_sent_chars
             if not is_sent and (is_cut or not is_last):
                 break

@@ -1,6 +1,6 @@
-"""What becomes of each parameter we do not honour: one table, so that nothing is ignored silently.
+"""One table of the parameters that are not honoured, so that none is ignored silently.
 
-Fields of the models in `server/openai/schemas.py` are honoured. Anything else in a request is
+Fields of the models in `server/openai/schemas.py` are honoured. All other fields of a request are
 looked up here: refused by name unless its value asks for nothing, or answered in `octavo.warnings`.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
+from server.answer_types import ParamWarning
 from server.http.errors import invalid, shortened
 
 #: More are summed up.
@@ -19,11 +20,8 @@ MAX_WARNINGS = 64
 _MAX_EXTRAS = 1024
 
 
-class Warned(TypedDict):
-    """One entry of `octavo.warnings`."""
-
-    param: str
-    message: str
+#: One entry of `octavo.warnings`.
+Warned: TypeAlias = ParamWarning
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,59 +38,61 @@ class Unsupported:
 _TRUE, _FALSE = True, False
 
 
-def _refused(*neutral: object, because: str = "is not supported") -> Unsupported:
+def refused(*neutral: object, because: str = "is not supported") -> Unsupported:
+    """Return the entry of a parameter that is refused."""
     return Unsupported(neutral, is_refused=True, reason=because)
 
 
-def _warned(because: str, *neutral: object) -> Unsupported:
+def warned(because: str, *neutral: object) -> Unsupported:
+    """Return the entry of a parameter that is warned of."""
     return Unsupported(neutral, is_refused=False, reason=because)
 
 
 _COMMON = {
-    "use_beam_search": _refused(_FALSE),
-    "length_penalty": _refused(1.0),
-    "early_stopping": _refused(_FALSE),
-    "logits_processors": _refused([]),
-    "kv_transfer_params": _refused(),
-    "return_tokens_as_token_ids": _refused(_FALSE),
-    "spaces_between_special_tokens": _refused(_TRUE),
-    "detokenize": _refused(_TRUE),
-    "user": _warned("callers are not told apart by it"),
-    "metadata": _warned("is not stored", {}),
-    "store": _warned("nothing is stored here", _FALSE),
-    "service_tier": _warned("there is one tier", "auto", "default"),
-    "safety_identifier": _warned("is not used"),
-    "prompt_cache_key": _warned("equal prefixes are shared without it; cache_salt keeps apart"),
-    "prompt_cache_retention": _warned("prefixes are kept as long as there is room"),
-    "request_id": _warned("send the header X-Request-Id instead"),
+    "use_beam_search": refused(_FALSE),
+    "length_penalty": refused(1.0),
+    "early_stopping": refused(_FALSE),
+    "logits_processors": refused([]),
+    "kv_transfer_params": refused(),
+    "return_tokens_as_token_ids": refused(_FALSE),
+    "spaces_between_special_tokens": refused(_TRUE),
+    "detokenize": refused(_TRUE),
+    "user": warned("callers are not told apart by it"),
+    "metadata": warned("is not stored", {}),
+    "store": warned("nothing is stored here", _FALSE),
+    "service_tier": warned("there is one tier", "auto", "default"),
+    "safety_identifier": warned("is not used"),
+    "prompt_cache_key": warned("equal prefixes are shared without it; cache_salt keeps apart"),
+    "prompt_cache_retention": warned("prefixes are kept as long as there is room"),
+    "request_id": warned("send the header X-Request-Id instead"),
 }
 CHAT = {
     **_COMMON,
-    "functions": _refused([], because="are not supported"),
-    "function_call": _refused("none"),
-    "audio": _refused(),
-    "modalities": _refused(["text"], because="can only be ['text']"),
-    "web_search_options": _refused(),
-    "chat_template": _refused(because="of a request is not used: the model's own is"),
-    "documents": _refused([]),
-    "mm_processor_kwargs": _refused({}),
-    "echo": _refused(_FALSE),
-    "prediction": _warned("predicted output does not speed anything up here"),
-    "verbosity": _warned("has no effect on this model", "medium"),
+    "functions": refused([], because="are not supported"),
+    "function_call": refused("none"),
+    "audio": refused(),
+    "modalities": refused(["text"], because="can only be ['text']"),
+    "web_search_options": refused(),
+    "chat_template": refused(because="of a request is not used: the model's own is"),
+    "documents": refused([]),
+    "mm_processor_kwargs": refused({}),
+    "echo": refused(_FALSE),
+    "prediction": warned("predicted output does not speed anything up here"),
+    "verbosity": warned("has no effect on this model", "medium"),
 }
 COMPLETION = {
     **_COMMON,
-    "suffix": _refused("", because="is not supported: text cannot be inserted"),
-    "prompt_embeds": _refused(),
+    "suffix": refused("", because="is not supported: text cannot be inserted"),
+    "prompt_embeds": refused(),
 }
 TOKENIZE = {
     **{name: known for name, known in CHAT.items() if known.is_refused},
-    "add_special": _warned("it is called add_special_tokens here"),
-    "parse_special": _warned("special tokens in a prompt are always read as such", _TRUE),
-    "with_pieces": _warned("it is called return_token_strs here", _FALSE),
+    "add_special": warned("it is called add_special_tokens here"),
+    "parse_special": warned("special tokens in a prompt are always read as such", _TRUE),
+    "with_pieces": warned("it is called return_token_strs here", _FALSE),
 }
 STREAM_OPTIONS = {
-    "include_obfuscation": _warned("chunks are not padded", _FALSE),
+    "include_obfuscation": warned("chunks are not padded", _FALSE),
 }
 
 
@@ -119,10 +119,10 @@ def judge(
 
 
 def summed_up(warnings: list[Warned]) -> list[Warned]:
-    """Return no more of them than anybody reads."""
+    """Return at most `MAX_WARNINGS` of them, and one for the rest."""
     left = len(warnings) - MAX_WARNINGS
-    told = f"and {left} more parameters were ignored"
-    more: list[Warned] = [{"param": "*", "message": told}] if left > 0 else []
+    message = f"and {left} more parameters were ignored"
+    more: list[Warned] = [{"param": "*", "message": message}] if left > 0 else []
     return warnings[:MAX_WARNINGS] + more
 
 
@@ -141,7 +141,7 @@ def nested(part: BaseModel, at: str = "") -> Iterator[tuple[str, BaseModel]]:
 
 
 def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
-    """Compare types too: `True` is no 1."""
+    """Compare types too: `True` is not 1."""
     return any(
         value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
         for allowed in neutral

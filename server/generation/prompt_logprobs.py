@@ -1,46 +1,49 @@
-"""The prompt's own log-probabilities: what a request may want of them, and how they are told.
+"""Log-probabilities of tokens in answers, and the checks of requests for the prompt's own.
 
-Two ways: vLLM's `prompt_logprobs`, and OpenAI's older one, `echo` with `logprobs` (which is how
-evaluation harnesses ask). Knows nothing of how they are computed.
+A request has two ways to the prompt's: vLLM's `prompt_logprobs`, and OpenAI's older `echo` with
+`logprobs`, which evaluation harnesses use. Knows nothing of how they are computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from scheduler.client import TokenLogprobs
+from server.answer_types import (
+    CompletionLogprobs,
+    PromptCandidate,
+    PromptLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
+from server.generation.generation_spec import GenerationSpec
 from server.http.errors import invalid
-from server.openai.schemas import GenerateFields
 from server.text.detokenize import StreamDecoder
 from server.text.tokenizer import Tokenizer
 
-#: What OpenAI writes for a probability of 0, which JSON cannot say.
+#: Stands for the logarithm of 0, which JSON cannot express; the same as OpenAI's.
 LOWEST_LOGPROB = -9999.0
 #: Probabilities in one answer: some hundred megabytes.
 MAX_ENTRIES = 2**20
 
 
-def num_wanted(request: GenerateFields, echoed: int | None = None) -> int | None:
-    """Return how many of the likeliest are wanted for each token; None: it is not asked for.
-
-    `echoed`: as many as the echo is to tell. Raises `ApiError`.
-    """
-    if request.prompt_logprobs is not None and request.stream:
+def num_wanted(spec: GenerationSpec) -> int | None:
+    """Return the number of likeliest tokens to list; None: no scores. Raises `ApiError`."""
+    if spec.prompt_logprobs is not None and spec.is_stream:
         message = "prompt_logprobs cannot be streamed: ask without stream"
         raise invalid(message, "prompt_logprobs", code="unsupported_parameter")
-    asked = [count for count in (request.prompt_logprobs, echoed) if count is not None]
-    return max(asked, default=None)
+    counts = (spec.prompt_logprobs, spec.logprobs if spec.is_echoed else None)
+    return max((count for count in counts if count is not None), default=None)
 
 
-def require_few(request: GenerateFields, prompts: Iterable[Sequence[int]], count: int) -> None:
-    """Raise `ApiError` if all prompts together would be told more than an answer may hold.
+def require_few(spec: GenerationSpec, prompts: Iterable[Sequence[int]], count: int) -> None:
+    """Raise `ApiError` for more log-probabilities than an answer may hold, all prompts together.
 
     `count`: of the likeliest at each token.
     """
-    num_entries = sum(map(len, prompts)) * (1 + count)
+    num_entries = sum(map(len, prompts)) * spec.num_tries * (1 + count)
     if num_entries > MAX_ENTRIES:
-        name = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
+        name = "logprobs" if spec.prompt_logprobs is None else "prompt_logprobs"
         message = (
             f"{name}: of the prompts of all answers together {num_entries} probabilities are asked"
             f" for, and at most {MAX_ENTRIES} are told"
@@ -48,12 +51,28 @@ def require_few(request: GenerateFields, prompts: Iterable[Sequence[int]], count
         raise invalid(message, name)
 
 
-def listed(tokenizer: Tokenizer, scores: Iterable[TokenLogprobs], count: int) -> list[Any]:
-    """Return them in vLLM's shape: nothing of the first token, then what could have stood there."""
+def logprobs_entry(tokenizer: Tokenizer, score: TokenLogprobs) -> TokenLogprob:
+    """Return the log-probabilities at one token in OpenAI's shape."""
+    sampled = _of_token(tokenizer, score.token_id, score.logprob)
+    return {**sampled, "top_logprobs": [_of_token(tokenizer, *top) for top in score.top]}
+
+
+def _of_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
+    return {
+        "token": tokenizer.token_text(token_id),
+        "logprob": max(logprob, LOWEST_LOGPROB),
+        "bytes": list(tokenizer.token_bytes(token_id)),
+    }
+
+
+def listed(tokenizer: Tokenizer, scores: Iterable[TokenLogprobs], count: int) -> PromptLogprobs:
+    """Return the prompt's in vLLM's shape: null for the first token, then the candidates."""
     return [None, *(_candidates(tokenizer, score, count) for score in scores)]
 
 
-def _candidates(tokenizer: Tokenizer, score: TokenLogprobs, count: int) -> dict[str, Any]:
+def _candidates(
+    tokenizer: Tokenizer, score: TokenLogprobs, count: int
+) -> dict[str, PromptCandidate]:
     """Return the prompt's own token, and the likeliest ones, by their ids."""
     ranked = {score.token_id: (score.rank, score.logprob)}
     for rank, (token_id, logprob) in enumerate(score.top[:count], 1):
@@ -75,7 +94,7 @@ def echoed(
     count: int,
     *,
     skip_special_tokens: bool,
-) -> dict[str, list[Any]]:
+) -> CompletionLogprobs:
     """Return them in OpenAI's shape, as of an output that begins with the prompt's tokens."""
     decoder = StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
     return {

@@ -11,14 +11,14 @@ from server.tools.output_parser import ThinkTags
 
 
 class ReasoningCounter:
-    """Counts the tokens that begin between what opens the reasoning and what closes it.
+    """Counts the tokens that begin between the tags of the reasoning.
 
-    By the tokens' bytes, so it does not matter whether a tag is one token or many, nor how the
-    tokens come. What it reads is what `OutputParser` takes for reasoning, the tags excepted.
+    It searches the tokens' bytes, so a tag may be one token or many, and batches may end anywhere.
+    These are the tokens of the text that `OutputParser` gives as `Reasoning`.
     """
 
     def __init__(self, pieces: TokenBytes, tags: ThinkTags, *, is_thinking: bool) -> None:
-        """`pieces`: of the tokens as the parser sees them; `is_thinking`: so the prompt ended."""
+        """`pieces`: bytes as the parser gets them; `is_thinking`: the prompt ended in reasoning."""
         self._bytes_of = pieces.__getitem__
         self._opener = tags.opener.encode()
         self._closers = [closer.encode() for closer in (tags.closer, *tags.other_closers)]
@@ -33,7 +33,7 @@ class ReasoningCounter:
         self._num_tokens = 0
 
     def count(self, token_ids: Sequence[int], *, is_last: bool) -> int:
-        """Take in the next tokens; return how many of all are known to be reasoning."""
+        """Read the next tokens; return the number of reasoning tokens so far."""
         if not self._is_over:
             self._read(token_ids)
         if is_last and not self._is_over:

@@ -1,8 +1,8 @@
-"""What this process and its children write to stdout and stderr, passed on by threads.
+"""Threads that pass on the output of this process and its children to stdout and stderr.
 
-A reader that stops (a full pipe, a terminal in Ctrl-S) would else stop whoever writes the next
-line: the event loop, or the engine. Here no writer waits; what has no room is dropped, line by
-line, and counted. Knows nothing of what the lines say.
+Without them a reader that stops (a full pipe, a terminal in Ctrl-S) would block the writer of the
+next line: the event loop, or the engine. Here no writer waits: lines without room are dropped and
+counted. Knows nothing of the content of lines.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from contextlib import suppress
 
 _CHUNK_BYTES = 4096
 #: Held for a reader that is slow: some 4 MiB at most.
-_MOST_CHUNKS = 1024
+_MAX_CHUNKS = 1024
 #: A line longer than this may be dropped in part.
-_MOST_LINE_BYTES = 65_536
+_MAX_LINE_BYTES = 65_536
 _PIPE_BYTES = 2**20
 
 
@@ -30,7 +30,7 @@ class Relay:
     """Stands in the place of a file descriptor from now on, to the end of the process."""
 
     def __init__(self, fd: int, on_dropped: Callable[[int], None]) -> None:
-        """`on_dropped`: told how many lines were dropped, once there is room again."""
+        """`on_dropped`: called with the number of dropped lines, once there is room again."""
         self._on_dropped = on_dropped
         self._target = os.dup(fd)
         if os.isatty(fd):
@@ -42,9 +42,9 @@ class Relay:
             self._source, sink = os.pipe()
             with suppress(OSError):  # Smaller is fine too, where the user's share is used up.
                 fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self._queue: queue.Queue[bytes] = queue.Queue(_MOST_CHUNKS)
+        self._queue: queue.Queue[bytes] = queue.Queue(_MAX_CHUNKS)
         self._lock = threading.Lock()
-        self._num_dropped = self._num_unwritten = self._num_told = 0
+        self._num_dropped = self._num_unwritten = self._num_reported = 0
         #: Writes that the reader had room for.
         self._num_passed = 0
         os.dup2(sink, fd)
@@ -54,11 +54,11 @@ class Relay:
 
     @property
     def num_dropped(self) -> int:
-        """Lines that nobody got to read."""
+        """Lines that were dropped or never written."""
         return self._num_dropped + self._num_unwritten
 
     def flush(self, timeout_s: float) -> None:
-        """Wait until all that was written so far is passed on, or nothing is for `timeout_s`."""
+        """Wait until all lines so far are passed on, or none was for `timeout_s`."""
         num_passed, end_s = self._num_passed, time.monotonic() + timeout_s
         while time.monotonic() < end_s and not self._is_idle():
             time.sleep(0.005)
@@ -77,14 +77,14 @@ class Relay:
             with self._lock:
                 try:
                     chunk = os.read(self._source, _CHUNK_BYTES)
-                except OSError:  # What a terminal says where a pipe says that it is at its end.
+                except OSError:  # The end of a terminal; that of a pipe is an empty read.
                     chunk = b""
                 if not chunk:
                     return
                 rest += chunk
-                # Whole lines (or states of a progress bar), lest half of one is dropped.
+                # Whole lines (or states of a progress bar), so that none is dropped in part.
                 end = max(rest.rfind(b"\n"), rest.rfind(b"\r")) + 1
-                if not end and len(rest) >= _MOST_LINE_BYTES:
+                if not end and len(rest) >= _MAX_LINE_BYTES:
                     end = len(rest)
                 lines, rest = rest[:end], rest[end:]
                 try:
@@ -98,14 +98,14 @@ class Relay:
             lines = left = self._queue.get()
             try:
                 while left:
-                    # It may be non-blocking: that is for whoever shares the file to say.
+                    # It may be non-blocking: other processes that share the file decide that.
                     select.select([], [self._target], [])
                     left = left[os.write(self._target, left) :]
                     self._num_passed += 1
             except OSError:  # The reader is gone for good.
                 self._num_unwritten += lines.count(b"\n")
             self._queue.task_done()
-            num_untold = self._num_dropped - self._num_told
-            if num_untold and self._queue.empty():
-                self._num_told += num_untold
-                self._on_dropped(num_untold)
+            num_unreported = self._num_dropped - self._num_reported
+            if num_unreported and self._queue.empty():
+                self._num_reported += num_unreported
+                self._on_dropped(num_unreported)

@@ -1,4 +1,4 @@
-"""What a chat's tools ask for: what the template is shown, and how the answer is to be read.
+"""The tools of a chat: which ones the model may call, and how its output is parsed.
 
 Knows nothing of how answers are sent.
 """
@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from server.generation.generation_spec import Conversation, ToolSpec
 from server.generation.params import Warned
-from server.generation.reasoning import ReasoningCounter
-from server.http.errors import ApiError, invalid
-from server.openai.schemas import ChatRequest
+from server.http.errors import dotted, invalid
 from server.service import Service
-from server.text.token_bytes import TokenBytes
 from server.tools.declared import call_syntax, opens_reasoning, think_tags
 from server.tools.output_parser import OutputSyntax
-from server.tools.schemas import AllowedToolsChoice, CustomTool, Tool, ToolChoice
 from server.tools.syntaxes import BARE, HERMES, CallSyntax
 
 #: Enough of a prompt's end to hold a tag that opens reasoning and the lines behind it.
@@ -26,117 +23,90 @@ _IN_TEXT = "a system message lists them, and calls are read in the form of Herme
 
 @dataclass(frozen=True, slots=True)
 class ParserOptions:
-    """How the answer to a chat is read and told."""
+    """How the output for a chat is parsed and sent."""
 
     syntax: OutputSyntax
     has_parallel_calls: bool = True
     has_reasoning: bool = True
-    #: The one call there is was asked for by its name (then OpenAI says "stop").
+    #: The request names the one tool to call (then OpenAI's finish reason is "stop").
     is_named: bool = False
     #: Of the tools that take a text.
     custom_names: frozenset[str] = frozenset()
 
-    def counter(self, pieces: TokenBytes) -> ReasoningCounter | None:
-        """Return what counts reasoning in tokens shown as `pieces`; None: the model does none."""
-        tags = self.syntax.tags
-        if tags is None:
-            return None
-        return ReasoningCounter(pieces, tags, is_thinking=self.syntax.is_thinking)
-
 
 def tools_are_text(service: Service) -> bool:
-    """Whether the model is shown tools, calls and results as text: its template has no place."""
+    """Return whether tools, calls and results are rendered as text, not by the template."""
     template, model = service.text.template, service.config.model
     is_wanted = model.tools_in_prompt == "auto" and model.tool_call_parser in {"auto", "hermes"}
     return is_wanted and template is not None and not template.shows_tools
 
 
-def is_forced(request: ChatRequest) -> bool:
-    """Whether the answer must be a call."""
-    choice = request.tool_choice
-    if isinstance(choice, AllowedToolsChoice):
-        return choice.allowed_tools.mode == "required"
-    return choice not in (None, "none", "auto")
+def is_forced(chat: Conversation) -> bool:
+    """Return whether the answer must be a call."""
+    return chat.tool_use is not None and chat.tool_use.mode == "required"
 
 
-def forced_tools(request: ChatRequest, tools: Sequence[Tool]) -> list[Tool]:
-    """Return those of the callable tools that may be the one which is called."""
-    choice = request.tool_choice
-    if isinstance(choice, ToolChoice):
-        return [tool for tool in tools if tool.function.name == choice.function.name]
-    return list(tools)
+def forced_tools(chat: Conversation, tools: Sequence[ToolSpec]) -> list[ToolSpec]:
+    """Return those of the callable tools that a forced call may call."""
+    names = None if chat.tool_use is None else chat.tool_use.names
+    return [tool for tool in tools if names is None or tool.name in names]
 
 
-def callable_tools(service: Service, request: ChatRequest) -> list[Tool]:
+def callable_tools(service: Service, chat: Conversation) -> list[ToolSpec]:
     """Return the tools that the model may call. Raises `ApiError`."""
-    tools, choice = request.tools or [], request.tool_choice
-    if choice == "none":
+    tools, use = list(chat.tools), chat.tool_use
+    if use is not None and use.mode == "none":
         return []
-    if choice is not None and not tools:
-        shown = repr(choice) if isinstance(choice, str) else "by name"
+    if use is not None and not tools:
+        shown = repr(use.mode) if use.names is None else "by name"
         raise invalid(f"tool_choice {shown} needs tools", "tool_choice")
     seen: set[str] = set()
-    for index, tool in enumerate(tools):
-        if tool.function.name in seen:
-            param = f"tools.{index}.function.name"
-            raise invalid(f"{param}: two tools have this name", param)
-        seen.add(tool.function.name)
-    for name in _chosen(choice):
-        if name not in seen:
-            message = f"tool_choice names {name!r}, which is none of the tools"
-            raise invalid(message, "tool_choice")
-    if isinstance(choice, AllowedToolsChoice):
-        tools = [tool for tool in tools if tool.function.name in _chosen(choice)]
-    if tools and not is_forced(request) and _syntax(service) is None:
-        raise _no_tools()
+    for tool in tools:
+        if tool.name in seen:
+            path = (*tool.path, "name")
+            raise invalid(f"{dotted(path)}: two tools have this name", path)
+        seen.add(tool.name)
+    if use is not None and use.names is not None:
+        for name in use.names:
+            if name not in seen:
+                message = f"tool_choice names {name!r}, which is none of the tools"
+                raise invalid(message, "tool_choice")
+        if not use.is_named:
+            tools = [tool for tool in tools if tool.name in use.names]
+    if tools and not is_forced(chat) and _syntax(service) is None:
+        message = (
+            "tools are not supported by this model: its chat template has none (--tools-in-prompt"
+            " auto shows them all the same), or a format of calls that is not read here"
+            " (--tool-call-parser)"
+        )
+        raise invalid(message, "tools", code="unsupported_parameter")
     return tools
 
 
-def _chosen(choice: object) -> list[str]:
-    """Return the tools that a choice names."""
-    if isinstance(choice, AllowedToolsChoice):
-        return [one.function.name for one in choice.allowed_tools.tools]
-    return [choice.function.name] if isinstance(choice, ToolChoice) else []
-
-
-def numbered(request: ChatRequest, tools: Sequence[Tool]) -> list[tuple[int, Tool]]:
-    """Return tools with their places in the request."""
-    places = {id(tool): place for place, tool in enumerate(request.tools or ())}
-    return [(places[id(tool)], tool) for tool in tools]
-
-
-def tool_warnings(service: Service, request: ChatRequest, tools: Sequence[Tool]) -> list[Warned]:
-    """Return what of the tools has no effect."""
+def tool_warnings(service: Service, chat: Conversation, tools: Sequence[ToolSpec]) -> list[Warned]:
+    """Return warnings for fields of the callable tools without effect."""
     warnings: list[Warned] = []
     template = service.text.template
     if tools and template is not None and not template.shows_tools:
-        told = "the model's chat template has no place for tools: "
-        told += _IN_TEXT if tools_are_text(service) else "the model is not shown them"
-        warnings.append({"param": "tools", "message": told})
-    for index, tool in numbered(request, tools):
-        if isinstance(tool, CustomTool):
-            warnings += _custom_warnings(tool, f"tools.{index}.", is_forced=is_forced(request))
-            continue
-        if tool.function.strict and not is_forced(request):
-            param = f"tools.{index}.function.strict"
-            told = (
+        message = "the model's chat template has no place for tools: "
+        message += _IN_TEXT if tools_are_text(service) else "the model is not shown them"
+        warnings.append({"param": "tools", "message": message})
+    for tool in tools:
+        if tool.grammar_syntax and not (is_forced(chat) and tool.grammar_syntax == "regex"):
+            param = dotted(tool.schema_path)
+            message = (
+                f"{param} is shown to the model, which is not held to it: that is done for regex"
+                " alone, where tool_choice is 'required' or names the tool"
+            )
+            warnings.append({"param": param, "message": message})
+        elif tool.is_strict and not is_forced(chat):
+            param = dotted((*tool.path, "strict"))
+            message = (
                 f"{param} was ignored: arguments are held to the schema only where tool_choice is"
                 " 'required' or names the tool"
             )
-            warnings.append({"param": param, "message": told})
+            warnings.append({"param": param, "message": message})
     return warnings
-
-
-def _custom_warnings(tool: CustomTool, at: str, *, is_forced: bool) -> list[Warned]:
-    grammar = tool.grammar
-    if grammar is None or (is_forced and grammar.syntax == "regex"):
-        return []
-    param = at + CustomTool.schema_field
-    told = (
-        f"{param} is shown to the model, which is not held to it: that is done for regex alone,"
-        " where tool_choice is 'required' or names the tool"
-    )
-    return [{"param": param, "message": told}]
 
 
 def prompt_end(service: Service, prompt: Sequence[int]) -> str:
@@ -145,7 +115,7 @@ def prompt_end(service: Service, prompt: Sequence[int]) -> str:
 
 
 def parser_options(
-    service: Service, request: ChatRequest, tools: Sequence[Tool], prompt: Sequence[int]
+    service: Service, chat: Conversation, tools: Sequence[ToolSpec], prompt: Sequence[int]
 ) -> ParserOptions | None:
     """Return how the answer is read; None: it is plain text. `tools`: the callable ones."""
     template = service.text.template
@@ -160,13 +130,13 @@ def parser_options(
             calls,
             tags,
             is_thinking=tags is not None and opens_reasoning(end, tags),
-            tool_names=frozenset(tool.function.name for tool in tools),
-            schemas={tool.function.name: tool.function.parameters or {} for tool in tools},
+            tool_names=frozenset(tool.name for tool in tools),
+            schemas={tool.name: tool.parameters or {} for tool in tools},
         ),
-        has_parallel_calls=request.parallel_tool_calls is not False,
-        has_reasoning=request.include_reasoning is not False,
-        is_named=isinstance(request.tool_choice, ToolChoice),
-        custom_names=frozenset(one.custom.name for one in tools if isinstance(one, CustomTool)),
+        has_parallel_calls=chat.has_parallel_calls is not False,
+        has_reasoning=chat.has_reasoning,
+        is_named=chat.tool_use is not None and chat.tool_use.is_named,
+        custom_names=frozenset(tool.name for tool in tools if tool.is_custom),
     )
 
 
@@ -177,11 +147,3 @@ def _syntax(service: Service) -> CallSyntax | None:
     if tools_are_text(service):
         return HERMES
     return call_syntax(template.sources, service.config.model.tool_call_parser)
-
-
-def _no_tools() -> ApiError:
-    message = (
-        "tools are not supported by this model: its chat template has none (--tools-in-prompt auto"
-        " shows them all the same), or a format of calls that is not read here (--tool-call-parser)"
-    )
-    return invalid(message, "tools", code="unsupported_parameter")

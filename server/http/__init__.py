@@ -1,1 +1,1 @@
-"""What every route shares: protocol, authentication, errors, event streams."""
+"""The parts that all routes share: protocol, authentication, errors, event streams."""

@@ -1,7 +1,7 @@
-"""Who may ask: API keys, checked before any route is looked up.
+"""Checks API keys before any route is looked up.
 
-Deny by default: a path is open only if it stands, letter by letter, in the list of open paths, so
-no spelling of another path (`//`, a trailing slash, a prefix, another method) is let through.
+Denies by default: a path is open only if it stands, letter by letter, in the list of open paths.
+So no spelling of another path (`//`, a trailing slash, a prefix, another method) passes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from server.http.context import RequestContext
 from server.http.errors import ApiError
 from server.http.keys import ApiKey, Keyring
 
-#: What probes and scrapers ask for; open unless `protect_metrics` is set.
+#: Paths of probes and scrapers; open unless `protect_metrics` is set.
 PROBE_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
 
 class AuthMiddleware:
-    """Answers 401 to whoever brings no accepted key, 429 to whose key runs enough already.
+    """Refuses requests without an accepted key (401), and requests beyond their key's limit (429).
 
-    Raises `ApiError` for the boundary to tell. Only requests that ask for work (POST) count for a
-    key's limit: a key at its limit may still look at the models and the metrics.
+    Raises `ApiError`, which `server/http/middleware.py` sends. Only POST requests count for a key's
+    limit: a key at its limit may still read the models and the metrics.
     """
 
     def __init__(self, app: ASGIApp, *, keyring: Keyring, open_paths: frozenset[str]) -> None:
@@ -29,7 +29,7 @@ class AuthMiddleware:
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what is allowed."""
+        """Pass on a request if it is allowed."""
         is_lifespan = scope["type"] == "lifespan"
         if is_lifespan or self._keyring.is_empty or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
@@ -58,7 +58,7 @@ class AuthMiddleware:
 
 
 def _presented(scope: Scope) -> bytes | None:
-    """Return the key a request brings, OpenAI's way, Anthropic's or both; None: no single one."""
+    """Return the key in OpenAI's header, Anthropic's or both; None if there is not exactly one."""
     bearer = [value for name, value in scope["headers"] if name == b"authorization"]
     plain = [value.strip() for name, value in scope["headers"] if name == b"x-api-key"]
     if len(bearer) > 1 or len(plain) > 1:

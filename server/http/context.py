@@ -1,6 +1,6 @@
-"""What is known of one HTTP request while it is answered, and how it is ended from outside.
+"""The record of one HTTP request while it is answered, and its interruption from outside.
 
-Knows nothing of what the request asks for.
+Knows nothing of the content of requests.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from starlette.types import Receive, Scope
 
 from server.http.errors import ApiError, ClientGoneError, unavailable
 
-_SCOPE_KEY = "octavo.request"
+SCOPE_KEY = "octavo.request"
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The two times a server needs, both in seconds: one to measure with, one to tell."""
+    """The two clocks of a server, both in seconds: one for durations, one for dates."""
 
     monotonic_s: Callable[[], float] = time.monotonic
     wall_s: Callable[[], float] = time.time
@@ -29,7 +29,7 @@ class Clock:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What the log line, the metrics and the response's `octavo` object tell of a request."""
+    """Data of a request for its log line, the metrics and the `octavo` object of its response."""
 
     request_id: str
     method: str
@@ -38,12 +38,12 @@ class RequestRecord:
     #: On the monotonic clock, like every `*_at_s` here.
     arrived_at_s: float
     status: int = 0
-    #: Empty where the request never asked a model for tokens.
+    #: Empty for a request that generates nothing.
     model: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    #: Those of them that are reasoning; None: the model does none.
+    #: Those of them that are reasoning; None: the model does not reason.
     reasoning_tokens: int | None = None
     miss_reason: str = ""
     queue_s: float | None = None
@@ -52,7 +52,7 @@ class RequestRecord:
     finish_reason: str = ""
     #: The stop string that ended the output.
     stop_text: str | None = None
-    #: What ends the stream in hand if it fails; None: what the route's errors look like says it.
+    #: Gives the events that end the current stream if it fails; None: the route's error form does.
     stream_end: Callable[[ApiError], bytes] | None = field(default=None, repr=False)
     #: Of the API key, if it has a name.
     key_name: str = ""
@@ -61,7 +61,7 @@ class RequestRecord:
     namespace: str = ""
     #: The same for a request that comes again: of client and body.
     whose: int = 0
-    #: Of the answer, where it is one.
+    #: The answer, where it is an error.
     error: ApiError | None = None
 
     @property
@@ -147,47 +147,43 @@ class Interruption:
 
 
 class BodyBudget:
-    """Bytes of the bodies that are being read; half of them is the most for one client."""
+    """Bytes of the bodies that are being read; one client may have half of them."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._held = Counter[str]()
 
     @contextmanager
     def reading(self, client: str) -> Iterator[Callable[[int], None]]:
-        """Give what counts bytes as they come in, and raises `ApiError` (503) for one too many."""
+        """Give a counter of received bytes, which raises `ApiError` (503) for one too many."""
         num_held = 0
 
         def take(num_bytes: int) -> None:
             nonlocal num_held
             num_held += num_bytes
             self._held[client] += num_bytes
-            if max(self._held.total(), 2 * self._held[client]) > self._most_bytes:
+            if max(self._held.total(), 2 * self._held[client]) > self._max_bytes:
                 raise unavailable("too much is being sent to the server", is_closing=True)
 
         try:
             yield take
         finally:
             self._held[client] -= num_held
-            # Only those stay that hold some.
+            # Drops the clients that hold none.
             self._held += Counter()
 
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """Travels in the ASGI scope from the boundary to the routes."""
+    """Travels in the ASGI scope from the middleware to the routes."""
 
     record: RequestRecord
     interruption: Interruption = field(repr=False)
     bodies: BodyBudget = field(repr=False)
 
-    def attach(self, scope: Scope) -> None:
-        """Put it where `of` finds it."""
-        scope[_SCOPE_KEY] = self
-
     @staticmethod
     def of(scope: Scope) -> RequestContext:
         """Return the context of the request in hand."""
-        context = scope[_SCOPE_KEY]
-        assert isinstance(context, RequestContext), "the boundary puts it there"
+        context = scope[SCOPE_KEY]
+        assert isinstance(context, RequestContext), "the middleware puts it there"
         return context

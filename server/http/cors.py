@@ -1,7 +1,7 @@
-"""Lets pages of other origins ask from a browser; only where the operator names them.
+"""Allows requests from pages of the origins that the operator names.
 
-Stands outside even the boundary: preflights bring no key, and a page may read an error only if the
-error carries the headers too. Preflights leave no log line.
+It is the outermost layer: preflights have no key, and a page may read an error only if the error
+has the headers too. Preflights are not logged.
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ _PREFLIGHT_LASTS_S = 600
 
 
 class Cors(CORSMiddleware):
-    """Answers preflights, and marks answers as readable by `origins`.
-
-    `methods`: those of the routes.
-    """
+    """Answers preflights, and marks answers as readable by `origins`."""
 
     def __init__(self, app: ASGIApp, *, origins: tuple[str, ...], methods: Sequence[str]) -> None:
-        # No credentials: a key is sent by the page itself, never by the browser of its own accord.
+        # No credentials: the page itself sends a key, never the browser.
         super().__init__(
             app,
             allow_origins=origins,
@@ -37,7 +34,7 @@ class Cors(CORSMiddleware):
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """Return the answer; a refusal looks like every other error."""
+        """Return the answer; a refusal has the form of every other error."""
         answer = super().preflight_response(request_headers)
         if answer.status_code == 200:
             return answer

@@ -1,6 +1,6 @@
-"""Ends a request that takes too long, wherever it is by then: in the queue, or half answered.
+"""Ends a request that takes too long, in the queue or in the middle of its answer.
 
-Knows nothing of what is asked; ending the task that answers is what gives the engine's pages back.
+Ending its task also frees the engine's pages. Knows nothing of the content of requests.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 
 from server.http.context import Clock, RequestContext
-from server.http.errors import ApiError
+from server.http.errors import ApiError, Path
 
 DEADLINE_CODE = "deadline_exceeded"
 
 
 class Deadline:
-    """The earliest of the limits it is told, all of them counted from the request's arrival."""
+    """The earliest of several time limits, all counted from the request's arrival."""
 
     def __init__(self, context: RequestContext, clock: Clock) -> None:
         self._context = context
@@ -22,26 +22,26 @@ class Deadline:
         self._timers: list[asyncio.TimerHandle] = []
 
     def of_request(self, timeout_s: float | None) -> None:
-        """Hold the request to the time its client gave it, if it did."""
+        """Apply the time limit of its client, if any."""
         if timeout_s is not None:
             message = f"the request was not finished within its timeout of {timeout_s:g} seconds"
-            self._end_after(timeout_s, message, "timeout")
+            self._end_after(timeout_s, message, ("timeout",))
 
     def of_server(self, timeout_s: float | None) -> None:
-        """Hold the request to the time the operator gives every request, if any."""
+        """Apply the operator's time limit for every request, if any."""
         if timeout_s is not None:
             message = f"the request took longer than the {timeout_s:g} seconds this server allows"
-            self._end_after(timeout_s, message, None)
+            self._end_after(timeout_s, message)
 
     def close(self) -> None:
-        """Let the request go on for as long as it likes."""
+        """Remove the limits."""
         for timer in self._timers:
             timer.cancel()
 
-    def _end_after(self, limit_s: float, message: str, param: str | None) -> None:
-        # 408 is what clients know; but OpenAI's and Anthropic's send it again, twice, unless told.
+    def _end_after(self, limit_s: float, message: str, path: Path = ()) -> None:
+        # OpenAI's and Anthropic's clients would repeat a 408 twice without this header.
         headers = {"X-Should-Retry": "false"}
-        error = ApiError(408, message, param=param, code=DEADLINE_CODE, headers=headers)
+        error = ApiError(408, message, path=path, code=DEADLINE_CODE, headers=headers)
         left_s = self._context.record.arrived_at_s + limit_s - self._clock.monotonic_s()
         loop = asyncio.get_running_loop()
         interrupt = self._context.interruption.interrupt

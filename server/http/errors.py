@@ -1,28 +1,25 @@
-"""What goes wrong and how a client hears of it: one exception, one JSON shape, one mapping.
+"""Errors that a client gets: one exception, one JSON shape, one mapping.
 
 Three kinds only: the request is wrong (4xx), not now (429, 503 with Retry-After), a bug of ours
-(500, without a word of the insides). Knows nothing of routes or of how bytes are sent.
+(500, without internal details). Knows nothing of routes or of how bytes are sent.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 import orjson
 from pydantic import ValidationError
 
-from scheduler.client import (
-    EngineError,
-    EngineUnavailableError,
-    RejectKind,
-    RequestRefusedError,
-)
+from scheduler.client import EngineError, EngineUnavailableError, RejectKind, RequestRefusedError
 from server.http import sse
 
+#: Keys and indexes that lead to a value in the body of a request, as its API has it.
+Path: TypeAlias = tuple[str | int, ...]
 #: OpenAI's `error.type` of each status we answer with.
 ERROR_TYPES = {
     400: "invalid_request_error",
@@ -35,22 +32,22 @@ ERROR_TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
 }
-#: Where nothing better is known.
+#: Where there is no better estimate.
 BUSY_RETRY_AFTER_S = 1
 UNAVAILABLE_RETRY_AFTER_S = 5
 
 _MAX_LISTED_FAULTS = 3
 _MAX_ECHOED_CHARS = 200
 
-#: What a message quotes of a request, such as a name. An apostrophe in a word opens no quotation.
+#: A quotation from a request, such as a name. An apostrophe in a word opens no quotation.
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""", re.DOTALL)
 
 
 class ApiError(Exception):
-    """An answer other than success. `param` names the field at fault, `code` is for machines.
+    """An answer other than success. `path` leads to the field at fault, `code` is for machines.
 
-    `log_reason`: the message for the log, which must not hold a client's text; by default the
-    message without what it quotes. Give one where the message has such text without quotes.
+    `log_reason`: the message for the log, which must not contain text of a client; by default the
+    message without its quotations. Needed where the message has such text without quotes.
     """
 
     def __init__(
@@ -58,7 +55,7 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
-        param: str | None = None,
+        path: Path = (),
         code: str | None = None,
         headers: dict[str, str] | None = None,
         log_reason: str | None = None,
@@ -66,11 +63,11 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
-        self.param = param
+        self.path = path
         self.code = code
         self.headers = headers or {}
         self.log_reason = _QUOTED.sub("'…'", message) if log_reason is None else log_reason
-        #: Of the request it answers; the boundary knows it.
+        #: Of the request that failed; the middleware sets it.
         self.request_id = ""
 
     @property
@@ -78,22 +75,19 @@ class ApiError(Exception):
         """OpenAI's `error.type`."""
         return ERROR_TYPES.get(self.status, ERROR_TYPES[400])
 
+    @property
+    def param(self) -> str | None:
+        """The field at fault, as all three APIs write it."""
+        return shortened(dotted(self.path)) or None
+
     def body(self) -> bytes:
-        """Return the JSON that tells it, the same in a response and in a stream."""
-        return orjson.dumps(
-            {
-                "error": {
-                    "message": self.message,
-                    "type": self.type,
-                    "param": self.param,
-                    "code": self.code,
-                }
-            }
-        )
+        """Return the JSON of the error, the same in a response and in a stream."""
+        names = ("message", "type", "param", "code")
+        return orjson.dumps({"error": {name: getattr(self, name) for name in names}})
 
 
 class ErrorForm(Protocol):
-    """How the errors of one API look. All of them have OpenAI's `error` object."""
+    """The form of one API's errors. All of them have OpenAI's `error` object."""
 
     def body(self, error: ApiError) -> bytes:
         """Return the JSON of an answer that is an error."""
@@ -103,7 +97,7 @@ class ErrorForm(Protocol):
 
 
 class OpenAIErrors:
-    """See `ErrorForm`: OpenAI's, which is what every route has unless it says otherwise."""
+    """See `ErrorForm`: OpenAI's, which is the default of every route."""
 
     def body(self, error: ApiError) -> bytes:
         """See `ErrorForm`."""
@@ -115,14 +109,15 @@ class OpenAIErrors:
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection: there is nobody to tell anything."""
+    """The client closed its connection, so no answer can be sent."""
 
 
 def invalid(
-    message: str, param: str | None, code: str | None = None, *, log_reason: str | None = None
+    message: str, at: Path | str | None, code: str | None = None, *, log_reason: str | None = None
 ) -> ApiError:
-    """Return the error for a request that is wrong in its field `param`."""
-    return ApiError(400, message, param=param, code=code, log_reason=log_reason)
+    """Return the error for a request that is wrong at a path, or in the field of that name."""
+    path = (at,) if isinstance(at, str) else at or ()
+    return ApiError(400, message, path=path, code=code, log_reason=log_reason)
 
 
 def unavailable(
@@ -137,53 +132,63 @@ def unavailable(
 
 
 def model_not_found(name: str) -> ApiError:
-    """Return the error for a model nobody serves here."""
+    """Return the error for a model that is not served here."""
     message = f"model {shortened(name)!r} is not served here; GET /v1/models lists what is"
-    return ApiError(404, message, param="model", code="model_not_found")
+    return ApiError(404, message, path=("model",), code="model_not_found")
 
 
 def from_engine(error: EngineError, retry_after_s: int = BUSY_RETRY_AFTER_S) -> ApiError:
-    """Say an engine's refusal or failure in HTTP's terms.
+    """Return the HTTP error for an engine's refusal or failure.
 
-    `retry_after_s`: when a queue that is full now will have room.
+    `retry_after_s`: the time until a full queue is expected to have room.
     """
     if isinstance(error, RequestRefusedError):
         if error.kind is RejectKind.INVALID:
-            # What a grammar's library says has lines of the grammar in it.
+            # The message of the grammar library contains lines of the grammar.
             reason = "the grammar cannot be enforced" if error.param == "grammar" else None
             return invalid(str(error), error.param, log_reason=reason)
         headers = {"Retry-After": str(retry_after_s)}
-        return ApiError(429, str(error), param=error.param, code="queue_full", headers=headers)
+        path = () if error.param is None else (error.param,)
+        return ApiError(429, str(error), path=path, code="queue_full", headers=headers)
     if isinstance(error, EngineUnavailableError):
         return unavailable(str(error), retry_after_s=error.retry_after_s)
     return ApiError(500, str(error) or "the engine failed on this request", code="engine_fault")
 
 
 def from_status(status: int, detail: str, headers: dict[str, str]) -> ApiError:
-    """Say a router's 404 or 405 in our shape."""
+    """Return a router's 404 or 405 in our shape."""
     message = detail or HTTPStatus(status).phrase
     return ApiError(status, message, code=HTTPStatus(status).name.lower(), headers=headers)
 
 
-def from_validation(error: ValidationError) -> ApiError:
-    """Name the fields at fault; never their values, which may be somebody's prompt."""
+def from_validation(
+    error: ValidationError, at: Path = (), path_of: Callable[[Path], Path] | None = None
+) -> ApiError:
+    """Return the error that names the fields at fault, but not their values, which may be private.
+
+    `at`: path of the validated value; `path_of`: maps pydantic's location to a path in that value.
+    """
     faults = error.errors(include_url=False, include_context=False, include_input=False)
-    first = faults[0]
-    if first["type"] == "json_invalid":
-        return invalid(first["msg"], None, code="invalid_json")
-    told = [
-        f"{_path(fault['loc'])}: {fault['msg'].removeprefix('Value error, ')}"
+    if faults[0]["type"] == "json_invalid":
+        return invalid(faults[0]["msg"], None, code="invalid_json")
+    paths = [
+        (*at, *(fault["loc"] if path_of is None else path_of(fault["loc"]))) or ("body",)
         for fault in faults[:_MAX_LISTED_FAULTS]
     ]
-    left = len(faults) - len(told)
+    messages = [
+        f"{shortened(dotted(path))}: {fault['msg'].removeprefix('Value error, ')}"
+        for path, fault in zip(paths, faults, strict=False)
+    ]
+    left = len(faults) - len(messages)
     more = f" (and {left} more)" if left else ""
-    return invalid("; ".join(told) + more, _path(first["loc"]) or None)
+    return invalid("; ".join(messages) + more, paths[0])
+
+
+def dotted(path: Path) -> str:
+    """Return a path as errors and warnings name it."""
+    return ".".join(map(str, path))
 
 
 def shortened(text: str) -> str:
     """Return `text` short enough to be echoed in a message or a log line."""
     return text if len(text) <= _MAX_ECHOED_CHARS else text[:_MAX_ECHOED_CHARS] + "…"
-
-
-def _path(location: Sequence[Any]) -> str:
-    return shortened(".".join(str(part) for part in location)) or "body"

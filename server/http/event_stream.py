@@ -1,6 +1,6 @@
 """One response of server-sent events: begun with the first, kept alive while there is none.
 
-Knows nothing of what the events say, or of how the stream fails (`server/http/middleware.py`).
+Knows nothing of the content of events, or of how the stream fails (`server/http/middleware.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from server.http import sse
 class EventStream:
     """Writes whole events. Awaiting a write is the backpressure: it waits for a slow reader.
 
-    After `keep_alive_s` without a write it writes a comment, which clients pass over, so that
-    neither they nor a proxy take a request in the queue or a long prompt for a dead connection. The
-    response begins with it, so what goes wrong later is told in the stream.
+    After `keep_alive_s` without a write it writes a comment, which clients skip. So neither they
+    nor a proxy take a request in the queue or a long prompt for a dead connection. The comment
+    begins the response, so later errors are sent in the stream.
     """
 
     def __init__(self, send: Send, keep_alive_s: float) -> None:
@@ -68,7 +68,7 @@ class EventStream:
             if silent_s < self._keep_alive_s:
                 await asyncio.sleep(self._keep_alive_s - silent_s)
             elif self._turn.locked():
-                # There is something to read already, but nobody reads.
+                # The client has not read the last events yet.
                 await asyncio.sleep(self._keep_alive_s)
             else:
                 await self.write(sse.KEEP_ALIVE)

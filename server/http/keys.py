@@ -1,6 +1,6 @@
-"""The API keys: read from flags and from a file, kept as digests, exchanged while the server runs.
+"""The API keys: read from flags and a file, kept as digests, replaced while the server runs.
 
-Keys themselves appear in no message, log line or attribute. Knows nothing of headers or routes.
+The keys themselves appear in no message, log line or attribute. Knows nothing of headers or routes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from configs.schema import ServerSection
 from server.http.errors import BUSY_RETRY_AFTER_S, ApiError
 from server.logs import LOGGER_NAME, fields
 
-#: What a file's name ends with if it holds names and limits too; any other has one key a line.
-TOML_SUFFIX = ".toml"
-#: The `cache_namespace` of keys that share cached prefixes with all others that say so.
+#: The `cache_namespace` of all keys that share cached prefixes with each other.
 SHARED_NAMESPACE = "shared"
 
 _log = logging.getLogger(LOGGER_NAME)
@@ -32,39 +30,31 @@ _log = logging.getLogger(LOGGER_NAME)
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """One accepted key, without the key: what is kept of it cannot be turned back."""
+    """One accepted key, as a digest: the key cannot be restored."""
 
     digest: bytes
     #: May be empty. Several keys may share one, as when one replaces another.
     name: str = ""
-    #: Requests that may run at once with it; None: as many as there is room for.
+    #: Requests that may run at once with it; None: no limit.
     max_requests: int | None = None
-    #: As the operator set it; None: the key's owner has one.
+    #: As the operator set it; None: the owner's own.
     cache_namespace: str | None = None
 
     @property
     def owner(self) -> str:
-        """Whose responses it sees: its name's, or its own; no name is equal to a nameless key."""
+        """The owner of stored responses: keys of one name share them."""
         return f"={self.name}" if self.name else f"#{self.digest.hex()}"
 
     @property
     def namespace(self) -> str:
-        """Within which cached prefixes are shared; empty: the one of all who share."""
+        """The namespace within which cached prefixes are shared; empty: the shared one."""
         if self.cache_namespace is None:
             return self.owner
         return "" if self.cache_namespace == SHARED_NAMESPACE else f"={self.cache_namespace}"
 
 
-@dataclass(frozen=True, slots=True)
-class KeyringStats:
-    """One moment of it."""
-
-    num_keys: int
-    num_requests: int
-
-
 class Keyring:
-    """The accepted keys, and how many requests run with each."""
+    """The accepted keys, and the number of requests that run with each."""
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
         self._keys = tuple(keys)
@@ -72,21 +62,18 @@ class Keyring:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no key is configured: then everybody may ask."""
+        """Whether no key is configured: then the server is open to all."""
         return not self._keys
 
     def find(self, secret: bytes) -> ApiKey | None:
-        """Return the key that `secret` is; takes as long for a near miss as for a hit."""
+        """Return the key equal to `secret`, in the same time for a near miss as for a match."""
         digest = digest_of(secret)
-        found = None
-        for key in self._keys:
-            if hmac.compare_digest(key.digest, digest):
-                found = key
-        return found
+        matching = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
+        return matching[0] if matching else None
 
     @contextmanager
     def request(self, key: ApiKey) -> Iterator[None]:
-        """Count a request as running with `key`. Raises `ApiError` (429) where too many do."""
+        """Count a request as running with `key`. Raises `ApiError` (429) at the key's limit."""
         running = self._num_requests.get(key.digest, 0)
         if key.max_requests is not None and running >= key.max_requests:
             message = f"{running} requests are running with this API key, which is its limit"
@@ -101,25 +88,21 @@ class Keyring:
                 del self._num_requests[key.digest]
 
     def replace(self, keys: Iterable[ApiKey]) -> None:
-        """Accept these keys from now on. What runs goes on, and counts for a key that stays."""
+        """Accept these keys from now on. Running requests go on, and count for a key that stays."""
         self._keys = tuple(keys)
 
-    def stats(self) -> KeyringStats:
-        """Return a snapshot."""
-        return KeyringStats(len(self._keys), sum(self._num_requests.values()))
-
     def check(self) -> None:
-        """Assert that only what runs is counted."""
+        """Assert that every count is positive."""
         assert all(count > 0 for count in self._num_requests.values()), "a count of nothing"
 
 
 def digest_of(secret: bytes) -> bytes:
-    """Return what is kept of a key."""
+    """Return the digest that is kept of a key."""
     return hashlib.sha256(secret).digest()
 
 
 def load_keys(section: ServerSection) -> tuple[ApiKey, ...]:
-    """Return the configured keys. Raises `ValueError` that says what is wrong, and no key."""
+    """Return the configured keys. Raises `ValueError`, whose message contains no key."""
     # Without a file, all keys are one operator's.
     namespace = SHARED_NAMESPACE if section.api_key_file is None else None
     entries = [_Entry(key=secret, cache_namespace=namespace) for secret in section.api_key]
@@ -139,7 +122,7 @@ def load_keys(section: ServerSection) -> tuple[ApiKey, ...]:
 
 
 def reload_keys(keyring: Keyring, section: ServerSection) -> None:
-    """Read the key file again; where it is wrong, say so and go on with the keys there are."""
+    """Read the key file again; if it is wrong, log the fault and keep the present keys."""
     try:
         keys = load_keys(section)
     except ValueError as error:
@@ -176,7 +159,8 @@ def _entries_in(path: Path) -> list[_Entry]:
     except (OSError, UnicodeDecodeError) as error:
         message = f"api_key_file {path} cannot be read: {error}"
         raise ValueError(message) from error
-    entries = _of_toml(text, path) if path.suffix == TOML_SUFFIX else _of_lines(text)
+    # TOML has names and limits; any other file has one key a line.
+    entries = _of_toml(text, path) if path.suffix == ".toml" else _of_lines(text)
     if not entries:
         message = f"api_key_file {path} holds no key; without one the server would be open to all"
         raise ValueError(message)
@@ -197,5 +181,5 @@ def _of_toml(text: str, path: Path) -> list[_Entry]:
         message = f"api_key_file {path}: {place}: {fault['msg']}"
     except tomllib.TOMLDecodeError as error:
         message = f"api_key_file {path} is not TOML: {error}"
-    # Raised here, without what led to it: that holds the keys.
+    # Raised outside of `except`: the cause would contain the keys.
     raise ValueError(message)

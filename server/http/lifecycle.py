@@ -1,6 +1,6 @@
-"""Whether new requests are taken, and how many are being answered: what a clean stop needs.
+"""Counts the requests in flight, and drains them for a clean stop.
 
-Knows nothing of signals (`server/daemon.py` does) or of HTTP.
+Knows nothing of signals (`server/daemon.py`) or of the content of requests.
 """
 
 from __future__ import annotations
@@ -8,25 +8,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.http.auth import PROBE_PATHS
 from server.http.context import Interruption
 from server.http.errors import unavailable
 
-#: For those that are ended to say so.
+#: For the error answers of requests that are ended.
 _END_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class LifecycleStats:
-    """One moment of it."""
-
-    num_in_flight: int
-    is_draining: bool
-
-
 class Lifecycle:
-    """Taking requests, then draining; never back."""
+    """Takes requests, then drains; never the other way."""
 
     def __init__(self) -> None:
         self._is_draining = False
@@ -36,14 +30,19 @@ class Lifecycle:
 
     @property
     def is_draining(self) -> bool:
-        """Whether new requests are turned away."""
+        """Whether new requests are refused."""
         return self._is_draining
+
+    @property
+    def num_in_flight(self) -> int:
+        """The number of requests that are being answered."""
+        return len(self._in_flight)
 
     @contextmanager
     def request(self, *, is_counted: bool = True) -> Iterator[Interruption]:
         """Count the current task's request as in flight until the block is left.
 
-        Probes are not counted: they go on being answered while the server drains.
+        Probes are not counted: they are answered while the server drains.
         """
         interruption = Interruption()
         if not is_counted:
@@ -59,11 +58,11 @@ class Lifecycle:
                 self._is_idle.set()
 
     def begin_drain(self) -> None:
-        """Turn new requests away from now on. Again is fine."""
+        """Refuse new requests from now on. May be called again."""
         self._is_draining = True
 
     async def wait_idle(self, timeout_s: float | None) -> bool:
-        """Wait until nothing is in flight, at most `timeout_s`; return whether that came true."""
+        """Wait until nothing is in flight, at most `timeout_s`; return whether that succeeded."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._is_idle.wait()
@@ -72,17 +71,17 @@ class Lifecycle:
         return True
 
     def end_running(self) -> None:
-        """Let what still runs fail with 503, in its stream if it has begun one."""
+        """Fail the running requests with 503, in their streams if these have begun."""
         for interruption in list(self._in_flight.values()):
             interruption.interrupt(
                 unavailable("the server is shutting down; this request was ended", is_closing=True)
             )
 
     async def drain(self, timeout_s: float) -> bool:
-        """Turn new requests away, let running ones finish, end those that need too long.
+        """Refuse new requests, let running ones finish, and end them after `timeout_s`.
 
-        Returns whether all finished of themselves. At its return all others have been told so, but
-        for what does not let itself be ended within `_END_TIMEOUT_S`.
+        Returns whether all finished in time. When it returns, all others have received their error,
+        unless that takes more than `_END_TIMEOUT_S`.
         """
         self.begin_drain()
         has_finished = await self.wait_idle(timeout_s)
@@ -91,10 +90,21 @@ class Lifecycle:
             await self.wait_idle(_END_TIMEOUT_S)
         return has_finished
 
-    def stats(self) -> LifecycleStats:
-        """Return a snapshot."""
-        return LifecycleStats(len(self._in_flight), self._is_draining)
-
     def check(self) -> None:
         """Assert that the idle mark and the count agree."""
         assert self._is_idle.is_set() == (not self._in_flight), "the idle mark is wrong"
+
+
+class DrainGate:
+    """Raises `ApiError` (503), which `server/http/middleware.py` sends; probes pass."""
+
+    def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle) -> None:
+        self._app = app
+        self._lifecycle = lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request unless the server drains."""
+        is_request = scope["type"] == "http" and scope["path"] not in PROBE_PATHS
+        if is_request and self._lifecycle.is_draining:
+            raise unavailable("the server is shutting down; ask another", is_closing=True)
+        await self._app(scope, receive, send)

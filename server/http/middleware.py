@@ -1,7 +1,7 @@
-"""The outermost layer: every request gets an id, one log line and, whatever happens, an answer.
+"""The outermost layer: every request gets an id, one log line and an answer in every case.
 
 The one place where an exception becomes bytes: a JSON response before the first byte is sent, an
-event in the stream after it. Knows nothing of what is behind it.
+event in the stream after it. Knows nothing of the routes behind it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from scheduler.client import EngineError
 from server.http import sse
 from server.http.auth import PROBE_PATHS
-from server.http.context import BodyBudget, Clock, Interruption, RequestContext, RequestRecord
+from server.http.context import (
+    SCOPE_KEY,
+    BodyBudget,
+    Clock,
+    Interruption,
+    RequestContext,
+    RequestRecord,
+)
 from server.http.errors import (
     ApiError,
     ClientGoneError,
@@ -29,16 +36,16 @@ from server.http.errors import (
     shortened,
 )
 from server.http.lifecycle import Lifecycle
-from server.http.respond import send_json
+from server.http.send import send_json
 from server.logs import LOGGER_NAME, fields, log_request
 from server.metrics import Metrics
 
 REQUEST_ID_HEADER = "X-Request-Id"
-#: What Anthropic's clients look for; OpenAI's look for the other.
+#: Anthropic's clients read the second one, OpenAI's the first.
 _REQUEST_ID_HEADERS = (REQUEST_ID_HEADER.lower().encode(), b"request-id")
-#: What the log and the metrics call a client that left before its answer (nginx' word).
+#: In the log and the metrics: the client left before its answer (nginx' code).
 CLIENT_GONE_STATUS = 499
-#: A client that does not read does not hear why its request was ended either.
+#: Time to send an error to a client that may not read.
 FAREWELL_S = 1.0
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -79,7 +86,7 @@ class RequestMiddleware:
         form = self._error_forms.get(scope["path"]) or OpenAIErrors()
         is_probe = scope["path"] in PROBE_PATHS
         with self._lifecycle.request(is_counted=not is_probe) as interruption:
-            RequestContext(record, interruption, self._bodies).attach(scope)
+            scope[SCOPE_KEY] = RequestContext(record, interruption, self._bodies)
             reply = _Reply(send, record, form, interruption)
             try:
                 async with interruption.reasoned():
@@ -89,7 +96,7 @@ class RequestMiddleware:
             except asyncio.CancelledError:
                 record.status = record.status or CLIENT_GONE_STATUS
                 raise
-            except Exception as error:  # noqa: BLE001 - the last place that can tell the client
+            except Exception as error:  # noqa: BLE001 - the last place that can answer the client
                 await self._fail(reply, _as_api_error(error, record), record)
             finally:
                 self._metrics.on_response(record.status)
@@ -113,7 +120,7 @@ class RequestMiddleware:
 
 
 class _Reply:
-    """What has been sent of one response."""
+    """The part of one response that has been sent."""
 
     def __init__(
         self, send: Send, record: RequestRecord, form: ErrorForm, interruption: Interruption
@@ -144,7 +151,7 @@ class _Reply:
             self._interruption.close()
 
     async def fail(self, error: ApiError) -> None:
-        """Tell the client, in whatever way is left."""
+        """Send the error to the client, in the way that is still possible."""
         error.request_id = self._record.request_id
         with suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
@@ -164,21 +171,17 @@ def _given_id(scope: Scope) -> str | None:
 
 
 def _as_api_error(error: Exception, record: RequestRecord) -> ApiError:
-    """Log what is a fault of ours, with its traceback; the client hears nothing of the insides."""
+    """Log a fault of ours with its traceback; return an error without internal details."""
     logger = logging.getLogger(LOGGER_NAME)
     if isinstance(error, EngineError):
         error = from_engine(error)
     if isinstance(error, ApiError):
-        # A 503 is not a fault: a probe is told that the server stops, or a client to come again.
+        # A 503 is not a fault: the server stops, or the client is to try again later.
         if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-            logger.error(
-                "request failed",
-                extra=fields(id=record.request_id, status=error.status, reason=error.log_reason),
-            )
+            extra = fields(id=record.request_id, status=error.status, reason=error.log_reason)
+            logger.error("request failed", extra=extra)
         return error
-    logger.error(
-        "request failed by a bug", exc_info=error, extra=fields(id=record.request_id, status=500)
-    )
-    return ApiError(
-        500, f"internal error; the server's log tells more under id {record.request_id}"
-    )
+    extra = fields(id=record.request_id, status=500)
+    logger.error("request failed by a bug", exc_info=error, extra=extra)
+    message = f"internal error; the server's log tells more under id {record.request_id}"
+    return ApiError(500, message)

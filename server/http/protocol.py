@@ -1,8 +1,8 @@
-"""HTTP/1.1 below the application: what never becomes a request is answered, or given up, here.
+"""HTTP/1.1 below the application: refuses input that never becomes a request.
 
-uvicorn does the work; it would take in heads, trailers and idle connections without end. Here
-whatever is no body has a bound in bytes and in time, and an address one in connections; bodies are
-the application's (`server/http/respond.py`), until it has answered.
+uvicorn parses, but accepts heads, trailers and idle connections without limit. Here everything but
+bodies has a bound in bytes and in time, and each address a bound in connections. The application
+reads bodies (`server/generation/respond.py`), until it has answered.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from server.http.errors import ApiError, invalid
 
-#: From the connection, or the first byte of a further request on it, to the end of the head; and
-#: from an answer that did not wait for the body to the end of that body, which is thrown away.
+#: From the connection, or the first byte of a further request on it, to the end of the head. Also
+#: from an answer before the end of the body to that end; the rest of the body is dropped.
 HEAD_TIMEOUT_S = 30.0
-#: Of one request, all that is no body: request line, headers, trailers, and of chunks' sizes and
-#: extensions what is longer than the chunks.
+#: Bytes of one request beside its body: request line, headers, trailers, and chunk sizes and
+#: extensions as far as they are longer than the chunks.
 MAX_HEAD_BYTES = 32_768
 MAX_HEADERS = 128
 #: Requests sent before the answer to the first.
 MAX_PIPELINED = 16
-#: How finely the bytes are counted.
+#: Granularity of the count.
 _SLICE_BYTES = 8192
 
 
 class _TooMuchError(Exception):
-    """Raised out of the parser's callbacks, which ends the parsing."""
+    """Raised in the parser's callbacks to end the parsing."""
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -41,9 +41,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     head_timeout_s = HEAD_TIMEOUT_S
     _giving_up: asyncio.TimerHandle | None = None
-    #: Of the request in hand: from its first byte to its last, and to the end of its head.
+    #: Whether the present request has begun and not ended, and its head likewise.
     _is_in_request = _is_in_head = False
-    #: Bytes of it that were no body.
+    #: Its bytes beside the body.
     _num_head_bytes = 0
 
     def __init__(
@@ -53,14 +53,14 @@ class HttpProtocol(HttpToolsProtocol):
         max_per_address: int = 0,
         **named: Any,  # noqa: ANN401 - uvicorn's
     ) -> None:
-        """`connections_by_address`: counted by all connections; `max_per_address`: 0: any."""
+        """`connections_by_address` is shared by all; `max_per_address`: 0: no limit."""
         super().__init__(*args, **named)
         self._counts = Counter[str]() if connections_by_address is None else connections_by_address
         self._max_per_address = max_per_address
         self._address = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a request, but not for ever."""
+        """Wait for a request, within the time limit."""
         super().connection_made(transport)
         self._await_end()
         self._address = _address_of(self.client)
@@ -71,7 +71,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(ApiError(429, message, code="connection_limit", headers=headers))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Stop counting the connection."""
         self._stop_waiting()
         self._counts[self._address] -= 1
         if not self._counts[self._address]:
@@ -79,7 +79,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse it; what asks for another protocol goes on in this one."""
+        """Parse the data; a request to upgrade the protocol is ignored."""
         view, start = memoryview(data), 0
         while start < len(view) and not self.transport.is_closing():
             some = view[start : start + _SLICE_BYTES]
@@ -105,14 +105,14 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take in a header; trailers are nobody's business here."""
+        """Add a header; trailers are ignored."""
         if self._is_in_head:
             if len(self.headers) == MAX_HEADERS:
                 raise _TooMuchError
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """From here on it is a request; its body has a patience of its own."""
+        """Start the request; its body has a time limit of its own."""
         self._is_in_head = False
         self._stop_waiting()
         if len(self.pipeline) == MAX_PIPELINED:
@@ -123,20 +123,20 @@ class HttpProtocol(HttpToolsProtocol):
             self.cycle.send = _unchunked(self.cycle)  # type: ignore[assignment, method-assign] # as uvicorn calls it
 
     def on_body(self, body: bytes) -> None:
-        """Hand it on."""
+        """Pass on a part of the body."""
         # It was counted, and a chunk may have as many bytes around it.
         self._num_head_bytes = max(0, self._num_head_bytes - 2 * len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Begin to count anew."""
+        """Reset the count."""
         self._is_in_request = False
         self._num_head_bytes = 0
         self._stop_waiting()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, and for the rest of this one, but not for ever."""
+        """Wait for the rest of this request or for the next one, within the time limit."""
         super().on_response_complete()
         if self._is_in_request:
             self._unset_keepalive_if_required()
@@ -144,20 +144,20 @@ class HttpProtocol(HttpToolsProtocol):
                 self._await_end()
 
     def _refuse(self, error: ApiError) -> None:
-        """Tell it, unless that would fall into the middle of an answer, and close."""
+        """Send the error, except in the middle of an answer, and close."""
         if self.transport.is_closing():
             return
         cycle = self.cycle
-        is_asked = cycle is not None  # Nothing is before the first request.
-        is_answering = is_asked and cycle.response_started and not cycle.response_complete
+        has_request = cycle is not None
+        is_answering = has_request and cycle.response_started and not cycle.response_complete
         if not is_answering and not self.pipeline:
             body = error.body()
-            told = {"content-type": "application/json", "content-length": str(len(body))}
-            lines = (f"{name}: {value}\r\n" for name, value in {**told, **error.headers}.items())
+            sizes = {"content-type": "application/json", "content-length": str(len(body))}
+            lines = (f"{name}: {value}\r\n" for name, value in {**sizes, **error.headers}.items())
             status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
             head = f"{status}{''.join(lines)}connection: close\r\n\r\n"
             self.transport.write(head.encode() + body)
-        if is_asked:
+        if has_request:
             cycle.disconnected = True
         self.transport.close()
 
@@ -171,9 +171,9 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 def _unchunked(cycle: RequestResponseCycle) -> Send:
-    """Return the `send` of a cycle whose client knows no chunks: the end of the body is the close.
+    """Return the `send` of a cycle whose client supports no chunks: closing ends the body.
 
-    uvicorn closes after each answer to HTTP/1.0, but chunks whatever has no length.
+    uvicorn closes after each answer to HTTP/1.0, but sends an answer without a length in chunks.
     """
     send: Send = cycle.send  # type: ignore[assignment] # uvicorn's types of the same messages
     has_length = False
@@ -197,7 +197,7 @@ def _too_much() -> ApiError:
 
 
 def _address_of(client: tuple[str, int] | None) -> str:
-    """Return whom a connection counts for: of IPv6, the network that a host commonly has."""
+    """Return the address that a connection counts for; of IPv6, the network of a typical host."""
     if client is None or ":" not in client[0]:
         return client[0] if client else ""
     return str(ipaddress.ip_network((client[0].partition("%")[0], 64), strict=False))

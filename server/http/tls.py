@@ -1,6 +1,6 @@
-"""The certificate the server shows: checked before anything else starts, read again on demand.
+"""The server's certificate: checked before anything else starts, read again on demand.
 
-Every fault is one line that names the setting. Knows nothing of sockets or of uvicorn.
+Every error is one line that names the setting. Knows nothing of sockets or of uvicorn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _log = logging.getLogger(LOGGER_NAME)
 
 
 class Certificate:
-    """The context of all connections; those made after a `reload` see the new certificate."""
+    """The context of all connections; later connections use a reloaded certificate."""
 
     def __init__(self, section: ServerSection) -> None:
         """Load it. Raises `ValueError` for files that are missing, damaged or of different keys."""
@@ -27,7 +27,7 @@ class Certificate:
         self.context = self._loaded()
 
     def reload(self) -> None:
-        """Show what the files hold now; where they are wrong, say so and go on as before."""
+        """Use the files' new content; if it is wrong, log that and keep the old certificate."""
         try:
             self._loaded()
         except ValueError as error:
@@ -51,7 +51,7 @@ class Certificate:
         return context
 
     def _load_into(self, context: ssl.SSLContext) -> None:
-        # Without a password, an empty one: else OpenSSL would ask for it on the terminal.
+        # With None OpenSSL would ask for the password on the terminal.
         context.load_cert_chain(self._certfile, self._keyfile, self._password or "")
 
     def _fault(self, error: ssl.SSLError, key: str) -> str:
@@ -63,8 +63,8 @@ class Certificate:
         if "ENCRYPTED" in key:
             fault = "is not the password of" if self._password else "is needed for"
             return f"ssl_keyfile_password {fault} {file}"
-        told = (error.reason or str(error)).lower().replace("_", " ")
-        return f"ssl_certfile {self._certfile} or the key in {file} is damaged: {told}"
+        reason = (error.reason or str(error)).lower().replace("_", " ")
+        return f"ssl_certfile {self._certfile} or the key in {file} is damaged: {reason}"
 
 
 def _read(path: Path, setting: str) -> str:

@@ -1,7 +1,7 @@
-"""Conversions of long texts, beside the event loop: few at a time, none for a client that left.
+"""Converts long texts beside the event loop: few at a time, none for a client that left.
 
-Has threads of its own: the loop's are for those who watch over the engine. Nobody waits for them
-when the program ends. Knows nothing of what is converted.
+It has its own threads: those of the loop are for the supervision of the engine. They are daemon
+threads, so the program can end. Knows nothing of the conversions.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from functools import partial
 from typing import TypeVar
 
 ConvertedT = TypeVar("ConvertedT")
-#: Raises where nobody waits for the result any more.
+#: Raises if the result is not needed any more.
 Check = Callable[[], None]
 
-#: From here on a text is converted in a thread: to encode 10,000 characters takes about 3 ms.
+#: Texts from this length on are converted in a thread: encoding 10,000 characters takes 3 ms.
 LONG_CHARS = 10_000
-#: From here on it takes seconds, and memory: such texts have places of their own.
+#: Texts from this length on take seconds, and memory: they have places of their own.
 HUGE_CHARS = 1 << 18
 NUM_LONG, NUM_HUGE = 4, 2
-#: Memory is given back once nothing huge has been converted for so long.
+#: Memory is returned after this time without a huge conversion.
 _TRIM_AFTER_S = 1.0
 
 
 class AbandonedError(Exception):
-    """Nobody waits for this conversion."""
+    """The caller of this conversion was cancelled."""
 
 
 class Workshop:
-    """For one event loop. Callers get a place in the order they came."""
+    """The conversions of one event loop. Callers get a place in order of arrival."""
 
     def __init__(self) -> None:
         self._long, self._huge = asyncio.Semaphore(NUM_LONG), asyncio.Semaphore(NUM_HUGE)
         self._trimming: asyncio.TimerHandle | None = None
 
     async def run(self, convert: Callable[[Check], ConvertedT], length: int) -> ConvertedT:
-        """Return what `convert` gives for a text of `length` characters (or tokens).
+        """Return the result of `convert` for a text of `length` characters (or tokens).
 
-        A cancelled caller leaves at once, and `convert` at its next call of what it is given; its
-        place is free then.
+        A cancelled caller returns at once, and `convert` at its next call of its `Check`, which
+        frees the place.
         """
         if length < LONG_CHARS:
             return convert(_go_on)
@@ -56,22 +56,22 @@ class Workshop:
             if is_over.is_set():
                 raise AbandonedError
 
-        def finish(tell: Callable[[], None]) -> None:
+        def finish(report: Callable[[], None]) -> None:
             places.release()
             if is_huge:
                 self._trim_later(loop)
             if not done.done():
-                tell()
+                report()
 
         def work() -> None:
             try:
                 result = convert(check)
             except BaseException as error:  # noqa: BLE001 - the caller's to handle
-                tell: Callable[[], None] = partial(done.set_exception, error)
+                report: Callable[[], None] = partial(done.set_exception, error)
             else:
-                tell = partial(done.set_result, result)
+                report = partial(done.set_result, result)
             with suppress(RuntimeError):  # the loop was closed meanwhile: the program ends
-                loop.call_soon_threadsafe(finish, tell)
+                loop.call_soon_threadsafe(finish, report)
 
         threading.Thread(target=work, name="conversion", daemon=True).start()
         try:
@@ -87,7 +87,7 @@ class Workshop:
 
 
 def _go_on() -> None:
-    """Do not stop: it takes no time."""
+    """Do nothing: a short conversion is never abandoned."""
 
 
 def _give_memory_back() -> None:

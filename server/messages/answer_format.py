@@ -1,19 +1,32 @@
-"""`POST /v1/messages`: how Anthropic's messages look. Knows nothing of how they are generated."""
+"""`POST /v1/messages`: the JSON of messages. Knows nothing of how they are generated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import orjson
 
+from server.answer_types import Octavo, Report, StreamReport
+from server.generation.answer_parser import call_ids
 from server.generation.generate import Job
-from server.generation.output import OutputChunk
+from server.generation.output import FinishWord, OutputChunk
 from server.http.context import RequestRecord
 from server.http.errors import ApiError
-from server.messages.blocks import Blocks, Payload, summed
+from server.messages.blocks import Blocks, summed
+from server.messages.response_models import (
+    MessageAnswer,
+    MessageEnd,
+    MessageEndDelta,
+    MessageEvent,
+    MessageReport,
+    MessagesErrorBody,
+    MessageStart,
+    MessageUsage,
+    ReasoningReport,
+    StopReason,
+    WrittenBlock,
+)
 from server.messages.schemas import MessagesRequest
-from server.openai.chat_choice import call_id
 from server.service import Service
 
 #: Anthropic's `error.type` of each status we answer with; any other below 500 is a wrong request.
@@ -33,17 +46,27 @@ class MessagesErrors:
 
     def body(self, error: ApiError) -> bytes:
         """See `ErrorForm`."""
-        told = {
-            "message": error.message,
-            "type": ERROR_TYPES.get(error.status, "invalid_request_error"),
-            "param": error.param,
-            "code": error.code,
+        body: MessagesErrorBody = {
+            "type": "error",
+            "error": {
+                "message": error.message,
+                "type": ERROR_TYPES.get(error.status, "invalid_request_error"),
+                "param": error.param,
+                "code": error.code,
+            },
+            "request_id": error.request_id,
         }
-        return orjson.dumps({"type": "error", "error": told, "request_id": error.request_id})
+        return orjson.dumps(body)
 
     def stream_end(self, error: ApiError) -> bytes:
         """See `ErrorForm`."""
         return b"event: error\ndata: " + self.body(error) + b"\n\n"
+
+
+class Choice(MessageEnd):
+    """The one answer: its blocks and its end."""
+
+    content: list[WrittenBlock]
 
 
 class MessagesFormat:
@@ -52,57 +75,64 @@ class MessagesFormat:
     def __init__(
         self, service: Service, job: Job, record: RequestRecord, asked: MessagesRequest
     ) -> None:
-        syntax = None if job.parser_options is None else job.parser_options.syntax
-        calls = None if syntax is None else syntax.calls
-        num_id_chars = None if calls is None else calls.id_chars
         self._blocks = Blocks(
             job.parser_options,
-            lambda: call_id(service.chance, num_id_chars, "toolu_"),
+            call_ids(service.chance, job.parser_options, "toolu_"),
             shows_thinking=asked.thinking is None or asked.thinking.display != "omitted",
         )
         self._record = record
         self._page_size = service.client.info.page_size
         self._is_cut = asked.max_tokens > job.requests[0].params.max_tokens
-        self._common = {
+        self._empty: MessageAnswer = {
             "id": f"msg_{record.request_id}",
             "type": "message",
             "role": "assistant",
             "model": service.model_name,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage(),
         }
 
     def opening(self) -> bytes:
         """See `AnswerFormat`."""
-        none_yet: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
-        message = {**self._common, **none_yet, "usage": self._usage()}
-        return _events([{"type": "message_start", "message": message}, {"type": "ping"}])
+        message: MessageAnswer = {**self._empty, "usage": self._usage()}
+        start: MessageStart = {"type": "message_start", "message": message}
+        return _events([start, {"type": "ping"}])
 
     def chunk(self, chunk: OutputChunk) -> bytes:
         """See `AnswerFormat`."""
         return _events(self._blocks.push(chunk.text))
 
-    def closing(self, finish_reason: str, told: dict[str, Any]) -> bytes:
+    def closing(self, finish_reason: FinishWord, report: StreamReport) -> bytes:
         """See `AnswerFormat`."""
-        rest = self._blocks.finish()
-        end = {"delta": self._end(finish_reason), "usage": self._usage()}
-        return _events([*rest, {"type": "message_delta", **end, "octavo": self._octavo(told)}])
+        rest = self._blocks.finish()  # First: the reason depends on its calls.
+        end: MessageEndDelta = {
+            "type": "message_delta",
+            "delta": self._end(finish_reason),
+            "usage": self._usage(),
+            "octavo": self._octavo(report["octavo"]),
+        }
+        return _events([*rest, end])
 
     def ending(self) -> bytes:
         """See `AnswerFormat`."""
         return _events([{"type": "message_stop"}])
 
-    def choice(self, chunks: Sequence[OutputChunk]) -> dict[str, Any]:
+    def choice(self, output: OutputChunk) -> Choice:
         """See `AnswerFormat`."""
-        told = self._blocks.push("".join(chunk.text for chunk in chunks))
-        content = summed(told + self._blocks.finish())
-        return {"content": content, **self._end(chunks[-1].finish_reason)}
+        content = summed(self._blocks.push(output.text) + self._blocks.finish())
+        return {"content": content, **self._end(output.finish_reason)}
 
-    def answer(self, choices: list[dict[str, Any]], told: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, choices: list[Choice], report: Report) -> MessageAnswer:
         """See `AnswerFormat`."""
         [choice] = choices
-        return {**self._common, **choice, "usage": self._usage(), "octavo": self._octavo(told)}
+        octavo = self._octavo(report["octavo"])
+        return {**self._empty, **choice, "usage": self._usage(), "octavo": octavo}
 
-    def _end(self, finish_reason: str | None) -> dict[str, Any]:
+    def _end(self, finish_reason: FinishWord | None) -> MessageEnd:
         stop_text = self._record.stop_text
+        reason: StopReason
         if finish_reason == "length":
             reason = "model_context_window_exceeded" if self._is_cut else "max_tokens"
         elif stop_text is not None:
@@ -111,11 +141,11 @@ class MessagesFormat:
             reason = "tool_use" if self._blocks.num_calls else "end_turn"
         return {"stop_reason": reason, "stop_sequence": stop_text}
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> MessageUsage:
         """Return Anthropic's `usage`: its three kinds of input tokens are the prompt together.
 
-        Whole pages enter the cache as soon as they are computed. So of what was not read from it,
-        all but the tokens in the last, partly filled page is what this request put there.
+        Whole pages enter the cache as soon as they are computed. So this request put all tokens
+        there that it did not read from the cache, except those in the last, partly filled page.
         """
         record = self._record
         in_whole_pages = record.prompt_tokens // self._page_size * self._page_size
@@ -127,15 +157,18 @@ class MessagesFormat:
             "output_tokens": record.output_tokens,
         }
 
-    def _octavo(self, told: dict[str, Any]) -> dict[str, Any]:
-        left_out, num_reasoning = self._blocks.left_out, self._record.reasoning_tokens
+    def _octavo(self, octavo: Octavo) -> MessageReport:
+        more: ReasoningReport = {}
         # Anthropic's usage has no place for it.
-        counted = {} if num_reasoning is None else {"reasoning_tokens": num_reasoning}
-        return {**told["octavo"], **counted, **({"left_out": left_out} if left_out else {})}
+        if self._record.reasoning_tokens is not None:
+            more["reasoning_tokens"] = self._record.reasoning_tokens
+        if self._blocks.left_out:
+            more["left_out"] = self._blocks.left_out
+        return {**octavo, **more}
 
 
-def _events(payloads: Iterable[Payload]) -> bytes:
+def _events(events: Iterable[MessageEvent]) -> bytes:
     return b"".join(
-        b"event: %b\ndata: %b\n\n" % (payload["type"].encode(), orjson.dumps(payload))
-        for payload in payloads
+        b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event))
+        for event in events
     )

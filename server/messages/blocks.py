@@ -1,20 +1,22 @@
-"""The blocks of an answer, told event by event: thoughts, text and calls in the model's order.
+"""The blocks of an answer, event by event: thoughts, text and calls in the model's order.
 
-A whole answer is what its events add up to, so that it cannot differ from the stream. Knows nothing
-of usage, of why an answer ends, or of how events are sent.
+A whole answer is the sum of its events, so that it cannot differ from the stream. Knows nothing of
+usage, of the reason for the end of an answer, or of how events are sent.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import orjson
 from pydantic_core import from_json
 
+from server.answer_types import LeftOut
 from server.generation.answer_parser import AnswerParser
 from server.generation.tooling import ParserOptions
+from server.messages.response_models import BlockEvent, Delta, WrittenBlock
 from server.tools.events import (
     ArgumentsDelta,
     CallEnded,
@@ -26,14 +28,9 @@ from server.tools.events import (
 )
 from server.tools.json_object import JsonObject, Status
 
-_DELTA_OF = {"text": "text_delta", "thinking": "thinking_delta"}
-
-#: The payload of one event.
-Payload = dict[str, Any]
-
 
 class Blocks:
-    """What one output becomes."""
+    """The blocks of one output."""
 
     def __init__(
         self,
@@ -42,9 +39,9 @@ class Blocks:
         *,
         shows_thinking: bool = True,
     ) -> None:
-        """`parser_options`: how it is read, None: it is plain text; `new_id` names a call.
+        """`parser_options`: None if the output is plain text; `new_id` makes the id of a call.
 
-        Without `shows_thinking` a block of thoughts is told of, but is empty.
+        Without `shows_thinking` blocks of thoughts are empty.
         """
         self._parser = AnswerParser(parser_options)
         self._new_id = new_id
@@ -58,100 +55,92 @@ class Blocks:
         return self._parser.num_calls
 
     @property
-    def left_out(self) -> dict[str, Any]:
-        """What the model wrote and no block holds."""
+    def left_out(self) -> LeftOut:
+        """Output of the model that is in none of the blocks."""
         return self._parser.left_out
 
-    def push(self, text: str) -> list[Payload]:
-        """Return the events of what is known now that `text` follows."""
-        return self._told(self._parser.push(text))
+    def push(self, text: str) -> list[BlockEvent]:
+        """Take in more output; return the events that follow from it."""
+        return self._payloads(self._parser.push(text))
 
-    def finish(self) -> list[Payload]:
-        """Return the events of what is left now that nothing follows."""
-        return self._told(self._parser.finish()) + self._closed()
+    def finish(self) -> list[BlockEvent]:
+        """Return the events at the end of the output."""
+        return self._payloads(self._parser.finish()) + self._closed()
 
     def check(self) -> None:
         """Assert that at most the last block is open."""
         assert self.num_calls <= self._num_started, "a call has no block"
         assert self._open is None or self._num_started, "a block is open that was never started"
 
-    def _told(self, events: Iterable[Event]) -> list[Payload]:
+    def _payloads(self, events: Iterable[Event]) -> list[BlockEvent]:
         return [payload for event in events for payload in self._of(event)]
 
-    def _of(self, event: Event) -> list[Payload]:
+    def _of(self, event: Event) -> list[BlockEvent]:
         match event:
             case Content(text):
-                return self._more("text", text)
+                begun = self._begun({"type": "text", "text": ""})
+                return [*begun, self._delta({"type": "text_delta", "text": text})]
             case Reasoning(text):
-                return self._more("thinking", text if self._shows_thinking else "")
+                begun = self._begun({"type": "thinking", "thinking": "", "signature": ""})
+                if not self._shows_thinking:
+                    return begun
+                return [*begun, self._delta({"type": "thinking_delta", "thinking": text})]
             case CallStarted(name):
-                return self._call(name)
+                closed, call_id = self._closed(), self._new_id()
+                block: WrittenBlock = {"type": "tool_use", "id": call_id, "name": name, "input": {}}
+                return closed + self._begun(block)
             case ArgumentsDelta(text):
                 return [self._delta({"type": "input_json_delta", "partial_json": text})]
-            case CallEnded():
-                return self._closed()
-            case CutCall():
+            case CallEnded() | CutCall():
                 return self._closed() if self._open == "tool_use" else []
 
-    def _more(self, kind: Literal["text", "thinking"], text: str) -> list[Payload]:
-        """Return the events of text that belongs to the open block of its kind, or to a new one."""
-        payloads: list[Payload] = []
-        if self._open != kind:
-            signature = {"signature": ""} if kind == "thinking" else {}
-            payloads += self._closed()
-            payloads.append(self._started({"type": kind, kind: "", **signature}))
-            self._open = kind
-        if text:
-            payloads.append(self._delta({"type": _DELTA_OF[kind], kind: text}))
-        return payloads
+    def _begun(self, block: WrittenBlock) -> list[BlockEvent]:
+        """Return the events that begin a block, unless one of its type is open."""
+        if self._open == block["type"]:
+            return []
+        closed = self._closed()
+        self._open, index = block["type"], self._num_started
+        self._num_started += 1
+        return [*closed, {"type": "content_block_start", "index": index, "content_block": block}]
 
-    def _call(self, name: str) -> list[Payload]:
-        block = {"type": "tool_use", "id": self._new_id(), "name": name, "input": {}}
-        payloads = [*self._closed(), self._started(block)]
-        self._open = "tool_use"
-        return payloads
-
-    def _closed(self) -> list[Payload]:
+    def _closed(self) -> list[BlockEvent]:
         if self._open is None:
             return []
         self._open = None
-        return [self._stopped()]
+        return [{"type": "content_block_stop", "index": self._num_started - 1}]
 
-    def _started(self, block: dict[str, Any]) -> Payload:
-        self._num_started += 1
-        index = self._num_started - 1
-        return {"type": "content_block_start", "index": index, "content_block": block}
-
-    def _delta(self, delta: dict[str, Any]) -> Payload:
+    def _delta(self, delta: Delta) -> BlockEvent:
         return {"type": "content_block_delta", "index": self._num_started - 1, "delta": delta}
 
-    def _stopped(self) -> Payload:
-        return {"type": "content_block_stop", "index": self._num_started - 1}
 
-
-def summed(payloads: Iterable[Payload]) -> list[dict[str, Any]]:
-    """Return the blocks that the events tell of."""
-    blocks: list[dict[str, Any]] = []
-    inputs: dict[int, str] = {}
-    for payload in payloads:
-        match payload:
-            case {"content_block": block}:
-                blocks.append(dict(block))
-            case {"delta": {"partial_json": text}}:
-                inputs[len(blocks) - 1] = inputs.get(len(blocks) - 1, "") + text
-            case {"delta": {"type": "text_delta", "text": text}}:
-                blocks[-1]["text"] += text
-            case {"delta": {"type": "thinking_delta", "thinking": text}}:
-                blocks[-1]["thinking"] += text
-            case _:
-                pass
-    for index, text in inputs.items():
-        blocks[index]["input"] = _object_of(text)
+def summed(events: Iterable[BlockEvent]) -> list[WrittenBlock]:
+    """Return the blocks that the events add up to."""
+    blocks: list[WrittenBlock] = []
+    texts: list[str] = []
+    for event in events:
+        if event["type"] == "content_block_start":
+            blocks.append(event["content_block"])
+            texts.append("")
+        elif event["type"] == "content_block_delta":
+            texts[-1] += _text_of(event["delta"])
+    for block, text in zip(blocks, texts, strict=True):
+        if block["type"] == "text":
+            block["text"] = text
+        elif block["type"] == "thinking":
+            block["thinking"] = text
+        else:
+            block["input"] = cast("Any", _object_of(text))
     return blocks
 
 
+def _text_of(delta: Delta) -> str:
+    if delta["type"] == "text_delta":
+        return delta["text"]
+    return delta["thinking"] if delta["type"] == "thinking_delta" else delta["partial_json"]
+
+
 def _object_of(text: str) -> orjson.Fragment:
-    """Return the object that a call's arguments are; if they are cut, its complete members."""
+    """Return a call's arguments as an object: of cut arguments, the complete members."""
     if JsonObject(0).advance(text) is Status.DONE:
         # As the model wrote it: a number may have more digits than Python reads.
         return orjson.Fragment(text)

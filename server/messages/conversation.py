@@ -1,4 +1,4 @@
-"""Messages' turns as the messages of a chat: OpenAI's roles, calls and results.
+"""Messages' turns as chat templates read them: OpenAI's roles, calls and results.
 
 One turn may become several (each result of a tool is one), and several turns one. Knows nothing of
 templates or of parameters.
@@ -10,8 +10,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from server.generation.generation_spec import PromptMessage
 from server.generation.params import Warned
-from server.http.errors import invalid
+from server.generation.prompt_messages import REASONING, content_of, require_limits, text_part
+from server.http.errors import Path, dotted, invalid
+from server.messages.params import ignored
 from server.messages.schemas import (
     Block,
     RedactedThinkingBlock,
@@ -22,7 +25,7 @@ from server.messages.schemas import (
     Turn,
 )
 
-#: What the model is shown before the result of a tool that failed: templates have no place for it.
+#: Marks the result of a tool that failed, for templates have no field for it.
 ERROR_MARK = "Error:"
 _BLOCKS_OF = {
     "user": (TextBlock, ToolResultBlock),
@@ -31,88 +34,89 @@ _BLOCKS_OF = {
 }
 
 
-class Conversation:
-    """Collects messages."""
+class TurnReader:
+    """Collects the messages of a conversation."""
 
     def __init__(self) -> None:
         self._messages: list[dict[str, Any]] = []
-        #: By message: where it stands in the request.
-        self.origins: list[str] = []
+        #: By message: where it is in the request.
+        self._paths: list[Path] = []
         self.warnings: list[Warned] = []
         #: Names of the tools that were called, by the call's id: some templates show them.
         self._tool_names: dict[str, str] = {}
 
-    def instruct(self, blocks: Sequence[TextBlock]) -> None:
+    def add_system(self, blocks: Sequence[TextBlock]) -> None:
         """Begin with a system prompt."""
-        self._append("system", "system", content=[_text(block.text) for block in blocks])
+        content = [text_part(block.text) for block in blocks]
+        self._append("system", ("system",), content=content)
 
-    def add(self, turn: Turn, at: str) -> None:
-        """Go on with a turn; `at` is its path. Raises `ApiError` for a block out of place."""
+    def add(self, turn: Turn, path: Path) -> None:
+        """Add a turn. Raises `ApiError` for a block out of place."""
         if not turn.content:
-            self._open(turn.role, at)
+            self._open(turn.role, path)
         for index, block in enumerate(turn.content):
+            at = (*path, "content", index)
             if not isinstance(block, _BLOCKS_OF[turn.role]):
-                path = f"{at}.content.{index}"
-                said = f"{path}: a {block.type} block cannot stand in a message of the {turn.role}"
-                raise invalid(said, path)
-            self._add_block(turn.role, block, at, f"{at}.content.{index}")
+                kind, role = block.type, turn.role
+                message = f"{dotted(at)}: a {kind} block cannot stand in a message of the {role}"
+                raise invalid(message, at)
+            self._add_block(turn.role, block, path, at)
 
-    def messages(self) -> list[dict[str, Any]]:
-        """Return them all."""
-        thoughts = "reasoning_content"
-        return [
-            message | {thoughts: "".join(message[thoughts])} if thoughts in message else message
-            for message in self._messages
-        ]
+    def messages(self) -> list[PromptMessage]:
+        """Return all messages. Raises `ApiError` for too many."""
+        messages = []
+        for message, path in zip(self._messages, self._paths, strict=True):
+            fields = {**message, "content": content_of(message.get("content", ()))}
+            if REASONING in message:
+                fields[REASONING] = "".join(message[REASONING])
+            messages.append(PromptMessage(fields, path))
+        require_limits(messages, ("messages",))
+        return messages
 
-    def require_answerable(self) -> bool:
-        """Return whether the last message is gone on with. Raises `ApiError` if it cannot be."""
+    def continues_last(self) -> bool:
+        """Return whether the answer goes on with the last message; raise `ApiError` if it can't."""
         last = self._messages[-1]
         if last["role"] == "assistant" and "tool_calls" in last:
-            at = self.origins[-1]
-            raise invalid(f"{at}: a tool_use block must be followed by its tool_result", at)
+            path = self._paths[-1]
+            message = f"{dotted(path)}: a tool_use block must be followed by its tool_result"
+            raise invalid(message, path)
         return bool(last["role"] == "assistant")
 
-    def _add_block(self, role: str, block: Block, at: str, path: str) -> None:
+    def _add_block(self, role: str, block: Block, path: Path, at: Path) -> None:
         match block:
             case TextBlock():
-                self._open(role, at).setdefault("content", []).append(_text(block.text))
+                self._open(role, path).setdefault("content", []).append(text_part(block.text))
             case ToolUseBlock():
                 self._tool_names[block.id] = block.name
-                self._open(role, at).setdefault("tool_calls", []).append(_call(block))
+                self._open(role, path).setdefault("tool_calls", []).append(_call(block))
             case ToolResultBlock():
-                self._append_result(block, at)
+                self._append_result(block, path)
             case ThinkingBlock():
-                self._open(role, at).setdefault("reasoning_content", []).append(block.thinking)
+                self._open(role, path).setdefault(REASONING, []).append(block.thinking)
             case RedactedThinkingBlock():
-                self._open(role, at)
-                told = f"{path} was ignored: only its maker can read it"
-                self.warnings.append({"param": path, "message": told})
+                self._open(role, path)
+                self.warnings.append(ignored(dotted(at), "only its maker can read it"))
 
-    def _append_result(self, block: ToolResultBlock, at: str) -> None:
-        mark = [_text(ERROR_MARK)] if block.is_error else []
+    def _append_result(self, block: ToolResultBlock, path: Path) -> None:
+        mark = [text_part(ERROR_MARK)] if block.is_error else []
         name = self._tool_names.get(block.tool_use_id)
         self._append(
             "tool",
-            at,
+            path,
             tool_call_id=block.tool_use_id,
-            content=mark + [_text(part.text) for part in block.content or ()],
+            content=mark + [text_part(part.text) for part in block.content or ()],
             **({} if name is None else {"name": name}),
         )
 
-    def _open(self, role: str, at: str) -> dict[str, Any]:
+    def _open(self, role: str, path: Path) -> dict[str, Any]:
         """Return the message that a block of `role` belongs to: the last one if it is its own."""
         if not self._messages or self._messages[-1]["role"] != role:
-            self._append(role, at)
+            self._append(role, path)
         return self._messages[-1]
 
-    def _append(self, role: str, at: str, **fields: Any) -> None:  # noqa: ANN401 - what a message has
+    def _append(self, role: str, path: Path, **fields: Any) -> None:  # noqa: ANN401 - values of several types
         self._messages.append({"role": role, **fields})
-        self.origins.append(at)
-
-
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
+        self._paths.append(path)
 
 
 def _call(block: ToolUseBlock) -> dict[str, Any]:

@@ -1,23 +1,27 @@
-"""What becomes of Messages' parameters that are no fields, and of those that chats have.
+"""Parameters of Messages that are not fields of its body, and those it shares with chats.
 
-Knows the names; the judging is `server/generation/params.py`'s.
+Has the names; `server/generation/params.py` judges them.
 """
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
-from server.generation.params import Unsupported, Warned, judge, nested
+from pydantic import ValidationError
+
+from server.generation.params import Warned, judge, nested, refused, warned
+from server.http.errors import from_validation
 from server.messages.schemas import (
     LEFT_OUT,
     Block,
     CountTokensRequest,
     InputTool,
     OtherTool,
+    SharedFields,
     kind_of_tool,
 )
 
-#: Chats' parameters that mean the same here: `ChatRequest` has them, and judges their values.
+#: Parameters of chats that mean the same here; `SharedFields` checks their values.
 PASSED = (
     "min_p",
     "seed",
@@ -35,44 +39,34 @@ PASSED = (
     "add_special_tokens",
     "chat_template_kwargs",
 )
-
-
-def _warned(reason: str, *neutral: object) -> Unsupported:
-    return Unsupported(neutral, is_refused=False, reason=reason)
-
-
-def _refused(*neutral: object, because: str = "is not supported") -> Unsupported:
-    return Unsupported(neutral, is_refused=True, reason=because)
-
-
 MESSAGES = {
-    "container": _refused(),
-    "mcp_servers": _refused([], because="are not supported: tools are run by the client"),
-    "output_format": _refused(because="has become output_config.format"),
-    "context_management": _warned("the conversation is taken as it is sent", {}),
-    "service_tier": _warned("there is one tier", "auto", "standard_only"),
-    "speed": _warned("there is one speed", "standard"),
-    "diagnostics": _warned("see octavo.cache in the answer"),
-    "inference_geo": _warned("there is one place"),
-    "user_profile_id": _warned("callers are not told apart by it"),
-    "workspace_id": _warned("there are no workspaces"),
+    "container": refused(),
+    "mcp_servers": refused([], because="are not supported: tools are run by the client"),
+    "output_format": refused(because="has become output_config.format"),
+    "context_management": warned("the conversation is taken as it is sent", {}),
+    "service_tier": warned("there is one tier", "auto", "standard_only"),
+    "speed": warned("there is one speed", "standard"),
+    "diagnostics": warned("see octavo.cache in the answer"),
+    "inference_geo": warned("there is one place"),
+    "user_profile_id": warned("callers are not told apart by it"),
+    "workspace_id": warned("there are no workspaces"),
 }
 _BLOCK = {
-    "citations": _warned("there is nothing to cite", [], {"enabled": False}),
-    "caller": _warned("calls are made by the model", {"type": "direct"}),
-    "toolset_name": _warned("tools have no sets"),
+    "citations": warned("there is nothing to cite", [], {"enabled": False}),
+    "caller": warned("calls are made by the model", {"type": "direct"}),
+    "toolset_name": warned("tools have no sets"),
 }
 _TOOL = {
-    "allowed_callers": _refused(["direct"], because="can only be ['direct']"),
-    "defer_loading": _warned("tools are shown at once", False),  # noqa: FBT003 - a value, no switch
-    "eager_input_streaming": _warned("a call is told when it is complete", False),  # noqa: FBT003 - likewise
-    "input_examples": _warned("they are not shown to the model", []),
+    "allowed_callers": refused(["direct"], because="can only be ['direct']"),
+    "defer_loading": warned("tools are shown at once", False),  # noqa: FBT003 - a value, no switch
+    "eager_input_streaming": warned("a call is told when it is complete", False),  # noqa: FBT003 - likewise
+    "input_examples": warned("they are not shown to the model", []),
 }
 _TABLES = {InputTool: _TOOL, **dict.fromkeys(get_args(Block), _BLOCK)}
 
 
 def without_effect(request: CountTokensRequest) -> list[Warned]:
-    """Return a warning for everything in it that is no field. Raises `ApiError` for the refused."""
+    """Return a warning for each unknown field. Raises `ApiError` for a refused one."""
     extras = {k: v for k, v in (request.model_extra or {}).items() if k not in PASSED}
     warnings = [*request.notes, *judge(extras, MESSAGES)]
     for at, part in nested(request):
@@ -81,11 +75,20 @@ def without_effect(request: CountTokensRequest) -> list[Warned]:
     for index, tool in enumerate(request.tools or ()):
         if isinstance(tool, OtherTool):
             param = f"tools.{index}"
-            told = f"{param} ({tool.type}) was left out: {LEFT_OUT[kind_of_tool(tool.type)]}"
-            warnings.append({"param": param, "message": told})
+            message = f"{param} ({tool.type}) was left out: {LEFT_OUT[kind_of_tool(tool.type)]}"
+            warnings.append({"param": param, "message": message})
     return warnings
 
 
-def passed(request: CountTokensRequest) -> dict[str, Any]:
-    """Return the parameters that chats have too."""
-    return {k: v for k, v in (request.model_extra or {}).items() if k in PASSED}
+def ignored(param: str, because: str) -> Warned:
+    """Return the warning of a parameter without effect."""
+    return {"param": param, "message": f"{param} was ignored: {because}"}
+
+
+def shared_fields(request: CountTokensRequest) -> SharedFields:
+    """Return the parameters that chats have too. Raises `ApiError` that names a wrong one."""
+    given = {k: v for k, v in (request.model_extra or {}).items() if k in PASSED}
+    try:
+        return SharedFields.model_validate(given)
+    except ValidationError as error:
+        raise from_validation(error) from error

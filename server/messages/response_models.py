@@ -1,12 +1,16 @@
-"""What /openapi.json says of Messages' responses; see `server/openai/response_models.py`."""
+"""Answers of Anthropic's Messages API: the types of the JSON that is sent.
+
+/openapi.json is made from the same types. Knows nothing of how an answer is generated.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field, RootModel
+from pydantic import Field
+from typing_extensions import TypeAliasType
 
-from server.openai.response_models import Document, ErrorDetail, LeftOut, Octavo, ParamWarning
+from server.answer_types import Document, ErrorDetail, LeftOutReport, Octavo, ParamWarning
 
 StopReason = Literal[
     "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"
@@ -63,12 +67,22 @@ class MessageUsage(Document):
     output_tokens: int
 
 
-class MessageReport(Octavo):
-    """What other servers do not tell."""
+class ReasoningReport(LeftOutReport):
+    """Fields that only some answers have."""
 
-    left_out: LeftOut | None = None
     #: Of the output's tokens; only of models that reason.
-    reasoning_tokens: int | None = None
+    reasoning_tokens: NotRequired[int]
+
+
+class MessageReport(ReasoningReport, Octavo):
+    """Details that Anthropic's API has no fields for."""
+
+
+class MessageEnd(Document):
+    """Why it ended."""
+
+    stop_reason: StopReason
+    stop_sequence: str | None
 
 
 class MessageAnswer(Document):
@@ -82,7 +96,7 @@ class MessageAnswer(Document):
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
-    octavo: MessageReport | None = None
+    octavo: NotRequired[MessageReport]
 
 
 class MessageStart(Document):
@@ -93,7 +107,7 @@ class MessageStart(Document):
 
 
 class Ping(Document):
-    """Says nothing."""
+    """An event without content."""
 
     type: Literal["ping"]
 
@@ -121,18 +135,21 @@ class ThinkingDelta(Document):
 
 
 class InputDelta(Document):
-    """The input of a call, a string of JSON: all of it, since calls are told when complete."""
+    """More of a call's input, a string of JSON."""
 
     type: Literal["input_json_delta"]
     partial_json: str
 
 
+Delta = Annotated[TextDelta | ThinkingDelta | InputDelta, Field(discriminator="type")]
+
+
 class BlockDelta(Document):
-    """What comes to the block."""
+    """An addition to the block."""
 
     type: Literal["content_block_delta"]
     index: int
-    delta: Annotated[TextDelta | ThinkingDelta | InputDelta, Field(discriminator="type")]
+    delta: Delta
 
 
 class BlockStop(Document):
@@ -140,13 +157,6 @@ class BlockStop(Document):
 
     type: Literal["content_block_stop"]
     index: int
-
-
-class MessageEnd(Document):
-    """Why it ended."""
-
-    stop_reason: StopReason
-    stop_sequence: str | None
 
 
 class MessageEndDelta(Document):
@@ -164,26 +174,22 @@ class MessageStop(Document):
     type: Literal["message_stop"]
 
 
-class MessageEvent(
-    RootModel[
-        Annotated[
-            MessageStart
-            | Ping
-            | BlockStart
-            | BlockDelta
-            | BlockStop
-            | MessageEndDelta
-            | MessageStop
-            | MessagesErrorBody,
-            Field(discriminator="type"),
-        ]
-    ]
-):
-    """An event of a streamed answer; its SSE event is named as its `type`."""
+BlockEvent = BlockStart | BlockDelta | BlockStop
+#: An event of a streamed answer; its SSE event is named as its `type`.
+MessageEvent = TypeAliasType(
+    "MessageEvent",
+    Annotated[
+        MessageStart | Ping | BlockEvent | MessageEndDelta | MessageStop | MessagesErrorBody,
+        Field(
+            discriminator="type",
+            description="An event of a streamed answer; its SSE event is named as its `type`.",
+        ),
+    ],
+)
 
 
 class CountReport(Document):
-    """What other servers do not tell."""
+    """Details that Anthropic's API has no fields for."""
 
     warnings: list[ParamWarning]
 

@@ -6,31 +6,27 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.generation.generate import Job
-from server.http.context import RequestRecord
-from server.http.respond import (
-    AnswerFormat,
-    GenerationResponse,
-    PreparedResponse,
-    read_body,
-    read_work,
-)
+from server.generation.params import summed_up
+from server.generation.prepare import chat_prompt, generation_job
+from server.generation.request_fields import parse
+from server.generation.respond import GenerationResponse, PreparedResponse, read_body, read_work
 from server.messages.answer_format import MessagesErrors, MessagesFormat
-from server.messages.prepare import message_job, token_count
 from server.messages.response_models import (
     MessageAnswer,
     MessageEvent,
     MessagesErrorBody,
     TokenCount,
 )
-from server.messages.schemas import CountTokensRequest, MessagesRequest, parse
+from server.messages.schemas import CountTokensRequest, MessagesRequest
+from server.messages.spec import conversation_of, message_spec
 from server.openapi import answers, body_of, generation_answers
 from server.service import Service
 
 _PATH = "/v1/messages"
 _COUNT_PATH = "/v1/messages/count_tokens"
-#: By path, for the boundary.
+#: By path, for the middleware.
 ERROR_FORMS = {path: MessagesErrors() for path in (_PATH, _COUNT_PATH)}
-#: What /openapi.json has to know of besides the answers.
+#: For /openapi.json, besides the answers.
 DOCUMENTED = (MessagesRequest, CountTokensRequest, MessageEvent)
 
 
@@ -49,11 +45,14 @@ def message_routes(service: Service) -> APIRouter:
         body = await read_work(service, request)
         asked = await parse(MessagesRequest, body, service.work)
 
-        def new_format(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
-            assert index == 0, "there is one answer"
-            return MessagesFormat(service, job, record, asked)
+        async def prepare() -> Job:
+            template = service.text.template
+            spec = await service.work.run(lambda _: message_spec(asked, template), asked.num_bytes)
+            return await generation_job(service, spec)
 
-        return GenerationResponse(service, lambda: message_job(service, asked), new_format)
+        return GenerationResponse(
+            service, prepare, lambda job, record, _: MessagesFormat(service, job, record, asked)
+        )
 
     @router.post(
         _COUNT_PATH,
@@ -64,6 +63,17 @@ def message_routes(service: Service) -> APIRouter:
     async def count_tokens(request: Request) -> Response:
         body = await read_body(request, limit_bytes)
         asked = await parse(CountTokensRequest, body, service.work)
-        return PreparedResponse(lambda: token_count(service, asked))
+        return PreparedResponse(lambda: _token_count(service, asked))
 
     return router
+
+
+async def _token_count(service: Service, asked: CountTokensRequest) -> TokenCount:
+    """Return how long the prompt would be, even if it does not fit. Raises `ApiError`."""
+    service.require_model(asked.model)
+    template = service.text.template
+    chat, warnings = await service.work.run(
+        lambda _: conversation_of(asked, template), asked.num_bytes
+    )
+    prompt, _ = await chat_prompt(service, chat, warnings)
+    return {"input_tokens": len(prompt), "octavo": {"warnings": summed_up(warnings)}}

@@ -1,44 +1,26 @@
-"""Bodies of Anthropic's Messages, by their names: what is a field here is honoured.
+"""Bodies of Anthropic's Messages: every field here is honoured.
 
-What is not a field is judged by `server/messages/params.py`. As everywhere, types are strict, and
-lists end at their first fault. Knows nothing of chats or of templates.
+`server/messages/params.py` judges all other fields. As everywhere, types are strict, and lists
+end at their first fault. Knows nothing of chats or of templates.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from server.http.errors import ApiError, invalid, shortened
-from server.http.work import Workshop
-from server.openai import schemas
-from server.openai.chat_messages import MAX_PARTS, require_kind
-from server.openai.schemas import MAX_MESSAGES, Request
+from server.generation.prompt_messages import MAX_MESSAGES, MAX_PARTS, require_kind
+from server.generation.request_fields import GenerateFields, Request, TemplateVariables
+from server.http.errors import Path, shortened
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
 from server.tools.schemas import MAX_TOOLS, ToolName
 
-RequestT = TypeVar("RequestT", bound=Request)
-
-#: Pydantic puts the kind of a block into the path to what is wrong in it; clients do not know it.
-_KIND_IN_PATH = re.compile(
-    r"\b(content\.\d+)\.(?:text|tool_use|tool_result|thinking|redacted_thinking)\b"
-)
-
-
-async def parse(model: type[RequestT], body: bytes, work: Workshop) -> RequestT:
-    """Return the request that `body` holds. Raises `ApiError` (400) that names what is wrong."""
-    try:
-        return await schemas.parse(model, body, work)
-    except ApiError as error:
-        param = None if error.param is None else _KIND_IN_PATH.sub(r"\1", error.param)
-        raise invalid(_KIND_IN_PATH.sub(r"\1", error.message), param, error.code) from error
-
 
 def _known_kinds(*kinds: str) -> Callable[[object], object]:
-    """Return a validator that names the kind of a block nobody here can read."""
+    """Return a validator that names the kind of a block that is not supported."""
 
     def require_known(value: object) -> object:
         kind = value.get("type") if isinstance(value, dict) else None
@@ -84,7 +66,7 @@ def _as_custom(value: object) -> object:
 
 
 class CacheControl(Request):
-    """Where a prefix ends that is asked to be kept. Here every prefix is."""
+    """The end of a prefix to keep. The server keeps every prefix."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
@@ -118,7 +100,7 @@ class ToolUseBlock(Request):
 
 
 class ToolResultBlock(Request):
-    """What a tool gave."""
+    """The result of a tool."""
 
     type: Literal["tool_result"]
     tool_use_id: Annotated[str, Field(min_length=1)]
@@ -128,11 +110,11 @@ class ToolResultBlock(Request):
 
 
 class ThinkingBlock(Request):
-    """What the assistant thought; templates that know reasoning are shown it."""
+    """Reasoning of the assistant, for templates that support it."""
 
     type: Literal["thinking"]
     thinking: str
-    #: There is nothing to verify: what one can write into a block can be written as text too.
+    #: Is not verified: a client can write the same words as text.
     signature: str | None = None
 
 
@@ -246,6 +228,12 @@ class CountTokensRequest(Request):
         default=None, description="here and in blocks; all prefixes are kept as room allows"
     )
 
+    @classmethod
+    def path_of(cls, location: Path) -> Path:
+        """See `Request`. Pydantic puts the kind of a block behind its index; clients do not."""
+        is_in_block = location[:1] == ("messages",) and location[4:5] and location[4] in _KINDS
+        return (*location[:4], *location[5:]) if is_in_block else location
+
 
 class MessagesRequest(CountTokensRequest):
     """Body of `POST /v1/messages`."""
@@ -263,3 +251,9 @@ class MessagesRequest(CountTokensRequest):
     metadata: RequestMetadata | None = Field(
         default=None, description="its `user_id` is warned of: callers are not told apart by it"
     )
+
+
+class SharedFields(GenerateFields):
+    """Parameters of OpenAI's APIs that mean the same here (`server/messages/params.py`)."""
+
+    chat_template_kwargs: TemplateVariables | None = None

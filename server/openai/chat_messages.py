@@ -5,7 +5,6 @@ Knows nothing of templates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,33 +15,10 @@ from pydantic import (
     model_validator,
 )
 
-from server.http.errors import shortened
+from server.generation.generation_spec import PromptMessage
+from server.generation.prompt_messages import MAX_PARTS, content_of, require_kind, text_part
+from server.http.errors import Path
 from server.tools.schemas import ToolCalls
-
-#: More of these in one message are a mistake or an attack.
-MAX_PARTS = 4096
-#: What parts of OpenAI's and Anthropic's APIs hold that is not text.
-_MEDIA: Mapping[str, str] = {
-    "image_url": "images",
-    "input_image": "images",
-    "image": "images",
-    "input_audio": "audio",
-    "audio": "audio",
-    "audio_url": "audio",
-    "video_url": "videos",
-    "file": "files",
-    "input_file": "files",
-    "document": "files",
-}
-
-
-def require_kind(kind: object, known: Iterable[str]) -> None:
-    """Raise `ValueError` for a part of a kind that cannot be read, in a sentence for the client."""
-    if isinstance(kind, str) and kind not in known:
-        shown = repr(shortened(kind))
-        if kind in _MEDIA:
-            raise ValueError(f"{shown} is not supported: the model reads text, not {_MEDIA[kind]}")
-        raise ValueError(f"{shown} is not supported; it can be one of: {', '.join(known)}")
 
 
 def _as_kind(value: object) -> object:
@@ -98,18 +74,18 @@ class Message(BaseModel):
             raise ValueError("a message of the role tool needs a tool_call_id")
         return self
 
-    def for_template(self) -> dict[str, Any]:
-        """Return it as templates know it: OpenAI's `developer` is their `system`, null is ""."""
-        parts = [{"type": "text", "text": part.words} for part in self.content or ()]
+    def for_prompt(self, path: Path) -> PromptMessage:
+        """Return it as templates read it: OpenAI's `developer` is their `system`, null is ""."""
+        parts = [text_part(part.words) for part in self.content or ()]
         calls: dict[str, Any] = {}
         if self.tool_calls is not None:
             calls["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         if self.tool_call_id is not None:
             calls["tool_call_id"] = self.tool_call_id
-        words = "".join(part["text"] for part in parts) if parts else self.refusal or ""
-        return {
+        fields = {
             **(self.model_extra or {}),
             **calls,
             "role": "system" if self.role == "developer" else self.role,
-            "content": parts if len(parts) > 1 else words,
+            "content": content_of(parts) or self.refusal or "",
         }
+        return PromptMessage(fields, path)

@@ -1,104 +1,29 @@
-"""What /openapi.json says of responses: checked against real ones by a test, never used to send.
+"""Answers of chats, completions and the routes about the model: the types of the JSON that is sent.
 
-Knows nothing of how a response comes about.
+/openapi.json is made from the same types. Knows nothing of how an answer is generated.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+from server.answer_types import (
+    CompletionLogprobs,
+    Document,
+    LeftOut,
+    Octavo,
+    ParamWarning,
+    PromptLogprobs,
+    TokenLogprob,
+    Usage,
+)
 
 FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
-
-
-class Document(BaseModel):
-    """Closed: a field that is sent and not described here is an error in the test."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class ErrorDetail(Document):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(Document):
-    """Every answer other than success; in a stream, one event before `[DONE]`."""
-
-    error: ErrorDetail
-
-
-class PromptTokensDetails(Document):
-    """Of the prompt's tokens."""
-
-    cached_tokens: int
-
-
-class CompletionTokensDetails(Document):
-    """Of the answer's tokens; only of models that reason."""
-
-    reasoning_tokens: int
-
-
-class Usage(Document):
-    """Tokens that went in and came out."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails | None = None
-
-
-class ParamWarning(Document):
-    """A parameter that was not honoured."""
-
-    param: str
-    message: str
-
-
-class Timings(Document):
-    """How long what took; null where it never came to it."""
-
-    queue_ms: float | None
-    ttft_ms: float | None
-    total_ms: float
-    decode_tokens_per_s: float | None
-
-
-class CacheReport(Document):
-    """How much of the prompt was reused, and why not more."""
-
-    reused_tokens: int
-    miss_reason: str | None
-
-
-class Octavo(Document):
-    """What other servers do not tell."""
-
-    warnings: list[ParamWarning]
-    timings: Timings
-    cache: CacheReport
-
-
-class TopLogprob(Document):
-    """A token and its natural-log probability."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    """The token that was chosen, and those likelier or likely."""
-
-    top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(Document):
@@ -115,18 +40,6 @@ class CalledFunction(Document):
     arguments: str
 
 
-class PromptCandidate(Document):
-    """A token that stands at one place of the prompt, or could have; `rank` 1: the likeliest."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-#: By token id, the prompt's own first; null for the prompt's first token.
-PromptLogprobs = list[dict[str, PromptCandidate] | None]
-
-
 class CalledCustom(Document):
     """A custom tool and its input, a text."""
 
@@ -139,46 +52,36 @@ class ToolCall(Document):
 
     id: str
     type: Literal["function", "custom"]
-    function: CalledFunction | None = None
-    custom: CalledCustom | None = None
+    function: NotRequired[CalledFunction]
+    custom: NotRequired[CalledCustom]
 
 
 class FunctionDelta(Document):
-    """The tool, in a call's first delta, and what comes to its arguments."""
+    """The tool, in a call's first delta, and an addition to its arguments."""
 
-    name: str | None = None
+    name: NotRequired[str]
     arguments: str
 
 
 class CustomDelta(Document):
     """The tool, in a call's first delta, and then its whole input."""
 
-    name: str | None = None
+    name: NotRequired[str]
     input: str
 
 
 class ToolCallDelta(Document):
-    """What comes to a call; `id` and `type` stand in its first delta."""
+    """An addition to a call; `id` and `type` stand in its first delta."""
 
     index: int
-    id: str | None = None
-    type: Literal["function", "custom"] | None = None
-    function: FunctionDelta | None = None
-    custom: CustomDelta | None = None
-
-
-class LeftOut(Document):
-    """What the model wrote and the message does not hold.
-
-    Where there is a `cut_tool_call`, a call is incomplete; it is the part that no call shows.
-    """
-
-    num_tool_calls: int | None = None
-    cut_tool_call: str | None = None
+    id: NotRequired[str]
+    type: NotRequired[Literal["function", "custom"]]
+    function: NotRequired[FunctionDelta]
+    custom: NotRequired[CustomDelta]
 
 
 class ChoiceReport(Document):
-    """Our own object of a choice, where there is something to tell."""
+    """Our own object of a choice, where there is something to report."""
 
     left_out: LeftOut
 
@@ -189,22 +92,39 @@ class AssistantMessage(Document):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
-class ChatChoice(Document):
+class TokenIds(Document):
+    """The tokens of a choice, on request."""
+
+    token_ids: NotRequired[list[int]]
+
+
+class ChoiceDetails(TokenIds):
+    """Fields that only some choices have."""
+
+    octavo: NotRequired[ChoiceReport]
+
+
+class ChatChoice(ChoiceDetails):
     """One of `n`."""
 
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
-    octavo: ChoiceReport | None = None
-    token_ids: list[int] | None = None
 
 
-class ChatCompletion(Document):
+class PromptDetails(Document):
+    """The prompt's tokens, on request."""
+
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+class ChatCompletion(PromptDetails):
     """Answer of `POST /v1/chat/completions`."""
 
     id: str
@@ -212,76 +132,65 @@ class ChatCompletion(Document):
     created: int
     model: str
     choices: list[ChatChoice]
-    prompt_token_ids: list[int] | None = None
-    prompt_logprobs: PromptLogprobs | None = None
     usage: Usage
     octavo: Octavo
 
 
 class MessageDelta(Document):
-    """What comes to the message."""
+    """An addition to the message."""
 
-    role: Literal["assistant"] = "assistant"
-    content: str = ""
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCallDelta] | None = None
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
-class ChatChunkChoice(Document):
-    """What comes to one of `n`."""
+class ChatChunkChoice(ChoiceDetails):
+    """An addition to one of `n`."""
 
     index: int
     delta: MessageDelta
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
-    octavo: ChoiceReport | None = None
-    token_ids: list[int] | None = None
 
 
 class ChatChunk(Document):
-    """An event of a streamed chat; `octavo` stands in the last, `usage` where it was asked for."""
+    """An event of a streamed chat; `octavo` stands in the last, `usage` on request."""
 
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    prompt_token_ids: list[int] | None = None
-    usage: Usage | None = None
-    octavo: Octavo | None = None
+    prompt_token_ids: NotRequired[list[int]]
+    usage: NotRequired[Usage | None]
+    octavo: NotRequired[Octavo]
 
 
-class CompletionLogprobs(Document):
-    """Parallel lists, one entry a token; null of the first token of a prompt."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(Document):
-    """Answer `index % n` to prompt `index // n`; in a stream, what comes to it."""
+class CompletionChoice(TokenIds, PromptDetails):
+    """Answer `index % n` to prompt `index // n`; in a stream, an addition to it."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-    prompt_logprobs: PromptLogprobs | None = None
 
 
-class Completion(Document):
-    """Answer of `POST /v1/completions`, whole or an event of its stream."""
+class CompletionShell(Document):
+    """The part that all events of a stream have in common."""
 
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
+
+
+class Completion(CompletionShell):
+    """Answer of `POST /v1/completions`, whole or an event of its stream."""
+
     choices: list[CompletionChoice]
-    usage: Usage | None = None
-    octavo: Octavo | None = None
+    usage: NotRequired[Usage | None]
+    octavo: NotRequired[Octavo]
 
 
 class ModelCard(Document):
@@ -292,8 +201,8 @@ class ModelCard(Document):
     created: int
     owned_by: str
     max_model_len: int
-    #: What requests get that do not say otherwise, by its parameter.
-    sampling_defaults: dict[str, float]
+    #: Parameters of requests that do not set them.
+    sampling_defaults: Mapping[str, float]
 
 
 class ModelList(Document):
@@ -304,29 +213,33 @@ class ModelList(Document):
 
 
 class WordsReport(Document):
-    """What of the request had no effect; not there if all had."""
+    """The request's fields that had no effect; not there if all had."""
 
     warnings: list[ParamWarning]
 
 
-class Tokenized(Document):
+class Reported(Document):
+    """The part of an answer for warnings."""
+
+    octavo: NotRequired[WordsReport]
+
+
+class Tokenized(Reported):
     """Answer of `POST /tokenize`."""
 
     tokens: list[int]
     count: int
     max_model_len: int
-    token_strs: list[str] | None = None
-    octavo: WordsReport | None = None
+    token_strs: NotRequired[list[str]]
 
 
-class TokenizerInfo(BaseModel):
-    """What tokenizer_config.json holds; special tokens have fields of their names."""
-
-    model_config = ConfigDict(extra="allow")
+@with_config(ConfigDict(extra="allow"))
+class TokenizerInfo(TypedDict):
+    """The content of tokenizer_config.json; special tokens have fields of their names."""
 
     tokenizer_class: str
     #: One, or a list of objects with `name` and `template`.
-    chat_template: str | list[dict[str, str]] | None = None
+    chat_template: NotRequired[str | list[dict[str, str]] | None]
 
 
 class CacheReset(Document):
@@ -335,13 +248,12 @@ class CacheReset(Document):
     freed_pages: int
 
 
-class Detokenized(Document):
+class Detokenized(Reported):
     """Answer of `POST /detokenize`."""
 
     prompt: str
     #: The same, for clients of llama-server.
     content: str
-    octavo: WordsReport | None = None
 
 
 class Health(Document):

@@ -1,11 +1,12 @@
 """The routes that answer with generated text, and those about the model.
 
-Each reads its own body (`server/http/respond.py`): size, JSON and errors are the same everywhere.
+Each reads its own body (`server/generation/respond.py`): size, JSON and errors are the same
+everywhere.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -14,23 +15,21 @@ from server.generation import params
 from server.generation.chat_prompt import chat_tokens
 from server.generation.generate import Job
 from server.generation.params import Warned
-from server.generation.prepare import chat_job, completion_job
-from server.generation.prompts import prompt_tokens, token_text, token_texts
-from server.http.context import RequestRecord
-from server.http.errors import invalid
-from server.http.respond import (
-    AnswerFormat,
+from server.generation.prepare import generation_job
+from server.generation.prompts import token_text, tokens_of
+from server.generation.request_fields import parse
+from server.generation.respond import (
     GenerationResponse,
     JsonResponse,
     PreparedResponse,
     read_body,
     read_work,
 )
+from server.http.errors import invalid
 from server.openai import response_models, schemas
 from server.openai.chat import ChatFormat
-from server.openai.chat_choice import ParsedChatFormat
 from server.openai.completions import CompletionFormat
-from server.openai.unread import unread_fields
+from server.openai.spec import chat_spec, completion_spec, conversation_of, unread_fields
 from server.openapi import answers, body_of, generation_answers
 from server.service import Service
 from server.text.export import tokenizer_config
@@ -40,14 +39,6 @@ def generation_routes(service: Service) -> APIRouter:
     """Return chat and text completions."""
     router = APIRouter()
 
-    def chat(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
-        if job.parser_options is not None:
-            return ParsedChatFormat(service, job, record, index, job.parser_options)
-        return ChatFormat(service, job, record, index)
-
-    def completion(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
-        return CompletionFormat(service, job, record, index)
-
     @router.post(
         "/v1/chat/completions",
         summary="Answer a conversation",
@@ -56,8 +47,14 @@ def generation_routes(service: Service) -> APIRouter:
     )
     async def create_chat_completion(request: Request) -> Response:
         body = await read_work(service, request)
-        asked = await schemas.parse(schemas.ChatRequest, body, service.work)
-        return GenerationResponse(service, lambda: chat_job(service, asked), chat)
+        asked = await parse(schemas.ChatRequest, body, service.work)
+
+        async def prepare() -> Job:
+            template = service.text.template
+            spec = await service.work.run(lambda _: chat_spec(asked, template), asked.num_bytes)
+            return await generation_job(service, spec)
+
+        return GenerationResponse(service, prepare, partial(ChatFormat, service))
 
     @router.post(
         "/v1/completions",
@@ -67,8 +64,12 @@ def generation_routes(service: Service) -> APIRouter:
     )
     async def create_completion(request: Request) -> Response:
         body = await read_work(service, request)
-        asked = await schemas.parse(schemas.CompletionRequest, body, service.work)
-        return GenerationResponse(service, lambda: completion_job(service, asked), completion)
+        asked = await parse(schemas.CompletionRequest, body, service.work)
+
+        async def prepare() -> Job:
+            return await generation_job(service, completion_spec(asked))
+
+        return GenerationResponse(service, prepare, partial(CompletionFormat, service))
 
     return router
 
@@ -79,7 +80,7 @@ def model_routes(service: Service) -> APIRouter:
     limit_bytes = service.config.server.max_request_bytes
     created = int(service.clock.wall_s())
 
-    def card() -> dict[str, object]:
+    def card() -> response_models.ModelCard:
         return {
             "id": service.model_name,
             "object": "model",
@@ -95,7 +96,8 @@ def model_routes(service: Service) -> APIRouter:
         responses=answers(response_models.ModelList, 503),
     )
     async def list_models() -> Response:
-        return JsonResponse({"object": "list", "data": [card()]})
+        models: response_models.ModelList = {"object": "list", "data": [card()]}
+        return JsonResponse(models)
 
     @router.get(
         "/v1/models/{model_id:path}",
@@ -113,7 +115,7 @@ def model_routes(service: Service) -> APIRouter:
         responses=answers(response_models.Tokenized, 400, 404, 408, 413, 503),
     )
     async def tokenize(request: Request) -> Response:
-        asked = await schemas.parse(
+        asked = await parse(
             schemas.TokenizeRequest, await read_body(request, limit_bytes), service.work
         )
         return PreparedResponse(lambda: _tokenized(service, asked))
@@ -133,37 +135,43 @@ def model_routes(service: Service) -> APIRouter:
         responses=answers(response_models.Detokenized, 400, 404, 408, 413, 503),
     )
     async def detokenize(request: Request) -> Response:
-        asked = await schemas.parse(
+        asked = await parse(
             schemas.DetokenizeRequest, await read_body(request, limit_bytes), service.work
         )
         service.require_model(asked.model)
 
-        async def detokenized() -> dict[str, Any]:
+        async def detokenized() -> response_models.Detokenized:
             text = await token_text(service, asked.tokens)
-            told = {"prompt": text, "content": text}
-            return _warned(told, [*asked.notes, *params.judge(asked.model_extra, {})])
+            warnings = [*asked.notes, *params.judge(asked.model_extra, {})]
+            return {"prompt": text, "content": text, **_report(warnings)}
 
         return PreparedResponse(detokenized)
 
     return router
 
 
-async def _tokenized(service: Service, asked: schemas.TokenizeRequest) -> dict[str, Any]:
+async def _tokenized(service: Service, asked: schemas.TokenizeRequest) -> response_models.Tokenized:
     warnings = [*asked.notes, *params.judge(asked.model_extra, params.TOKENIZE)]
     warnings += await service.work.run(
         lambda _: unread_fields(asked, service.text.template), asked.num_bytes
     )
     token_ids = await _tokens_of(service, asked)
-    max_model_len = service.client.info.max_model_len
-    told = {"tokens": token_ids, "count": len(token_ids), "max_model_len": max_model_len}
+    answer: response_models.Tokenized = {
+        "tokens": token_ids,
+        "count": len(token_ids),
+        "max_model_len": service.client.info.max_model_len,
+    }
     if asked.return_token_strs:
-        told["token_strs"] = await token_texts(service, token_ids)
-    return _warned(told, warnings)
+        text_of = service.text.tokenizer.token_text
+        answer["token_strs"] = await service.work.run(
+            lambda _: [*map(text_of, token_ids)], len(token_ids)
+        )
+    return {**answer, **_report(warnings)}
 
 
-def _warned(told: dict[str, Any], warnings: list[Warned]) -> dict[str, Any]:
-    """Return an answer with the warnings, if there are any."""
-    return told | {"octavo": {"warnings": warnings}} if warnings else told
+def _report(warnings: list[Warned]) -> response_models.Reported:
+    """Return the part of an answer for warnings, if there are any."""
+    return {"octavo": {"warnings": warnings}} if warnings else {}
 
 
 async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[int]:
@@ -172,16 +180,9 @@ async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[i
     if [asked.prompt, asked.content, asked.messages].count(None) != 2:
         raise invalid("one of prompt, content and messages must be given", "prompt")
     if asked.messages is not None:
-        return await chat_tokens(
-            service,
-            asked.messages,
-            add_generation_prompt=asked.add_generation_prompt,
-            add_special_tokens=asked.add_special_tokens,
-            variables=asked.chat_template_kwargs,
-            tools=[tool.function.for_template() for tool in asked.tools or ()],
-            continues_final=asked.continue_final_message is True,
-            num_bytes=asked.num_bytes,
-        )
+        chat = await service.work.run(lambda _: conversation_of(asked), asked.num_bytes)
+        return await chat_tokens(service, chat, chat.tools, [])
     assert prompt is not None
     adds = asked.add_special_tokens is not False
-    return await prompt_tokens(service, prompt, add_special_tokens=adds)
+    [token_ids] = await tokens_of(service, [prompt], add_special_tokens=adds)
+    return token_ids

@@ -1,1 +1,1 @@
-"""OpenAI's Responses API: another way to ask for chats, and to go on with those that are kept."""
+"""OpenAI's Responses API: items in place of messages, and conversations stored by the server."""

@@ -1,6 +1,6 @@
-"""Items to the messages of a chat, and to the JSON that is kept of them.
+"""Items as messages for a chat template, and as the JSON that is stored.
 
-An assistant's words, calls and reasoning are items of their own here, and one message in a chat.
+An assistant's words, calls and reasoning are separate items here, and one message in a template.
 Knows nothing of HTTP or of stores.
 """
 
@@ -13,9 +13,10 @@ from typing import Any
 import orjson
 
 from server.generation import params
+from server.generation.generation_spec import PromptMessage
 from server.generation.params import Warned
-from server.http.errors import invalid
-from server.openai.chat_messages import Message
+from server.generation.prompt_messages import REASONING, content_of, require_limits, text_part
+from server.http.errors import Path, dotted, invalid
 from server.responses.items import (
     ContentPart,
     CustomCallItem,
@@ -30,7 +31,7 @@ from server.responses.store import Turn
 from server.responses.tools import chat_name
 from server.tools.custom import arguments_of
 
-#: What an id begins with, by the type of its item.
+#: Prefixes of ids, by the type of the item.
 PREFIXES = {
     "message": "msg",
     "function_call": "fc",
@@ -44,7 +45,7 @@ _MAX_WARNINGS = 64
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Where an item lies that is referred to."""
+    """The place of an item that the input refers to."""
 
     turn: Turn
     is_output: bool
@@ -53,11 +54,9 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a response answers."""
+    """The conversation that a response continues."""
 
-    messages: list[Message]
-    #: The parameter that each message came in.
-    origins: list[str]
+    messages: list[PromptMessage]
     warnings: list[Warned]
     #: The response's own items, for its turn.
     input_json: bytes
@@ -72,23 +71,23 @@ def read_conversation(
     references: dict[int, Reference],
     limit_bytes: int,
 ) -> Conversation:
-    """Return it. Raises `ApiError` for a reference to nothing, or to more than `limit_bytes`.
+    """Return the conversation. Raises `ApiError` for a reference to nothing, or over `limit_bytes`.
 
-    `response_key` goes into the ids of items that have none. Takes as long as the conversation is.
+    `response_key` goes into the ids of items that have none. Takes time by its length.
     """
     own = _resolved(response_key, items, references, limit_bytes)
     folding = _Folding()
     if instructions is not None:
-        folding.add("instructions", "system", [instructions])
+        folding.add(("instructions",), "system", [instructions])
     for turn in previous.chain() if previous else ():
         for item in orjson.loads(turn.input_json) + orjson.loads(turn.output_json):
-            folding.take("previous_response_id", item)
+            folding.take(("previous_response_id",), item)
     for index, item in enumerate(own):
-        folding.take(f"input.{index}", item)
+        folding.take(("input", index), item)
     folding.close()
-    messages = [Message.model_validate(fields) for fields in folding.messages]
+    require_limits(folding.messages, ("input",))
     warnings = (_item_warnings(items) + folding.warnings)[:_MAX_WARNINGS]
-    return Conversation(messages, folding.origins, warnings, orjson.dumps(own))
+    return Conversation(folding.messages, warnings, orjson.dumps(own))
 
 
 def item_id(kind: str, response_key: str, index: int, *, is_output: bool) -> str:
@@ -100,81 +99,77 @@ def item_id(kind: str, response_key: str, index: int, *, is_output: bool) -> str
 class _Folding:
     """Builds messages item by item."""
 
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
+    messages: list[PromptMessage] = field(default_factory=list)
     warnings: list[Warned] = field(default_factory=list)
     #: The assistant's message in the making, and where it began.
     _open: dict[str, Any] | None = None
-    _opened: str = ""
+    _opened: Path = ()
 
-    def take(self, origin: str, item: dict[str, Any]) -> None:
-        """Take in an item as it is kept."""
+    def take(self, path: Path, item: dict[str, Any]) -> None:
+        """Add an item as it is kept."""
         match item["type"]:
             case "function_call_output" | "custom_tool_call_output":
                 self.close()
                 output = item["output"]
                 texts = [output] if isinstance(output, str) else _texts(output)
-                self.add(origin, "tool", texts, call_id=item["call_id"])
+                self.add(path, "tool", texts, tool_call_id=item["call_id"])
             case "function_call":
-                self._take_call(origin, item, item["arguments"])
+                self._take_call(path, item, item["arguments"] or "{}")
             case "custom_tool_call":
-                self._take_call(origin, item, arguments_of(item["input"]))
+                self._take_call(path, item, arguments_of(item["input"]))
             case "reasoning":
-                self._take_reasoning(origin, item)
+                self._take_reasoning(path, item)
             case _ if item["role"] == "assistant":
-                self._take_words(origin, "".join(_texts(item["content"])))
+                self._take_words(path, "".join(_texts(item["content"])))
             case _:
                 self.close()
-                self.add(origin, item["role"], _texts(item["content"]))
+                role = "system" if item["role"] == "developer" else item["role"]
+                self.add(path, role, _texts(item["content"]))
 
-    def add(self, origin: str, role: str, texts: list[str], *, call_id: str | None = None) -> None:
+    def add(self, path: Path, role: str, texts: list[str], **fields: str) -> None:
         """Add a message that is not the assistant's."""
-        content = [{"type": "text", "text": text} for text in texts]
-        message: dict[str, Any] = {"role": role, "content": content}
-        if call_id is not None:
-            message["tool_call_id"] = call_id
-        self.messages.append(message)
-        self.origins.append(origin)
+        content = content_of([text_part(text) for text in texts])
+        self.messages.append(PromptMessage({**fields, "role": role, "content": content}, path))
 
     def close(self) -> None:
         """End the assistant's message in the making."""
         message, self._open = self._open, None
         if message is None:
             return
-        if message.keys() <= {"role", "reasoning_content"}:
+        if message.keys() <= {"role", REASONING}:
             self._warn(self._opened, "there is no answer behind this reasoning: it was left out")
             return
-        self.messages.append(message)
-        self.origins.append(self._opened)
+        self.messages.append(PromptMessage({"content": "", **message}, self._opened))
 
-    def _take_call(self, origin: str, item: dict[str, Any], arguments: str) -> None:
+    def _take_call(self, path: Path, item: dict[str, Any], arguments: str) -> None:
         called = {"name": chat_name(item.get("namespace"), item["name"]), "arguments": arguments}
         call = {"id": item["call_id"], "type": "function", "function": called}
-        self._assistant(origin).setdefault("tool_calls", []).append(call)
+        self._assistant(path).setdefault("tool_calls", []).append(call)
 
-    def _take_words(self, origin: str, text: str) -> None:
+    def _take_words(self, path: Path, text: str) -> None:
         if self._open is not None and "content" in self._open and "tool_calls" not in self._open:
             self.close()
-        message = self._assistant(origin)
+        message = self._assistant(path)
         message["content"] = message.get("content", "") + text
 
-    def _take_reasoning(self, origin: str, item: dict[str, Any]) -> None:
+    def _take_reasoning(self, path: Path, item: dict[str, Any]) -> None:
         parts = item.get("content") or item.get("summary") or ()
         if text := "".join(part["text"] for part in parts):
-            if self._open is not None and self._open.keys() > {"role", "reasoning_content"}:
+            if self._open is not None and self._open.keys() > {"role", REASONING}:
                 self.close()
-            message = self._assistant(origin)
-            message["reasoning_content"] = message.get("reasoning_content", "") + text
+            message = self._assistant(path)
+            message[REASONING] = message.get(REASONING, "") + text
         else:
-            self._warn(origin, "there is no text in this reasoning: it was left out")
+            self._warn(path, "there is no text in this reasoning: it was left out")
 
-    def _assistant(self, origin: str) -> dict[str, Any]:
+    def _assistant(self, path: Path) -> dict[str, Any]:
         if self._open is None:
-            self._open, self._opened = {"role": "assistant"}, origin
+            self._open, self._opened = {"role": "assistant"}, path
         return self._open
 
-    def _warn(self, origin: str, message: str) -> None:
-        self.warnings.append({"param": origin, "message": f"{origin}: {message}"})
+    def _warn(self, path: Path, message: str) -> None:
+        param = dotted(path)
+        self.warnings.append({"param": param, "message": f"{param}: {message}"})
 
 
 def _texts(parts: Iterable[dict[str, Any]]) -> list[str]:
@@ -184,7 +179,7 @@ def _texts(parts: Iterable[dict[str, Any]]) -> list[str]:
 def _resolved(
     response_key: str, items: Sequence[Item], references: dict[int, Reference], limit_bytes: int
 ) -> list[dict[str, Any]]:
-    """Return the items as they are kept, with those that are referred to in their places."""
+    """Return the items as they are stored, with references resolved."""
     loaded: dict[tuple[Turn, bool], list[dict[str, Any]]] = {}
     resolved = []
     for index, item in enumerate(items):
@@ -203,18 +198,18 @@ def _resolved(
         limit_bytes -= len(orjson.dumps(found))
         if limit_bytes < 0:
             message = f"input.{index}: together the items referred to are too large"
-            raise invalid(message, f"input.{index}")
+            raise invalid(message, ("input", index))
         resolved.append(found)
     return resolved
 
 
 def no_such_item(index: int, name: str) -> Exception:
     """Return the error for a reference to an item that is not stored."""
-    return invalid(f"input.{index}: item {name!r} is not stored here", f"input.{index}.id")
+    return invalid(f"input.{index}: item {name!r} is not stored here", ("input", index, "id"))
 
 
 def _kept(item: Item) -> dict[str, Any]:
-    """Return an item as it is kept and told, without its id."""
+    """Return an item as it is stored and sent, without its id."""
     match item:
         case MessageItem():
             parts = [_kept_part(part, is_said=item.role == "assistant") for part in item.content]
@@ -245,7 +240,7 @@ def _kept_part(part: ContentPart, *, is_said: bool) -> dict[str, Any]:
 
 
 def _item_warnings(items: Sequence[Item]) -> list[Warned]:
-    """Return what of the items has no effect, each field once."""
+    """Return a warning for each field of items without effect, once a field."""
     warnings: list[Warned] = []
     seen: set[tuple[str, str]] = set()
     for index, item in enumerate(items):

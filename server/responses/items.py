@@ -1,6 +1,6 @@
-"""What a conversation is made of, as the Responses API holds it: items, with strict types.
+"""Items, of which the Responses API makes a conversation, with strict types.
 
-Only what is text is taken; anything else is refused by the name of its type. Knows nothing of
+Only text is accepted; other items and parts are refused by the name of their type. Knows nothing of
 chats or of what is stored.
 """
 
@@ -11,19 +11,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from server.openai.chat_messages import MAX_PARTS, require_kind
-from server.openai.schemas import MAX_MESSAGES, Request
+from server.generation.prompt_messages import MAX_MESSAGES, MAX_PARTS, require_kind
+from server.generation.request_fields import Request
+from server.responses.response_models import Status
 from server.tools.schemas import ToolName
 
-#: Of ids and the like that are only kept.
-MAX_NAME_CHARS = 256
-
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
-Status = Literal["in_progress", "completed", "incomplete"]
+#: An id, or a similar value that is only stored.
+Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class _Typed(Request):
-    #: What `type` may be; else it is named, and refused.
+    #: The values that `type` may have; others are refused by name.
     types: ClassVar[tuple[str, ...]] = ()
 
     type: str
@@ -78,7 +76,7 @@ ReasoningParts = Annotated[list[ReasoningPart], Field(max_length=MAX_PARTS, fail
 
 
 class MessageItem(Request):
-    """Somebody's words."""
+    """A message with its role."""
 
     type: Literal["message"] | None = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -112,7 +110,7 @@ class CustomCallItem(Request):
 
 
 class ToolOutputItem(Request):
-    """What a called tool gave."""
+    """The result of a called tool."""
 
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: Name
@@ -122,7 +120,7 @@ class ToolOutputItem(Request):
 
 
 class ReasoningItem(Request):
-    """What the model wrote for itself; the model's template decides whether it sees it again."""
+    """Reasoning of the model; the template decides whether later prompts contain it."""
 
     type: Literal["reasoning"]
     summary: ReasoningParts | None = None
@@ -130,11 +128,6 @@ class ReasoningItem(Request):
     encrypted_content: str | None = Field(default=None, description="is not read")
     id: Name | None = None
     status: Status | None = None
-
-    @property
-    def words(self) -> str:
-        """The text of it; of the summary if there is nothing else."""
-        return "".join(part.text for part in self.content or self.summary or ())
 
 
 class ItemReference(Request):
@@ -166,7 +159,7 @@ class _ItemType(_Typed):
 def _as_item(value: object) -> object:
     """Read it as its type says, so that a fault is one of that type alone."""
     if not isinstance(value, dict):
-        raise ValueError("must be an object")  # noqa: TRY004 - pydantic tells a ValueError
+        raise ValueError("must be an object")  # noqa: TRY004 - pydantic reports a ValueError
     # Both may be left out; then it is plain which is meant.
     implied = "item_reference" if "id" in value and "role" not in value else "message"
     typed = value if value.get("type") is not None else {**value, "type": implied}

@@ -1,4 +1,4 @@
-"""Which tokens of an output a text that is told came of. Knows nothing of how either is told."""
+"""Assigns the tokens of an output to its text events. Knows nothing of how either is sent."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from server.tools.events import Content
 
 
 class TextTokens:
-    """Finds the tokens of each text by where both stand in the output.
+    """Finds the tokens of each text by the positions of both in the output.
 
-    Text may be told later than its tokens come, in part, or not at all (tags, calls, the spaces
+    Text may be sent later than its tokens arrive, in part, or not at all (tags, calls, the spaces
     around them). A token belongs to a text that has any of its characters.
     """
 
     def __init__(self) -> None:
         self._waiting: deque[TokenAt] = deque()
         self._num_chars = 0
-        #: Where the text ends that was told last.
+        #: The end of the latest text.
         self._end = 0
 
-    def push(self, chunk: OutputChunk) -> Content:
-        """Take in what comes next; return its text, and where that stands."""
+    def push(self, chunk: OutputChunk) -> None:
+        """Take in the next part of the output."""
         self._waiting += chunk.tokens
         self._num_chars += len(chunk.text)
-        return Content(chunk.text, self._num_chars - len(chunk.text))
 
     def of(self, content: Content) -> list[TokenAt]:
-        """Return the tokens of a text that is told now; those before it never are."""
+        """Return the tokens of this text; drop the tokens before it."""
         start, self._end = content.start_char, content.start_char + len(content.text)
         taken = self._taken_before(self._end)
         return [token for token in taken if token.end_char > start or token.start_char >= start]
 
     def rest(self) -> list[TokenAt]:
-        """Return what is left of the text told last, now that no more of it is told."""
+        """Return the remaining tokens of the latest text, which is complete."""
         is_all = self._end == self._num_chars
         return self._taken_before(self._end + is_all)
 

@@ -1,164 +1,239 @@
-"""The items of a response in the making, and the events that tell of each change.
+"""The items of a response in the making, and the events of each change.
 
-Events are dictionaries without their number. At any moment at most one item is open, the last.
-Knows nothing of tokens or of how events are sent.
+Events have no number yet. At any moment at most one item is open, the last. Knows nothing of
+tokens or of how events are sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import orjson
 
+from server.answer_types import TokenLogprob
 from server.responses.conversation import item_id
+from server.responses.response_models import (
+    EventFields,
+    EventType,
+    Namespace,
+    OutputItem,
+    OutputText,
+    ReasoningText,
+    Status,
+)
 
-Fields = dict[str, Any]
 Ended = Literal["completed", "incomplete"]
+Kind = Literal["message", "reasoning", "function_call", "custom_tool_call"]
 
-_PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
-#: What the model writes of a call, by its kind, and the events that tell it.
-_WRITTEN = {"function_call": "arguments", "custom_tool_call": "input"}
-_CALL_EVENTS = {
-    "function_call": "function_call_arguments",
-    "custom_tool_call": "custom_tool_call_input",
+#: By kind of item, the events of an addition and of the end of its text.
+_DELTA: dict[Kind, EventType] = {
+    "message": "response.output_text.delta",
+    "reasoning": "response.reasoning_text.delta",
+    "function_call": "response.function_call_arguments.delta",
+    "custom_tool_call": "response.custom_tool_call_input.delta",
+}
+_DONE: dict[Kind, EventType] = {
+    "message": "response.output_text.done",
+    "reasoning": "response.reasoning_text.done",
+    "function_call": "response.function_call_arguments.done",
+    "custom_tool_call": "response.custom_tool_call_input.done",
 }
 
 
+@dataclass(slots=True)
+class _OpenItem:
+    """The item that is being written."""
+
+    kind: Kind
+    id: str
+    index: int
+    #: Of a call.
+    call_id: str = ""
+    name: str = ""
+    namespace: Namespace = field(default_factory=Namespace)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def has_part(self) -> bool:
+        return self.kind in {"message", "reasoning"}
+
+    def output_text(self) -> OutputText:
+        logprobs = list(self.logprobs)
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": logprobs}
+
+    def reasoning_text(self) -> ReasoningText:
+        return {"type": "reasoning_text", "text": self.text}
+
+    def part(self) -> OutputText | ReasoningText:
+        return self.output_text() if self.kind == "message" else self.reasoning_text()
+
+    def item(self, status: Status, *, has_parts: bool = True) -> OutputItem:
+        """Return the item as it is now."""
+        match self.kind:
+            case "message":
+                return {
+                    "id": self.id,
+                    "type": "message",
+                    "status": status,
+                    "content": [self.output_text()] if has_parts else [],
+                    "role": "assistant",
+                }
+            case "reasoning":
+                return {
+                    "id": self.id,
+                    "type": "reasoning",
+                    "status": status,
+                    "content": [self.reasoning_text()] if has_parts else [],
+                    "summary": [],
+                }
+            case "function_call":
+                return {
+                    "id": self.id,
+                    "type": "function_call",
+                    "call_id": self.call_id,
+                    "name": self.name,
+                    "arguments": self.text,
+                    **self.namespace,
+                    "status": status,
+                }
+            case "custom_tool_call":
+                return {
+                    "id": self.id,
+                    "type": "custom_tool_call",
+                    "call_id": self.call_id,
+                    "name": self.name,
+                    "input": self.text,
+                    **self.namespace,
+                    "status": status,
+                }
+
+    def event(self, kind: EventType) -> EventFields:
+        """Return the fields of an event that refer to the item and its part."""
+        event: EventFields = {"type": kind, "item_id": self.id, "output_index": self.index}
+        if self.has_part:
+            event["content_index"] = 0
+        return event
+
+    def delta(self, text: str) -> EventFields:
+        """Add `text`; return the event of it."""
+        self.texts.append(text)
+        return {**self.event(_DELTA[self.kind]), "delta": text}
+
+    def done(self, status: Ended) -> list[EventFields]:
+        """Return the events of the end of its text: a call's only where it is complete."""
+        if self.has_part:
+            part = self.part()
+            text_done: EventFields = {**self.event(_DONE[self.kind]), "text": part["text"]}
+            if part["type"] == "output_text":
+                text_done["logprobs"] = part["logprobs"]
+            return [text_done, {**self.event("response.content_part.done"), "part": part}]
+        if status == "incomplete":
+            return []
+        event = self.event(_DONE[self.kind])
+        if self.kind == "custom_tool_call":
+            return [{**event, "input": self.text}]
+        return [{**event, "name": self.name, "arguments": self.text}]
+
+
 class OutputItems:
-    """Takes in what the model said, in order."""
+    """The items of one output, in the model's order."""
 
     def __init__(self, response_key: str, new_call_id: Callable[[], str]) -> None:
         """`response_key` goes into the items' ids."""
         self._response_key = response_key
         self._new_call_id = new_call_id
-        self._items: list[Fields] = []
-        self._is_open = False
-        self._texts: list[str] = []
-        self._logprobs: list[Fields] = []
+        self._ended: list[OutputItem] = []
+        self._open: _OpenItem | None = None
 
     @property
     def is_message_open(self) -> bool:
-        """Whether text that follows goes on with what is there."""
-        return self._is_open and self._items[-1]["type"] == "message"
-
-    def items(self) -> list[Fields]:
-        """Return them as they are by now."""
-        if not self._is_open:
-            return list(self._items)
-        return [*self._items[:-1], self._items[-1] | self._written()]
-
-    def text(self, text: str, logprobs: list[Fields]) -> list[Fields]:
-        """Go on with the message, or begin one."""
-        events = [] if self.is_message_open else self._begin("message", {"role": "assistant"})
-        self._logprobs += logprobs
-        return [*events, self._delta(text) | {"logprobs": logprobs}]
-
-    def grow(self, text: str) -> None:
-        """Go on with the message, which is open, without an event."""
-        self._texts.append(text)
-
-    def delta_head(self) -> bytes:
-        """Return the event of a text that follows, up to its number: `grow` and this are `text`."""
-        kind = "response.output_text.delta"
-        event = {"type": kind, **self._at(), "content_index": 0, "logprobs": []}
-        head = orjson.dumps(event)[:-1] + b',"sequence_number":'
-        return b"event: %b\ndata: %b" % (kind.encode(), head)
-
-    def reasoning(self, text: str) -> list[Fields]:
-        """Go on with the reasoning, or begin it."""
-        is_open = self._is_open and self._items[-1]["type"] == "reasoning"
-        events = [] if is_open else self._begin("reasoning", {"summary": []})
-        return [*events, self._delta(text)]
-
-    def call(self, name: str, namespace: str | None, *, is_custom: bool) -> list[Fields]:
-        """Begin a call."""
-        events = self.end("completed")
-        kind = "custom_tool_call" if is_custom else "function_call"
-        called = {"call_id": self._new_call_id(), "name": name, _WRITTEN[kind]: ""}
-        if namespace is not None:
-            called["namespace"] = namespace
-        item = self._add(kind, called | {"status": "in_progress"})
-        self._is_open = True
-        return [*events, self._added(dict(item))]
-
-    def arguments(self, text: str) -> list[Fields]:
-        """Go on with the arguments of the call that is open."""
-        self._texts.append(text)
-        kind = _CALL_EVENTS[self._items[-1]["type"]]
-        return [{"type": f"response.{kind}.delta", **self._at(), "delta": text}]
-
-    def end(self, status: Ended) -> list[Fields]:
-        """End the item that is open, if one is."""
-        if not self._is_open:
-            return []
-        written = self._written()
-        self._items[-1] |= {"status": status, **written}
-        self._is_open = False
-        self._texts, self._logprobs = [], []
-        if "content" in written:
-            return [*self._content_done(written["content"][0]), self._done()]
-        if status == "incomplete":
-            return [self._done()]
-        kind = _CALL_EVENTS[self._items[-1]["type"]]
-        named = {"name": self._items[-1]["name"]} if "arguments" in written else {}
-        return [{"type": f"response.{kind}.done", **self._at(), **named, **written}, self._done()]
+        """Whether the last item is a message, to which the next text is added."""
+        return self._open is not None and self._open.kind == "message"
 
     @property
     def is_call_open(self) -> bool:
         """Whether the last item is a call that is not complete."""
-        return self._is_open and self._items[-1]["type"] in _WRITTEN
+        return self._open is not None and not self._open.has_part
 
-    def _content_done(self, part: Fields) -> list[Fields]:
-        at = self._at() | {"content_index": 0}
-        text_done = {key: value for key, value in part.items() if key in {"text", "logprobs"}}
-        return [
-            {"type": f"response.{part['type']}.done", **at, **text_done},
-            {"type": "response.content_part.done", **at, "part": part},
-        ]
+    def items(self) -> list[OutputItem]:
+        """Return the items as they are now."""
+        return [*self._ended, *([self._open.item("in_progress")] if self._open else [])]
 
-    def _begin(self, kind: str, fields: Fields) -> list[Fields]:
+    def text(self, text: str, logprobs: list[TokenLogprob]) -> list[EventFields]:
+        """Add to the message, or begin one."""
+        message, events = self._of_kind("message")
+        message.logprobs += logprobs
+        return [*events, {**message.delta(text), "logprobs": logprobs}]
+
+    def grow(self, text: str) -> None:
+        """Add to the message, which is open, without an event."""
+        assert self._open is not None, "no message is open"
+        self._open.texts.append(text)
+
+    def delta_head(self) -> bytes:
+        """Return the event of the next text up to its number: `grow` and this are `text`."""
+        assert self._open is not None, "no message is open"
+        event: EventFields = {**self._open.event(_DELTA["message"]), "logprobs": []}
+        head = orjson.dumps(event)[:-1] + b',"sequence_number":'
+        return b"event: %b\ndata: %b" % (event["type"].encode(), head)
+
+    def reasoning(self, text: str) -> list[EventFields]:
+        """Add to the reasoning, or begin it."""
+        reasoning, events = self._of_kind("reasoning")
+        return [*events, reasoning.delta(text)]
+
+    def call(self, name: str, namespace: str | None, *, is_custom: bool) -> list[EventFields]:
+        """Begin a call."""
         events = self.end("completed")
-        item = self._add(kind, {"status": "in_progress", "content": [], **fields})
-        self._is_open = True
-        at = self._at() | {"content_index": 0}
-        added = {"type": "response.content_part.added", **at, "part": self._part()}
-        # A copy: the item goes on changing, the event does not.
-        return [*events, self._added({**item, "content": []}), added]
+        call = self._begin("custom_tool_call" if is_custom else "function_call")
+        call.call_id, call.name = self._new_call_id(), name
+        if namespace is not None:
+            call.namespace = {"namespace": namespace}
+        return [*events, self._added(call)]
 
-    def _add(self, kind: str, fields: Fields) -> Fields:
-        index = len(self._items)
-        own = item_id(kind, self._response_key, index, is_output=True)
-        self._items.append({"id": own, "type": kind, **fields})
-        return self._items[-1]
+    def arguments(self, text: str) -> list[EventFields]:
+        """Add to the arguments of the call that is open."""
+        assert self._open is not None, "no call is open"
+        return [self._open.delta(text)]
 
-    def _written(self) -> Fields:
-        """Return what the open item holds by now."""
-        kind = self._items[-1]["type"]
-        if kind in _WRITTEN:
-            return {_WRITTEN[kind]: "".join(self._texts)}
-        return {"content": [self._part()]}
+    def end(self, status: Ended) -> list[EventFields]:
+        """End the item that is open, if one is."""
+        if (ended := self._open) is None:
+            return []
+        self._open = None
+        item = ended.item(status)
+        self._ended.append(item)
+        done: EventFields = {
+            "type": "response.output_item.done",
+            "output_index": ended.index,
+            "item": item,
+        }
+        return [*ended.done(status), done]
 
-    def _part(self) -> Fields:
-        kind = _PARTS[self._items[-1]["type"]]
-        part: Fields = {"type": kind, "text": "".join(self._texts)}
-        if kind == "output_text":
-            part |= {"annotations": [], "logprobs": list(self._logprobs)}
-        return part
+    def _of_kind(
+        self, kind: Literal["message", "reasoning"]
+    ) -> tuple[_OpenItem, list[EventFields]]:
+        """Return the open item if it is of this kind, or a new one, and the events of its begin."""
+        if self._open is not None and self._open.kind == kind:
+            return self._open, []
+        events = self.end("completed")
+        begun = self._begin(kind)
+        part: EventFields = {**begun.event("response.content_part.added"), "part": begun.part()}
+        return begun, [*events, self._added(begun), part]
 
-    def _delta(self, text: str) -> Fields:
-        self._texts.append(text)
-        kind = _PARTS[self._items[-1]["type"]]
-        return {"type": f"response.{kind}.delta", **self._at(), "content_index": 0, "delta": text}
+    def _begin(self, kind: Kind) -> _OpenItem:
+        index = len(self._ended)
+        own_id = item_id(kind, self._response_key, index, is_output=True)
+        self._open = _OpenItem(kind, own_id, index)
+        return self._open
 
-    def _at(self) -> Fields:
-        return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
-
-    def _added(self, item: Fields) -> Fields:
-        index = len(self._items) - 1
-        return {"type": "response.output_item.added", "output_index": index, "item": item}
-
-    def _done(self) -> Fields:
-        index = len(self._items) - 1
-        item = dict(self._items[-1])
-        return {"type": "response.output_item.done", "output_index": index, "item": item}
+    def _added(self, begun: _OpenItem) -> EventFields:
+        item = begun.item("in_progress", has_parts=False)
+        return {"type": "response.output_item.added", "output_index": begun.index, "item": item}

@@ -1,25 +1,28 @@
-"""The Responses API's answers in /openapi.json; see `server/openai/response_models.py`."""
+"""Answers of the Responses API: the types of the JSON that is sent.
+
+/openapi.json is made from the same types. Knows nothing of how an answer is generated.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
-from server.openai.response_models import Document, ErrorDetail, LeftOut, Octavo, TokenLogprob
+from server.answer_types import Document, ErrorDetail, LeftOutReport, Octavo, TokenLogprob
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class OutputText(Document):
-    """What the model said."""
+    """Text for the reader."""
 
     type: Literal["output_text"]
     text: str
     annotations: list[Any]
-    logprobs: list[TokenLogprob] | None = None
+    logprobs: NotRequired[list[TokenLogprob]]
 
 
 class ReasoningText(Document):
-    """What the model wrote for itself."""
+    """Text the model wrote for itself."""
 
     type: Literal["reasoning_text"]
     text: str
@@ -33,7 +36,7 @@ class SummaryText(Document):
 
 
 class InputText(Document):
-    """What the model was told."""
+    """Text for the model."""
 
     type: Literal["input_text"]
     text: str
@@ -66,7 +69,13 @@ class ReasoningOutput(Document):
     content: list[ReasoningText | SummaryText]
 
 
-class FunctionCallOutput(Document):
+class Namespace(Document):
+    """The namespace of a called tool, if it has one."""
+
+    namespace: NotRequired[str]
+
+
+class FunctionCallOutput(Namespace):
     """A call of a tool: `arguments` is a string of JSON."""
 
     id: str
@@ -74,11 +83,10 @@ class FunctionCallOutput(Document):
     status: Status
     call_id: str
     name: str
-    namespace: str | None = None
     arguments: str
 
 
-class CustomCallOutput(Document):
+class CustomCallOutput(Namespace):
     """A call of a custom tool: `input` is a text."""
 
     id: str
@@ -86,7 +94,6 @@ class CustomCallOutput(Document):
     status: Status
     call_id: str
     name: str
-    namespace: str | None = None
     input: str
 
 
@@ -101,7 +108,7 @@ class AnyMessage(Document):
 
 
 class ToolResult(Document):
-    """What a called tool gave."""
+    """The result of a called tool."""
 
     id: str
     type: Literal["function_call_output", "custom_tool_call_output"]
@@ -149,21 +156,19 @@ class ResponseFailure(Document):
     message: str
 
 
-class ResponseOctavo(Octavo):
-    """What other servers do not tell."""
-
-    left_out: LeftOut | None = None
+class ResponseOctavo(LeftOutReport, Octavo):
+    """Details that OpenAI's API has no fields for."""
 
 
 class ReasoningSettings(Document):
-    """As it was asked for."""
+    """The settings of the request."""
 
     effort: str | None
     summary: None
 
 
-class ResponseBody(Document):
-    """A response; `usage` and `octavo` come with its end."""
+class ResponseShell(Document):
+    """A response without its output; `usage` and `octavo` come with its end."""
 
     id: str
     object: Literal["response"]
@@ -176,7 +181,6 @@ class ResponseBody(Document):
     instructions: str | None
     max_output_tokens: int | None
     model: str
-    output: list[OutputItem]
     parallel_tool_calls: bool
     previous_response_id: str | None
     reasoning: ReasoningSettings
@@ -190,49 +194,63 @@ class ResponseBody(Document):
     truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None
     metadata: dict[str, str]
-    octavo: ResponseOctavo | None = None
+    octavo: NotRequired[ResponseOctavo]
 
 
-class ResponseEvent(Document):
+class ResponseBody(ResponseShell):
+    """A response; `usage` and `octavo` come with its end."""
+
+    output: list[OutputItem]
+
+
+EventType = Literal[
+    "response.created",
+    "response.in_progress",
+    "response.output_item.added",
+    "response.content_part.added",
+    "response.reasoning_text.delta",
+    "response.reasoning_text.done",
+    "response.output_text.delta",
+    "response.output_text.done",
+    "response.content_part.done",
+    "response.function_call_arguments.delta",
+    "response.function_call_arguments.done",
+    "response.custom_tool_call_input.delta",
+    "response.custom_tool_call_input.done",
+    "response.output_item.done",
+    "response.completed",
+    "response.incomplete",
+    "response.failed",
+    "error",
+]
+
+
+class EventFields(Document):
+    """An event of a streamed response, before it has a number."""
+
+    type: EventType
+    response: NotRequired[ResponseBody]
+    output_index: NotRequired[int]
+    content_index: NotRequired[int]
+    item_id: NotRequired[str]
+    item: NotRequired[OutputItem]
+    part: NotRequired[OutputText | ReasoningText]
+    delta: NotRequired[str]
+    text: NotRequired[str]
+    logprobs: NotRequired[list[TokenLogprob]]
+    name: NotRequired[str]
+    arguments: NotRequired[str]
+    input: NotRequired[str]
+    code: NotRequired[str | None]
+    message: NotRequired[str]
+    param: NotRequired[str | None]
+    error: NotRequired[ErrorDetail]
+
+
+class ResponseEvent(EventFields):
     """An event of a streamed response; which fields it has depends on its type."""
 
-    type: Literal[
-        "response.created",
-        "response.in_progress",
-        "response.output_item.added",
-        "response.content_part.added",
-        "response.reasoning_text.delta",
-        "response.reasoning_text.done",
-        "response.output_text.delta",
-        "response.output_text.done",
-        "response.content_part.done",
-        "response.function_call_arguments.delta",
-        "response.function_call_arguments.done",
-        "response.custom_tool_call_input.delta",
-        "response.custom_tool_call_input.done",
-        "response.output_item.done",
-        "response.completed",
-        "response.incomplete",
-        "response.failed",
-        "error",
-    ]
     sequence_number: int
-    response: ResponseBody | None = None
-    output_index: int | None = None
-    content_index: int | None = None
-    item_id: str | None = None
-    item: OutputItem | None = None
-    part: OutputText | ReasoningText | None = None
-    delta: str | None = None
-    text: str | None = None
-    logprobs: list[TokenLogprob] | None = None
-    name: str | None = None
-    arguments: str | None = None
-    input: str | None = None
-    code: str | None = None
-    message: str | None = None
-    param: str | None = None
-    error: ErrorDetail | None = None
 
 
 class DeletedResponse(Document):

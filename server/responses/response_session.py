@@ -1,40 +1,26 @@
-"""One request for a response, from its body to a job, and from its end to what is kept.
-
-Knows nothing of events.
-"""
+"""One request for a response: its job, and its entry in the store. Knows nothing of events."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from pydantic import BaseModel
 
 from server.generation.generate import Job
 from server.generation.params import Warned
-from server.generation.prepare import chat_job
-from server.http.errors import ApiError, invalid
+from server.generation.prepare import generation_job
+from server.generation.prompt_messages import MAX_MESSAGES
+from server.http.errors import invalid
 from server.http.work import Check
-from server.openai.schemas import MAX_MESSAGES
-from server.responses.conversation import (
-    Conversation,
-    Reference,
-    no_such_item,
-    read_conversation,
-)
+from server.responses.conversation import Conversation, Reference, no_such_item, read_conversation
 from server.responses.items import ItemReference
+from server.responses.response_models import OutputItem, ResponseShell
 from server.responses.schemas import ResponsesRequest
+from server.responses.spec import own_warnings, response_spec
 from server.responses.store import ResponseStore, Turn
 from server.responses.tools import CallableTool, callable_tools
-from server.responses.translate import (
-    Renaming,
-    chat_request,
-    own_warnings,
-    renamed_error,
-    renamed_warnings,
-)
 from server.service import Service
 
 _KEY_BITS = 192
@@ -44,7 +30,7 @@ _ITEM_CHARS = 120
 
 
 class ResponseSession:
-    """A request, and what is known of it before and after its answer is generated."""
+    """The state of one request, from its body to the stored response."""
 
     def __init__(
         self, service: Service, store: ResponseStore, owner: str, request: ResponsesRequest
@@ -53,62 +39,48 @@ class ResponseSession:
         self._store = store
         self._owner = owner
         self._request = request
-        #: Of the response's id and its items'.
+        #: Part of the ids of the response and its items.
         self.key = f"{service.chance.getrandbits(_KEY_BITS):0{_KEY_BITS // 4}x}"
         self._previous: Turn | None = None
         self._input_json = b""
-        #: Of all that it answers.
+        #: Size of the whole conversation.
         self._num_bytes = 0
         self._tools = callable_tools(request.tools or ())
-        #: None: there is no chat yet.
-        self._renaming: Renaming | None = None
-
-    @property
-    def response_id(self) -> str:
-        """The response's name."""
-        return response_id(self.key)
 
     async def prepare(self) -> Job:
-        """Return what is to be generated. Raises `ApiError` that names the field at fault."""
+        """Return the job. Raises `ApiError` that names the field at fault."""
         request = self._request
         warnings = own_warnings(request)
         if request.store and self._store.is_off:
-            told = "store was ignored: this server keeps no responses"
-            warnings.append({"param": "store", "message": told})
+            message = "store was ignored: this server keeps no responses"
+            warnings.append({"param": "store", "message": message})
         self._previous = self._find_previous()
         conversation = await self._read()
         self._input_json = conversation.input_json
-        renaming = Renaming(conversation.origins, [tool.path for tool in self._tools])
-        self._renaming = renaming
-        chat = await self._service.work.run(
-            lambda _: chat_request(request, conversation.messages), self._num_bytes
+        spec = await self._service.work.run(
+            lambda _: response_spec(
+                request,
+                conversation.messages,
+                warnings + conversation.warnings,
+                self._service.text.template,
+                self._num_bytes,
+            ),
+            self._num_bytes,
         )
-        chat.num_bytes = self._num_bytes
-        job = await chat_job(self._service, chat)
-        warnings += conversation.warnings
-        warnings += renamed_warnings(job.warnings, renaming)
-        # The usage is always told, at the end.
-        return replace(
-            job, warnings=tuple(warnings), has_usage_chunk=True, has_continuous_usage=False
-        )
-
-    def as_told_here(self, error: ApiError) -> ApiError:
-        """Return an error in the words of this API: from some point on, it comes from a chat."""
-        return error if self._renaming is None else renamed_error(error, self._renaming)
+        return await generation_job(self._service, spec)
 
     def called(self, name: str) -> CallableTool | None:
-        """Return the tool that a chat's call means; None: there is none of that name."""
+        """Return the tool that the model calls by this name, or None."""
         return next((tool for tool in self._tools if tool.name == name), None)
 
-    def shell(self, job: Job) -> dict[str, Any]:
+    def shell(self, job: Job) -> ResponseShell:
         """Return the response as it is at its beginning, without its output."""
         request, sampling = self._request, job.requests[0].params
         reasoning, text = request.reasoning, request.text
         text_format = text.format if text is not None else None
-        tools = [_json_of(tool) for tool in request.tools or ()]
         choice = request.tool_choice or "auto"
         return {
-            "id": self.response_id,
+            "id": response_id(self.key),
             "object": "response",
             "created_at": job.created_s,
             "completed_at": None,
@@ -126,7 +98,7 @@ class ResponseSession:
             "temperature": sampling.temperature,
             "text": {"format": _json_of(text_format) if text_format else {"type": "text"}},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": tools,
+            "tools": [_json_of(tool) for tool in request.tools or ()],
             "top_logprobs": request.top_logprobs or 0,
             "top_p": sampling.top_p,
             "truncation": request.truncation or "disabled",
@@ -134,8 +106,8 @@ class ResponseSession:
             "metadata": request.metadata or {},
         }
 
-    def keep(self, shell: dict[str, Any], items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Store the finished response if it is to be; return `shell` with what there is to say."""
+    def keep(self, shell: ResponseShell, items: list[OutputItem]) -> ResponseShell:
+        """Store the finished response on request; return `shell`, with a warning on failure."""
         if not self._is_kept:
             return shell
         output_json = orjson.dumps(items)
@@ -143,14 +115,15 @@ class ResponseSession:
         turn = Turn(self._previous, self._input_json, output_json, num_items)
         now_s = self._service.clock.monotonic_s()
         shell_json = orjson.dumps(shell)
-        if self._store.put(self._owner, self.response_id, shell_json, turn, now_s):
+        if self._store.put(self._owner, response_id(self.key), shell_json, turn, now_s):
             return shell
-        told: Warned = {
+        warning: Warned = {
             "param": "store",
             "message": "store was ignored: the conversation is larger than what is kept here",
         }
-        warned = {**shell["octavo"], "warnings": [*shell["octavo"]["warnings"], told]}
-        return {**shell, "store": False, "octavo": warned}
+        octavo = shell["octavo"]
+        octavo = {**octavo, "warnings": [*octavo["warnings"], warning]}
+        return {**shell, "store": False, "octavo": octavo}
 
     @property
     def _is_kept(self) -> bool:
@@ -215,6 +188,6 @@ def response_id(key: str) -> str:
     return f"resp_{key}"
 
 
-def _json_of(asked: BaseModel) -> orjson.Fragment:
-    """Return what a request holds as JSON: schemas may hold numbers that orjson does not write."""
-    return orjson.Fragment(asked.model_dump_json())
+def _json_of(asked: BaseModel) -> dict[str, Any]:
+    """Return a part of a request as JSON: schemas may have numbers that orjson does not write."""
+    return cast("dict[str, Any]", orjson.Fragment(asked.model_dump_json()))

@@ -8,19 +8,11 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from server.generation.generate import Job
-from server.http.context import RequestContext, RequestRecord
+from server.generation.request_fields import parse
+from server.generation.respond import GenerationResponse, JsonResponse, read_work
+from server.http.context import RequestContext
 from server.http.errors import ApiError, invalid, shortened
-from server.http.respond import (
-    AnswerFormat,
-    FormatFactory,
-    GenerationResponse,
-    JsonResponse,
-    read_work,
-)
-from server.openai import schemas
 from server.openapi import answers, body_of, generation_answers
 from server.responses import response_models
 from server.responses.answer_format import ResponsesFormat
@@ -35,7 +27,7 @@ _MAX_LIMIT = 100
 
 
 def response_routes(service: Service, store: ResponseStore) -> APIRouter:
-    """Return the one that generates, and those about what is kept of it."""
+    """Return the routes that generate responses and read or delete stored ones."""
     router = APIRouter()
 
     @router.post(
@@ -46,34 +38,16 @@ def response_routes(service: Service, store: ResponseStore) -> APIRouter:
     )
     async def create_response(request: Request) -> Response:
         body = await read_work(service, request)
-        asked = await schemas.parse(ResponsesRequest, body, service.work)
+        asked = await parse(ResponsesRequest, body, service.work)
         session = ResponseSession(service, store, _owner(request), asked)
-
-        def new_format(job: Job, record: RequestRecord, index: int) -> AnswerFormat:
-            assert index == 0, "a response has one answer"
-            return ResponsesFormat(service, job, record, session)
-
-        return _Reply(service, session, new_format)
+        return GenerationResponse(
+            service,
+            session.prepare,
+            lambda job, record, _: ResponsesFormat(service, job, record, session),
+        )
 
     _add_stored_routes(router, service, store)
     return router
-
-
-class _Reply(GenerationResponse):
-    """Says in the words of this API what is wrong with the chat behind it."""
-
-    def __init__(
-        self, service: Service, session: ResponseSession, new_format: FormatFactory
-    ) -> None:
-        super().__init__(service, session.prepare, new_format)
-        self._session = session
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See `GenerationResponse`."""
-        try:
-            await super().__call__(scope, receive, send)
-        except ApiError as error:
-            raise self._session.as_told_here(error) from error
 
 
 def _add_stored_routes(router: APIRouter, service: Service, store: ResponseStore) -> None:
@@ -124,12 +98,10 @@ def _add_stored_routes(router: APIRouter, service: Service, store: ResponseStore
 
 
 def _conversation(stored: Stored) -> list[dict[str, Any]]:
-    turn = stored.turn
-    items: list[dict[str, Any]] = []
-    for earlier in turn.chain()[:-1]:
-        items += orjson.loads(earlier.input_json) + orjson.loads(earlier.output_json)
-    items += orjson.loads(turn.input_json)
-    return items
+    """Return all items of the conversation before the response's own output."""
+    *earlier, last = stored.turn.chain()
+    parts = [part for turn in earlier for part in (turn.input_json, turn.output_json)]
+    return [item for part in (*parts, last.input_json) for item in orjson.loads(part)]
 
 
 def _page(items: list[dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
@@ -166,10 +138,10 @@ def _query(request: Request, known: Collection[str]) -> dict[str, str]:
 
 
 def _owner(request: Request) -> str:
-    """Return whose responses are meant."""
+    """Return the owner of the responses."""
     return RequestContext.of(request.scope).record.owner
 
 
 def _not_found(response_id: str) -> ApiError:
     message = f"response {shortened(response_id)!r} is not stored (any more)"
-    return ApiError(404, message, param="response_id", code="response_not_found")
+    return ApiError(404, message, path=("response_id",), code="response_not_found")

@@ -1,7 +1,7 @@
 """Body of `POST /v1/responses`: every field here is honoured, or can only be neutral.
 
-What is not a field here is judged by `server/responses/params.py`. Beside OpenAI's fields stand
-those that all our routes have (`GenerateFields`).
+`server/responses/params.py` judges all other fields. Besides OpenAI's fields there are those of
+`GenerateFields`, which all routes have.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo, field_validator
 
-from server.openai.schemas import GenerateFields, Request, StreamOptions, TemplateVariables
+from server.generation.request_fields import (
+    Effort,
+    GenerateFields,
+    Request,
+    StreamOptions,
+    TemplateVariables,
+)
 from server.responses.items import Items, Name
 from server.responses.tools import ToolChoice, Tools
 
-MAX_INCLUDED = 64
-MAX_METADATA = 16
-#: Of what other routes take, what can only be neutral here, and why: where fields are inherited
-#: that have no meaning here, leaving them alone would be to ignore them.
+#: Inherited fields without meaning here, and why: other values than neutral ones are refused,
+#: because they would be ignored.
 WITHOUT_MEANING: Mapping[str, str] = {
     "n": "a response is one answer; for more, ask again",
     "max_tokens": "it is called max_output_tokens here",
@@ -30,7 +34,7 @@ _NEUTRAL: Mapping[str, object] = {"n": 1, "return_token_ids": False}
 
 
 class TextFormat(Request):
-    """How the text is built; what is behind the type is `response_format` of a chat."""
+    """The format of the text; the other fields are those of a chat's `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
 
@@ -45,21 +49,23 @@ class TextOptions(Request):
 class ReasoningOptions(Request):
     """About the reasoning before the answer."""
 
-    effort: Annotated[str, Field(max_length=64)] | None = None
+    effort: (
+        Annotated[
+            str, Field(max_length=64), AfterValidator(TypeAdapter[str](Effort).validate_python)
+        ]
+        | None
+    ) = None
 
 
 class ResponseStreamOptions(StreamOptions):
-    """What a stream tells besides its events; the usage is always told, at the end."""
+    """Options of a stream, which always ends with the usage."""
 
     continuous_usage_stats: Literal[False] | None = None
 
 
 Metadata = Annotated[
-    dict[
-        Annotated[str, Field(max_length=64)],
-        Annotated[str, Field(max_length=512)],
-    ],
-    Field(max_length=MAX_METADATA),
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
 ]
 
 
@@ -93,7 +99,7 @@ class ResponsesRequest(GenerateFields):
     include: (
         Annotated[
             list[Annotated[str, Field(max_length=64)]],
-            Field(max_length=MAX_INCLUDED, fail_fast=True),
+            Field(max_length=64, fail_fast=True),
         ]
         | None
     ) = Field(default=None, description="`message.output_text.logprobs`; others are warned of")

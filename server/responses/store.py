@@ -1,4 +1,4 @@
-"""Responses that are kept: bounded in number, in bytes and in age, apart for each owner.
+"""Stored responses, separate for each owner, and bounded in number, in bytes and in age.
 
 A conversation is a chain of turns. Each turn has its own items and points at the turn before it,
 so a chain of n turns holds each item once:
@@ -6,9 +6,8 @@ so a chain of n turns holds each item once:
     stored response ──> turn ──parent──> turn ──parent──> turn
     stored response ──────────────────────┘
 
-A turn lives as long as a stored response or a later turn needs it, so what a response goes on from
-may be forgotten or deleted without harm. Pure bookkeeping: no clock, no I/O. Knows nothing of what
-the bytes say; they are JSON.
+The store keeps a turn while a stored response or a later turn refers to it, so clients may delete
+the response before. Pure bookkeeping: no clock, no I/O. Knows nothing of the JSON in the bytes.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ _STORED_BYTES = 512
 
 @dataclass(slots=True, eq=False)
 class Turn:
-    """The items of one response: what it was asked, and what it said."""
+    """The items of one response: its input and its output."""
 
-    #: What it went on from.
+    #: The turn before.
     parent: Turn | None = field(repr=False)
     #: Two JSON arrays.
     input_json: bytes = field(repr=False)
@@ -37,7 +36,7 @@ class Turn:
     chain_bytes: int = field(init=False)
     chain_turns: int = field(init=False)
     chain_items: int = field(init=False)
-    #: Stored responses and living turns that need it; the store's.
+    #: Stored responses and turns that refer to it; the store counts them.
     num_holders: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -48,14 +47,15 @@ class Turn:
 
     @property
     def own_bytes(self) -> int:
-        """What it costs to keep it."""
+        """Size in the store."""
         return len(self.input_json) + len(self.output_json) + _TURN_BYTES
 
     def chain(self) -> list[Turn]:
         """Return the turns of the conversation, the first one first."""
-        return list(self._back())[::-1]
+        return list(self.back())[::-1]
 
-    def _back(self) -> Iterator[Turn]:
+    def back(self) -> Iterator[Turn]:
+        """Iterate over the turns, this one first."""
         turn: Turn | None = self
         while turn is not None:
             yield turn
@@ -64,7 +64,7 @@ class Turn:
 
 @dataclass(slots=True, eq=False)
 class Stored:
-    """A response that can be asked for."""
+    """A stored response."""
 
     response_id: str
     #: A JSON object: the response without its output.
@@ -74,7 +74,7 @@ class Stored:
 
     @property
     def own_bytes(self) -> int:
-        """What it costs to keep it, its turn apart."""
+        """Size in the store without its turn."""
         return len(self.shell_json) + _STORED_BYTES
 
     def body(self) -> bytes:
@@ -84,20 +84,20 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """One moment of it."""
+    """A snapshot of the store."""
 
     num_responses: int
-    #: Those of the responses, and those that only a later one needs.
+    #: Including the turns to which only later turns refer.
     num_turns: int
     num_bytes: int
     num_owners: int
-    #: Forgotten for want of room, or for being unused too long.
+    #: Removed for lack of room, or after too long without use.
     num_evicted: int
     num_expired: int
 
 
 class _Shelf:
-    """What one owner has, least recently used first."""
+    """The responses of one owner, least recently used first."""
 
     def __init__(self) -> None:
         self.stored: OrderedDict[str, Stored] = OrderedDict()
@@ -107,36 +107,32 @@ class _Shelf:
     def add(self, stored: Stored) -> None:
         self.stored[stored.response_id] = stored
         self.num_bytes += stored.own_bytes
-        turn: Turn | None = stored.turn
-        while turn is not None:
+        for turn in stored.turn.back():
             turn.num_holders += 1
             if turn.num_holders > 1:
                 return
             self.num_turns += 1
             self.num_bytes += turn.own_bytes
-            turn = turn.parent
 
     def remove(self, response_id: str) -> None:
         stored = self.stored.pop(response_id)
         self.num_bytes -= stored.own_bytes
-        turn: Turn | None = stored.turn
-        while turn is not None:
+        for turn in stored.turn.back():
             turn.num_holders -= 1
             if turn.num_holders:
                 return
             self.num_turns -= 1
             self.num_bytes -= turn.own_bytes
-            turn = turn.parent
 
     def oldest(self) -> Stored:
         return next(iter(self.stored.values()))
 
 
 class ResponseStore:
-    """Keeps responses until there is no room, or nobody has asked for them for too long.
+    """Stores responses until they expire or the store is full.
 
-    Where room is needed, it is the owner of most who gives up what was used least recently: nobody
-    loses a conversation to somebody else's flood.
+    A full store evicts from the largest owner, least recently used first. So one owner's flood
+    does not evict the conversations of the others.
     """
 
     def __init__(self, *, max_count: int, max_bytes: int, ttl_s: float) -> None:
@@ -150,13 +146,13 @@ class ResponseStore:
 
     @property
     def is_off(self) -> bool:
-        """Whether it never keeps anything."""
+        """Whether it never stores a response."""
         return self._max_count == 0
 
     def put(
         self, owner: str, response_id: str, shell_json: bytes, turn: Turn, now_s: float
     ) -> bool:
-        """Keep a response; return False, and change nothing, if it alone would be too much."""
+        """Store a response; return False, and change nothing, if it alone is too large."""
         self.expire(now_s)
         stored = Stored(response_id, shell_json, turn, now_s)
         is_too_large = stored.own_bytes + turn.chain_bytes > self._max_bytes
@@ -169,7 +165,7 @@ class ResponseStore:
         return True
 
     def recall(self, owner: str, response_id: str, now_s: float) -> Stored | None:
-        """Return what `owner` stored under this id, and count it as used; None: there is none."""
+        """Return the owner's response with this id, or None, and count it as used."""
         self.expire(now_s)
         shelf = self._shelves.get(owner)
         stored = shelf.stored.get(response_id) if shelf else None
@@ -180,14 +176,14 @@ class ResponseStore:
         return stored
 
     def forget(self, owner: str, response_id: str, now_s: float) -> bool:
-        """Delete it; return whether it was there. What goes on from it keeps what it needs."""
+        """Delete a response; return whether it was there. Later turns keep its items."""
         if self.recall(owner, response_id, now_s) is None:
             return False
         self._remove(owner, response_id)
         return True
 
     def expire(self, now_s: float) -> None:
-        """Forget what was not used for too long."""
+        """Remove the responses without use for the time to live."""
         for owner, shelf in list(self._shelves.items()):
             while shelf.stored and (oldest := shelf.oldest()).used_at_s + self._ttl_s <= now_s:
                 self._remove(owner, oldest.response_id)
@@ -206,7 +202,7 @@ class ResponseStore:
         )
 
     def check(self) -> None:
-        """Assert that the bounds hold, and that what is counted is what is there."""
+        """Assert that the bounds hold, and that the counts are right."""
         stats = self.stats()
         assert stats.num_turns <= self._max_count, "too many are kept"
         assert stats.num_bytes <= self._max_bytes, "too much is kept"
@@ -245,13 +241,11 @@ class ResponseStore:
 
 
 def _living(shelf: _Shelf) -> dict[Turn, int]:
-    """Return each turn that is needed, and how often."""
+    """Return the turns in use, and how many responses and turns refer to each."""
     holders: dict[Turn, int] = {}
     for stored in shelf.stored.values():
-        turn: Turn | None = stored.turn
-        while turn is not None:
+        for turn in stored.turn.back():
             holders[turn] = holders.get(turn, 0) + 1
             if holders[turn] > 1:
                 break
-            turn = turn.parent
     return holders

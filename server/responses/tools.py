@@ -1,8 +1,8 @@
-"""The tools of a response: which kinds there are, and what each is in a chat.
+"""The kinds of tools of a response, and the functions that the model reads.
 
-A namespace's tools are tools of their own in a chat, with its name before theirs. Tools that
+A namespace's tools are separate functions for the model, with its name before theirs. Tools that
 OpenAI runs, or that a client runs in a form which models learn for it alone, are left out with a
-warning. Knows nothing of how calls are read or told.
+warning. Knows nothing of parsing or sending calls.
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from server.generation import params
-from server.generation.params import Unsupported, Warned
-from server.http.errors import invalid, shortened
-from server.openai.schemas import Request
+from server.generation.generation_spec import ToolSpec, ToolUse
+from server.generation.params import Warned, warned
+from server.generation.request_fields import Request
+from server.http.errors import Path, dotted, from_validation, invalid, shortened
 from server.structured.schemas import MAX_GRAMMAR_CHARS
+from server.tools.custom import InputGrammar, custom_tool
 from server.tools.schemas import MAX_TOOLS, ToolName
 
 #: Between the names of a namespace and of a tool: templates and parsers take it for a name.
 _JOINT = "__"
+_NAME = TypeAdapter[str](ToolName)
 #: Kinds of tools that are known and not served, and why.
 LEFT_OUT: Mapping[str, str] = {
     **dict.fromkeys(
@@ -48,12 +58,14 @@ LEFT_OUT: Mapping[str, str] = {
     ),
     "tool_search": "all tools are shown to the model at once",
 }
+#: Named, for the table below holds it as a value, not as a switch.
+_FALSE = False
 #: Fields of tools without effect.
 _TOOL = {
-    "allowed_callers": Unsupported((["direct"],), is_refused=False, reason="the model calls"),
-    "defer_loading": Unsupported((False,), is_refused=False, reason="tools are shown at once"),
-    "async": Unsupported((False,), is_refused=False, reason="a call ends the answer"),
-    "output_schema": Unsupported((), is_refused=False, reason="it is not shown to the model"),
+    "allowed_callers": warned("the model calls", ["direct"]),
+    "defer_loading": warned("tools are shown at once", _FALSE),
+    "async": warned("a call ends the answer", _FALSE),
+    "output_schema": warned("it is not shown to the model"),
 }
 
 
@@ -82,6 +94,13 @@ class CustomFormat(Request):
         if is_grammar in {self.syntax is None, self.definition is None}:
             raise ValueError("syntax and definition and the type 'grammar' need each other")
         return self
+
+    @property
+    def grammar(self) -> InputGrammar | None:
+        """The grammar of the input."""
+        if self.syntax is None or self.definition is None:
+            return None
+        return InputGrammar(self.syntax, self.definition)
 
 
 class CustomTool(Request):
@@ -159,7 +178,7 @@ class CallableTool:
     """A tool that the model may call."""
 
     #: Where it stands in the request.
-    path: str
+    path: Path
     given: FunctionTool | CustomTool
     namespace: str | None = None
     #: Of the namespace, with its first tool.
@@ -167,20 +186,33 @@ class CallableTool:
 
     @property
     def name(self) -> str:
-        """Its name in the chat."""
+        """Its name for the model."""
         return chat_name(self.namespace, self.given.name)
 
-    def for_chat(self) -> dict[str, Any]:
-        """Return it as a chat has it."""
-        given, kind = self.given, self.given.type
-        words = [one for one in (self.introduction, given.description) if one]
-        own: dict[str, Any] = {"name": self.name, "description": "\n\n".join(words) or None}
+    def spec(self) -> ToolSpec:
+        """Return it as the model reads it. Raises `ApiError` for a name that is too long."""
+        try:
+            _NAME.validate_python(self.name)
+        except ValidationError as error:
+            raise from_validation(error, (*self.path, "name")) from error
+        given, words = self.given, filter(None, (self.introduction, self.given.description))
+        description = "\n\n".join(words) or None
         if isinstance(given, FunctionTool):
-            own |= {"parameters": given.parameters, "strict": given.strict}
-        elif given.format is not None:
-            grammar = given.format.model_dump(include={"syntax", "definition"}, exclude_none=True)
-            own["format"] = {"type": given.format.type, **({"grammar": grammar} if grammar else {})}
-        return {"type": kind, kind: {k: v for k, v in own.items() if v is not None}}
+            return ToolSpec(
+                self.name,
+                description,
+                given.parameters,
+                self.path,
+                (*self.path, "parameters"),
+                is_strict=given.strict is True,
+            )
+        return custom_tool(
+            self.name,
+            description,
+            None if given.format is None else given.format.grammar,
+            path=self.path,
+            schema_path=(*self.path, "format"),
+        )
 
 
 def chat_name(namespace: str | None, name: str) -> str:
@@ -199,27 +231,29 @@ def callable_tools(tools: Sequence[AnyTool]) -> list[CallableTool]:
 def _callable(tools: Sequence[AnyTool]) -> Iterator[CallableTool]:
     for index, tool in enumerate(tools):
         if isinstance(tool, FunctionTool | CustomTool):
-            yield CallableTool(f"tools.{index}", tool)
+            yield CallableTool(("tools", index), tool)
         elif isinstance(tool, NamespaceTool):
             for place, one in enumerate(tool.tools):
                 words = tool.description if place == 0 else None
-                yield CallableTool(f"tools.{index}.tools.{place}", one, tool.name, words)
+                path = ("tools", index, "tools", place)
+                yield CallableTool(path, one, tool.name, words)
 
 
 def tool_warnings(tools: Sequence[AnyTool]) -> list[Warned]:
-    """Return what of the tools has no effect."""
+    """Return warnings for tools and their fields without effect."""
     warnings: list[Warned] = []
     for index, tool in enumerate(tools):
         param = f"tools.{index}"
         if isinstance(tool, OtherTool):
-            told = f"{param} ({tool.type}) was left out: {LEFT_OUT[tool.type]}"
-            warnings.append({"param": param, "message": told})
+            message = f"{param} ({tool.type}) was left out: {LEFT_OUT[tool.type]}"
+            warnings.append({"param": param, "message": message})
         elif isinstance(tool, NamespaceTool):
             warnings += params.judge(tool.model_extra, _TOOL, f"{param}.")
     for one in callable_tools(tools):
-        warnings += params.judge(one.given.model_extra, _TOOL, f"{one.path}.")
+        param = dotted(one.path)
+        warnings += params.judge(one.given.model_extra, _TOOL, f"{param}.")
         if isinstance(one.given, CustomTool) and one.given.format is not None:
-            warnings += params.judge(one.given.format.model_extra, {}, f"{one.path}.format.")
+            warnings += params.judge(one.given.format.model_extra, {}, f"{param}.format.")
     return warnings
 
 
@@ -243,12 +277,10 @@ Choice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 
 
 def _as_choice(value: object) -> object:
-    """One fault of the field, not one of each shape it could have had."""
+    """Validate by the given type alone, so that there is one fault and not one of each type."""
     if isinstance(value, str) and value in {"none", "auto", "required"}:
         return value
-    kind = value.get("type") if isinstance(value, dict) else None
-    if not isinstance(kind, str):
-        kind = ""
+    kind = str(value.get("type")) if isinstance(value, dict) else ""
     if kind in {"function", "custom"}:
         return NamedTool.model_validate(value)
     if kind == "allowed_tools":
@@ -261,37 +293,32 @@ def _as_choice(value: object) -> object:
 ToolChoice = Annotated[Any, BeforeValidator(_as_choice, json_schema_input_type=Choice)]
 
 
-def chat_choice(choice: Choice | None, tools: Sequence[AnyTool]) -> str | dict[str, Any] | None:
-    """Return a choice as a chat has it. Raises `ApiError` for a tool that there is not."""
+def tool_use(choice: Choice | None, tools: Sequence[CallableTool]) -> ToolUse | None:
+    """Return which tools may be called. Raises `ApiError` for an unknown tool."""
+    if choice is None:
+        return None
     if isinstance(choice, NamedTool):
-        return _named(choice.type, chat_name(choice.namespace, choice.name))
+        return ToolUse("required", (chat_name(choice.namespace, choice.name),), is_named=True)
     if not isinstance(choice, AllowedTools):
-        return choice
-    called = callable_tools(tools)
-    allowed: list[dict[str, Any]] = []
+        # OpenAI's default, which many clients send along with no tools at all.
+        return ToolUse(choice) if tools or choice != "auto" else None
+    names: list[str] = []
     for index, one in enumerate(choice.tools):
         kind, name = one.get("type"), one.get("name")
         if isinstance(kind, str) and kind in LEFT_OUT:
             continue
-        found = [tool for tool in called if _is_meant(tool, one)]
+        found = [tool.name for tool in tools if _is_meant(tool, one)]
         if not found:
-            param = f"tool_choice.tools.{index}"
-            raise invalid(f"{param}: {shortened(str(name))!r} is none of the tools", param)
-        allowed += [_named(tool.given.type, tool.name) for tool in found]
-    if not allowed:
-        return "none" if choice.mode == "auto" else "required"
-    return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": allowed}}
+            path = ("tool_choice", "tools", index)
+            raise invalid(f"{dotted(path)}: {shortened(str(name))!r} is none of the tools", path)
+        names += found
+    if names:
+        return ToolUse(choice.mode, tuple(names))
+    return ToolUse("none" if choice.mode == "auto" else "required")
 
 
 def _is_meant(tool: CallableTool, entry: Mapping[str, Any]) -> bool:
     if entry.get("type") == "namespace":
         return tool.namespace == entry.get("name")
-    is_kind = entry.get("type") == tool.given.type
-    return is_kind and (tool.given.name, tool.namespace) == (
-        entry.get("name"),
-        entry.get("namespace"),
-    )
-
-
-def _named(kind: str, name: str) -> dict[str, Any]:
-    return {"type": kind, kind: {"name": name}}
+    meant = (entry.get("type"), entry.get("name"), entry.get("namespace"))
+    return meant == (tool.given.type, tool.given.name, tool.namespace)

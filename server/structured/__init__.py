@@ -1,1 +1,1 @@
-"""Answers of a given form: what requests say of it, as one grammar that the engine keeps to."""
+"""Structured output: the form that a request asks for, as one grammar for the engine."""

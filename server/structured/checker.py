@@ -1,6 +1,6 @@
-"""Has grammars judged before an engine ever sees them, by a process that can be killed.
+"""Checks grammars before an engine receives them, in a process that can be killed.
 
-See `model/grammar/check.py`, which is the other end. Knows nothing of requests.
+`model/grammar/check.py` is the other end. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from server.http.errors import unavailable
 _log = logging.getLogger(__name__)
 
 _COMMAND = (sys.executable, "-m", "model.grammar.check")
-#: The process bounds a judgement by its processor time, and says so while it takes some. One that
-#: says nothing for so long hangs: on no machine does it wait so long for a processor.
+#: The process bounds a check by its processor time, and reports while it uses some. A longer
+#: silence is a hang: on no machine does it wait so long for a processor.
 _TIMEOUT_S = 30.0
 _MAX_TRIES = 2
 _START_TIMEOUT_S = 120.0
-#: Judged side by side; others wait for their turn.
+#: Grammars checked at the same time; others wait.
 _MAX_SIDE_BY_SIDE = 4
 _MAX_CACHED, _MAX_CACHED_CHARS = 256, 64 * 1024
-#: More than the longest grammar that it answers with takes in JSON.
+#: More than the longest grammar of an answer takes in JSON.
 _MAX_ANSWER_BYTES = 5 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is to be said of a grammar."""
+    """The result of a check."""
 
     #: Why it cannot be used, or empty.
     error: str = ""
-    #: The line of its text at fault, from 1; 0 where none is to blame.
+    #: The line of its text at fault, from 1; 0: unknown.
     error_line: int = 0
-    #: What of it is not enforced.
+    #: The parts of it that are not enforced.
     warnings: tuple[str, ...] = ()
-    #: What an engine is sent: the grammar as its library keeps it.
+    #: For the engine: the grammar as its library keeps it.
     grammar: str = ""
 
 
@@ -55,17 +55,8 @@ class _NoAnswerError(Exception):
     """The process, or the one it had forked for this grammar, ended before it answered."""
 
 
-@dataclass(frozen=True, slots=True)
-class CheckerStats:
-    """One moment of it."""
-
-    num_waiting: int
-    num_cached: int
-    is_running: bool
-
-
 class GrammarChecker:
-    """Judges grammars. Starts its process with the first one, and again if it dies or hangs."""
+    """Checks grammars. Starts its process with the first one, and again if it ends or hangs."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
@@ -73,15 +64,15 @@ class GrammarChecker:
         self._starts = asyncio.Lock()
         self._places = asyncio.Semaphore(_MAX_SIDE_BY_SIDE)
         self._numbers = count()
-        #: Of the process that runs; the next one has its own.
+        #: Checks of the present process; the next one has its own.
         self._waiting: dict[int, asyncio.Future[Verdict]] = {}
-        #: Of which something was heard since it was looked at.
-        self._heard_of: set[int] = set()
-        #: By the grammar's digest: clients send the same few again and again.
+        #: Checks that reported progress since the last look.
+        self._progressed: set[int] = set()
+        #: By the grammar's digest: clients send the same few repeatedly.
         self._cached: OrderedDict[bytes, Verdict] = OrderedDict()
 
     async def judge(self, grammar: str, vocabulary: Vocabulary) -> Verdict:
-        """Return what is to be said of a grammar. Raises `ApiError` (503) where nobody can say."""
+        """Check a grammar. Raises `ApiError` (503) if the process gives no answer."""
         digest = hashlib.sha256(grammar.encode()).digest()
         verdict = self._cached.get(digest)
         if verdict is None:
@@ -95,16 +86,16 @@ class GrammarChecker:
         return verdict
 
     async def _ask(self, grammar: str, vocabulary: Vocabulary) -> Verdict:
-        """Return the answer. A process that gives none is replaced, and the next one asked."""
+        """Return the answer. A process without an answer is replaced, and the check repeated."""
         for _ in range(_MAX_TRIES):
             process = await self._started(vocabulary)
             waiting, number = self._waiting, next(self._numbers)
             answer = waiting[number] = asyncio.get_running_loop().create_future()
             try:
                 _send(process, number.to_bytes(8, "little") + grammar.encode())
-                self._heard_of.add(number)
-                while not answer.done() and number in self._heard_of:
-                    self._heard_of.discard(number)
+                self._progressed.add(number)
+                while not answer.done() and number in self._progressed:
+                    self._progressed.discard(number)
                     await asyncio.wait([answer], timeout=_TIMEOUT_S)
                 if answer.done():
                     verdict: Verdict = answer.result()
@@ -114,7 +105,7 @@ class GrammarChecker:
                 _log.warning("the grammar check has ended and is replaced")
             finally:
                 del waiting[number]
-                self._heard_of.discard(number)
+                self._progressed.discard(number)
             self._end(process)
         raise unavailable("grammars cannot be checked: their process gives no answer")
 
@@ -130,20 +121,20 @@ class GrammarChecker:
     async def _read(
         self, process: asyncio.subprocess.Process, waiting: dict[int, asyncio.Future[Verdict]]
     ) -> None:
-        """Hand out the answers of a process until it ends or says what cannot be read."""
+        """Read the answers of a process until it ends or sends an invalid one."""
         assert process.stdout is not None, "it is a pipe"
         try:
             async for line in process.stdout:
-                number, *told = orjson.loads(line)
+                number, *result = orjson.loads(line)
                 answer = waiting.get(number)
-                if not told:
-                    self._heard_of.add(number)
+                if not result:
+                    self._progressed.add(number)
                 elif answer is not None and not answer.done():
-                    error, error_line, warnings, grammar = told
+                    error, error_line, warnings, grammar = result
                     if not error and not grammar:
                         raise ValueError("neither a fault nor a grammar")  # noqa: TRY301 - as below
                     answer.set_result(Verdict(error, error_line, tuple(warnings), grammar))
-        except Exception:  # noqa: BLE001 - whatever it is, the process is replaced
+        except Exception:  # noqa: BLE001 - after any fault the process is replaced
             _log.exception("an answer of the grammar check cannot be read")
         finally:
             self._end(process)
@@ -153,19 +144,15 @@ class GrammarChecker:
             await process.wait()
 
     def _end(self, process: asyncio.subprocess.Process) -> None:
-        """Kill a process and let nobody ask it any more; `_read` tells those that did."""
+        """Kill a process and send it no more checks; `_read` fails the waiting ones."""
         if self._process is process:
             self._process = None
         _kill(process)
 
-    def stats(self) -> CheckerStats:
-        """Return a snapshot."""
-        return CheckerStats(len(self._waiting), len(self._cached), self._process is not None)
-
     def check(self) -> None:
         """Assert that the bounds hold."""
-        assert len(self._waiting) <= _MAX_SIDE_BY_SIDE, "more are judged than there are places"
-        assert len(self._cached) <= _MAX_CACHED, "too much is remembered"
+        assert len(self._waiting) <= _MAX_SIDE_BY_SIDE, "more checks run than there are places"
+        assert len(self._cached) <= _MAX_CACHED, "too many results are kept"
 
     async def close(self) -> None:
         """End the process, if there is one."""
@@ -177,13 +164,13 @@ class GrammarChecker:
 
 
 async def _start(vocabulary: Vocabulary) -> asyncio.subprocess.Process:
-    """Return a process that is ready. Raises `ApiError` (503), which says why there is none."""
+    """Return a process that is ready. Raises `ApiError` (503) with the reason if none starts."""
     process = await asyncio.create_subprocess_exec(
         *_COMMAND,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        # What it forks is killed with it. (uvloop does not know `process_group`.)
+        # Its forks are killed with it. (uvloop does not support `process_group`.)
         start_new_session=True,
         limit=_MAX_ANSWER_BYTES,
     )
@@ -191,7 +178,7 @@ async def _start(vocabulary: Vocabulary) -> asyncio.subprocess.Process:
     assert process.stderr is not None, "it is a pipe"
     is_ready, reason = False, f"it is not ready after {_START_TIMEOUT_S:.0f} s"
     try:
-        # Of one that has ended already, what it wrote says why.
+        # The output of a process that has already ended has the reason.
         with suppress(_NoAnswerError):
             _send(process, pickle.dumps(vocabulary))
         with suppress(TimeoutError):
@@ -199,15 +186,15 @@ async def _start(vocabulary: Vocabulary) -> asyncio.subprocess.Process:
                 is_ready = bool(await process.stdout.readline())
                 if is_ready:
                     return process
-                said = (await process.stderr.read()).decode(errors="replace").strip()
-                reason = said or f"exit status {await process.wait()}"
+                output = (await process.stderr.read()).decode(errors="replace").strip()
+                reason = output or f"exit status {await process.wait()}"
     finally:
         if not is_ready:
             _kill(process)
             await process.wait()
     _log.error("the grammar check does not start: %s", reason)
-    told = reason.splitlines()[-1]
-    raise unavailable(f"grammars cannot be checked: their process does not start ({told})")
+    last = reason.splitlines()[-1]
+    raise unavailable(f"grammars cannot be checked: their process does not start ({last})")
 
 
 def _send(process: asyncio.subprocess.Process, body: bytes) -> None:

@@ -1,16 +1,28 @@
-"""What requests say of the form of their answers: OpenAI's and vLLM's shapes, strict types."""
+"""Fields for the form of an answer: OpenAI's and vLLM's shapes, strict types."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from server.generation.generation_spec import ConstraintKind, OutputConstraint
+from server.http.errors import Path, from_validation
 
 #: More of these are a mistake or an attack.
 MAX_CHOICES_OF_TEXT = 1024
 MAX_PATTERN_CHARS = 16_384
 MAX_GRAMMAR_CHARS = 65_536
+_ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 class _Shape(BaseModel):
@@ -25,7 +37,7 @@ def _as_schema(value: object) -> object:
         except orjson.JSONDecodeError as error:
             raise ValueError(f"is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError("must be a JSON Schema: an object")  # noqa: TRY004 - pydantic tells these
+        raise ValueError("must be a JSON Schema: an object")  # noqa: TRY004 - pydantic reports these
     return value
 
 
@@ -49,6 +61,12 @@ class NamedSchema(_Shape):
     given: Schema | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
+    def constraint(self, path: Path, value_path: Path) -> OutputConstraint:
+        """Return the form that it asks for."""
+        schema = _ANY_OBJECT if self.given is None else self.given
+        is_lenient = self.strict is not True
+        return OutputConstraint("json", schema, path, value_path, is_lenient=is_lenient)
+
 
 class ResponseFormat(_Shape):
     """OpenAI's `response_format`."""
@@ -61,6 +79,26 @@ class ResponseFormat(_Shape):
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema and the type 'json_schema' need each other")
         return self
+
+    def constraint(self, path: Path) -> OutputConstraint | None:
+        """Return the form that it asks for; None: any text."""
+        if self.json_schema is not None:
+            return self.json_schema.constraint(path, (*path, "json_schema", "schema"))
+        return OutputConstraint("json", _ANY_OBJECT, path, path) if self.type != "text" else None
+
+
+def unwrapped_constraint(given: Mapping[str, Any], path: Path) -> OutputConstraint | None:
+    """Read a format whose schema stands in the format itself. Raises `ApiError`.
+
+    `path`: of the format in the request.
+    """
+    try:
+        if given.get("type") == "json_schema":
+            fields = {name: value for name, value in given.items() if name != "type"}
+            return NamedSchema.model_validate(fields).constraint(path, (*path, "schema"))
+        return ResponseFormat.model_validate(given).constraint(path)
+    except ValidationError as error:
+        raise from_validation(error, path) from error
 
 
 class StructuredOutputs(_Shape):
@@ -80,3 +118,21 @@ class StructuredOutputs(_Shape):
         if sum(form is not None for form in forms) != 1:
             raise ValueError("needs exactly one of json, regex, choice, grammar and json_object")
         return self
+
+    def constraint(self, field: str, *, is_alias: bool = False) -> OutputConstraint:
+        """Return the form that it asks for; `is_alias`: `field` is an older name of one form."""
+        forms: dict[ConstraintKind, Any] = {
+            "json": self.given,
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+        }
+        kind = next((kind for kind, form in forms.items() if form is not None), None)
+        return OutputConstraint(
+            kind or "json",
+            forms[kind] if kind else _ANY_OBJECT,
+            (field,),
+            (field,) if is_alias else (field, kind or "json_object"),
+            is_compact=self.disable_any_whitespace is True,
+            whitespace=self.whitespace_pattern,
+        )

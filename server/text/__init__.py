@@ -1,1 +1,1 @@
-"""Everything between characters and token ids: tokenizers, chat templates, stop strings."""
+"""Conversion between text and token ids: tokenizers, chat templates, stop strings."""

@@ -1,6 +1,6 @@
-"""What is known of a text's tokens before it is encoded: how few they may be, where to cut it.
+"""Bounds for a text before it is encoded: the least number of its tokens, and where to cut it.
 
-Both are read off the tokenizer's parts; of one with parts that are not known here nothing is said.
+Both follow from the tokenizer's parts. A tokenizer with other parts has no bounds.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from tokenizers.pre_tokenizers import PreTokenizer
 
 from server.text.token_bytes import BYTE_LEVEL_ALPHABET, TextError, TokenForm, flat_steps
 
-#: Pieces are a little longer: each ends with a word. To encode one takes 8 MiB.
+#: Pieces are a little longer: each ends with a word. Encoding one takes 8 MiB.
 PIECE_CHARS = 1 << 16
-#: What cannot be cut is encoded in one go, which takes over a hundred times its size.
+#: A text without borders is encoded whole, which takes over a hundred times its size.
 MAX_UNCUT_CHARS = 1 << 19
 _LETTER = r"[^\W\d_]"
-#: Behind a letter, these begin a word, or go before one. The apostrophe does not everywhere.
+#: Behind a letter, these begin a word or precede one. The apostrophe does not in every language.
 _BORDERS = (
     " \n" + string.digits + string.punctuation.replace("'", "") + "\uff0c\u3002\u3001\uff01\uff1f"
 )
 _BYTES = frozenset(range(256))
 _PRINTED = frozenset(range(0x21, 0x7F))
-#: Parts that drop nothing and do not look far around.
+#: Parts that drop nothing and depend only on the text nearby.
 _KNOWN = {"NFC", "Prepend", "Digits", "ByteLevel", "Metaspace"}
 
 
 class Bounds:
-    """Of one tokenizer. Immutable; may be used from any thread."""
+    """The bounds of one tokenizer. Immutable; may be used from any thread."""
 
     def __init__(self, core: tokenizers.Tokenizer, form: TokenForm) -> None:
-        """Read them off `core`, in 2 µs a token."""
+        """Derive them from `core`, in 2 µs a token."""
         self._core = core
         steps = [
             *_steps(core.normalizer, "normalizers"),
@@ -48,11 +48,11 @@ class Bounds:
         added = core.get_added_tokens_decoder().values()
         counted = _encodable(core, form, vocabulary) if self._is_known else frozenset()
         if any(step["type"] == "NFC" for step in steps):
-            counted &= _PRINTED  # others may become fewer
+            counted &= _PRINTED  # NFC may merge others
         kinds = [counted & _PRINTED]
         if not any(token.lstrip or token.rstrip for token in added):
-            kinds.append(counted)  # spaces too: no token takes in as many as there are
-        #: Bytes that are not counted, and of the others how many one token says at most.
+            kinds.append(counted)  # spaces too: no token takes any number of them
+        #: Uncounted bytes, and the most counted bytes that one token holds.
         self._measures = [
             (others, max(len(token.translate(None, others)) for token in tokens))
             for others in (bytes(_BYTES - kind) for kind in kinds)
@@ -64,7 +64,7 @@ class Bounds:
         )
 
     def least_tokens(self, text: str) -> int:
-        """Return a number of tokens that `text` does not have fewer of, whatever is around it."""
+        """Return a lower bound of the tokens of `text`, for any text around it."""
         counts = [0] * len(self._measures)
         for start in range(0, len(text), PIECE_CHARS):
             data = text[start : start + PIECE_CHARS].encode(errors="ignore")
@@ -74,9 +74,9 @@ class Bounds:
         return max(-(-count // most) if most else 0 for count, (_, most) in measured)
 
     def pieces(self, text: str) -> Iterator[str]:
-        """Yield what `text` is to be encoded as, piece by piece, to the same tokens.
+        """Yield pieces of `text` that have the same tokens as the whole.
 
-        Raises `TextError` if it holds too much without a border between words.
+        Raises `TextError` if too long a part has no border between words.
         """
         start, lead = 0, ""
         while (border := self._next_border(text, start + PIECE_CHARS)) is not None:
@@ -85,7 +85,7 @@ class Bounds:
         yield self._fit(lead + text[start:])
 
     def _next_border(self, text: str, start: int) -> int | None:
-        """Return where the next border is; others may have the GIL between two windows."""
+        """Return the position of the next border; other threads get the GIL between windows."""
         for at in range(start, len(text), PIECE_CHARS):
             found = self._border.search(text, at, at + PIECE_CHARS + 1)
             if found:
@@ -94,12 +94,12 @@ class Bounds:
 
     def _fit(self, piece: str) -> str:
         if self._is_known and len(piece) > MAX_UNCUT_CHARS:
-            told = f"text holds {len(piece)} characters without a border between words"
-            raise TextError(f"{told}; at most {MAX_UNCUT_CHARS} can be encoded")
+            message = f"text holds {len(piece)} characters without a border between words"
+            raise TextError(f"{message}; at most {MAX_UNCUT_CHARS} can be encoded")
         return piece
 
     def _safe_leads(self, tokens: list[bytes]) -> dict[str, str]:
-        """Return what begins the piece behind each border at which no token is torn.
+        """Return the first characters of the piece behind each border that splits no token.
 
         It is the border itself, unless the tokenizer puts a space in front of each text.
         """
@@ -110,7 +110,7 @@ class Bounds:
         takes_spaces = any(token.rstrip for token in wordlike)
         safe = {}
         for border in sorted(set(_BORDERS) - spanned):
-            # A space is put in front of what is behind an added token too.
+            # Text behind an added token gets a space in front too.
             leads = (border,) if wordlike else (border, "")
             lead = next((lead for lead in leads if self._joins(border, lead)), None)
             if lead is not None and not (takes_spaces and border.isspace()):
@@ -118,7 +118,7 @@ class Bounds:
         return safe
 
     def _joins(self, border: str, lead: str) -> bool:
-        """Whether pieces of a few texts with this border have the tokens of the whole."""
+        """Return whether pieces of a few texts with this border have the tokens of the whole."""
         return all(
             self._ids(left + border + right) == self._ids(left) + self._ids(lead + right)
             for left in ("a", "hello", "a 1 B", "日")
@@ -148,7 +148,7 @@ def _is_known(step: Mapping[str, object]) -> bool:
 def _encodable(
     core: tokenizers.Tokenizer, form: TokenForm, vocabulary: dict[str, int]
 ) -> frozenset[int]:
-    """Return the bytes that never get lost for want of a token."""
+    """Return the bytes that are never lost for lack of a token."""
     if form.is_byte_level:
         letters = enumerate(BYTE_LEVEL_ALPHABET)
         return frozenset(byte for byte, letter in letters if letter in vocabulary)

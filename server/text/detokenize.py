@@ -34,10 +34,12 @@ class StreamDecoder:
         return bool(self._held)
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Text that became certain with these tokens."""
+        """Return the text that became certain with these tokens."""
         data = b"".join(map(self._bytes_of, token_ids))
         if self._leading_spaces:
-            data = self._without_leading_spaces(data)
+            kept = drop_spaces(data, self._leading_spaces)
+            self._leading_spaces = 0 if kept else self._leading_spaces - len(data)
+            data = kept
         if self._held:
             data = self._held + data
         text, num_used = utf_8_decode(data, "replace", False)  # noqa: FBT003 - takes no keywords
@@ -45,17 +47,12 @@ class StreamDecoder:
         return text
 
     def finish(self) -> str:
-        """Text of bytes held back: U+FFFD if the tokens ended inside a character, else nothing."""
+        """Return the rest: U+FFFD if the tokens ended inside a character, else nothing."""
         held, self._held = self._held, b""
         return held.decode(errors="replace")
 
     def check(self) -> None:
-        """Assert that what is held back may still become one character."""
+        """Assert that the bytes held back may still become one character."""
         text, num_used = utf_8_decode(self._held, "strict", False)  # noqa: FBT003 - no keywords
         assert num_used == 0, f"{self._held!r} is held back, but {text!r} is certain"
         assert len(self._held) <= 3, f"{self._held!r} is longer than a broken character"
-
-    def _without_leading_spaces(self, data: bytes) -> bytes:
-        kept = drop_spaces(data, self._leading_spaces)
-        self._leading_spaces = 0 if kept else self._leading_spaces - len(data)
-        return kept

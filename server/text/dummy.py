@@ -1,6 +1,6 @@
 """A vocabulary for models of random weights: the ids 0 to 255 are the bytes.
 
-So any text can be sent to a benchmark, and what comes back can be told apart token by token.
+So a benchmark can send any text, and the tokens of an answer can be told apart.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DUMMY_TEMPLATE = """\
 """
 
 _NUM_BYTES = 256
-#: Ten times what models have. All of them are made.
+#: Ten times as many as models have. Each is created.
 _MAX_TOKENS = 2**22
 
 
 def dummy_tokenizer(config_path: Path) -> Tokenizer:
-    """Tokenizer for `dummy:CONFIG.json`: an id above 255 is a space and its number.
+    """Return the tokenizer for `dummy:CONFIG.json`: an id above 255 is a space and its number.
 
     Raises `TextError` that names the key if the config's `vocab_size` cannot hold the bytes.
     """

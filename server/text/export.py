@@ -1,7 +1,7 @@
 """A model's tokenizer as the files of a folder that `transformers` reads.
 
-They are made of what was loaded, from whatever files, so that `AutoTokenizer` encodes, decodes and
-renders as the server does. Knows nothing of HTTP.
+They are made from the loaded tokenizer, so that `AutoTokenizer` encodes, decodes and renders as the
+server does. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from server.text.token_bytes import TextError
 
 
 def tokenizer_config(text: ModelText) -> dict[str, Any]:
-    """Return what tokenizer_config.json holds, the chat template in it."""
+    """Return the content of tokenizer_config.json, with the chat template."""
     found: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

@@ -2,8 +2,8 @@
 
 The files are those `transformers` writes: tokenizer.json, tokenizer_config.json, config.json,
 generation_config.json, chat_template.jinja, and special_tokens_map.json and added_tokens.json of
-its older releases. Only the first must be there. Where two of them differ, the one that
-`AutoTokenizer` reads is taken, and a note says so.
+its older releases. Only the first is required. Where two of them differ, the one that
+`AutoTokenizer` reads is used, and a note reports it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from server.text.token_bytes import TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
 
 _TOKENIZER_FILE = "tokenizer.json"
-#: Seen beside or instead of it; none of them can be read without another library.
+#: Found beside or instead of it; reading them takes another library.
 _OTHER_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "tekken.json")
-#: In the order in which `transformers` adds those that the vocabulary lacks.
+#: In the order in which `transformers` adds the tokens that the vocabulary lacks.
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-#: What classes of `transformers` 5 build in any case: how normalizer and pre-tokenizer begin.
+#: The start of normalizer and pre-tokenizer in classes of `transformers` 5 that build their own.
 _STEPS_OF_CLASSES = {
     "GPT2Tokenizer": ("None", "ByteLevel(add_prefix_space=False"),
     "LlamaTokenizer": ("None", 'Metaspace(replacement="▁", prepend_scheme=first, split=False'),
     "GemmaTokenizer": ('Replace(pattern=String(" "), content="▁")', 'Split(pattern=String(" "), b'),
     "Qwen2Tokenizer": ("NFC()", "Sequence(pretokenizers=[Split(pattern=Regex(\"(?i:'s|'t|'re|'ve|"),
 }
-#: Ten times what models have; each costs 30 microseconds and 1.5 KB.
+#: Ten times as many as models have; each costs 30 microseconds and 1.5 KB.
 _MAX_LISTED = 65_536
 _EXTRA, _EXTRA_BEFORE = "extra_special_tokens", "additional_special_tokens"
 
@@ -46,15 +46,16 @@ class ModelFolder:
         self._tokenizer_config = read_json(folder / "tokenizer_config.json")
         self._config_path = config or folder / "config.json"
         self._config = read_json(self._config_path)
-        self._generation = read_json(folder / "generation_config.json")
-        #: Choices between two readings of the files, a line each.
+        #: The sampling that the model's makers suggest, among others.
+        self.generation_config = read_json(folder / "generation_config.json")
+        #: Choices between two readings of the files, one line each.
         self.notes: list[str] = []
         self._special = self._special_tokens()
 
     def tokenizer(self, turn_end: str | None = None) -> Tokenizer:
-        """Load tokenizer.json. Raises `TextError` that says which files were looked for.
+        """Load tokenizer.json. Raises `TextError` that names the missing file.
 
-        `turn_end`: what the chat template writes behind an answer; a token of that text ends texts.
+        `turn_end`: the chat template's text behind an answer; a token of that text ends answers.
         """
         path = self._folder / _TOKENIZER_FILE
         if not path.is_file():
@@ -65,8 +66,8 @@ class ModelFolder:
             core = Core.from_file(str(path))
         except KeyboardInterrupt:
             raise
-        # `tokenizers` raises plain Exception for what it cannot read; a panic of Rust is not even
-        # that.
+        # `tokenizers` raises plain Exception for an unreadable file; a panic of Rust is not even an
+        # Exception.
         except BaseException as error:
             raise TextError(f"{path} is not a readable tokenizer: {error}") from error
         self._add_tokens(core)
@@ -79,7 +80,7 @@ class ModelFolder:
         return {name: token.content for name, token in self._special if name}
 
     def template_sources(self) -> dict[str, str]:
-        """Chat templates by name; empty if there is none. .jinja files go before the JSON."""
+        """Return the chat templates by name. .jinja files take precedence over the JSON."""
         where = self._folder / "tokenizer_config.json"
         stated = dict(_named_templates(self._tokenizer_config.get("chat_template"), where))
         if not stated:
@@ -91,10 +92,6 @@ class ModelFolder:
         if stated and sources and stated != sources:
             self.notes.append(f"the chat templates of .jinja files are taken, not those in {where}")
         return sources or stated
-
-    def sampling_defaults(self) -> Mapping[str, object]:
-        """Return generation_config.json as it is: what the model's makers ask for."""
-        return self._generation
 
     def _special_tokens(self) -> list[tuple[str, AddedToken]]:
         """Return special tokens, their names or "" first, in the order `transformers` adds them."""
@@ -116,7 +113,7 @@ class ModelFolder:
         unnamed = stated.get(_EXTRA, stated.get(_EXTRA_BEFORE)) or []
         if not isinstance(unnamed, list):
             raise TextError(f"{self._folder}: {_EXTRA} must be a list or an object")
-        # Of a model's own names, those that tokenizer_config.json writes as plain text go before.
+        # Of a model's own names, the ones that are plain text in tokenizer_config.json come first.
         names = {n: v for n, v in stated.items() if n.endswith("_token") and _text(v) is not None}
         names |= {n: v for n, v in here.items() if n in names and isinstance(v, str)}
         named = {name: stated.get(name) for name in _NAMES}
@@ -129,7 +126,7 @@ class ModelFolder:
         ]
 
     def _added_token(self, name: str, value: object, **flags: bool) -> AddedToken:
-        """Make a token of its text or of the object around it. `flags`: where that has none."""
+        """Create a token from its text or the object around it. `flags`: its defaults."""
         stated = {"content": value} if isinstance(value, str) else value
         if not isinstance(stated, dict) or _text(stated) is None:
             where = "tokenizer_config.json or special_tokens_map.json"
@@ -141,7 +138,7 @@ class ModelFolder:
             raise TextError(f"{self._folder}: {name}: {error}") from None
 
     def _listed_tokens(self, core: Core) -> dict[int, AddedToken]:
-        """Return the tokens by id that are not made by merges, as far as `transformers` asks."""
+        """Return the tokens by id that do not come from merges, as `transformers` does."""
         listed = self._tokenizer_config.get("added_tokens_decoder")
         present = core.get_added_tokens_decoder() if listed is None else {}
         if listed is None:
@@ -166,7 +163,7 @@ class ModelFolder:
         return {int(i): self._added_token(name, listed[i]) for i in listed} | present
 
     def _add_tokens(self, core: Core) -> None:
-        """Add what other files name and tokenizer.json does not, as `transformers` does."""
+        """Add the tokens that only other files than tokenizer.json name, as `transformers` does."""
         listed, present = self._listed_tokens(core), core.get_added_tokens_decoder().values()
         adding = [listed[i] for i in sorted(listed)]
         texts = {token.content for token in (*present, *adding)}
@@ -184,7 +181,10 @@ class ModelFolder:
     def _special_ids(self, core: Core, turn_end: str | None) -> SpecialIds:
         named = self.special_tokens()
         eos = core.token_to_id(named.get("eos_token", ""))
-        stated = [eos, *eos_token_ids(self._generation, self._folder / "generation_config.json")]
+        stated = [
+            eos,
+            *eos_token_ids(self.generation_config, self._folder / "generation_config.json"),
+        ]
         stated += eos_token_ids(self._config, self._config_path)
         end = core.token_to_id(turn_end or "")
         if end is not None and end not in stated:
@@ -201,7 +201,7 @@ class ModelFolder:
         )
 
     def _note_differences(self, core: Core, added: list[int]) -> None:
-        """Note where tokenizer.json, which is taken, differs from what other files ask for."""
+        """Note where tokenizer.json, which is used, differs from other files."""
         for name in ("bos_token", "eos_token"):
             adds = core.token_to_id(self.special_tokens().get(name, "")) in added
             if self._tokenizer_config.get(f"add_{name}", adds) is not adds:
@@ -211,12 +211,12 @@ class ModelFolder:
         steps = _STEPS_OF_CLASSES.get(name)
         found = (repr(core.normalizer), repr(core.pre_tokenizer))
         if steps and not all(one.startswith(step) for one, step in zip(found, steps, strict=True)):
-            told = f"{name} in transformers 5 normalises or cuts text otherwise"
-            self.notes.append(f"{told}; tokenizer.json is taken as it is")
+            note = f"{name} in transformers 5 normalises or cuts text otherwise"
+            self.notes.append(f"{note}; tokenizer.json is taken as it is")
 
 
 def _text(token: object) -> str | None:
-    """Tokens stand there as their text or as an object around it."""
+    """Return the text of a token, which is a text or an object with it."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -232,7 +232,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def eos_token_ids(config: Mapping[str, object], path: Path) -> list[int]:
-    """Ids under `eos_token_id`, which may be one, a list, or null. Raises `TextError`."""
+    """Return the ids under `eos_token_id`: one, a list, or null. Raises `TextError`."""
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
@@ -250,7 +250,7 @@ def _read_text(path: Path) -> str:
 
 
 def _named_templates(value: object, path: Path) -> Iterator[tuple[str, str]]:
-    """One template, an object of them by name, or a list of objects with a name and a template."""
+    """Yield names and templates of a text, an object by name, or a list of named templates."""
     if isinstance(value, str):
         yield "default", value
     elif isinstance(value, dict) and all(isinstance(one, str) for one in value.values()):

@@ -1,32 +1,37 @@
 """A tokenizer from a GGUF file's metadata.
 
-What the file does not hold goes by names and texts, as in llama.cpp (`src/llama-vocab.cpp`), whose
-results the tests compare with: how text is cut into words by `tokenizer.ggml.pre`, which tokens
-end an answer by what they look like. Knows nothing of chat templates or weights.
+`tokenizer.ggml.pre` names the rules that cut text into words, and tokens that end an answer are
+known by their text, as in llama.cpp (`src/llama-vocab.cpp`). The tests compare with its results.
+Knows nothing of chat templates or weights.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Core
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from server.text.gguf_metadata import GGUFMetadata
+from model.formats import FormatError
+from model.formats.gguf import read_gguf_header
 from server.text.token_bytes import TextError
 from server.text.tokenizer import SpecialIds, Tokenizer
 
+ValueT = TypeVar("ValueT")
+
 # Values of `tokenizer.ggml.token_type`.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-#: Whether tokens of a type that is recognised in text are special.
+#: By each type that is recognised in text: whether its tokens are special.
 _SPECIAL_BY_TYPE: dict[float, bool] = {_UNKNOWN: True, _CONTROL: True, _USER_DEFINED: False}
 
-#: Tokens that end an answer: the first whatever their type, the others as control tokens.
+#: Tokens that end an answer: the first of any type, the others only as control tokens.
 _TURN_END = re.compile(
     r"<\|(im_end|eot_id|eom_id|end|return|call|endoftext|end_of_text)\|>|<end_of_(turn|utterance)>"
     "|<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -43,7 +48,7 @@ _LLAMA3 = (
 )
 _QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_PUNCTUATION_AND_SPACES}"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-#: Of files that name no other: punctuation apart, digits by threes.
+#: For files that name no rules: punctuation apart, digits by threes.
 _DEFAULT = (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -52,41 +57,73 @@ _TEKKEN = (
 )
 
 
+class GGUFMetadata:
+    """Typed access to the keys of a file. A value of another type raises `TextError`."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file's keys. Raises `TextError` that names the file if it cannot be read."""
+        self.path = path
+        #: Decisions that the file leaves open, a line each.
+        self.notes: list[str] = []
+        try:
+            self._values = read_gguf_header(path).metadata
+        except FormatError as error:
+            raise TextError(str(error)) from error
+        except OSError as error:
+            raise TextError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def text(self, key: str) -> str | None:
+        """Return a string, or None where there is no such key."""
+        return self._value(key, str, "a string")
+
+    def integer(self, key: str) -> int | None:
+        """Return a whole number, or None where there is no such key."""
+        return self._value(key, int, "a whole number")
+
+    def flag(self, key: str) -> bool | None:
+        """Return a truth value, or None where there is no such key."""
+        return self._value(key, bool, "a truth value")
+
+    def texts(self, key: str) -> list[str]:
+        """Return an array of strings; empty where there is no such key."""
+        return self._value(key, list, "an array of strings") or []
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Return an array of numbers; empty where there is no such key."""
+        return self._value(key, tuple, "an array of numbers") or ()
+
+    def _value(self, key: str, kind: type[ValueT], kind_name: str) -> ValueT | None:
+        value = self._values.get(key)
+        if value is None or isinstance(value, kind):
+            return value
+        raise TextError(f"{self.path}: {key} is not {kind_name}")
+
+
 @dataclass(frozen=True, slots=True)
 class _WordRules:
-    """How one family of byte-level BPE vocabularies cuts text into words."""
+    """The rules by which a family of byte-level BPE vocabularies cuts text into words."""
 
-    make_splitter: Callable[[], PreTokenizer]
-    #: A word that is itself a token is taken whole, even if no merges lead there.
+    splitter: PreTokenizer
+    #: A word that is a token is taken whole, even if no merges produce it.
     ignores_merges: bool = False
-    #: Where the file does not say whether bos goes in front.
+    #: Whether bos goes in front where the file has no such key.
     adds_bos: bool = False
-    make_normalizer: Callable[[], Normalizer] | None = None
+    normalizer: Normalizer | None = None
 
 
-def _gpt2_words() -> PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+def _words_by(*patterns: str) -> PreTokenizer:
+    splits = [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in patterns]
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, letters])
 
 
-def _single_digits_then_gpt2_words() -> PreTokenizer:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, _gpt2_words()])
-
-
-def _words_by(*patterns: str) -> Callable[[], PreTokenizer]:
-    def make() -> PreTokenizer:
-        splits = [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in patterns]
-        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([*splits, letters])
-
-    return make
-
-
-_GPT2_RULES = _WordRules(_gpt2_words)
-_SMOLLM_RULES = _WordRules(_single_digits_then_gpt2_words)
+_GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_DIGITS = pre_tokenizers.Digits(individual_digits=True)
+_GPT2_RULES = _WordRules(_GPT2_WORDS)
+_SMOLLM_RULES = _WordRules(pre_tokenizers.Sequence([_DIGITS, _GPT2_WORDS]))
 _LLAMA3_RULES = _WordRules(_words_by(_LLAMA3), ignores_merges=True, adds_bos=True)
-# Qwen's own tokenizer composes characters first; llama.cpp leaves this out.
-_QWEN2_RULES = _WordRules(_words_by(_QWEN2), make_normalizer=normalizers.NFC)
+# Qwen's own tokenizer composes characters first; llama.cpp does not.
+_QWEN2_RULES = _WordRules(_words_by(_QWEN2), normalizer=normalizers.NFC())
 
 _RULES_BY_PRE = {
     "default": _WordRules(_words_by(*_DEFAULT)),
@@ -106,11 +143,11 @@ _RULES_BY_PRE = {
 def gguf_tokenizer(
     metadata: GGUFMetadata, turn_end: str | None = None, marks: Collection[str] = ()
 ) -> Tokenizer:
-    """Build the tokenizer a GGUF file describes; choices it leaves are added to its `notes`.
+    """Build the tokenizer of a GGUF file; decisions that the file leaves open go to its `notes`.
 
-    `turn_end`: what the chat template writes behind an answer, which ends texts if it is a token;
-    `marks`: tokens that it writes, which are recognised in text even if the file calls them text.
-    Raises `TextError` that names the file for a kind of tokenizer that is not supported.
+    `turn_end`: the text behind an answer in the chat template, which ends texts if it is a token.
+    `marks`: tokens in the template, which are recognised in text even if the file types them as
+    text. Raises `TextError` that names the file for a kind of tokenizer that is not supported.
     """
     kind = metadata.text("tokenizer.ggml.model")
     tokens = metadata.texts("tokenizer.ggml.tokens")
@@ -135,7 +172,7 @@ def gguf_tokenizer(
 
 
 def named_ids(metadata: GGUFMetadata) -> dict[str, int]:
-    """Return the ids that the file gives to bos, eos and others, if the vocabulary has them."""
+    """Return the file's ids of bos, eos and others, if the vocabulary has them."""
     size, named = len(metadata.texts("tokenizer.ggml.tokens")), {}
     for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
         token_id = metadata.integer(f"tokenizer.ggml.{name}_token_id")
@@ -175,7 +212,7 @@ def _ends(
     named: dict[str, int],
     turn_end: str | None,
 ) -> list[int]:
-    """Ids of the tokens that end an answer, `eos` first."""
+    """Return the ids of the tokens that end an answer, `eos` first."""
     stated = [named[name] for name in ("eos", "eot", "eom") if name in named]
     found = [
         i
@@ -214,7 +251,7 @@ def _tags(
 
 
 def _byte_level_bpe(metadata: GGUFMetadata) -> tuple[Core, bool]:
-    """Return the tokenizer, and whether such ones put bos in front unless told otherwise."""
+    """Return the tokenizer, and whether its family adds bos by default."""
     pre = metadata.text("tokenizer.ggml.pre")
     if pre is None:
         pre = "default"
@@ -228,17 +265,14 @@ def _byte_level_bpe(metadata: GGUFMetadata) -> tuple[Core, bool]:
     ids = {token: i for i, token in enumerate(metadata.texts("tokenizer.ggml.tokens"))}
     merges = metadata.texts("tokenizer.ggml.merges")
     # From the second character on: a token may begin with a space.
-    pairs = [_cut_at(merge, merge.find(" ", 1)) for merge in merges]
+    cuts = (merge.find(" ", 1) for merge in merges)
+    pairs = [(merge[:at], merge[at + 1 :]) for merge, at in zip(merges, cuts, strict=True)]
     core = Core(_bpe_model(metadata, ids, pairs, ignore_merges=rules.ignores_merges))
-    if rules.make_normalizer is not None:
-        core.normalizer = rules.make_normalizer()
-    core.pre_tokenizer = rules.make_splitter()
+    if rules.normalizer is not None:
+        core.normalizer = rules.normalizer
+    core.pre_tokenizer = rules.splitter
     core.decoder = decoders.ByteLevel()
     return core, rules.adds_bos
-
-
-def _cut_at(merge: str, at: int) -> tuple[str, str]:
-    return merge[:at], merge[at + 1 :]
 
 
 def _sentencepiece_bpe(metadata: GGUFMetadata) -> Core:
@@ -275,10 +309,10 @@ def _bpe_model(
 
 
 def _merges_from_scores(metadata: GGUFMetadata, tokens: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of tokens that join to a token, best first.
+    """Return the pairs of tokens that join to a token, best first.
 
-    SentencePiece joins whichever neighbours give the token with the highest score; a list of
-    merges by the score of their result does the same (so does `transformers`' converter).
+    SentencePiece joins the neighbours that give the token with the highest score. A list of merges
+    by the score of their result is equivalent (`transformers`' converter makes the same list).
     """
     scores = metadata.numbers("tokenizer.ggml.scores")
     types = metadata.numbers("tokenizer.ggml.token_type") or (_NORMAL,) * len(tokens)

@@ -1,7 +1,7 @@
-r"""JSON with what Python or other readers refuse: lone surrogates, long numbers, deep nesting.
+r"""JSON that Python or other readers refuse: lone surrogates, long numbers, deep nesting.
 
-JSON can spell half of a surrogate pair (`"\ud83d"`), as models and clients do that cut an emoji in
-two. UTF-8 cannot. Knows nothing of what the JSON means.
+JSON can hold half of a surrogate pair (`"\ud83d"`), which models and clients write that cut an
+emoji in two. UTF-8 cannot. Knows nothing of the meaning of the JSON.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import re
 
-#: Deeper values stay text. Bodies are not read deeper than this either.
+#: Deeper values stay text. The limit also holds for bodies.
 MAX_DEPTH = 200
 #: Python and pydantic read no longer integers.
 MAX_DIGITS = 4300
@@ -35,6 +35,11 @@ def mended(body: bytes) -> bytes:
         return b'"%b"' % found[1] if found[1] else found[0]
 
     return _STRING_OR_NUMBER.sub(short, _ESCAPE.sub(whole, body))
+
+
+def dumped(value: object) -> str:
+    """Return `value` as JSON that can be encoded, in plain letters of any alphabet."""
+    return with_escapes(json.dumps(value, ensure_ascii=False))
 
 
 def with_escapes(text: str) -> str:

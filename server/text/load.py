@@ -1,4 +1,4 @@
-"""From a model's path to all that is needed to turn its text into tokens and back."""
+"""Loads the tokenizer and the chat template of a model from its path."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 
 from server.text.dummy import DUMMY_TEMPLATE, dummy_tokenizer
 from server.text.folder import ModelFolder
-from server.text.gguf_metadata import GGUFMetadata
-from server.text.gguf_tokenizer import gguf_tokenizer, named_ids
+from server.text.gguf_tokenizer import GGUFMetadata, gguf_tokenizer, named_ids
 from server.text.template import ChatTemplate, TemplateError
 from server.text.token_bytes import TextError
 from server.text.tokenizer import Tokenizer
@@ -25,12 +24,13 @@ _MARK = re.compile(r"<[|\uff5c][^<>\s]+[|\uff5c]>|<\w+_of_turn>")
 
 @dataclass(frozen=True, slots=True)
 class ModelText:
-    """A model's words: how text becomes tokens, and messages become text."""
+    """The text side of a model: its tokenizer and its chat template."""
 
     tokenizer: Tokenizer
-    #: None where the model has none: it completes text, it does not chat.
+    #: None for a model that completes text and does not chat.
     template: ChatTemplate | None
-    #: What the model's makers ask for; unchecked (`server/generation/makers_sampling.py`).
+    #: The sampling that the model's makers suggest; unchecked
+    #: (`server/generation/sampling.py`).
     sampling_defaults: Mapping[str, object] = field(default_factory=dict)
     #: Choices between two readings of the model's files, for the log of the start.
     notes: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class ModelText:
 
 
 def local_time() -> datetime:
-    """Now, in the server's time zone: what templates mean by `strftime_now`."""
+    """Return the time in the server's time zone, for `strftime_now` of templates."""
     return datetime.now(tz=UTC).astimezone()
 
 
@@ -49,8 +49,8 @@ def load_text(
     """Load the text side of a model: a folder, a .gguf file, or a dummy's CONFIG.json.
 
     A tokenizer.json beside CONFIG.json is used, else the dummy's own bytes. Takes 0.1 s for a
-    vocabulary of 49k tokens, 0.4 s for 128k, so nothing is cached on disk. `chat_template`: the
-    source of one to be used instead of the model's own.
+    vocabulary of 49k tokens, 0.4 s for 128k, so nothing is cached on disk. `chat_template`: a
+    source to use instead of the model's own.
     Raises `TextError` that names the file at fault.
     """
     if path.is_dir():
@@ -72,7 +72,7 @@ def _from_folder(
     special = folder.special_tokens()
     template = _template(_with_default(sources, folder.notes), special, path, now)
     tokenizer = folder.tokenizer(_turn_end(template))
-    return ModelText(tokenizer, template, folder.sampling_defaults(), tuple(folder.notes), special)
+    return ModelText(tokenizer, template, folder.generation_config, tuple(folder.notes), special)
 
 
 def _from_gguf(path: Path, now: Clock, chat_template: str | None) -> ModelText:
@@ -96,7 +96,7 @@ def _from_gguf(path: Path, now: Clock, chat_template: str | None) -> ModelText:
 
 
 def _with_default(sources: Mapping[str, str], notes: list[str]) -> dict[str, str]:
-    """Return the templates with one named `default`: that for tools, if there is no other."""
+    """Return the templates with one named `default`: the one for tools, if there is no other."""
     if "default" in sources or "tool_use" not in sources:
         return dict(sources)
     notes.append("the chat template tool_use is used for all chats: there is none named default")
@@ -104,7 +104,7 @@ def _with_default(sources: Mapping[str, str], notes: list[str]) -> dict[str, str
 
 
 def _turn_end(template: ChatTemplate | None) -> str | None:
-    """Return the tag that a template writes right behind an assistant's message, if it does."""
+    """Return the tag that a template writes directly behind an assistant's message, or None."""
     if template is None:
         return None
     turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _PROBE}]

@@ -1,7 +1,7 @@
-"""The environment templates run in: what `transformers` gives them, with bounds in time and size.
+"""The environment of chat templates: that of `transformers`, with bounds in time and size.
 
-A thread cannot be stopped from outside, so whatever may go on for long asks for the time itself:
-each round of a loop, each call, each filter. Whatever may grow is weighed before it does.
+A thread cannot be stopped from outside, so each round of a loop, each call and each filter checks
+the time. Operations whose result may be large estimate its size first.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-#: Of what a template writes, and of each value on the way to it: several times the largest body.
+#: Bound of a template's output and of each value on the way to it: several of the largest bodies.
 MAX_CHARS = 1 << 25
 #: A number that a template passes to a filter or a method may be a width.
 _MAX_WIDTH = 1 << 20
 _MAX_BITS = 4096
-#: A value in a list or object counts as this many characters more than it holds.
+#: A value in a list or object counts as this many more characters than its own.
 _VALUE_CHARS = 64
 _STEPS_A_LOOK = 32
-_MOST: Mapping[type, int] = {
+_MAX_SIZES: Mapping[type, int] = {
     str: MAX_CHARS,
     list: MAX_CHARS // _VALUE_CHARS,
     tuple: MAX_CHARS // _VALUE_CHARS,
 }
-#: Filters and methods of texts whose result may be much longer than what they are given.
+#: Filters and methods of texts whose result may be much longer than their arguments.
 _GROWING = {"join", "replace", "format", "format_map", "translate", "indent", "wordwrap", "urlize"}
-#: Those that write whatever they are given.
+#: Filters that write their arguments.
 _WRITING = {"tojson", "string", "pprint", "xmlattr", "urlencode", "join", "sum", "e", "escape"}
 _WIDE = re.compile(r"[%:][^a-zA-Z%{}]*\d{6}|%[^a-zA-Z%]*\*")
 
@@ -48,7 +48,7 @@ class LimitError(ValueError):
 
 
 class _Clock(threading.local):
-    """Time of the processor that a thread's render has taken; other threads' does not count."""
+    """Processor time that a thread's render has taken, without other threads."""
 
     ends_at_s = float("inf")
     num_steps = 0
@@ -59,24 +59,8 @@ class _Clock(threading.local):
             raise LimitError("the chat template takes too long", is_slow=True)
 
 
-class _Rounds:
-    """What a loop goes through."""
-
-    def __init__(self, values: Any, clock: _Clock) -> None:  # noqa: ANN401 - whatever a template has
-        self._values = values
-        self._clock = clock
-
-    def __iter__(self) -> Iterator[object]:
-        for value in self._values:
-            self._clock.step()
-            yield value
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
 class _Generator(CodeGenerator):
-    """Has loops and concatenations go through the environment."""
+    """Compiles loops and concatenations to calls of the environment."""
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:  # noqa: N802 - the node's name
         rounds = nodes.EnvironmentAttribute("rounds")
@@ -121,13 +105,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum")
 
     def guard_filters(self) -> None:
-        """Bound the filters that there are by now."""
+        """Bound the filters that are registered now."""
         for name, apply in self.filters.items():
             self.filters[name] = self._guarded(name, apply)
 
     @contextmanager
     def limited(self, limit_s: float) -> Iterator[None]:
-        """Give what this thread renders so much of the processor's time."""
+        """Limit the processor time of this thread's render."""
         self._clock.ends_at_s = thread_time() + limit_s
         try:
             yield
@@ -135,7 +119,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self._clock.ends_at_s = float("inf")
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - it calls anything
-        """Call what a template calls."""
+        """Call `obj` for a template."""
         self._clock.step()
         receiver = getattr(obj, "__self__", None)
         if isinstance(receiver, str | int):
@@ -143,12 +127,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:  # noqa: ANN401 - of a template
-        """Return what takes the place of a text's `format`, if `value` is one."""
+        """Return a bounded `format` if `value` is the `format` of a text."""
         fill = super().wrap_str_format(value)
         if fill is None:
             return None
 
-        def bounded(*args: Any, **kwargs: Any) -> str:  # noqa: ANN401 - what is filled in
+        def bounded(*args: Any, **kwargs: Any) -> str:  # noqa: ANN401 - any value
             _require_small("format", value.__self__, (*args, *kwargs.values()))
             return fill(*args, **kwargs)
 
@@ -162,24 +146,26 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             _require_small_product(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
-    def rounds(self, values: Any) -> _Rounds:  # noqa: ANN401 - of a template
-        """Return what a loop goes through."""
-        return _Rounds(values, self._clock)
+    def rounds(self, values: Any) -> Iterator[object]:  # noqa: ANN401 - of a template
+        """Yield the values of a loop."""
+        for value in values:
+            self._clock.step()
+            yield value
 
     def plus(self, left: Any, right: Any) -> Any:  # noqa: ANN401 - likewise
-        """Return the sum; neither is too large, so it can be looked at afterwards."""
+        """Return the sum; neither operand is too large, so the size can be checked afterwards."""
         total = left + right
-        most = _MOST.get(type(total))
+        most = _MAX_SIZES.get(type(total))
         if most is not None and len(total) > most:
             raise _too_much()
         return total
 
     def joined(self, *parts: object) -> str:
-        """Return what `~` makes of its operands."""
+        """Return the operands of `~` as one text."""
         return self.concat(str(_weighed(part)) for part in parts)
 
     def concat(self, parts: Iterable[str]) -> str:
-        """Return what the parts of an output, a macro or a block are together."""
+        """Return the parts of an output, a macro or a block as one text."""
         num_chars, kept = 0, []
         for part in parts:
             num_chars += len(part)
@@ -241,7 +227,7 @@ def _require_small_product(operator: str, left: Any, right: Any) -> None:  # noq
             raise _too_much()
 
 
-def _weighed(value: Any) -> Any:  # noqa: ANN401 - whatever a template has
+def _weighed(value: Any) -> Any:  # noqa: ANN401 - any value of a template
     """Return `value`, if it is not too large to be written."""
     if isinstance(value, list | tuple | dict):
         _weight(value)

@@ -13,8 +13,8 @@ MAX_STOP_CHARS = 1024
 class StopMatcher:
     """Lets text through up to the first stop string.
 
-    The first is the one that completes first; of those that complete with the same character, the
-    one that began first, which is the longest. `include`: it is let through itself as well.
+    The first is the one that completes first; if several complete with the same character, the
+    longest. `include`: it is let through itself as well.
     Held back is the longest end of the text that is a proper beginning of some stop string, no
     more. Aho and Corasick's automaton (CACM 18(6), 1975): O(1) a character for any number of
     stops, and the depth of its state is the length to hold back.
@@ -40,7 +40,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Text that may be sent now, and the stop string that ended it. After one: "", and it."""
+        """Return the text to send now, and the stop string that ended it, with "" after one."""
         if self._matched is not None:
             return "", self._matched
         if len(self._next) == 1:
@@ -57,12 +57,12 @@ class StopMatcher:
         return known[:num_sent], None
 
     def finish(self) -> str:
-        """Text held back, when the stream ends without a match."""
+        """Return the text held back, when the stream ends without a match."""
         held, self._held, self._state = self._held, "", 0
         return held
 
     def check(self) -> None:
-        """Assert that what is held back is what the automaton has in mind."""
+        """Assert that the text held back is as long as the automaton's state."""
         assert len(self._held) == self._depth[self._state], (
             f"{self._held!r} is held back in a state of depth {self._depth[self._state]}"
         )

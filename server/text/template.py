@@ -1,8 +1,8 @@
-"""Chat messages to the text of a prompt, by the model's own Jinja template.
+"""Renders chat messages to the text of a prompt, with the model's own Jinja template.
 
-The environment is the one `transformers` gives templates, so that every template written for it
-works. Templates come with the model and run in a sandbox; what clients send is only ever data.
-Knows nothing of tokens or of HTTP.
+The environment is that of `transformers`, so that every template written for it works. Templates
+come with the model and run in a sandbox; requests are only data. Knows nothing of tokens or of
+HTTP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from server.text.sandbox import BoundedEnvironment, LimitError
 
 ValueT = TypeVar("ValueT")
 
-#: What a template, being a program, may raise on messages it did not expect.
+#: Exceptions that a template, being a program, may raise on unexpected messages.
 _TEMPLATE_FAULTS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -35,18 +35,18 @@ _TEMPLATE_FAULTS = (
 )
 _PROBE = "octavo"
 _PROBE_LIMIT_S = 0.05
-#: The longest chat that there may be takes a fifth of it.
+#: The longest possible chat takes a fifth of it.
 LIMIT_S = 2.0
-#: Where a final message that goes on ends: private characters, and a tab that trimming takes away.
+#: The end of a final message to be continued: private characters, and a tab that trimming removes.
 _MARK, _MARK_SPACE = "\ue000octavo\ue001", "\t"
 
 
 class _RefusedError(jinja2.TemplateError):
-    """The template called `raise_exception`: these are words for the client."""
+    """The template called `raise_exception` with a message for the client."""
 
 
 class TemplateError(ValueError):
-    """Messages that the template refuses, in its own words, or a template that is no Jinja."""
+    """Messages that the template refuses, in its own words, or a template that is not Jinja."""
 
     def __init__(self, message: str, message_index: int | None = None) -> None:
         super().__init__(message)
@@ -61,10 +61,10 @@ class SlowTemplateError(TemplateError):
 class ChatTemplate:
     """A model's chat template, compiled once. Immutable; may be used from any thread.
 
-    A message's content may be a string or a list of text parts. Most templates can only do with
-    strings: they get the parts' texts joined by a newline (as vLLM does). Templates that only
-    read parts get a string as one text part. Arguments of calls, a string of JSON, most templates
-    want as an object. Which kind a template is, is tried out once.
+    A message's content may be a string or a list of text parts. Most templates read only strings:
+    they get the parts' texts joined by a newline (as in vLLM). Templates that only read parts get a
+    string as one text part. Arguments of calls are a string of JSON, which most templates need as
+    an object. One trial render finds the kind of a template.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ChatTemplate:
         `special_tokens`: variables such as `bos_token`. Raises `TemplateError` with the template's
         name and line if one is not valid Jinja.
         """
-        #: As they were given, by name.
+        #: By name.
         self.sources = dict(sources)
         self._environment = environment = _environment(now)
         environment.globals.update(special_tokens)
@@ -91,9 +91,9 @@ class ChatTemplate:
             raise TemplateError(f"there is no chat_template named default among: {names}")
         self._wants_parts = {name: self._reads_only_parts(name) for name in self._templates}
         self._wants_json = {name: self._reads_only_json(name) for name in self._templates}
-        #: Whether the model can be shown tools.
+        #: Whether the template shows tools to the model.
         self.shows_tools = "tools" in sources.get("tool_use", sources["default"])
-        #: Whether the model is shown what a system message says.
+        #: Whether the template shows system messages to the model.
         self.shows_system = self._reads_system()
 
     def render(
@@ -108,14 +108,13 @@ class ChatTemplate:
         limit_s: float = LIMIT_S,
         **kwargs: object,
     ) -> str:
-        """Return the prompt, to be encoded without adding special tokens: it holds its own.
+        """Return the prompt, to be encoded without adding special tokens: it has its own.
 
-        `continues_final`: it ends with the last message's content, to be gone on with (what
-        `continue_final_message` means in transformers); no generation prompt then.
-        `quote` is applied to each text in the messages, tools and `kwargs`, wherever it stands.
-        `limit_s`: of the processor's time.
-        `kwargs` are further variables for the template. Raises `TemplateError` for messages the
-        template refuses or a part of content that is no text, `SlowTemplateError` after `limit_s`.
+        `continues_final`: end it with the last message's content, to be continued, and without a
+        generation prompt (`continue_final_message` in transformers). `quote` is applied to each
+        text in the messages, tools and `kwargs`. `limit_s`: processor time. `kwargs`: further
+        variables for the template. Raises `TemplateError` for messages that the template refuses
+        or a part of content that is not text, `SlowTemplateError` after `limit_s`.
         """
         if continues_final:
             messages = [*messages[:-1], _marked(messages[-1])]
@@ -156,15 +155,15 @@ class ChatTemplate:
         return _up_to_mark(text, len(messages) - 1) if continues_final else text
 
     def _reads_system(self) -> bool:
-        said = [{"role": "system", "content": _PROBE}, {"role": "user", "content": ""}]
+        probes = [{"role": "system", "content": _PROBE}, {"role": "user", "content": ""}]
         wants_parts = self._wants_parts["default"]
         return self._shows(
             "default",
-            *(_prepared(one, 0, wants_parts=wants_parts, wants_json=True) for one in said),
+            *(_prepared(one, 0, wants_parts=wants_parts, wants_json=True) for one in probes),
         )
 
     def _reads_only_parts(self, name: str) -> bool:
-        """Whether content is seen as a list of parts, but not as a string."""
+        """Return whether content is shown as a list of parts, but not as a string."""
 
         def shows(content: object) -> bool:
             return self._shows(name, {"role": "user", "content": content})
@@ -172,13 +171,13 @@ class ChatTemplate:
         return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
 
     def _reads_only_json(self, name: str) -> bool:
-        """Whether a call's arguments are seen as a string of JSON, but not as an object."""
+        """Return whether a call's arguments are shown as a string of JSON, but not as an object."""
 
         def shows(arguments: object) -> bool:
             function = {"name": "f", "arguments": arguments}
             call = {"id": "call12345", "type": "function", "function": function}
-            said = {"role": "assistant", "content": "", "tool_calls": [call]}
-            return self._shows(name, {"role": "user", "content": ""}, said)
+            message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return self._shows(name, {"role": "user", "content": ""}, message)
 
         return not shows({"a": _PROBE}) and shows(json.dumps({"a": _PROBE}))
 
@@ -194,14 +193,14 @@ class ChatTemplate:
 
 
 class _Reading:
-    """Which message the template looked at last: the one at fault if it stops."""
+    """The message that the template read last: the one at fault if it stops."""
 
     def __init__(self) -> None:
         self.index: int | None = None
 
 
 class _Message(dict[str, object]):
-    """A message that notes when it is looked at, however the template came to it."""
+    """A message that records each access by the template."""
 
     def __init__(self, message: Mapping[str, object], index: int, reading: _Reading) -> None:
         super().__init__(message)
@@ -268,7 +267,7 @@ def _compile(environment: jinja2.Environment, name: str, source: str) -> jinja2.
 def _prepared(
     message: Mapping[str, object], index: int, *, wants_parts: bool, wants_json: bool
 ) -> Mapping[str, object]:
-    """`message` as templates expect it: content and arguments of calls in their kind."""
+    """Return `message` with content and arguments of calls in the kind that the template reads."""
     prepared = dict(message)
     content = message.get("content")
     if isinstance(content, str) and wants_parts:
@@ -285,7 +284,7 @@ def _prepared(
 
 
 def _quoted(value: ValueT, quote: Callable[[str], str] | None) -> ValueT:
-    """Return `value`, which came as JSON, with each text in it quoted, keys too."""
+    """Return `value`, which came as JSON, with each text and key in it quoted."""
     if quote is None:
         return value
     quoted: Any = value
@@ -308,7 +307,7 @@ def _marked(message: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _up_to_mark(text: str, index: int) -> str:
-    """Cut the mark and what is behind it; a template that trims trims the content before it too."""
+    """Cut the text at the mark; a template that trims text also trims the content before it."""
     before, mark, behind = text.rpartition(_MARK)
     if not mark:
         raise TemplateError("the template does not show this message: it cannot go on", index)
@@ -325,9 +324,9 @@ def _part_text(part: object, index: int) -> str:
 
 
 def _with_parsed_arguments(call: object) -> object:
-    """Arguments arrive as a string of JSON, and templates write them as JSON themselves.
+    """Return a call with its arguments, a string of JSON, parsed for templates.
 
-    What cannot be read stays the text that it is: most templates can do with it.
+    Invalid JSON stays a string, which most templates accept.
     """
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):

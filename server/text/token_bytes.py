@@ -1,7 +1,7 @@
 """The exact bytes that each token id stands for, read from a tokenizer's own decoder.
 
-Text made of bytes can be put together token by token in O(1), which a decoder that wants to see
-all tokens again cannot. Two families cover the decoders of language models: byte-level BPE
+Text made of bytes can be put together token by token in O(1), unlike with a decoder that needs all
+tokens again. Two families cover the decoders of language models: byte-level BPE
 (GPT-2's alphabet of 256 printable letters) and SentencePiece (`▁` for a space, `<0xNN>` for a
 byte). Knows nothing of streams, files or templates.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 import tokenizers
@@ -25,7 +25,7 @@ class TextError(ValueError):
 
 
 def _byte_level_alphabet() -> str:
-    """GPT-2's letters of the bytes 0 to 255: printable bytes are themselves, others from U+0100."""
+    """Return GPT-2's letters of the bytes: printable ones are themselves, others from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
@@ -47,7 +47,7 @@ class TokenForm:
     leading_spaces: int = 0
 
     def bytes_of(self, token: str) -> bytes:
-        """Bytes that `token` stands for. Added tokens outside the byte alphabet are themselves."""
+        """Return the bytes of `token`; added tokens outside the byte alphabet are themselves."""
         if self.is_byte_level:
             try:
                 return bytes(map(_BYTE_OF_LETTER.__getitem__, token))
@@ -70,63 +70,43 @@ def flat_steps(step: Mapping[str, object], inner: str) -> Iterator[Mapping[str, 
         yield from flat_steps(one, inner)
 
 
-class _FormReader:
-    """Adds up the steps of a decoder, in order."""
-
-    def __init__(self) -> None:
-        self._is_byte_level = self._has_byte_tokens = self._is_fused = False
-        self._replacements: list[tuple[str, str]] = []
-        self._leading_spaces = 0
-
-    def form(self) -> TokenForm:
-        return TokenForm(
-            is_byte_level=self._is_byte_level,
-            has_byte_tokens=self._has_byte_tokens,
-            replacements=tuple(self._replacements),
-            leading_spaces=self._leading_spaces,
-        )
-
-    def read(self, step: Mapping[str, object]) -> bool:
-        """Take a step in; False where it is one that cannot be done token by token."""
-        match step:
-            case {"type": "ByteLevel"}:
-                self._is_byte_level = True
-            case {"type": "ByteFallback"}:
-                self._has_byte_tokens = True
-            case {"type": "Fuse"}:
-                self._is_fused = True
-            case {"type": "Replace", "pattern": {"String": str(written)}, "content": str(meant)}:
-                self._replacements.append((written, meant))
-            case {"type": "Metaspace", "replacement": str(written), "prepend_scheme": str(scheme)}:
-                self._replacements.append((written, " "))
-                self._leading_spaces = 0 if scheme == "never" else 1
-            # Before Fuse it would strip every token, not the text.
-            case {"type": "Strip", "content": " ", "start": int(count), "stop": 0} if (
-                self._is_fused
-            ):
-                self._leading_spaces = count
-            case _:
-                return False
-        return True
-
-
 def read_form(decoder: Decoder | None) -> TokenForm:
-    """Form of the tokens that `decoder` reads. Raises `TextError` for one we cannot stream."""
+    """Return the form of the tokens that `decoder` reads.
+
+    Raises `TextError` for a decoder with a step that cannot be done token by token.
+    """
     if decoder is None:
         raise TextError(f"the tokenizer has no decoder; supported: {_SUPPORTED}")
-    reader = _FormReader()
+    form, is_fused = TokenForm(), False
     for step in flat_steps(orjson.loads(decoder.__getstate__()), "decoders"):
-        if not reader.read(step):
-            name = orjson.dumps(step).decode()
-            raise TextError(f"the tokenizer's decoder has a step {name}; supported: {_SUPPORTED}")
-    return reader.form()
+        match step:
+            case {"type": "ByteLevel"}:
+                form = replace(form, is_byte_level=True)
+            case {"type": "ByteFallback"}:
+                form = replace(form, has_byte_tokens=True)
+            case {"type": "Fuse"}:
+                is_fused = True
+            case {"type": "Replace", "pattern": {"String": str(written)}, "content": str(meant)}:
+                form = replace(form, replacements=(*form.replacements, (written, meant)))
+            case {"type": "Metaspace", "replacement": str(written), "prepend_scheme": str(scheme)}:
+                replacements = (*form.replacements, (written, " "))
+                spaces = 0 if scheme == "never" else 1
+                form = replace(form, replacements=replacements, leading_spaces=spaces)
+            # Before Fuse it would strip every token, not the text.
+            case {"type": "Strip", "content": " ", "start": int(count), "stop": 0} if is_fused:
+                form = replace(form, leading_spaces=count)
+            case _:
+                name = orjson.dumps(step).decode()
+                message = f"the tokenizer's decoder has a step {name}; supported: {_SUPPORTED}"
+                raise TextError(message)
+    return form
 
 
 class TokenBytes(dict[int, bytes]):
-    """Bytes of each token id, filled in as ids are first asked for.
+    """Bytes of each token id, filled in at the first use of an id.
 
     A dict with `__missing__`, because `map(pieces.__getitem__, ids)` then runs at the speed of C
-    on the API's event loop. Ids outside the vocabulary stand for no bytes and are not remembered.
+    on the API's event loop. Ids outside the vocabulary have no bytes and are not stored.
     Safe to share between threads: two of them would write the same value.
     """
 

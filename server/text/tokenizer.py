@@ -1,7 +1,7 @@
-"""Text to token ids and back, exactly.
+"""Converts text to token ids and back, exactly.
 
-Wraps a `tokenizers.Tokenizer` for encoding; decoding is our own, from the tokens' bytes, so that
-a stream of tokens and the whole of them give the same text. Knows nothing of files or templates.
+Wraps a `tokenizers.Tokenizer` for encoding. Decoding is our own, from the tokens' bytes, so that a
+stream of tokens gives the same text as the whole. Knows nothing of files or templates.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from server.text.token_bytes import TextError, TokenBytes, read_form
 
 @dataclass(frozen=True, slots=True)
 class SpecialIds:
-    """What a model's files say about its special tokens."""
+    """The special tokens in a model's files."""
 
     bos_token_id: int | None = None
-    #: Each of them ends a text; the first is the one a template calls `eos_token`.
+    #: Each of them ends a text; the first is the `eos_token` of templates.
     eos_token_ids: tuple[int, ...] = ()
-    #: Whether encoding puts bos in front and eos behind; None: as the tokenizer itself does.
+    #: Whether encoding puts bos in front and eos behind; None: as in the tokenizer itself.
     adds_bos: bool | None = None
     adds_eos: bool | None = None
 
@@ -33,9 +33,9 @@ class SpecialIds:
 class Tokenizer:
     """One model's vocabulary. Immutable; every method may be called from any thread.
 
-    `decode` gives the tokens' bytes read as UTF-8, each broken sequence as one U+FFFD. That is
-    what `tokenizers` does too, except for `<0xNN>` tokens that are no valid UTF-8 in a row, where
-    it throws away the valid ones among them (and so cannot know a character before the row ends).
+    `decode` reads the tokens' bytes as UTF-8, each broken sequence as one U+FFFD. `tokenizers` does
+    the same, except for a row of `<0xNN>` tokens that is not valid UTF-8. There it drops the valid
+    ones too, so no character is certain before the row ends.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, ids: SpecialIds) -> None:
@@ -50,7 +50,7 @@ class Tokenizer:
         self.bos_token_id = ids.bos_token_id
         self.eos_token_ids = ids.eos_token_ids
         added = core.get_added_tokens_decoder()
-        # One that is never put in front may be plain text: a comma, in some GGUF files.
+        # A bos that is never added may be plain text: a comma, in some GGUF files.
         bos = ids.bos_token_id if ids.adds_bos else None
         named = {*ids.eos_token_ids, *(() if bos is None else (bos,))}
         self.special_token_ids = frozenset(
@@ -65,7 +65,7 @@ class Tokenizer:
 
     @property
     def leading_spaces(self) -> int:
-        """How many spaces, if there are any, the start of a decoded text loses (SentencePiece)."""
+        """How many spaces the start of a decoded text loses at most (SentencePiece)."""
         return self._form.leading_spaces
 
     def encode(
@@ -76,13 +76,12 @@ class Tokenizer:
         is_quoted: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> list[int]:
-        """Token ids of `text`; special tokens written in it are recognised as such.
+        """Return the token ids of `text`; special tokens written in it are recognised as such.
 
-        `is_quoted`: except for those in parts of it that `quote` returned.
-        `add_special_tokens`: bos and eos around it, as the model wants a plain prompt to have; not
-        for what a chat template rendered, which writes its own. Lets other Python threads run.
-        `check` is called now and then, and may raise. Raises `TextError` if `text` is not valid
-        Unicode, or too long to be encoded at once and nowhere to be cut.
+        `is_quoted`: except in parts that `quote` returned. `add_special_tokens`: bos and eos around
+        it, as the model expects of a plain prompt; a rendered chat template has its own. Releases
+        the GIL. `check` is called now and then, and may raise. Raises `TextError` if `text` is not
+        valid Unicode, or too long to be encoded whole and has no border to cut it.
         """
         if is_quoted and self._quoting.needs(text):
             core, text = self._quoting.core, self._quoting.respelled(text)
@@ -92,11 +91,11 @@ class Tokenizer:
         return [*self._prefix, *token_ids, *self._suffix] if add_special_tokens else token_ids
 
     def least_tokens(self, text: str) -> int:
-        """Return how many tokens `text` has at least: fast, and often far below what it has."""
+        """Return a lower bound of the tokens of `text`: fast, and often far below the count."""
         return self._bounds.least_tokens(without_marks(text))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of `token_ids`. Ids outside the vocabulary stand for nothing."""
+        """Return the text of `token_ids`. Ids outside the vocabulary are empty."""
         pieces = self.bytes_by_id(skip_special_tokens=skip_special_tokens)
         data = b"".join(
             b"".join(map(pieces.__getitem__, token_ids[start : start + PIECE_CHARS]))
@@ -105,11 +104,11 @@ class Tokenizer:
         return drop_spaces(data, self.leading_spaces).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Exact bytes of a token, whether or not they are whole characters."""
+        """Return the exact bytes of a token, whether or not they are whole characters."""
         return self._bytes_by_id[token_id]
 
     def token_text(self, token_id: int) -> str:
-        r"""Text of one token as OpenAI shows it: `bytes:\xe2\x80` where it is not valid UTF-8."""
+        r"""Return a token's text as OpenAI does: `bytes:\xe2\x80` where it is not valid UTF-8."""
         data = self._bytes_by_id[token_id]
         try:
             return data.decode()
@@ -131,7 +130,7 @@ class Tokenizer:
         return text
 
     def bytes_by_id(self, *, skip_special_tokens: bool) -> TokenBytes:
-        """Bytes by token id; where special tokens are skipped, theirs are empty."""
+        """Return the bytes by token id; skipped special tokens are empty."""
         return self._plain_bytes_by_id if skip_special_tokens else self._bytes_by_id
 
     @cached_property
@@ -152,7 +151,7 @@ class Tokenizer:
 
 def _encoded(core: tokenizers.Tokenizer, text: str) -> list[int]:
     try:
-        # Unlike `encode`, this one releases the GIL, and computes no offsets.
+        # Unlike `encode`, it releases the GIL and computes no offsets.
         token_ids: list[int] = core.encode_batch_fast([text], add_special_tokens=False)[0].ids
     except TypeError as error:
         raise TextError("text holds a lone surrogate: it is not valid Unicode") from error
@@ -160,7 +159,7 @@ def _encoded(core: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def _frame(core: tokenizers.Tokenizer, ids: SpecialIds) -> tuple[Sequence[int], Sequence[int]]:
-    """Ids put in front and behind; where nothing is stated, those that `core` puts there."""
+    """Return the ids put in front and behind; by default those of `core`."""
     if ids.adds_bos is None and ids.adds_eos is None:
         bare, framed = (core.encode("a", add_special_tokens=adds).ids for adds in (False, True))
         ends = range(len(framed), -1, -1)
@@ -172,5 +171,5 @@ def _frame(core: tokenizers.Tokenizer, ids: SpecialIds) -> tuple[Sequence[int], 
 
 
 def drop_spaces(data: bytes, count: int) -> bytes:
-    """Return `data` without up to `count` of the spaces it begins with."""
+    """Return `data` without up to `count` of its leading spaces."""
     return data[min(count, len(data) - len(data.lstrip(b" "))) :] if count else data

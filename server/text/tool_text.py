@@ -1,18 +1,17 @@
 """Tools, calls and results as plain text, for templates without a place for them.
 
-The form is that of Hermes: tools are listed in the system message, a call is an object of JSON in
-`<tool_call>` tags, a result stands in `<tool_response>` tags in a message of the user. What the
-model wrote as a call is written again to the letter, so its tokens are found in the prefix cache.
-Knows nothing of templates or of tokens.
+The form is that of Hermes. The system message lists the tools. A call is a JSON object in
+`<tool_call>` tags; a result stands in `<tool_response>` tags in a message of the user. A call of
+the model is written again letter by letter, so its tokens are found in the prefix cache. Knows
+nothing of templates or of tokens.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.text.json_text import read_value, with_escapes
+from server.text.json_text import dumped, read_value
 
 Fields = dict[str, Any]
 
@@ -37,7 +36,7 @@ _RESULT_ROLES = {"tool", "function"}
 def with_tools_in_text(
     messages: Sequence[Fields], tools: Sequence[Mapping[str, Any]], *, has_system_role: bool
 ) -> tuple[list[Fields], list[int]]:
-    """Return messages that show `tools`, calls and results as text, and where each comes from.
+    """Return messages with `tools`, calls and results as text, and the index of each one's source.
 
     `has_system_role`: whether the template shows system messages; else the first message of the
     user lists the tools.
@@ -49,16 +48,17 @@ def with_tools_in_text(
         if is_result and index and messages[index - 1]["role"] in _RESULT_ROLES:
             shown[-1]["content"] += "\n" + _result(message)
             continue
-        shown.append({"role": "user", "content": _result(message)} if is_result else _said(message))
+        text = {"role": "user", "content": _result(message)} if is_result else _with_calls(message)
+        shown.append(text)
         origins.append(index)
     if tools:
         role = "system" if has_system_role else "user"
-        _instruct(shown, origins, _INSTRUCTIONS.format(tools="\n".join(map(_json, tools))), role)
+        _instruct(shown, origins, _INSTRUCTIONS.format(tools="\n".join(map(dumped, tools))), role)
     return shown, origins
 
 
 def _instruct(shown: list[Fields], origins: list[int], instructions: str, role: str) -> None:
-    """Add the instructions to the message of `role` that the conversation begins with."""
+    """Add the instructions to the first message if it is of `role`, else as a new one."""
     if shown[0]["role"] != role:
         shown.insert(0, {"role": role, "content": instructions})
         origins.insert(0, 0)
@@ -68,7 +68,7 @@ def _instruct(shown: list[Fields], origins: list[int], instructions: str, role: 
     shown[0] = {**shown[0], "content": "\n\n".join(part for part in parts if part)}
 
 
-def _said(message: Fields) -> Fields:
+def _with_calls(message: Fields) -> Fields:
     """Return a message with its calls in its text."""
     calls = message.get("tool_calls")
     if not calls:
@@ -83,8 +83,8 @@ def _call(call: Mapping[str, Any]) -> str:
     try:
         read_value(arguments)
     except ValueError:
-        arguments = _json(arguments)
-    return f'<tool_call>\n{{"name": {_json(name)}, "arguments": {arguments}}}\n</tool_call>'
+        arguments = dumped(arguments)
+    return f'<tool_call>\n{{"name": {dumped(name)}, "arguments": {arguments}}}\n</tool_call>'
 
 
 def _result(message: Fields) -> str:
@@ -92,10 +92,6 @@ def _result(message: Fields) -> str:
 
 
 def _text(message: Fields) -> str:
-    """Return the content, which is a string or a list of parts, as templates join them."""
+    """Return the content, a string or a list of parts, as templates join them."""
     content = message["content"]
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
-
-
-def _json(value: object) -> str:
-    return with_escapes(json.dumps(value, ensure_ascii=False))

@@ -1,1 +1,1 @@
-"""What a model's words mean: reasoning, tool calls, and the text that is neither."""
+"""Reads reasoning and calls of tools from a model's output."""

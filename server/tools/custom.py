@@ -1,4 +1,4 @@
-"""Custom tools, which take a text: for the model they are functions of that one argument.
+"""Custom tools, whose input is a text: for the model they are functions with that one argument.
 
 So every model that calls functions can call them. Knows nothing of requests or of answers.
 """
@@ -9,6 +9,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from server.generation.generation_spec import ToolSpec
+from server.http.errors import Path
+
 #: The one argument.
 INPUT = "input"
 _SYNTAXES = {"lark": "a Lark grammar", "regex": "a regular expression"}
@@ -16,14 +19,21 @@ _SYNTAXES = {"lark": "a Lark grammar", "regex": "a regular expression"}
 
 @dataclass(frozen=True, slots=True)
 class InputGrammar:
-    """What the text is to be like."""
+    """The grammar of the text."""
 
     syntax: str
     definition: str
 
 
-def function_of(name: str, description: str | None, grammar: InputGrammar | None) -> dict[str, Any]:
-    """Return a custom tool as a function. The model is shown the grammar."""
+def custom_tool(
+    name: str,
+    description: str | None,
+    grammar: InputGrammar | None,
+    *,
+    path: Path,
+    schema_path: Path,
+) -> ToolSpec:
+    """Return a custom tool as a function whose description contains the grammar."""
     text: dict[str, Any] = {"type": "string"}
     words = [description] if description else []
     if grammar is not None:
@@ -31,8 +41,15 @@ def function_of(name: str, description: str | None, grammar: InputGrammar | None
         if grammar.syntax == "regex":
             text["pattern"] = f"^(?:{grammar.definition})$"
     schema = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
-    function = {"name": name, "parameters": {**schema, "additionalProperties": False}}
-    return {**function, "description": "\n\n".join(words)} if words else function
+    return ToolSpec(
+        name,
+        "\n\n".join(words) or None,
+        {**schema, "additionalProperties": False},
+        path,
+        schema_path,
+        is_custom=True,
+        grammar_syntax=None if grammar is None else grammar.syntax,
+    )
 
 
 def arguments_of(text: str) -> str:
@@ -41,7 +58,7 @@ def arguments_of(text: str) -> str:
 
 
 def input_of(arguments: str) -> str:
-    """Return the input of a call with these arguments: all of them if they are others."""
+    """Return the input of a call; arguments of another shape are returned whole."""
     try:
         read = json.loads(arguments, strict=False)
     except (ValueError, RecursionError):

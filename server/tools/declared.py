@@ -1,6 +1,7 @@
-"""Which syntax a model speaks, by what its chat template says of it. Knows no template's language.
+"""The syntax of a model's calls and reasoning, found by marks in its chat template.
 
-Templates are programs; what a family writes around calls stands in them as plain text.
+Templates are programs; the marks that a family writes around calls stand in them as plain text.
+Knows nothing of the templates' language.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from server.tools.harmony import HARMONY
-from server.tools.marked import DEEPSEEK, KIMI_K2
 from server.tools.notation import GEMMA, PYTHONIC
 from server.tools.output_parser import ThinkTags
 from server.tools.spelled import DSML, GLM, KIMI_K3, QWEN_XML
-from server.tools.syntaxes import HERMES, LLAMA, MISTRAL, CallSyntax
+from server.tools.syntaxes import DEEPSEEK, HERMES, KIMI_K2, LLAMA, MISTRAL, CallSyntax
 
 THINK = ThinkTags("<think>", "</think>")
 MISTRAL_THINK = ThinkTags("[THINK]", "[/THINK]", is_special=True)
@@ -28,14 +28,14 @@ KIMI_K3_THINK = ThinkTags(
         "<|close|>message<|sep|>",
     ),
 )
-#: What closes it begins the next message, as what a prompt ends with does.
+#: Its closer begins the next message, as the end of a prompt does.
 HARMONY_ANALYSIS = ThinkTags(
     "<|channel|>analysis<|message|>",
     "<|end|><|start|>assistant",
     is_special=True,
     has_messages=True,
 )
-#: What an operator may name (vLLM's names) where the template does not tell.
+#: By the names that an operator may set (vLLM's), where the template has no mark.
 SYNTAXES: Mapping[str, CallSyntax | None] = {
     "none": None,
     "hermes": HERMES,
@@ -66,8 +66,8 @@ TAGS: Mapping[str, ThinkTags | None] = {
     "gemma4": GEMMA_THOUGHT,
     "openai_gptoss": HARMONY_ANALYSIS,
 }
-#: What stands in the templates of each, to be looked for in this order: some share a mark, and are
-#: told apart by another; None: it is not read here.
+#: Marks in the templates of each, in the order of the search: templates that share a mark differ in
+#: an earlier one. None: a syntax that is not supported.
 _MARKS: tuple[tuple[str, CallSyntax | None], ...] = (
     ("\uff5cDSML\uff5c", DSML),
     ("tool\u2581calls\u2581begin", DEEPSEEK),
@@ -85,7 +85,7 @@ _MARKS: tuple[tuple[str, CallSyntax | None], ...] = (
     ("<|python_tag|>", LLAMA),
     ('{"name": function name, "parameters"', LLAMA),
 )
-#: Any of these in a template, looked for in this order, and the tags the model reasons with.
+#: Marks in a template, in the order of the search, and the tags around the model's reasoning.
 _THINK_MARKS: tuple[tuple[tuple[str, ...], ThinkTags], ...] = (
     (("[THINK]", "[/THINK]"), MISTRAL_THINK),
     (("<|open|>",), KIMI_K3_THINK),
@@ -96,9 +96,9 @@ _THINK_MARKS: tuple[tuple[tuple[str, ...], ThinkTags], ...] = (
 
 
 def call_syntax(templates: Mapping[str, str], named: str = "auto") -> CallSyntax | None:
-    """Return how calls are written; None if the templates know no tools or a way we cannot read.
+    """Return the syntax of calls; None if the templates have no tools or an unsupported syntax.
 
-    `templates`: sources by name; one named `tool_use` is the one that is used with tools.
+    `templates`: sources by name; the one named `tool_use`, if any, is used with tools.
     `named`: one of `SYNTAXES` instead.
     """
     if named != "auto":
@@ -110,7 +110,7 @@ def call_syntax(templates: Mapping[str, str], named: str = "auto") -> CallSyntax
 
 
 def think_tags(templates: Mapping[str, str], named: str = "auto") -> ThinkTags | None:
-    """Return what stands around reasoning; None if the templates know none.
+    """Return the tags around reasoning; None if the templates have none.
 
     `named`: one of `TAGS` instead.
     """
@@ -123,6 +123,6 @@ def think_tags(templates: Mapping[str, str], named: str = "auto") -> ThinkTags |
 
 
 def opens_reasoning(prompt: str, tags: ThinkTags) -> bool:
-    """Whether the prompt ends within reasoning, so that the output begins there."""
+    """Return whether the prompt ends within reasoning, so that the output begins there."""
     end = prompt.rstrip()
     return end.endswith(tags.opener) or (tags.is_implied and not end.endswith(tags.closer))

@@ -1,4 +1,4 @@
-"""What a parser tells of a model's output, in the order in which it was written."""
+"""Events of a parser for a model's output, in the order in which it was written."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CallEnded:
 class CutCall:
     """The output ended or went astray within a call; if one had started, it stays incomplete."""
 
-    #: What the output holds of the call and no event has told.
+    #: The part of the call's text that no event has reported.
     text: str
 
 

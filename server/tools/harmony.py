@@ -1,7 +1,7 @@
-"""The messages that gpt-oss writes (OpenAI's harmony format): headers, and whom they are for.
+"""The messages that gpt-oss writes (OpenAI's harmony format): headers and recipients.
 
-A header says the channel of its message and whether it is for a tool:
-`<|start|>assistant to=functions.NAME<|channel|>commentary <|constrain|>json<|message|>`; the
+A header has the channel of its message, and the recipient if that is a tool:
+`<|start|>assistant to=functions.NAME<|channel|>commentary <|constrain|>json<|message|>`. The
 recipient may also stand behind the channel. Knows nothing of content and reasoning.
 """
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from server.tools.call_writer import CallWriter
 from server.tools.source import MismatchError, Reading, Source
-from server.tools.syntaxes import CallSyntax, read_closer, read_named
+from server.tools.syntaxes import CallForm, CallSyntax, read_closer, read_named
 
-#: What ends a message. Text of reasoning may spell all but the first.
+#: The ends of a message. Text of reasoning may contain all but the first.
 MESSAGE_ENDS = ("<|end|>", "<|call|>", "<|return|>")
 _BODY = "<|message|>"
 _HEADER_STARTS = ("<|start|>", "<|channel|>", "<|constrain|>", _BODY, "to=")
-#: What is longer is not a header.
+#: A longer text is not a header.
 _MAX_HEADER_CHARS = 1000
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
@@ -27,12 +27,12 @@ _FUNCTIONS = "functions."
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What stands before a message."""
+    """The header of a message."""
 
     channel: str
-    #: Who gets it, if that is not the user.
+    #: Empty for the user.
     recipient: str
-    #: Where its message begins.
+    #: The position of its message.
     end: int
 
     @property
@@ -73,5 +73,11 @@ def _read_call(source: Source, at: int, out: CallWriter) -> Reading[None]:
     yield from read_closer(source, at, *MESSAGE_ENDS)
 
 
+_FORM = CallForm(
+    between=("<|start|>", "assistant"),
+    before_name=("<|channel|>", "commentary to=functions."),
+    before_arguments=(" ", "<|constrain|>", "json", "<|message|>"),
+    after_arguments=("<|end|>",),
+)
 #: Its calls are found by their messages' headers.
-HARMONY = CallSyntax("openai", (), _read_call, has_special_marks=True)
+HARMONY = CallSyntax("openai", (), _read_call, has_special_marks=True, form=_FORM)

@@ -1,7 +1,7 @@
 """Reads one JSON object as its text grows: the first wrong character is noticed at once.
 
-RFC 8259, with one liberty: models put newlines and tabs into strings as they are. Every character
-is looked at once, however the text is cut. Knows nothing of calls.
+RFC 8259, except that strings may contain newlines and tabs, as models write them. Every character
+is read once, however the text is cut. Knows nothing of calls.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left
 from enum import Enum, auto
 
-#: Deeper ones are refused: what clients parse with has its limits too.
+#: Deeper objects are refused: the parsers of clients have limits too.
 MAX_DEPTH = 100
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -33,7 +33,7 @@ class Status(Enum):
 
 
 class _Next(Enum):
-    """What may stand at the present place."""
+    """The kind of token that may come next."""
 
     VALUE = auto()
     VALUE_OR_END = auto()
@@ -58,7 +58,7 @@ class JsonObject:
         self.status = Status.OPEN
         #: Where the values of its own keys begin in the text, by key; of two alike, the first.
         self.starts: dict[str, int] = {}
-        #: Where those that are complete end.
+        #: Where the complete ones end.
         self.ends: dict[str, int] = {}
         #: Own keys read so far, one without its value included, and where each ends.
         self.keys: list[str] = []
@@ -73,11 +73,11 @@ class JsonObject:
 
     @property
     def known(self) -> int:
-        """The position up to which the text surely stays as it is: a literal has to end first."""
+        """The end of the text that is certain: a literal has to end first."""
         return self._lexeme_start if self._is_in_literal else self.pos
 
     def strict(self, text: str, start: int, end: int) -> str:
-        """Return a part of what was read of `text` as strict JSON."""
+        """Return `text[start:end]`, which has been read, as strict JSON."""
         first = bisect_left(self._controls, start)
         controls = self._controls[first : bisect_left(self._controls, end)]
         parts = []
@@ -106,8 +106,8 @@ class JsonObject:
 
     def _begin(self, char: str) -> None:
         is_value = self._next in _VALUE_PLACES
-        if is_value:
-            self._note_value_start()
+        if is_value and len(self._closers) == 1:
+            self.starts.setdefault(self.keys[-1], self.pos)
         if not self._closers and char != "{":
             self.status = Status.BROKEN
         elif is_value and char in "{[" and len(self._closers) < MAX_DEPTH:
@@ -165,10 +165,6 @@ class JsonObject:
         self._end_value()
         return True
 
-    def _note_value_start(self) -> None:
-        if len(self._closers) == 1:
-            self.starts.setdefault(self.keys[-1], self.pos)
-
     def _end_string(self, quoted: str) -> None:
         if self._next not in _KEY_PLACES:
             self._end_value()
@@ -187,6 +183,6 @@ class JsonObject:
 
 
 def _end(pattern: re.Pattern[str], text: str, pos: int) -> int:
-    """Return where the run of `pattern`, which may be empty, ends."""
+    """Return the end of the run of `pattern`, which may be empty."""
     found = pattern.match(text, pos)
     return pos if found is None else found.end()

@@ -1,6 +1,6 @@
 """Families that write arguments in a notation of their own: Gemma 4's, and Python's.
 
-They are told as JSON while they are read, strings too. Knows nothing of the text around calls.
+They are reported as JSON while they are read, strings too. Knows nothing of the text around calls.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from server.text.json_text import dumped
 from server.tools.call_writer import CallWriter
 from server.tools.json_object import LITERAL, MAX_DEPTH
-from server.tools.source import MismatchError, Reading, Source, first_of, num_begun
+from server.tools.source import MismatchError, Reading, Source
 from server.tools.syntaxes import CallSyntax, read_bare_object, read_closer
 
 _IN_LITERAL = re.compile(r"[A-Za-z0-9_+.\-]*")
@@ -35,7 +36,7 @@ class Notation:
     words: Mapping[str, str] = field(default_factory=dict)
 
     def value(self, source: Source, at: int, out: CallWriter, depth: int = 1) -> Reading[int]:
-        """Tell the value at `at`; return its end. Raises `MismatchError` if there is none."""
+        """Add the value at `at`; return its end. Raises `MismatchError` if there is none."""
         at = yield from source.space(at)
         char = source.text[at]
         if char in "{[":
@@ -45,7 +46,7 @@ class Notation:
         return (yield from self._literal(source, at, out))
 
     def _items(self, source: Source, at: int, out: CallWriter, depth: int) -> Reading[int]:
-        """Tell an object or a list; what stands behind its last comma may be nothing."""
+        """Add an object or a list, which may end with a comma."""
         if depth > MAX_DEPTH:
             raise MismatchError
         opener = source.text[at]
@@ -67,38 +68,32 @@ class Notation:
         return at + 1
 
     def _key(self, source: Source, at: int, out: CallWriter) -> Reading[int]:
-        """Tell a key and its colon; return where the value begins."""
+        """Add a key and its colon; return the position of the value."""
         if any(quote.startswith(source.text[at]) for quote in self.quotes):
             at = yield from self._string(source, at, out)
             at = yield from source.space(at)
             yield from source.word(at, ":")
         elif self.has_bare_keys:
-            end, _ = yield from source.until(at, ":")
-            out.json(_quoted(source.text[at:end]), end)
-            at = end
+            key, end, _ = yield from source.until(at, ":")
+            at = end - 1
+            out.json(dumped(key), at)
         else:
             raise MismatchError
         out.json(": ", at + 1)
         return at + 1
 
     def _string(self, source: Source, at: int, out: CallWriter) -> Reading[int]:
-        """Tell the string at `at`, as it comes; return its end."""
+        """Add the string at `at` as it arrives; return its end."""
         quote = yield from source.word(at, *self.quotes)
         at += len(quote)
         out.json('"', at)
         stops = (quote, "\\") if self.has_escapes else (quote,)
         while True:
-            end, stop = first_of(source.text, at, stops)
-            known = end if stop else len(source.text) - num_begun(source.text, at, stops)
-            out.json(_quoted(source.text[at:known])[1:-1], known)
-            at = known
+            at, stop = yield from out.characters(at, *stops)
             if stop == quote:
-                out.json('"', end + len(quote))
-                return end + len(quote)
-            if stop:
-                at = yield from _read_escape(source, at, out)
-            else:
-                yield from source.more()
+                out.json('"', at + len(quote))
+                return at + len(quote)
+            at = yield from _read_escape(source, at, out)
 
     def _literal(self, source: Source, at: int, out: CallWriter) -> Reading[int]:
         while True:
@@ -116,7 +111,7 @@ class Notation:
 
 
 def _read_escape(source: Source, at: int, out: CallWriter) -> Reading[int]:
-    """Tell the character that an escape of Python's means; an unknown one means itself."""
+    """Add the character of an escape in Python's notation; an unknown escape is added as it is."""
     while _ESCAPE_BEGUN.fullmatch(source.text, at):
         yield from source.more()
     found = _ESCAPE.match(source.text, at)
@@ -131,14 +126,10 @@ def _read_escape(source: Source, at: int, out: CallWriter) -> Reading[int]:
         # In ASCII: half a surrogate pair is a character that UTF-8 does not have.
         out.json(json.dumps(chr(code))[1:-1], found.end())
     elif letter in "'\"\\" or letter in _ESCAPED:
-        out.json(_quoted(_ESCAPED.get(letter, letter))[1:-1], found.end())
+        out.json(dumped(_ESCAPED.get(letter, letter))[1:-1], found.end())
     elif letter != "\n":
-        out.json(_quoted(found.group())[1:-1], found.end())
+        out.json(dumped(found.group())[1:-1], found.end())
     return found.end()
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 _GEMMA_NOTATION = Notation(('<|"|>',), has_bare_keys=True)
@@ -180,8 +171,9 @@ def _read_python_list(
     source: Source, at: int, out: CallWriter, *, is_bare: bool = False
 ) -> Reading[int]:
     mark = yield from source.word(at, "[")
+    at += 1
     while mark != "]":
-        at = yield from source.space(at + 1)
+        at = yield from source.space(at)
         end = yield from source.name(at)
         name = source.text[at:end]
         yield from source.word(end, "(")
@@ -190,14 +182,13 @@ def _read_python_list(
         out.start(name, end)
         at = yield from _read_python_members(source, end, out)
         out.end_members(at)
-        at = yield from source.space(at)
-        mark = yield from source.word(at, ",", "]")
-    source.pos = at + 1
-    return at + 1
+        at, mark = yield from source.skip(at, ",", "]")
+    source.pos = at
+    return at
 
 
 def _read_python_members(source: Source, at: int, out: CallWriter) -> Reading[int]:
-    """Tell what stands in a call's parentheses, which open at `at`; return their end."""
+    """Add the arguments in a call's parentheses, which open at `at`; return their end."""
     at = yield from source.space(at + 1)
     while source.text[at] != ")":
         end = yield from source.name(at)
@@ -205,7 +196,7 @@ def _read_python_members(source: Source, at: int, out: CallWriter) -> Reading[in
         at = yield from source.space(end)
         yield from source.word(at, "=")
         if not out.key(key, at):
-            # What Python does not allow either.
+            # Python does not allow it either.
             raise MismatchError
         at = yield from _PYTHON.value(source, at + 1, out)
         at = yield from source.space(at)

@@ -1,9 +1,9 @@
 """A model's output, piece by piece, to content, reasoning and calls.
 
 The same output gives the same events' sum however it is cut. Text that may become a call is held
-back until that is known; what turns out to be none is let out as it was. A call is told while it is
-read; none is ever taken back. Spaces around calls and reasoning are the template's, not the
-reader's: they are left out. Knows nothing of tokens or HTTP.
+back until that is known, and reported unchanged if it is not a call. A call is reported while it is
+read, and never taken back. Spaces around calls and reasoning belong to the template: they are left
+out. Knows nothing of tokens or HTTP.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from server.tools.call_writer import CallWriter
 from server.tools.events import Content, Event, Reasoning
 from server.tools.harmony import HARMONY, MESSAGE_ENDS, Header, read_header
-from server.tools.source import EndedError, MismatchError, Reading, Source, first_of, num_begun
+from server.tools.source import EndedError, MismatchError, Reading, Source
 from server.tools.syntaxes import CallSyntax
 
 
 @dataclass(frozen=True, slots=True)
 class ThinkTags:
-    """What a model writes around its reasoning."""
+    """The marks that a model writes around its reasoning."""
 
     opener: str
     closer: str
@@ -29,7 +29,7 @@ class ThinkTags:
     is_special: bool = False
     #: Whether an output is reasoning up to the closer though nothing opened it.
     is_implied: bool = False
-    #: What ends the reasoning too, where it is missing.
+    #: Other ends of the reasoning, where the closer is missing.
     other_closers: tuple[str, ...] = ()
     #: Marks around content that are left out.
     frame: tuple[str, ...] = ()
@@ -72,19 +72,19 @@ class OutputParser:
         next(self._reading, None)
 
     def push(self, text: str) -> list[Event]:
-        """Return what is known now that `text` follows."""
+        """Return the events that are certain once `text` follows."""
         self._source.text += text
         return self._advance()
 
     def finish(self) -> list[Event]:
-        """Return what is left now that nothing follows."""
+        """Return the remaining events at the end of the output."""
         self._source.is_ended = True
         return self._advance()
 
     def check(self) -> None:
-        """Assert that nothing is told twice or forgotten."""
+        """Assert that all text is reported, and once."""
         source = self._source
-        assert 0 <= source.pos <= len(source.text), "the text told is not the text known"
+        assert 0 <= source.pos <= len(source.text), "more text is reported than there is"
         assert not source.is_ended or source.pos == len(source.text), "text was left at the end"
         assert not source.is_ended or not self._calls.is_open, "a call has no end"
 
@@ -131,7 +131,7 @@ class OutputParser:
                 yield from self._read_body(header)
 
     def _read_body(self, header: Header) -> Reading[None]:
-        """Read the message behind a header, by whom it is for."""
+        """Read the message behind a header, by its recipient and channel."""
         source, calls = self._source, self._syntax.calls
         source.pos = header.end
         if header.is_call and calls is not None:
@@ -140,11 +140,11 @@ class OutputParser:
                 yield from self._read_message()
         elif header.is_for_others:
             try:
-                end, mark = yield from source.until(source.pos, *MESSAGE_ENDS)
+                text, end, _ = yield from source.until(source.pos, *MESSAGE_ENDS)
             except EndedError:
-                end, mark = len(source.text), ""
-            self._calls.cut(source.text[source.pos : end])
-            source.pos = end + len(mark)
+                text, end = source.text[source.pos :], len(source.text)
+            self._calls.cut(text)
+            source.pos = end
         elif header.channel == "analysis" and self._syntax.tags is not None:
             yield from self._read_reasoning_until(MESSAGE_ENDS[:1])
         else:
@@ -172,9 +172,8 @@ class OutputParser:
         has_begun = False
         while True:
             source.drop_reported()
-            end, closer = first_of(source.text, 0, closers)
-            known = end if closer else len(source.text) - num_begun(source.text, 0, closers)
-            text = source.text[:known].rstrip()
+            end, closer = source.known_until(0, closers)
+            text = source.text[:end].rstrip()
             source.pos = len(text)
             text = text if has_begun else text.lstrip()
             if text:
@@ -207,9 +206,9 @@ class OutputParser:
     def _read_calls(
         self, reading: Reading[None], opened: int, *, is_marked: bool = True
     ) -> Reading[bool]:
-        """Tell the calls that `reading` finds; `opened`: where what announces them ends.
+        """Report the calls that `reading` finds, and return whether there was nothing else.
 
-        Return whether there was nothing but calls.
+        `opened`: the end of their marker.
         """
         source, calls, num_before = self._source, self._calls, self._calls.num_calls
         try:
@@ -222,23 +221,22 @@ class OutputParser:
             if calls.is_open:
                 calls.cut()
             elif calls.num_calls == num_before:
-                self._tell(source.text[source.pos : opened])
+                self._report(source.text[source.pos : opened])
                 source.pos = opened
             return False
         return True
 
     def _read_content(self, markers: tuple[str, ...], frame: tuple[str, ...] = ()) -> Reading[str]:
-        """Tell the text up to the next marker. Return the marker, or "" at the end."""
+        """Report the text up to the next marker. Return the marker, or "" at the end."""
         source = self._source
         stops = markers + frame
         while True:
             if source.pos * 2 > len(source.text):
                 # Not each time: an output of nothing but markers would be copied once for each.
                 source.drop_reported()
-            at, stop = first_of(source.text, source.pos, stops)
-            known = at if stop else len(source.text) - num_begun(source.text, source.pos, stops)
-            text = self._shown(source.text[source.pos : known])
-            self._tell(text)
+            at, stop = source.known_until(source.pos, stops)
+            text = self._reported(source.text[source.pos : at])
+            self._report(text)
             source.pos += len(text)
             if stop in frame:
                 source.pos = at + len(stop)
@@ -250,19 +248,19 @@ class OutputParser:
             except EndedError:
                 rest = source.text[source.pos :]
                 has_other = self._calls.num_calls or self._has_reasoning
-                self._tell(rest.rstrip() if has_other else rest)
+                self._report(rest.rstrip() if has_other else rest)
                 source.pos = len(source.text)
                 return ""
 
-    def _shown(self, text: str) -> str:
-        """Return what of the text up to a marker is told: not the spaces at its end."""
+    def _reported(self, text: str) -> str:
+        """Return the text up to a marker without the spaces at its end, which are not reported."""
         calls = self._syntax.calls
         if calls is not None and calls.keeps_spaces and (self._has_content or text.strip()):
             return text
         return text.rstrip()
 
-    def _tell(self, text: str) -> None:
-        """Tell `text`, which stands at the source's position."""
+    def _report(self, text: str) -> None:
+        """Report `text`, which stands at the source's position."""
         end = self._source.num_dropped + self._source.pos + len(text)
         if not self._has_content and (self._calls.num_calls or self._has_reasoning):
             text = text.lstrip()

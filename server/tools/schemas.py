@@ -1,13 +1,12 @@
-"""Tools and calls as requests hold them: OpenAI's shapes, strict types.
+"""Tools and calls in requests: OpenAI's shapes, strict types.
 
-Knows nothing of templates or of what becomes of a tool.
+Knows nothing of templates or of the use of a tool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,8 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from server.generation.generation_spec import ToolSpec, ToolUse
+from server.http.errors import Path
 from server.structured.schemas import MAX_GRAMMAR_CHARS
-from server.tools.custom import InputGrammar, arguments_of, function_of
+from server.tools.custom import InputGrammar, arguments_of, custom_tool
 from server.tools.source import TOOL_NAME
 
 #: More of these in one request are a mistake or an attack.
@@ -43,24 +44,28 @@ class ToolFunction(_Shape):
     )
     strict: bool | None = None
 
-    def for_template(self) -> dict[str, Any]:
-        """Return what templates show the model: nothing that was not given."""
-        told = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
-        return {"type": "function", "function": told}
-
 
 class FunctionTool(_Shape):
     """A function that the model may call."""
 
-    #: Where it says what it is called with.
-    schema_field: ClassVar[str] = "function.parameters"
-
     type: Literal["function"]
     function: ToolFunction
 
+    def spec(self, path: Path) -> ToolSpec:
+        """Return the tool as the model reads it."""
+        given, at = self.function, (*path, "function")
+        return ToolSpec(
+            given.name,
+            given.description,
+            given.parameters,
+            at,
+            (*at, "parameters"),
+            is_strict=given.strict is True,
+        )
+
 
 class Grammar(_Shape):
-    """What the input of a custom tool is to be like."""
+    """The grammar of a custom tool's input."""
 
     syntax: Literal["lark", "regex"]
     definition: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
@@ -90,23 +95,20 @@ class Custom(_Shape):
 class CustomTool(_Shape):
     """A tool that takes a text; for the model it is a function (`server/tools/custom.py`)."""
 
-    schema_field: ClassVar[str] = "custom.format.grammar"
-
     type: Literal["custom"]
     custom: Custom
 
-    @property
-    def grammar(self) -> Grammar | None:
-        """What the text is to be like."""
-        return None if self.custom.format is None else self.custom.format.grammar
-
-    @cached_property
-    def function(self) -> ToolFunction:
-        """The tool as the model knows it."""
-        given = self.grammar
+    def spec(self, path: Path) -> ToolSpec:
+        """Return the tool as the model reads it."""
+        given = None if self.custom.format is None else self.custom.format.grammar
         grammar = None if given is None else InputGrammar(given.syntax, given.definition)
-        made = function_of(self.custom.name, self.custom.description, grammar)
-        return ToolFunction.model_validate(made)
+        return custom_tool(
+            self.custom.name,
+            self.custom.description,
+            grammar,
+            path=(*path, "function"),
+            schema_path=(*path, "custom", "format", "grammar"),
+        )
 
 
 Tool = FunctionTool | CustomTool
@@ -121,7 +123,7 @@ class _Kind(_Shape):
 
 
 def _as_tool(value: object) -> object:
-    """Read a tool as its type says, so that a fault is one of that type alone."""
+    """Read a tool by its type, so that errors are about that type alone."""
     return _TOOLS[_Kind.model_validate(value).type].model_validate(value)
 
 
@@ -144,9 +146,13 @@ class ToolChoice(_Shape):
             return {"type": "custom", "function": value.get("custom")}
         return value
 
+    def tool_use(self) -> ToolUse:
+        """Return the choice for the prompt and the grammar."""
+        return ToolUse("required", (self.function.name,), is_named=True)
+
 
 class AllowedTools(_Shape):
-    """The tools that may be called, of all there are."""
+    """The tools that may be called, out of all tools."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[ToolChoice], Field(max_length=MAX_TOOLS, fail_fast=True)]
@@ -157,6 +163,11 @@ class AllowedToolsChoice(_Shape):
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
+
+    def tool_use(self) -> ToolUse:
+        """Return the choice for the prompt and the grammar."""
+        allowed = self.allowed_tools
+        return ToolUse(allowed.mode, tuple(tool.function.name for tool in allowed.tools))
 
 
 class CalledFunction(_Shape):
@@ -204,7 +215,7 @@ _CHOICES: Mapping[str, type[ToolChoice | AllowedToolsChoice]] = {
 
 
 def _as_choice(value: object) -> object:
-    """One fault of the field, not one of each shape it could have had."""
+    """Report one error of the field, not one for each shape that is allowed."""
     if isinstance(value, str) and value in {"none", "auto", "required"}:
         return value
     kind = value.get("type") if isinstance(value, dict) else None

@@ -1,6 +1,6 @@
-"""A text that is still being written, and the readers that wait for it.
+"""A text that still grows, and readers that wait for more of it.
 
-Readers are generators: a bare `yield` means "I have to see more", so what they find cannot depend
+Readers are generators: a bare `yield` means "more text is needed", so their results cannot depend
 on how the text was cut into pieces. Knows nothing of any format.
 """
 
@@ -22,32 +22,32 @@ _MAX_NAME_CHARS = 128
 
 
 class EndedError(Exception):
-    """The text ended where it could still have become what was looked for."""
+    """The text ended where more of it could still have matched."""
 
 
 class MismatchError(Exception):
-    """What stands here is not what was looked for."""
+    """The text at this position does not match."""
 
 
 class Source:
-    """The text behind what has been told, as far as it is known."""
+    """The text that is not reported yet, as far as it has arrived."""
 
     def __init__(self) -> None:
         self.text = ""
-        #: All before it has been told.
+        #: All text before it has been reported.
         self.pos = 0
         #: Characters before `text`.
         self.num_dropped = 0
         self.is_ended = False
 
     def drop_reported(self) -> None:
-        """Forget what has been told; positions of others in the text are void."""
+        """Drop the text that has been reported; positions held elsewhere become void."""
         self.num_dropped += self.pos
         self.text = self.text[self.pos :]
         self.pos = 0
 
     def more(self) -> Reading[None]:
-        """Wait for more text. Raises `EndedError` if there is none."""
+        """Wait for more text. Raises `EndedError` if none comes."""
         length = len(self.text)
         while len(self.text) == length:
             if self.is_ended:
@@ -55,10 +55,10 @@ class Source:
             yield
 
     def space(self, at: int) -> Reading[int]:
-        """Return the position of the next character that is no space."""
+        """Return the position of the next character that is not a space."""
         while True:
             found = _SPACE.match(self.text, at)
-            assert found is not None, "no space at all matches too"
+            assert found is not None, "the pattern also matches an empty text"
             at = found.end()
             if at < len(self.text):
                 return at
@@ -75,18 +75,24 @@ class Source:
                 raise MismatchError
             yield from self.more()
 
-    def until(self, at: int, *words: str) -> Reading[tuple[int, str]]:
-        """Return where the first of `words` from `at` on stands, and which it is."""
+    def skip(self, at: int, *words: str) -> Reading[tuple[int, str]]:
+        """Skip spaces and one of `words`; return the position behind it, and the word."""
+        at = yield from self.space(at)
+        word = yield from self.word(at, *words)
+        return at + len(word), word
+
+    def until(self, at: int, *words: str) -> Reading[tuple[str, int, str]]:
+        """Return the text from `at` to the first of `words`, the position behind it, and it."""
         longest, start = max(map(len, words)), at
         while True:
-            end, word = first_of(self.text, start, words)
+            end, word = _first_of(self.text, start, words)
             if word:
-                return end, word
+                return self.text[at:end], end + len(word), word
             start = max(at, len(self.text) - longest + 1)
             yield from self.more()
 
     def name(self, at: int) -> Reading[int]:
-        """Return where the tool's name at `at` ends. Raises `MismatchError` if there is none."""
+        """Return the end of the tool's name at `at`. Raises `MismatchError` if there is none."""
         while True:
             found = _IN_NAME.match(self.text, at)
             end = at if found is None else found.end()
@@ -96,18 +102,22 @@ class Source:
                 return end
             yield from self.more()
 
+    def known_until(self, at: int, words: Sequence[str]) -> tuple[int, str]:
+        """Return the end of the text from `at` outside any word, and the word there.
 
-def first_of(text: str, start: int, words: Sequence[str]) -> tuple[int, str]:
-    """Return where the first of `words` from `start` on stands, and which; (0, "") if none does."""
+        The word is empty if none is complete; the end of the text may then begin one.
+        """
+        end, word = _first_of(self.text, at, words)
+        if word:
+            return end, word
+        length = len(self.text)
+        longest = min(max(map(len, words), default=1) - 1, length - at)
+        tails = (self.text[length - size :] for size in range(longest, 0, -1))
+        begun = (tail for tail in tails if any(word.startswith(tail) for word in words))
+        return length - len(next(begun, "")), ""
+
+
+def _first_of(text: str, start: int, words: Sequence[str]) -> tuple[int, str]:
+    """Return the position of the first of `words` from `start` on, and the word; else (0, "")."""
     places = [(text.find(word, start), word) for word in words]
     return min(((at, word) for at, word in places if at >= 0), default=(0, ""))
-
-
-def num_begun(text: str, start: int, words: Sequence[str]) -> int:
-    """Return how many characters at the end of `text`, from `start` on, may become a word."""
-    longest = max(map(len, words), default=1) - 1
-    for length in range(min(longest, len(text) - start), 0, -1):
-        tail = text[-length:]
-        if any(word.startswith(tail) for word in words):
-            return length
-    return 0

@@ -1,17 +1,16 @@
 """Families that write a call's arguments one by one, each as bare text between tags.
 
-What such a text means - a number, an object, or the very letters - the tool's schema says
-(`server/tools/typed.py`), or a mark beside it. Text that can be nothing but a string is told as it
-is read, any other once it is complete. Knows nothing of the text around calls.
+The tool's schema (`server/tools/typed.py`) or a mark beside the text states whether it is a string,
+a number or an object. Text that can only be a string is reported while it is read, any other once
+it is complete. Knows nothing of the text around calls.
 """
 
 from __future__ import annotations
 
 import html
-import json
 
 from server.tools.call_writer import CallWriter
-from server.tools.source import Reading, Source, first_of, num_begun
+from server.tools.source import Reading, Source
 from server.tools.syntaxes import CallSyntax, read_bare_object, read_closer
 
 _FUNCTION, _PARAMETER = "<function=", "<parameter="
@@ -36,58 +35,48 @@ def _read_value(
     *,
     is_string: bool | None = None,
 ) -> Reading[tuple[int, str]]:
-    """Tell the member `key` with the text at `at`; return where a closer stands, and which.
+    """Add the member `key` with the text at `at`; return the position of a closer, and the closer.
 
     `is_string`: see `typed`.
     """
     is_streamed = out.is_string(key) if is_string is None else is_string
-    if not is_streamed or not out.key(key, at):
-        end, closer = yield from source.until(at, *closers)
-        if not is_streamed:
-            out.value(key, source.text[at:end], end, is_string=is_string)
+    if is_streamed and out.key(key, at):
+        out.json('"', at)
+        end, closer = yield from out.characters(at, *closers)
+        out.json('"', end)
         return end, closer
-    out.json('"', at)
-    start = at
-    while True:
-        end, closer = first_of(source.text, start, closers)
-        known = end if closer else len(source.text) - num_begun(source.text, start, closers)
-        out.json(json.dumps(source.text[start:known], ensure_ascii=False)[1:-1], known)
-        start = known
-        if closer:
-            out.json('"', end)
-            return end, closer
-        yield from source.more()
+    text, end, closer = yield from source.until(at, *closers)
+    end -= len(closer)
+    if not is_streamed:
+        out.value(key, text, end, is_string=is_string)
+    return end, closer
 
 
 def _read_qwen(source: Source, at: int, out: CallWriter) -> Reading[None]:
     """Read `<tool_call><function=NAME><parameter=KEY>VALUE</parameter>...</function></tool_call>`.
 
-    The first and the last of these tags are at times forgotten, and so is what closes a value.
+    Models sometimes leave out the first and the last of these tags, and the one that ends a value.
     """
     if not source.text.endswith(_FUNCTION, 0, at):
-        at = yield from source.space(at)
-        yield from source.word(at, _FUNCTION)
-        at += len(_FUNCTION)
+        at, _ = yield from source.skip(at, _FUNCTION)
     end = yield from source.name(at)
     yield from source.word(end, ">")
     out.start(source.text[at:end], end + 1)
     at = end + 1
     while True:
-        at = yield from source.space(at)
-        mark = yield from source.word(at, _PARAMETER, _END_FUNCTION)
-        at += len(mark)
+        at, mark = yield from source.skip(at, _PARAMETER, _END_FUNCTION)
         if mark == _END_FUNCTION:
             break
-        key_end, _ = yield from source.until(at, ">")
-        at = yield from _read_qwen_value(source, key_end + 1, out, source.text[at:key_end])
+        key, at, _ = yield from source.until(at, ">")
+        at = yield from _read_qwen_value(source, at, out, key)
     out.end_members(at)
     yield from read_closer(source, at, _END_CALL)
 
 
 def _read_qwen_value(source: Source, at: int, out: CallWriter, key: str) -> Reading[int]:
-    """Tell the value at `at`; return where what follows it begins.
+    """Add the value at `at`; return the position behind it.
 
-    A value that begins on a line of its own ends on one: it may hold tags within its lines.
+    A value that begins on a line of its own ends on one: its lines may contain tags.
     """
     if at == len(source.text):
         yield from source.more()
@@ -104,32 +93,25 @@ def _read_glm(source: Source, at: int, out: CallWriter) -> Reading[None]:
     end = yield from source.name(at)
     name, is_begun = source.text[at:end], False
     while True:
-        at = yield from source.space(end)
-        mark = yield from source.word(at, "<arg_key>", _END_CALL)
-        at += len(mark)
+        at, mark = yield from source.skip(end, "<arg_key>", _END_CALL)
         if not is_begun:
             out.start(name, at)
             is_begun = True
         if mark == _END_CALL:
             break
-        key_end, closer = yield from source.until(at, "</arg_key>")
-        key = source.text[at:key_end]
-        at = yield from source.space(key_end + len(closer))
-        opener = yield from source.word(at, "<arg_value>")
-        at += len(opener)
+        key, at, _ = yield from source.until(at, "</arg_key>")
+        at, _ = yield from source.skip(at, "<arg_value>")
         value_end, closer = yield from _read_value(source, at, out, key, ("</arg_value>",))
         end = value_end + len(closer)
     out.end_members(at)
 
 
 def _read_dsml(source: Source, at: int, out: CallWriter) -> Reading[None]:
-    """Read invocations up to the end of their list; each value says whether it is a string."""
+    """Read invocations up to the end of their list; each value is marked as a string or not."""
     invoke = [f'<{mark}invoke name="' for mark in _DSML]
     closers = [f"</{marker[1:]}" for marker in _DSML_MARKERS]
     while True:
-        at = yield from source.space(at)
-        mark = yield from source.word(at, *invoke, *closers)
-        at += len(mark)
+        at, mark = yield from source.skip(at, *invoke, *closers)
         if mark in closers:
             source.pos = at
             return
@@ -148,50 +130,40 @@ def _read_dsml_values(source: Source, at: int, out: CallWriter) -> Reading[int]:
     end_parameter = tuple(f"</{mark}parameter>" for mark in _DSML)
     kinds = {'" string="true">': True, '" string="false">': False}
     while True:
-        at = yield from source.space(at)
-        mark = yield from source.word(at, *parameter, *end_invoke)
-        at += len(mark)
+        at, mark = yield from source.skip(at, *parameter, *end_invoke)
         if mark in end_invoke:
             return at
-        key_end, kind = yield from source.until(at, *kinds)
-        key = source.text[at:key_end]
+        key, at, kind = yield from source.until(at, *kinds)
         at, closer = yield from _read_value(
-            source, key_end + len(kind), out, key, end_parameter, is_string=kinds[kind]
+            source, at, out, key, end_parameter, is_string=kinds[kind]
         )
         at += len(closer)
 
 
 def _read_kimi(source: Source, at: int, out: CallWriter) -> Reading[None]:
-    """Read a call of Kimi K3; its tags have attributes, each value says of which type it is.
+    """Read a call of Kimi K3; its tags have attributes, and each value has its type.
 
-    A value may spell the tag that ends it, which counts only with another tag behind it.
+    A value may contain the tag that ends it, which counts only with another tag behind it.
     """
-    end, _ = yield from source.until(at, '"')
-    name = html.unescape(source.text[at:end])
-    at, _ = yield from source.until(end, _SEP)
-    at += len(_SEP)
-    out.start(name, at)
+    name, at, _ = yield from source.until(at, '"')
+    _, at, _ = yield from source.until(at, _SEP)
+    out.start(html.unescape(name), at)
     while True:
-        at = yield from source.space(at)
-        mark = yield from source.word(at, _ARGUMENT, _END_KIMI_CALL)
-        at += len(mark)
+        at, mark = yield from source.skip(at, _ARGUMENT, _END_KIMI_CALL)
         if mark == _END_KIMI_CALL:
             out.end_members(at)
             return
-        key_end, mark = yield from source.until(at, '" type="')
-        key = html.unescape(source.text[at:key_end])
-        at = key_end + len(mark)
-        kind_end, _ = yield from source.until(at, '"')
-        is_string = source.text[at:kind_end] == "string"
-        at, _ = yield from source.until(kind_end, _SEP)
+        key, at, _ = yield from source.until(at, '" type="')
+        kind, at, _ = yield from source.until(at, '"')
+        _, at, _ = yield from source.until(at, _SEP)
         closers = (_END_ARGUMENT + _ARGUMENT, _END_ARGUMENT + _END_KIMI_CALL)
         at, _ = yield from _read_value(
-            source, at + len(_SEP), out, key, closers, is_string=is_string
+            source, at, out, html.unescape(key), closers, is_string=kind == "string"
         )
         at += len(_END_ARGUMENT)
 
 
-#: Where a grammar makes models write calls, they write objects: what is between tags has no form.
+#: Calls that a grammar enforces are objects: the text between tags has no form.
 QWEN_XML = CallSyntax(
     "qwen3_xml", ("<tool_call>", _FUNCTION), _read_qwen, read_bare=read_bare_object
 )

@@ -1,6 +1,6 @@
-"""Arguments that a model wrote as bare text, as the JSON that the tool's schema asks for.
+"""Arguments that a model wrote as bare text, as JSON of the type in the tool's schema.
 
-Knows nothing of how they were written down.
+Knows nothing of the syntax around them.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from server.text.json_text import with_escapes
+from server.text.json_text import dumped
 
-#: Deeper schemas are taken to allow anything.
+#: Deeper schemas count as allowing anything.
 _MAX_DEPTH = 8
 _KINDS: Mapping[type, tuple[str, ...]] = {
     bool: ("boolean",),
@@ -24,14 +24,14 @@ _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 def allows_only_strings(schema: object) -> bool:
-    """Whether a schema allows nothing but strings."""
+    """Return whether a schema allows only strings."""
     return set(_types(schema, 0)) == {"string"}
 
 
 def typed(text: str, schema: object, *, is_string: bool | None = None) -> str:
-    """Return the JSON that a bare text means; `is_string`: whether it is one, None: see `schema`.
+    """Return a bare text as JSON; `is_string`: whether it is a string, None: see `schema`.
 
-    A text that is not what is asked for stays a string: the caller sees what the model wrote.
+    A text of another type than the schema's stays a string: the caller sees the model's text.
     """
     allowed = set(_types(schema, 0)) if is_string is None else set()
     if not (allowed == {"string"} if is_string is None else is_string):
@@ -44,14 +44,10 @@ def typed(text: str, schema: object, *, is_string: bool | None = None) -> str:
                 # As it was written: a number may have more digits than a float holds.
                 if isinstance(parsed, int | float):
                     return stripped
-                return _dumped(parsed)
+                return dumped(parsed)
         except (ValueError, RecursionError):
             pass
-    return _dumped(text)
-
-
-def _dumped(value: object) -> str:
-    return with_escapes(json.dumps(value, ensure_ascii=False))
+    return dumped(text)
 
 
 def _refuse(name: str) -> None:
@@ -59,7 +55,7 @@ def _refuse(name: str) -> None:
 
 
 def _types(schema: object, depth: int) -> Iterator[str]:
-    """Yield the types a schema allows; none at all where it does not say."""
+    """Yield the types that a schema allows; nothing if it has none."""
     if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return
     stated = schema.get("type")

@@ -1,4 +1,4 @@
-"""What is carried to a GPU machine without network is all that it lacks to run Octavo."""
+"""The packages carried to a GPU machine without a network are all that it lacks to run Octavo."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def names(pins: list[str]) -> set[str]:
 
 
 def test_all_programs_load_with_nothing_but_that(needs: dict[str, Any], tmp_path: Path) -> None:
-    """In an environment of what is carried, what is there, and what that requires."""
+    """In an environment of the carried packages, those there, and their requirements."""
     there = needs["closure"]([Requirement(name) for name in needs["THERE"]])
     for name in names(needs["pins"]()) | there:
         for file in metadata.files(name) or ():
@@ -50,11 +50,11 @@ def test_what_is_required_in_turn_is_carried_and_what_is_there_is_not(
     needs: dict[str, Any],
 ) -> None:
     found = names(needs["pins"]())
-    # Of fastapi; imported inside a function; by loadtest alone; of what gguf requires.
+    # Of fastapi; imported inside a function; by loadtest alone; a requirement of gguf.
     assert {"opentelemetry-api", "llguidance", "psutil", "urllib3"} <= found
     assert found.isdisjoint(needs["THERE"])
     assert not any(name.startswith("nvidia") for name in found)
-    # To develop, or only required by what is there.
+    # For development, or only required by packages that are there.
     assert found.isdisjoint({"pytest", "mypy", "schemathesis", "sympy", "networkx"})
 
 

@@ -17,7 +17,7 @@ PARTS = ("imports", "kernels", "dtypes", "proof", "measure", "http", "peer")
 @pytest.mark.slow
 def test_every_step_can_be_rehearsed_without_a_gpu(tmp_path: Path) -> None:
     environment = os.environ | {"REHEARSE": "1", "OUT": str(tmp_path), "COMMIT": "rehearsed"}
-    # Its python3 is this one, with what is installed here, whatever lies in .whl/.
+    # Its python3 is this one, with the packages installed here, not those in .whl/.
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WHEELS": ""}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(

@@ -7,10 +7,7 @@ reads its block table; and it predicts every match, admission and eviction by br
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import takewhile
-
+from cache_reference import Entry, Key, Live, Reference
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -21,13 +18,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cache.kv_cache import Allocation, KVCache, MissReason, PageCopy, Pin
+from cache.kv_cache import KVCache, Pin
+from cache.moves import PageMove
+from cache.node import NO_PAGE
+from cache.view import View
 
 #: They share bytes, but no two of them in one place are the same token.
 VOCABULARY = (3, 259)
 MAX_LIVE = 4
 
-Key = tuple[str, tuple[int, ...]]
 Written = Key | None
 
 
@@ -41,140 +40,18 @@ prompts = st.builds(prompt, st.integers(1, 16), st.integers(0, 12), st.integers(
 namespaces = st.sampled_from(("", "", "", "other"))
 
 
-@dataclass
-class Entry:
-    last_used: int = 0
-    pins: int = 0
-
-
-@dataclass(eq=False)
-class Live:
-    namespace: str
-    tokens: list[int]
-    num_known_tokens: int
-    allocation: Allocation
-    num_pages: int
-    num_computed: int
-    num_committed_pages: int
-    num_duplicates: int = 0
-
-    def key(self, num_tokens: int) -> Key:
-        return self.namespace, tuple(self.tokens[:num_tokens])
-
-
-@dataclass
-class Reference:
-    """What the cache must hold after each call, found by looking at everything."""
-
-    num_pages: int
-    page_size: int
-    cached: dict[Key, Entry] = field(default_factory=dict)
-    live: list[Live] = field(default_factory=list)
-    now: int = 0
-    num_evicted_pages: int = 0
-
-    def pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
-
-    def path(self, namespace: str, tokens: list[int], num_pages: int) -> Iterator[Key]:
-        for count in range(1, num_pages + 1):
-            yield namespace, tuple(tokens[: count * self.page_size])
-
-    def num_reusable(self, namespace: str, tokens: list[int]) -> int:
-        wanted = tokens[:-1]
-        return max(
-            (num_shared(prefix, wanted) for owner, prefix in self.cached if owner == namespace),
-            default=0,
-        )
-
-    def reason(self, namespace: str, tokens: list[int]) -> MissReason:
-        num_reused = self.num_reusable(namespace, tokens)
-        if num_reused == len(tokens) - 1:
-            return MissReason.COMPLETE
-        if num_reused == 0:
-            return MissReason.COLD
-        goes_on = any(
-            owner == namespace
-            and num_shared(prefix, tokens) >= num_reused
-            and len(prefix) > num_reused
-            for owner, prefix in self.cached
-        )
-        return MissReason.DIVERGED if goes_on else MissReason.ENDED
-
-    def is_in_flight(self, namespace: str, tokens: list[int]) -> bool:
-        num_matched = self.num_reusable(namespace, tokens) // self.page_size
-        if (num_matched + 1) * self.page_size > len(tokens):
-            return False
-        wanted = namespace, tuple(tokens[: (num_matched + 1) * self.page_size])
-        return wanted not in self.cached and any(
-            seq.num_committed_pages == num_matched
-            and len(wanted[1]) <= seq.num_known_tokens
-            and seq.key(len(wanted[1])) == wanted
-            for seq in self.live
-        )
-
-    @property
-    def leased(self) -> set[Key]:
-        return {
-            key
-            for seq in self.live
-            for key in self.path(seq.namespace, seq.tokens, seq.num_committed_pages)
-        }
-
-    @property
-    def num_private(self) -> int:
-        return sum(
-            seq.num_pages - seq.num_committed_pages + seq.num_duplicates for seq in self.live
-        )
-
-    @property
-    def num_free(self) -> int:
-        return self.num_pages - len(self.cached) - self.num_private
-
-    def source(self, namespace: str, tokens: list[int]) -> Key | None:
-        num_reused = self.num_reusable(namespace, tokens)
-        num_whole = num_reused // self.page_size * self.page_size
-        if num_reused == num_whole:
-            return None
-        end = num_whole + self.page_size
-        best = [
-            (owner, prefix)
-            for owner, prefix in self.cached
-            if owner == namespace
-            and len(prefix) == end
-            and num_shared(prefix, tokens) >= num_reused
-        ]
-        wanted = namespace, tuple(tokens[:-1])
-        below = [key for key in best if key < wanted]
-        return max(below) if below else min(best)
-
-    def use(self, *keys: Key) -> None:
-        self.now += 1
-        for key in keys:
-            self.cached[key].last_used = self.now
-
-    def make_room(self, num_pages: int, held: set[Key]) -> None:
-        while self.num_free < num_pages:
-            parents = {(owner, prefix[: -self.page_size]) for owner, prefix in self.cached}
-            leaves = [key for key in self.cached if key not in parents | held]
-            del self.cached[min(leaves, key=self._place)]
-            self.num_evicted_pages += 1
-
-    def _place(self, key: Key) -> tuple[bool, int]:
-        return self.cached[key].pins > 0, self.cached[key].last_used
-
-
-def num_shared(a: tuple[int, ...], b: list[int]) -> int:
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
-
-
 class CacheMachine(RuleBasedStateMachine):
-    @initialize(num_pages=st.integers(1, 8), page_size=st.integers(1, 4))
-    def start(self, num_pages: int, page_size: int) -> None:
-        self.cache = KVCache(num_pages, page_size)
-        self.model = Reference(num_pages, page_size)
+    @initialize(
+        num_pages=st.integers(1, 8),
+        page_size=st.integers(1, 4),
+        view=st.builds(View, st.sampled_from((0, 0, 3)), st.sampled_from((None, 1, 3, 5, 8))),
+        chunk_tokens=st.integers(1, 6),
+    )
+    def start(self, num_pages: int, page_size: int, view: View, chunk_tokens: int) -> None:
+        self.cache = KVCache(num_pages, page_size, view=view, chunk_tokens=chunk_tokens)
+        self.model = Reference(num_pages, page_size, view, chunk_tokens)
         self.memory: list[list[Written]] = [[None] * page_size for _ in range(num_pages)]
-        self.copies: list[PageCopy] = []
+        self.moves: list[PageMove] = []
         self.pins: list[tuple[Pin, list[Entry]]] = []
 
     # ---- what a scheduler does -------------------------------------------------------------------
@@ -188,10 +65,14 @@ class CacheMachine(RuleBasedStateMachine):
         reason = model.reason(namespace, tokens)
         num_path = num_reused // model.page_size
         path = list(model.path(namespace, tokens, num_path))
-        num_new = model.pages(len(tokens)) - num_path
-        held = model.leased.union(path)
-        fits = num_new + reserve_pages <= model.num_free + len(model.cached) - len(held)
-        source = model.source(namespace, tokens)
+        gap = model.view.unread_pages(num_reused, model.page_size)
+        num_new = model.num_first_pages(len(tokens), num_reused) - num_path
+        read = model.read.union(key for i, key in enumerate(path) if i not in gap)
+        leased = model.leased.union(path)
+        fits = num_new + reserve_pages <= model.num_pages - model.num_private - len(read)
+        source = (
+            model.source(namespace, tokens) if num_reused > num_path * model.page_size else None
+        )
 
         allocation = self.cache.admit(tokens, namespace, reserve_pages)
         assert (allocation is not None) == fits
@@ -199,15 +80,16 @@ class CacheMachine(RuleBasedStateMachine):
             return
         if source is not None:
             model.use(source)
-        model.make_room(num_new, held)
+        model.make_room(num_new, read, leased)
         num_pages = len(allocation.page_ids)
-        assert num_pages == model.pages(len(tokens))
+        assert num_pages == num_path + num_new
+        assert num_pages * model.page_size > num_reused, "no place for the next token"
         assert allocation.num_cached_tokens == num_reused
         assert allocation.miss_reason == reason
-        self.copies += allocation.copies
+        self.moves += allocation.moves
         known = len(tokens)
         model.live.append(
-            Live(namespace, tokens, known, allocation, num_pages, num_reused, num_path)
+            Live(namespace, tokens, known, allocation, num_pages, num_reused, num_path, gap)
         )
 
     @precondition(lambda self: self.model.live)
@@ -216,13 +98,13 @@ class CacheMachine(RuleBasedStateMachine):
         model = self.model
         seq = model.live[index % len(model.live)]
         num_new = max(0, model.pages(len(seq.tokens) + 1) - seq.num_pages)
-        fits = num_new <= model.num_free + len(model.cached) - len(model.leased)
+        fits = num_new <= model.num_available
         table = list(seq.allocation.page_ids)
 
         assert self.cache.grow(seq.allocation, len(seq.tokens) + 1) == fits
         assert seq.allocation.page_ids[: len(table)] == table
         if fits:
-            model.make_room(num_new, model.leased)
+            model.make_room(num_new, model.read, model.leased)
             seq.num_pages += num_new
             seq.tokens.append(token)
         assert len(seq.allocation.page_ids) == seq.num_pages
@@ -240,12 +122,15 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.live)
     @rule(counts=st.lists(st.integers(0, 6), min_size=MAX_LIVE, max_size=MAX_LIVE))
     def step(self, counts: list[int]) -> None:
-        for copy in self.copies:
-            head = self.memory[copy.source][: copy.num_tokens]
-            self.memory[copy.target][: copy.num_tokens] = head
-        self.copies.clear()
+        for move in self.moves:
+            head = self.memory[move.source.page_id][: move.num_tokens]
+            self.memory[move.target.page_id][: move.num_tokens] = head
+        self.moves.clear()
+        for page_id in self.cache._pool.free_ids:
+            self.memory[page_id] = [None] * self.model.page_size
         for seq, count in zip(self.model.live, counts, strict=False):
             end = min(seq.num_computed + count, len(seq.tokens))
+            end = min(end, seq.num_pages * self.model.page_size)
             for position in range(seq.num_computed, end):
                 page, place = self._place(seq, position)
                 self.memory[page][place] = seq.key(position + 1)
@@ -259,14 +144,31 @@ class CacheMachine(RuleBasedStateMachine):
             self._expect_commit(seq)
 
     @precondition(lambda self: self.model.live)
+    @rule(index=st.integers(0, MAX_LIVE - 1), num_kept=st.sampled_from((0, 0, 1)))
+    def drop(self, index: int, num_kept: int) -> None:
+        """Stop reading what is out of view, or a page less."""
+        model = self.model
+        seq = model.live[index % len(model.live)]
+        unread = model.view.unread_pages(seq.num_computed, model.page_size)
+        unread = range(unread.start, max(unread.start, unread.stop - num_kept))
+        unread = range(unread.start, min(unread.stop, seq.num_committed_pages))
+        table = list(seq.allocation.page_ids)
+        self.cache.drop(seq.allocation, unread)
+        assert seq.allocation.page_ids == table
+        if unread.stop > seq.gap.stop:
+            path = list(model.path(seq.namespace, seq.tokens, unread.stop))
+            model.use(*path[max(unread.start, seq.gap.stop) :])
+            seq.duplicates.difference_update(unread)
+            seq.gap = unread
+
+    @precondition(lambda self: self.model.live)
     @rule(index=st.integers(0, MAX_LIVE - 1))
     def free(self, index: int) -> None:
         model = self.model
         seq = model.live[index % len(model.live)]
         self.cache.free(seq.allocation, seq.tokens, seq.num_computed)
         self._expect_commit(seq)
-        model.live.remove(seq)
-        model.use(*model.path(seq.namespace, seq.tokens, seq.num_committed_pages))
+        self._expect_release(seq)
 
     @precondition(lambda self: self.model.live)
     @rule(index=st.integers(0, MAX_LIVE - 1))
@@ -274,14 +176,20 @@ class CacheMachine(RuleBasedStateMachine):
         model = self.model
         seq = model.live[index % len(model.live)]
         self.cache.discard(seq.allocation)
-        model.live.remove(seq)
         path = list(model.path(seq.namespace, seq.tokens, seq.num_committed_pages))
-        model.use(*path)
-        top = next((key for key in path if key not in model.leased), None)
+        self._expect_release(seq)
+        top = next((key for key in path if key in model.cached and key not in model.leased), None)
         for owner, prefix in list(model.cached):
             if top is not None and owner == top[0] and prefix[: len(top[1])] == top[1]:
-                del model.cached[owner, prefix]
-                model.num_evicted_pages += 1
+                model.num_evicted_pages += model.cached.pop((owner, prefix)).has_page
+        model.forget_husks(model.leased)
+
+    def _expect_release(self, seq: Live) -> None:
+        model = self.model
+        path = list(model.path(seq.namespace, seq.tokens, seq.num_committed_pages))
+        model.live.remove(seq)
+        model.use(*(key for i, key in enumerate(path) if i not in seq.gap))
+        model.forget_husks(model.leased)
 
     @rule(tokens=prompts, namespace=namespaces)
     def match(self, tokens: list[int], namespace: str) -> None:
@@ -324,8 +232,10 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         self.cache.reset()
-        leased = self.model.leased
-        self.model.cached = {k: v for k, v in self.model.cached.items() if k in leased}
+        read = self.model.read
+        for key, entry in self.model.cached.items():
+            entry.has_page = key in read
+        self.model.forget_husks(self.model.leased)
 
     # ---- what must hold --------------------------------------------------------------------------
 
@@ -334,16 +244,22 @@ class CacheMachine(RuleBasedStateMachine):
         return seq.allocation.page_ids[page_index], place
 
     def _read(self, seq: Live) -> None:
+        view = self.model.view
+        first = view.start(seq.num_computed)
         for position in range(seq.num_computed):
+            if view.sinks <= position < first:
+                continue
             page, place = self._place(seq, position)
             assert self.memory[page][place] == seq.key(position + 1), f"page {page} is not ours"
 
     def _expect_commit(self, seq: Live) -> None:
         num_whole = seq.num_computed // self.model.page_size
         path = list(self.model.path(seq.namespace, seq.tokens, num_whole))
-        for key in path[seq.num_committed_pages :]:
-            seq.num_duplicates += key in self.model.cached
-            self.model.cached.setdefault(key, Entry())
+        for index, key in list(enumerate(path))[seq.num_committed_pages :]:
+            entry = self.model.cached.setdefault(key, Entry(has_page=False))
+            if entry.has_page:
+                seq.duplicates.add(index)
+            entry.has_page = True
         seq.num_committed_pages = max(seq.num_committed_pages, num_whole)
 
     @invariant()
@@ -353,15 +269,19 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats.pages_total == model.num_pages
         assert stats.pages_free == model.num_free
         assert stats.pages_private == model.num_private
-        assert stats.pages_cached == len(model.cached)
-        assert stats.pages_leased == len(model.leased)
+        assert stats.pages_cached == model.num_cached
+        assert stats.pages_leased == len(model.read)
         assert stats.evicted_pages_total == model.num_evicted_pages
-        assert self.cache.available_pages == model.num_free + len(model.cached) - len(model.leased)
+        assert self.cache.available_pages == model.num_available
 
     @invariant()
     def cached_pages_hold_what_they_should(self) -> None:
         found = set()
-        for node in self.cache._tree.nodes():
+        nodes = list(self.cache._tree.nodes())
+        assert len(nodes) == len(self.model.cached), "other husks are kept than the model says"
+        for node in nodes:
+            if node.page_id == NO_PAGE:
+                continue
             written = self.memory[node.page_id]
             last = written[-1]
             assert last is not None
@@ -369,7 +289,8 @@ class CacheMachine(RuleBasedStateMachine):
             first = len(prefix) - self.model.page_size + 1
             assert written == [(namespace, prefix[:n]) for n in range(first, len(prefix) + 1)]
             found.add(last)
-        assert found == set(self.model.cached), "other pages are cached than the model says"
+        held = {key for key, entry in self.model.cached.items() if entry.has_page}
+        assert found == held, "other pages are cached than the model says"
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
@@ -378,11 +299,11 @@ class CacheMachine(RuleBasedStateMachine):
             self.free(0)
         self.pages_are_where_the_model_says()
         assert self.cache.stats().pages_leased == 0
-        assert len(self.cache._frontiers) == 0
+        assert len(self.cache._pending_pages) == 0
         self.cache.reset()
         self.cache.check()
         assert self.cache.stats().pages_free == self.model.num_pages
-        assert self.cache._tree.num_namespaces == 0
+        assert len(self.cache._tree.roots()) == 0
 
 
 TestCacheMachine = CacheMachine.TestCase

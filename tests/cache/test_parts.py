@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from cache.frontier import Frontiers
 from cache.kv_cache import KVCache
 from cache.lease import Lease
-from cache.node import Node
+from cache.node import NO_PAGE, Node
 from cache.pages import PagePool
+from cache.pending_pages import PendingPages
 from cache.policy import EvictionQueue, lru
 from cache.radix import RadixTree
 
@@ -51,7 +51,7 @@ def test_the_pool_sees_pages_that_are_not_free(page_id: int, message: str) -> No
 
 def test_a_lease_is_released_exactly_once() -> None:
     tree = RadixTree(1, lru)
-    lease = Lease(tree, tree.root(""), [])
+    lease = Lease(tree, tree.root(""), [], range(0))
     lease.extend(tree.insert(lease.end, tree.key([5], 0), 0))
     assert tree.num_evictable == 0
     lease.release()
@@ -63,14 +63,14 @@ def test_a_lease_is_released_exactly_once() -> None:
 
 def test_a_page_is_held_until_the_last_lease_is_released() -> None:
     tree = RadixTree(1, lru)
-    first = Lease(tree, tree.root(""), [])
+    first = Lease(tree, tree.root(""), [], range(0))
     first.extend(tree.insert(first.end, tree.key([5], 0), 0))
-    second = Lease(tree, first.root, list(first.nodes))
+    second = Lease(tree, first.root, list(first.nodes), range(0))
     first.release()
     assert tree.num_evictable == 0
     second.release()
     assert tree.evict() == 0
-    assert tree.num_namespaces == 0
+    assert len(tree.roots()) == 0
 
 
 # ---- eviction queue ------------------------------------------------------------------------------
@@ -111,18 +111,19 @@ def test_discarding_what_is_not_there_changes_nothing() -> None:
     queue.check([])
 
 
-# ---- frontiers -----------------------------------------------------------------------------------
+# ---- pending pages
+# -----------------------------------------------------------------------------------
 
 
 def test_a_frontier_stays_until_its_last_owner_leaves() -> None:
-    frontiers, frontier = Frontiers(), (a_node(), b"page")
-    frontiers.add(frontier)
-    frontiers.add(frontier)
-    frontiers.remove(frontier)
-    assert frontier in frontiers
-    frontiers.remove(frontier)
-    assert frontier not in frontiers
-    frontiers.check([])
+    pending_pages, pending_page = PendingPages(), (a_node(), b"page")
+    pending_pages.add(pending_page)
+    pending_pages.add(pending_page)
+    pending_pages.remove(pending_page)
+    assert pending_page in pending_pages
+    pending_pages.remove(pending_page)
+    assert pending_page not in pending_pages
+    pending_pages.check([])
 
 
 # ---- check sees ----------------------------------------------------------------------------------
@@ -140,6 +141,25 @@ def miscount_leases(cache: KVCache) -> None:
     next(node for node in cache._tree.nodes() if node.leases).leases += 1
 
 
+def miscount_readers(cache: KVCache) -> None:
+    next(node for node in cache._tree.nodes() if node.readers).readers += 1
+
+
+def leave_a_husk(cache: KVCache) -> None:
+    leaf = next(node for node in cache._tree.nodes() if not node.children and not node.leases)
+    cache._tree._queue.discard(leaf)
+    cache._pool.give_back([leaf.page_id])
+    cache._tree.num_pages -= 1
+    leaf.page_id = NO_PAGE
+
+
+def take_a_page_that_is_read(cache: KVCache) -> None:
+    node = next(node for node in cache._tree.nodes() if node.readers)
+    cache._pool.give_back([node.page_id])
+    cache._tree.num_pages -= 1
+    node.page_id = NO_PAGE
+
+
 def miscount_root_leases(cache: KVCache) -> None:
     cache._tree.root("").leases += 1
 
@@ -149,7 +169,7 @@ def miscount_pages(cache: KVCache) -> None:
 
 
 def miscount_leased_pages(cache: KVCache) -> None:
-    cache._tree.num_leased -= 1
+    cache._tree.num_read -= 1
 
 
 def miscount_pins(cache: KVCache) -> None:
@@ -199,11 +219,11 @@ def leave_an_empty_root(cache: KVCache) -> None:
 
 
 def lose_a_frontier(cache: KVCache) -> None:
-    cache._frontiers = Frontiers()
+    cache._pending_pages = PendingPages()
 
 
 def forget_a_frontier(cache: KVCache) -> None:
-    next(iter(cache._live)).frontier = None
+    next(iter(cache._live)).pending_page = None
 
 
 @pytest.mark.parametrize(
@@ -212,6 +232,9 @@ def forget_a_frontier(cache: KVCache) -> None:
         lose_a_page,
         free_a_cached_page,
         miscount_leases,
+        miscount_readers,
+        leave_a_husk,
+        take_a_page_that_is_read,
         miscount_root_leases,
         miscount_pages,
         miscount_leased_pages,
@@ -254,5 +277,5 @@ def test_two_who_compute_one_page_are_both_counted() -> None:
     cache.check()
     cache.free(second, [1, 2, 4], 0)
     assert not cache.match([1, 2, 5]).in_flight
-    assert len(cache._frontiers) == 0
+    assert len(cache._pending_pages) == 0
     cache.check()

@@ -3,7 +3,7 @@
 Clients that do not fit into the project's environment have one of their own, and a suite that is a
 program: it writes its results as JUnit XML. It finds the servers in `SUITE_*` variables; for Python
 this file is loaded there too, so that every suite has the same fixtures. A missing program is a
-failure that says what to do, never a skip.
+failure with the command to run, never a skip.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from waiting import TIMEOUT_S, wait_until
 FOLDER = Path(__file__).parent
 NODE = FOLDER / "node"
 ROOT = FOLDER.parent.parent
-#: What `make clients` installs.
+#: Installed by `make clients`.
 PROGRAMS = ROOT / ".venv-clients" / "bin"
 KEY = "a-key-of-the-tests"
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server and what a client has to know of it."""
+    """A server and the settings of its clients."""
 
     url: str
     key: str
@@ -66,7 +66,7 @@ class Served:
         return {name: metrics[name] for name in names}
 
     def check_idle(self) -> None:
-        """Nothing runs or waits (soon), and then no page is anybody's."""
+        """Nothing runs or waits (soon), and then no page is in use."""
         self.wait_for(num_requests_running=0, num_requests_waiting=0)
         seen = self.metrics()
         assert seen["kv_cache_pages.private"] == seen["kv_cache_pages.leased"] == 0
@@ -118,14 +118,14 @@ def tool_model(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def suite_environ(served: Served, guarded: Served) -> dict[str, str]:
-    """Where the servers are, as the suites elsewhere are told."""
+    """The addresses of the servers, for the suites elsewhere."""
     return {
         "SUITE_URL": served.url,
         "SUITE_MODEL": served.model,
         "SUITE_GUARDED_URL": guarded.url,
         "SUITE_GUARDED_MODEL": guarded.model,
         "SUITE_GUARDED_KEY": guarded.key,
-        # Clients that would ask the internet for prices, or tell it of their use.
+        # Clients that would fetch prices from the internet, or report their use.
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LANGSMITH_TRACING": "false",
     }
@@ -150,7 +150,7 @@ def run_suite(
 
 
 def _python_command(names: Iterable[str], report: Path) -> list[str]:
-    # The project's conftest is left out: it wants the project's environment.
+    # Without the project's conftest, which needs the project's environment.
     options = ["-p", "no:cacheprovider", "-W", "default", f"--confcutdir={FOLDER}"]
     suites = [str(FOLDER / name) for name in names]
     return [str(PROGRAMS / "python"), "-m", "pytest", *options, f"--junitxml={report}", *suites]
@@ -164,7 +164,7 @@ def _node_command(names: Iterable[str], report: Path) -> list[str]:
 
 
 def _run(command: list[str], report: Path, environ: dict[str, str]) -> list[tuple[str, str | None]]:
-    """Return each test's name and what went wrong, or why it did not run."""
+    """Return each test's name and its fault, or the reason it did not run."""
     if not Path(command[0]).exists():
         pytest.fail(f"{command[0]} is missing; `make clients` puts it there", pytrace=False)
     done = subprocess.run(

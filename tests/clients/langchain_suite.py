@@ -1,4 +1,4 @@
-"""langchain-openai, in the clients' own environment (see `test_suites.py`)."""
+"""langchain-openai, in the clients' own environment (see `test_langchain.py`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUESTION = "What is the capital of Japan?"
 
 
 def weather_in(city: str) -> str:
-    """Tell the weather in a city."""
+    """Return the weather in a city."""
     return "snowy" if city == "Oslo" else "sunny"
 
 

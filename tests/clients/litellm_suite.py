@@ -1,4 +1,4 @@
-"""LiteLLM, in the clients' own environment (see `test_suites.py`)."""
+"""LiteLLM, in the clients' own environment (see `test_litellm.py`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEATHER = {
 
 @pytest.fixture(params=["openai", "hosted_vllm"])
 def known_as(request: pytest.FixtureRequest, served: Any) -> dict[str, Any]:
-    """How LiteLLM is told of the server: as one of OpenAI's kind, or as a vLLM."""
+    """The names of the server in LiteLLM: as one of OpenAI's kind, or as a vLLM."""
     return _known(served, request.param)
 
 

@@ -126,7 +126,7 @@ def test_logprobs_spell_the_answer(client: Any, greedy: dict[str, Any]) -> None:
     spelt = b"".join(bytes(token.bytes) for token in tokens if not token.token.startswith("<|"))
     assert spelt.decode() == choice.message.content
     assert all(len(token.top_logprobs) == 3 for token in tokens)
-    # Greedy: what was taken is what was likeliest.
+    # Greedy: the token is the likeliest.
     assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in tokens)
 
 
@@ -167,7 +167,7 @@ def test_characters_of_several_tokens_arrive_whole(client: Any, served: Any) -> 
     assert whole.startswith(EMOJI_LINE)
     assert "".join(pieces) == whole
     assert "\ufffd" not in whole
-    # Fewer pieces with text than tokens: what was half a character has waited for its other half.
+    # Fewer pieces with text than tokens: half a character waits for its other half.
     assert 1 < len([piece for piece in pieces if piece]) < 40
 
 

@@ -1,4 +1,4 @@
-"""What is drawn is measured: every metric in the dashboard is one that the server exports."""
+"""Every metric in the dashboard is one that the server exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Precedence, and what an operator is told about a mistake."""
+"""Precedence, and the messages about mistakes."""
 
 from __future__ import annotations
 

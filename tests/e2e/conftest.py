@@ -1,4 +1,4 @@
-"""What several files compare the daemon with or start, besides the default model."""
+"""Models that several files start or compare with, besides the default model."""
 
 from __future__ import annotations
 
@@ -28,26 +28,6 @@ _TINY = {
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model of random weights that computes a token in no time, as `octavo serve` takes it."""
-    path = tmp_path_factory.mktemp("model") / "tiny.json"
-    config = {
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-        "eos_token_id": 0,
-    }
-    path.write_text(json.dumps(config))
-    return f"dummy:{path}"
-
-
-@pytest.fixture(scope="session")
 def transformers_model(smollm2_file: Path) -> Any:
     """The default model by transformers' own GGUF reader and decoder, in float32."""
     with warnings.catch_warnings():
@@ -59,21 +39,21 @@ def transformers_model(smollm2_file: Path) -> Any:
         ).eval()
 
 
-@pytest.fixture
-def tiny_config(tmp_path: Path) -> Path:
-    """A tiny model with random weights: for what is not about its answers."""
-    path = tmp_path / "tiny.json"
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a tiny model with random weights: it computes a token in no time."""
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
     path.write_text(json.dumps(_TINY))
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_flags(tiny_config: Path) -> tuple[str, ...]:
     """The flags of a daemon that serves it."""
     return f"dummy:{tiny_config}", "--kv-cache-memory", "64MiB"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start_tiny(start_daemon: Callable[..., Any], tiny_flags: tuple[str, ...]) -> Callable[..., Any]:
     """Start such a daemon with further flags."""
     return lambda *flags: start_daemon(*tiny_flags, *flags)

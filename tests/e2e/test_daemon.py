@@ -1,4 +1,4 @@
-"""What an operator sees of the real daemon; what clients see is in tests/clients."""
+"""The real daemon for an operator; tests/clients has it for clients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MODEL = "SmolLM2-135M-Instruct"
 
 
 def _stream(url: str, prompt: str, max_tokens: int) -> list[int]:
-    """The tokens that came. Pieces tell less: what a busy machine has not sent becomes one."""
+    """Return the tokens. Pieces are not exact: on a busy machine several tokens become one."""
     body = {
         "model": _MODEL,
         "prompt": prompt,

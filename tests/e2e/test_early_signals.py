@@ -1,4 +1,4 @@
-"""A daemon that is told to stop while it starts: at once, exit code 0, and no child is left."""
+"""A daemon that is stopped while it starts: at once, exit code 0, and no child is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A daemon ends an answer where the chat template would, whatever config.json says."""
+"""A daemon ends an answer where the chat template would, despite config.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHATML = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% en
 
 
 def test_a_turn_ends_where_the_template_ends_it(
-    start_tiny: Callable[..., Any], tiny_config: Path
+    start_daemon: Callable[..., Any], tiny_config: Path, tmp_path: Path
 ) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Core(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
@@ -27,14 +27,16 @@ def test_a_turn_ends_where_the_template_ends_it(
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken("<|im_end|>", normalized=False)])
     end = core.token_to_id("<|im_end|>")
-    core.save(str(tiny_config.with_name("tokenizer.json")))
-    tiny_config.with_name("chat_template.jinja").write_text(_CHATML)
+    config = tmp_path / "config.json"
+    config.write_bytes(tiny_config.read_bytes())
+    core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(_CHATML)
     asked = {
         "messages": [{"role": "user", "content": "Hi"}],
         "max_tokens": 5,
         "logit_bias": {str(end): 100},
     }
-    with start_tiny() as daemon:
+    with start_daemon(f"dummy:{config}", "--kv-cache-memory", "64MiB") as daemon:
 
         def ask(**more: Any) -> httpx.Response:
             url = f"{daemon.url}/v1/chat/completions"

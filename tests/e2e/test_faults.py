@@ -1,6 +1,6 @@
-"""What an operator sees of an engine that hangs, dies or does not start, on the real daemon.
+"""An engine of the real daemon that hangs, crashes or does not start.
 
-The model has random weights and is tiny: none of this is about what it says.
+The model has random weights and is tiny: none of this is about its answers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _engine(daemon: Any) -> psutil.Process:
 
 
 def _status(daemon: Any, path: str) -> int:
-    """Ask a probe, which is to answer whatever the engine does."""
+    """Call a probe, which must answer in any state of the engine."""
     return httpx.get(f"{daemon.url}{path}", timeout=TIMEOUT_S).status_code
 
 
@@ -79,7 +79,7 @@ def test_a_stopped_engine_is_seen_by_probes_and_replaced(
     with start_tiny("--engine-timeout-s", "10") as daemon:
         undisturbed = _complete(daemon, [1, 2, 3], 4).json()["choices"][0]["text"]
         _engine(daemon).suspend()
-        # Idle: nobody has asked anything.
+        # Idle: no request has come.
         _wait_until_ready_is(503, daemon)
         _wait_until_ready_is(200, daemon)
         # With far more on its way than a pipe holds.
@@ -95,7 +95,7 @@ def test_a_stopped_engine_is_seen_by_probes_and_replaced(
 def test_sigterm_does_not_wait_for_a_stopped_engine(
     start_tiny: Callable[..., Any],
 ) -> None:
-    # Whoever waited for the engine would wait beyond the test's patience.
+    # Waiting for the engine would exceed the timeout of the test.
     limits = ("--engine-timeout-s", str(2 * TIMEOUT_S), "--drain-timeout-s", "1")
     with start_tiny(*limits) as daemon:
         engine = _engine(daemon)
@@ -146,7 +146,7 @@ def test_a_full_table_of_files_is_waited_out(
         body = {"prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0}
         answer = probe.post("/v1/completions", json=body)
         before = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
-        # What is open stays open, and nothing more can be opened.
+        # Open files stay open, and no more can be opened.
         resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (3, before[1]))
         os.kill(_engine(daemon).pid, signal.SIGKILL)
 

@@ -23,7 +23,7 @@ from server.text.load import load_text
 pytestmark = pytest.mark.e2e
 
 _NUM_TOKENS = 64
-#: What the fast half is content with: enough to outgrow a pool, and one prompt of each kind alone.
+#: The sample of the fast half: enough to outgrow a pool, and one prompt of each kind alone.
 _NUM_SAMPLE_TOKENS, _SAMPLE_STEP = 32, 16
 _RECORD = Path(__file__).parent / "data" / "greedy.json"
 _PAGE_BYTES = 2 * 30 * 3 * 64 * 4 * 16
@@ -54,7 +54,7 @@ def is_whole(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def expected(prompts: list[tuple[int, ...]], *, is_whole: bool) -> list[list[int]]:
-    """What transformers gave for them, as recorded; a test below checks the record itself."""
+    """The recorded tokens of transformers for them; a test below checks the record itself."""
     recorded = json.loads(_RECORD.read_text())
     assert [tuple(one["prompt"]) for one in recorded] == prompts, "record anew: see _record"
     num_tokens = _NUM_TOKENS if is_whole else _NUM_SAMPLE_TOKENS
@@ -62,7 +62,7 @@ def expected(prompts: list[tuple[int, ...]], *, is_whole: bool) -> list[list[int
 
 
 def _generate(model: Any, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
-    """What transformers' own decoder gives."""
+    """The tokens of transformers' own decoder."""
     token_ids = torch.tensor([prompt])
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # transformers' own deprecations are not ours to mend.
@@ -149,7 +149,7 @@ def test_alone_cold_and_warm(
     assert rounds[0] == expected
     assert rounds[1] == expected
     # In the second round everything but each prompt's last token was cached.
-    assert stats.prefix_hits_tokens_total >= sum(len(prompt) - 1 for prompt in prompts)
+    assert stats.scheduler.prefix_hits_tokens_total >= sum(len(prompt) - 1 for prompt in prompts)
 
 
 def test_sixteen_at_a_time_cold_and_warm(
@@ -167,6 +167,7 @@ def test_all_at_once_in_a_pool_for_six(
     longest = max(map(len, prompts)) + num_tokens
     rounds, stats = _serve(prompts, num_tokens, at_once=32, num_pages=6 * -(-longest // 16))
     assert rounds[0] == expected
-    assert stats.preemptions_total > 0
-    assert stats.pages_private == stats.pages_leased == 0
-    assert stats.pages_free + stats.pages_cached == stats.pages_total
+    assert stats.scheduler.preemptions_total > 0
+    cache = stats.cache
+    assert cache.pages_private == cache.pages_leased == 0
+    assert cache.pages_free + cache.pages_cached == cache.pages_total

@@ -1,4 +1,4 @@
-"""A daemon whose log nobody reads any more goes on serving, and stops when it is told to."""
+"""A daemon whose log has no reader continues to serve, and stops on a signal."""
 
 from __future__ import annotations
 

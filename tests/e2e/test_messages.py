@@ -100,9 +100,9 @@ def test_errors_are_the_clients_own(client: anthropic.Anthropic) -> None:
         client.messages.create(**_ASKED, tools=[tool])
 
 
-def test_a_wrong_key_is_an_authentication_error(start_daemon: Callable[..., Any]) -> None:
+def test_a_wrong_key_is_an_authentication_error(start_tiny: Callable[..., Any]) -> None:
     with (
-        start_daemon("--kv-cache-memory", "64MiB", "--api-key", "sesame") as daemon,
+        start_tiny("--api-key", "sesame") as daemon,
         anthropic.Anthropic(base_url=daemon.url, api_key="wrong", max_retries=0) as stranger,
         pytest.raises(anthropic.AuthenticationError, match="key") as caught,
     ):

@@ -1,6 +1,6 @@
-"""What an operator sets on the real daemon: keys, encryption, and limits on those who do not read.
+"""Settings on the real daemon: keys, encryption, and limits on clients that do not read.
 
-The model has random weights and is tiny: none of this is about what it says.
+The model has random weights and is tiny: none of this is about its answers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_sighup_exchanges_the_keys_of_a_running_server(
         daemon.process.send_signal(signal.SIGHUP)
         wait_until(lambda: status("sk-second") == 200, daemon.log)
         assert status("sk-first") == 401
-        # The new key has the old one's name, and with it what the old one left.
+        # The new key has the old one's name, and so its stored responses.
         second = answer("sk-second", previous_response_id=first["id"])
         details = second["usage"]["input_tokens_details"]
         assert details["cached_tokens"] >= first["usage"]["input_tokens"] - 1
@@ -205,7 +205,7 @@ class Unread:
 
 
 def _read_beside(url: str) -> int:
-    """Read a stream of 400 tokens to its end, and return how many it says there were."""
+    """Read a stream of 400 tokens to its end, and return their number from the usage."""
     body = {
         "prompt": "y",
         "max_tokens": 400,
@@ -230,14 +230,14 @@ def test_readers_that_stopped_cost_no_memory_and_slow_nobody(
     start_tiny: Callable[..., Any],
 ) -> None:
     max_tokens, num_unread = 1500, 8
-    # On a slow machine they are unread for longer than the limit on those that do not read.
+    # On a slow machine they are unread for longer than the limit.
     with start_tiny("--served-model-name", _LONG_NAME, "--send-timeout-s", "0") as daemon:
         assert _read_beside(daemon.url) == 400
         before = _api_bytes(daemon)
         unread = [Unread(daemon.url, max_tokens) for _ in range(num_unread)]
         assert _read_beside(daemon.url) == 400
         all_tokens = 2 * 400 + num_unread * max_tokens
-        # Those that do not read are computed to the end.
+        # Answers without a reader are computed to the end.
         wait_until(lambda: daemon.metric("octavo_iteration_tokens_sum") >= all_tokens)
         grown_bytes = _api_bytes(daemon) - before
         as_events = num_unread * max_tokens * len(_LONG_NAME)

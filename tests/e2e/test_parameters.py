@@ -39,7 +39,7 @@ def ask(start_daemon: Callable[..., Any]) -> Iterator[Callable[..., dict[str, An
 
 @pytest.fixture(scope="module")
 def reference(transformers_model: Any) -> Callable[[list[int]], torch.Tensor]:
-    """What transformers says of the token after each of these, as natural-log probabilities."""
+    """The natural-log probabilities of transformers for the token after each of these."""
 
     def logprobs(token_ids: list[int]) -> torch.Tensor:
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A real Prometheus reads what the daemon exports, and answers what the dashboard asks."""
+"""A real Prometheus reads the metrics, and answers the queries of the dashboard."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 #: Where `make clients` unpacks Debian's package.
 _UNPACKED = ROOT / ".venv-clients" / "prometheus" / "usr" / "bin"
-#: What promtool says of names that are vLLM's: recorded ones may have colons, exported ones not.
+#: The objections of promtool to names of vLLM: recorded ones may have colons, exported ones not.
 _COLON = "metric names should not contain ':'"
 _HISTOGRAM = 'vllm:iteration_tokens_total non-counter metrics should not have "_total" suffix'
 
@@ -51,9 +51,8 @@ def _promtool(*args: str, page: str | None = None) -> tuple[int, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def exporting(start_daemon: Callable[..., Any], tiny_model: str) -> Iterator[Any]:
-    flags = ("--kv-cache-memory", "64MiB", "--metrics-alias", "vllm")
-    with start_daemon(tiny_model, *flags) as daemon:
+def exporting(start_tiny: Callable[..., Any]) -> Iterator[Any]:
+    with start_tiny("--metrics-alias", "vllm") as daemon:
         yield daemon
 
 

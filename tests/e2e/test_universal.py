@@ -89,7 +89,8 @@ def test_a_folder_is_served_as_transformers_would(
         "max_tokens": _NUM_TOKENS,
         "ignore_eos": True,
     }
-    with start_daemon(str(folder), "--max-model-len", "128") as daemon:
+    settings = ("--max-model-len", "128", "--model-impl", "transformers")
+    with start_daemon(str(folder), *settings) as daemon:
         first, second = (
             httpx.post(f"{daemon.url}/v1/chat/completions", json=chat, timeout=TIMEOUT_S).json()
             for _ in range(2)

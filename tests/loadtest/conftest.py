@@ -27,7 +27,7 @@ from waiting import TIMEOUT_S
 
 VOCAB_SIZE = 300
 
-#: What the odd server does with a connection, in order: bytes to write, or what to do.
+#: The actions of the odd server on a connection, in order: bytes to write, or calls.
 RESET, CLOSE, HANG = "reset", "close", "hang"
 Step: TypeAlias = bytes | str
 
@@ -94,7 +94,7 @@ def app(start_app: Callable[..., LiveApp]) -> LiveApp:
 
 
 class OddServer:
-    """Does with each connection what it was told; it stands for peers with other habits."""
+    """Runs a script on each connection, as a peer with other habits."""
 
     def __init__(self, connections: Sequence[Sequence[Step]]) -> None:
         self._connections = list(connections)

@@ -1,4 +1,4 @@
-"""What is wrong on the command line is told in a line, before anything is sent."""
+"""Errors of the command line are one line, before anything is sent."""
 
 from __future__ import annotations
 

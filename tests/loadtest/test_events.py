@@ -1,4 +1,4 @@
-"""Bytes to events to an answer: whatever habits a server has."""
+"""Bytes to events to an answer, for servers with all habits."""
 
 from __future__ import annotations
 

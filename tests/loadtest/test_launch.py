@@ -44,7 +44,7 @@ def test_one_that_never_serves_is_stopped(
     assert main(["run", "--start", f"sh {script} {{port}}", *flags]) == 1
     assert "does not serve in time" in capsys.readouterr().err
     child = int((tmp_path / "mute.log").read_text())
-    # What the server started is not left behind.
+    # No child of the server is left.
     wait_until(lambda: not _is_alive(child))
 
 

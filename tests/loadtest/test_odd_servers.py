@@ -1,4 +1,4 @@
-"""Peers with other habits: what each does is told by name, and never taken for a latency."""
+"""Peers with other habits: each fault is reported by name, and never counted as a latency."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_connections_are_reused_and_an_idle_one_may_be_gone(odd_server: Callable
     answer = _plain(b"200 OK", b"{}")
 
     async def work() -> None:
-        # The first closes, unannounced, when it is asked a third time.
+        # The first closes, unannounced, at the third request.
         async with odd_server([answer, "again", answer, "again", "close"], [answer]) as odd:
             target = Target("odd", odd.url)
             for _ in range(3):

@@ -1,4 +1,4 @@
-"""Records to a file and back, and to a page that needs nothing and nobody."""
+"""Records to a file and back, and to a page without other files."""
 
 from __future__ import annotations
 

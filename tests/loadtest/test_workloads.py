@@ -1,4 +1,4 @@
-"""What is asked and when: the same for the same seed, and of the lengths that were asked for."""
+"""Requests and their times: the same for the same seed, and of the requested lengths."""
 
 from __future__ import annotations
 

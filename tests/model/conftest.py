@@ -19,6 +19,7 @@ from model.attention.torch_sdpa import TorchAttention
 from model.cpu.library import CpuLibrary
 from model.cuda.graphs import DecodeGraphs, GraphPlan
 from model.implementation import build_decoder
+from model.kv.format import float_format
 from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
@@ -192,18 +193,9 @@ class Session:
     """One sequence on a transformer: pages, positions and attention looked after."""
 
     def __init__(self, transformer: ServedDecoder, num_pages: int = 16, page_size: int = 4) -> None:
-        arch = transformer.arch
         self._transformer = transformer
-        pool = KVPool(
-            num_layers=arch.num_layers,
-            num_pages=num_pages,
-            page_size=page_size,
-            num_kv_heads=arch.num_kv_heads,
-            head_dim=arch.head_dim,
-            dtype=transformer.attention_dtype,
-            device=CPU,
-        )
-        spec = transformer.attention_spec(transformer.attention_dtype)
+        spec = transformer.attention_spec(float_format(transformer.attention_dtype))
+        pool = KVPool(spec.layout(page_size), num_pages, CPU)
         self._attention = ReferenceAttention(spec, pool)
         self._table = torch.arange(num_pages, dtype=torch.int32).unsqueeze(0)
         self._length = 0
@@ -231,24 +223,15 @@ class Session:
 
 def _overlapped(runner: TorchRunner, max_num_seqs: int) -> TorchRunner:
     """The same with two steps under way, and decodes padded and replayed, as on CUDA."""
-    info, old = runner.info, runner._pool
-    num_layers, _, _, page_size, num_kv_heads, head_dim = old._layers.shape
-    pool = KVPool(
-        num_layers=num_layers,
-        num_pages=info.num_pages + 1,
-        page_size=page_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=old.dtype,
-        device=CPU,
-    )
+    info, layout = runner.info, runner._pool.layout
+    pool = KVPool(layout, info.num_pages + 1, CPU)
     decoder = runner._decoder
     assert isinstance(decoder, Transformer)
-    attention = TorchAttention(decoder.attention_spec(old.dtype), pool)
+    attention = TorchAttention(decoder.attention_spec(layout.format), pool)
     plan = GraphPlan(
         (1, 3, 4, 32)[: 3 + (max_num_seqs > 6)],
         info.max_model_len,
-        page_size,
+        layout.page_size,
         scratch_page=info.num_pages,
     )
     return TorchRunner(
@@ -259,7 +242,7 @@ def _overlapped(runner: TorchRunner, max_num_seqs: int) -> TorchRunner:
         sampler=runner._sampler,
         max_num_seqs=max_num_seqs,
         graphs=DecodeGraphs(decoder, attention, plan, CPU, lambda compute: compute),
-        max_flights=2,
+        max_steps_in_flight=2,
     )
 
 

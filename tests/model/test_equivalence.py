@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from cache.kv_cache import KVCache
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.interface import Flight, SamplingParams, TokenLogprobs, Vocabulary
+from model.interface import InFlightStep, SamplingParams, TokenLogprobs, Vocabulary
 from model.runner import TorchRunner
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
 from waiting import TIMEOUT_S
@@ -46,7 +46,7 @@ _BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
 #: Each token is the byte of its number, but for the one that ends.
 _END = 2
 _VOCABULARY = Vocabulary(bytes(range(256)), array("I", range(1, 257)), (_END,), (_END,))
-#: What makes a token depend on those before it on the host, too.
+#: Settings under which a token depends on earlier ones on the host, too.
 _FOLLOWED: tuple[dict[str, Any], ...] = (
     {"grammar": "start: /[a-m]{5}[0-9]{5}/"},
     {
@@ -64,7 +64,7 @@ def make_runner(
     tmp_path_factory: pytest.TempPathFactory,
     overlapped: Callable[[TorchRunner, int], TorchRunner],
 ) -> Iterator[MakeRunner]:
-    """Runners on the same weights, with as many pages as wanted."""
+    """Runners on the same weights, with the given number of pages."""
     path: Path = tmp_path_factory.mktemp("tiny") / "config.json"
     path.write_text(json.dumps(_CONFIG))
     source = build.resolve_source(f"dummy:{path}")
@@ -84,7 +84,7 @@ def make_runner(
             )
             is_overlapped = request.param == "overlapped"
             runners[num_pages] = overlapped(runner, 6) if is_overlapped else runner
-            runners[num_pages].learn(_VOCABULARY)
+            runners[num_pages].set_vocabulary(_VOCABULARY)
         return runners[num_pages]
 
     yield make
@@ -104,20 +104,22 @@ class _Engine:
         outputs: dict[int, list[int]] = {request.request_id: [] for request in requests}
         self.scores = {request.request_id: [] for request in requests}
         for request in requests:
-            grammar = request.params.grammar
+            grammar = request.request.params.grammar
             constraint = self.runner.prepare(grammar).result(TIMEOUT_S) if grammar else None
             assert self.scheduler.submit(request, constraint) == []
-        in_flight: deque[tuple[StepPlan, Flight]] = deque()
+        in_flight: deque[tuple[StepPlan, InFlightStep]] = deque()
         for _ in range(1000):
             if not self.scheduler.has_work and not in_flight:
                 return outputs
-            while len(in_flight) < self.runner.max_flights and (plan := self.scheduler.plan()):
+            while len(in_flight) < self.runner.max_steps_in_flight and (
+                plan := self.scheduler.plan()
+            ):
                 in_flight.append((plan, self.runner.launch(plan.step)))
             if not in_flight:
                 # The only one there was preempted itself.
                 continue
-            plan, flight = in_flight.popleft()
-            outcome = self.scheduler.apply(plan, flight.wait())
+            plan, in_flight_step = in_flight.popleft()
+            outcome = self.scheduler.apply(plan, in_flight_step.wait())
             for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
                 outputs[request_id].append(token_id)
             for request_id, scores in outcome.prompt_logprobs:
@@ -152,7 +154,7 @@ def _requests(draw: Any) -> list[Submit]:
             **draw(st.sampled_from([{}, {}, *_FOLLOWED])),
         )
         prompt = (*draw(st.sampled_from(stems)), *tail)
-        requests.append(Submit(request_id, prompt, params))
+        requests.append(Submit(request_id, GenerateRequest(prompt, params)))
     return requests
 
 
@@ -180,7 +182,7 @@ def test_the_property_is_about_something(make_runner: MakeRunner) -> None:
     """Preemption, chunks and shared pages do happen in runs like the above."""
     params = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
     stem = tuple(range(40, 50))
-    requests = [Submit(i, (*stem, 100 + i), params) for i in range(6)]
+    requests = [Submit(i, GenerateRequest((*stem, 100 + i), params)) for i in range(6)]
     engine = _Engine(make_runner(9), budget=6)
     tokens = engine.run(requests)
     stats = engine.scheduler.stats()

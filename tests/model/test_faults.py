@@ -19,7 +19,7 @@ from model.interface import SamplingParams
 from model.runner import TorchRunner
 from model.sampling.sampler import Sampler
 from scheduler.engine import Engine
-from scheduler.messages import FinishReason, Submit
+from scheduler.messages import FinishReason, GenerateRequest, Submit
 
 _CONFIG = {
     "model_type": "llama",
@@ -36,7 +36,7 @@ _CONFIG = {
 _PAGE_SIZE = 4
 _BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
 _NUM_PAGES = 512
-#: What a request must compute to fail. Others are kept from it.
+#: The token that makes a request fail. Others are kept from it.
 _POISON = 200
 _NUM_TOKENS = 10
 
@@ -81,7 +81,7 @@ def runners(
 
 
 def _serve(runner: TorchRunner, num_rows: int, **params: Any) -> tuple[Any, Any]:
-    """Return every request's tokens, and who failed and why. The middle one, if any, is poison."""
+    """Return every request's tokens, and the failures. The middle request, if any, is poison."""
     ticks = count()
     config = SchedulerSection(max_num_seqs=32, max_num_batched_tokens=64, debug=True)
     engine = Engine(runner, config, lambda: float(next(ticks)), lambda _: None)
@@ -100,7 +100,7 @@ def _serve(runner: TorchRunner, num_rows: int, **params: Any) -> tuple[Any, Any]
             temperature=params["temperature"],
         )
         tokens[request_id] = []
-        engine.handle(Submit(request_id, prompt, sampling))
+        engine.handle(Submit(request_id, GenerateRequest(prompt, sampling)))
     for _ in range(400):
         if not engine.has_work:
             break
@@ -108,9 +108,9 @@ def _serve(runner: TorchRunner, num_rows: int, **params: Any) -> tuple[Any, Any]
         engine.check()
         for request_id, token_id in zip(result.request_ids, result.token_ids, strict=True):
             tokens[request_id].append(token_id)
-        failed |= {i: why for i, reason, why in result.finished if reason is FinishReason.ERROR}
+        failed |= dict(result.failed)
     assert not engine.has_work
-    assert engine.stats().pages_private == engine.stats().pages_leased == 0
+    assert engine.stats().cache.pages_private == engine.stats().cache.pages_leased == 0
     return tokens, failed
 
 
@@ -144,7 +144,7 @@ def test_only_the_one_at_fault_ends(
 def test_a_step_whose_tokens_cannot_be_read_harms_no_later_step(
     runners: dict[str, TorchRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What raises while the tokens of one step are settled would raise in each launch after it."""
+    """An error while the tokens of a step are settled would recur in each launch after it."""
     runner = runners["two steps"]
     follow = Sampler._follow
 
@@ -164,9 +164,12 @@ def test_a_step_whose_tokens_cannot_be_read_harms_no_later_step(
         params = SamplingParams(
             max_tokens=num_tokens, ignore_eos=True, allowed_token_ids=allowed, bad_words=((9, 9),)
         )
-        engine.handle(Submit(request_id, (3, 4, 10 + request_id), params))
+        engine.handle(Submit(request_id, GenerateRequest((3, 4, 10 + request_id), params)))
     ends: dict[int, FinishReason] = {}
+    failed: list[int] = []
     while engine.has_work:
-        ends |= {id_: reason for id_, reason, _ in engine.step().finished}
-    assert ends.pop(1) is FinishReason.ERROR
+        result = engine.step()
+        ends |= dict(result.finished)
+        failed += [request_id for request_id, _ in result.failed]
+    assert failed == [1]
     assert ends == dict.fromkeys((0, 2, 3), FinishReason.LENGTH)

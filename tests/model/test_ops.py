@@ -1,4 +1,4 @@
-"""What every `Ops` does, held against the formulas in float64."""
+"""The results of every `Ops`, held against the formulas in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
     if request.param == "torch":
         yield TorchOps()
     elif request.param == "triton":
-        # Triton's interpreter computes with numpy, which tells where a GPU gives infinity.
+        # Triton's interpreter computes with numpy, which warns where a GPU gives infinity.
         with np.errstate(over="ignore", invalid="ignore"):
             yield GpuOps()
     elif isinstance(library := load_cpu_library(isa=request.param), str):

@@ -1,4 +1,4 @@
-"""Stop ids that are no tokens of the model: left out and said, wherever they are written."""
+"""Stop ids outside the vocabulary: left out and reported, in whichever file they are."""
 
 from __future__ import annotations
 

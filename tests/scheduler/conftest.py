@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from cache.kv_cache import KVCache
+from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import SamplingParams, TokenLogprobs
-from scheduler.messages import FinishReason, Rejected, Submit
+from scheduler.messages import FinishReason, GenerateRequest, Rejected, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
 
@@ -19,15 +20,22 @@ from scheduler.scheduler import Scheduler
 class Drive:
     """A scheduler, its cache and its model, and all that came out of them."""
 
-    def __init__(self, *, num_pages: int = 64, page_size: int = 4, **config: Any) -> None:
-        self.runner = FakeRunner(num_pages=num_pages, page_size=page_size)
-        self.cache = KVCache(num_pages, page_size)
-        info = self.runner.info
-        self.scheduler = Scheduler(
-            self.cache,
-            SchedulerSection(**{"max_num_seqs": 8, "max_num_batched_tokens": 32} | config),
-            info,
+    def __init__(
+        self,
+        *,
+        num_pages: int = 64,
+        page_size: int = 4,
+        view: View = FULL_VIEW,
+        max_model_len: int = 256,
+        **config: Any,
+    ) -> None:
+        self.runner = FakeRunner(
+            num_pages=num_pages, page_size=page_size, view=view, max_model_len=max_model_len
         )
+        section = SchedulerSection(**{"max_num_seqs": 8, "max_num_batched_tokens": 32} | config)
+        budget = section.max_num_batched_tokens
+        self.cache = KVCache(num_pages, page_size, view=view, chunk_tokens=budget)
+        self.scheduler = Scheduler(self.cache, section, self.runner.info)
         self.outputs: dict[int, list[int]] = {}
         self.scores: dict[int, list[TokenLogprobs]] = {}
         self.finished: dict[int, FinishReason] = {}
@@ -35,14 +43,25 @@ class Drive:
         self.plans: list[StepPlan] = []
 
     def submit(
-        self, request_id: int, prompt: Sequence[int], *, max_tokens: int = 8, **submit: Any
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 8,
+        priority: int = 0,
+        namespace: str = "",
+        **submit: Any,
     ) -> Rejected | None:
         params = submit.pop("params", None) or SamplingParams(
             max_tokens=max_tokens, ignore_eos=True
         )
         self.outputs[request_id] = []
         self.scores[request_id] = []
-        refusals = self.scheduler.submit(Submit(request_id, tuple(prompt), params, **submit))
+        refusals = self.scheduler.submit(
+            Submit(
+                request_id, GenerateRequest(tuple(prompt), params, priority, namespace), **submit
+            )
+        )
         if [refused.request_id for refused in refusals] == [request_id]:
             return refusals[0]
         self.displaced += [refused.request_id for refused in refusals]

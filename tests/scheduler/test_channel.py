@@ -18,8 +18,8 @@ from model.interface import SamplingParams
 from scheduler.channel import Channel
 from scheduler.messages import (
     Cancel,
-    EngineStats,
     FromEngine,
+    GenerateRequest,
     Ping,
     Pong,
     StepResult,
@@ -73,7 +73,9 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 def _submit(request_id: int, num_tokens: int = 4000) -> Submit:
-    return Submit(request_id, tuple(range(num_tokens)), SamplingParams(max_tokens=1))
+    return Submit(
+        request_id, GenerateRequest(tuple(range(num_tokens)), SamplingParams(max_tokens=1))
+    )
 
 
 def test_what_the_peer_does_not_take_waits_and_arrives_whole_and_in_order(run: Run) -> None:
@@ -116,7 +118,7 @@ def test_a_request_that_is_cancelled_before_it_was_sent_is_forgotten(run: Run) -
 
 def test_a_message_that_comes_in_pieces_is_taken_in_when_it_is_whole(run: Run) -> None:
     async def test(ends: Ends) -> None:
-        result = StepResult(EngineStats(), token_ids=tuple(range(100_000)))
+        result = StepResult(token_ids=list(range(100_000)))
         ends.peer.send(Pong())
         await ends.until(lambda: len(ends.received) == 1)
         thread = threading.Thread(target=ends.peer.send, args=(result,))
@@ -126,14 +128,14 @@ def test_a_message_that_comes_in_pieces_is_taken_in_when_it_is_whole(run: Run) -
         # A frame as the engine writes it, a byte at a time.
         reader, writer = os.pipe()
         with Connection(writer, readable=False) as frame:
-            frame.send(replace(result, token_ids=(1, 2)))
+            frame.send(replace(result, token_ids=[1, 2]))
         pieces = os.read(reader, 10_000)
         os.close(reader)
         for byte in pieces:
             os.write(ends.raw, bytes([byte]))
             await asyncio.sleep(0)
         await ends.until(lambda: len(ends.received) == 3)
-        assert ends.received == [Pong(), result, replace(result, token_ids=(1, 2))]
+        assert ends.received == [Pong(), result, replace(result, token_ids=[1, 2])]
 
     run(test)
 

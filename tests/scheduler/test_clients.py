@@ -37,7 +37,7 @@ def _inline(make_runner: Callable[[], ModelRunner], config: SchedulerSection) ->
 
 def _overlapped(make_runner: Callable[[], FakeRunner], config: SchedulerSection) -> EngineClient:
     runner = make_runner()
-    runner.max_flights = 2
+    runner.max_steps_in_flight = 2
     return InlineClient(runner, config, time.monotonic)
 
 
@@ -89,8 +89,8 @@ def test_streams_side_by_side_each_get_their_own(make_client: MakeClient) -> Non
             outputs = await asyncio.gather(*(_collect(client, _request(p)) for p in prompts))
             assert outputs == [fake_output(prompt, 10) for prompt in prompts]
             assert sum(sizes) >= 20 * 10
-            await _until(lambda: client.stats().num_running == 0)
-            assert client.stats().pages_private == client.stats().pages_leased == 0
+            await _until(lambda: client.stats().scheduler.num_running == 0)
+            assert client.stats().cache.pages_private == client.stats().cache.pages_leased == 0
         assert not client.is_alive
 
     _run(test)
@@ -120,8 +120,10 @@ def test_leaving_the_iterator_cancels(make_client: MakeClient) -> None:
                 stream = client.generate(_request((1, 2, 3), 200))
                 await anext(stream)
                 await stream.aclose()
-            await _until(lambda: client.stats().num_running + client.stats().num_waiting == 0)
-            assert client.stats().pages_private == 0
+            await _until(
+                lambda: client.stats().scheduler.num_running + client.stats().num_waiting == 0
+            )
+            assert client.stats().cache.pages_private == 0
 
     _run(test)
 
@@ -223,7 +225,7 @@ def test_a_scored_prompt_is_told_whole_before_its_first_token(make_client: MakeC
 async def _abandon(client: EngineClient, request: GenerateRequest, before: int) -> None:
     """Leave once the engine has made so many steps more."""
     reading = asyncio.create_task(_collect(client, request))
-    await _until(lambda: client.stats().steps_total >= before + 2)
+    await _until(lambda: client.stats().scheduler.steps_total >= before + 2)
     reading.cancel()
     await asyncio.wait([reading])
 
@@ -232,9 +234,9 @@ def test_a_scored_prompt_may_be_left(make_client: MakeClient) -> None:
     async def test() -> None:
         async with _running(make_client(FakeRunner, _CONFIG)) as client:
             request = _request(tuple(range(200)), prompt_logprobs=0)
-            await _abandon(client, request, client.stats().steps_total)
+            await _abandon(client, request, client.stats().scheduler.steps_total)
             assert await _collect(client, _request((5,))) == fake_output((5,), 10)
-            await _until(lambda: client.stats().num_running == 0)
+            await _until(lambda: client.stats().scheduler.num_running == 0)
 
     _run(test)
 
@@ -251,10 +253,10 @@ def test_a_reset_forgets_what_nobody_uses_and_says_how_much(make_client: MakeCli
             assert await client.reset_cache() == 2, "those behind the two that are used"
             kept = [delta async for delta in deltas if delta.token_ids]
             assert kept[-1].finish_reason == "length"
-            num_cached = client.stats().pages_cached
+            num_cached = client.stats().cache.pages_cached
             both = await asyncio.gather(client.reset_cache(), client.reset_cache())
             assert [*both] == [num_cached, 0]
-            await _until(lambda: client.stats().pages_cached == 0)
+            await _until(lambda: client.stats().cache.pages_cached == 0)
             again = [delta async for delta in client.generate(_request(prompt, 1))]
             assert [d.started.cached_tokens for d in again if d.started] == [0]
 

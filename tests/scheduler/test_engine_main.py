@@ -17,7 +17,17 @@ from configs.schema import SchedulerSection
 from model.fake import FakeRunner
 from model.interface import SamplingParams, StepInput
 from scheduler.engine_main import engine_main
-from scheduler.messages import Build, Failed, Ping, Pong, Ready, Shutdown, StepResult, Submit
+from scheduler.messages import (
+    Build,
+    Failed,
+    GenerateRequest,
+    Ping,
+    Pong,
+    Ready,
+    Shutdown,
+    StepResult,
+    Submit,
+)
 from waiting import TIMEOUT_S
 
 _CONFIG = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
@@ -46,7 +56,7 @@ def test_an_engine_whose_api_is_gone_ends_quietly(
     theirs.close()
     ours.send(Build(_HeldRunner, _CONFIG))
     ours.recv()
-    ours.send(Submit(0, (1, 2, 3), SamplingParams(max_tokens=5)))
+    ours.send(Submit(0, GenerateRequest((1, 2, 3), SamplingParams(max_tokens=5))))
     while not marker.exists():
         pass
     ours.close()

@@ -15,7 +15,7 @@ from configs.schema import SchedulerSection
 from model.fake import FakeRunner, Fault, FaultKind, fake_output
 from model.interface import Constraint, SamplingParams
 from scheduler.engine import Engine
-from scheduler.messages import Cancel, FinishReason, StepResult, Submit
+from scheduler.messages import Cancel, FinishReason, GenerateRequest, StepResult, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
 from scheduler.suspects import PROBE_ID, ModelFaultError
@@ -45,7 +45,7 @@ class Served:
         sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=request_id, **params)
         self.prompts[request_id], self.tokens[request_id] = prompt, []
         self.num_tokens[request_id] = num_tokens
-        self.engine.handle(Submit(request_id, prompt, sampling))
+        self.engine.handle(Submit(request_id, GenerateRequest(prompt, sampling)))
 
     def step(self) -> StepResult:
         result = self.engine.step()
@@ -53,7 +53,8 @@ class Served:
         assert PROBE_ID not in result.request_ids
         for request_id, token_id in zip(result.request_ids, result.token_ids, strict=True):
             self.tokens[request_id].append(token_id)
-        for request_id, reason, why in result.finished:
+        errors = [(request_id, FinishReason.ERROR, why) for request_id, why in result.failed]
+        for request_id, reason, why in (*((*end, "") for end in result.finished), *errors):
             assert request_id != PROBE_ID, "the probe is nobody's business"
             assert request_id not in self.ends, "ended twice"
             self.ends[request_id] = reason, why
@@ -78,27 +79,27 @@ class Served:
                 assert self.ends[request_id] == (FinishReason.LENGTH, "")
             assert self.tokens[request_id] == wanted
         stats = self.engine.stats()
-        assert stats.pages_private == stats.pages_leased == 0
-        assert stats.num_running == stats.num_waiting == 0
+        assert stats.cache.pages_private == stats.cache.pages_leased == 0
+        assert stats.scheduler.num_running == stats.num_waiting == 0
 
 
-def runner(max_flights: int = 1, faults: Any = None, **fields: Any) -> FakeRunner:
+def runner(max_steps_in_flight: int = 1, faults: Any = None, **fields: Any) -> FakeRunner:
     return FakeRunner(
-        max_flights=max_flights,
+        max_steps_in_flight=max_steps_in_flight,
         faults={} if faults is None else faults,
         **{"num_pages": 256, "page_size": 4} | fields,
     )
 
 
-@pytest.mark.parametrize("max_flights", [1, 2])
+@pytest.mark.parametrize("max_steps_in_flight", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_rows", [1, 8, 32])
 @pytest.mark.parametrize("position", [2, 4, 9], ids=["in the prompt", "its last", "an answer's"])
 def test_only_the_one_at_fault_ends(
-    num_rows: int, kind: FaultKind, max_flights: int, position: int
+    num_rows: int, kind: FaultKind, max_steps_in_flight: int, position: int
 ) -> None:
     guilty = num_rows // 2
-    served = Served(runner(max_flights, {guilty: Fault(kind, position)}))
+    served = Served(runner(max_steps_in_flight, {guilty: Fault(kind, position)}))
     for request_id in range(num_rows):
         served.submit(request_id, (6 + request_id, *PROMPT[1:]))
     served.run()
@@ -108,34 +109,34 @@ def test_only_the_one_at_fault_ends(
     assert len(served.tokens[guilty]) == max(0, position - len(PROMPT) + 1)
 
 
-@pytest.mark.parametrize("max_flights", [1, 2])
+@pytest.mark.parametrize("max_steps_in_flight", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_at_fault_end_and_none_beside_them(kind: FaultKind, max_flights: int) -> None:
+def test_all_at_fault_end_and_none_beside_them(kind: FaultKind, max_steps_in_flight: int) -> None:
     faults = {id_: Fault(kind, 4 + id_ % 5) for id_ in (0, 3, 4, 5, 11)}
-    served = Served(runner(max_flights, faults))
+    served = Served(runner(max_steps_in_flight, faults))
     for request_id in range(12):
         served.submit(request_id, (6 + request_id, *PROMPT[1:]))
     served.run()
     served.require(*faults)
 
 
-@pytest.mark.parametrize("max_flights", [1, 2])
-@pytest.mark.parametrize("which", ["faulty_steps", "faulty_flights"])
-def test_a_fault_that_passes_ends_nobody(which: str, max_flights: int) -> None:
-    served = Served(runner(max_flights, **{which: frozenset({1, 14})}))
+@pytest.mark.parametrize("max_steps_in_flight", [1, 2])
+@pytest.mark.parametrize("which", ["faulty_steps", "faulty_waits"])
+def test_a_fault_that_passes_ends_nobody(which: str, max_steps_in_flight: int) -> None:
+    served = Served(runner(max_steps_in_flight, **{which: frozenset({1, 14})}))
     for request_id in range(8):
         served.submit(request_id, (*PROMPT, 6 + request_id))
     served.run()
     served.require()
-    assert served.engine.stats().faulty_rows_total >= 8
+    assert served.engine.stats().scheduler.faulty_rows_total >= 8
 
 
-@pytest.mark.parametrize("max_flights", [1, 2])
-@pytest.mark.parametrize("which", ["faulty_steps", "faulty_flights"])
+@pytest.mark.parametrize("max_steps_in_flight", [1, 2])
+@pytest.mark.parametrize("which", ["faulty_steps", "faulty_waits"])
 def test_where_nothing_succeeds_any_more_no_request_is_at_fault(
-    which: str, max_flights: int
+    which: str, max_steps_in_flight: int
 ) -> None:
-    served = Served(runner(max_flights, **{which: frozenset(range(4, 1000))}))
+    served = Served(runner(max_steps_in_flight, **{which: frozenset(range(4, 1000))}))
     for request_id in range(4):
         served.submit(request_id, PROMPT)
     with pytest.raises(ModelFaultError, match="RuntimeError"):
@@ -169,7 +170,7 @@ def test_pages_that_are_not_finite_are_read_by_nobody() -> None:
     assert served.ends[2] == served.ends[3] == (FinishReason.LENGTH, "")
     assert served.tokens[2] == served.tokens[1] == fake_output(prompt, 12)
     # The first twice, and the second, which had read the first's pages.
-    assert served.engine.stats().faulty_rows_total <= 3
+    assert served.engine.stats().scheduler.faulty_rows_total <= 3
 
 
 def test_two_that_share_pages_which_are_not_finite_both_go_on() -> None:
@@ -183,7 +184,7 @@ def test_two_that_share_pages_which_are_not_finite_both_go_on() -> None:
     served.submit(1, (*prompt[:33], *range(60, 140)))
     served.run()
     served.require()
-    assert served.engine.stats().faulty_rows_total == 2
+    assert served.engine.stats().scheduler.faulty_rows_total == 2
     served.submit(2, prompt)
     [started] = served.step().started
     assert started.cached_tokens == len(prompt) - 1
@@ -206,7 +207,7 @@ def test_cancelled_while_it_is_suspected_or_accused(
     served.run()
     for request_id in {0, 1, 2} - {who, 0}:
         assert served.tokens[request_id] == fake_output(served.prompts[request_id], 12)
-    assert served.engine.stats().pages_private == 0
+    assert served.engine.stats().cache.pages_private == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,7 +220,7 @@ def test_suspects_find_room_in_a_full_pool(kind: FaultKind) -> None:
         served.submit(request_id, (*PROMPT, 6 + request_id), 10)
     served.run()
     served.require(4)
-    assert served.engine.stats().preemptions_total > 0
+    assert served.engine.stats().scheduler.preemptions_total > 0
 
 
 def test_a_suspect_that_was_preempted_finds_its_slot_taken() -> None:
@@ -229,29 +230,29 @@ def test_a_suspect_that_was_preempted_finds_its_slot_taken() -> None:
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     prompts = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
     for request_id, prompt in enumerate(prompts[:2]):
-        scheduler.submit(Submit(request_id, prompt, params))
+        scheduler.submit(Submit(request_id, GenerateRequest(prompt, params)))
     first = scheduler.plan()
     assert first is not None
     fake.launch(first.step)
     scheduler._table.preempt(first.sequences[1])
-    scheduler.submit(Submit(2, prompts[2], params, priority=-1))
+    scheduler.submit(Submit(2, GenerateRequest(prompts[2], params, priority=-1)))
     second = scheduler.plan()
     assert second is not None
     assert [sequence.request_id for sequence in second.sequences] == [0, 2]
-    flight = fake.launch(second.step)
+    in_flight_step = fake.launch(second.step)
     fake.land(0)
     scheduler.fail(first, "it failed")
     assert scheduler.plan() is None, "nobody is alone while a step is under way"
     tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
     plan: StepPlan | None = second
     while plan is not None:
-        outcome = scheduler.apply(plan, flight.wait())
+        outcome = scheduler.apply(plan, in_flight_step.wait())
         scheduler.check()
         for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
             tokens[request_id].append(token_id)
         plan = scheduler.plan()
         if plan is not None:
-            flight = fake.launch(plan.step)
+            in_flight_step = fake.launch(plan.step)
     assert tokens == {i: fake_output(prompt, 5) for i, prompt in enumerate(prompts)}
     assert scheduler.stats().preemptions_total == 2
 
@@ -290,16 +291,16 @@ def test_a_grammar_whose_preparation_raises_ends_its_request_alone(when: str) ->
     assert served.tokens[0] == fake_output(PROMPT, 12)
 
 
-@pytest.mark.parametrize("max_flights", [1, 2])
+@pytest.mark.parametrize("max_steps_in_flight", [1, 2])
 @pytest.mark.parametrize("num_requests", [300, pytest.param(2000, marks=pytest.mark.slow)])
 def test_many_requests_with_a_fault_in_a_random_row_every_fifty_steps(
-    num_requests: int, max_flights: int
+    num_requests: int, max_steps_in_flight: int
 ) -> None:
     """As many as run at a time, each kind of fault, and prompts that share their beginnings."""
-    rng = random.Random(max_flights)
+    rng = random.Random(max_steps_in_flight)
     faults: dict[int, Fault] = {}
     served = Served(
-        runner(max_flights, faults, num_pages=400, vocab_size=500, is_strict=False),
+        runner(max_steps_in_flight, faults, num_pages=400, vocab_size=500, is_strict=False),
         max_num_batched_tokens=256,
         debug=False,
     )
@@ -332,4 +333,4 @@ def test_many_requests_with_a_fault_in_a_random_row_every_fifty_steps(
         got = served.tokens[request_id]
         assert got == (wanted[: len(got)] if request_id in failed else wanted)
     stats = served.engine.stats()
-    assert stats.pages_private == stats.pages_leased == 0
+    assert stats.cache.pages_private == stats.cache.pages_leased == 0

@@ -18,7 +18,6 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner
 from model.interface import (
-    NO_TOKEN,
     Constraint,
     SamplingParams,
     StepInput,
@@ -34,7 +33,7 @@ from scheduler.client import (
 )
 from scheduler.engine import Engine
 from scheduler.inline import InlineClient
-from scheduler.messages import Cancel, FinishReason, Learn, Prepared, Submit
+from scheduler.messages import Cancel, FinishReason, Prepared, SetVocabulary, Submit
 from scheduler.process import ProcessClient
 from waiting import TIMEOUT_S
 
@@ -73,7 +72,7 @@ def run(request: pytest.FixtureRequest) -> Callable[..., None]:
             async with asyncio.timeout(TIMEOUT_S):
                 await client.start()
                 try:
-                    client.learn(VOCABULARY)
+                    client.set_vocabulary(VOCABULARY)
                     await test(client)
                     client.check()
                 finally:
@@ -112,7 +111,7 @@ def test_an_engine_that_is_killed_is_replaced_and_the_grammar_goes_on() -> None:
         client = ProcessClient(FakeRunner, _CONFIG)
         await client.start()
         try:
-            client.learn(VOCABULARY)
+            client.set_vocabulary(VOCABULARY)
             undisturbed = await _collect(client, _request(FORTY))
             tokens: list[int] = []
             has_killed = False
@@ -136,12 +135,12 @@ def test_who_is_preempted_goes_on_as_undisturbed() -> None:
         async def test() -> tuple[list[list[int]], int]:
             client = InlineClient(FakeRunner(num_pages=num_pages), _CONFIG, time.monotonic)
             await client.start()
-            client.learn(VOCABULARY)
+            client.set_vocabulary(VOCABULARY)
             # Nobody then waits for the grammar, so all four run side by side.
             await _collect(client, _request(FORTY))
             requests = [_request(FORTY, (7, i)) for i in range(4)]
             told = await asyncio.gather(*(_collect(client, one) for one in requests))
-            preemptions = client.stats().preemptions_total
+            preemptions = client.stats().scheduler.preemptions_total
             client.check()
             await client.close()
             return list(told), preemptions
@@ -171,18 +170,18 @@ class _SlowToPrepare(FakeRunner):
 def _engine() -> tuple[_SlowToPrepare, Engine, list[Prepared]]:
     runner, posted = _SlowToPrepare(), list[Prepared]()
     engine = Engine(runner, _CONFIG, lambda: 0.0, posted.append)
-    engine.handle(Learn(VOCABULARY))
-    engine.handle(Submit(1, (1, 2), SamplingParams(max_tokens=9, grammar=FORTY)))
+    engine.handle(SetVocabulary(VOCABULARY))
+    engine.handle(Submit(1, GenerateRequest((1, 2), SamplingParams(max_tokens=9, grammar=FORTY))))
     return runner, engine, posted
 
 
 def test_a_request_waits_outside_and_nobody_waits_with_it() -> None:
     runner, engine, posted = _engine()
-    engine.handle(Submit(2, (1, 2), SamplingParams(max_tokens=2, ignore_eos=True)))
-    assert engine.step().request_ids == (2,)
+    engine.handle(Submit(2, GenerateRequest((1, 2), SamplingParams(max_tokens=2, ignore_eos=True))))
+    assert engine.step().request_ids == [2]
     assert engine.stats().num_waiting == 1
     engine.check()
-    assert engine.step().finished == ((2, FinishReason.LENGTH, ""),)
+    assert engine.step().finished == [(2, FinishReason.LENGTH)]
     assert not engine.has_work
     runner.finish()
     assert posted == [Prepared(1)]
@@ -208,9 +207,9 @@ def test_who_leaves_while_the_grammar_is_prepared_is_forgotten() -> None:
 def test_a_grammar_that_is_ready_holds_nobody_back() -> None:
     runner, posted = FakeRunner(), list[Prepared]()
     engine = Engine(runner, _CONFIG, lambda: 0.0, posted.append)
-    engine.handle(Learn(VOCABULARY))
+    engine.handle(SetVocabulary(VOCABULARY))
     runner.prepare(FORTY).result(TIMEOUT_S)
-    engine.handle(Submit(1, (1, 2), SamplingParams(max_tokens=9, grammar=FORTY)))
+    engine.handle(Submit(1, GenerateRequest((1, 2), SamplingParams(max_tokens=9, grammar=FORTY))))
     assert [one.request_id for one in engine.step().started] == [1]
     assert posted == []
     engine.check()
@@ -224,15 +223,15 @@ class _Hesitates(FakeRunner):
     num_late = 0
 
     def launch(self, step: StepInput) -> Any:
-        flight = super().launch(step)
-        rows = range(len(flight.output.token_ids))
+        in_flight_step = super().launch(step)
+        rows = range(len(in_flight_step.output.token_ids))
         if self.num_steps % 3:
-            return flight
+            return in_flight_step
         failures = dict.fromkeys(rows, "it broke") if self.fails else {}
-        token_ids = [NO_TOKEN for _ in rows]
+        token_ids: list[list[int]] = [[] for _ in rows]
         self.num_late += len(rows)
-        object.__setattr__(flight, "output", StepOutput(token_ids, [], failures))
-        return flight
+        object.__setattr__(in_flight_step, "output", StepOutput(token_ids, [], failures))
+        return in_flight_step
 
 
 @pytest.mark.parametrize("length", [1, 4, 37])
@@ -245,7 +244,7 @@ def test_a_row_without_a_token_is_computed_again_and_counted(length: int) -> Non
             tokens = await _collect(client, GenerateRequest(tuple(range(length)), params))
             client.check()
             await client.close()
-            return tokens, client.stats().late_rows_total
+            return tokens, client.stats().scheduler.late_rows_total
 
         return asyncio.run(asyncio.wait_for(test(), TIMEOUT_S))
 
@@ -264,7 +263,7 @@ def test_a_row_that_fails_ends_with_the_reason() -> None:
         await client.start()
         with pytest.raises(EngineFaultError, match="it broke"):
             await _collect(client, _request(None))
-        assert client.stats().late_rows_total == 0
+        assert client.stats().scheduler.late_rows_total == 0
         client.check()
         await client.close()
 

@@ -21,7 +21,7 @@ from model.fake import FakeRunner, fake_output
 from model.interface import ModelRunner, SamplingParams, StepInput
 from scheduler.client import EngineUnavailableError, GenerateRequest
 from scheduler.process import ProcessClient
-from scheduler.watchdog import _ASKS_AFTER, _NUM_LOOKS
+from scheduler.watchdog import _NUM_TICKS, _PING_AFTER
 from waiting import TIMEOUT_S
 
 #: Far more than anything here takes on the loop, far less than a stopped engine would hold it up.
@@ -59,13 +59,13 @@ def _let_the_timeout_pass(client: ProcessClient) -> None:
 
     By the clock it never does here: an engine that a busy machine keeps waiting does not hang.
     """
-    for _ in range(_NUM_LOOKS + _ASKS_AFTER):
+    for _ in range(_NUM_TICKS + _PING_AFTER):
         client._watchdog.look()
 
 
 async def _hear(client: ProcessClient) -> None:
     """Let the watchdog look until it asks, and wait for the engine's answer."""
-    for _ in range(_ASKS_AFTER):
+    for _ in range(_PING_AFTER):
         client._watchdog.look()
     await _until(lambda: client._watchdog._num_silent == 0)
 
@@ -193,7 +193,7 @@ def test_an_idle_engine_that_hangs_is_found_and_replaced_without_a_request(
         client = ProcessClient(partial(_HangsWhenIdle, marker), _config())
         await client.start()
         # Alive for more than a timeout, though nobody asks anything of it.
-        for _ in range(_NUM_LOOKS):
+        for _ in range(_NUM_TICKS):
             await _hear(client)
             assert client.is_alive
         if kind == "stopped":

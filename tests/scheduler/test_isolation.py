@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from model.interface import SamplingParams
 from scheduler.client import EngineFaultError, GenerateRequest
 from scheduler.isolation import Isolation
-from scheduler.messages import Begun, Cancel, EngineStats, FinishReason, StepResult, Submit
+from scheduler.messages import Begun, Cancel, FinishReason, StepResult, Submit
 from scheduler.streams import Streams
 
 _PLACES = 4
@@ -56,18 +56,16 @@ class _Engine:
         return Begun(tuple(submit.request_id for submit in fresh)) if fresh else None
 
     def step(self) -> StepResult:
-        ids = tuple(self.running)
+        ids = list(self.running)
         finished = []
         tokens = []
         for id_ in ids:
             tokens.append(len(self.outputs[id_]))
             self.outputs[id_].append(tokens[-1])
-            if len(self.outputs[id_]) == self.running[id_].params.max_tokens:
-                finished.append((id_, FinishReason.LENGTH, ""))
+            if len(self.outputs[id_]) == self.running[id_].request.params.max_tokens:
+                finished.append((id_, FinishReason.LENGTH))
                 del self.running[id_]
-        return StepResult(
-            EngineStats(), request_ids=ids, token_ids=tuple(tokens), finished=tuple(finished)
-        )
+        return StepResult(request_ids=ids, token_ids=tokens, finished=finished)
 
 
 class _World:
@@ -110,7 +108,7 @@ class _World:
         self.isolation.check()
 
     def _is_deadly(self, submit: Submit) -> bool:
-        place = self.poisons[submit.prompt_token_ids[0]]
+        place = self.poisons[submit.request.prompt_token_ids[0]]
         return place is not None and len(self.engine.outputs[submit.request_id]) == place
 
     def die(self, *, is_outside: bool) -> None:

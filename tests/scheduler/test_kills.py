@@ -37,12 +37,18 @@ def _requests(num_requests: int) -> tuple[list[GenerateRequest], dict[int, Fault
     return requests, faults
 
 
-@pytest.mark.parametrize("max_flights", [1, 2])
+@pytest.mark.parametrize("max_steps_in_flight", [1, 2])
 @pytest.mark.parametrize("num_requests", [200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_faults_and_kills_end_exactly_the_faulty(num_requests: int, max_flights: int) -> None:
+def test_faults_and_kills_end_exactly_the_faulty(
+    num_requests: int, max_steps_in_flight: int
+) -> None:
     requests, faults = _requests(num_requests)
     runner = partial(
-        FakeRunner, faults=faults, max_flights=max_flights, num_pages=400, vocab_size=_VOCAB
+        FakeRunner,
+        faults=faults,
+        max_steps_in_flight=max_steps_in_flight,
+        num_pages=400,
+        vocab_size=_VOCAB,
     )
     failed: set[int] = set()
     texts: dict[int, list[int]] = {}

@@ -13,23 +13,24 @@ import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cache.kv_cache import KVCache
+from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
 from model.interface import (
-    NO_TOKEN,
-    Flight,
+    InFlightStep,
     SamplingParams,
     SlotStart,
     StepOutput,
     TokenLogprobs,
 )
-from scheduler.messages import FinishReason, Submit
+from scheduler.messages import FinishReason, GenerateRequest, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
 from scheduler.sequence import State
 from scheduler.suspects import PROBE_ID
 
 _VOCAB = 3
+MAX_LEN = 16
 
 
 class Hesitant(FakeRunner):
@@ -40,12 +41,10 @@ class Hesitant(FakeRunner):
     def _start(self, start: SlotStart) -> None:
         FakeRunner._start(self, replace(start, constraint=None))
 
-    def _sample(self, slot: int, digest: int, index: int, failures: dict[int, str]) -> int:
-        if not self.mood or self._params[slot].grammar is None:
-            return FakeRunner._sample(self, slot, digest, index, failures)
-        if self.mood == "fails":
-            failures[index] = "it failed"
-        return NO_TOKEN
+    def _sample(self, slot: int, digest: int) -> int | str | None:
+        if not self.mood or self._slots[slot].params.grammar is None:
+            return FakeRunner._sample(self, slot, digest)
+        return "it failed" if self.mood == "fails" else None
 
 
 def _is_probe(plan: StepPlan) -> bool:
@@ -70,23 +69,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size: int,
         max_num_seqs: int,
         budget: int,
-        max_flights: int,
+        max_steps_in_flight: int,
         max_queue: int = 1024,
+        view: View = FULL_VIEW,
     ) -> None:
-        self.in_flight: deque[tuple[StepPlan, Flight]] = deque()
+        self.view = view
+        self.in_flight: deque[tuple[StepPlan, InFlightStep]] = deque()
         self.runner = Hesitant(
             vocab_size=_VOCAB,
-            max_model_len=12,
+            max_model_len=MAX_LEN,
             num_pages=num_pages,
             page_size=page_size,
-            max_flights=max_flights,
+            max_steps_in_flight=max_steps_in_flight,
+            view=view,
         )
-        self.cache = KVCache(num_pages, page_size)
+        budget = max(budget, max_num_seqs)
+        self.cache = KVCache(num_pages, page_size, view=view, chunk_tokens=budget)
         self.scheduler = Scheduler(
             self.cache,
             SchedulerSection(
                 max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max(budget, max_num_seqs),
+                max_num_batched_tokens=budget,
                 max_queue=max_queue,
             ),
             self.runner.info,
@@ -98,8 +101,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 4),
         budget=st.integers(1, 8),
-        max_flights=st.integers(1, 3),
+        max_steps_in_flight=st.integers(1, 3),
         max_queue=st.sampled_from([0, 1, 3, 1024]),
+        view=st.builds(View, st.sampled_from([0, 0, 2]), st.sampled_from([None, 1, 3, 5, 8])),
     )
     def rebuild(
         self,
@@ -108,13 +112,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size: int,
         max_num_seqs: int,
         budget: int,
-        max_flights: int,
+        max_steps_in_flight: int,
         max_queue: int,
+        view: View,
     ) -> None:
-        self.build(num_pages, page_size, max_num_seqs, budget, max_flights, max_queue)
+        self.build(num_pages, page_size, max_num_seqs, budget, max_steps_in_flight, max_queue, view)
 
     @rule(
-        prompt=st.lists(st.integers(1, 2), max_size=9),
+        prompt=st.lists(st.integers(1, 2), max_size=12),
         max_tokens=st.integers(0, 8),
         priority=st.integers(0, 1),
         namespace=st.sampled_from(["", "salt"]),
@@ -144,7 +149,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             grammar=grammar,
         )
         submit = Submit(
-            self.num_submits, tuple(prompt), params, priority=priority, namespace=namespace
+            self.num_submits,
+            GenerateRequest(tuple(prompt), params, priority=priority, namespace=namespace),
         )
         self.num_submits += 1
         resumed = self.expected(submit)[:num_resumed]
@@ -155,11 +161,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 num_scored = 0
             submit = Submit(
                 submit.request_id,
-                submit.prompt_token_ids,
-                params,
-                tuple(resumed),
-                priority,
-                namespace,
+                submit.request,
+                output_token_ids=tuple(resumed),
                 num_scored=min(num_scored, max(0, len(prompt) - 1)),
             )
         fits = bool(prompt) and len(prompt) + len(submit.output_token_ids) < self.max_len()
@@ -168,11 +171,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_taken = fits and [one.request_id for one in refusals] != [submit.request_id]
         assert fits or refusals, "taken in, though it never fits"
         if fits and not is_taken and self.scheduler._config.max_queue:
-            assert all(one.priority <= priority or one.has_begun for one in waiting)
+            assert all(one.request.priority <= priority or one.has_begun for one in waiting)
         if is_taken:
             for refused in refusals:
                 [gone] = [one for one in waiting if one.request_id == refused.request_id]
-                assert gone.priority > priority, "displaced by one that has no precedence"
+                assert gone.request.priority > priority, "displaced by one that has no precedence"
                 assert self.outputs[gone.request_id] == [], "displaced though it had begun"
                 del self.submits[gone.request_id]
             self.submits[submit.request_id] = submit
@@ -180,22 +183,25 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scores[submit.request_id] = self.expected_scores(submit)[: submit.num_scored]
 
     def expected_scores(self, submit: Submit) -> list[TokenLogprobs]:
-        prompt, count = submit.prompt_token_ids, submit.params.prompt_logprobs
+        prompt, count = submit.request.prompt_token_ids, submit.request.params.prompt_logprobs
         if count is None:
             return []
-        return [fake_logprobs(prompt[:i], prompt[i], count) for i in range(1, len(prompt))]
+        return [
+            fake_logprobs(prompt[:i], prompt[i], count, self.view) for i in range(1, len(prompt))
+        ]
 
     def max_len(self) -> int:
-        return min(12, self.runner.num_pages * self.runner.page_size + 1)
+        return min(MAX_LEN, self.cache.max_tokens + 1)
 
     def expected(self, submit: Submit) -> list[int]:
-        tokens = list(submit.prompt_token_ids)
-        end = min(len(tokens) + submit.params.max_tokens, self.max_len())
+        tokens = list(submit.request.prompt_token_ids)
+        end = min(len(tokens) + submit.request.params.max_tokens, self.max_len())
+        may_end = not submit.request.params.ignore_eos
         while tokens and len(tokens) < end:
-            tokens.append(fake_next_token(tokens, _VOCAB, may_end=not submit.params.ignore_eos))
-            if tokens[-1] == FAKE_EOS_TOKEN_ID and not submit.params.ignore_eos:
+            tokens.append(fake_next_token(tokens, _VOCAB, may_end=may_end, view=self.view))
+            if tokens[-1] == FAKE_EOS_TOKEN_ID and may_end:
                 break
-        return tokens[len(submit.prompt_token_ids) :]
+        return tokens[len(submit.request.prompt_token_ids) :]
 
     @rule(pick=st.integers(0, 100))
     @precondition(lambda self: self.submits)
@@ -205,7 +211,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         del self.submits[request_id]
 
     @rule(mood=st.sampled_from(["", "", "late", "fails"]))
-    @precondition(lambda self: len(self.in_flight) < self.runner.max_flights)
+    @precondition(lambda self: len(self.in_flight) < self.runner.max_steps_in_flight)
     def launch(self, mood: str) -> None:
         plan = self.plan()
         self.runner.mood = mood
@@ -225,17 +231,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.in_flight)
     def land(self) -> None:
-        plan, flight = self.in_flight.popleft()
-        self.apply(plan, flight.wait())
+        plan, in_flight_step = self.in_flight.popleft()
+        self.apply(plan, in_flight_step.wait())
 
     @rule(pick=st.integers(0, 3))
     @precondition(lambda self: self.in_flight)
     def land_with_a_row_that_is_not_finite(self, pick: int) -> None:
-        plan, flight = self.in_flight.popleft()
-        output = flight.wait()
+        plan, in_flight_step = self.in_flight.popleft()
+        output = in_flight_step.wait()
         if output.token_ids and not _is_probe(plan):
             index = pick % len(output.token_ids)
-            output.token_ids[index] = NO_TOKEN
+            output.token_ids[index] = []
             output = replace(output, not_finite=[index], failures={})
             self.note_a_failure_alone(plan)
         self.apply(plan, output)
@@ -249,7 +255,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request_id, why in outcome.failed:
             submit = self.submits.pop(request_id)
             if why == "it failed":
-                assert submit.params.grammar is not None
+                assert submit.request.params.grammar is not None
             else:
                 assert request_id in self.failed_alone, "ended for what it did not do alone"
             tokens = self.outputs[request_id]
@@ -260,20 +266,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.scores[request_id] == self.expected_scores(submit)
             assert (reason is FinishReason.STOP) == (
                 self.outputs[request_id][-1:] == [FAKE_EOS_TOKEN_ID]
-                and not submit.params.ignore_eos
+                and not submit.request.params.ignore_eos
             )
 
     @rule(has_written=st.booleans())
-    @precondition(lambda self: len(self.in_flight) < self.runner.max_flights)
+    @precondition(lambda self: len(self.in_flight) < self.runner.max_steps_in_flight)
     def fault_at_launch(self, has_written: bool) -> None:
         """Copies and writes may or may not have happened when a real step raises."""
         plan = self.plan()
         if plan is None:
             return
         if has_written or _is_probe(plan):
-            flight = self.runner.launch(plan.step)
+            in_flight_step = self.runner.launch(plan.step)
             if _is_probe(plan):
-                self.in_flight.append((plan, flight))
+                self.in_flight.append((plan, in_flight_step))
                 return
             self.runner._in_flight.pop()
         self.fail(plan)
@@ -281,8 +287,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.in_flight)
     def fault_while_waited_for(self) -> None:
-        plan, flight = self.in_flight.popleft()
-        output = flight.wait()
+        plan, in_flight_step = self.in_flight.popleft()
+        output = in_flight_step.wait()
         if _is_probe(plan):
             self.apply(plan, output)
         else:
@@ -299,6 +305,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def everything_holds(self) -> None:
         self.scheduler.check()
+        # Whatever is read from now on was written by a step launched after this.
+        self.runner.pages.forget(self.cache._pool.free_ids)
         assert self.scheduler.has_work == bool(self.submits)
 
     def teardown(self) -> None:
@@ -306,7 +314,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(400):
             if not self.scheduler.has_work and not self.in_flight:
                 break
-            while len(self.in_flight) < self.runner.max_flights:
+            while len(self.in_flight) < self.runner.max_steps_in_flight:
                 before = len(self.in_flight)
                 self.launch("")
                 if len(self.in_flight) == before:

@@ -15,7 +15,6 @@ from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
 from model.interface import (
-    NO_TOKEN,
     PENDING_TOKEN,
     SamplingParams,
     SlotStart,
@@ -24,7 +23,14 @@ from model.interface import (
     Vocabulary,
 )
 from scheduler.engine import Engine
-from scheduler.messages import Cancel, FinishReason, Learn, StepResult, Submit
+from scheduler.messages import (
+    Cancel,
+    FinishReason,
+    GenerateRequest,
+    SetVocabulary,
+    StepResult,
+    Submit,
+)
 from scheduler.scheduler import Scheduler
 from waiting import TIMEOUT_S
 
@@ -39,7 +45,7 @@ class Recorder(FakeRunner):
     """Keeps what it was asked to compute."""
 
     def __init__(self, **fields: Any) -> None:
-        super().__init__(**{"max_flights": 2, "num_pages": 16} | fields)
+        super().__init__(**{"max_steps_in_flight": 2, "num_pages": 16} | fields)
         self.steps: list[StepInput] = []
 
     def launch(self, step: StepInput) -> Any:
@@ -65,7 +71,7 @@ class Told:
 
     def submit(self, request_id: int, prompt: tuple[int, ...], **params: Any) -> None:
         sampling = SamplingParams(**{"max_tokens": 6, "ignore_eos": True} | params)
-        self.engine.handle(Submit(request_id, prompt, sampling))
+        self.engine.handle(Submit(request_id, GenerateRequest(prompt, sampling)))
         self.tokens[request_id] = []
 
     def step(self) -> StepResult:
@@ -73,7 +79,7 @@ class Told:
         self.engine.check()
         for request_id, token_id in zip(result.request_ids, result.token_ids, strict=True):
             self.tokens[request_id].append(token_id)
-        self.finished |= {request_id: reason for request_id, reason, _ in result.finished}
+        self.finished |= dict(result.finished)
         return result
 
     def run(self) -> None:
@@ -101,7 +107,7 @@ def test_a_step_is_launched_before_the_one_before_it_is_over() -> None:
     told.run()
     assert told.tokens[0] == expected((1, 2, 3), 4)
     # That it is at its end by length is known beforehand: nothing was computed in vain.
-    assert [step.starts for step in runner.steps] == [[0], [3], [4], [5]]
+    assert [step.rows[0].position for step in runner.steps] == [0, 3, 4, 5]
 
 
 def test_a_token_behind_the_end_is_dropped() -> None:
@@ -116,16 +122,16 @@ def test_a_token_behind_the_end_is_dropped() -> None:
     assert len(runner.steps) == len(wanted) + 1
 
 
-@pytest.mark.parametrize("max_flights", [2, 3])
-def test_preempted_with_steps_under_way(max_flights: int) -> None:
+@pytest.mark.parametrize("max_steps_in_flight", [2, 3])
+def test_preempted_with_steps_under_way(max_steps_in_flight: int) -> None:
     """Three sequences outgrow the pool; each still gets the tokens it would get alone."""
-    runner = Recorder(num_pages=7, page_size=2, max_flights=max_flights)
+    runner = Recorder(num_pages=7, page_size=2, max_steps_in_flight=max_steps_in_flight)
     told = Told(runner)
     prompts = {0: (1, 2, 3), 1: (4, 5, 6), 2: (7, 8, 9)}
     for request_id, prompt in prompts.items():
         told.submit(request_id, prompt, max_tokens=8)
     told.run()
-    assert told.engine.stats().preemptions_total > 0
+    assert told.engine.stats().scheduler.preemptions_total > 0
     assert told.tokens == {id_: expected(prompt, 8) for id_, prompt in prompts.items()}
 
 
@@ -133,19 +139,19 @@ def test_a_step_of_an_earlier_stay_does_not_count_for_the_next() -> None:
     runner = Recorder()
     config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=4)
     scheduler = Scheduler(KVCache(16, 4), config, runner.info)
-    scheduler.submit(Submit(0, tuple(range(1, 11)), SamplingParams(max_tokens=2)))
+    scheduler.submit(Submit(0, GenerateRequest(tuple(range(1, 11)), SamplingParams(max_tokens=2))))
     first = scheduler.plan()
     assert first is not None
-    flight = runner.launch(first.step)
+    in_flight_step = runner.launch(first.step)
     sequence = first.sequences[0]
     scheduler._table.preempt(sequence)
     second = scheduler.plan()
     assert second is not None
     assert second.sequences == [sequence]
-    scheduler.apply(first, flight.wait())
-    assert (sequence.num_landed, sequence.num_computed) == (0, 4)
+    scheduler.apply(first, in_flight_step.wait())
+    assert (sequence.num_completed, sequence.num_computed) == (0, 4)
     scheduler.apply(second, runner.launch(second.step).wait())
-    assert (sequence.num_landed, sequence.num_computed) == (4, 4)
+    assert (sequence.num_completed, sequence.num_computed) == (4, 4)
     scheduler.check()
 
 
@@ -153,14 +159,16 @@ def test_a_sequence_does_not_come_back_before_its_newest_token_is_known() -> Non
     runner = Recorder()
     config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=4)
     scheduler = Scheduler(KVCache(16, 4), config, runner.info)
-    scheduler.submit(Submit(0, (1, 2, 3), SamplingParams(max_tokens=3, ignore_eos=True)))
+    scheduler.submit(
+        Submit(0, GenerateRequest((1, 2, 3), SamplingParams(max_tokens=3, ignore_eos=True)))
+    )
     first = scheduler.plan()
     assert first is not None
-    flight = runner.launch(first.step)
+    in_flight_step = runner.launch(first.step)
     scheduler._table.preempt(first.sequences[0])
     assert scheduler.plan() is None
     scheduler.check()
-    assert scheduler.apply(first, flight.wait()).token_ids == expected((1, 2, 3), 1)
+    assert scheduler.apply(first, in_flight_step.wait()).token_ids == expected((1, 2, 3), 1)
     second = scheduler.plan()
     assert second is not None
     assert second.step.token_ids == [1, 2, 3, *expected((1, 2, 3), 1)]
@@ -172,15 +180,15 @@ def test_a_prompt_is_told_of_once_though_it_was_preempted_with_its_step_under_wa
     scheduler = Scheduler(KVCache(16, 4), config, runner.info)
     prompt = tuple(range(1, 9))
     params = SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=2)
-    scheduler.submit(Submit(0, prompt, params))
+    scheduler.submit(Submit(0, GenerateRequest(prompt, params)))
     first = scheduler.plan()
     assert first is not None
-    flight = runner.launch(first.step)
+    in_flight_step = runner.launch(first.step)
     scheduler._table.preempt(first.sequences[0])
     second = scheduler.plan()
     assert second is not None
     assert second.step.scored == first.step.scored
-    told = scheduler.apply(first, flight.wait()).prompt_logprobs
+    told = scheduler.apply(first, in_flight_step.wait()).prompt_logprobs
     assert [(id_, len(scores)) for id_, scores in told] == [(0, 4)]
     assert scheduler.apply(second, runner.launch(second.step).wait()).prompt_logprobs == []
     third = scheduler.plan()
@@ -195,8 +203,8 @@ def _with_grammar(runner: Recorder) -> Scheduler:
     config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=8)
     scheduler = Scheduler(KVCache(16, 4), config, runner.info)
     params = SamplingParams(max_tokens=3, ignore_eos=True)
-    scheduler.submit(Submit(0, (1, 2, 3), params), constraint="a grammar")
-    scheduler.submit(Submit(1, (4, 5), params))
+    scheduler.submit(Submit(0, GenerateRequest((1, 2, 3), params)), constraint="a grammar")
+    scheduler.submit(Submit(1, GenerateRequest((4, 5), params)))
     return scheduler
 
 
@@ -213,7 +221,7 @@ def test_a_token_that_does_not_come_is_taken_back_while_others_go_on(*, is_preem
     scheduler = _with_grammar(runner)
     first = scheduler.plan()
     assert first is not None
-    flight = runner.launch(first.step)
+    in_flight_step = runner.launch(first.step)
     second = scheduler.plan()
     assert second is not None
     assert [sequence.request_id for sequence in second.sequences] == [1], "it counts on no token"
@@ -221,8 +229,8 @@ def test_a_token_that_does_not_come_is_taken_back_while_others_go_on(*, is_preem
     guided = first.sequences[0]
     if is_preempted:
         scheduler._table.preempt(guided)
-    output = flight.wait()
-    outcome = scheduler.apply(first, replace(output, token_ids=[NO_TOKEN, output.token_ids[1]]))
+    output = in_flight_step.wait()
+    outcome = scheduler.apply(first, replace(output, token_ids=[[], output.token_ids[1]]))
     scheduler.check()
     assert outcome.request_ids == [1]
     assert (guided.token_ids, guided.num_computed) == ([1, 2, 3], 0 if is_preempted else 2)
@@ -231,8 +239,8 @@ def test_a_token_that_does_not_come_is_taken_back_while_others_go_on(*, is_preem
     while under_way or scheduler.has_work:
         if plan := scheduler.plan():
             under_way.append((plan, runner.launch(plan.step)))
-        plan, flight = under_way.popleft()
-        outcome = scheduler.apply(plan, flight.wait())
+        plan, in_flight_step = under_way.popleft()
+        outcome = scheduler.apply(plan, in_flight_step.wait())
         for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
             tokens[request_id].append(token_id)
     scheduler.check()
@@ -244,13 +252,13 @@ def test_a_failure_and_a_cancel_leave_nothing_of_a_token_that_did_not_come() -> 
     scheduler = _with_grammar(runner)
     first = scheduler.plan()
     assert first is not None
-    flight = runner.launch(first.step)
+    in_flight_step = runner.launch(first.step)
     second = scheduler.plan()
     assert second is not None
     next_flight = runner.launch(second.step)
     scheduler.cancel(1)
-    flight.wait()
-    output = StepOutput([NO_TOKEN, NO_TOKEN], [], {0: "it broke"})
+    in_flight_step.wait()
+    output = StepOutput([[], []], [], {0: "it broke"})
     assert scheduler.apply(first, output).failed == [(0, "it broke")]
     assert scheduler.apply(second, next_flight.wait()).request_ids == []
     assert not scheduler.has_work
@@ -261,7 +269,7 @@ def test_one_step_at_a_time_while_a_grammar_is_followed() -> None:
     """Else its sequences would be in every other step, and all run in two halves of a batch."""
     runner = Recorder()
     told = Told(runner)
-    told.engine.handle(Learn(VOCABULARY))
+    told.engine.handle(SetVocabulary(VOCABULARY))
     runner.prepare(LETTERS).result(TIMEOUT_S)
     told.submit(1, (4, 5), max_tokens=20)
     told.step()
@@ -298,7 +306,7 @@ def test_the_last_step_under_way_is_waited_for_though_nobody_wants_it() -> None:
     told.engine.handle(Cancel(0))
     assert told.engine.has_work
     told.run()
-    assert told.engine.stats().pages_private == 0
+    assert told.engine.stats().cache.pages_private == 0
 
 
 def test_a_step_is_not_timed_while_it_waits_for_the_one_before_it() -> None:
@@ -306,6 +314,6 @@ def test_a_step_is_not_timed_while_it_waits_for_the_one_before_it() -> None:
     told.submit(0, (1, 2, 3), max_tokens=6)
     told.run()
     # Launched at one tick, the step before over at the next, over itself two ticks later.
-    decode_s = told.engine._scheduler._pacing.stats().decode_s
+    decode_s = told.engine._scheduler._pacing.decode_s
     assert decode_s is not None
     assert decode_s <= 2.0

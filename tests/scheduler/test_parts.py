@@ -3,14 +3,16 @@ from __future__ import annotations
 import pytest
 
 from model.interface import SamplingParams
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 from scheduler.pacing import Pacing
 from scheduler.queue import WaitingQueue
 from scheduler.sequence import TRANSITIONS, InvalidTransitionError, Sequence, State
 
 
 def _sequence(request_id: int, priority: int = 0) -> Sequence:
-    submit = Submit(request_id, (1, 2), SamplingParams(max_tokens=4), priority=priority)
+    submit = Submit(
+        request_id, GenerateRequest((1, 2), SamplingParams(max_tokens=4), priority=priority)
+    )
     return Sequence(submit, arrival=request_id, eos_token_ids=(0,), max_model_len=100)
 
 
@@ -72,9 +74,8 @@ def test_pacing_learns_from_mixed_steps() -> None:
     for _ in range(100):
         pacing.observe(0.010, num_decodes=4, num_prompt_tokens=0)
         pacing.observe(0.015, num_decodes=4, num_prompt_tokens=50)
-    stats = pacing.stats()
-    assert stats.decode_s == pytest.approx(0.010)
-    assert stats.token_s == pytest.approx(0.0001)
+    assert pacing.decode_s == pytest.approx(0.010)
+    assert pacing.token_s == pytest.approx(0.0001)
     assert pacing.prompt_tokens(512, num_decodes=4) == pytest.approx(100, abs=1)
 
 
@@ -82,7 +83,7 @@ def test_a_burst_of_arrivals_need_not_see_decodes_alone_to_get_its_chunks() -> N
     pacing = Pacing(3.0)
     pacing.observe(0.100, num_decodes=0, num_prompt_tokens=500)
     pacing.observe(0.0232, num_decodes=4, num_prompt_tokens=16)
-    assert pacing.stats().decode_s == pytest.approx(0.020)
+    assert pacing.decode_s == pytest.approx(0.020)
     assert pacing.prompt_tokens(512, num_decodes=4) == pytest.approx(200, abs=1)
     pacing.check()
 
@@ -96,7 +97,7 @@ def test_costs_are_learnt_anew_where_every_step_is_mixed() -> None:
         chunk = pacing.prompt_tokens(512, num_decodes=60)
         pacing.observe(0.060 + 0.0005 * chunk, num_decodes=60, num_prompt_tokens=chunk)
         pacing.check()
-    assert pacing.stats().decode_s == pytest.approx(0.060, rel=0.1)
+    assert pacing.decode_s == pytest.approx(0.060, rel=0.1)
     chunk = max(pacing.prompt_tokens(512, num_decodes=60), chunk)
     assert chunk == pytest.approx(2 * 0.060 / 0.0005, rel=0.1)
 
@@ -118,5 +119,5 @@ def test_decodes_are_never_said_to_cost_nothing() -> None:
     pacing = Pacing(3.0)
     pacing.observe(5.0, num_decodes=0, num_prompt_tokens=100)
     pacing.observe(0.030, num_decodes=4, num_prompt_tokens=16)
-    assert pacing.stats().decode_s is None
+    assert pacing.decode_s is None
     pacing.check()

@@ -81,7 +81,7 @@ def test_a_killed_engine_is_replaced_and_streams_go_on_exactly() -> None:
             tasks = [
                 asyncio.create_task(_collect(client, _request(prompt, 240))) for prompt in prompts
             ]
-            await _until(lambda: client.stats().steps_total > 20)
+            await _until(lambda: client.stats().scheduler.steps_total > 20)
             assert client.engine_pid is not None
             os.kill(client.engine_pid, signal.SIGKILL)
             assert await asyncio.gather(*tasks) == [fake_output(p, 240) for p in prompts]
@@ -150,7 +150,7 @@ def test_an_engine_that_cannot_start_says_why() -> None:
 
 class _DiesOnceReady(FakeRunner):
     def launch(self, step: StepInput) -> Any:
-        os._exit(len(step.counts))
+        os._exit(len(step.rows))
 
 
 def test_engines_that_die_at_once_are_given_up_after_a_few() -> None:
@@ -274,7 +274,7 @@ def test_an_engine_that_does_not_come_back_ends_its_streams(tmp_path: Path) -> N
 class _HangingRunner(FakeRunner):
     def launch(self, step: StepInput) -> Any:
         Path(os.environ["HANGING_MARKER"]).touch()
-        time.sleep(1000 * len(step.counts))
+        time.sleep(1000 * len(step.rows))
 
 
 def test_an_engine_that_hangs_is_killed_when_closing(

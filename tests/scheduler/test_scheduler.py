@@ -33,7 +33,7 @@ def test_decodes_come_first_and_prompts_fill_what_is_left(make_drive: MakeDrive)
     drive.step()
     drive.submit(2, range(100, 160), max_tokens=2)
     plan = drive.step()
-    assert plan.step.counts[0] == 1
+    assert plan.step.rows[0].count == 1
     assert plan.num_decodes == 1
     # Nothing was timed yet, so the prompt gets the least chunk and not the whole budget.
     assert plan.num_prompt_tokens == 16
@@ -125,7 +125,7 @@ def test_a_prompt_that_takes_the_whole_budget_leaves_decodes_behind_it_their_tok
     drive.step()
     drive.submit(2, range(20, 60), max_tokens=2, priority=0)
     drive.step()
-    assert drive.step().step.counts == [1, 7]
+    assert [row.count for row in drive.step().step.rows] == [1, 7]
     drive.run()
     assert drive.outputs[1] == drive.expected(range(5), 12)
     assert drive.outputs[2] == drive.expected(range(20, 60), 2)
@@ -282,6 +282,6 @@ def test_same_inputs_same_plans(make_drive: MakeDrive) -> None:
         for request_id in range(7):
             drive.submit(request_id, range(request_id % 3, request_id % 3 + 9), max_tokens=20)
         drive.run()
-        return [(p.step.starts, p.step.counts, p.step.page_ids) for p in drive.plans]
+        return [(p.step.rows, p.step.page_ids) for p in drive.plans]
 
     assert plans() == plans()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cache.kv_cache import MissReason
+from cache.allocation import MissReason
 from model.fake import fake_logprobs
 from model.interface import SamplingParams, TokenLogprobs
 from scheduler.messages import FinishReason

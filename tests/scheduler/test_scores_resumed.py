@@ -12,7 +12,7 @@ import pytest
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_logprobs, fake_next_token
 from model.interface import SamplingParams, StepInput
-from scheduler.client import Delta, GenerateRequest
+from scheduler.client import GenerateRequest, TokenOutput
 from scheduler.process import ProcessClient
 from waiting import TIMEOUT_S
 
@@ -24,13 +24,13 @@ class _MortalRunner(FakeRunner):
 
     def launch(self, step: StepInput) -> Any:
         mark = Path(os.environ[_MARK])
-        if step.starts[0] >= 64 and not mark.exists():
+        if step.rows[0].position >= 64 and not mark.exists():
             mark.touch()
             os._exit(3)
         return super().launch(step)
 
 
-async def _told(prompt: tuple[int, ...]) -> tuple[list[Delta], int]:
+async def _told(prompt: tuple[int, ...]) -> tuple[list[TokenOutput], int]:
     config = SchedulerSection(max_num_seqs=8, max_num_batched_tokens=32)
     client = ProcessClient(_MortalRunner, config)
     await client.start()

@@ -5,18 +5,24 @@ import asyncio
 import pytest
 
 from model.interface import SamplingParams, TokenLogprobs
-from scheduler.client import EngineFaultError, GenerateRequest, RequestRefusedError
+from scheduler.client import (
+    EngineFaultError,
+    EngineUnavailableError,
+    GenerateRequest,
+    RequestRefusedError,
+)
 from scheduler.messages import (
     Begun,
     Cancel,
-    EngineStats,
     FinishReason,
     Rejected,
     RejectKind,
+    ResetCache,
     Started,
     StepResult,
     Submit,
 )
+from scheduler.stats import EngineStats, SchedulerStats
 from scheduler.streams import Streams
 
 _REQUEST = GenerateRequest((1, 2), SamplingParams(max_tokens=9))
@@ -24,23 +30,24 @@ _REQUEST = GenerateRequest((1, 2), SamplingParams(max_tokens=9))
 
 def test_news_of_requests_nobody_reads_is_dropped() -> None:
     streams = Streams()
-    stats = EngineStats(num_running=3)
+    stats = EngineStats(SchedulerStats(num_running=3))
     streams.begin(Begun((5,)))
     streams.dispatch(
         StepResult(
             stats,
-            request_ids=(5,),
-            token_ids=(1,),
-            logprobs=(TokenLogprobs(1, 0.0, 1),),
-            prompt_logprobs=((5, (TokenLogprobs(1, 0.0, 1),)),),
-            started=(Started(5, 0.0, 0, "cold"),),
-            rejected=(Rejected(6, RejectKind.BUSY, "full"),),
-            finished=((7, FinishReason.STOP, ""),),
+            request_ids=[5],
+            token_ids=[1],
+            logprobs=[TokenLogprobs(1, 0.0, 1)],
+            prompt_logprobs=[(5, (TokenLogprobs(1, 0.0, 1),))],
+            started=[Started(5, 0.0, 0, "cold")],
+            rejected=[Rejected(6, RejectKind.BUSY, "full")],
+            finished=[(7, FinishReason.STOP)],
+            failed=[(8, "a fault")],
         )
     )
     streams.check()
     assert streams.engine_stats is stats
-    assert streams.stats().num_open == 0
+    assert len(streams) == 0
 
 
 def test_tokens_that_came_before_an_error_are_read_first() -> None:
@@ -51,15 +58,8 @@ def test_tokens_that_came_before_an_error_are_read_first() -> None:
         reading = asyncio.create_task(anext(stream))
         await asyncio.sleep(0)
         streams.check()
-        assert streams.stats().num_open == 1
-        streams.dispatch(
-            StepResult(
-                EngineStats(),
-                request_ids=(0, 0),
-                token_ids=(4, 5),
-                finished=((0, FinishReason.ERROR, "a fault"),),
-            )
-        )
+        assert len(streams) == 1
+        streams.dispatch(StepResult(request_ids=[0, 0], token_ids=[4, 5], failed=[(0, "a fault")]))
         assert (await reading).token_ids == (4, 5)
         with pytest.raises(EngineFaultError, match="a fault"):
             await anext(stream)
@@ -77,7 +77,7 @@ def test_a_refusal_is_raised_and_a_reader_who_leaves_cancels() -> None:
         reading = asyncio.create_task(anext(stream))
         await asyncio.sleep(0)
         refused = Rejected(0, RejectKind.INVALID, "too long", "prompt")
-        streams.dispatch(StepResult(EngineStats(), rejected=(refused,)))
+        streams.dispatch(StepResult(rejected=[refused]))
         with pytest.raises(RequestRefusedError, match="too long"):
             await reading
         left = asyncio.create_task(anext(streams.generate(_REQUEST, sent.append)))
@@ -85,5 +85,27 @@ def test_a_refusal_is_raised_and_a_reader_who_leaves_cancels() -> None:
         left.cancel()
         await asyncio.wait([left])
         assert sent[-1] == Cancel(1)
+
+    asyncio.run(test())
+
+
+def test_resets_are_answered_in_order_and_a_lost_engine_ends_the_rest() -> None:
+    async def test() -> None:
+        streams, sent = Streams(), list[ResetCache]()
+        first, left, third, last = (
+            asyncio.create_task(streams.reset_cache(sent.append)) for _ in range(4)
+        )
+        await asyncio.sleep(0)
+        assert len(sent) == 4
+        left.cancel()
+        await asyncio.sleep(0)
+        streams.dispatch(StepResult(reset_pages=[3, 2]))
+        streams.dispatch(StepResult(reset_pages=[1]))
+        assert (await first, await third) == (3, 1)
+        streams.fail_resets("the engine died")
+        with pytest.raises(EngineUnavailableError, match="died"):
+            await last
+        # An answer that no caller waits for any more.
+        streams.dispatch(StepResult(reset_pages=[9]))
 
     asyncio.run(test())

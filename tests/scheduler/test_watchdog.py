@@ -11,19 +11,19 @@ class Kennel:
     """A watchdog, how often it asked, and how often it bit."""
 
     def __init__(self, timeout_s: float = 8.0) -> None:
-        self.num_questions = self.num_bites = 0
+        self.num_questions = self.num_timeouts = 0
         self.dog = Watchdog(timeout_s, self._ask, self._on_timeout)
 
     def _ask(self) -> None:
         self.num_questions += 1
 
     def _on_timeout(self) -> None:
-        self.num_bites += 1
+        self.num_timeouts += 1
 
     def look(self, times: int) -> tuple[int, int, bool]:
         for _ in range(times):
             self.dog.look()
-        return self.num_questions, self.num_bites, self.dog.is_silent
+        return self.num_questions, self.num_timeouts, self.dog.is_silent
 
 
 def test_silence_is_asked_then_doubted_then_bitten_and_all_begins_anew() -> None:
@@ -61,7 +61,7 @@ def test_it_looks_by_itself_until_it_is_stopped() -> None:
         kennel = Kennel(timeout_s=0.04)
         kennel.dog.stop()
         kennel.dog.start()
-        while not kennel.num_bites:  # noqa: ASYNC110 - it sets no event
+        while not kennel.num_timeouts:  # noqa: ASYNC110 - it sets no event
             await asyncio.sleep(0.001)
         kennel.dog.stop()
         was = kennel.look(0)

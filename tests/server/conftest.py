@@ -27,7 +27,6 @@ import uvicorn
 from configs.schema import OctavoConfig, SchedulerSection
 from model.fake import FakeRunner
 from scheduler.client import (
-    Delta,
     EngineClient,
     EngineStats,
     EngineUnavailableError,
@@ -36,6 +35,7 @@ from scheduler.client import (
     ModelInfo,
     Started,
     TokenLogprobs,
+    TokenOutput,
     Vocabulary,
 )
 from scheduler.inline import InlineClient
@@ -51,7 +51,7 @@ from waiting import TIMEOUT_S
 VOCAB_SIZE = 300
 
 ValueT = TypeVar("ValueT")
-Script = Callable[["ScriptedClient", GenerateRequest], AsyncGenerator[Delta, None]]
+Script = Callable[["ScriptedClient", GenerateRequest], AsyncGenerator[TokenOutput, None]]
 
 
 class ScriptedClient:
@@ -71,10 +71,10 @@ class ScriptedClient:
     async def start(self) -> None:
         """Nothing to bring up."""
 
-    def learn(self, vocabulary: Vocabulary) -> None:
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
         self.was_asked.set()
         try:
@@ -84,7 +84,7 @@ class ScriptedClient:
             self.was_closed.set()
 
     async def reset_cache(self) -> int:
-        return self.engine_stats.pages_cached
+        return self.engine_stats.cache.pages_cached
 
     def stats(self) -> EngineStats:
         return self.engine_stats
@@ -113,10 +113,10 @@ class AbsentClient(ScriptedClient):
         raise AttributeError(name)
 
 
-async def _absence(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def _absence(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     if request.prompt_token_ids:
         raise EngineUnavailableError("the model is still being loaded")
-    yield Delta()
+    yield TokenOutput()
 
 
 class _Server(uvicorn.Server):
@@ -337,16 +337,16 @@ def speaking(scripted: Callable[..., LiveServer], text: ModelText) -> Callable[.
         words = ChatTemplate(
             {"default": template}, special_tokens={}, now=lambda: datetime.now(tz=UTC)
         )
-        script = _syntax(outputs, width, reason, cached_tokens)
+        script = _script(outputs, width, reason, cached_tokens)
         return scripted(script, words=replace(text, template=words), **section)
 
     return start
 
 
-def _syntax(outputs: Sequence[str], width: int, reason: FinishReason, cached_tokens: int) -> Script:
+def _script(outputs: Sequence[str], width: int, reason: FinishReason, cached_tokens: int) -> Script:
     left = list(outputs)
 
-    async def speak(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def speak(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         token_ids = tuple((left.pop(0) if len(left) > 1 else left[0]).encode())
         started: Started | None = Started(0, 0.0, cached_tokens, "cold")
         for start in range(0, len(token_ids), width):
@@ -354,9 +354,9 @@ def _syntax(outputs: Sequence[str], width: int, reason: FinishReason, cached_tok
             logprobs: tuple[TokenLogprobs, ...] = ()
             if request.params.logprobs is not None:
                 logprobs = tuple(TokenLogprobs(token, -1.0, 1, ()) for token in some)
-            yield Delta(some, logprobs, started)
+            yield TokenOutput(some, logprobs, started)
             started = None
-        yield Delta(started=started, finish_reason=reason)
+        yield TokenOutput(started=started, finish_reason=reason)
 
     return speak
 

@@ -1,4 +1,4 @@
-"""What can be typed, and what is said about a slip."""
+"""The command line, and its messages for typing errors."""
 
 from __future__ import annotations
 

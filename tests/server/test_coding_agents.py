@@ -1,6 +1,6 @@
 """Codex and opencode, the programs themselves, through whole turns: a call, its result, an answer.
 
-The model is scripted, so that what is said is certain; the HTTP side is the real one. Each program
+The model is scripted, so its answers are certain; the HTTP side is the real one. Each program
 has a home of its own in a temporary folder and nothing but loopback.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from scheduler.client import Delta, FinishReason, GenerateRequest, Started
+from scheduler.client import FinishReason, GenerateRequest, Started, TokenOutput
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
 
@@ -44,23 +44,25 @@ class _Script:
 
     def __init__(self, *calls: str) -> None:
         self._calls = calls
-        #: What the model was told, request by request.
+        #: The prompts of the model, request by request.
         self.prompts: list[str] = []
 
-    async def __call__(self, _: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def __call__(
+        self, _: object, request: GenerateRequest
+    ) -> AsyncGenerator[TokenOutput, None]:
         prompt = bytes(token for token in request.prompt_token_ids if token < 256).decode()
         self.prompts.append(prompt)
         num_results = prompt.count("[tool]")
         has_tools = "<tool_call>" in prompt
         is_calling = has_tools and num_results < len(self._calls)
         said = self._calls[num_results] if is_calling else _ANSWER
-        yield Delta(tuple(said.encode()), (), Started(0, 0.0, 0, "cold"))
-        yield Delta(started=None, finish_reason=FinishReason.STOP)
+        yield TokenOutput(tuple(said.encode()), (), Started(0, 0.0, 0, "cold"))
+        yield TokenOutput(started=None, finish_reason=FinishReason.STOP)
 
 
 @pytest.fixture
 def serving(scripted: Callable[..., Any], text: ModelText) -> Callable[[_Script], Any]:
-    """Start a server with room for what such programs send."""
+    """Start a server with room for the prompts of such programs."""
 
     def start(script: _Script) -> Any:
         words = ChatTemplate(

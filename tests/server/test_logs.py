@@ -15,8 +15,7 @@ from configs.schema import SchedulerSection
 from model.fake import FakeRunner
 from scheduler.process import ProcessClient
 from server import logs
-from server.logs import LOGGER_NAME, JsonFormatter, TextFormatter, fields
-from server.progress import reported
+from server.logs import LOGGER_NAME, JsonFormatter, TextFormatter, fields, reported
 
 
 def test_a_request_is_one_line(live: Any) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from scheduler.client import Delta, EngineStats, FinishReason, GenerateRequest, Started
+from cache.stats import CacheStats
+from scheduler.client import (
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    SchedulerStats,
+    Started,
+    TokenOutput,
+)
 from server.exposition import Histogram
 from server.memory import resident_bytes
 from server.metrics import GrowingCount
@@ -150,7 +159,7 @@ def test_vllms_page_has_vllms_names_types_and_labels_alone(
 def test_who_accepts_openmetrics_gets_it(start_server: Callable[..., Any], alias: str) -> None:
     live = start_server(metrics_alias=alias)
     live.chat(max_tokens=3)
-    # What Prometheus sends.
+    # The header that Prometheus sends.
     accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
     answer = live.http.get("/metrics", headers={"Accept": accept})
     assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
@@ -199,21 +208,15 @@ def test_requests_are_counted(live: Any) -> None:
 
 
 def test_the_engines_snapshot_is_shown(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
-        yield Delta(started=Started(1, 0.25, 0, ""), finish_reason=FinishReason.STOP)
+        yield TokenOutput(started=Started(1, 0.25, 0, ""), finish_reason=FinishReason.STOP)
 
     live = scripted(script)
     live.client.engine_stats = EngineStats(
-        num_running=3,
-        num_waiting=2,
-        pages_total=10,
-        pages_free=4,
-        pages_private=1,
-        pages_cached=5,
-        pages_leased=2,
-        preemptions_total=7,
-        late_rows_total=5,
+        SchedulerStats(num_running=3, num_waiting=1, preemptions_total=7, late_rows_total=5),
+        CacheStats(pages_total=10, pages_free=4, pages_private=1, pages_cached=5, pages_leased=2),
+        num_preparing=1,
     )
     live.client.observers[0](100)
     live.chat()
@@ -229,7 +232,8 @@ def test_the_engines_snapshot_is_shown(scripted: Callable[..., Any]) -> None:
     live.client.info = replace(live.client.info, device_bytes=(("weights", 16), ("pages", 50)))
     assert live.metric('octavo_cuda_memory_bytes{state="pages"}') == 50
     assert live.metric("octavo_request_queue_time_seconds_sum") == 0.25
-    live.client.engine_stats = replace(live.client.engine_stats, preemptions_total=2)
+    steps = live.client.engine_stats.scheduler._replace(preemptions_total=2)
+    live.client.engine_stats = live.client.engine_stats._replace(scheduler=steps)
     assert live.metric("octavo_num_preemptions_total") == 9, "another engine counts on"
 
 
@@ -259,6 +263,5 @@ def test_a_count_goes_on_over_restarts(lives: list[list[int]]) -> None:
 
 
 def test_memory_is_read_from_the_system() -> None:
-    memory = resident_bytes()
-    assert memory.own_bytes > 10 * 2**20
-    assert memory.children_bytes >= 0
+    assert resident_bytes([os.getpid()]) > 10 * 2**20
+    assert resident_bytes([]) == 0

@@ -1,4 +1,4 @@
-"""What an operator may say of a model: its sampling, how it calls tools and how it reasons."""
+"""The operator's settings of a model: its sampling, its calls of tools and its reasoning."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from event_streams import chunks_of
-from scheduler.client import Delta, FinishReason, GenerateRequest
-from server.generation.makers_sampling import makers_sampling
+from scheduler.client import FinishReason, GenerateRequest, TokenOutput
+from server.generation.sampling import makers_sampling
 from server.openai import response_models
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
@@ -26,18 +27,18 @@ CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 
 
 def says(output: str) -> Any:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.prompt_token_ids
         for byte in output.encode():
-            yield Delta((byte,))
-        yield Delta(finish_reason=FinishReason.STOP)
+            yield TokenOutput((byte,))
+        yield TokenOutput(finish_reason=FinishReason.STOP)
 
     return script
 
 
 @pytest.fixture
 def start(scripted: Callable[..., Any], text: ModelText) -> Callable[..., Any]:
-    """Start a server whose model has this template and says this."""
+    """Start a server with a model of this template and output."""
 
     def started(output: str = "hi", template: str = PLAIN, **model: Any) -> Any:
         words = ChatTemplate(
@@ -202,7 +203,7 @@ def test_usage_tells_the_tokens_of_the_reasoning(
 ) -> None:
     live = start("<think>hm</think>yes", THINKING)
     answer = live.chat(n=2, include_reasoning=has_reasoning)
-    response_models.ChatCompletion.model_validate_json(answer.content)
+    TypeAdapter(response_models.ChatCompletion).validate_json(answer.content)
     assert answer.json()["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
     answer = live.chat(stream=True, stream_options={"include_usage": True})
     assert chunks_of(answer.content)[-1]["usage"]["completion_tokens_details"] == {

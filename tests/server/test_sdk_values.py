@@ -25,7 +25,7 @@ _REQUESTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 #: Unions of many kinds of objects: each kind has tests of its own.
 _OBJECTS = {"messages", "input", "tools", "tool_choice", "functions", "mcp_servers", "model"}
-#: What values of these need beside them.
+#: Fields that these values need beside them.
 _NEEDED: dict[str, dict[str, Any]] = {
     "function_call": {"tools": [_TOOL]},
     "stream_options": {"stream": True},
@@ -95,7 +95,7 @@ def test_no_value_is_unknown_here(
     for value in values:
         answer = live.post(path, **_REQUESTS[path][1], **_NEEDED.get(name, {}), **{name: value})
         assert answer.status_code in {200, 400}, (value, answer.text)
-        # Pydantic's words for a value that nobody thought of.
+        # Pydantic's words for an unforeseen value.
         assert "Input should be" not in answer.text, (value, answer.text)
 
 

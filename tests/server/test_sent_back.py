@@ -1,4 +1,4 @@
-"""What was answered can be sent back, and a client's JSON is text where nobody has to read it."""
+"""Answers can be sent back, and a client's JSON stays text where the server need not read it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TEMPLATE = """\
 {%- for m in messages %}[{{ m.role }}]{{ m.content }}
 {%- for c in m.tool_calls or [] %}{% set call = c.function %}HERE{% endfor %}
 {%- endfor %}"""
-#: What a model may write as the object of a call.
+#: Texts that a model may write as the object of a call.
 ANSWERED = {
     "half a pair": r'{"a": "\ud83d"}',
     "the other half": r'{"a": "x\ude00y", "\udc00": 1}',
@@ -47,7 +47,7 @@ ANSWERED = {
     "nothing": "{}",
     "a zero byte": r'{"a": "\u0000"}',
 }
-#: What a client may have from elsewhere.
+#: Texts that a client may have from elsewhere.
 SENT = {
     **ANSWERED,
     "brackets without end": "[" * 1000,
@@ -79,7 +79,7 @@ def _body(answer: Any, about: str = "") -> dict[str, Any]:
 
 
 def _post(live: Any, path: str, body: dict[str, Any]) -> Any:
-    # As most clients write it: JSON has no other way to say half a pair.
+    # As most clients write it: JSON has no other form of half a pair.
     content = json.dumps(body, ensure_ascii=True).encode()
     return live.http.post(path, content=content)
 
@@ -128,7 +128,7 @@ def test_messages_can_be_sent_back(live: Any) -> None:
         asked = {"messages": [USER], "tools": [tool], "max_tokens": 9}
         answer = live.post("/v1/messages", **asked)
         assert answer.status_code == 200, answer.text
-        # As it came: not every client reads what it passes on, as Python's would.
+        # As it came: not every client parses the JSON that it passes on, as Python's would.
         blocks = answer.text.partition('"content":')[2].partition(',"stop_reason"')[0]
         call_id = blocks.partition('"id":"')[2].partition('"')[0]
         result = {"type": "tool_result", "tool_use_id": call_id, "content": "done"}
@@ -155,7 +155,7 @@ def test_arguments_are_text_where_the_template_can_do_with_text(
             body = {"input": [USER, item]}
         answer = _post(live, path, body)
         if kind == "one by one" and name not in ANSWERED:
-            # It has no place for anything but an object, and says so.
+            # It has no place for anything but an object, and reports that.
             assert answer.status_code in {200, 400}, (name, answer.text)
             assert answer.status_code == 200 or answer.json()["error"]["param"], name
         else:

@@ -1,4 +1,4 @@
-"""A template that never ends is the fault of one request; everybody else is served meanwhile."""
+"""A template that never ends is the fault of one request; all others are served meanwhile."""
 
 from __future__ import annotations
 

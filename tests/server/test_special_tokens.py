@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
-from scheduler.client import Delta, FinishReason, GenerateRequest
+from scheduler.client import FinishReason, GenerateRequest, TokenOutput
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
 from server.text.token_bytes import BYTE_LEVEL_ALPHABET
@@ -39,9 +39,9 @@ def words() -> ModelText:
     )
 
 
-async def _say_a(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def _say_a(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     assert request.prompt_token_ids
-    yield Delta((97,), finish_reason=FinishReason.STOP)
+    yield TokenOutput((97,), finish_reason=FinishReason.STOP)
 
 
 @pytest.mark.parametrize("mode", ["text", "allow"])

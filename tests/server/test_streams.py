@@ -1,4 +1,4 @@
-"""What a client that comes, reads slowly, or leaves does to the engine."""
+"""The effect on the engine of a client that comes, reads slowly, or leaves."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import pytest
 
 from event_streams import chunks_of
 from scheduler.client import (
-    Delta,
     EngineFaultError,
     EngineUnavailableError,
     FinishReason,
     GenerateRequest,
     Started,
+    TokenOutput,
 )
 from waiting import TIMEOUT_S
 
 STARTED = Started(1, 0.0, 0, "")
 
 
-async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     """One token, then nothing for ever."""
     del request
-    yield Delta((72,), started=STARTED)
+    yield TokenOutput((72,), started=STARTED)
     await asyncio.Event().wait()
 
 
@@ -93,7 +93,8 @@ def test_a_client_that_leaves_gives_the_real_engines_pages_back(live: Any) -> No
     live.wait_idle()
     live.post("/v1/completions", prompt="y", max_tokens=1)
     stats = live.client.stats()
-    assert (stats.num_running, stats.pages_private, stats.pages_leased) == (0, 0, 0)
+    assert stats.scheduler.num_running == 0
+    assert (stats.cache.pages_private, stats.cache.pages_leased) == (0, 0)
     live.client.check()
 
 
@@ -104,20 +105,22 @@ class Flood:
         self.num_deltas = 0
         self.is_stuck = threading.Event()
 
-    async def __call__(self, _: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def __call__(
+        self, _: object, request: GenerateRequest
+    ) -> AsyncGenerator[TokenOutput, None]:
         del request
         watch = asyncio.create_task(self._tell_when_stuck())
         try:
-            yield Delta((72,), started=STARTED)
+            yield TokenOutput((72,), started=STARTED)
             while not self.is_stuck.is_set():
                 self.num_deltas += 1
-                yield Delta((72,) * 4096)
-            yield Delta(finish_reason=FinishReason.LENGTH)
+                yield TokenOutput((72,) * 4096)
+            yield TokenOutput(finish_reason=FinishReason.LENGTH)
         finally:
             watch.cancel()
 
     async def _tell_when_stuck(self) -> None:
-        """Stuck: the loop runs dry again and again, and nothing more is asked for."""
+        """Stuck: the loop runs dry again and again, and no more items are taken."""
         last, num_same = -1, 0
         while num_same < 2000:
             num_same = num_same + 1 if self.num_deltas == last else 0
@@ -153,10 +156,10 @@ def test_a_reader_that_stopped_does_not_hold_up_a_drain(scripted: Callable[..., 
 
 
 def test_deltas_of_many_tokens_are_one_write(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
-        yield Delta((72, 101, 108), started=STARTED)
-        yield Delta((108, 111), finish_reason=FinishReason.LENGTH)
+        yield TokenOutput((72, 101, 108), started=STARTED)
+        yield TokenOutput((108, 111), finish_reason=FinishReason.LENGTH)
 
     chunks = chunks_of(scripted(script).chat(stream=True).content)
     texts = [chunk["choices"][0]["delta"].get("content") for chunk in chunks]
@@ -175,10 +178,10 @@ def test_deltas_of_many_tokens_are_one_write(scripted: Callable[..., Any]) -> No
 def test_a_failure_reaches_the_client_of_a_stream(
     scripted: Callable[..., Any], fault: Exception, status: int, kind: str, is_begun: bool
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
         if is_begun:
-            yield Delta((72,), started=STARTED)
+            yield TokenOutput((72,), started=STARTED)
         raise fault
 
     live = scripted(script)
@@ -201,9 +204,9 @@ def test_a_failure_reaches_the_client_of_a_stream(
 def test_a_request_the_engine_gave_up_is_no_success(
     scripted: Callable[..., Any], reason: FinishReason | None
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
-        yield Delta((72,), started=STARTED, finish_reason=reason)
+        yield TokenOutput((72,), started=STARTED, finish_reason=reason)
 
     answer = scripted(script).chat()
     assert answer.status_code in {500, 503}

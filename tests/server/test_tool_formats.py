@@ -1,4 +1,4 @@
-"""What models of several families write, as clients of the HTTP side see it."""
+"""Outputs of models of several families, as clients of the HTTP side see them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 USER = {"role": "user", "content": "1+1?"}
 MESSAGES = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
-#: By family: what its template writes around calls and at the prompt's end, and an answer with
+#: By family: the marks of its template around calls and at the prompt's end, and an answer with
 #: reasoning, text and a call.
 FAMILIES = {
     "hermes": (

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import TypeAdapter
 
 from event_streams import chunks_of
 from scheduler.client import FinishReason
@@ -32,7 +33,7 @@ Chatting = Callable[..., Any]
 
 @pytest.fixture
 def chatting(speaking: Chatting) -> Chatting:
-    """Start a server whose model says `output`."""
+    """Start a server whose model writes `output`."""
 
     def start(output: str, template: str = HERMES, **more: Any) -> Any:
         return speaking(output, template=template, **more)
@@ -59,7 +60,7 @@ def test_calls_reach_the_client(chatting: Chatting) -> None:
         raw = api.chat.completions.with_raw_response.create(
             model="fake", messages=[USER], tools=[TOOL]
         )
-    response_models.ChatCompletion.model_validate_json(raw.content)
+    TypeAdapter(response_models.ChatCompletion).validate_json(raw.content)
     [choice] = raw.parse().choices
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content == "Let me see."
@@ -80,7 +81,9 @@ def test_a_stream_of_calls_adds_up(chatting: Chatting, width: int) -> None:
         for chunk in api.chat.completions.create(
             model="fake", messages=[USER], tools=[TOOL], stream=True
         ):
-            response_models.ChatChunk.model_validate_json(chunk.model_dump_json(exclude_unset=True))
+            TypeAdapter(response_models.ChatChunk).validate_json(
+                chunk.model_dump_json(exclude_unset=True)
+            )
             [choice] = chunk.choices
             content += choice.delta.content or ""
             calls += choice.delta.tool_calls or []
@@ -277,7 +280,7 @@ def test_a_custom_tool_gets_a_text(chatting: Chatting, is_stream: bool) -> None:
         assert (calls[0]["type"], calls[0]["custom"]["name"]) == ("custom", "sh")
         assert "".join(call["custom"]["input"] for call in calls) == 'echo "a"\n'
     else:
-        response_models.ChatCompletion.model_validate(answer.json())
+        TypeAdapter(response_models.ChatCompletion).validate_python(answer.json())
         function, custom = answer.json()["choices"][0]["message"]["tool_calls"]
         assert function["function"]["arguments"] == '{"a": 1}'
         assert custom["custom"] == {"name": "sh", "input": 'echo "a"\n'}

@@ -67,7 +67,7 @@ def test_a_first_agent_gets_its_call_and_goes_on_from_it(chatting: Callable[...,
     prompt, longer = prompts_of(live)
     assert prompt.startswith("<system>Be kind.\n\n# Tools\n\n")
     assert f"<tools>\n{json.dumps(TOOL)}\n</tools>" in prompt
-    # What the model wrote stands there to the letter, so that the cache has it.
+    # The model's own text stands there to the letter, so that the cache has it.
     assert longer == (
         f"{prompt}<assistant>Let me see.\n{CALL}</assistant>"
         "<user><tool_response>\n2\n</tool_response>\n<tool_response>\ntwo\n</tool_response></user>"

@@ -50,7 +50,7 @@ def _closure(waiting: list[Requirement]) -> set[str]:
 
 @dataclass(frozen=True)
 class Installed:
-    """An environment with the wheel and what it requires at run time."""
+    """An environment with the wheel and its run-time requirements."""
 
     python: Path
     #: The names of all distributions that are there.
@@ -79,7 +79,7 @@ class Installed:
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """Link what the wheel requires from the environment of these tests: nothing is downloaded."""
+    """Link the requirements from the environment of these tests: nothing is downloaded."""
     folder = tmp_path_factory.mktemp("installed")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
@@ -143,7 +143,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def fetched(self) -> set[str]:
-        """Return the names of the files whose content was asked for."""
+        """Return the names of the requested files."""
         return {
             path.rpartition("/")[2]
             for method, path, _ in self.requests
@@ -300,7 +300,7 @@ def _shards(vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def model_files() -> dict[str, bytes]:
-    """A Llama in small over bytes, in two shards, beside what is no part of it."""
+    """A Llama in small over bytes, in two shards, beside files that are not part of it."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(["<s>", "</s>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -330,7 +330,7 @@ def model_files() -> dict[str, bytes]:
     return files
 
 
-#: What of `model_files` is a part of the model.
+#: The `model_files` that are part of the model.
 NEEDED = {
     *("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"),
     *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "default.jinja"),

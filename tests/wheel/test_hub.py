@@ -1,4 +1,4 @@
-"""Loading from the hub: which files, what is shown meanwhile, and what each failure says."""
+"""Loading from the hub: the files, the progress, and the message of each failure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GATED = {"X-Error-Code": "GatedRepo"}
 _BAD_TOKEN = {"X-Error-Message": "Invalid credentials in Authorization header"}
 _WEIGHTS = {"config.json": b"{}", "model.safetensors": b"weights"}
 
-#: What the hub has or answers, and what is said of it.
+#: Contents or answers of the hub, and the message for each.
 FAILURES: dict[str, tuple[dict[str, Any], str]] = {
     "org/private": (
         {"listing": (401, {})},
@@ -105,7 +105,7 @@ def test_a_connection_that_is_cut_is_resumed_where_it_was(resolve: Any, hub: Any
 
 @pytest.fixture
 def failures(resolve: Any, hub: Any) -> dict[str, str]:
-    """What is said of each, of one process."""
+    """The message of each, from one process."""
     for name, (options, _) in FAILURES.items():
         hub.add(name.partition("@")[0], **options)
     return {
@@ -126,7 +126,7 @@ def test_each_failure_is_one_line_that_names_the_model_and_says_what_to_do(
         assert error.startswith(f"model {name!r}: no such file or folder here, and ")
         assert re.search(reason, error), f"{name}: {error}"
         assert "\n" not in error
-        # Neither names of classes nor of what our dependencies call things.
+        # Neither names of classes nor terms of our dependencies.
         assert not re.search(r"[a-z]Error|Exception|snapshot|local_files_only", error)
 
 

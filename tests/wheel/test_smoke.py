@@ -1,4 +1,4 @@
-"""The built wheel with what it requires at run time and nothing else: it serves."""
+"""The built wheel serves with nothing but its run-time requirements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMEOUT_S = 120.0
 
 @pytest.fixture
 def start(start_daemon: Callable[..., Any], installed: Any) -> Callable[..., Any]:
-    """Start what the wheel installed, away from the checkout."""
+    """Start the installed wheel, outside the checkout."""
 
     def started(*flags: str, **variables: str) -> Any:
         return start_daemon(
@@ -126,7 +126,7 @@ def test_a_model_of_the_hub_is_served(
 
 
 def _screen(words: list[str], environ: dict[str, str]) -> tuple[int, str]:
-    """Run a program with stderr on a terminal; return its exit code and what the terminal got."""
+    """Run a program with stderr on a terminal; return its exit code and its output."""
     here, there = pty.openpty()
     termios.tcsetwinsize(there, (24, 100))
     process = subprocess.Popen(words, stderr=there, stdout=subprocess.DEVNULL, env=environ)
@@ -135,7 +135,7 @@ def _screen(words: list[str], environ: dict[str, str]) -> tuple[int, str]:
     while True:
         try:
             chunk = os.read(here, 65536)
-        except OSError:  # What a terminal says at its end.
+        except OSError:  # The end of a terminal.
             break
         if not chunk:
             break
@@ -147,7 +147,7 @@ def _screen(words: list[str], environ: dict[str, str]) -> tuple[int, str]:
 def test_a_terminal_shows_a_bar_and_then_why_it_failed(
     installed: Any, hub: Any, tmp_path: Path
 ) -> None:
-    """Here for an architecture that nobody knows."""
+    """Here for an unknown architecture."""
     config = json.dumps({"architectures": ["Never"], "model_type": "never"}).encode()
     hub.add("org/never", {"config.json": config, "model.safetensors": bytes(2**20)})
     environ = installed.environ(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
@@ -172,7 +172,7 @@ def test_an_id_that_the_hub_does_not_have_is_one_line(
 
 
 def test_what_an_extra_brings_is_named_by_the_error(installed: Any, tmp_path: Path) -> None:
-    done = installed.run("-c", "from model import gpu_ops; print(gpu_ops.why_not())")
+    done = installed.run("-c", "from model.cuda import ops as gpu_ops; print(gpu_ops.why_not())")
     assert done.stdout == "triton is not installed: pip install 'octavo[cuda]'\n"
     words = ["-m", "loadtest", "run", "--log-folder", str(tmp_path), "--start", "none {port}"]
     done = installed.run(*words)
@@ -180,7 +180,7 @@ def test_what_an_extra_brings_is_named_by_the_error(installed: Any, tmp_path: Pa
     assert re.fullmatch(
         r"loadtest: psutil, .*, is not installed: pip install 'octavo\[loadtest\]'.*\n", done.stderr
     )
-    # What loads a server that runs needs no extra.
+    # The load generator needs no extra for a running server.
     done = installed.run("-m", "loadtest", "run", "--url", "http://127.0.0.1:9", "--requests", "1")
     assert done.returncode == 1
     assert re.fullmatch(r"loadtest: http://127.0.0.1:9 .*\n", done.stderr)

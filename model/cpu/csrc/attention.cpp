@@ -1,4 +1,4 @@
-// Attention over pages: cutting a step into units of work, and sharing them out.
+// Attention over pages: splits a step into units of work and distributes them among the threads.
 //
 // Knows nothing of instruction sets: the arithmetic is behind `Kernels`.
 
@@ -20,7 +20,7 @@ int64_t scratch_floats(const Session& s) {
 }
 
 int64_t cost(const Unit& unit) {
-  // A decode unit's keys are read for all its heads; a prefill tile multiplies, which costs less a key.
+  // A decode unit is bound by memory, a prefill unit by arithmetic, which costs less for each key.
   const int64_t lanes = unit.lane_end - unit.lane_begin;
   return int64_t(unit.key_end - unit.key_begin) *
          (lanes ? lanes : 4 * (unit.head_end - unit.head_begin));
@@ -48,7 +48,7 @@ void add_decode(const Session& s, int32_t row, int32_t begin, int32_t end, int32
 
 void add_prefill(const Session& s, int32_t row, int32_t num_tokens, int32_t window,
                  Schedule& schedule) {
-  const int32_t first_position = s.common.seq_lens[row] - num_tokens;
+  const int32_t first_index = s.common.seq_lens[row] - num_tokens;
   const int32_t num_lanes = num_tokens * s.common.group;
   const int32_t lanes_each = s.kernels->prefill_lanes(s.common.kv_dtype);
   for (int32_t head = 0; head < s.common.num_kv_heads; ++head)
@@ -59,9 +59,9 @@ void add_prefill(const Session& s, int32_t row, int32_t num_tokens, int32_t wind
       unit.head_end = head + 1;
       unit.lane_begin = lane;
       unit.lane_end = std::min(lane + lanes_each, num_lanes);
-      const int32_t oldest = first_position + lane / s.common.group;
+      const int32_t oldest = first_index + lane / s.common.group;
       unit.key_begin = oldest >= window ? oldest - window + 1 : 0;
-      unit.key_end = first_position + (unit.lane_end - 1) / s.common.group + 1;
+      unit.key_end = first_index + (unit.lane_end - 1) / s.common.group + 1;
       unit.partial = -1;
       schedule.units.push_back(unit);
     }
@@ -75,7 +75,7 @@ void fill(const Session& s, int32_t window, Schedule& schedule) {
   int64_t num_chunks = 0;
   for (int32_t row = 0; row < s.num_rows; ++row)
     num_chunks += (std::min(a.seq_lens[row], window) + kDecodeKeys - 1) / kDecodeKeys;
-  // One unit for all heads reads memory in order; too few units leave threads idle.
+  // One unit for all heads reads memory sequentially; too few units leave threads idle.
   const int32_t heads_each = num_chunks >= 4 * s.threads ? a.num_kv_heads : 1;
   for (int32_t row = 0; row < s.num_rows; ++row) {
     const int32_t num_tokens = a.query_starts[row + 1] - a.query_starts[row];
@@ -90,12 +90,13 @@ void fill(const Session& s, int32_t window, Schedule& schedule) {
   for (const Unit& unit : schedule.units)
     schedule.elements += int64_t(unit.key_end - unit.key_begin) * a.head_dim * 2 *
                          (unit.head_end - unit.head_begin) * (unit.lane_end ? 4 : 1);
-  // Longest first: what is left for the end is small enough to share out evenly.
+  // Longest first, so that the last units are small enough to balance the threads.
   std::stable_sort(schedule.units.begin(), schedule.units.end(),
                    [](const Unit& x, const Unit& y) { return cost(x) > cost(y); });
 }
 
-// Why a step cannot be run, or null. Wrong numbers here would write into foreign memory.
+// Returns why a step cannot be run, or null. Wrong numbers would write outside the pool. Entries of
+// pages that no query reads are checked too: they are valid ids by contract.
 const char* fault(const Session& s) {
   const Attention& a = s.common;
   if (s.num_rows && (a.query_starts[0] != 0 || a.query_starts[s.num_rows] != s.num_tokens))
@@ -180,7 +181,7 @@ Session* octavo_attention_new(const Kernels* kernels, const int64_t* keys, const
 
 void octavo_attention_free(Session* session) { delete session; }
 
-// Takes in a step. The arrays stay the caller's, and must stay alive until the next plan.
+// Sets the step. The caller owns the arrays and keeps them until the next plan.
 const char* octavo_attention_plan(Session* session, const int32_t* query_starts,
                                   const int32_t* seq_lens, const int32_t* block_table,
                                   int64_t table_stride, const int64_t* slots, int32_t num_rows,

@@ -1,4 +1,4 @@
-// A step's attention, cut into units of work; see attention.cpp.
+// The attention of a step, split into units of work; see attention.cpp.
 #pragma once
 
 #include <map>
@@ -8,12 +8,12 @@
 
 namespace octavo {
 
-// The work of a step in layers of one window.
+// The work of a step in the layers of one window.
 struct Schedule {
   std::vector<Unit> units;
   std::vector<Merge> merges;
   int32_t num_partials = 0;
-  // Keys and values read, for weighing whether threads are worth waking.
+  // Keys and values read: threads are used only where there are enough of them.
   int64_t elements = 0;
 };
 
@@ -22,12 +22,12 @@ struct Session {
   const Kernels* kernels;
   Attention common;
   std::vector<const void*> keys, values;
-  // One for each layer; the largest int where the layer sees everything.
+  // One for each layer; the largest int where the layer sees all keys.
   std::vector<int32_t> windows;
   int64_t num_pages;
   std::map<int32_t, Schedule> schedules;
   std::vector<float> partials;
-  // One piece a thread, on boundaries of cache lines: see `scratch_of`.
+  // A part for each thread, aligned to cache lines: see `scratch_of`.
   std::vector<float> scratch;
   const int64_t* slots = nullptr;
   int64_t num_tokens = 0;
@@ -35,13 +35,13 @@ struct Session {
   int threads = 1;
 };
 
-// Lets the threads of the region around it work through a layer's units. Ends with no barrier.
+// Runs a layer's units on the threads of the enclosing parallel region. Does not end with a barrier.
 void attend(Session& session, const Attention& attention, float* scratch);
 
-// The scratch memory of one thread.
+// Returns the scratch memory of one thread.
 float* scratch_of(Session& session, int64_t thread);
 
-// A layer's attention, still without its rows.
+// Returns a layer's attention, without queries and output.
 Attention attention_of(const Session& session, int32_t layer);
 
 }  // namespace octavo

@@ -1,7 +1,7 @@
-// Decode: one query token a row, cut along its keys (flash-decoding: arXiv:2311.01282, section 2).
+// Decode: one query token a row, split along its keys (flash-decoding: arXiv:2311.01282, section 2).
 //
-// Bound by memory, so: each key and value is read once for all query heads of its group, and a unit
-// goes through all its heads while its pages are in the nearest cache.
+// It is bound by memory. So each key and value is read once for all query heads of its group, and a
+// unit computes all its heads while its pages are in the nearest cache.
 #pragma once
 
 #include "simd.h"
@@ -12,16 +12,16 @@ using octavo::Attention;
 using octavo::Unit;
 using octavo::kDecodeKeys;
 
-// Keys whose values are summed before the next dimensions' turn; their lines stay in the L1 cache.
+// Keys whose values are summed before the next dimensions are; their lines stay in the L1 cache.
 constexpr int kValueKeys = 32;
 // Vectors of a head's dimensions held in registers: with four heads half of the register file.
 constexpr int kValueVectors = kWidth == 16 ? 4 : 2;
 
-// The largest score so far where there is none: finite, so that nothing to see makes no NaN.
+// The largest score of no key: finite, so that the difference of two of them is not NaN.
 constexpr float kNothingSeen = -1e30f;
 
-// How far ahead of their use keys and values are asked for: the rows of one head lie apart from each
-// other, and the CPU's own prefetcher gets two thirds of the bandwidth that this gets.
+// Prefetch distance in keys. The rows of one head are not adjacent, and the CPU's own prefetcher
+// reaches two thirds of the bandwidth that this reaches.
 constexpr int kKeysAhead = 16;
 
 template <class T>
@@ -29,7 +29,7 @@ inline void prefetch(const T* from, int count) {
   for (int i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(from + i);
 }
 
-// Where each key of [begin, end) lies, in elements from the layer's first.
+// Offsets of the keys [begin, end), in elements from the layer's first.
 inline void locate_keys(const Attention& a, int row, int begin, int end, int64_t* offsets) {
   const int32_t* table = a.block_table + row * a.table_stride;
   const int64_t token_elements = int64_t(a.num_kv_heads) * a.head_dim;
@@ -95,8 +95,8 @@ inline void add_values(const KV* values, const int64_t* offsets, int begin, int 
     for (int i = 0; i < Vectors; ++i) store(out + g * head_dim + i * kWidth, sums[g][i]);
 }
 
-// Turns scores into weights 2^(score - largest); returns their sum.
-inline float weigh(float* scores, int num_keys, float* largest) {
+// Replaces scores by weights 2^(score - largest); returns their sum.
+inline float softmax(float* scores, int num_keys, float* largest) {
   const int padded = (num_keys + kWidth - 1) / kWidth * kWidth;
   for (int key = num_keys; key < padded; ++key) scores[key] = -__builtin_inff();
   Vec top = load(scores);
@@ -118,7 +118,7 @@ void decode_heads(const KV* keys, const KV* values, const int64_t* offsets, int 
                   const float* queries, int head_dim, float* scores, float* sums, float* stats) {
   dot_keys<KV, Heads>(keys, offsets, num_keys, queries, head_dim, scores);
   for (int g = 0; g < Heads; ++g)
-    stats[2 * g + 1] = weigh(scores + g * kDecodeKeys, num_keys, stats + 2 * g);
+    stats[2 * g + 1] = softmax(scores + g * kDecodeKeys, num_keys, stats + 2 * g);
   for (int i = 0; i < Heads * head_dim; ++i) sums[i] = 0.0f;
   for (int key = 0; key < num_keys; key += kValueKeys) {
     const int end = smaller(key + kValueKeys, num_keys);
@@ -191,7 +191,7 @@ void decode_by_vectors(const Attention& a, const Unit& unit, float* scratch) {
   }
 }
 
-// Joins two shares of a softmax: what each is scaled by, and the largest score of both.
+// Two parts of a softmax, joined: the factor of each, and the largest score of both.
 struct Joint {
   Vec first;
   Vec second;

@@ -10,9 +10,9 @@ namespace {
 
 // ---- softmax -----------------------------------------------------------------------------------
 
-// 2 to the power of x, which is not above 0, to 1e-4 relative: rounding to bfloat16, which comes
-// next, is twenty times as coarse.
-inline Vec weight_of(Vec x) {
+// 2 to the power of x, for x up to 0, with a relative error of 1e-4: the rounding to bfloat16 that
+// follows is twenty times as coarse.
+inline Vec exp2_coarse(Vec x) {
   const Vec magic = broadcast(12582912.0f);
   const Vec shifted = x + magic;
   const Vec r = x - (shifted - magic);
@@ -21,12 +21,12 @@ inline Vec weight_of(Vec x) {
   p = p * r + 6.932829271e-1f;
   p = p * r + 1.0f;
   const Vec power = bit_cast<Vec>(bit_cast<IntVec>(p) + (bit_cast<IntVec>(shifted) << 23));
-  // NaN stays what it is.
+  // NaN stays NaN.
   return bit_cast<Vec>(bit_cast<IntVec>(power) & ~(x < -126.0f));
 }
 
-// Scores of keys outside [begin, end) become the least there is.
-inline void hide(float* scores, int key, int begin, int end) {
+// Sets the scores of keys outside [begin, end) to minus infinity.
+inline void mask_outside(float* scores, int key, int begin, int end) {
   for (int at = key; at < key + kPairedKeys; at += kWidth) {
     const __m512i index = _mm512_add_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -37,7 +37,7 @@ inline void hide(float* scores, int key, int begin, int end) {
   }
 }
 
-// What one lane sees of a chunk, [begin, end), and the same in whole pairs of blocks.
+// The keys of a chunk that one lane sees, [begin, end), and the same in whole pairs of blocks.
 struct Seen {
   int begin;
   int end;
@@ -45,11 +45,11 @@ struct Seen {
   int last() const { return round_up(end, kPairedKeys); }
 };
 
-// The largest score a lane sees. What it does not see is hidden from then on.
+// Returns the largest score that a lane sees, and masks the others.
 inline float largest_score(float* scores, Seen seen) {
   const int first = seen.first(), last = seen.last();
-  if (seen.begin > first) hide(scores, first, seen.begin, seen.end);
-  if (seen.end < last) hide(scores, last - kPairedKeys, seen.begin, seen.end);
+  if (seen.begin > first) mask_outside(scores, first, seen.begin, seen.end);
+  if (seen.end < last) mask_outside(scores, last - kPairedKeys, seen.begin, seen.end);
   Vec even = broadcast(kNothingSeen), odd = even;
   for (int key = first; key < last; key += kPairedKeys) {
     even = max(load(scores + key), even);
@@ -58,15 +58,15 @@ inline float largest_score(float* scores, Seen seen) {
   return _mm512_reduce_max_ps(bit_cast<__m512>(max(even, odd)));
 }
 
-// One lane's scores to weights, in place, and their sum. [from, to) are multiplied, both multiples
-// of 32: what the lane does not see of them weighs nothing, and adds nothing to a sum.
-inline float weigh(float* scores, int from, int to, Seen seen, float largest) {
+// Replaces one lane's scores by weights, and returns their sum. [from, to), both multiples of 32,
+// are multiplied later: keys in it that the lane does not see get a weight of zero.
+inline float softmax(float* scores, int from, int to, Seen seen, float largest) {
   BFloat16* weights = (BFloat16*)scores;
   const int first = seen.first(), last = seen.last();
   Vec even_total = {}, odd_total = {};
   for (int key = first; key < last; key += kPairedKeys) {
-    const Vec even = weight_of(load(scores + key) - largest);
-    const Vec odd = weight_of(load(scores + key + kWidth) - largest);
+    const Vec even = exp2_coarse(load(scores + key) - largest);
+    const Vec odd = exp2_coarse(load(scores + key + kWidth) - largest);
     even_total += even;
     odd_total += odd;
     store(weights + key, even, odd);
@@ -78,7 +78,7 @@ inline float weigh(float* scores, int from, int to, Seen seen, float largest) {
 
 // ---- lanes -------------------------------------------------------------------------------------
 
-// One KV head of a chunk. `next` is what will be read after it, or null.
+// One KV head of a chunk. `next` points to the rows that are read after it, or is null.
 template <class KV>
 struct HeadChunk {
   const Chunk& chunk;
@@ -87,7 +87,7 @@ struct HeadChunk {
   const KV* next;
 };
 
-// Up to sixteen lanes, and what at least one of them sees of a chunk.
+// Up to sixteen lanes, and the keys of a chunk that at least one of them sees.
 struct LaneBlock {
   int lane;
   int count;
@@ -104,13 +104,13 @@ class Lanes {
   Lanes(const Attention& a, int row, int head, int begin, int end, float* scratch)
       : a_(a), t_(scratch, a.head_dim), first_token_(a.query_starts[row]), head_(head),
         begin_(begin), count_(end - begin), depth_(TileScratch::depth(a.head_dim)) {
-    const int first_position = a.seq_lens[row] - (a.query_starts[row + 1] - first_token_);
+    const int first_index = a.seq_lens[row] - (a.query_starts[row + 1] - first_token_);
     for (int lane = 0; lane < count_; ++lane) {
-      positions_[lane] = first_position + (begin + lane) / a.group;
+      last_keys_[lane] = first_index + (begin + lane) / a.group;
       load_query(lane);
     }
     const int padded = round_up(count_, kBlockLanes);
-    // Lanes that are nobody's are zeros, and what becomes of them is never looked at.
+    // Unused lanes are zeros, and their results are never read.
     __builtin_memset(t_.queries + count_ * depth_, 0,
                      int64_t(padded - count_) * depth_ * sizeof(BFloat16));
     __builtin_memset(t_.totals, 0, int64_t(count_) * a.head_dim * sizeof(float));
@@ -118,10 +118,10 @@ class Lanes {
       store(largest_ + lane, broadcast(kNothingSeen));
       store(total_ + lane, Vec{});
     }
-    if (is_few()) turn_block(t_.queries, depth_, depth_, turned_queries());
+    if (is_few()) transpose_block(t_.queries, depth_, depth_, transposed_queries());
   }
 
-  // Chunks come in their order. `is_next`: what comes then is the next head's.
+  // Chunks are added in their order. `is_next`: the next head of the chunk is read after it.
   void add(const Chunk& chunk, bool is_next) {
     if (a_.kv_dtype == kFloat16)
       add_as<Float16>(chunk, is_next);
@@ -129,7 +129,7 @@ class Lanes {
       add_as<BFloat16>(chunk, is_next);
   }
 
-  // To the result, or to a share of it that is joined with others later.
+  // Writes the result, or a partial result that is merged with others later.
   void finish(const Unit& unit) const {
     for (int lane = 0; lane < count_; ++lane) {
       const float* sums = t_.totals + lane * a_.head_dim;
@@ -143,8 +143,8 @@ class Lanes {
 
  private:
   bool is_few() const { return count_ <= kBlockLanes; }
-  // Few lanes leave room behind them.
-  BFloat16* turned_queries() const { return t_.queries + kBlockLanes * depth_; }
+  // Few lanes leave room after them.
+  BFloat16* transposed_queries() const { return t_.queries + kBlockLanes * depth_; }
   int token_of(int lane) const { return first_token_ + (begin_ + lane) / a_.group; }
   int query_head(int lane) const { return head_ * a_.group + (begin_ + lane) % a_.group; }
 
@@ -164,7 +164,7 @@ class Lanes {
     const KV* keys = (const KV*)a_.keys + head_offset;
     const HeadChunk<KV> c = {chunk, keys, (const KV*)a_.values + head_offset,
                              is_next ? keys + a_.head_dim : nullptr};
-    if (!is_few()) take_in(c);
+    if (!is_few()) load_operands(c);
     for (int lane = 0; lane < count_; lane += kBlockLanes) {
       const int count = smaller(kBlockLanes, count_ - lane);
       const LaneBlock block = {lane, count, larger(seen_from(lane, chunk), chunk.begin),
@@ -178,13 +178,14 @@ class Lanes {
     }
   }
 
-  // What a lane sees, in keys from a chunk's first: [seen_from, seen_to).
+  // The keys that a lane sees, counted from a chunk's first: [seen_from, seen_to).
   int seen_from(int lane, const Chunk& chunk) const {
-    return larger(positions_[lane] - (a_.window - 1), 0) - chunk.first;
+    return larger(last_keys_[lane] - (a_.window - 1), 0) - chunk.first;
   }
-  int seen_to(int lane, const Chunk& chunk) const { return positions_[lane] - chunk.first + 1; }
+  int seen_to(int lane, const Chunk& chunk) const { return last_keys_[lane] - chunk.first + 1; }
 
-  // Sixteen keys as rows [16, depth]: in their page where they lie there side by side.
+  // Sixteen keys as rows [16, depth]: in place where they are adjacent in one page. There the rows
+  // outside the chunk's view may be NaN: each affects its own score alone, which is masked.
   template <class KV>
   const BFloat16* key_rows(const HeadChunk<KV>& c, int key, BFloat16* copy, int64_t* stride) const {
     if (a_.kv_dtype == kBFloat16 && a_.page_size % kBlockKeys == 0 && depth_ == a_.head_dim) {
@@ -196,20 +197,20 @@ class Lanes {
     return copy;
   }
 
-  // A chunk's keys and values as second operands, for many lanes.
+  // Loads a chunk's keys and values as second operands, for many lanes.
   template <class KV>
-  void take_in(const HeadChunk<KV>& c) {
+  void load_operands(const HeadChunk<KV>& c) {
     int64_t stride;
     for (int key = round_down(c.chunk.begin, kBlockKeys); key < c.chunk.end; key += kBlockKeys) {
       // The sums are not in use yet.
       const BFloat16* rows = key_rows(c, key, (BFloat16*)t_.sums, &stride);
-      turn_block(rows, stride, depth_, t_.keys + key * depth_);
+      transpose_block(rows, stride, depth_, t_.keys + key * depth_);
     }
     for (int key = round_down(c.chunk.begin, kPairedKeys); key < c.chunk.end; key += kPairedKeys)
       pair_values(c.values, c.chunk, key, 0, a_.head_dim, t_.values + key * a_.head_dim);
   }
 
-  // Scores of a block of lanes against keys that are turned.
+  // Scores of a block of lanes against transposed keys.
   void score(const LaneBlock& block) {
     const int from = round_down(block.begin, kBlockKeys), to = round_up(block.end, kBlockKeys);
     const Tiles tiles = {t_.keys + from * depth_, kTileElements, int64_t(kBlockKeys) * depth_};
@@ -217,30 +218,30 @@ class Lanes {
              (to - from) / kBlockKeys, t_.scores + from, kScoresStride * sizeof(float));
   }
 
-  // Scores of the only block of lanes against keys as they lie.
+  // Scores of the only block of lanes against keys that are not transposed.
   template <class KV>
   void score_few(const HeadChunk<KV>& c) {
-    const Tiles queries = {turned_queries(), kTileElements, 0};
+    const Tiles queries = {transposed_queries(), kTileElements, 0};
     alignas(64) float scores[kBlockKeys * kBlockLanes];
     int64_t stride;
     for (int key = round_down(c.chunk.begin, kBlockKeys); key < c.chunk.end; key += kBlockKeys) {
       const BFloat16* rows = key_rows(c, key, t_.keys, &stride);
       prefetch_block(c.keys, c.values, c.chunk, key, a_.head_dim);
       multiply(rows, stride * sizeof(BFloat16), depth_, queries, 1, scores, 64);
-      if (count_ <= kFewest)
-        turn_fewest(scores, t_.scores + key);
+      if (count_ <= kFewLanes)
+        transpose_few(scores, t_.scores + key);
       else
-        turn(scores, 64, t_.scores + key, kScoresStride * sizeof(float));
+        transpose_words(scores, 64, t_.scores + key, kScoresStride * sizeof(float));
     }
   }
 
-  // Adds a chunk to a block of lanes, beginning from their scores.
+  // Adds a chunk to a block of lanes, whose scores are computed.
   template <class KV>
   void add_block(const HeadChunk<KV>& c, const LaneBlock& block) {
     alignas(64) float largest[kBlockLanes], total[kBlockLanes];
     store(largest, broadcast(kNothingSeen));
     store(total, Vec{});
-    weigh_block(c.chunk, block, largest, total);
+    softmax_block(c.chunk, block, largest, total);
     if (is_few())
       sum_few(c, block);
     else
@@ -255,7 +256,7 @@ class Lanes {
                t_.totals + (lane + i) * a_.head_dim);
   }
 
-  void weigh_block(const Chunk& chunk, const LaneBlock& block, float* largest, float* total) {
+  void softmax_block(const Chunk& chunk, const LaneBlock& block, float* largest, float* total) {
     Seen seen[kBlockLanes];
     for (int i = 0; i < block.count; ++i) {
       const int lane = block.lane + i;
@@ -265,16 +266,16 @@ class Lanes {
       if (seen[i].begin >= seen[i].end) seen[i] = {block.from(), block.from()};
       largest[i] = largest_score(t_.scores + i * kScoresStride, seen[i]);
     }
-    // In a loop of its own: nothing waits for what has only just been found.
+    // A loop of its own, so that no iteration waits for the maximum it uses.
     const int from = block.from(), to = block.to();
     for (int i = 0; i < block.count; ++i)
-      total[i] = weigh(t_.scores + i * kScoresStride, from, to, seen[i], largest[i]);
+      total[i] = softmax(t_.scores + i * kScoresStride, from, to, seen[i], largest[i]);
   }
 
   const BFloat16* weights() const { return (const BFloat16*)t_.scores; }
   static constexpr int64_t kWeightsBytes = kScoresStride * sizeof(float);
 
-  // The weights of a block of lanes times values that are paired.
+  // The weights of a block of lanes times paired values.
   void sum(const LaneBlock& block) {
     const Tiles tiles = {t_.values + block.from() * a_.head_dim,
                          int64_t(kPairedKeys) * a_.head_dim, kTileElements};
@@ -282,7 +283,7 @@ class Lanes {
              a_.head_dim / kTileOutputs, t_.sums, a_.head_dim * sizeof(float));
   }
 
-  // The same, pairing values as they are multiplied, while that is in the nearest cache.
+  // The same, pairing values just before they are multiplied, while they are in the nearest cache.
   template <class KV>
   void sum_few(const HeadChunk<KV>& c, const LaneBlock& block) {
     int d = 0;
@@ -302,7 +303,7 @@ class Lanes {
     zero_accumulators();
     pair(block.from());
     for (int key = block.from(); key < block.to(); key += kPairedKeys) {
-      // A tile waits for what is on its way to the cache: there is one more in between.
+      // Loading a tile waits for stores to it: the next tile is written in between.
       if (key + kPairedKeys < block.to()) pair(key + kPairedKeys);
       if (d == 0)
         for (int i = 0; i < kPairedKeys; i += kBlockKeys)
@@ -317,7 +318,7 @@ class Lanes {
     int d = 0;
     for (; d + 2 * kWidth <= a_.head_dim; d += 2 * kWidth) {
       Vec low = load(sums + d), high = load(sums + d + kWidth);
-      in_order(&low, &high);
+      restore_order(&low, &high);
       store(totals + d, multiply_add(load(totals + d), first, low * second));
       store(totals + d + kWidth, multiply_add(load(totals + d + kWidth), first, high * second));
     }
@@ -328,8 +329,8 @@ class Lanes {
   const Attention& a_;
   const TileScratch t_;
   const int first_token_, head_, begin_, count_, depth_;
-  // Of what they see the last key.
-  int positions_[kTileLanes];
+  // The last key that each lane sees: the stored index of its token.
+  int last_keys_[kTileLanes];
   alignas(64) float largest_[kTileLanes];
   alignas(64) float total_[kTileLanes];
 };
@@ -343,7 +344,7 @@ void prefill_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
   lanes.finish(unit);
 }
 
-// One token: its heads are the lanes, its keys lie in one chunk.
+// One token: its heads are the lanes, and its keys are in one chunk.
 void decode_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
   configure_tiles();
   const Chunk chunk(a, unit.row, round_down(unit.key_begin, kChunkKeys), unit.key_begin,

@@ -1,8 +1,8 @@
 // Prefill: many query tokens a row; an online softmax over tiles of keys (arXiv:2205.14135).
 //
-// Everything is kept transposed, with (token, head) pairs as the lanes of a vector: scores, maxima,
-// weights and sums are then lane by lane, and both products broadcast one float of a key or value
-// against vectors of lanes, so pages are used as they lie.
+// Queries and sums are transposed, with (token, head) pairs as the lanes of a vector. So the softmax
+// works lane by lane, and both products broadcast one float of a key or value against vectors of
+// lanes: pages are read in place.
 #pragma once
 
 #include "attention_decode.h"
@@ -39,10 +39,10 @@ struct PrefillScratch {
 struct LaneStats {
   alignas(64) float largest[kPrefillLanes];
   alignas(64) float total[kPrefillLanes];
-  // What the sums so far are scaled by.
+  // The factor of the sums so far.
   alignas(64) float rescale[kPrefillLanes];
   // Last key each lane sees.
-  alignas(64) float position[kPrefillLanes];
+  alignas(64) float last_key[kPrefillLanes];
 };
 
 // scores[key][lane] = Σ_d keys[key][d] * queries[d][lane] for Keys keys and Vectors vectors.
@@ -96,16 +96,16 @@ inline void add_lanes(const float* const* values, int at, const float* weights, 
     for (int j = 0; j < Vectors; ++j) store(sums + i * kPrefillLanes + j * kWidth, total[i][j]);
 }
 
-// Scores of one tile to weights, lane by lane; keys a lane does not see weigh nothing.
-inline void weigh_lanes(float* scores, int first_key, int num_keys, int lane, float window,
+// Replaces the scores of one tile by weights; a key that a lane does not see gets zero.
+inline void softmax_lanes(float* scores, int first_key, int num_keys, int lane, float window,
                         bool masked, LaneStats& stats) {
-  const Vec position = load(stats.position + lane), before = load(stats.largest + lane);
+  const Vec last_key = load(stats.last_key + lane), before = load(stats.largest + lane);
   Vec largest = before;
   for (int key = 0; key < num_keys; ++key) {
     float* at = scores + key * kPrefillLanes + lane;
     Vec score = load(at);
     if (masked) {
-      const Vec back = position - float(first_key + key);
+      const Vec back = last_key - float(first_key + key);
       score = (back >= 0.0f) & (back < window) ? score : broadcast(-__builtin_inff());
       store(at, score);
     }
@@ -135,13 +135,13 @@ void attend_tile(const PrefillScratch& s, const float* const* keys, const float*
     dot_lanes<kRows, Vectors>(keys + key, s.queries + lane, head_dim,
                               s.scores + key * kPrefillLanes + lane);
   for (int j = 0; j < Vectors; ++j)
-    weigh_lanes(s.scores, first_key, num_keys, lane + j * kWidth, window, masked, stats);
+    softmax_lanes(s.scores, first_key, num_keys, lane + j * kWidth, window, masked, stats);
   for (int d = 0; d < head_dim; d += kRows)
     add_lanes<kRows, Vectors>(values, d, s.scores + lane, num_keys, stats.rescale + lane,
                               s.sums + d * kPrefillLanes + lane);
 }
 
-// Pointers to a tile's rows as floats: into the pages themselves, or into `converted`.
+// Sets pointers to a tile's rows as floats: into the pages, or into `converted`.
 inline void load_rows(const void* pages, DType dtype, const int64_t* offsets, int num_keys,
                       int64_t head_offset, int head_dim, float* converted, const float** rows) {
   for (int key = 0; key < num_keys; ++key) {
@@ -155,16 +155,16 @@ inline void load_rows(const void* pages, DType dtype, const int64_t* offsets, in
       store(to + d, load_some(pages, dtype, from + d, kWidth));
     rows[key] = to;
   }
-  // The kernels take rows by the eight; what they make of these is never used.
+  // The kernels process eight rows at a time; the results of these are not used.
   for (int key = num_keys; key < (num_keys + 7) / 8 * 8; ++key) rows[key] = rows[num_keys - 1];
 }
 
-// Lanes past the unit's last repeat it, and are not stored.
+// Loads the queries. Lanes past the unit's last repeat it, and are not stored.
 inline void load_lanes(const Attention& a, const Unit& unit, int num_lanes, PrefillScratch& s,
                        LaneStats& stats) {
   const int first_token = a.query_starts[unit.row];
   const int num_tokens = a.query_starts[unit.row + 1] - first_token;
-  const int first_position = a.seq_lens[unit.row] - num_tokens;
+  const int first_index = a.seq_lens[unit.row] - num_tokens;
   alignas(64) float query[octavo::kMaxHeadDim];
   for (int lane = 0; lane < num_lanes; ++lane) {
     const int pair = smaller(unit.lane_begin + lane, unit.lane_end - 1);
@@ -173,7 +173,7 @@ inline void load_lanes(const Attention& a, const Unit& unit, int num_lanes, Pref
     for (int d = 0; d < a.head_dim; d += kWidth)
       store(query + d, load_some(a.q.data, a.q.dtype, from + d, kWidth) * a.scale_log2e);
     for (int d = 0; d < a.head_dim; ++d) s.queries[d * kPrefillLanes + lane] = query[d];
-    stats.position[lane] = float(first_position + token);
+    stats.last_key[lane] = float(first_index + token);
   }
   for (int lane = 0; lane < num_lanes; lane += kWidth) {
     store(stats.largest + lane, broadcast(kNothingSeen));
@@ -194,12 +194,12 @@ inline void store_lanes(const Attention& a, const Unit& unit, const float* lanes
   }
 }
 
-// Whether a tile of keys is not seen in full by every lane: past the first token's position, or out
-// of the last one's window.
+// Returns whether some lane does not see the whole tile: it has keys after the first token, or
+// before the window of the last one.
 inline bool is_masked(const Attention& a, const Unit& unit, const LaneStats& stats, int key,
                       int last_key) {
-  const float last_position = stats.position[unit.lane_end - unit.lane_begin - 1];
-  return last_key > stats.position[0] || last_position - key >= float(a.window);
+  const float newest = stats.last_key[unit.lane_end - unit.lane_begin - 1];
+  return last_key > stats.last_key[0] || newest - key >= float(a.window);
 }
 
 void attend_by_vectors(const Attention& a, const Unit& unit, float* scratch) {
@@ -232,7 +232,7 @@ void attend_by_vectors(const Attention& a, const Unit& unit, float* scratch) {
   store_lanes(a, unit, s.sums, stats);
 }
 
-// What is kept in float32 is meant to stay exact.
+// Pages in float32 are meant to be exact: bfloat16 operands would round them.
 inline bool is_by_tiles(DType kv_dtype) {
 #if defined(__AMX_BF16__)
   return kv_dtype != kFloat32;

@@ -1,16 +1,15 @@
-// Attention by matrix instructions, for keys and values kept in 16 bits: how operands come to lie,
-// and their products. Operands are bfloat16, sums are float32; attention_lanes.h has the softmax.
+// Attention by matrix instructions, for keys and values of 16 bits: the layout of operands, and
+// their products. Operands are bfloat16, sums are float32; attention_lanes.h has the softmax.
 //
 // Lanes are the (token, head) pairs of one KV head, sixteen to a tile. A chunk of 256 keys, counted
 // from the sequence's first, is one plain softmax: scores, weights, and their sum over the values;
 // chunks are joined in their order. A lane's sums run along its own row, so its result is the same
 // to the bit whatever the lanes beside it: computed alone, in a prompt, or in any piece of one.
 //
-// A second operand has the pairs of what is summed over side by side. Of values these are two keys'
-// rows, which interleave. Of keys they would be two dimensions of a row, which takes a
-// transposition: worth it for many lanes. For few the queries are transposed instead, keys are a
-// first operand as they lie in their pages, and the scores are turned back: the same sums in the
-// same order.
+// A second operand interleaves pairs along the dimension of the sum. For values a pair is two keys'
+// rows. For keys it is two dimensions of a row, which needs a transposition: worth it for many lanes.
+// For few lanes the queries are transposed instead, keys are a first operand without a copy, and the
+// scores are transposed back: the same sums in the same order.
 #pragma once
 
 #include "attention_decode.h"
@@ -26,23 +25,23 @@ constexpr int kChunkKeys = kDecodeKeys;
 constexpr int kBlockLanes = kTileOutputs;
 constexpr int kBlockKeys = kTileOutputs;
 constexpr int kPairedKeys = kTileInputs;
-// Lanes whose scores are turned by themselves.
-constexpr int kFewest = 4;
-// What is read once is asked for this far ahead.
+// Up to so many lanes, only their scores are transposed.
+constexpr int kFewLanes = 4;
+// Prefetch distance, in blocks of keys.
 constexpr int kBlocksAhead = 4;
-// Floats from a lane's scores to the next lane's: a line more than they are, lest all begin in the
-// same sets of the cache.
+// Floats from a lane's scores to the next lane's: a cache line more than the scores need, so that
+// the lanes do not all map to the same sets of the cache.
 constexpr int kScoresStride = kChunkKeys + 16;
 
 inline int round_down(int value, int multiple) { return value / multiple * multiple; }
 inline int round_up(int value, int multiple) { return round_down(value + multiple - 1, multiple); }
 
-// The keys of a chunk that some lane sees, counted from the chunk's first, and where they lie.
+// The keys of a chunk that some lane sees, counted from the chunk's first, and their offsets.
 struct Chunk {
   int first;
   int begin;
   int end;
-  // Of whole blocks of keys; what lies before `begin` and from `end` on is not to be trusted.
+  // Of whole blocks of keys; rows before `begin` and from `end` on may hold anything.
   int64_t offsets[kChunkKeys];
 
   Chunk(const Attention& a, int row, int chunk_first, int key_begin, int key_end)
@@ -84,7 +83,7 @@ struct TileScratch {
   }
 };
 
-// ---- how operands come to lie ------------------------------------------------------------------
+// ---- the layout of operands --------------------------------------------------------------------
 
 // Sixteen rows of sixteen words, transposed.
 inline void transpose(__m512i* rows) {
@@ -116,7 +115,7 @@ inline void transpose(__m512i* rows) {
 }
 
 // The same in memory: pairs of bfloat16, or floats.
-inline void turn(const void* from, int64_t from_bytes, void* to, int64_t to_bytes) {
+inline void transpose_words(const void* from, int64_t from_bytes, void* to, int64_t to_bytes) {
   __m512i rows[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512((const char*)from + i * from_bytes);
@@ -126,13 +125,13 @@ inline void turn(const void* from, int64_t from_bytes, void* to, int64_t to_byte
 }
 
 // Rows of one block, [16, depth], as tiles of the second operand.
-inline void turn_block(const BFloat16* rows, int64_t stride, int depth, BFloat16* tiles) {
+inline void transpose_block(const BFloat16* rows, int64_t stride, int depth, BFloat16* tiles) {
   for (int d = 0; d < depth; d += kTileInputs, tiles += kTileElements)
-    turn(rows + d, stride * sizeof(BFloat16), tiles, 64);
+    transpose_words(rows + d, stride * sizeof(BFloat16), tiles, 64);
 }
 
 // Scores [16 keys, 16 lanes] to [lanes, kScoresStride], the first four lanes' alone.
-inline void turn_fewest(const float* scores, float* to) {
+inline void transpose_few(const float* scores, float* to) {
   __m512 rows[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -158,7 +157,7 @@ inline __m512i load_32(const Float16* from) {
   return (__m512i)_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first));
 }
 
-// Asks for a block of rows some way ahead of `key`; past the chunk for those that are read `next`.
+// Prefetches a block of rows ahead of `key`; past the end of the chunk, of the rows read `next`.
 template <class KV>
 inline void prefetch_block(const KV* pages, const KV* next, const Chunk& chunk, int key,
                            int head_dim) {
@@ -170,16 +169,16 @@ inline void prefetch_block(const KV* pages, const KV* next, const Chunk& chunk, 
   for (; ahead < last; ++ahead) prefetch(pages + chunk.offsets[ahead], head_dim);
 }
 
-// Two rows of floats side by side as pairs of bfloat16.
+// Interleaves two rows of floats as pairs of bfloat16.
 inline __m512i pairs_of(Vec even, Vec odd) {
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(bit_cast<__m512>(even)));
   const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(bit_cast<__m512>(odd)));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// What stands for keys that nobody may read: zeros, for what is there may be NaN.
+// Returns zeros for a key outside the view, since its memory may hold NaN.
 template <class KV>
-inline const KV* row_of(const KV* pages, const Chunk& chunk, int key) {
+inline const KV* row_or_zeros(const KV* pages, const Chunk& chunk, int key) {
   alignas(64) static const KV zeros[octavo::kMaxHeadDim] = {};
   return key >= chunk.begin && key < chunk.end ? pages + chunk.offsets[key] : zeros;
 }
@@ -188,7 +187,7 @@ inline const KV* row_of(const KV* pages, const Chunk& chunk, int key) {
 template <class KV>
 inline void copy_keys(const KV* pages, const Chunk& chunk, int block, int head_dim, BFloat16* to) {
   for (int key = block; key < block + kBlockKeys; ++key) {
-    const KV* row = row_of(pages, chunk, key);
+    const KV* row = row_or_zeros(pages, chunk, key);
     int d = 0;
     for (; d + kTileInputs <= head_dim; d += kTileInputs, to += kTileInputs)
       _mm512_storeu_si512(to, load_32(row + d));
@@ -198,13 +197,13 @@ inline void copy_keys(const KV* pages, const Chunk& chunk, int block, int head_d
 
 // Tiles of the values of 32 keys, `count` dimensions from the row's `d` on. Two rows interleave
 // within the quarters of a vector, which is one instruction and leaves 32 dimensions in an order of
-// their own: `in_order` undoes it in the sums.
+// their own: `restore_order` undoes it in the sums.
 template <class KV>
 inline void pair_values(const KV* pages, const Chunk& chunk, int keys, int d, int count,
                         BFloat16* to) {
   for (int key = keys; key < keys + kPairedKeys; key += 2, to += kTileInputs) {
-    const KV* even = row_of(pages, chunk, key) + d;
-    const KV* odd = row_of(pages, chunk, key + 1) + d;
+    const KV* even = row_or_zeros(pages, chunk, key) + d;
+    const KV* odd = row_or_zeros(pages, chunk, key + 1) + d;
     BFloat16* tile = to;
     int i = 0;
     for (; i + kTileInputs <= count; i += kTileInputs, tile += 2 * kTileElements) {
@@ -216,8 +215,8 @@ inline void pair_values(const KV* pages, const Chunk& chunk, int keys, int d, in
   }
 }
 
-// The sums of 32 dimensions as `pair_values` left them.
-inline void in_order(Vec* low, Vec* high) {
+// Restores the order of the sums of 32 dimensions, which `pair_values` changed.
+inline void restore_order(Vec* low, Vec* high) {
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   const __m512 x = bit_cast<__m512>(*low), y = bit_cast<__m512>(*high);

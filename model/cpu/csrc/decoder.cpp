@@ -1,6 +1,6 @@
-// A whole decoder in one call: the threads meet at barriers instead of being woken for each
-// operation, and nothing between the products is a tensor. Knows nothing of instruction sets
-// (`Kernels`) nor of how attention is cut up (`Session`).
+// A whole decoder in one call: threads synchronise at barriers instead of being woken for each
+// operation, and no intermediate result is a tensor. Knows nothing of instruction sets (`Kernels`)
+// nor of how attention is split into units (`Session`).
 
 #include <cstring>
 #include <memory>
@@ -27,7 +27,7 @@ struct Weights {
   int64_t scale_tiles;
 };
 
-// In the order in which model/cpu/decoder.py lists them; pointers are null where there is none.
+// In the order of model/cpu/decoder.py; a pointer is null where the model has no such weight.
 struct Layer {
   const float* input_norm;
   Weights qkv;
@@ -48,8 +48,8 @@ struct Shape {
   int64_t rotary_dim;
 };
 
-// Rows on their way into a product, in the kernels' panel dtype, padded with zeros. The padding
-// is never written to.
+// The input rows of a product, in the kernels' panel dtype, padded with zeros. The padding is never
+// written to.
 class Panel {
  public:
   void fit(int64_t rows, int64_t width, int64_t element_bytes) {
@@ -65,7 +65,7 @@ class Panel {
   int64_t stride_ = 0;
 };
 
-// Rows of a panel as eight-bit weights want them; see `Kernels::split_rows`.
+// Rows of a panel in the form that eight-bit weights need; see `Kernels::split_rows`.
 class Digits {
  public:
   void fit(int64_t rows, int64_t bytes) {
@@ -89,7 +89,7 @@ class Decoder {
       : kernels_(*kernels), shape_(shape), eps_(eps), layers_(layers, layers + num_layers),
         cos_sin_(cos_sin), are_rows_split_(kernels->digits_bytes(1, kByteTileInputs) > 0) {}
 
-  // Runs the layers over the planned step; `residual` [tokens, hidden] goes in and comes out.
+  // Runs the layers over the planned step; updates `residual` [tokens, hidden] in place.
   void forward(Session& session, const int64_t* positions, float* residual) {
     const int64_t tokens = session.num_tokens;
     const int64_t element_bytes = kernels_.panel_dtype() == kFloat32 ? 4 : 2;
@@ -121,13 +121,13 @@ class Decoder {
     return (shape_.num_heads + 2 * shape_.num_kv_heads) * shape_.head_dim;
   }
 
-  // Every step ends with a barrier, since the next one reads what other threads wrote.
+  // Every operation ends with a barrier, since the next one reads results of other threads.
   void layer(const Layer& layer, int32_t index, Session& session, const int64_t* positions,
              float* residual, float* scratch) {
     const int64_t tokens = session.num_tokens;
     norm(layer.input_norm, residual, tokens);
     multiply(normed_, tokens, layer.qkv, qkv_width(), qkv_.data(), scratch);
-    turn_and_write(layer, index, session, positions);
+    rope_and_store(layer, index, session, positions);
     attend_to(index, session);
     add_product(attended_, tokens, layer.o, residual, scratch);
     norm(layer.post_norm, residual, tokens);
@@ -212,7 +212,7 @@ class Decoder {
     });
   }
 
-  void turn_and_write(const Layer& layer, int32_t index, Session& session,
+  void rope_and_store(const Layer& layer, int32_t index, Session& session,
                       const int64_t* positions) {
     const Attention a = attention_of(session, index);
     const int64_t width = qkv_width(), dim = shape_.head_dim;
@@ -262,7 +262,7 @@ class Decoder {
   const float eps_;
   const std::vector<Layer> layers_;
   const float* cos_sin_;
-  // Whether eight-bit weights want the rows in digits.
+  // Whether eight-bit weights need the rows split into digits.
   const bool are_rows_split_;
   Panel normed_, attended_, gated_;
   Digits digits_;

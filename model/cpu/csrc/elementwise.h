@@ -67,7 +67,7 @@ void silu_mul(const SiluMul& s, int64_t begin, int64_t end) {
   }
 }
 
-// Puts the keys (or values) of tokens begin to end into their slots.
+// Stores the keys (or values) of tokens begin to end in their slots.
 void write(const Write& w, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token)
     for (int64_t head = 0; head < w.num_kv_heads; ++head) {

@@ -1,14 +1,14 @@
-// What the threads of octavo_cpu.cpp and the arithmetic of kernels.cpp say to each other.
+// The interface between the threads of octavo_cpu.cpp and the arithmetic of kernels.cpp.
 //
 // Plain data and one table of functions: kernels.cpp is compiled once per instruction set, and the
-// linker must never be given the choice between two versions of one inline function.
+// linker must never choose between two versions of one inline function.
 #pragma once
 
 #include <cstdint>
 
 namespace octavo {
 
-// The numbers are model/cpu/ops.py's too.
+// model/cpu/library.py has the same numbers.
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Keys of one decode unit. Fixed, so that a row's result never depends on the rows beside it.
@@ -41,12 +41,13 @@ struct Attention {
   // Query heads to each KV head.
   int32_t group;
   int32_t page_size;
-  // [rows + 1], [rows], [rows, table_stride].
+  // [rows + 1], [rows], [rows, table_stride]. A key's index counts the row's stored keys; the row's
+  // tokens have the last indices of its seq_lens. Windows compare indices, not positions in the text.
   const int32_t* query_starts;
   const int32_t* seq_lens;
   const int32_t* block_table;
   int64_t table_stride;
-  // Tokens a query sees, itself included.
+  // Tokens that a query sees, itself included. No key before the first query's window is read.
   int32_t window;
   // Factor on q·k, times log2(e): the softmax is in powers of two.
   float scale_log2e;
@@ -54,7 +55,7 @@ struct Attention {
   float* partials;
 };
 
-// A piece of work for one thread. Lanes are the row's (token, head in group) pairs, flattened.
+// A unit of work for one thread. Lanes are the row's (token, head in group) pairs, flattened.
 struct Unit {
   int32_t row;
   int32_t head_begin;
@@ -64,11 +65,11 @@ struct Unit {
   // Empty for a decode unit.
   int32_t lane_begin;
   int32_t lane_end;
-  // Where a decode unit leaves its share of a row; -1: the unit is the whole row.
+  // Index of a decode unit's partial result; -1: the unit is the whole row.
   int32_t partial;
 };
 
-// The row whose decode was cut along its keys.
+// A row whose decode was split along its keys.
 struct Merge {
   int32_t row;
   int32_t first_partial;
@@ -127,7 +128,7 @@ struct Product {
   const void* panel;
   int64_t panel_stride;
   int64_t num_rows;
-  // The panel as `split_rows` wrote it, where the weights are eight-bit and kernels want it so.
+  // The panel as `split_rows` wrote it, where the weights are eight-bit and the kernels need it.
   const int8_t* digits;
   const float* row_scales;
   // Output groups of 16, each of `num_tiles` bfloat16 tiles, or with scales half as many of eight bits.
@@ -161,14 +162,14 @@ struct Kernels {
   void (*norm)(const Norm&, int64_t begin, int64_t end);
   void (*rope)(const Rope&, int64_t begin, int64_t end);
   void (*silu_mul)(const SiluMul&, int64_t begin, int64_t end);
-  // What the rows of a product are given in, and the floats of scratch memory one thread needs.
+  // The dtype of a product's rows, and the floats of scratch memory that one thread needs.
   DType (*panel_dtype)();
   int64_t (*product_scratch_floats)(int num_tiles);
-  // The bytes in which `split_rows` leaves rows of a panel; 0 where products want the panel as it is.
+  // The bytes that `split_rows` writes for rows of a panel; 0 where products use the panel itself.
   int64_t (*digits_bytes)(int64_t rows, int64_t stride);
   // Rows begin to end of a product's panel into digits and a scale for each.
   void (*split_rows)(const Product&, int8_t* digits, float* row_scales, int64_t begin, int64_t end);
-  // Around a thread's products, for instruction sets that have a state.
+  // Called before and after a thread's products, for instruction sets with a state.
   void (*configure_tiles)();
   void (*release_tiles)();
   // Float32 rows begin to end, [rows, width], into a panel.

@@ -16,7 +16,7 @@ namespace octavo {
 namespace {
 
 #if defined(__x86_64__)
-// Linux keeps a process from the tiles until it asks; later threads inherit the answer.
+// Linux lets a process use tiles only after a request; threads started later inherit the permission.
 bool may_use_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -64,7 +64,7 @@ using namespace octavo;
 
 extern "C" {
 
-// What the library was built from, for its loader to compare.
+// Returns the digest of the sources, which the loader compares.
 const char* octavo_sources() { return OCTAVO_SOURCES; }
 
 bool octavo_supports(const char* isa) { return supports(isa); }

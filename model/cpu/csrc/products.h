@@ -1,12 +1,12 @@
 // Matrix products with weights in tiles: rows of activations times [n, k] weights.
 //
-// A tile is 16 outputs by 32 inputs of bfloat16 or by 64 of eight bits, laid out as AMX wants its
+// A tile is 16 outputs by 32 inputs of bfloat16 or by 64 of eight bits, in the layout of AMX's
 // second operand: pairs (or fours) of inputs, each for the 16 outputs side by side. Tiles of one
 // output group follow each other along k, so a thread reads memory in one direction. Eight-bit
 // weights have a scale for each output and `scale_tiles` tiles. A row's result does not depend on
 // the rows beside it: every output is one sum in the order of k, whatever the blocking.
 //
-// What is here is common to all instruction sets; the sums are products_amx.h's or
+// This file is common to all instruction sets; the sums are products_amx.h's or
 // products_vectors.h's.
 #pragma once
 
@@ -28,8 +28,8 @@ constexpr int kMaxSide = 4;
 // Sums are [kBlockRows, kSumsStride].
 constexpr int kSumsStride = kMaxSide * kTileOutputs;
 
-// The output group that stands at `side` of those from `first` on. Gates and what they are for are
-// the halves of the outputs; they stand in turns, and `first` counts pairs.
+// The output group at `side`, counted from `first`. Gates and the values they multiply are the two
+// halves of the outputs; their groups alternate, and `first` counts pairs.
 inline int64_t group_at(const Product& p, int64_t first, int side) {
   if (!p.is_gated) return first + side;
   return first + side / 2 + side % 2 * (p.num_outputs / 2 / kTileOutputs);
@@ -50,7 +50,7 @@ inline const float* scales_of(const Product& p, int64_t output_group) {
   return p.scales + output_group * num_scales * kTileOutputs;
 }
 
-// ---- what becomes of finished sums -------------------------------------------------------------
+// ---- writing finished sums ---------------------------------------------------------------------
 
 inline Vec silu(Vec x) { return x / (1.0f + exp2(x * -1.44269504f)); }
 

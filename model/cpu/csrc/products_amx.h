@@ -9,8 +9,8 @@
 
 namespace {
 
-// The compiler does not know that a tile is loaded from memory, nor what a configuration does:
-// everything stands where it is written.
+// The compiler has no model of tile loads from memory or of tile configuration:
+// this keeps memory accesses in the order of the source.
 inline void written_before() { asm volatile("" ::: "memory"); }
 
 inline void configure_tiles() {
@@ -108,7 +108,7 @@ inline void multiply_wide(const Product& p, int64_t group, float* sums) {
 
 // ---- eight-bit weights -------------------------------------------------------------------------
 
-// Rows whose digits share a tile, and such blocks at a time: what the vector registers have room for.
+// Rows whose digits share a tile, and the number of such blocks that the vector registers can hold.
 constexpr int kDigitRows = 8;
 constexpr int kMaxBlocks = 3;
 // The largest 256 * high + low with both digits in -127 to 127.
@@ -137,7 +137,7 @@ void split_rows(const Product& p, int8_t* digits, float* row_scales, int64_t beg
     const BFloat16* from = (const BFloat16*)p.panel + row * p.panel_stride;
     const uint16_t bits = largest_bits(from, p.panel_stride);
     const float largest = bit_cast<float>(uint32_t(bits) << 16);
-    // What is no number shows in the whole row: infinity times zero is none.
+    // NaN and infinity make the whole row NaN, since infinity times zero is NaN.
     row_scales[row] = bits < kInfinityBits ? largest / kMaxDigits : __builtin_inff();
     const bool has_scale = bits > 0 && bits < kInfinityBits;
     const Vec factor = broadcast(has_scale ? kMaxDigits / largest : 0.0f);
@@ -148,13 +148,13 @@ void split_rows(const Product& p, int8_t* digits, float* row_scales, int64_t beg
       const __m256i high = _mm256_srai_epi16(_mm256_add_epi16(whole, _mm256_set1_epi16(128)), 8);
       int8_t* at = to + i / kByteTileInputs * kByteTileElements + i % kByteTileInputs;
       _mm_store_si128((__m128i*)at, _mm256_cvtepi16_epi8(high));
-      // What is left of the whole after 256 * high is its low byte, with a sign.
+      // The remainder after 256 * high is the low byte, with a sign.
       _mm_store_si128((__m128i*)(at + kDigitRows * kByteTileInputs), _mm256_cvtepi16_epi8(whole));
     }
   }
 }
 
-// Asks for what will be read soon: far enough ahead for memory, near enough for the first cache.
+// Prefetches: far enough ahead for memory, near enough for the first cache.
 inline void prefetch(const int8_t* tile) {
   constexpr int kAheadBytes = 8192;
   for (int line = 0; line < kByteTileElements; line += 64)

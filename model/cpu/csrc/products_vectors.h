@@ -1,7 +1,7 @@
 // Sums by vectors, for any instruction set. Included by products.h.
 //
 // The rows come in float32, and a pair of inputs is two vectors of weights: the low half of each
-// word, and the high one. Eight-bit weights become bfloat16 on their way in, once for all rows.
+// word, and the high one. Eight-bit weights are converted to bfloat16, once for all rows.
 #pragma once
 
 namespace {

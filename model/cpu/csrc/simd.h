@@ -1,7 +1,7 @@
 // Vectors of floats as wide as the instruction set of this translation unit.
 //
-// GCC's vector extensions (clang has them too) and a few intrinsics where those have no word for
-// it. Everything is in an anonymous namespace, and nothing of the C++ library is used: see kernels.h.
+// GCC's vector extensions (clang has them too), and a few intrinsics where those have no equivalent.
+// Everything is in an anonymous namespace, and the C++ library is not used: see kernels.h.
 #pragma once
 
 #include <cstdint>
@@ -200,7 +200,7 @@ inline int64_t bytes_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
-// 2 to the power of x, to 2e-7 relative; zero below -126, no more than 2^127 above, NaN of NaN.
+// 2 to the power of x, with a relative error of 2e-7: zero below -126, at most 2^127, NaN for NaN.
 inline Vec exp2(Vec x) {
   const Vec bounded = min(broadcast(127.0f), max(broadcast(-126.0f), x));
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.

@@ -1,7 +1,7 @@
-// How work is shared out among threads.
+// Distributes work among threads.
 //
-// OpenMP's runtime is the one torch has brought into the process (the library is linked without
-// one of its own): a second pool of spinning threads would fight the first.
+// OpenMP's runtime is torch's (the library is linked without one of its own): two pools of spinning
+// threads would compete for the cores.
 #pragma once
 
 #include <omp.h>
@@ -14,7 +14,7 @@ namespace octavo {
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kGrainElements = 32768;
 
-// Runs function(begin, end) over [0, count), in one thread where that is quicker.
+// Runs function(begin, end) over [0, count), in one thread where that is faster.
 template <class Function>
 void in_parallel(int64_t count, int64_t elements_each, const Function& function) {
   const int64_t wanted = count * elements_each / kGrainElements;

@@ -1,4 +1,4 @@
-// The AI SDK with its two providers that fit, against the real daemon (see test_suites.py).
+// The AI SDK with its two providers that fit, against the real daemon (see test_node.py).
 import assert from "node:assert/strict";
 import { afterEach, test } from "node:test";
 import { createOpenAI } from "@ai-sdk/openai";

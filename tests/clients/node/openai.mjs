@@ -1,4 +1,4 @@
-// npm's openai, against the real daemon (see test_suites.py).
+// npm's openai, against the real daemon (see test_node.py).
 import assert from "node:assert/strict";
 import { afterEach, test } from "node:test";
 import OpenAI from "openai";

@@ -1,4 +1,4 @@
-// The servers that the suites talk to, by the variables that test_suites.py sets.
+// The servers that the suites talk to, by the variables that conftest.py sets.
 import assert from "node:assert/strict";
 
 export const open = {
@@ -16,7 +16,7 @@ export const guarded = {
 
 export const question = [{ role: "user", content: "What is the capital of Japan?" }];
 
-const patienceMs = 600_000;
+const timeoutMs = 600_000;
 
 // Values of gauges, summed over their labels: { num_requests_running: 1, ... }.
 async function gauges(server, names) {
@@ -33,7 +33,7 @@ async function gauges(server, names) {
 }
 
 async function waitFor(server, running, waiting) {
-  const deadline = performance.now() + patienceMs;
+  const deadline = performance.now() + timeoutMs;
   for (;;) {
     const seen = await gauges(server, ["num_requests_running", "num_requests_waiting"]);
     if (seen[0] === running && seen[1] === waiting) return;

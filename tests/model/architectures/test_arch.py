@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from model.architectures.arch import ArchError, ArchSpec, RopeSpec
-from model.architectures.arch_gguf import from_gguf_metadata
-from model.architectures.arch_hf import from_hf_config
-from model.architectures.read_arch import read_arch
+from model.architectures.read_arch import from_gguf_metadata, from_hf_config, read_arch
+from model.architectures.registry import declare_tensors
 from model.formats import FormatError
 from model.weights.source import ModelSource
 
@@ -47,6 +46,10 @@ def _config(**changes: Any) -> ArchSpec:
     return from_hf_config({**CONFIG, **changes})
 
 
+def _shapes(**changes: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in declare_tensors(_config(**changes)).items()}
+
+
 def _metadata(**changes: Any) -> ArchSpec:
     return from_gguf_metadata({**METADATA, **changes}, SHAPES)
 
@@ -61,12 +64,12 @@ def test_config_and_metadata_tell_the_same() -> None:
 
 
 def test_the_shapes_of_all_tensors_follow() -> None:
-    shapes = _config(attention_bias=True).tensor_shapes()
+    shapes = _shapes(attention_bias=True)
     assert shapes["model.layers.3.self_attn.k_proj.weight"] == (192, 576)
     assert shapes["model.layers.3.self_attn.o_proj.bias"] == (576,)
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (576, 1536)
     assert "lm_head.weight" not in shapes
-    assert "lm_head.weight" in _config(tie_word_embeddings=False).tensor_shapes()
+    assert "lm_head.weight" in _shapes(tie_word_embeddings=False)
 
 
 def test_the_generation_config_knows_the_ends_better() -> None:
@@ -124,6 +127,31 @@ def test_gguf_rope_scaling() -> None:
     rope = _metadata(**changes).rope
     assert (rope.variant, rope.factor, rope.original_max_positions) == ("yarn", 4.0, 2048)
     assert _metadata(**{"llama.rope.scaling.factor": 2.0}).rope.variant == "linear"
+
+
+@pytest.mark.parametrize(("num_layers", "scale"), [(26, 256**-0.5), (46, 144**-0.5)])
+def test_gemma2s_file_leaves_the_scale_of_the_largest_model_to_its_reader(
+    num_layers: int, scale: float
+) -> None:
+    metadata = {
+        key.replace("llama.", "gemma2."): value
+        for key, value in METADATA.items()
+        if "rope" not in key
+    }
+    metadata |= {
+        "general.architecture": "gemma2",
+        "gemma2.block_count": num_layers,
+        "gemma2.embedding_length": 4608,
+        "gemma2.attention.head_count": 32,
+        "gemma2.attention.head_count_kv": 16,
+        "gemma2.attention.key_length": 256,
+        "gemma2.attention.sliding_window": 4096,
+        "gemma2.final_logit_softcapping": 0.0,
+    }
+    arch = from_gguf_metadata(metadata, SHAPES)
+    assert arch.layers[0].scale == pytest.approx(scale)
+    assert arch.windows[:3] == (4096, None, 4096)
+    assert (arch.layers[0].softcap, arch.logits_softcap) == (50.0, None)
 
 
 def test_what_nobody_knows_is_kept_to_be_told() -> None:

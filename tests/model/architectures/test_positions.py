@@ -16,6 +16,7 @@ from model.architectures.transformer import Transformer
 from model.assemble import _plan_pool, assemble
 from model.attention.registry import choose_backend
 from model.hf.decoder import load_hf_decoder
+from model.kv.format import KV_FORMATS
 from model.kv.memory_plan import MemoryPlanError, angles_bytes
 from model.ops import TorchOps
 from model.weights.load import build_transformer
@@ -95,10 +96,10 @@ def dummy(tmp_path: Path, **changes: Any) -> ModelSource:
 
 
 def test_the_table_of_angles_is_as_long_as_was_planned(tmp_path: Path) -> None:
-    """It was as long as the config says: 2 GiB for 4 million positions of 128 dimensions."""
+    """All of the config's positions would take 2 GiB for 4 million positions of 128 dimensions."""
     runner = assemble(dummy(tmp_path, max_position_embeddings=2**22), config_of())
     assert runner.info.max_model_len < 2**14
-    # In compiled layers, what holds the table is inside.
+    # Compiled layers wrap the transformer, which holds the table.
     transformer = getattr(runner._decoder, "_transformer", runner._decoder)
     assert isinstance(transformer, Transformer)
     assert transformer.cos_sin.shape == (runner.info.max_model_len, 16)
@@ -117,8 +118,9 @@ def test_the_table_of_angles_is_in_the_plan(tmp_path: Path) -> None:
     )
     source = dummy(tmp_path, max_position_embeddings=2**22)
     decoder = load(source, 2**20)
-    offer = choose_backend("auto", decoder.attention_spec(torch.float32))
-    plan = partial(_plan_pool, config, decoder, torch.float32, offer)
+    spec = decoder.attention_spec(KV_FORMATS["float32"])
+    offer = choose_backend("auto", spec)
+    plan = partial(_plan_pool, config, decoder, spec, offer)
     assert plan(2**28 + 2**26).max_model_len == 2**20
     with pytest.raises(MemoryPlanError, match="lower --kv-cache-memory by 1 B"):
         plan(2**28 + 2**26 - 1)

@@ -1,4 +1,4 @@
-"""One folder, read twice: whatever lies in it, our logits are those of a user of `transformers`.
+"""One folder, read twice: for any files in it, our logits are those of a user of `transformers`.
 
 Each case is a folder that can be read in two ways. Either implementation gives the logits that
 `AutoModelForCausalLM.from_pretrained` of the folder gives, or refuses; one of them serves it.

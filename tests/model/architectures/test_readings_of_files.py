@@ -95,7 +95,7 @@ def _with_buffers(folder: Any) -> None:
     folder.save(folder.tensors() | {name: torch.ones(4)})
 
 
-#: What macOS writes beside a file that it copies to a disk of another system.
+#: The file that macOS writes beside each file that it copies to a disk of another system.
 _FORK = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(64)
 
 
@@ -168,7 +168,7 @@ def _not_finite(folder: Any) -> None:
 
 _ALL = {"octavo", "transformers", "auto"}
 _THEIRS = {"transformers", "auto"}
-#: What is done to the files, whether the config ties the head, who serves it, what a note says.
+#: The change to the files, whether the config ties the head, the implementations, part of a note.
 FILES: tuple[tuple[Callable[[Any], None], bool, set[str], str], ...] = (
     (_head_of_its_own, True, _ALL, "lm_head.weight"),
     (_head_repeated, True, _ALL, ""),

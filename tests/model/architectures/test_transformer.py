@@ -7,6 +7,7 @@ import torch
 
 from model.cpu.library import load_cpu_library
 from model.cpu.ops import CpuOps
+from model.kv.format import KV_FORMATS
 from model.ops import Ops, TorchOps
 
 PROMPT = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(3))
@@ -34,6 +35,41 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_sliding_window": True,
             "sliding_window": 6,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 40,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "pad_token_id": None,
+        },
+    ),
+    "gemma2 without caps": (
+        "gemma2",
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2 with biases": ("olmo2", {"attention_bias": True, "head_dim": 16}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "attention_bias": True,
         },
     ),
 }
@@ -85,7 +121,9 @@ def test_logits_are_those_of_transformers(
 ) -> None:
     family, changes = FAMILIES[case]
     checkpoint = make_checkpoint(family, **changes)
-    ours = session(build(checkpoint.source, ops=ops)).feed(PROMPT)
+    pieces = session(build(checkpoint.source, ops=ops))
+    # A prompt in two chunks, a decode, and the rest.
+    ours = torch.cat([pieces.feed(chunk) for chunk in torch.tensor_split(PROMPT, (1, 14, 15))])
     torch.testing.assert_close(ours, checkpoint.logits(PROMPT), atol=1e-4, rtol=1e-4)
 
 
@@ -136,11 +174,11 @@ def test_a_format_stays_close_to_float32(
 def test_what_attention_needs_is_told(make_checkpoint: Any, build: Any) -> None:
     changes = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
     model = build(make_checkpoint("qwen2", **changes).source)
-    spec = model.attention_spec(torch.float16)
+    spec = model.attention_spec(KV_FORMATS["float16"])
     assert (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (3, 6, 2, 8)
     assert spec.windows == (None, 5, 5)
     assert spec.scale == pytest.approx(8**-0.5)
-    assert (spec.dtype, spec.kv_dtype) == (torch.float32, torch.float16)
+    assert (spec.dtype, spec.kv_format.name) == (torch.float32, "float16")
     assert model.cos_sin.shape == (64, 8)
 
 

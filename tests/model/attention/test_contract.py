@@ -6,8 +6,7 @@ The pool is full of NaN but for what a row may read, so that one read too many s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attention_scenes import CPU, Scene, dense, make_scene
 from model.attention.cpu import CpuAttention
-from model.attention.flash import FlashAttention, FlashBatch
-from model.attention.interface import AttentionBackend, AttentionBatch, AttentionSpec
+from model.attention.flash import FlashAttention, FlashCall
+from model.attention.interface import AttentionBackend, AttentionSpec
 from model.attention.reference import ReferenceAttention
 from model.attention.torch_sdpa import TorchAttention
 from model.attention.triton_attention import TritonAttention
 from model.cpu.library import ISAS, load_cpu_library
 from model.kv.pool import KVPool
 
-CPU = torch.device("cpu")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 MIXED = ((1, 1), (1, 700), (40, 40), (37, 300), (1, 17), (2, 130), (1, 256), (1, 257))
 #: As mixed, for what is interpreted: a hundred times slower than the slowest of the others.
@@ -37,13 +36,13 @@ ROUNDED_TOLERANCE = 6e-3
 Build = Callable[[AttentionSpec, KVPool], AttentionBackend]
 
 
-def dense_kernel(
-    q: Tensor, keys: Tensor, values: Tensor, batch: FlashBatch, scale: float, window: int | None
-) -> Tensor:
-    """What a FlashAttention kernel computes, for the parts of that backend that run on a CPU."""
+def dense_kernel(call: FlashCall) -> Tensor:
+    """Compute as a FlashAttention kernel, for the parts of that backend that run on a CPU."""
+    q, keys, values, batch, cu_seqlens_k, scale, window = call
     out = torch.empty_like(q)
-    starts, ends = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist()
-    assert batch.cu_seqlens_k.tolist() == [0, *torch.tensor(ends).cumsum(0).tolist()]
+    starts, ends = batch.query_starts.tolist(), batch.seq_lens.tolist()
+    assert cu_seqlens_k.dtype == torch.int32
+    assert cu_seqlens_k.tolist() == [0, *torch.tensor(ends).cumsum(0).tolist()]
     for row, num_keys in enumerate(ends):
         pages = batch.block_table[row]
         mine = slice(starts[row], starts[row + 1])
@@ -76,162 +75,24 @@ BACKENDS: dict[str, Build] = {
 TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attend the last tokens of `[keys, kv_heads, head_dim]`, in float64."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.double().repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
-    scores = q.double().transpose(0, 1) @ k.transpose(1, 2) * scale
-    back = torch.arange(k.shape[1] - len(q), k.shape[1])[:, None] - torch.arange(k.shape[1])
-    hidden = (back < 0) | (back >= (window or 2**31))
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    weights = scores.masked_fill(hidden, -torch.inf).exp()
-    # A sink is one more term of the sum that weights are divided by.
-    total = weights.sum(-1, keepdim=True)
-    total += 0.0 if sinks is None else sinks.double().exp()[:, None, None]
-    return (weights / total @ v).transpose(0, 1)
+def poison_behind_window(scene: Scene, unit_tokens: int) -> None:
+    """Give away the keys that no query of the step sees, in units of so many tokens.
 
-
-@dataclass
-class Scene:
-    """A pool with the past of some rows in it, and the step that comes next."""
-
-    spec: AttentionSpec
-    pool: KVPool
-    batch: AttentionBatch
-    qkv: Tensor
-    #: Of each row all keys and values, `[keys, kv_heads, head_dim]`, as the pool rounds them.
-    history: list[tuple[Tensor, Tensor]]
-
-    def on(self, device: torch.device) -> Scene:
-        """The same on another device; what is expected stays where it is."""
-        spec = replace(self.spec, device=device)
-        pool = KVPool(
-            num_layers=spec.num_layers,
-            num_pages=self.pool.num_pages,
-            page_size=self.pool.page_size,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=spec.kv_dtype,
-            device=device,
-        )
-        for layer in range(spec.num_layers):
-            pool.keys(layer).copy_(self.pool.keys(layer))
-            pool.values(layer).copy_(self.pool.values(layer))
-        moved: Any = {
-            field.name: value.to(device)
-            for field in fields(self.batch)
-            if isinstance(value := getattr(self.batch, field.name), Tensor)
-        }
-        return Scene(spec, pool, replace(self.batch, **moved), self.qkv.to(device), self.history)
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        spec = self.spec
-        last = spec.num_heads + spec.num_kv_heads
-        return self.qkv[:, : spec.num_heads], self.qkv[:, spec.num_heads : last], self.qkv[:, last:]
-
-    def expected(self, layer: int) -> Tensor:
-        starts = self.batch.query_starts.tolist()
-        q = self.parts[0].cpu()
-        spec = self.spec
-        sinks = None if spec.sinks is None else spec.sinks[layer]
-        rows = [
-            dense(
-                q[starts[i] : starts[i + 1]],
-                k,
-                v,
-                spec.scale,
-                spec.windows[layer],
-                spec.softcap,
-                sinks,
-            )
-            for i, (k, v) in enumerate(self.history)
-        ]
-        return torch.cat(rows).flatten(1)
-
-
-def make_scene(
-    rows: tuple[tuple[int, int], ...],
-    *,
-    head_dim: int = 64,
-    num_kv_heads: int = 3,
-    group: int = 3,
-    page_size: int = 16,
-    dtype: torch.dtype = F32,
-    kv_dtype: torch.dtype = F32,
-    windows: tuple[int | None, ...] = (None,),
-    seed: int = 0,
-) -> Scene:
-    """Rows are (tokens of this step, tokens in all)."""
-    generator = torch.Generator().manual_seed(seed)
-    spec = AttentionSpec(
-        num_layers=len(windows),
-        num_heads=num_kv_heads * group,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        windows=windows,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        device=CPU,
-    )
-    needs = [-(-end // page_size) for _, end in rows]
-    pool = KVPool(
-        num_layers=len(windows),
-        num_pages=sum(needs) + 2,
-        page_size=page_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=kv_dtype,
-        device=CPU,
-    )
-    shuffled = torch.randperm(pool.num_pages, generator=generator).int()
-    # Past a row's need stands a page of nobody's, full of NaN as all of the pool.
-    table = torch.full((len(rows), max(needs) + 2), int(shuffled[-1]), dtype=torch.int32)
-    num_tokens = sum(count for count, _ in rows)
-    qkv = torch.randn((num_tokens, num_kv_heads * (group + 2), head_dim), generator=generator).to(
-        dtype
-    )
-    _, new_k, new_v = Scene(spec, pool, None, qkv, []).parts  # type: ignore[arg-type] # not yet
-    for layer in range(len(windows)):
-        pool.keys(layer).fill_(torch.nan)
-        pool.values(layer).fill_(torch.nan)
-    positions, slots, history, done = [], [], [], 0
-    for row, (count, end) in enumerate(rows):
-        table[row, : needs[row]] = shuffled[: needs[row]]
-        shuffled = shuffled[needs[row] :]
-        at = torch.arange(end)
-        slot = table[row, at // page_size].long() * page_size + at % page_size
-        both = torch.randn(2, end, num_kv_heads, head_dim, generator=generator).to(kv_dtype)
-        for layer in range(len(windows)):
-            pool.keys(layer).flatten(0, 1)[slot[:-count]] = both[0, :-count]
-            pool.values(layer).flatten(0, 1)[slot[:-count]] = both[1, :-count]
-        both[0, -count:] = new_k[done : done + count].to(kv_dtype)
-        both[1, -count:] = new_v[done : done + count].to(kv_dtype)
-        done += count
-        positions.append(at[-count:])
-        slots.append(slot[-count:])
-        history.append((both[0], both[1]))
-    counts = torch.tensor([0, *(count for count, _ in rows)])
-    batch = AttentionBatch(
-        query_starts=counts.cumsum(0).int(),
-        seq_lens=torch.tensor([end for _, end in rows]).int(),
-        block_table=table,
-        positions=torch.cat(positions),
-        kv_slots=torch.cat(slots),
-        max_query_len=max(count for count, _ in rows),
-        max_seq_len=max(end for _, end in rows),
-    )
-    return Scene(spec, pool, batch, qkv, history)
+    They become NaN, and pages without a key in view another page, which is full of NaN.
+    """
+    batch, page_size = scene.batch, scene.pool.layout.page_size
+    window = scene.spec.widest_window
+    assert window is not None, "a layer sees all keys"
+    stranger = int(batch.block_table[0, -1])
+    starts, ends = batch.query_starts.tolist(), batch.seq_lens.tolist()
+    for row, end in enumerate(ends):
+        first = max(end - (starts[row + 1] - starts[row]) - window + 1, 0)
+        at = torch.arange(first // unit_tokens * unit_tokens)
+        slots = batch.block_table[row, at // page_size].long() * page_size + at % page_size
+        for layer in range(scene.spec.num_layers):
+            for plane in scene.pool.pages(layer)[:2]:
+                plane.flatten(0, 1)[slots] = torch.nan
+        batch.block_table[row, : first // page_size] = stranger
 
 
 def bits(pages: Tensor) -> Tensor:
@@ -259,7 +120,7 @@ def check(build: Build, scene: Scene) -> None:
     backend.plan(scene.batch)
     q, k, v = scene.parts
     for layer in range(scene.spec.num_layers):
-        pages = scene.pool.keys(layer), scene.pool.values(layer)
+        pages = scene.pool.pages(layer)[:2]
         wanted = [page.clone() for page in pages]
         for page, new in zip(wanted, (k, v), strict=True):
             page.flatten(0, 1)[scene.batch.kv_slots] = new.to(page.dtype)
@@ -328,6 +189,26 @@ def test_each_layer_has_its_own_window(build: Build) -> None:
     check(build, make_scene(mixed(build), windows=windows))
 
 
+@pytest.mark.parametrize("page_size", [1, 16, 48, 64])
+@pytest.mark.parametrize("kv_dtype", [F32, F16, BF16], ids=str)
+def test_no_key_behind_the_window_is_read(
+    build: Build, page_size: int, kv_dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    """Prefill chunks and decodes; the pages there may be given back, and be another sequence's."""
+    is_flash = request.node.callspec.params["build"] == "flash"
+    rows = ((1, 130), (18, 70), (2, 66), (1, 9)) if is_slow(build) else (*MIXED, (64, 2100))
+    scene = make_scene(
+        rows,
+        page_size=page_size,
+        windows=(9, 40) if is_slow(build) else (1, 100, 256, 63),
+        dtype=kv_dtype if is_flash else F32,
+        kv_dtype=kv_dtype,
+    )
+    # FlashAttention loads whole tiles: in the page where the window begins the keys must be finite.
+    poison_behind_window(scene, page_size if is_flash else 1)
+    check(build, scene)
+
+
 @pytest.mark.parametrize("build", [ReferenceAttention, TorchAttention])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("has_sinks", [False, True])
@@ -372,6 +253,7 @@ def test_a_second_step_replaces_the_first(build: Build) -> None:
     page_size=st.sampled_from([1, 3, 16, 64]),
     heads=st.sampled_from([(1, 1), (2, 5), (1, 9), (2, 7)]),
     window=st.none() | st.integers(1, 400),
+    is_poisoned=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 def test_any_ragged_batch(
@@ -379,6 +261,7 @@ def test_any_ragged_batch(
     page_size: int,
     heads: tuple[int, int],
     window: int | None,
+    is_poisoned: bool,
     seed: int,
 ) -> None:
     isas = [isa for isa in ISAS[:-1] if not isinstance(load_cpu_library(isa=isa), str)]
@@ -392,4 +275,6 @@ def test_any_ragged_batch(
             windows=(window,),
             seed=seed,
         )
+        if is_poisoned and window:
+            poison_behind_window(scene, 1)
         check(BACKENDS[name], scene)

@@ -8,6 +8,7 @@ import torch
 from model.attention.cpu import CpuAttention, offer
 from model.attention.interface import AttentionBatch, AttentionSpec
 from model.cpu.library import CpuLibrary, load_cpu_library
+from model.kv.format import KV_FORMATS
 from model.kv.pool import KVPool
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ SPEC = AttentionSpec(
     scale=0.125,
     windows=(None,),
     dtype=torch.float32,
-    kv_dtype=torch.float32,
+    kv_format=KV_FORMATS["float32"],
     device=CPU,
 )
 
@@ -34,17 +35,9 @@ def library() -> CpuLibrary:
 
 
 def attention(library: CpuLibrary) -> CpuAttention:
-    pool = KVPool(
-        num_layers=1,
-        num_pages=NUM_PAGES,
-        page_size=PAGE_SIZE,
-        num_kv_heads=2,
-        head_dim=64,
-        dtype=torch.float32,
-        device=CPU,
-    )
+    pool = KVPool(SPEC.layout(PAGE_SIZE), NUM_PAGES, CPU)
     generator = torch.Generator().manual_seed(1)
-    for pages in (pool.keys(0), pool.values(0)):
+    for pages in pool.pages(0)[:2]:
         pages.copy_(torch.randn(pages.shape, generator=generator))
     return CpuAttention(SPEC, pool, library)
 

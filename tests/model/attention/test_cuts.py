@@ -11,6 +11,7 @@ from torch import Tensor
 from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBatch, AttentionSpec
 from model.cpu.library import CpuLibrary, load_cpu_library
+from model.kv.format import float_format
 from model.kv.pool import KVPool
 
 CPU = torch.device("cpu")
@@ -37,17 +38,9 @@ def attend(
 ) -> Tensor:
     """Attend one sequence, in as many steps as it has pieces; what it may not read is NaN."""
     num_pages = -(-LENGTH // page_size)
-    pool = KVPool(
-        num_layers=1,
-        num_pages=num_pages,
-        page_size=page_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=spec.kv_dtype,
-        device=CPU,
-    )
-    pool.keys(0).fill_(torch.nan)
-    pool.values(0).fill_(torch.nan)
+    pool = KVPool(spec.layout(page_size), num_pages, CPU)
+    for plane in pool.pages(0)[:2]:
+        plane.fill_(torch.nan)
     backend = CpuAttention(spec, pool, library)
     table = torch.arange(num_pages, dtype=torch.int32).flip(0)
     last = spec.num_heads + spec.num_kv_heads
@@ -105,7 +98,7 @@ def test_no_cut_changes_a_bit(
         scale=head_dim**-0.5,
         windows=(window,),
         dtype=torch.float32,
-        kv_dtype=kv_dtype,
+        kv_format=float_format(kv_dtype),
         device=CPU,
     )
     generator = torch.Generator().manual_seed(5)

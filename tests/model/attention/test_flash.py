@@ -13,6 +13,7 @@ from torch.nn.attention.varlen import varlen_attn_out
 
 from model.attention import flash
 from model.attention.interface import AttentionBatch, AttentionSpec
+from model.kv.format import KV_FORMATS
 
 SPEC = AttentionSpec(
     num_layers=1,
@@ -22,7 +23,7 @@ SPEC = AttentionSpec(
     scale=0.125,
     windows=(None,),
     dtype=torch.bfloat16,
-    kv_dtype=torch.bfloat16,
+    kv_format=KV_FORMATS["bfloat16"],
     device=torch.device("cuda"),
 )
 
@@ -42,14 +43,35 @@ BATCH = AttentionBatch(
 )
 
 
-def test_the_kernels_get_int32_and_a_table_no_wider_than_need_be() -> None:
-    batch = flash.flash_batch(BATCH, 16)
-    assert batch.cu_seqlens_q.tolist() == [0, 1, 4]
-    assert batch.cu_seqlens_k.tolist() == [0, 40, 43]
-    assert batch.block_table.tolist() == [[0, 1, 2], [10, 11, 12]]
-    assert batch.block_table.is_contiguous()
-    tensors = (batch.cu_seqlens_q, batch.cu_seqlens_k, batch.seq_lens, batch.block_table)
-    assert {tensor.dtype for tensor in tensors} == {torch.int32}
+def test_the_kernels_get_a_table_no_wider_than_need_be() -> None:
+    table = flash.kernel_batch(BATCH, 16, None).block_table
+    assert table.tolist() == [[0, 1, 2], [10, 11, 12]]
+    assert (table.dtype, table.is_contiguous()) == (torch.int32, True)
+
+
+@pytest.mark.parametrize(
+    ("window", "table"),
+    [
+        (8, [[2, 2, 2], [10, 11, 12]]),
+        (9, [[1, 1, 2], [10, 11, 12]]),
+        (24, [[1, 1, 2], [10, 11, 12]]),
+        (25, [[0, 1, 2], [10, 11, 12]]),
+    ],
+)
+def test_the_entries_behind_the_window_are_the_first_page_in_view(
+    window: int, table: list[list[int]]
+) -> None:
+    """Kernels load whole tiles, and zero times the NaN in a page of another sequence is NaN."""
+    found = flash.kernel_batch(BATCH, 16, window).block_table
+    assert found.tolist() == table
+    assert (found.dtype, found.is_contiguous()) == (torch.int32, True)
+
+
+def test_pages_must_be_of_the_queries_dtype() -> None:
+    offer = flash._offer(SPEC, "kernel", 16, 64, lambda call: call.q)
+    assert not offer.why_not(SPEC)
+    mixed = replace(SPEC, kv_format=KV_FORMATS["float16"])
+    assert offer.why_not(mixed) == "pages must be in bfloat16, got float16"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +79,6 @@ def test_the_kernels_get_int32_and_a_table_no_wider_than_need_be() -> None:
     [
         ({"device": torch.device("cpu")}, "on cpu"),
         ({"dtype": torch.float32}, "float16 or bfloat16"),
-        ({"kv_dtype": torch.float16}, "also of the pages"),
         ({"head_dim": 512}, "head_dim must be a multiple of 8 up to 256"),
     ],
 )
@@ -84,9 +105,10 @@ def test_this_torch_takes_the_arguments_it_is_given(
         given.update(signature.bind(*args, **kwargs).arguments)
 
     q, pages = torch.zeros(4, 4, 64), torch.zeros(20, 16, 2, 64)
-    batch = flash.flash_batch(replace(BATCH, max_query_len=max_query_len), 16)
+    batch = flash.kernel_batch(replace(BATCH, max_query_len=max_query_len), 16, window)
     module: Any = SimpleNamespace(varlen_attn_out=take)
-    flash._torch_varlen(module, q, pages, pages, batch, 0.125, window)
+    call = flash.FlashCall(q, pages, pages, batch, int32(0, 40, 43), 0.125, window)
+    flash._torch_varlen(module, call)
     assert given["window_size"] == window_size
     assert given["num_splits"] == 1
     assert given["cu_seq_k"] is not None

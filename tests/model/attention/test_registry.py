@@ -11,6 +11,7 @@ from model.attention import triton_attention
 from model.attention.interface import AttentionSpec
 from model.attention.registry import BACKENDS, choose_backend
 from model.cpu.library import load_cpu_library
+from model.kv.format import KV_FORMATS, KVFormat
 from model.kv.pool import KVPool
 
 SPEC = AttentionSpec(
@@ -21,7 +22,7 @@ SPEC = AttentionSpec(
     scale=0.125,
     windows=(None, 8),
     dtype=torch.float32,
-    kv_dtype=torch.float32,
+    kv_format=KV_FORMATS["float32"],
     device=torch.device("cpu"),
 )
 
@@ -86,15 +87,7 @@ def test_what_is_beyond_a_softmax_is_for_torch(changes: dict[str, Any], reason: 
 @pytest.mark.parametrize("name", ["reference", "torch", "triton", "auto"])
 def test_an_offer_builds_what_it_is_named_for(name: str) -> None:
     offer = choose_backend(name, SPEC)
-    pool = KVPool(
-        num_layers=2,
-        num_pages=4,
-        page_size=offer.page_size(None),
-        num_kv_heads=2,
-        head_dim=64,
-        dtype=SPEC.kv_dtype,
-        device=SPEC.device,
-    )
+    pool = KVPool(SPEC.layout(offer.page_size(None)), 4, SPEC.device)
     assert offer.build(SPEC, pool).name == offer.name
     assert offer.name in BACKENDS
 
@@ -105,6 +98,20 @@ def test_a_page_size_is_a_multiple_of_what_the_backend_asks_for() -> None:
     assert offer.page_size(32) == 32
     with pytest.raises(ValueError, match=r"page_size must be a multiple of 16 .*, got 24"):
         offer.page_size(24)
+
+
+def test_a_backend_serves_the_formats_of_its_offer() -> None:
+    offer = choose_backend("reference", SPEC)
+    assert not offer.why_not(SPEC)
+    half = replace(offer, formats=[KV_FORMATS["float16"], KV_FORMATS["bfloat16"]])
+    assert half.why_not(SPEC) == "pages must be in float16 or bfloat16, got float32"
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+def test_pages_in_a_format_that_no_kernel_reads_are_refused(name: str) -> None:
+    spec = replace(SPEC, kv_format=KVFormat("int8", torch.int8, scale=torch.bfloat16))
+    with pytest.raises(ValueError, match=rf"attention_backend {name} .*bfloat16, got int8"):
+        choose_backend(name, spec)
 
 
 def test_without_triton_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,13 @@ from torch import Tensor
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
 from model.architectures.transformer import Transformer
+from model.attention.interface import PagedAttention
 from model.attention.triton_attention import TritonAttention
 from model.cuda.assembly import dry_run, largest_step
-from model.cuda.decoder import GpuDecoder, has_pages
+from model.cuda.decoder import GpuDecoder
 from model.cuda.ops import GpuOps
-from model.interface import SamplingParams, SlotStart, StepInput
+from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart, StepInput
+from model.kv.format import KV_FORMATS
 from model.kv.memory_plan import DeviceUse, MemoryPlanError
 from model.runner import SCORED_TOKENS, TorchRunner
 
@@ -66,8 +68,8 @@ def test_the_largest_step_has_all_tokens_and_samples_all_rows(
     tokens: int, seqs: int, max_len: int, counts: list[int]
 ) -> None:
     step = largest_step(tokens, seqs, max_len, 16, PARAMS)
-    assert step.counts == counts
-    assert step.sample_rows == list(range(len(counts)))
+    assert step.rows == [RowSpan(0, 0, count) for count in counts]
+    assert step.samples == [SampleSpan(row, n - 1, 1) for row, n in enumerate(counts)]
     assert len(step.scored[0].token_ids) == min(counts[0], SCORED_TOKENS)
     assert len(step.token_ids) == sum(counts)
     assert [len(pages) for pages in step.page_ids] == [-(-count // 16) for count in counts]
@@ -76,7 +78,7 @@ def test_the_largest_step_has_all_tokens_and_samples_all_rows(
 def test_the_largest_step_can_be_computed(runner: TorchRunner) -> None:
     dry_run(runner, largest_step(40, 5, 64, 4, PARAMS))
     # Every slot has had penalties, so their counts are part of what was measured.
-    assert runner._sampler.stats().num_penalty_slots == 5
+    assert len(runner._sampler._counts.row_of_slot) == 5
 
 
 def use(**changes: Any) -> DeviceUse:
@@ -110,23 +112,33 @@ def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner)
     """Over pages that hold a past, prompts and decodes side by side, with norms of q and k."""
     transformer = runner._decoder
     assert isinstance(transformer, Transformer)
-    spec, pool = transformer.attention_spec(torch.float32), runner._pool
+    spec, pool = transformer.attention_spec(KV_FORMATS["float32"]), runner._pool
     attention = TritonAttention(spec, pool)
-    assert has_pages(attention)
-    assert not has_pages(runner._attention)
+    assert not isinstance(runner._attention, PagedAttention)
     steps = [
-        StepInput(
+        StepInput.of(
             [3, 4, 5, 6, 7],
-            [0, 0],
-            [3, 2],
+            [RowSpan(0, 0, 3), RowSpan(0, 0, 2)],
             [0, 1],
             [[1, 2], [3]],
-            [0, 1],
+            [SampleSpan(0, 2, 1), SampleSpan(1, 1, 1)],
             [],
             [SlotStart(slot, PARAMS, [1]) for slot in (0, 1)],
         ),
-        StepInput([8, 9, 9, 9], [3, 2], [1, 3], [0, 1], [[1, 2], [3, 4]], [0, 1]),
-        StepInput([8, 9], [4, 5], [1, 1], [0, 1], [[1, 2], [3, 4]], [0, 1]),
+        StepInput.of(
+            [8, 9, 9, 9],
+            [RowSpan(3, 3, 1), RowSpan(2, 2, 3)],
+            [0, 1],
+            [[1, 2], [3, 4]],
+            [SampleSpan(0, 0, 1), SampleSpan(1, 2, 1)],
+        ),
+        StepInput.of(
+            [8, 9],
+            [RowSpan(4, 4, 1), RowSpan(5, 5, 1)],
+            [0, 1],
+            [[1, 2], [3, 4]],
+            [SampleSpan(0, 0, 1), SampleSpan(1, 0, 1)],
+        ),
     ]
     found: list[list[Tensor]] = []
     for decoder, backend in (

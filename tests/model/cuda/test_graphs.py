@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,14 @@ from torch import Tensor
 
 from model.attention.interface import AttentionBackend, AttentionBatch
 from model.cuda.graphs import DecodeGraphs, GraphPlan, decode_buckets
-from model.interface import PENDING_TOKEN, SamplingParams, SlotStart, StepInput
+from model.interface import (
+    PENDING_TOKEN,
+    RowSpan,
+    SampleSpan,
+    SamplingParams,
+    SlotStart,
+    StepInput,
+)
 from model.packing import Packer
 
 CPU = torch.device("cpu")
@@ -24,8 +31,8 @@ PARAMS = SamplingParams(max_tokens=1)
 
 
 def decode(token_ids: list[int], starts: list[int], pages: list[list[int]]) -> StepInput:
-    rows = list(range(len(token_ids)))
-    return StepInput(token_ids, starts, [1] * len(rows), rows, pages, rows)
+    spans, slots = [RowSpan(start, start, 1) for start in starts], list(range(len(token_ids)))
+    return StepInput.of(token_ids, spans, slots, pages, [SampleSpan(row, 0, 1) for row in slots])
 
 
 @dataclass
@@ -113,7 +120,7 @@ def test_every_replay_reads_the_same_memory() -> None:
 
 def test_what_was_not_recorded_is_left_to_others() -> None:
     graphs = graphs_of(Seen(), lambda compute: compute)
-    prompt = StepInput([1, 2], [0], [2], [0], [[1]], [0])
+    prompt = StepInput.of([1, 2], [RowSpan(0, 0, 2)], [0], [[1]], [SampleSpan(0, 1, 1)])
     assert graphs.pad(Packer(8, 16, PAGE_SIZE).pack(prompt)) is None
     many = decode([1] * 5, [0] * 5, [[page] for page in range(5)])
     assert graphs.pad(Packer(8, 16, PAGE_SIZE).pack(many)) is None
@@ -123,9 +130,11 @@ def test_pending_tokens_are_looked_up_in_the_step_before() -> None:
     packer = Packer(8, 16, PAGE_SIZE)
     slots, pages = [4, 2, 6], [[0], [1], [2]]
     started = [SlotStart(slot, PARAMS, [1]) for slot in slots]
-    packer.pack(StepInput([7, 8, 9, 9], [0, 0, 0], [1, 1, 2], slots, pages, [0, 2], [], started))
-    step = StepInput(
-        [8, PENDING_TOKEN, PENDING_TOKEN], [1, 2, 1], [1, 1, 1], [2, 6, 4], pages, [0, 1, 2]
+    rows = [RowSpan(0, 0, 1), RowSpan(0, 0, 1), RowSpan(0, 0, 2)]
+    samples = [SampleSpan(0, 0, 1), SampleSpan(2, 1, 1)]
+    packer.pack(StepInput.of([7, 8, 9, 9], rows, slots, pages, samples, [], started))
+    step = replace(
+        decode([8, PENDING_TOKEN, PENDING_TOKEN], [1, 2, 1], [[1], [2], [0]]), slots=[2, 6, 4]
     )
     packed = packer.pack(step)
     assert packed.pending.tolist() == [1, 2]
@@ -135,7 +144,13 @@ def test_pending_tokens_are_looked_up_in_the_step_before() -> None:
 
 def test_both_arrays_come_apart_on_the_device_as_they_were_put_together() -> None:
     packer = Packer(8, 16, PAGE_SIZE)
-    step = StepInput([7, 8, 9, 5], [4, 0], [1, 3], [1, 0], [[3, 1], [2]], [0, 1])
+    step = StepInput.of(
+        [7, 8, 9, 5],
+        [RowSpan(4, 4, 1), RowSpan(0, 0, 3)],
+        [1, 0],
+        [[3, 1], [2]],
+        [SampleSpan(0, 0, 1), SampleSpan(1, 2, 1)],
+    )
     packed = packer.pack(step)
     there = packed.on(CPU)
     assert there.token_ids.tolist() == [7, 8, 9, 5]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 #: Shared memory one program may take (CUDA C++ programming guide, compute capabilities).
-MOST_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 #: What begins elsewhere, or is as wide as its longest row, in every step.
 OF_A_STEP = {
     *("positions_ptr", "kv_slots_ptr", "query_starts_ptr", "seq_lens_ptr"),
@@ -25,7 +25,7 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, MOST_SHARED_BYTES)],
+        [sys.executable, str(SCRIPT), *map(str, MAX_SHARED_BYTES)],
         env=environment,
         capture_output=True,
         text=True,
@@ -35,11 +35,11 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     kernels = {"decode", "combine", "prompt", "rms_norm", "silu_and_mul", "rope"}
     assert {(line["kernel"], line["capability"]) for line in found} == {
-        (f"{name}_kernel", capability) for name in kernels for capability in MOST_SHARED_BYTES
+        (f"{name}_kernel", capability) for name in kernels for capability in MAX_SHARED_BYTES
     }
     for line in found:
         # Compiled once: not anew, amid requests, for a step whose arrays begin elsewhere.
         assert OF_A_STEP.isdisjoint(line["specialized"])
         assert "out_ptr" in line["specialized"] or line["kernel"] == "rope_kernel"
         assert line["cubin_bytes"] > 0
-        assert line["shared_bytes"] <= MOST_SHARED_BYTES[line["capability"]]
+        assert line["shared_bytes"] <= MAX_SHARED_BYTES[line["capability"]]

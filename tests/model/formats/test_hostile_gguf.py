@@ -1,7 +1,7 @@
-"""GGUF files with lies in their headers: one line at once, whichever side reads them.
+"""GGUF files with false headers: one line at once, whichever process reads them.
 
-How long it takes is counted in calls, and how much memory in what Python allocates: a length in
-the file must not be believed before the file's size was looked at.
+Time is counted in calls, and memory in Python's allocations: a length in the file must not be used
+before it is compared with the file's size.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from model.weights.source import ModelSource
 from server.text.load import load_text
 
 HUGE = (2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**61, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1)
-#: What a reader of a file this small may do: far below one call for each of 10^9 layers.
-MOST_CALLS, MOST_BYTES = 2_000_000, 64 * 2**20
+#: Limits for reading a file this small: far below one call for each of 10^9 layers.
+MAX_CALLS, MAX_BYTES = 2_000_000, 64 * 2**20
 
 
 def write(path: Path) -> Path:
@@ -85,7 +85,7 @@ class Budget:
     def __call__(self, _frame: FrameType, _event: str, _arg: object) -> None:
         self.calls += 1
         if self.calls % 1000 == 0 and (
-            self.calls > MOST_CALLS or tracemalloc.get_traced_memory()[1] > MOST_BYTES
+            self.calls > MAX_CALLS or tracemalloc.get_traced_memory()[1] > MAX_BYTES
         ):
             sys.setprofile(None)
             raise AssertionError(f"{self.calls} calls, {tracemalloc.get_traced_memory()} bytes")
@@ -105,7 +105,7 @@ def outcome(read: Callable[[Path], object], path: Path) -> str:
         sys.setprofile(None)
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak_bytes < MOST_BYTES
+        assert peak_bytes < MAX_BYTES
 
 
 def damaged(sound: Path, offset: int, data: bytes) -> Path:

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from model.architectures.arch import BadValueError
-from model.architectures.arch_hf import from_hf_config
-from model.architectures.read_arch import read_arch
+from model.architectures.read_arch import from_hf_config, read_arch
+from model.architectures.registry import declare_tensors
 from model.formats import FormatError
 from model.formats.json_file import read_json_object, shown
 from model.implementation import choose_implementation
@@ -157,7 +157,7 @@ def test_an_odd_vocabulary_of_a_dummy_is_served_or_named(tmp_path: Path, value: 
 @pytest.mark.parametrize("value", [*ODD, "../x", "/etc/hostname"], ids=lambda one: shown(one)[:12])
 def test_an_odd_index_is_read_or_named(folder: Path, key: str, value: Any) -> None:
     (folder / "model.safetensors").rename(folder / "part.safetensors")
-    placed = dict.fromkeys(from_hf_config(CONFIG).tensor_shapes(), "part.safetensors")
+    placed = dict.fromkeys(declare_tensors(from_hf_config(CONFIG)), "part.safetensors")
     index = {key: value} if key == "weight_map" else {"weight_map": {**placed, key: value}}
     write(folder / "model.safetensors.index.json", index)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json") as told:
@@ -205,7 +205,7 @@ FILES = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
 )
-#: Not JSON, or not an object, or more than anybody should be asked to read.
+#: Not JSON, or not an object, or too large.
 TEXTS = {
     "brackets": BRACKETS,
     "brackets in an object": '{"a":' + BRACKETS,

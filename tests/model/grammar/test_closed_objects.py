@@ -29,7 +29,7 @@ class _Schemas:
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
-        #: A circle would satisfy nobody.
+        #: No value would satisfy a circle.
         self._refs = ["#/$defs/none"]
 
     def root(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class _Schemas:
 
 
 def _valid(schema: dict[str, Any], documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # What leads nowhere is refused elsewhere.
+    # References without a target are refused elsewhere.
     schema["$defs"].setdefault("none", {})
     judge = jsonschema.Draft202012Validator(schema)
     return [document for document in documents if judge.is_valid(document)]

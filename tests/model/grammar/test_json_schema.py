@@ -33,7 +33,7 @@ def _text(pattern: str, **more: Any) -> dict[str, Any]:
     return {"type": "string", "pattern": pattern, **more}
 
 
-#: Schema, what is an answer, what is none.
+#: Schema, valid answers, invalid answers.
 KEPT: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"const": 2**53}, ["9007199254740992"], ["9007199254740993"]),
     ({"const": 3.141592653589793}, ["3.141592653589793"], ["3.14159265358979"]),
@@ -183,7 +183,7 @@ def test_large_ones_take_no_more_than_their_length(schema: Any, *, is_lenient: b
     began_s = time.thread_time()
     with suppress(ValueError):
         _strict(schema, is_lenient=is_lenient)
-    # Some 0.3 s where it is slow; what grows with the square takes tens of seconds.
+    # Some 0.3 s on a slow machine; quadratic growth takes tens of seconds.
     assert time.thread_time() - began_s < 4
 
 

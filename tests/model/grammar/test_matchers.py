@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from model.grammar import matchers
 from model.grammar.grammars import MAX_CACHED, Compiler, GrammarError, Grammars
-from model.interface import NO_TOKEN, Constraint, SamplingParams, SlotStart, StepOutput, Vocabulary
+from model.interface import Constraint, SamplingParams, SlotStart, StepOutput, Vocabulary
 from model.sampling.sampler import Sampler
 
 _JOINTS = ('{"', '"}', '":', '": ', '", "', "},", "],", '[{"', "true", "false", "null", "ab", "12")
@@ -51,9 +51,9 @@ def _grammar(schema: Any) -> str:
 class Rows:
     """A sampler, and sequences in its slots; logits are a function of the sequence alone."""
 
-    def __init__(self, num_slots: int = 4, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, num_slots: int = 4, mask_timeout_s: float = TIMEOUT_S) -> None:
         device = torch.device("cpu")
-        self.sampler = Sampler(num_slots, VOCAB_SIZE, (END,), device, timeout_s=timeout_s)
+        self.sampler = Sampler(num_slots, VOCAB_SIZE, (END,), device, mask_timeout_s=mask_timeout_s)
         self.outputs: dict[int, list[int]] = {}
 
     def start(
@@ -70,14 +70,13 @@ class Rows:
         positions = [2 + len(self.outputs[slot]) for slot in slots]
         output = self.sampler.sample(logits, list(slots), positions)
         self.sampler.check()
-        for slot, token in zip(slots, output.token_ids, strict=True):
-            if token != NO_TOKEN:
-                self.outputs[slot].append(token)
+        for slot, tokens in zip(slots, output.token_ids, strict=True):
+            self.outputs[slot] += tokens
         return output
 
     def _logits(self, had: list[int]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(hash(tuple(had)) % 2**63)
-        # As the sequence grows, what closes it becomes likelier, so that it comes to an end.
+        # Closing tokens become likelier as the sequence grows, so that it ends.
         logits = torch.randn(VOCAB_SIZE, generator=generator) * 3
         closing = [END, *map(ord, '"}]'), _PIECES.index(b'"}')]
         logits[closing] += 0.2 * len(had)
@@ -192,12 +191,11 @@ def test_probabilities_are_of_the_raw_logits(rows: Rows) -> None:
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 7] = 10.0
     output = rows.step(0, logits=logits.clone())
-    [told] = output.logprobs
-    assert told is not None
-    assert output.token_ids == [ord("a")]
-    assert told.token_id == ord("a")
-    assert told.logprob == pytest.approx(logits.log_softmax(-1)[0, ord("a")].item(), abs=1e-4)
-    assert told.top[0][0] == 7
+    [[entry]] = output.logprobs
+    assert output.token_ids == [[ord("a")]]
+    assert entry.token_id == ord("a")
+    assert entry.logprob == pytest.approx(logits.log_softmax(-1)[0, ord("a")].item(), abs=1e-4)
+    assert entry.top[0][0] == 7
 
 
 def test_the_end_is_forced_where_min_tokens_would_forbid_it(rows: Rows) -> None:
@@ -210,8 +208,8 @@ def test_min_tokens_hold_where_the_grammar_can_go_on(rows: Rows) -> None:
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, END] = 10.0
     for _ in range(50):
-        assert rows.step(0, logits=logits.clone()).token_ids != [END]
-    assert rows.step(0, logits=logits.clone()).token_ids == [END]
+        assert rows.step(0, logits=logits.clone()).token_ids != [[END]]
+    assert rows.step(0, logits=logits.clone()).token_ids == [[END]]
 
 
 class _Gate:
@@ -219,13 +217,13 @@ class _Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._is_open = threading.Event()
-        follow = matchers._Follower._next_turn
+        follow = matchers._SlotMatcher._next_mask
 
-        def wait(follower: matchers._Follower) -> matchers.Turn:
+        def wait(follower: matchers._SlotMatcher) -> matchers.TokenMask:
             assert self._is_open.wait(TIMEOUT_S)
             return follow(follower)
 
-        monkeypatch.setattr(matchers._Follower, "_next_turn", wait)
+        monkeypatch.setattr(matchers._SlotMatcher, "_next_mask", wait)
 
     def open(self) -> None:
         self._is_open.set()
@@ -233,15 +231,15 @@ class _Gate:
 
 def test_a_mask_that_is_late_delays_its_own_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = _Gate(monkeypatch)
-    rows = Rows(timeout_s=0.0)
+    rows = Rows(mask_timeout_s=0.0)
     rows.start(0, 'start: "ab"', presence_penalty=1.0)
     rows.start(1, None, presence_penalty=1.0)
     for _ in range(3):
         late, other = rows.step(0, 1).token_ids
-        assert late == NO_TOKEN
-        assert other != NO_TOKEN
+        assert late == []
+        assert other != []
     gate.open()
-    rows.sampler._matchers._timeout_s = TIMEOUT_S
+    rows.sampler._matchers._mask_timeout_s = TIMEOUT_S
     assert rows.run(0) == b"ab"
     rows.sampler.close()
 
@@ -249,31 +247,31 @@ def test_a_mask_that_is_late_delays_its_own_row_alone(monkeypatch: pytest.Monkey
 def test_a_grammar_that_fails_ends_its_own_row_alone(
     rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: object) -> matchers.Turn:
+    def fail(_: object) -> matchers.TokenMask:
         raise RuntimeError("broken")
 
     rows.start(1, None)
     rows.start(2, 'start: "a"')
     rows.step(2)
-    monkeypatch.setattr(matchers._Follower, "_next_turn", fail)
+    monkeypatch.setattr(matchers._SlotMatcher, "_next_mask", fail)
     rows.start(0, 'start: "a"')
     output = rows.step(0, 1)
-    assert output.token_ids[0] == NO_TOKEN
-    assert output.token_ids[1] != NO_TOKEN
+    assert output.token_ids[0] == []
+    assert output.token_ids[1] != []
     assert output.failures == {0: "the grammar failed: RuntimeError"}
 
 
 def test_tokens_that_never_followed_the_grammar_fail(rows: Rows) -> None:
     rows.start(0, 'start: "ab"', (ord("b"),))
     output = rows.step(0)
-    assert output.token_ids == [NO_TOKEN]
+    assert output.token_ids == [[]]
     assert "cannot be followed" in output.failures[0]
 
 
 def test_a_mask_that_takes_too_long_ends_its_request(
     rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matchers, "MAX_TURN_S", 0.0)
+    monkeypatch.setattr(matchers, "MAX_MASK_S", 0.0)
     rows.start(0, _SLOW)
     assert "too complex" in rows.step(0).failures[0]
 
@@ -283,15 +281,15 @@ def test_who_was_slow_once_is_served_by_the_slow_worker(
 ) -> None:
     monkeypatch.setattr(matchers, "_SLOW_S", 0.0)
     rows.start(0, 'start: "ab"')
-    assert rows.sampler._matchers._slow._thread is None
+    assert not rows.sampler._matchers._slow._threads
     assert rows.run(0) == b"ab"
-    assert rows.sampler._matchers._slow._thread is not None
+    assert rows.sampler._matchers._slow._threads
 
 
 def test_nothing_left_that_is_allowed_is_an_error_not_a_wrong_token(rows: Rows) -> None:
     rows.start(0, 'start: "a"', temperature=0.0)
     output = rows.step(0, logits=torch.full((1, VOCAB_SIZE), -torch.inf))
-    assert output.token_ids == [NO_TOKEN]
+    assert output.token_ids == [[]]
     assert "no token is left" in output.failures[0]
 
 
@@ -310,7 +308,7 @@ def _wait(future: Future[Constraint]) -> Constraint:
 
 
 def test_equal_grammars_are_compiled_once(grammars: Grammars) -> None:
-    grammars.learn(_vocabulary())
+    grammars.set_vocabulary(_vocabulary())
     first = _wait(grammars.prepare('start: "a"'))
     assert _wait(grammars.prepare('start: "a"')) is first
     for i in range(MAX_CACHED):
@@ -322,14 +320,14 @@ def test_equal_grammars_are_compiled_once(grammars: Grammars) -> None:
 def test_a_bad_grammar_is_not_remembered(grammars: Grammars) -> None:
     with pytest.raises(GrammarError, match="vocabulary"):
         _wait(grammars.prepare('start: "a"'))
-    grammars.learn(_vocabulary())
+    grammars.set_vocabulary(_vocabulary())
     _wait(grammars.prepare('start: "a"'))
     with pytest.raises(GrammarError, match="unknown name"):
         _wait(grammars.prepare("start: nothing"))
 
 
 def test_a_vocabulary_that_cannot_be_used_says_why(grammars: Grammars) -> None:
-    grammars.learn(replace(_vocabulary(), eos_token_ids=(VOCAB_SIZE + 5,)))
+    grammars.set_vocabulary(replace(_vocabulary(), eos_token_ids=(VOCAB_SIZE + 5,)))
     for _ in range(2):
         with pytest.raises(GrammarError, match=str(VOCAB_SIZE + 5)):
             _wait(grammars.prepare('start: "a"'))
@@ -345,7 +343,7 @@ def test_a_panic_of_the_library_is_the_grammars(
     def panic(*_: object) -> None:
         raise _Panic("index out of bounds")
 
-    grammars.learn(_vocabulary())
+    grammars.set_vocabulary(_vocabulary())
     monkeypatch.setattr(Compiler, "compile", panic)
     with pytest.raises(GrammarError, match="index out of bounds"):
         _wait(grammars.prepare('start: "a"'))

@@ -1,4 +1,4 @@
-"""Models of `transformers` through the whole engine, held to what that library generates alone.
+"""Models of `transformers` through the whole engine, compared with that library alone.
 
 Tiny and random, one for each thing that sets architectures apart. Pages of four tokens, prompts in
 chunks, shared beginnings, several side by side, too few pages: the tokens stay the same.
@@ -20,9 +20,10 @@ from configs.sizes import format_size
 from model.assemble import assemble
 from model.hf.decoder import load_hf_decoder
 from model.interface import SamplingParams
+from model.kv.format import KV_FORMATS
 from model.runner import TorchRunner
 from model.weights.source import ModelSource
-from scheduler.messages import Submit
+from scheduler.messages import GenerateRequest, Submit
 from scheduler.scheduler import Scheduler
 from scheduler.stats import SchedulerStats
 
@@ -97,7 +98,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
         "mamba_n_heads": 6,
     },
-    # Layers that keep from their attention what they are called with; a norm for each head.
+    # Layers that do not pass their arguments on to their attention; a norm for each head.
     "stablelm": {"qk_layernorm": True, "use_parallel_residual": True},
     # An attention older than the interface: one key for all heads, or for groups of them.
     "falcon": {"multi_query": True, "parallel_attn": True, "alibi": False},
@@ -169,8 +170,9 @@ def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., An
 def make_runner(source: ModelSource, num_pages: int, **model: Any) -> TorchRunner:
     """Return a runner with just so many pages."""
     decoder_config = ModelSection(threads=1, **model)
-    arch = load_hf_decoder(source, dtype=torch.float32, device=torch.device("cpu")).arch
-    memory = num_pages * _PAGE_SIZE * 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 4
+    decoder = load_hf_decoder(source, dtype=torch.float32, device=torch.device("cpu"))
+    layout = decoder.attention_spec(KV_FORMATS["float32"]).layout(_PAGE_SIZE)
+    memory = num_pages * layout.bytes_per_page
     return assemble(
         source,
         OctavoConfig(
@@ -186,15 +188,16 @@ class Engine:
 
     def __init__(self, runner: TorchRunner) -> None:
         self.runner = runner
-        self.cache = KVCache(runner.info.num_pages, _PAGE_SIZE)
         config = SchedulerSection(max_num_seqs=6, max_num_batched_tokens=7)
+        info, chunk_tokens = runner.info, config.max_num_batched_tokens
+        self.cache = KVCache(info.num_pages, _PAGE_SIZE, view=info.view, chunk_tokens=chunk_tokens)
         self.scheduler = Scheduler(self.cache, config, runner.info)
 
     def run(self, prompts: tuple[tuple[int, ...], ...]) -> list[list[int]]:
         params = SamplingParams(max_tokens=_NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
         outputs: list[list[int]] = [[] for _ in prompts]
         for index, prompt in enumerate(prompts):
-            assert self.scheduler.submit(Submit(index, prompt, params)) == []
+            assert self.scheduler.submit(Submit(index, GenerateRequest(prompt, params))) == []
         while self.scheduler.has_work:
             plan = self.scheduler.plan()
             if plan is None:
@@ -214,13 +217,16 @@ def test_tokens_and_logits_are_those_of_transformers(checkpoint: Any, session: A
     expected = [checkpoint.generate(prompt, _NUM_NEW_TOKENS) for prompt in _PROMPTS]
     assert len(set(map(tuple, expected))) == len(_PROMPTS), "random enough to tell them apart"
 
-    roomy = Engine(make_runner(checkpoint.source, 80))
+    theirs = {"model_impl": "transformers"}
+    roomy = Engine(make_runner(checkpoint.source, 80, **theirs))
     assert any("computed by transformers" in note for note in roomy.runner.info.notes)
     assert roomy.run(_PROMPTS) == expected, "cold, in chunks of seven, side by side"
     assert roomy.run(_PROMPTS) == expected, "warm"
     assert roomy.stats().prefix_hits_tokens_total > len(_STEM)
 
-    tight = Engine(make_runner(checkpoint.source, 12))
+    # Pages behind a window of the whole model are freed, so a sequence takes fewer.
+    num_pages = 12 if roomy.runner.info.view.window is None else 7
+    tight = Engine(make_runner(checkpoint.source, num_pages, **theirs))
     assert tight.run(_PROMPTS) == expected, "preempted"
     assert tight.stats().preemptions_total > 0
 
@@ -233,7 +239,7 @@ def test_tokens_and_logits_are_those_of_transformers(checkpoint: Any, session: A
     torch.testing.assert_close(found, checkpoint.logits(tokens), rtol=1e-4, atol=1e-4)
 
 
-#: What four bits mean (OCP Microscaling Formats, E2M1); a scale is a power of two, biased by 127.
+#: The values of four bits (OCP Microscaling Formats, E2M1); a scale is a power of two, bias 127.
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 

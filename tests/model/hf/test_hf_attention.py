@@ -1,4 +1,4 @@
-"""What layers ask of attention, and what is made of it."""
+"""The requirements of attention layers, and the pages made for them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from model.architectures.arch import ArchError
-from model.hf.attention import AttentionCall, Inquirer, LayerWish, common_wish, window_of
+from model.hf.attention import (
+    AttentionCall,
+    LayerRequirements,
+    Probe,
+    common_spec,
+    window_of,
+)
+
+PLACE = torch.float32, torch.device("cpu")
 
 
-def wish(**changes: Any) -> LayerWish:
+def layer(**changes: Any) -> LayerRequirements:
     plain: dict[str, Any] = {
         "num_heads": 6,
         "num_kv_heads": 2,
@@ -23,7 +31,7 @@ def wish(**changes: Any) -> LayerWish:
         "sinks": None,
         "window": None,
     }
-    return LayerWish(**{**plain, **changes})
+    return LayerRequirements(**{**plain, **changes})
 
 
 def causal(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -58,43 +66,45 @@ def test_what_is_no_window_is_refused(rule: Any) -> None:
 
 def test_pages_are_alike_in_all_layers() -> None:
     layers = [
-        wish(window=5),
-        wish(num_kv_heads=6, head_dim=16, v_head_dim=4, scale=0.25),
-        wish(v_head_dim=24, sinks=torch.ones(6)),
+        layer(window=5),
+        layer(num_kv_heads=6, head_dim=16, v_head_dim=4, scale=0.25),
+        layer(v_head_dim=24, sinks=torch.ones(6)),
     ]
-    common = common_wish(layers, 3)
-    assert (common.num_heads, common.num_kv_heads, common.head_dim) == (6, 6, 24)
-    assert common.scale == 0.5
-    assert common.sinks is not None
-    assert common.sinks[2].tolist() == [1.0] * 6
+    spec = common_spec(layers, 3, *PLACE)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (6, 6, 24)
+    assert spec.scale == 0.5
+    assert spec.sinks is not None
+    assert spec.sinks[2].tolist() == [1.0] * 6
     # No share of the softmax.
-    assert common.sinks[0].tolist() == [-torch.inf] * 6
-    assert common_wish(layers[:1], 1).sinks is None
+    assert spec.sinks[0].tolist() == [-torch.inf] * 6
+    assert common_spec(layers[:1], 1, *PLACE).sinks is None
 
 
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([wish(), wish(num_heads=4)], "differ in num_heads"),
-        ([wish(), wish(softcap=3.0)], "differ in softcap"),
-        ([wish(), wish(num_kv_heads=3)], "not by a whole factor"),
-        ([wish()], "attends 1 times in 2 layers"),
+        ([layer(), layer(num_heads=4)], "differ in num_heads"),
+        ([layer(), layer(softcap=3.0)], "differ in softcap"),
+        ([layer(), layer(num_kv_heads=3)], "not by a whole factor"),
+        ([layer()], "attends 1 times in 2 layers"),
     ],
 )
-def test_layers_too_unlike_for_one_pool_are_refused(layers: list[LayerWish], message: str) -> None:
+def test_layers_too_unlike_for_one_pool_are_refused(
+    layers: list[LayerRequirements], message: str
+) -> None:
     with pytest.raises(ArchError, match=message):
-        common_wish(layers, 2)
+        common_spec(layers, 2, *PLACE)
 
 
-def test_a_wish_nobody_here_knows_is_refused() -> None:
+def test_an_unknown_argument_is_refused() -> None:
     heads = torch.zeros(1, 2, 8)
     call = AttentionCall(heads, heads, heads, None, 1.0, None, None, {"position_bias": heads})
     with pytest.raises(ArchError, match="wants 'position_bias'"):
-        Inquirer(8).attend(call)
+        Probe(8).attend(call)
 
 
 def test_a_mask_that_was_made_otherwise_is_refused() -> None:
     heads = torch.zeros(1, 2, 8)
     call = AttentionCall(heads, heads, heads, torch.ones(1, 1, 1, 1), 1.0, None, None, {})
     with pytest.raises(ArchError, match="masks of its own"):
-        Inquirer(8).attend(call)
+        Probe(8).attend(call)

@@ -19,7 +19,7 @@ from model.hf.decoder import load_hf_decoder
 from model.weights.source import ModelSource
 
 _ROOT = Path(__file__).parents[3]
-#: Of those that can be had on the hub, the ones an operator is likeliest to bring.
+#: The most popular families on the hub.
 _POPULAR = set(
     """falcon granitemoehybrid nemotron stablelm
     apertus arcee bitnet cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2
@@ -60,5 +60,5 @@ def test_every_family_is_served_or_refused(
     ):
         told = " ".join((_ROOT / document).read_text(encoding="utf-8").split())
         assert claim in told, (document, claim)
-    print(f"{len(served)} served: {', '.join(sorted(served))}")  # noqa: T201 - what one runs it for
+    print(f"{len(served)} served: {', '.join(sorted(served))}")  # noqa: T201 - the purpose of a manual run
     print(*sorted(refused.values()), sep="\n")  # noqa: T201 - likewise

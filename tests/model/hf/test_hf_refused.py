@@ -1,4 +1,4 @@
-"""What is not served, or only in part, and what the operator is told of it."""
+"""Models that are not served, or only in part, with the messages for the operator."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model.architectures.arch import ArchError
 from model.assemble import assemble
-from model.hf.attention import common_wish
+from model.hf.attention import common_spec
 from model.hf.decoder import HfDecoder, load_hf_decoder
 from model.implementation import choose_implementation
+from model.kv.format import KV_FORMATS
 from model.weights.source import ModelSource
 
 CPU = torch.device("cpu")
@@ -148,9 +149,10 @@ def test_the_proof_finds_what_was_lost_on_the_way(
     dummy: Callable[..., ModelSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = dummy("gemma2", head_dim=16, attn_logit_softcapping=0.5)
-    assert load(source).attention_spec(torch.float32).softcap == 0.5
+    assert load(source).attention_spec(KV_FORMATS["float32"]).softcap == 0.5
     monkeypatch.setattr(
-        "model.hf.decoder.common_wish", lambda *args: replace(common_wish(*args), softcap=None)
+        "model.hf.decoder.common_spec",
+        lambda *args: replace(common_spec(*args), softcap=None),
     )
     with pytest.raises(ArchError, match="something else on pages than alone"):
         load(source)
@@ -195,8 +197,10 @@ def test_a_dummy_has_the_same_weights_each_time(dummy: Callable[..., ModelSource
         ("llama", {}, "auto", "octavo"),
         ("llama", {}, "transformers", "transformers"),
         ("llama", {"hidden_act": "gelu"}, "auto", "transformers"),
-        ("gemma2", {}, "auto", "transformers"),
-        ("gemma2", {}, "octavo", "octavo"),
+        ("phi3", {}, "auto", "transformers"),
+        ("phi3", {}, "octavo", "octavo"),
+        ("gemma2", {}, "auto", "octavo"),
+        ("gemma2", {}, "transformers", "transformers"),
     ],
 )
 def test_ours_where_it_knows_the_architecture(
@@ -225,8 +229,8 @@ def test_the_choice_is_said(dummy: Callable[..., ModelSource]) -> None:
 @pytest.mark.parametrize(
     ("family", "model", "message"),
     [
-        ("gemma2", {"quantization": "int8"}, "quantization int8 is for what Octavo computes"),
-        ("gemma2", {"model_impl": "octavo"}, "'gemma2' is not supported, only llama"),
+        ("phi3", {"quantization": "int8"}, "quantization int8 is for what Octavo computes"),
+        ("phi3", {"model_impl": "octavo"}, "'phi3' is not supported, only llama"),
         (
             "mamba",
             {},

@@ -12,7 +12,8 @@ def _plan(**changes: Any) -> Any:
     given = {
         "stated_bytes": None,
         "free_bytes": 10_000,
-        "bytes_per_token": 10,
+        "fixed_bytes": 0,
+        "bytes_per_page": 40,
         "page_size": 4,
         "max_num_seqs": 3,
         "stated_max_model_len": None,
@@ -35,6 +36,15 @@ def test_unstated_is_at_most_half_of_what_is_free_and_says_what_that_costs() -> 
     assert plan.max_model_len == 40
     assert "40 tokens" in plan.notes[0]
     assert "50" in plan.notes[0]
+
+
+def test_what_is_needed_beside_the_pages_is_not_free_for_them() -> None:
+    assert _plan(free_bytes=1000, fixed_bytes=200).num_pages == 10
+    assert _plan(free_bytes=1000, fixed_bytes=200, takes_all=True).num_pages == 20
+    with pytest.raises(MemoryPlanError, match="only 800 B are free"):
+        _plan(free_bytes=1000, fixed_bytes=200, stated_bytes=801)
+    with pytest.raises(MemoryPlanError, match=r"raise --kv-cache-memory"):
+        _plan(free_bytes=1000, fixed_bytes=2000)
 
 
 def test_stated_is_taken_to_the_page() -> None:

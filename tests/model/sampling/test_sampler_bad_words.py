@@ -1,4 +1,4 @@
-"""What must not be sampled: tokens outside `allowed_token_ids`, and the ends of `bad_words`."""
+"""Tokens that are never sampled: outside `allowed_token_ids`, and the ends of `bad_words`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def generate(
     tokens = list(output)
     while len(tokens) < num_tokens:
         position = len(PROMPT) + len(tokens)
-        tokens += chooser.sample(logits_at(position), [slot], [position]).token_ids
+        tokens += chooser.sample(logits_at(position), [slot], [position]).token_ids[0]
         chooser.check()
     return tokens
 
@@ -98,9 +98,9 @@ def test_each_row_of_a_batch_has_its_own_bans() -> None:
         chooser.start(SlotStart(slot, params, PROMPT))
     row = torch.tensor([0.0, 1.0, 2.0, 9.0, 8.0, 3.0])
     together = chooser.sample(row.repeat(5, 1), [0, 1, 2, 3, 4], [2] * 5).token_ids
-    assert together[:3] == [3, 2, 4]
-    assert together[4] == 4
-    assert chooser.sample(row.repeat(2, 1), [2, 1], [3, 3]).token_ids == [4, 2]
+    assert together[:3] == [[3], [2], [4]]
+    assert together[4] == [4]
+    assert chooser.sample(row.repeat(2, 1), [2, 1], [3, 3]).token_ids == [[4], [2]]
     alone = Sampler(1, VOCAB, (EOS,), CPU)
     alone.start(SlotStart(0, asked[3], PROMPT))
     assert alone.sample(row.repeat(1, 1), [0], [2]).token_ids == [together[3]]
@@ -134,9 +134,8 @@ def test_logprobs_are_of_the_raw_logits_all_the_same() -> None:
     params = SamplingParams(9, temperature=0.0, allowed_token_ids=(0,), logprobs=1)
     chooser = Sampler(1, VOCAB, (EOS,), CPU)
     chooser.start(SlotStart(0, params, PROMPT))
-    (found,) = chooser.sample(logits_at(2), [0], [2]).logprobs
+    ((found,),) = chooser.sample(logits_at(2), [0], [2]).logprobs
     raw = logits_at(2)[0].log_softmax(-1)
-    assert found is not None
     assert found.logprob == pytest.approx(raw[0].item(), abs=1e-6)
     assert found.top[0][0] == int(raw.argmax()) != 0
 

@@ -5,7 +5,7 @@ import torch
 
 from model.interface import SamplingParams, SlotStart
 from model.sampling.sampler import Sampler
-from model.sampling.sampling_ops import stream_of, uniform
+from model.sampling.sampling_ops import rng_stream, uniform
 
 CPU = torch.device("cpu")
 LOGITS = (2.0, 1.5, 1.5, 0.7, 0.0, -0.3, -1.0, -torch.inf)
@@ -25,7 +25,7 @@ def chi_square(observed: list[int], probabilities: list[float]) -> float:
 
 
 def distribution(params: SamplingParams) -> list[float]:
-    """What the parameters mean, in float64 and by their textbook definitions."""
+    """Apply the parameters in float64, by their textbook definitions."""
     p = (torch.tensor(LOGITS, dtype=torch.float64) / params.temperature).softmax(-1)
     p[p < params.min_p * p.max()] = 0
     order = p.sort(descending=True, stable=True).indices
@@ -66,7 +66,7 @@ def test_draws_follow_the_distribution(params: dict[str, float], vary: str) -> N
     positions = [7] * NUM_DRAWS if vary == "seed" else list(range(NUM_DRAWS))
     logits = torch.tensor(LOGITS).repeat(NUM_DRAWS, 1)
     tokens = chooser.sample(logits, slots, positions).token_ids
-    observed = torch.bincount(torch.tensor(tokens), minlength=len(LOGITS)).tolist()
+    observed = torch.bincount(torch.tensor(tokens).flatten(), minlength=len(LOGITS)).tolist()
     expected = distribution(SamplingParams(9, **params))  # type: ignore[arg-type] # as above
     possible = sum(p > 0 for p in expected)
     assert all(seen == 0 for seen, p in zip(observed, expected, strict=True) if p == 0)
@@ -87,14 +87,14 @@ def test_neighbouring_seeds_and_positions_are_independent(
     cells = [0] * 100
     for seed in range(100):
         for position in range(1, 101):
-            one = uniform(stream_of(seed), position)
-            other = uniform(stream_of((seed + seed_step) % 2**64), position + position_step)
+            one = uniform(rng_stream(seed), position)
+            other = uniform(rng_stream((seed + seed_step) % 2**64), position + position_step)
             cells[int(one * 10) * 10 + int(other * 10)] += 1
     assert chi_square(cells, [0.01] * 100) < CRITICAL[99]
 
 
 def test_uniform_stays_below_one() -> None:
-    values = [uniform(stream_of(seed), seed) for seed in (0, 1, 2**63, 2**64 - 1)]
+    values = [uniform(rng_stream(seed), seed) for seed in (0, 1, 2**63, 2**64 - 1)]
     assert all(0.0 <= value < 1.0 for value in values)
     assert len(set(values)) == 4
 
@@ -105,6 +105,6 @@ def test_the_seed_decides() -> None:
     for seed in (1, 1, 2):
         chooser = Sampler(1, 1000, (), CPU)
         chooser.start(SlotStart(0, SamplingParams(9, seed=seed), ()))
-        tokens.append([chooser.sample(logits.clone(), [0], [i]).token_ids[0] for i in range(9)])
+        tokens.append([chooser.sample(logits.clone(), [0], [i]).token_ids[0][0] for i in range(9)])
     assert tokens[0] == tokens[1] != tokens[2]
     assert len(set(tokens[0])) > 5

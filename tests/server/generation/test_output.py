@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scheduler.client import Delta, FinishReason, TokenLogprobs
+from scheduler.client import FinishReason, TokenLogprobs, TokenOutput
 from server.generation.output import OutputChunk, OutputOptions, OutputText
 from server.text.load import ModelText
 
@@ -16,7 +16,7 @@ TOKENS = [97, 98, 99, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 260, 0]
 STOPS = ["ab", "ba", "aab", "é", "c a", "bb"]
 
 
-def run(text: ModelText, options: OutputOptions, deltas: list[Delta]) -> list[OutputChunk]:
+def run(text: ModelText, options: OutputOptions, deltas: list[TokenOutput]) -> list[OutputChunk]:
     output = OutputText(text.tokenizer, options)
     chunks = []
     for delta in deltas:
@@ -28,12 +28,12 @@ def run(text: ModelText, options: OutputOptions, deltas: list[Delta]) -> list[Ou
     raise AssertionError(message)
 
 
-def deltas_of(token_ids: list[int], cuts: list[int], *, has_logprobs: bool) -> list[Delta]:
+def deltas_of(token_ids: list[int], cuts: list[int], *, has_logprobs: bool) -> list[TokenOutput]:
     """Split tokens at `cuts`; the end comes with the last of them."""
     bounds = sorted({0, len(token_ids), *(cut % (len(token_ids) + 1) for cut in cuts)})
     parts = [token_ids[a:b] for a, b in pairwise(bounds)] or [[]]
     deltas = [
-        Delta(
+        TokenOutput(
             tuple(part),
             tuple(TokenLogprobs(token, -1.0, 1) for token in part) if has_logprobs else (),
         )
@@ -67,7 +67,7 @@ def test_the_text_ends_before_the_first_stop_string(
     if not ends:
         assert shown == whole
         assert chunks[-1].finish_reason == "length"
-        assert sum(chunk.num_tokens for chunk in chunks) == len(token_ids)
+        assert sum(len(chunk.delta.token_ids) for chunk in chunks) == len(token_ids)
         if has_logprobs:
             told = [token.logprobs.token_id for chunk in chunks for token in chunk.tokens]
             assert told == token_ids
@@ -95,11 +95,11 @@ def test_how_tokens_arrive_changes_nothing(
     for chunks in (together, apart):
         assert chunks[-1].finish_reason == together[-1].finish_reason
     assert "".join(p.text for p in apart) == "".join(p.text for p in together)
-    assert sum(p.num_tokens for p in apart) == sum(p.num_tokens for p in together)
+    num_apart, num_together = (sum(len(p.delta.token_ids) for p in ps) for ps in (apart, together))
+    assert num_apart == num_together
     assert [t for p in apart for t in p.tokens] == [t for p in together for t in p.tokens]
     for chunks in (together, apart):
-        assert all(len(chunk.token_ids) == chunk.num_tokens for chunk in chunks)
-        told = [token_id for chunk in chunks for token_id in chunk.token_ids]
+        told = [token_id for chunk in chunks for token_id in chunk.delta.token_ids]
         assert told == token_ids[: len(told)]
 
 
@@ -108,7 +108,7 @@ def test_probabilities_do_not_tell_what_text_holds_back(text: ModelText) -> None
     output = OutputText(text.tokenizer, options)
 
     def push(token: int) -> OutputChunk:
-        return output.push(Delta((token,), (TokenLogprobs(token, -1.0, 1),)))
+        return output.push(TokenOutput((token,), (TokenLogprobs(token, -1.0, 1),)))
 
     def told(chunk: OutputChunk) -> list[int]:
         return [token.logprobs.token_id for token in chunk.tokens]
@@ -129,32 +129,32 @@ def test_probabilities_do_not_tell_what_text_holds_back(text: ModelText) -> None
     ],
 )
 def test_the_text_of_an_end_token(text: ModelText, options: OutputOptions, shown: str) -> None:
-    [chunk] = run(text, options, [Delta((98, 97), finish_reason=FinishReason.STOP)])
+    [chunk] = run(text, options, [TokenOutput((98, 97), finish_reason=FinishReason.STOP)])
     assert chunk.text == shown
-    assert chunk.num_tokens == 2, "it was generated all the same"
+    assert len(chunk.delta.token_ids) == 2, "it was generated all the same"
     assert chunk.finish_reason == "stop"
     assert chunk.stop_text is None
 
 
 def test_an_end_token_is_text_where_the_length_ended_the_output(text: ModelText) -> None:
     options = OutputOptions(end_token_ids=frozenset({97}))
-    [chunk] = run(text, options, [Delta((97,), finish_reason=FinishReason.LENGTH)])
+    [chunk] = run(text, options, [TokenOutput((97,), finish_reason=FinishReason.LENGTH)])
     assert chunk.text == "a"
 
 
 def test_stop_strings_count_from_min_tokens_on(text: ModelText) -> None:
     options = OutputOptions(stops=("a",), min_tokens=2)
-    chunks = run(text, options, [Delta((97, 97, 98)), Delta((97, 97))])
+    chunks = run(text, options, [TokenOutput((97, 97, 98)), TokenOutput((97, 97))])
     assert "".join(chunk.text for chunk in chunks) == "aab"
-    assert sum(chunk.num_tokens for chunk in chunks) == 4
+    assert sum(len(chunk.delta.token_ids) for chunk in chunks) == 4
 
 
 def test_tokens_behind_a_stop_string_are_not_counted(text: ModelText) -> None:
     options = OutputOptions(stops=("b",))
-    [chunk] = run(text, options, [Delta((97, 98, 99, 99))])
-    assert (chunk.text, chunk.num_tokens) == ("a", 2)
+    [chunk] = run(text, options, [TokenOutput((97, 98, 99, 99))])
+    assert (chunk.text, len(chunk.delta.token_ids)) == ("a", 2)
 
 
 def test_a_broken_character_at_the_end_is_shown_as_such(text: ModelText) -> None:
-    [chunk] = run(text, OutputOptions(), [Delta((0xC3,), finish_reason=FinishReason.LENGTH)])
+    [chunk] = run(text, OutputOptions(), [TokenOutput((0xC3,), finish_reason=FinishReason.LENGTH)])
     assert chunk.text == "\ufffd"

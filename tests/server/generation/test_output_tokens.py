@@ -1,7 +1,7 @@
-"""What the APIs tell of an output's tokens: each probability with its text, each count once.
+"""The tokens of an output in all APIs: each probability with its text, each count once.
 
-The model says what a test makes it say, in tokens of a byte-level vocabulary with every awkward
-kind in it: parts of characters, tags in one token, in several and astride, special tokens.
+The test chooses the model's output, in tokens of a byte-level vocabulary with every awkward kind:
+parts of characters, tags in one token, in several and astride, special tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
 from event_streams import chunks_of, events_of
-from scheduler.client import Delta, FinishReason, GenerateRequest, TokenLogprobs
+from scheduler.client import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
 from server.text.token_bytes import BYTE_LEVEL_ALPHABET
@@ -51,7 +51,7 @@ STOPS = ["a", "bc", "</think>", "think>", "é", "\ufffd", "d \n", "<tool", "\n\n
 
 
 def _vocabulary() -> tuple[Tokenizer, dict[bytes, int]]:
-    """Return a tokenizer, and its ids by what the token stands for."""
+    """Return a tokenizer, and its ids by the tokens' texts."""
     written = [BYTE_LEVEL_ALPHABET[byte] for byte in range(256)]
     spelled = ["".join(BYTE_LEVEL_ALPHABET[byte] for byte in word.encode()) for word in WORDS]
     tokens = list(dict.fromkeys(written + spelled))
@@ -78,14 +78,14 @@ class Said:
     has_end_token: bool = False
     ends_apart: bool = False
 
-    def deltas(self) -> list[Delta]:
+    def deltas(self) -> list[TokenOutput]:
         """Return them; the probability of token i is that of its number."""
         token_ids = (*self.token_ids, *((IDS[END.encode()],) if self.has_end_token else ()))
         scores = tuple(TokenLogprobs(token, -float(i), 1) for i, token in enumerate(token_ids))
         bounds = sorted({0, len(token_ids), *(cut % (len(token_ids) + 1) for cut in self.cuts)})
-        deltas = [Delta(token_ids[a:b], scores[a:b]) for a, b in pairwise(bounds)]
+        deltas = [TokenOutput(token_ids[a:b], scores[a:b]) for a, b in pairwise(bounds)]
         if self.ends_apart or not deltas:
-            deltas.append(Delta())
+            deltas.append(TokenOutput())
         reason = FinishReason.STOP if self.has_end_token else FinishReason.LENGTH
         deltas[-1] = replace(deltas[-1], finish_reason=reason)
         return deltas
@@ -101,7 +101,7 @@ def says() -> list[Said]:
 def servers(
     start_shared: Callable[..., Any], scripted_client: Callable[..., Any], says: list[Said]
 ) -> dict[str, Any]:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         for delta in says[0].deltas():
             yield delta if request.params.logprobs is not None else replace(delta, logprobs=())
 
@@ -122,7 +122,7 @@ def servers(
 
 @dataclass
 class Told:
-    """What a response says: entries are the numbers of the tokens whose probabilities are told."""
+    """The content of a response: entries are the numbers of the tokens with probabilities."""
 
     #: The text of each message, and the entries beside it.
     texts: list[str]
@@ -201,7 +201,7 @@ READERS = {COMPLETIONS: of_openai, CHAT: of_openai, RESPONSES: of_response, MESS
 
 
 def tell(live: Any, path: str, *, has_tools: bool, **more: Any) -> Told:
-    """Ask whole and as a stream; both must tell the same."""
+    """Ask whole and as a stream; both must be equal."""
     whole = live.post(path, **asked(path, has_tools=has_tools, is_stream=False, **more))
     assert whole.status_code == 200, whole.text
     stream = live.post(path, **asked(path, has_tools=has_tools, is_stream=True, **more))
@@ -310,7 +310,7 @@ def test_probabilities_belong_to_the_text_beside_them(
     response = tell(live, RESPONSES, has_tools=has_tools, **options)
     for text, entries in zip(response.texts, response.entries, strict=True):
         require_spelled(token_ids, text, entries, skips=skips)
-    # A chat tells of all tokens, those of reasoning and calls too.
+    # A chat reports all tokens, those of reasoning and calls too.
     assert chat.entries == completion.entries
     told = [entry for entries in response.entries for entry in entries]
     assert told == sorted(set(told) & set(chat.entries[0]))
@@ -318,7 +318,7 @@ def test_probabilities_belong_to_the_text_beside_them(
     if mode == "plain" and not has_tools:
         assert (response.texts, response.entries) == (chat.texts, chat.entries)
         assert chat.texts == completion.texts
-    # One count, whoever tells it.
+    # One count in all places.
     assert chat.num_reasoning == (None if mode == "plain" else response.num_reasoning)
     assert (chat.num_output, chat.reasoning) == (response.num_output, response.reasoning)
     if mode != "plain" and "stop" not in options:
@@ -332,7 +332,7 @@ def test_probabilities_belong_to_the_text_beside_them(
 
 @dataclass(frozen=True)
 class Thought:
-    """An output, what is asked, and how many of its tokens are reasoning."""
+    """An output, the request, and the number of reasoning tokens."""
 
     words: Sequence[str]
     count: int

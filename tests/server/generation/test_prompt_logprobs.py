@@ -1,4 +1,4 @@
-"""The prompt's own log-probabilities, as vLLM tells them and as OpenAI's echo did."""
+"""The prompt's own log-probabilities, in the form of vLLM and of OpenAI's echo."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from event_streams import chunks_of
 from model.fake import fake_logprobs
-from scheduler.client import Delta, FinishReason, GenerateRequest, TokenLogprobs
+from scheduler.client import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from server.generation import prompt_logprobs
 from server.openai import response_models
 from server.text.load import ModelText
@@ -29,7 +30,7 @@ def logprob_of(prompt: list[int], index: int) -> float:
 
 
 def candidates(live: Any, prompt: list[int], count: int) -> list[Any]:
-    """What vLLM would say of them."""
+    """The form of vLLM."""
     told: list[Any] = [None]
     for score in scores_of(prompt, count):
         ids = dict.fromkeys((score.token_id, *(token for token, _ in score.top)))
@@ -53,7 +54,7 @@ def candidates(live: Any, prompt: list[int], count: int) -> list[Any]:
 def test_completions_tell_them_by_choice(live: Any, count: int) -> None:
     asked = {"prompt": ["abc", [5]], "n": 2, "max_tokens": 2, "prompt_logprobs": count}
     answer = live.post(COMPLETION, **asked, ignore_eos=True)
-    response_models.Completion.model_validate_json(answer.content)
+    TypeAdapter(response_models.Completion).validate_json(answer.content)
     told = [choice["prompt_logprobs"] for choice in answer.json()["choices"]]
     assert told == [candidates(live, ABC, count)] * 2 + [[None]] * 2
     assert [choice["logprobs"] for choice in answer.json()["choices"]] == [None] * 4
@@ -62,7 +63,7 @@ def test_completions_tell_them_by_choice(live: Any, count: int) -> None:
 def test_chats_tell_them_once(live: Any) -> None:
     asked = {"n": 2, "max_tokens": 2, "prompt_logprobs": 1, "return_token_ids": True}
     answer = live.chat(**asked, ignore_eos=True)
-    response_models.ChatCompletion.model_validate_json(answer.content)
+    TypeAdapter(response_models.ChatCompletion).validate_json(answer.content)
     body = answer.json()
     assert body["prompt_logprobs"] == candidates(live, body["prompt_token_ids"], 1)
     assert all("prompt_logprobs" not in choice for choice in body["choices"])
@@ -72,7 +73,7 @@ def test_so_do_chats_with_tools(start_server: Callable[..., Any], text: ModelTex
     source = "{% if tools %}<tool_call>{% endif %}{{ messages[0].content }}"
     words = replace(
         text,
-        template=ChatTemplate({"default": source}, special_tokens={}, now=lambda: None),  # type: ignore[arg-type, return-value] # tells no time
+        template=ChatTemplate({"default": source}, special_tokens={}, now=lambda: None),  # type: ignore[arg-type, return-value] # has no clock
     )
     live = start_server(words=words)
     tool = {"type": "function", "function": {"name": "add"}}
@@ -103,10 +104,10 @@ def test_a_chat_cannot_stream_them(live: Any) -> None:
 def test_a_probability_of_nothing_is_a_number_and_a_token_is_told_once(
     scripted: Callable[..., Any],
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.params.prompt_logprobs == 2
         score = TokenLogprobs(98, float("-inf"), 2, ((99, -0.5), (98, float("-inf"))))
-        yield Delta(finish_reason=FinishReason.LENGTH, prompt_logprobs=(score,))
+        yield TokenOutput(finish_reason=FinishReason.LENGTH, prompt_logprobs=(score,))
 
     answer = scripted(script).post(COMPLETION, prompt="ab", prompt_logprobs=2)
     assert answer.json()["choices"][0]["prompt_logprobs"] == [
@@ -143,7 +144,7 @@ def test_an_echo_has_the_prompts_tokens_first(live: Any, prompt: Any, max_tokens
     asked = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 1}
     plain = live.post(COMPLETION, **(asked | {"max_tokens": max(1, max_tokens)})).json()
     answer = live.post(COMPLETION, **asked, echo=True)
-    response_models.Completion.model_validate_json(answer.content)
+    TypeAdapter(response_models.Completion).validate_json(answer.content)
     [choice] = answer.json()["choices"]
     generated = plain["choices"][0]["text"] if max_tokens else ""
     assert choice["text"] == "häß" + generated
@@ -179,7 +180,7 @@ def test_a_stream_adds_up_to_the_whole(live: Any, prompt: list[Any], max_tokens:
     whole = live.post(COMPLETION, **asked).json()["choices"]
     events = chunks_of(live.post(COMPLETION, **asked, stream=True).content)
     for choice in whole:
-        response_models.Completion.model_validate(events[-1])
+        TypeAdapter(response_models.Completion).validate_python(events[-1])
         own = [e["choices"][0] for e in events if e["choices"][0]["index"] == choice["index"]]
         assert own[0]["prompt_token_ids"] == choice["prompt_token_ids"]
         assert "".join(each["text"] for each in own) == choice["text"]
@@ -197,7 +198,7 @@ def test_both_ways_at_once_each_as_many_as_it_asked_for(live: Any) -> None:
 
 
 def test_harnesses_ask_with_lists_of_tokens(live: Any) -> None:
-    """The request of lm-eval's `local-completions`, and what it reads in the answer."""
+    """The request of lm-eval's `local-completions`, and the parts of the answer that it reads."""
     prompts = [ABC, [5, 6, 7, 8]]
     asked = {"prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234}
     choices = live.post(COMPLETION, **asked, echo=True).json()["choices"]

@@ -1,4 +1,4 @@
-"""Output that nobody reads: no writer waits, whole lines are dropped, counted, and said to be."""
+"""Output without a reader: no writer waits; whole lines are dropped, counted and reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINE = b"%06d " + b"x" * 200 + b"\n"
 
 
 class Stage:
-    """A relay in the place of a descriptor that somebody reads, or not."""
+    """A relay in the place of a descriptor with a reader, or without."""
 
     def __init__(self, reader: int, fd: int) -> None:
         self.reader, self.fd = reader, fd
@@ -74,7 +74,7 @@ def test_lines_arrive_as_they_were_written(stage: Stage) -> None:
 def test_lines_that_nobody_reads_are_dropped_whole_and_counted(stage: Stage) -> None:
     num_lines = 60_000
     stage.write(b"".join(LINE % number for number in range(num_lines)))
-    # Nobody reads, so this waits in vain, and no longer than it may.
+    # There is no reader, so this waits in vain, and no longer than it may.
     stage.relay.flush(1.0)
     read = stage.read(b" were dropped\n").splitlines(keepends=True)
     numbers = [int(line.partition(b" ")[0]) for line in read[:-1]]

@@ -1,4 +1,4 @@
-"""When a refused client is told to come again."""
+"""The time after which a refused client may come again."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import pytest
 
 from configs.schema import SchedulerSection
 from scheduler.client import (
-    Delta,
     EngineStats,
     EngineUnavailableError,
     FinishReason,
     GenerateRequest,
     RejectKind,
     RequestRefusedError,
+    SchedulerStats,
+    TokenOutput,
 )
-from server.generation.retry_after import MOST_S, QueueReservations
+from server.generation.retry_after import MAX_S, QueueReservations
 
 
 class Engine:
-    """What a pace reads of an engine, and its clock."""
+    """The part of an engine that the reservations read, and its clock."""
 
     def __init__(self, **config: Any) -> None:
         self.now_s = 100.0
@@ -45,7 +46,7 @@ class Engine:
         for _ in range(started):
             self.reservations.note_started()
         self.now_s += after_s
-        self.snapshot = EngineStats(num_waiting=waiting, num_running=running)
+        self.snapshot = EngineStats(SchedulerStats(num_waiting=waiting, num_running=running))
         for observer in self.observers:
             observer(1)
 
@@ -59,12 +60,12 @@ def test_the_first_wait_is_short_and_each_is_longer_than_the_one_before(engine: 
     told = [engine.reservations.retry_after_s(whose) for whose in range(100)]
     assert told[0] <= 2
     assert told == sorted(told)
-    assert told[-1] == MOST_S
+    assert told[-1] == MAX_S
     assert len(set(told)) > 40, "they come back spread"
 
 
 @pytest.mark.parametrize("started", [1, 5])
-def test_promises_are_as_far_apart_as_places_come_in(engine: Engine, started: int) -> None:
+def test_reserved_are_as_far_apart_as_places_come_in(engine: Engine, started: int) -> None:
     for tenth in range(600):
         engine.step(0.1, started=started if tenth % 10 == 0 else 0)
     told = [engine.reservations.retry_after_s(whose) for whose in range(30)]
@@ -93,7 +94,7 @@ def test_a_queue_that_stands_still_is_waited_for_longer_and_longer(engine: Engin
     engine.now_s += 4.0
     assert engine.reservations.retry_after_s(1) == 5
     engine.now_s += 400.0
-    assert engine.reservations.retry_after_s(2) == MOST_S
+    assert engine.reservations.retry_after_s(2) == MAX_S
 
 
 def test_who_was_promised_a_place_has_it_when_it_comes(engine: Engine) -> None:
@@ -118,7 +119,7 @@ def test_a_place_that_nobody_comes_for_is_free_again(engine: Engine) -> None:
     assert not engine.reservations.has_place(9), "the engine's count is of before"
 
 
-def test_promises_take_half_of_the_queue_at_most(engine: Engine) -> None:
+def test_reserved_take_half_of_the_queue_at_most(engine: Engine) -> None:
     for _ in range(30):
         engine.step(1.0, started=1)
     for whose in range(40):
@@ -134,7 +135,7 @@ def test_a_burst_that_can_start_at_once_has_a_place() -> None:
 
 
 class Flood:
-    """Clients that ask, come back when they are told to, and ask anew when they are answered.
+    """Clients that send a request, repeat it after Retry-After, and send the next after the answer.
 
     The engine is a queue before a number of places, in which an answer takes its time.
     """
@@ -181,18 +182,18 @@ class Flood:
         self._after(self.chance.expovariate(per_s), partial(self._passer, per_s))
 
     def _ask(self, whose: int, *, was_promised: bool = False, is_passer: bool = False) -> None:
-        pace = self.engine.reservations
+        places = self.engine.reservations
         has_room = self.num_running + len(self.queue) < self.places
-        is_taken = pace.has_place(whose) and (has_room or len(self.queue) < self.queue_limit)
+        is_taken = places.has_place(whose) and (has_room or len(self.queue) < self.queue_limit)
         self.num_back += was_promised
         self.num_kept += was_promised and is_taken
         if is_taken:
             self.queue.append(is_passer)
             return
-        num_promised = len(pace._promises)
-        told_s = pace.retry_after_s(whose)
+        num_promised = len(places._reserved)
+        told_s = places.retry_after_s(whose)
         if not is_passer:
-            again = partial(self._ask, whose, was_promised=len(pace._promises) > num_promised)
+            again = partial(self._ask, whose, was_promised=len(places._reserved) > num_promised)
             self._after(told_s + self.chance.uniform(0.005, 0.05), again)
 
     def _step(self) -> None:
@@ -251,7 +252,7 @@ def test_a_full_queue_refuses_before_it_reads_what_is_asked(
 ) -> None:
     live = scripted(_said)
     client: Any = live.client
-    client.engine_stats = EngineStats(num_waiting=1024, num_running=64)
+    client.engine_stats = EngineStats(SchedulerStats(num_waiting=1024, num_running=64))
     answers = [
         live.http.post(path, content=b"{nonsense")
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
@@ -263,19 +264,21 @@ def test_a_full_queue_refuses_before_it_reads_what_is_asked(
     assert live.metric('octavo_requests_rejected_total{reason="queue_full"}') == 4
     assert live.post("/v1/completions", prompt="x", priority=-1).status_code == 200
     assert live.post("/tokenize", prompt="x").status_code == 200
-    client.engine_stats = EngineStats(num_waiting=1024, num_running=64, lowest_waiting_priority=1)
+    client.engine_stats = EngineStats(
+        SchedulerStats(num_waiting=1024, num_running=64, lowest_waiting_priority=1)
+    )
     assert live.post("/v1/completions", prompt="x").status_code == 200
 
 
-async def _said(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-    yield Delta(request.prompt_token_ids, finish_reason=FinishReason.STOP)
+async def _said(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    yield TokenOutput(request.prompt_token_ids, finish_reason=FinishReason.STOP)
 
 
 def test_a_refusal_of_the_engine_is_a_promise_too(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise RequestRefusedError("full", RejectKind.BUSY, None)
-        yield Delta()
+        yield TokenOutput()
 
     live = scripted(script)
     answers = [live.post("/v1/completions", prompt="x") for _ in range(5)]
@@ -287,10 +290,10 @@ def test_a_refusal_of_the_engine_is_a_promise_too(scripted: Callable[..., Any]) 
 def test_a_503_tells_when_the_engine_should_be_there(
     scripted: Callable[..., Any], retry_after_s: float | None, told: str
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise EngineUnavailableError("the engine is being restarted", retry_after_s)
-        yield Delta()
+        yield TokenOutput()
 
     live = scripted(script)
     answer = live.chat()

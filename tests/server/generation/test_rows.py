@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
-from scheduler.client import Delta, FinishReason, GenerateRequest
+from scheduler.client import FinishReason, GenerateRequest, TokenOutput
 from server.generation.prompts import row_notes
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
@@ -53,10 +53,10 @@ def words(template: str) -> ModelText:
     )
 
 
-async def _say_a(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def _say_a(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     assert max(request.prompt_token_ids) < 300, "the engine was asked for a row that is not there"
     assert all(max(word) < 300 for word in request.params.bad_words), "likewise"
-    yield Delta((97,), finish_reason=FinishReason.STOP)
+    yield TokenOutput((97,), finish_reason=FinishReason.STOP)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_what_the_template_writes_itself_is_refused_too(scripted: Any) -> None:
 
 
 def test_a_conversation_that_was_stored_does_not_bring_it_in(scripted: Any) -> None:
-    async def say_it(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def say_it(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.prompt_token_ids
-        yield Delta(tuple(EXTRA.encode()), finish_reason=FinishReason.STOP)
+        yield TokenOutput(tuple(EXTRA.encode()), finish_reason=FinishReason.STOP)
 
     live = scripted(say_it, words=words(SHOWS_ALL))
     first = live.post(RESPONSES, input="x").json()["id"]

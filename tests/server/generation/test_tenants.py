@@ -1,4 +1,4 @@
-"""What one API key can learn of another: cached prefixes and stored responses have owners."""
+"""The separation of API keys: cached prefixes and stored responses have owners."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 from configs.schema import ServerSection
 from model.fake import FakeRunner
-from scheduler.client import Delta, FinishReason, GenerateRequest
+from scheduler.client import FinishReason, GenerateRequest, TokenOutput
 from server.http.keys import load_keys
 
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
@@ -34,7 +34,7 @@ KEYS: dict[str, tuple[str | None, str | None]] = {
     "sk-team-2": ("erin", "team"),
     "sk-odd": ('0:=; #"\\ ~', None),
 }
-#: Who shares prefixes with whom: all others have a namespace of their own.
+#: Groups that share prefixes: all other keys have a namespace of their own.
 SHARING = [
     {"sk-alice", "sk-alice-new"},
     {"sk-common-1", "sk-common-2"},
@@ -77,7 +77,7 @@ def tenants(start_shared: Callable[..., Any], file: Path) -> Any:
 
 
 def cached(live: Any, secret: str, prompt: list[int], salt: str) -> tuple[int, str]:
-    """Ask for one token; return what the answer tells of the cache."""
+    """Ask for one token; return the answer's report of the cache."""
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": 1, "ignore_eos": True}
     if salt:
         body["cache_salt"] = salt
@@ -118,7 +118,7 @@ def test_what_a_key_is_told_of_the_cache_depends_on_its_namespace_alone(
     told = run(together)
     for group in {group_of(secret) for secret, _, _ in together}:
         own = [index for index, ask in enumerate(together) if group_of(ask[0]) == group]
-        # The same requests without all others' are told the same.
+        # The same requests without all others get equal reports.
         assert run([together[index] for index in own]) == [told[index] for index in own]
 
 
@@ -131,8 +131,8 @@ def test_those_that_share_find_what_the_others_left(tenants: Any, sharing: set[s
     assert cached(tenants, second, prompt, "salt")[0] == 0
 
 
-async def answer(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-    yield Delta((72,) if request.prompt_token_ids else (), finish_reason=FinishReason.STOP)
+async def answer(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    yield TokenOutput((72,) if request.prompt_token_ids else (), finish_reason=FinishReason.STOP)
 
 
 def test_no_salt_leads_into_another_namespace(scripted: Callable[..., Any], file: Path) -> None:
@@ -149,7 +149,7 @@ def test_no_salt_leads_into_another_namespace(scripted: Callable[..., Any], file
     assert len(set(own.values())) == len({group_of(secret) for secret in KEYS})
     for secret, other in itertools.permutations(sorted(KEYS), 2):
         if group_of(secret) != group_of(other):
-            # It, and what is left of it behind its length and what marks a name.
+            # The whole namespace, and its parts behind the length and behind the mark of a name.
             for start in {0, own[other].index(":") + 1, own[other].index(":") + 2}:
                 assert namespace(secret, own[other][start:] or None) != own[other]
 

@@ -13,23 +13,23 @@ import pytest
 
 from event_streams import chunks_of
 from model.fake import FakeRunner
-from scheduler.client import Delta, GenerateRequest, Started
+from scheduler.client import GenerateRequest, Started, TokenOutput
 from waiting import TIMEOUT_S
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 BODY: dict[str, Any] = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
-#: Longer than any test has patience for, and no step of it long.
+#: Longer than the timeout of any test, and no step of it is long.
 LONG: dict[str, Any] = {"max_tokens": 900_000, "ignore_eos": True}
 
 
-async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     """One token, then nothing for ever."""
     del request
-    yield Delta((72,), started=Started(1, 0.0, 0, ""))
+    yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
     await asyncio.Event().wait()
 
 
-async def never(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def never(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     """Nothing at all, as in a queue that does not move."""
     async for delta in endless(_, request):
         if delta.finish_reason is not None:
@@ -55,7 +55,7 @@ def idle_pages(live: Any) -> tuple[int, int, int]:
     assert live.post("/v1/completions", prompt="z", max_tokens=1).status_code == 200
     live.client.check()
     stats = live.client.stats()
-    return stats.num_running, stats.num_waiting, stats.pages_private
+    return stats.scheduler.num_running, stats.num_waiting, stats.cache.pages_private
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -139,7 +139,7 @@ def test_one_that_is_quick_enough_never_hears_of_it(live: Any) -> None:
     answer = live.chat(max_tokens=3, timeout=2 * TIMEOUT_S)
     assert answer.status_code == 200
     assert answer.json()["octavo"]["warnings"] == []
-    assert live.client.stats().num_running == 0
+    assert live.client.stats().scheduler.num_running == 0
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -164,11 +164,11 @@ def test_openais_client_does_not_send_it_again(scripted: Callable[..., Any]) -> 
 def test_the_time_begins_with_the_request_not_with_its_turn(scripted: Callable[..., Any]) -> None:
     """Deltas that keep coming do not keep a request alive."""
 
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
-        yield Delta((72,), started=Started(1, 0.0, 0, ""))
+        yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
         while True:
             await asyncio.sleep(0)
-            yield Delta((72,))
+            yield TokenOutput((72,))
 
     assert scripted(script).chat(timeout=0.05, max_tokens=10).status_code == 408

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from scheduler.client import Delta, GenerateRequest, RejectKind, RequestRefusedError
+from scheduler.client import GenerateRequest, RejectKind, RequestRefusedError, TokenOutput
 from server.text.load import ModelText
 
 USER = {"role": "user", "content": "x"}
@@ -201,7 +201,7 @@ def test_a_client_that_leaves_before_its_body_is_no_error(start_server: Callable
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n"
         connection.sendall(head.encode() + b"{")
-        while live.lifecycle.stats().num_in_flight == 0:
+        while live.lifecycle.num_in_flight == 0:
             pass
     live.wait_idle()
     assert live.log_lines()[-1]["status"] == 499
@@ -250,10 +250,10 @@ def test_an_unknown_model_is_not_found(shared: Any, path: str) -> None:
 def test_what_the_engine_refuses(
     scripted: Callable[..., Any], kind: RejectKind, status: int, code: str | None, is_stream: bool
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise RequestRefusedError("the engine says no", kind, "max_tokens")
-        yield Delta()
+        yield TokenOutput()
 
     live = scripted(script)
     answer = live.chat(stream=is_stream)
@@ -275,7 +275,8 @@ def test_a_full_queue_of_the_real_engine_is_429(start_server: Callable[..., Any]
     live.wait_idle()
     assert live.post("/v1/completions", prompt="y", max_tokens=1).status_code == 200
     stats = live.client.stats()
-    assert (stats.num_running, stats.num_waiting, stats.pages_private) == (0, 0, 0)
+    assert (stats.scheduler.num_running, stats.num_waiting) == (0, 0)
+    assert stats.cache.pages_private == 0
     assert live.metric('octavo_requests_rejected_total{reason="queue_full"}') == 1
     live.client.check()
 
@@ -298,10 +299,10 @@ def test_a_model_without_a_template_cannot_chat(
 
 
 def test_a_bug_shows_nothing_of_the_insides(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise KeyError("the secret of the insides")
-        yield Delta()
+        yield TokenOutput()
 
     live = scripted(script)
     answer = live.chat(content="a private question")

@@ -1,4 +1,4 @@
-"""Streams that have nothing to say for a while."""
+"""Streams without an event for a while."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import openai
 import pytest
 
 from scheduler.client import (
-    Delta,
     FinishReason,
     GenerateRequest,
     RejectKind,
     RequestRefusedError,
     Started,
+    TokenOutput,
 )
 from server.http import sse
 from server.http.event_stream import EventStream
@@ -155,11 +155,11 @@ def test_a_request_in_the_queue_is_kept_alive_and_its_refusal_is_an_event(
 ) -> None:
     is_heard = threading.Event()
 
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             await asyncio.to_thread(is_heard.wait, TIMEOUT_S)
             raise RequestRefusedError("the queue is full", RejectKind.BUSY, None)
-        yield Delta()
+        yield TokenOutput()
 
     live = scripted(script, sse_keep_alive_s=SHORT_S)
     data = json.dumps({"prompt": "x", "stream": True}).encode()
@@ -183,7 +183,7 @@ def test_a_request_in_the_queue_is_kept_alive_and_its_refusal_is_an_event(
 
 
 class _Listening(httpx.HTTPTransport):
-    """Tells when so many keep-alives have come by."""
+    """Reports when so many keep-alives have come by."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,15 +217,15 @@ class _Ears(httpx.SyncByteStream):
 def test_openais_client_passes_them_over(scripted: Callable[..., Any], num_before: int) -> None:
     listening = _Listening()
 
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
         started: Started | None = Started(1, 0.0, 0, "")
         for index in range(4):
             if index == num_before:
                 await asyncio.to_thread(listening.has_heard.wait, TIMEOUT_S)
-            yield Delta((65 + index,), started=started)
+            yield TokenOutput((65 + index,), started=started)
             started = None
-        yield Delta(finish_reason=FinishReason.LENGTH)
+        yield TokenOutput(finish_reason=FinishReason.LENGTH)
 
     live = scripted(script, sse_keep_alive_s=SHORT_S)
     # The newest client has a fork of httpx of its own, and takes this one as well.

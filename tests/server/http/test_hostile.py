@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import BeforeValidator
 
-from server.http import respond
+from server.generation import prompt_messages, request_fields, respond
 from server.http.context import BodyBudget
 from server.http.errors import ApiError
 from server.http.work import LONG_CHARS, Workshop
@@ -46,7 +46,7 @@ def roomy(start_shared: Callable[..., Any]) -> Any:
     ],
 )
 def test_null_is_the_default_of_every_field(
-    shared: Any, path: str, model: type[schemas.Request], needed: dict[str, Any]
+    shared: Any, path: str, model: type[request_fields.Request], needed: dict[str, Any]
 ) -> None:
     asked = dict.fromkeys(model.model_fields) | needed
     answer = shared.post(path, **asked)
@@ -73,14 +73,14 @@ def test_a_list_ends_at_its_first_fault(
     assert ";" not in error["message"]
 
 
-_TOKENS = schemas.MAX_LISTED_TOKENS + 1
+_TOKENS = request_fields.MAX_LISTED_TOKENS + 1
 
 
 @pytest.mark.parametrize(
     ("path", "asked", "param"),
     [
-        (CHAT, {"messages": [USER] * (schemas.MAX_MESSAGES + 1)}, "messages"),
-        ("/tokenize", {"messages": [USER] * (schemas.MAX_MESSAGES + 1)}, "messages"),
+        (CHAT, {"messages": [USER] * (prompt_messages.MAX_MESSAGES + 1)}, "messages"),
+        ("/tokenize", {"messages": [USER] * (prompt_messages.MAX_MESSAGES + 1)}, "messages"),
         (
             CHAT,
             {"messages": [USER | {"content": [{"type": "text", "text": ""}] * 4097}]},
@@ -120,12 +120,12 @@ def test_a_long_body_is_parsed_beside_the_event_loop() -> None:
         threads.append(threading.get_ident())
         return value
 
-    class Noting(schemas.Request):
+    class Noting(request_fields.Request):
         text: Annotated[str, BeforeValidator(noted)]
 
     for num_chars in (1, 100_000):
         body = json.dumps({"text": "x" * num_chars}).encode()
-        asyncio.run(schemas.parse(Noting, body, Workshop()))
+        asyncio.run(request_fields.parse(Noting, body, Workshop()))
     assert threads[0] == threading.get_ident() != threads[1]
 
 

@@ -10,26 +10,28 @@ from typing import Any
 import pytest
 
 from event_streams import chunks_of
-from scheduler.client import Delta, FinishReason, GenerateRequest, Started
+from scheduler.client import FinishReason, GenerateRequest, Started, TokenOutput
 from server.http import lifecycle as lifecycle_module
-from server.http.lifecycle import Lifecycle, LifecycleStats
+from server.http.lifecycle import Lifecycle
 from waiting import TIMEOUT_S
 
 
 class Held:
-    """A script whose request goes on when a test says so."""
+    """A script whose request goes on when a test releases it."""
 
     def __init__(self) -> None:
         self._release: asyncio.Event | None = None
         self.has_begun = threading.Event()
 
-    async def __call__(self, _: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def __call__(
+        self, _: object, request: GenerateRequest
+    ) -> AsyncGenerator[TokenOutput, None]:
         del request
         self._release = asyncio.Event()
-        yield Delta((72,), started=Started(1, 0.0, 0, ""))
+        yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
         self.has_begun.set()
         await self._release.wait()
-        yield Delta((105,), finish_reason=FinishReason.LENGTH)
+        yield TokenOutput((105,), finish_reason=FinishReason.LENGTH)
 
     async def release(self) -> None:
         assert self._release is not None
@@ -55,11 +57,12 @@ def test_while_draining_new_requests_are_refused_and_running_ones_finish(
         assert "retry-after" in ready.headers
         assert live.http.get("/health").status_code == 200
         assert not live.call(live.lifecycle.wait_idle(0))
-        assert live.lifecycle.stats() == LifecycleStats(num_in_flight=1, is_draining=True)
+        assert live.lifecycle.num_in_flight == 1
+        assert live.lifecycle.is_draining
         live.call(held.release())
         assert live.call(live.lifecycle.drain(TIMEOUT_S)), "the running request finishes"
         assert running.result(TIMEOUT_S).text.endswith("data: [DONE]\n\n")
-    assert live.lifecycle.stats().num_in_flight == 0
+    assert live.lifecycle.num_in_flight == 0
 
 
 @pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
@@ -86,10 +89,10 @@ def test_what_takes_too_long_is_ended_and_told(
 def test_a_request_that_waits_in_the_engines_queue_is_ended_too(
     scripted: Callable[..., Any],
 ) -> None:
-    async def silent(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def silent(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
         await asyncio.Event().wait()
-        yield Delta()
+        yield TokenOutput()
 
     live = scripted(silent)
     with ThreadPoolExecutor() as threads:
@@ -115,7 +118,7 @@ def test_what_cannot_be_ended_does_not_hold_up_a_drain(monkeypatch: pytest.Monke
         await asyncio.sleep(0)
         async with asyncio.timeout(TIMEOUT_S):
             assert not await lifecycle.drain(0)
-        assert lifecycle.stats().num_in_flight == 1
+        assert lifecycle.num_in_flight == 1
         may_end.set()
         await task
 
@@ -128,7 +131,7 @@ def test_requests_are_counted_exactly() -> None:
         assert await lifecycle.wait_idle(0)
         with lifecycle.request():
             with lifecycle.request(), lifecycle.request(is_counted=False):
-                assert lifecycle.stats().num_in_flight == 2
+                assert lifecycle.num_in_flight == 2
                 lifecycle.check()
             assert not await lifecycle.wait_idle(0)
         lifecycle.check()
@@ -154,7 +157,7 @@ def test_a_cancellation_from_elsewhere_stays_one() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert lifecycle.stats().num_in_flight == 0
+        assert lifecycle.num_in_flight == 0
 
     asyncio.run(run())
 

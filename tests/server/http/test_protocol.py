@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from server.http import respond
+from server.generation import respond
 from server.http.protocol import (
     MAX_HEAD_BYTES,
     MAX_HEADERS,
@@ -25,7 +25,7 @@ HEAD = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 def talk(live: Any, *said: bytes) -> bytes:
-    """Say something, and hear all there is until the server closes."""
+    """Send data, and return all bytes until the server closes."""
     with socket.create_connection(("127.0.0.1", live.port), timeout=TIMEOUT_S) as connection:
         for part in said:
             connection.sendall(part)
@@ -93,7 +93,7 @@ def test_a_client_that_does_not_say_what_it_wants_is_left(
     assert heard.count(b"HTTP/1.1 200") == said.count(HEAD)
 
 
-def test_patience_ends_with_the_head(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timeout_ends_with_the_head(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer may take longer than a head, and so may a body."""
     monkeypatch.setattr(HttpProtocol, "head_timeout_s", 1.0)
     body = b'{"prompt": "x", "max_tokens": 1}'
@@ -102,7 +102,7 @@ def test_patience_ends_with_the_head(live: Any, monkeypatch: pytest.MonkeyPatch)
         socket.create_connection(("127.0.0.1", live.port), timeout=TIMEOUT_S) as slow,
     ):
         slow.sendall(head.encode())
-        # As long as a connection that says nothing is waited for.
+        # The time limit of a silent connection.
         assert talk(live) == b""
         slow.sendall(body)
         assert slow.recv(15) == b"HTTP/1.1 200 OK"
@@ -231,7 +231,7 @@ def test_a_trickle_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(HttpProtocol, "head_timeout_s", 0.2)
     monkeypatch.setattr(respond, "BODY_TIMEOUT_S", 0.2)
-    live.call(_patience_between_requests(live, 0.2))
+    live.call(_timeout_between_requests(live, 0.2))
     with socket.create_connection(("127.0.0.1", live.port), timeout=TIMEOUT_S) as connection:
         connection.sendall(opening)
         end_s = time.monotonic() + TIMEOUT_S
@@ -246,7 +246,7 @@ def test_a_trickle_is_not_waited_for(
     pytest.fail("it is still waited for")
 
 
-async def _patience_between_requests(live: Any, timeout_s: float) -> None:
+async def _timeout_between_requests(live: Any, timeout_s: float) -> None:
     live._server.config.timeout_keep_alive = timeout_s
 
 

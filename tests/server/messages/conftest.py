@@ -1,4 +1,4 @@
-"""A served model that says what a test says, and Anthropic's own client to it."""
+"""A served model with a scripted output, and Anthropic's own client to it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEMPLATES = {
 
 @pytest.fixture
 def saying(speaking: Callable[..., Any]) -> Callable[..., Any]:
-    """Start a server whose model says `output` under a template; 5 tokens of prompts are cached."""
+    """Start a server with a scripted `output` and a template; 5 tokens of prompts are cached."""
 
     def start(output: str, template: str = "hermes", **more: Any) -> Any:
         return speaking(output, template=TEMPLATES[template], cached_tokens=5, **more)
@@ -49,7 +49,7 @@ def client_of() -> Iterator[Callable[[Any], anthropic.Anthropic]]:
 
 @pytest.fixture
 def prompt_of() -> Callable[[Any], str]:
-    """What the model was last asked, as text."""
+    """Return the prompt of the latest request as text."""
 
     def read(live: Any) -> str:
         token_ids = live.client.requests[-1].prompt_token_ids

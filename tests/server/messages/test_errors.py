@@ -9,11 +9,11 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
+from pydantic import TypeAdapter
 
-from scheduler.client import Delta, GenerateRequest, RejectKind, RequestRefusedError
+from scheduler.client import GenerateRequest, RejectKind, RequestRefusedError, TokenOutput
+from server.generation.prompt_messages import MAX_MESSAGES, MAX_PARTS
 from server.messages.response_models import MessagesErrorBody
-from server.openai.chat_messages import MAX_PARTS
-from server.openai.schemas import MAX_MESSAGES
 from server.tools.schemas import MAX_TOOLS
 
 USER: Any = {"role": "user", "content": "1+1?"}
@@ -29,7 +29,7 @@ def error_of(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()
-    MessagesErrorBody.model_validate(body)
+    TypeAdapter(MessagesErrorBody).validate_python(body)
     assert body["request_id"] == answer.headers["request-id"]
     error: dict[str, Any] = body["error"]
     assert error["type"] == kind
@@ -230,10 +230,10 @@ def test_without_a_key_nothing_is_answered(
 
 
 def test_a_full_queue_and_an_absent_engine(scripted: Callable[..., Any], absent: Any) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise RequestRefusedError("the queue is full", RejectKind.BUSY, None)
-        yield Delta()
+        yield TokenOutput()
 
     busy = scripted(script).post(PATHS[0], **ASKED)
     error_of(busy, 429, "rate_limit_error")
@@ -246,10 +246,10 @@ def test_a_full_queue_and_an_absent_engine(scripted: Callable[..., Any], absent:
 
 
 def test_a_bug_shows_nothing_of_the_insides(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise KeyError("the secret of the insides")
-        yield Delta()
+        yield TokenOutput()
 
     answer = scripted(script).post(PATHS[0], **ASKED)
     assert answer.headers["request-id"] in error_of(answer, 500, "api_error")["message"]

@@ -1,4 +1,4 @@
-"""What of a Messages request reaches the model, and what the client hears of the rest."""
+"""The parts of a Messages request that reach the model, and the warnings about the rest."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import anthropic
 import pytest
+from pydantic import TypeAdapter
 
 from server.generation import params as chat_params
 from server.messages import params
 from server.messages.response_models import TokenCount
-from server.messages.schemas import MessagesRequest
-from server.openai.schemas import ChatRequest
+from server.messages.schemas import MessagesRequest, SharedFields
 from tools import api_table
 
 USER: Any = {"role": "user", "content": "1+1?"}
@@ -122,7 +122,7 @@ def test_what_reaches_the_model_is_what_is_counted(
     assert prompt_of(live) == prompt
     counted = live.post("/v1/messages/count_tokens", **({"messages": [USER]} | asked)).json()
     assert counted["input_tokens"] == len(prompt)
-    TokenCount.model_validate(counted)
+    TypeAdapter(TokenCount).validate_python(counted)
 
 
 def test_tools_are_counted_too(saying: Saying, client_of: Callable[[Any], Any]) -> None:
@@ -284,7 +284,7 @@ def test_names_are_honoured_passed_or_judged_but_only_one_of_it() -> None:
     assert not fields & params.MESSAGES.keys()
     assert not fields & set(params.PASSED)
     assert not params.MESSAGES.keys() & set(params.PASSED)
-    assert set(params.PASSED) <= ChatRequest.model_fields.keys()
+    assert set(params.PASSED) <= SharedFields.model_fields.keys()
     for name, known in params.MESSAGES.items():
         [neutral, *_] = [*known.neutral, None]
         assert chat_params.judge({name: neutral}, params.MESSAGES) == []

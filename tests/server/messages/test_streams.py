@@ -1,4 +1,4 @@
-"""Streams of `POST /v1/messages`: in whatever pieces a model writes, they add up to the whole."""
+"""Streams of `POST /v1/messages`: they add up to the whole answer for all cuts of the output."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
+from pydantic import TypeAdapter
 
 from event_streams import events_of
-from scheduler.client import Delta, EngineUnavailableError, FinishReason, GenerateRequest
+from scheduler.client import EngineUnavailableError, FinishReason, GenerateRequest, TokenOutput
 from server.messages.blocks import Blocks, summed
 from server.messages.response_models import MessageEvent
 
@@ -19,7 +20,7 @@ USER: Any = {"role": "user", "content": "1+1?"}
 TOOL: Any = {"name": "add", "input_schema": {"type": "object"}}
 ASKED: dict[str, Any] = {"model": "fake", "max_tokens": 99, "messages": [USER], "tools": [TOOL]}
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
-#: By name: the template and what the model writes.
+#: By name: the template and the output of the model.
 OUTPUTS = {
     "nothing": ("hermes", ""),
     "text": ("hermes", "Two, of course."),
@@ -40,7 +41,7 @@ def documented_events_of(answer: httpx.Response) -> list[dict[str, Any]]:
     """Each event's payload, as it is documented."""
     found = events_of(answer.content)
     for payload in found:
-        MessageEvent.model_validate(payload)
+        TypeAdapter(MessageEvent).validate_python(payload)
     return found
 
 
@@ -170,11 +171,11 @@ def test_the_asynchronous_client_reads_it_too(saying: Saying) -> None:
 def test_a_failure_on_the_way_is_an_event_of_its_own(
     scripted: Callable[..., Any], client_of: Callable[[Any], Any], is_typed: bool
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        yield Delta(tuple(b"Tw"))
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        yield TokenOutput(tuple(b"Tw"))
         if is_typed:
             raise EngineUnavailableError("the engine is gone")
-        yield Delta(finish_reason=FinishReason.ERROR if request.prompt_token_ids else None)
+        yield TokenOutput(finish_reason=FinishReason.ERROR if request.prompt_token_ids else None)
 
     live = scripted(script)
     asked = ASKED | {"tools": []}

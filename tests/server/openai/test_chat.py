@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from model.fake import FAKE_EOS_TOKEN_ID, fake_next_token
-from scheduler.client import Delta, FinishReason, GenerateRequest, Started, TokenLogprobs
+from scheduler.client import FinishReason, GenerateRequest, Started, TokenLogprobs, TokenOutput
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def api(live: Any) -> Iterator[openai.OpenAI]:
 
 
 def expected_tokens(live: Any, content: str, num_tokens: int) -> list[int]:
-    """What the model, computed by hand, answers to one user message."""
+    """The model's answer to one user message, computed by hand."""
     prompt = live.text.template.render([{"role": "user", "content": content}])
     token_ids = live.text.tokenizer.encode(prompt, add_special_tokens=False)
     known = list(token_ids)
@@ -120,7 +120,7 @@ def test_a_stop_string_is_never_shown(live: Any, api: openai.OpenAI, is_stream: 
     assert shown == cut
     assert reason == "stop"
     live.wait_idle()
-    assert live.client.stats().num_running == 0
+    assert live.client.stats().scheduler.num_running == 0
 
 
 def test_a_stop_string_is_shown_if_wanted(live: Any) -> None:
@@ -133,10 +133,10 @@ def test_a_stop_string_is_shown_if_wanted(live: Any) -> None:
 
 @pytest.mark.parametrize("num_top", [None, 0, 2])
 def test_logprobs_have_openais_shape(scripted: Callable[..., Any], num_top: int | None) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.params.logprobs == (num_top or 0)
         top = ((72, -0.1), (240, float("-inf")))[: num_top or 0]
-        yield Delta(
+        yield TokenOutput(
             (72, 105),
             (TokenLogprobs(72, -0.1, 1, top), TokenLogprobs(105, -0.2, 1, top)),
             Started(1, 0.0, 0, ""),
@@ -177,9 +177,9 @@ def test_streamed_logprobs_are_the_whole_ones(api: openai.OpenAI) -> None:
     assert len(streamed) == 12
 
 
-async def give_nothing(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def give_nothing(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     del request
-    yield Delta(finish_reason=FinishReason.STOP, started=Started(1, 0.0, 0, ""))
+    yield TokenOutput(finish_reason=FinishReason.STOP, started=Started(1, 0.0, 0, ""))
 
 
 def test_every_parameter_reaches_the_engine(scripted: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from model.fake import fake_output
-from scheduler.client import Delta, FinishReason, GenerateRequest, Started, TokenLogprobs
+from scheduler.client import FinishReason, GenerateRequest, Started, TokenLogprobs, TokenOutput
 
 
 def expected_text(live: Any, prompt: list[int], num_tokens: int) -> str:
@@ -99,12 +99,14 @@ def test_a_wrong_prompt_is_refused(
 
 
 def test_logprobs_have_openais_shape(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.params.logprobs == 1
-        yield Delta((72,), (TokenLogprobs(72, -1.0, 2, ((73, -0.5),)),), Started(1, 0.0, 0, ""))
-        yield Delta((299,), (TokenLogprobs(299, -0.5, 1, ((299, -0.5),)),))
-        yield Delta((33,), (TokenLogprobs(33, float("-inf"), 9, ((73, -0.5),)),))
-        yield Delta(finish_reason=FinishReason.LENGTH)
+        yield TokenOutput(
+            (72,), (TokenLogprobs(72, -1.0, 2, ((73, -0.5),)),), Started(1, 0.0, 0, "")
+        )
+        yield TokenOutput((299,), (TokenLogprobs(299, -0.5, 1, ((299, -0.5),)),))
+        yield TokenOutput((33,), (TokenLogprobs(33, float("-inf"), 9, ((73, -0.5),)),))
+        yield TokenOutput(finish_reason=FinishReason.LENGTH)
 
     choice = scripted(script).post("/v1/completions", prompt="x", logprobs=1).json()["choices"][0]
     assert choice["text"] == "H 299!"

@@ -25,7 +25,7 @@ USER = {"role": "user", "content": "x"}
 FORMAT = {"type": "grammar", "syntax": "regex", "definition": "a+"}
 FUNCTION = {"type": "function", "name": "f", "parameters": {}, "strict": False}
 CUSTOM = {"type": "custom", "name": "c", "format": FORMAT}
-#: What is served, by its type; everything else must be named.
+#: The served kinds, by type; an answer must name all others.
 RESPONSE_TOOLS: dict[str, Any] = {
     "function": FUNCTION,
     "custom": CUSTOM,
@@ -74,7 +74,7 @@ MESSAGE_CHOICES: dict[str, Any] = {
 
 
 def _kinds(union: Any) -> list[str]:
-    """Return what `type` can be in a union of dictionaries."""
+    """Return the values of `type` in a union of dictionaries."""
     return sorted(set(_walked(union)))
 
 
@@ -119,7 +119,7 @@ def live(speaking: Any) -> Any:
 
 
 def _is_named(answer: Any, kind: str) -> bool:
-    """Whether the answer says in one sentence what became of it: a warning or an error."""
+    """Whether one sentence of the answer, a warning or an error, names the tool."""
     if answer.status_code == 200:
         messages = [warning["message"] for warning in answer.json()["octavo"]["warnings"]]
         return any(kind in one for one in messages)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from server.generation.request_fields import Request
 from server.messages.schemas import MessagesRequest
 from server.openai.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Request,
     TokenizeRequest,
 )
 from server.responses.schemas import ResponsesRequest
@@ -243,8 +243,8 @@ def test_the_bodies_hold_an_object_of_each_kind(path: str) -> None:
     model, bodies = _BODIES[path]
     held = {kind for body in bodies for kind in _held(model.model_validate(body))}
     names = {kind.__name__ for kind in _models(model, set()) - held}
-    # Those that stored responses are named by, what completions have as chats do, and tools of
-    # which a warning says that they are left out.
+    # References to stored responses, fields that completions share with chats, and tools that
+    # are left out with a warning.
     assert names <= {
         *("ItemReference", "ResponseFormat", "NamedSchema", "StructuredOutputs", "OtherTool")
     }

@@ -1,4 +1,4 @@
-"""The model's routes, what responses say of parameters, and the document that describes it all."""
+"""The model's routes, the reports of parameters, and the document of the whole API."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from event_streams import chunks_of
+from server import answer_types
 from server.generation import params
+from server.generation.request_fields import Request
 from server.openai import response_models, schemas
 from server.text.export import export_tokenizer
 
@@ -37,11 +40,11 @@ def test_llama_servers_clients_find_their_names(shared: Any) -> None:
     told = shared.post("/tokenize", content="häß", parse_special=True, with_pieces=True).json()
     assert told["tokens"] == list("häß".encode())
     assert [warning["param"] for warning in told["octavo"]["warnings"]] == ["with_pieces"]
-    response_models.Tokenized.model_validate(told)
+    TypeAdapter(response_models.Tokenized).validate_python(told)
     back = shared.post("/detokenize", tokens=told["tokens"], x=1).json()
     assert back["content"] == "häß"
     assert [warning["param"] for warning in back["octavo"]["warnings"]] == ["x"]
-    response_models.Detokenized.model_validate(back)
+    TypeAdapter(response_models.Detokenized).validate_python(back)
 
 
 def test_a_conversation_is_tokenized_as_a_chat_is(shared: Any) -> None:
@@ -120,7 +123,7 @@ def test_a_flood_of_unknown_parameters_is_summed_up(shared: Any) -> None:
     [(params.CHAT, schemas.ChatRequest), (params.COMPLETION, schemas.CompletionRequest)],
 )
 def test_a_parameter_is_honoured_or_judged_but_not_both(
-    table: dict[str, params.Unsupported], request_type: type[schemas.Request]
+    table: dict[str, params.Unsupported], request_type: type[Request]
 ) -> None:
     assert not table.keys() & request_type.model_fields.keys()
     for name, known in table.items():
@@ -133,27 +136,33 @@ def test_a_parameter_is_honoured_or_judged_but_not_both(
 def test_responses_are_as_documented(shared: Any, has_logprobs: bool, has_usage: bool) -> None:
     options = {"stream": True, "stream_options": {"include_usage": has_usage}}
     chat = {"max_tokens": 9, "logprobs": has_logprobs}
-    response_models.ChatCompletion.model_validate_json(shared.chat(**chat).content)
+    TypeAdapter(response_models.ChatCompletion).validate_json(shared.chat(**chat).content)
     for chunk in chunks_of(shared.chat(**chat, **options).content):
-        response_models.ChatChunk.model_validate(chunk)
+        TypeAdapter(response_models.ChatChunk).validate_python(chunk)
     text = {"prompt": "x", "logprobs": 1 if has_logprobs else None}
-    response_models.Completion.model_validate_json(shared.post("/v1/completions", **text).content)
+    TypeAdapter(response_models.Completion).validate_json(
+        shared.post("/v1/completions", **text).content
+    )
     for chunk in chunks_of(shared.post("/v1/completions", **text, **options).content):
-        response_models.Completion.model_validate(chunk)
+        TypeAdapter(response_models.Completion).validate_python(chunk)
 
 
 def test_the_other_answers_are_as_documented(shared: Any) -> None:
     for path, document in (
         ("/v1/models", response_models.ModelList),
         ("/v1/models/fake", response_models.ModelCard),
-        ("/v1/models/other", response_models.ErrorBody),
+        ("/v1/models/other", answer_types.ErrorBody),
         ("/health", response_models.Health),
         ("/ready", response_models.Health),
         ("/version", response_models.Version),
     ):
-        document.model_validate_json(shared.http.get(path).content)
-    response_models.Tokenized.model_validate_json(shared.post("/tokenize", prompt="x").content)
-    response_models.Detokenized.model_validate_json(shared.post("/detokenize", tokens=[1]).content)
+        TypeAdapter(document).validate_json(shared.http.get(path).content)
+    TypeAdapter(response_models.Tokenized).validate_json(
+        shared.post("/tokenize", prompt="x").content
+    )
+    TypeAdapter(response_models.Detokenized).validate_json(
+        shared.post("/detokenize", tokens=[1]).content
+    )
 
 
 def test_openapi_knows_every_route_its_body_and_its_errors(shared: Any) -> None:

@@ -1,4 +1,4 @@
-"""Servers whose model says what a test wants it to say, and the official client to them."""
+"""Servers of a model with scripted outputs, and the official client to them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import TypeAdapter
 
 import event_streams
 from server.responses import response_models
 
-#: Writes calls, reasoning and what the roles said, so that a test sees what the model was told.
+#: Writes calls, reasoning and contents by role, so that a test can check the prompt.
 HERMES = """\
 {%- if tools %}{{ tools | tojson }} <tool_call>{% endif %}
 {%- for m in messages %}[{{ m.role }}]{{ m.content }}
@@ -26,7 +27,7 @@ Speaking = Callable[..., Any]
 
 @pytest.fixture
 def speaking(speaking: Speaking) -> Speaking:
-    """Start a server whose model says `outputs` in turn; it may think before each."""
+    """Start a server with these outputs in turn; the model may reason before each."""
 
     def start(*outputs: str, thinks: bool = False, **more: Any) -> Any:
         return speaking(*outputs, **{"template": THINKING if thinks else HERMES} | more)
@@ -53,7 +54,7 @@ def events_of() -> Callable[[str], list[dict[str, Any]]]:
     def read(stream: str) -> list[dict[str, Any]]:
         events = event_streams.events_of(stream.encode())
         for event in events:
-            response_models.ResponseEvent.model_validate(event)
+            TypeAdapter(response_models.ResponseEvent).validate_python(event)
         assert [event["sequence_number"] for event in events] == list(range(len(events)))
         return events
 
@@ -62,7 +63,7 @@ def events_of() -> Callable[[str], list[dict[str, Any]]]:
 
 @pytest.fixture
 def prompt_of() -> Callable[..., str]:
-    """What the model was told in its last request."""
+    """Return the prompt of the latest request as text."""
 
     def read(live: Any) -> str:
         token_ids = live.client.requests[-1].prompt_token_ids

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from scheduler.client import Delta, GenerateRequest, RejectKind, RequestRefusedError
+from scheduler.client import GenerateRequest, RejectKind, RequestRefusedError, TokenOutput
 
 PATH = "/v1/responses"
 TOOL = {"type": "function", "name": "add"}
@@ -147,14 +147,17 @@ def test_what_is_wrong_with_a_query_is_named(shared: Any, query: str, param: str
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
-def test_what_the_engine_refuses_is_named_as_here(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+def test_a_refusal_of_the_engine_is_told_to_the_letter(scripted: Callable[..., Any]) -> None:
+    """Its text may quote the request, so no word of it is replaced."""
+    told = "the grammar cannot be used: no rule max_tokens for messages"
+
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
-            raise RequestRefusedError("max_tokens is odd", RejectKind.INVALID, "max_tokens")
-        yield Delta()
+            raise RequestRefusedError(told, RejectKind.INVALID, "grammar")
+        yield TokenOutput()
 
     error = scripted(script).post(PATH, input="x", stream=True).json()["error"]
-    assert (error["param"], error["message"]) == ("max_output_tokens", "max_output_tokens is odd")
+    assert (error["param"], error["message"]) == ("grammar", told)
 
 
 def test_a_model_whose_template_has_no_tools_refuses_them(

@@ -142,7 +142,7 @@ def test_a_store_of_nothing_keeps_nothing() -> None:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Random requests of three owners; what must be there is, and what must not is not."""
+    """Random requests of three owners, compared with the expected contents of the store."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.num_put += 1
         if self.store.put(owner, name, shell, turn, self.now_s):
             self.known[owner, name] = turn, self.now_s
-            # What has just been kept is there, whoever had to make room.
+            # Eviction never removes the newest response.
             assert self.store.recall(owner, name, self.now_s) is not None
         else:
             cost = turn.chain_bytes + len(shell)

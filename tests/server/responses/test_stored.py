@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import TypeAdapter
 
 from server.responses import response_models, response_session
 from server.responses.conversation import read_conversation
@@ -76,7 +77,7 @@ def test_what_is_stored_is_what_was_told(speaking: Any) -> None:
     answer = live.http.get(f"{PATH}/{told['id']}")
     assert answer.json() == told
     assert answer.headers["content-type"] == "application/json"
-    response_models.ResponseBody.model_validate_json(answer.content)
+    TypeAdapter(response_models.ResponseBody).validate_json(answer.content)
 
 
 def test_a_deleted_response_is_gone_and_its_children_are_not(speaking: Any, prompt_of: Any) -> None:
@@ -85,7 +86,7 @@ def test_a_deleted_response_is_gone_and_its_children_are_not(speaking: Any, prom
     second = live.post(PATH, input="b", previous_response_id=first).json()["id"]
     deleted = live.http.delete(f"{PATH}/{first}")
     assert deleted.json() == {"id": first, "object": "response", "deleted": True}
-    response_models.DeletedResponse.model_validate_json(deleted.content)
+    TypeAdapter(response_models.DeletedResponse).validate_json(deleted.content)
     assert live.http.get(f"{PATH}/{first}").status_code == 404
     assert live.http.delete(f"{PATH}/{first}").status_code == 404
     assert live.post(PATH, input="c", previous_response_id=first).status_code == 400
@@ -111,7 +112,7 @@ def test_items_are_listed_page_by_page(speaking: Any, api_of: Any) -> None:
     texts = [item.content[0].text for item in listed]
     assert texts == ["x", "one", *map(str, reversed(range(30)))]
     page = live.http.get(f"{PATH}/{first.id}/input_items?order=asc&limit=2").json()
-    response_models.InputItems.model_validate(page)
+    TypeAdapter(response_models.InputItems).validate_python(page)
     assert (page["first_id"], page["last_id"], page["has_more"]) == (*ids(page["data"]), True)
     last = f"{PATH}/{first.id}/input_items?order=asc&after={listed[2].id}"
     assert live.http.get(last).json() == {
@@ -133,7 +134,7 @@ def test_every_kind_of_item_is_listed_as_documented(speaking: Any) -> None:
     ]
     second = live.post(PATH, input=items, previous_response_id=first["id"]).json()
     listed = live.http.get(f"{PATH}/{second['id']}/input_items?order=asc").json()
-    response_models.InputItems.model_validate(listed)
+    TypeAdapter(response_models.InputItems).validate_python(listed)
     assert ids(listed["data"])[1:4] == ids(first["output"])
     assert len(set(ids(listed["data"])[4:])) == len(items)
 
@@ -150,7 +151,7 @@ def test_items_may_be_referred_to(speaking: Any, prompt_of: Any) -> None:
     ]
     second = live.post(PATH, input=items).json()["id"]
     assert prompt_of(live) == "[user]a[assistant]one[user]b"
-    # What refers to it holds it.
+    # The turn that refers to the item holds it.
     live.http.delete(f"{PATH}/{first['id']}")
     live.post(PATH, input="c", previous_response_id=second)
     assert prompt_of(live) == "[user]a[assistant]one[user]b[assistant]two[user]c"

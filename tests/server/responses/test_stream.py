@@ -1,4 +1,4 @@
-"""Streamed responses: every event in its place, and the end the same as what is stored."""
+"""Streamed responses: every event in its place, and the last equal to the stored response."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types.responses import Response as OpenAIResponse
 
-from scheduler.client import Delta, EngineFaultError, FinishReason, GenerateRequest
+from scheduler.client import EngineFaultError, FinishReason, GenerateRequest, TokenOutput
 from waiting import TIMEOUT_S
 
 PATH = "/v1/responses"
@@ -61,7 +61,7 @@ def test_a_mixture_adds_up_event_by_event(speaking: Any, events_of: Any, width: 
 
 
 def _accumulated(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Build the items as a client does, and check that each event belongs where it says."""
+    """Build the items as a client does, and check the place of each event."""
     items: list[dict[str, Any]] = []
     done: list[dict[str, Any]] = []
     for event in events[2:-1]:
@@ -163,7 +163,7 @@ def test_the_official_clients_helper_gives_what_is_stored(
 
 
 def _without_parsed(value: Any) -> Any:
-    """Take away what the helper itself adds."""
+    """Remove the fields that the helper itself adds."""
     if isinstance(value, dict):
         kept = value.items()
         return {k: _without_parsed(v) for k, v in kept if k not in {"parsed", "parsed_arguments"}}
@@ -185,9 +185,9 @@ def test_a_stream_may_be_told_not_to_pad(live: Any, api_of: Any) -> None:
 
 @pytest.fixture
 def failing(scripted: Callable[..., Any]) -> Any:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.prompt_token_ids
-        yield Delta(tuple(b"half "))
+        yield TokenOutput(tuple(b"half "))
         raise EngineFaultError("the engine fell")
 
     return scripted(script)
@@ -217,10 +217,10 @@ def test_the_official_client_raises_at_a_failure(failing: Any, api_of: Any) -> N
 def test_a_failure_before_the_first_event_is_a_status(
     scripted: Callable[..., Any],
 ) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         if request.prompt_token_ids:
             raise EngineFaultError("the engine fell")
-        yield Delta()
+        yield TokenOutput()
 
     answer = scripted(script).post(PATH, input="x", stream=True)
     assert answer.status_code == 500
@@ -228,13 +228,13 @@ def test_a_failure_before_the_first_event_is_a_status(
 
 
 def test_a_client_that_leaves_ends_it_and_nothing_is_kept(scripted: Callable[..., Any]) -> None:
-    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.prompt_token_ids
         for token in itertools.count():
-            yield Delta((65 + token % 26,))
+            yield TokenOutput((65 + token % 26,))
             # Nothing waits here for its reader: others must get their turn.
             await _turn()
-        yield Delta(finish_reason=FinishReason.STOP)
+        yield TokenOutput(finish_reason=FinishReason.STOP)
 
     live = scripted(script)
     body = {"input": "x", "stream": True}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from openai.types.responses import Response as OpenAIResponse
+from pydantic import TypeAdapter
 
 from server.responses import response_models
 
@@ -50,7 +51,7 @@ def _called(items: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 def test_calls_have_the_shapes_of_their_tools(speaking: Any, prompt_of: Any) -> None:
     live = speaking(CALLS, "done", template=SHORT)
     body = live.post("/v1/responses", input="x", tools=TOOLS).json()
-    response_models.ResponseBody.model_validate(body)
+    TypeAdapter(response_models.ResponseBody).validate_python(body)
     OpenAIResponse.model_validate(body)
     assert _called(body["output"]) == CALLED
     assert prompt_of(live).startswith("<tool_call>patch,desk__add,desk__patch,")
@@ -59,7 +60,7 @@ def test_calls_have_the_shapes_of_their_tools(speaking: Any, prompt_of: Any) -> 
         for item in body["output"]
     ]
     told = "[assistant]patch- a\n+ bdesk__adddesk__patch[tool]ok[tool]ok[tool]ok"
-    # Behind what is stored, and with all of it sent again.
+    # After the stored conversation, and with all of it sent again.
     live.post("/v1/responses", input=results, previous_response_id=body["id"], tools=TOOLS)
     assert told in prompt_of(live)
     sent = [{"role": "user", "content": "x"}, *body["output"], *results]
@@ -67,7 +68,7 @@ def test_calls_have_the_shapes_of_their_tools(speaking: Any, prompt_of: Any) -> 
     assert again.status_code == 200, again.text
     assert told in prompt_of(live)
     listed = live.http.get(f"/v1/responses/{again.json()['id']}/input_items?limit=50").json()
-    response_models.InputItems.model_validate(listed)
+    TypeAdapter(response_models.InputItems).validate_python(listed)
 
 
 @pytest.mark.parametrize("width", [1, 1000])

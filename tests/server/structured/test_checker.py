@@ -1,4 +1,4 @@
-"""The process that judges grammars, when it dies, hangs, waits, says nonsense or does not start.
+"""The process that judges grammars, when it ends, hangs, waits, answers nonsense or does not start.
 
 The process is the real one; `_broken` starts it with its `_judge` replaced, once or always.
 """
@@ -22,7 +22,7 @@ from model.interface import Vocabulary
 from server.http.errors import ApiError
 from server.structured import checker as checker_module
 from server.structured.checker import GrammarChecker
-from server.structured.vocabulary import vocabulary_of
+from server.structured.grammar_service import vocabulary_of
 from server.text.load import ModelText
 
 GOOD = 'start: "a"'
@@ -67,7 +67,7 @@ def run(test: Test, vocabulary: Vocabulary) -> None:
         try:
             await test(checker, vocabulary)
             checker.check()
-            assert checker.stats().num_waiting == 0
+            assert not checker._waiting
         finally:
             await checker.close()
 
@@ -75,7 +75,7 @@ def run(test: Test, vocabulary: Vocabulary) -> None:
     asyncio.run(closed())
 
 
-#: What may go wrong between a question and its answer, in the words of the process.
+#: Faults between a question and its answer, as code of the process.
 FAULTS = {
     "it dies": "os.kill(os.getppid(), signal.SIGKILL)",
     "its parent hangs": "os.kill(os.getppid(), signal.SIGSTOP)",
@@ -140,7 +140,7 @@ def test_who_waits_for_a_processor_is_not_too_complex(
 
     async def test(checker: GrammarChecker, vocabulary: Vocabulary) -> None:
         assert (await checker.judge(GOOD, vocabulary)).error == ""
-        # Nobody else would have judged it but the first process.
+        # Only the first process has judged it.
         assert next(checker._numbers) == 1
 
     run(test, vocabulary)
@@ -160,7 +160,7 @@ def test_who_reaches_a_limit_is_too_complex_and_harms_nobody(
         for grammar in (GOOD, 'start: "b"'):
             assert "too complex" in (await checker.judge(grammar, vocabulary)).error
         # Both were judged by the process that is broken: it was not replaced.
-        assert checker.stats().is_running
+        assert checker._process is not None
 
     run(test, vocabulary)
 
@@ -188,8 +188,8 @@ def test_a_process_that_dies_or_hangs_when_idle_is_replaced(
         assert checker._reading is not None
         if sent == signal.SIGKILL:
             await checker._reading
-            assert not checker.stats().is_running
-        # What is known needs nobody.
+            assert checker._process is None
+        # A kept result needs no process.
         assert (await checker.judge(GOOD, vocabulary)).error == ""
         assert "nothing" in (await checker.judge("start: nothing", vocabulary)).error
 

@@ -11,10 +11,11 @@ import pytest
 
 from model.grammar.grammars import Compiler, GrammarError
 from model.interface import Vocabulary
-from server.structured.calls import arguments_rule, call_rules
 from server.structured.grammar import (
     Form,
     Thinking,
+    arguments_rule,
+    call_rules,
     choice_form,
     json_form,
     json_rule,
@@ -26,15 +27,13 @@ from server.structured.grammar import (
 )
 from server.tools.declared import SYNTAXES
 from server.tools.events import ArgumentsDelta, CallEnded, CallStarted, joined
-from server.tools.forms import call_form
-from server.tools.marked import DEEPSEEK
 from server.tools.output_parser import OutputParser, OutputSyntax
-from server.tools.syntaxes import BARE, MISTRAL
+from server.tools.syntaxes import BARE, DEEPSEEK, MISTRAL
 
 #: All bytes, then <think> and </think> as special tokens, then the end.
 OPEN, CLOSE, END = 256, 257, 258
 SCHEMAS = json.loads((Path(__file__).parents[2] / "data" / "schemas.json").read_text())
-#: Keywords that cannot be enforced, and what the library says of them.
+#: Keywords that cannot be enforced, and a word of the library's message.
 UNENFORCED = {
     "oneOf with overlap": "oneOf",
     "propertyNames": "propertyNames",
@@ -198,7 +197,7 @@ def test_the_form_begins_behind_the_reasoning(
 def test_calls_are_written_as_they_are_read(
     compiler: Compiler, syntax: Any, template: str, num_calls: int
 ) -> None:
-    form = call_form(syntax, {"default": template})
+    form = syntax.form_in({"default": template})
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     tools = [("f", json_rule(arguments_rule(0), schema, is_lenient=False))]
     rules = call_rules(form, tools, is_single=False, mark=literal)
@@ -216,7 +215,8 @@ def test_calls_are_written_as_they_are_read(
 
 
 def test_a_special_mark_is_a_token(compiler: Compiler) -> None:
-    form = call_form(MISTRAL, {})
+    form = MISTRAL.form_in({})
     tools = [("f", json_rule(arguments_rule(0), {}, is_lenient=False))]
-    rules = call_rules(form, tools, is_single=True, mark=lambda _: special(OPEN))
+    mark = {"[TOOL_CALLS]": special(OPEN)}
+    rules = call_rules(form, tools, is_single=True, mark=lambda text: mark.get(text, literal(text)))
     assert accepts(compiler, whole(None, calls=rules), OPEN, '[{"name": "f", "arguments": {}}]')

@@ -1,8 +1,8 @@
-"""Whatever a grammar lets end satisfies its schema, by somebody else's reading of the standard.
+"""Each text that a grammar accepts satisfies its schema, by another reading of the standard.
 
-Random schemas of what is hard to keep; answers come from the real masks, drawn with a bias to break
-out, and are changed byte by byte for as long as the grammar takes the changed ones too. They are
-judged by `jsonschema`, numbers as decimals, keys that repeat both ways.
+The schemas are random, of keywords that are hard to keep. Answers come from the real masks, drawn
+with a bias to break out. They are changed byte by byte while the grammar accepts the changed ones
+too. `jsonschema` judges them: numbers as decimals, repeated keys both ways.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _HARD = json.loads((Path(__file__).parents[2] / "data" / "hard_to_keep.json").re
 _PIECES = [*(bytes([byte]) for byte in range(256)), *(one.encode() for one in _HARD["joints"])]
 _END = len(_PIECES)
 _MAX_TOKENS = 160
-#: What a model that tries to break out likes to write.
+#: Tokens with which a model may break out.
 _EVIL = frozenset([*b'"\\,:}]{[u0n./-e9 \x7f\n', *range(256, _END), 0xC3, 0xE2, 0xF0])
 _CLOSING = frozenset(b'"}]')
-#: What Python reads otherwise, or warns of.
+#: Parts of patterns that Python reads otherwise, or warns of.
 _IN_PYTHON = {
     "(?<n>": "(?:",
     "[[]": r"[\[]",
@@ -91,7 +91,7 @@ def _some(chance: random.Random, share: float, **keys: Callable[[], Any]) -> dic
 
 
 class _Schemas:
-    """Makes schemas; `refs` are what `$ref` may say."""
+    """Makes schemas; `refs` are the possible values of `$ref`."""
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
@@ -262,7 +262,7 @@ class _Answers:
         return matcher.try_consume_tokens(list(text)) == len(text) and bool(matcher.is_accepting())
 
     def changed(self, text: bytes, num_tries: int) -> Iterator[bytes]:
-        """Yield what is near an answer and is taken too."""
+        """Yield texts near an answer that are accepted too."""
         chance = self._chance
         for _ in range(num_tries):
             at = chance.randint(0, len(text))
@@ -292,13 +292,13 @@ def _read(text: bytes, *, is_first: bool) -> Any:
     read = json.loads(
         text.decode(), parse_float=_exact, parse_constant=no_constant, object_pairs_hook=pairs
     )
-    # What can be written is no lone surrogate.
+    # Lone surrogates cannot be encoded.
     json.dumps(read, ensure_ascii=False, default=str).encode()
     return read
 
 
 def _faults(schema: dict[str, Any], text: bytes) -> str:
-    """Say what is wrong with an answer, or nothing."""
+    """Return the fault of an answer, or nothing."""
     exact = _walk(json.loads(json.dumps(schema), parse_float=Decimal))
     judge = jsonschema.validators.validator_for(exact, jsonschema.Draft202012Validator)
     judged = judge(exact, format_checker=judge.FORMAT_CHECKER)
@@ -356,7 +356,7 @@ def _survives(compiler: Compiler, grammar: str) -> bool:
 
 
 def _try(compiler: Compiler, seed: int, told: Counter[str]) -> list[str]:
-    """Try one schema; count what became of it and return what is wrong."""
+    """Try one schema; count the result and return the faults."""
     chance = random.Random(seed)
     schema = _Schemas(chance).root(seed % 3)
     try:

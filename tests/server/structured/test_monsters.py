@@ -56,7 +56,7 @@ def test_each_is_refused_while_a_stream_goes_on(start_server: Callable[..., Any]
             answer = live.post("/v1/completions", prompt="x", **monster)
             assert answer.status_code == 400, name
             [field] = monster
-            # Of a body that is too deep to be read nobody knows the fields.
+            # The fields of a body that is too deep to be read are unknown.
             assert (answer.json()["error"]["param"] or field).startswith(field), name
     live.grammars.checker.check()
     free = live.post("/v1/completions", prompt="x", guided_choice=["yes"]).json()["choices"]

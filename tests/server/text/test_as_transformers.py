@@ -1,10 +1,10 @@
 """Generated tokenizer folders: tokens, text and special tokens are those of `AutoTokenizer`.
 
-Ours differs by design where a test below says so: tokens that end texts and special tokens that
-are matched after normalising are not shown when special tokens are skipped, text is not cleaned up
-after decoding, byte tokens are text however they are joined (a row that is no UTF-8 keeps what is
-valid in it, a space at the start of a text is taken away, see `Tokenizer`), and tokenizer.json is
-not built anew by the rules of a class.
+Ours differs by design, as tests below prove. Tokens that end texts, and special tokens that are
+matched after normalising, are left out when special tokens are skipped. Text is not cleaned up
+after decoding. Byte tokens are text however they are joined (see `Tokenizer`): a row that is not
+UTF-8 keeps its valid parts. A space at the start of a text is dropped. tokenizer.json is not built
+anew by the rules of a class.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def cores(draw: st.DrawFn) -> Core:
 def spelled(*, in_map: bool) -> st.SearchStrategy[object]:
     """Return a special token as its text, or as the object that the file would hold."""
     mark = {} if in_map else {"__type": "AddedToken"}
-    # One that says no more than its text would be the same token in two ways.
+    # One without other fields than its text would be the same token in two ways.
     flags = (
         st.sampled_from(SPECIAL).flatmap(flags_of).filter(lambda one: sum(one[f] for f in FLAGS))
     )

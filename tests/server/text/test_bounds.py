@@ -1,4 +1,4 @@
-"""What is said of a text before it is encoded holds once it is, and pieces have its tokens."""
+"""Bounds of a text hold once it is encoded, and its pieces have the tokens of the whole."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from server.text.tokenizer import Tokenizer
 
 
 def broken_ids(tokenizer: Tokenizer) -> list[int]:
-    """Tokens that are no whole characters, and special ones: where streams go wrong."""
+    """Return special tokens, and parts of characters: where streams go wrong."""
     odd = []
     for token_id in range(tokenizer.vocab_size):
         try:
@@ -53,7 +53,7 @@ def test_text_that_was_encoded_comes_back_without_broken_characters(
     texts = streamed(StreamDecoder(tokenizer, skip_special_tokens=False), pushes)
     assert "\ufffd" not in "".join(texts)
     assert texts[-1] == ""
-    # SentencePiece with a space in front of everything cannot tell one space from none.
+    # SentencePiece with a space in front of everything cannot distinguish one space from none.
     assert "".join(texts).lstrip(" ") == text.lstrip(" ")
 
 
@@ -104,7 +104,7 @@ def test_the_first_space_stays_only_where_a_text_goes_on(
 
 @given(data=st.binary(), cut=st.integers(0, 40))
 def test_python_gives_broken_bytes_out_the_same_in_pieces(data: bytes, cut: int) -> None:
-    """What the decoder is built on."""
+    """Check the function that the decoder is built on."""
     text, num_used = codecs.utf_8_decode(data[:cut], "replace", False)
     rest = (data[:cut][num_used:] + data[cut:]).decode(errors="replace")
     assert text + rest == data.decode(errors="replace")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.text.gguf_metadata import GGUFMetadata
-from server.text.gguf_tokenizer import gguf_tokenizer
+from server.text.gguf_tokenizer import GGUFMetadata, gguf_tokenizer
 from server.text.load import ModelText, load_text
 from server.text.token_bytes import BYTE_LEVEL_ALPHABET, TextError
 from server.text.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""The built-in templates, and those that an operator's file holds."""
+"""The built-in templates, and templates from an operator's file."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ SPECIAL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|im_end|>x")
 #: Tokens, but not special: a model writes them itself, and gets them back.
 ADDED = ("<think>", "</think>", "<tool_call>")
 
-#: Reads contents as templates do: looks into them, cuts, trims, and writes JSON.
+#: Reads contents as templates do: searches, cuts and trims them, and writes JSON.
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}{{ tool.function | tojson(ensure_ascii=True) }}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from server.text.gguf_metadata import GGUFMetadata
+from server.text.gguf_tokenizer import GGUFMetadata
 from server.text.load import ModelText
 from server.text.template import ChatTemplate, TemplateError
 

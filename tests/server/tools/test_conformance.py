@@ -1,4 +1,4 @@
-"""The public fixtures of `canitoolcall`: real outputs of models and what they mean."""
+"""The public fixtures of `canitoolcall`: real outputs of models and their meaning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.tools.events import (
 )
 from server.tools.output_parser import OutputParser, OutputSyntax, ThinkTags
 
-#: By what a model's name begins with, the longest first to match: the parsers of calls and of
+#: By the start of a model's name, the first match counts: the parsers of calls and of
 #: reasoning, as an operator names them.
 PARSERS: Mapping[str, tuple[str, str]] = {
     "deepseek-ai/DeepSeek-V3-": ("deepseek_v3", "qwen3"),
@@ -40,9 +40,9 @@ PARSERS: Mapping[str, tuple[str, str]] = {
     "Qwen/Qwen3.": ("qwen3_coder", "qwen3"),
     "Qwen/Qwen3-": ("hermes", "qwen3"),
 }
-#: Those of which the fixtures do not tell the prompt's end, though it opens the reasoning.
+#: Models whose prompts open the reasoning, though the fixtures do not contain their end.
 OPENED = ("zai-org/GLM-4.7", "zai-org/GLM-5", "moonshotai/Kimi-K2.6", "moonshotai/Kimi-K3")
-#: What is read otherwise than the fixtures ask, and why.
+#: Fixtures that are read otherwise, and why.
 OTHERWISE = {
     "qwen3-xml/llamacpp-q35-call-inside-think": "what stands within reasoning is reasoning",
     "glm/glm47-missing-last-close-arg-value": "values may hold the tag that would end the call",
@@ -54,8 +54,8 @@ SOFT = {
     "llama/l3-sglang-text-before-python-tag": "spaces before a call are left out",
     "kimi/k3-bug-truncated-reasoning-recorded": "spaces at the end of reasoning are left out",
 }
-#: Those in which a call is told and stays incomplete, for the output ends within it. To the
-#: fixtures there is no call then; to a client of ours there is one that is marked as cut.
+#: Fixtures whose output ends within a call. The fixtures expect no call then; our clients get one
+#: that is marked as cut.
 INCOMPLETE = {
     "deepseek/v3-truncated-mid-arguments",
     "deepseek/v31-truncated-mid-arguments",
@@ -83,7 +83,7 @@ INCOMPLETE = {
     "qwen3-hermes/truncated-second-parallel-call",
     "qwen3-hermes/vllm-invalid-json-missing-brace",
     "qwen3-xml/q38-truncated-in-parameter",
-    # Here the arguments stop being JSON, and here what ends the last of them is missing.
+    # Here the arguments stop being JSON, and here the end of the last one is missing.
     "deepseek/vllm-v3-malformed-missing-brace",
     "glm/glm47-missing-last-close-arg-value",
 }
@@ -129,7 +129,7 @@ def _parsed(fixture: Any, pieces: list[str]) -> Any:
 
 
 def _calls(events: list[Event]) -> Iterator[Any]:
-    """Yield the complete calls: the stream says of one that is cut that it has no end."""
+    """Yield the complete calls: one that is cut has no end in the stream."""
     name = arguments = ""
     for event in events:
         match event:
@@ -166,7 +166,7 @@ def test_every_fixture(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_fixture_cut_at_every_place(family: str) -> None:
-    """In two, and into characters: what the events add up to stays the same."""
+    """Cut an output in two, and into characters: the sum of the events stays the same."""
     for fixture in FIXTURES:
         if fixture.family == family:
             output = fixture.raw_output

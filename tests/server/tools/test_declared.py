@@ -18,7 +18,7 @@ from server.tools.declared import (
     think_tags,
 )
 
-# The lines of the families' own templates in which they say how calls look.
+# The lines of the families' own templates that describe the syntax of calls.
 QWEN = "{% if tools %}within <tool_call></tool_call> XML tags:\n{% endif %}</think><think>"
 QWEN_CODER = "{% if tools %}<tool_call>\n<function=example>{% endif %}"
 LLAMA_31 = "{% if tools is not none %}{{ '<|python_tag|>' }}{% endif %}"

@@ -19,11 +19,10 @@ from server.tools.events import (
     joined,
 )
 from server.tools.harmony import HARMONY
-from server.tools.marked import DEEPSEEK, KIMI_K2
 from server.tools.notation import GEMMA, PYTHONIC
 from server.tools.output_parser import OutputParser, OutputSyntax
 from server.tools.spelled import DSML, GLM, KIMI_K3, QWEN_XML
-from server.tools.syntaxes import HERMES, LLAMA, MISTRAL
+from server.tools.syntaxes import DEEPSEEK, HERMES, KIMI_K2, LLAMA, MISTRAL
 
 TOOLS = frozenset({"add", "get_time"})
 SCHEMAS = {"add": {"properties": {"a": {"type": "integer"}, "s": {"type": "string"}}}}
@@ -51,11 +50,11 @@ OUTPUT_SYNTAXES = {
 class Heard:
     content: str
     reasoning: str
-    #: Those that are complete: name and arguments.
+    #: The complete calls: name and arguments.
     calls: tuple[tuple[str, str], ...]
-    #: What the last one that is not complete holds: told and not told.
+    #: The text of the last call, if it is incomplete: reported or not.
     cut: str = ""
-    #: The arguments told of it; None: it is not even known which tool was meant.
+    #: The reported arguments of it; None: its tool is not known.
     begun: str | None = None
 
 
@@ -71,7 +70,7 @@ def events_of(syntax: OutputSyntax, *pieces: str) -> list[Event]:
 
 
 def heard(syntax: OutputSyntax, *pieces: str) -> Heard:
-    """Return what the events add up to; asserts that they follow each other as they should."""
+    """Return the sum of the events; asserts that they follow each other as they should."""
     content = reasoning = cut = ""
     calls: list[tuple[str, str]] = []
     opened: tuple[str, str] | None = None
@@ -289,7 +288,7 @@ def test_a_call_without_an_object_of_arguments_is_given_back(arguments: str) -> 
     ],
 )
 def test_a_call_whose_arguments_go_astray_is_cut_there(arguments: str, begun: str) -> None:
-    """What has been told stays, the rest is content, and the call is known to be incomplete."""
+    """Reported events stay, the rest is content, and the call is known to be incomplete."""
     output = f'<tool_call>{{"name": "add", "arguments": {arguments}}}</tool_call>'
     told = heard(OUTPUT_SYNTAXES["hermes"], output)
     rest = output[output.index(arguments) + len(begun) :]

@@ -1,4 +1,4 @@
-"""Arguments of calls are told while the model writes them, in every format."""
+"""Arguments of calls are reported while the model writes them, in every format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parser_of(name: str) -> OutputParser:
     )
 
 
-#: By parser: what a model writes up to the middle of a call, and the arguments told by then.
+#: By parser: an output up to the middle of a call, and the arguments reported by then.
 GROWN = {
     "hermes": ('<tool_call>{"name": "add", "arguments": {"s": "x\ny', '{"s": "x\\ny'),
     "llama3_json": ('{"name": "add", "parameters": {"s": "x', '{"s": "x'),

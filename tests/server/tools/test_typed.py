@@ -1,4 +1,4 @@
-"""Bare texts become what the tool's schema asks for."""
+"""Bare texts become values of the type in the tool's schema."""
 
 from __future__ import annotations
 

@@ -1,0 +1,63 @@
+"""The pages of one sequence.
+
+Knows nothing of how pages are found, handed out or evicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cache.lease import Lease
+from cache.moves import PageMove
+from cache.pending_pages import PendingPage
+
+
+class MissReason(StrEnum):
+    """Why no more of a prompt was reused."""
+
+    #: Everything possible was reused: the last token is always computed, for its logits.
+    COMPLETE = "complete"
+    #: Nothing with this beginning is cached in this namespace.
+    COLD = "cold"
+    #: The cached pages continue with other tokens.
+    DIVERGED = "diverged"
+    #: The cached pages end here: the rest was never cached, or was evicted.
+    ENDED = "ended"
+    #: The request limits the reuse.
+    LIMITED = "limited"
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """The pages of one sequence, from `admit` to `free`."""
+
+    #: The block table: page i holds the tokens from `i * page_size` on. Append-only. Under a view
+    #: the entries of pages that it reads no more are of any page, and a prompt's table may have to
+    #: grow before all of it is computed.
+    page_ids: list[int]
+    #: To be done before the sequence's first step; none or one.
+    moves: list[PageMove]
+    #: Leading tokens that are there already, copies included.
+    num_cached_tokens: int
+    miss_reason: MissReason
+    #: This and the fields below are the cache's own. `lease.nodes[i]` holds the same tokens as
+    #: `page_ids[i]`, but is another page where two sequences computed the same. The pages in
+    #: `lease.gap` were dropped.
+    lease: Lease
+    #: Tokens known when it was admitted: it is foreseeable which pages it will enter.
+    num_known_tokens: int
+    pending_page: PendingPage | None = None
+
+    def private_pages(self) -> list[int]:
+        """List the pages outside the tree: the uncommitted ones and the duplicates."""
+        nodes, gap = self.lease.nodes, self.lease.gap
+        duplicates = self.duplicates(range(gap.start))
+        duplicates += self.duplicates(range(gap.stop, len(nodes)))
+        return duplicates + self.page_ids[len(nodes) :]
+
+    def duplicates(self, indices: range) -> list[int]:
+        """List the committed pages among `indices` of which the tree has another copy."""
+        part = slice(indices.start, indices.stop)
+        pairs = zip(self.page_ids[part], self.lease.nodes[part], strict=False)
+        return [page_id for page_id, node in pairs if page_id != node.page_id]

@@ -1,0 +1,44 @@
+"""The whole pages of prompts that are being computed at this moment.
+
+Knows nothing of the sequences that compute them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from cache.node import Node
+
+#: Where a page will be entered, and its tokens.
+PendingPage = tuple[Node, bytes]
+
+
+class PendingPages:
+    """For each allocation the one page it will enter into the tree next. O(1) each operation.
+
+    Counted, since several allocations may compute the same page.
+    """
+
+    def __init__(self) -> None:
+        self._owners: Counter[PendingPage] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def __contains__(self, pending_page: PendingPage) -> bool:
+        return pending_page in self._owners
+
+    def add(self, pending_page: PendingPage) -> None:
+        """Count one more allocation that computes this page next."""
+        self._owners[pending_page] += 1
+
+    def remove(self, pending_page: PendingPage) -> None:
+        """Count one allocation less; it was added before."""
+        self._owners[pending_page] -= 1
+        if not self._owners[pending_page]:
+            del self._owners[pending_page]
+
+    def check(self, expected: Iterable[PendingPage]) -> None:
+        """Assert that these are exactly the pending pages of the live allocations."""
+        assert self._owners == Counter(expected), "pending pages differ from the live allocations'"

@@ -1,0 +1,36 @@
+"""Which stored keys a query reads, as a function of positions alone.
+
+Knows nothing of requests or of kernels. Imports nothing of ours: `model/` reads this module too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The query at `t` reads the key at `s <= t` if `s < sinks` or `t - s < window`."""
+
+    sinks: int = 0
+    #: None: all keys.
+    window: int | None = None
+
+    def start(self, position: int) -> int:
+        """Return the first position behind the sinks that the query at `position` reads."""
+        return self.sinks if self.window is None else max(self.sinks, position - self.window + 1)
+
+    def unread_pages(self, position: int, page_size: int) -> range:
+        """Return the pages of which no query from `position` on reads a key."""
+        first = -(-self.sinks // page_size)
+        return range(first, max(first, self.start(position) // page_size))
+
+    def num_pages(self, page_size: int) -> int | None:
+        """Return how many pages a query reads at most, its own included; None: without bound."""
+        if self.window is None:
+            return None
+        # The window's first key may stand anywhere in its page.
+        return -(-self.sinks // page_size) - (-(self.window - 1) // page_size) + 1
+
+
+FULL_VIEW = View()

@@ -1,0 +1,107 @@
+"""Refusals of requests that can never run, or that find too much waiting already.
+
+Knows nothing of how the scheduler runs the admitted requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from configs.schema import SchedulerSection
+from scheduler.messages import Rejected, RejectKind, Submit
+from scheduler.queue import WaitingQueue
+from scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The room for new requests; waiting ones have the first claim to it."""
+
+    num_free_slots: int
+    num_free_pages: int
+    page_size: int
+    #: Tokens whose pages one sequence holds at a time, at most.
+    max_held_tokens: int
+
+    def is_enough(self, num_sequences: int, num_tokens: int) -> bool:
+        """Return whether so many sequences with so many tokens could start, and go on for a page.
+
+        Conservative: reuse of cached pages is not counted.
+        """
+        num_tokens = min(num_tokens, num_sequences * self.max_held_tokens)
+        max_pages = (num_tokens + num_sequences * (self.page_size - 1)) // self.page_size
+        # Each that is admitted keeps one page free for each that runs (see `Scheduler._admit`).
+        max_pages += num_sequences - 1
+        return num_sequences <= self.num_free_slots and max_pages <= self.num_free_pages
+
+
+def why_never(submit: Submit, max_model_len: int) -> Rejected | None:
+    """Return the refusal of a request that can never run."""
+    num_tokens = submit.num_tokens
+    request_id, invalid = submit.request_id, RejectKind.INVALID
+    if not submit.request.prompt_token_ids:
+        return Rejected(request_id, invalid, "the prompt has no tokens", "prompt")
+    if num_tokens >= max_model_len:
+        message = (
+            f"the prompt has {num_tokens} tokens, which leaves no room for an answer: "
+            f"at most {max_model_len} tokens fit, prompt and answer together"
+        )
+        return Rejected(request_id, invalid, message, "prompt")
+    return None
+
+
+def why_not_now(
+    submit: Submit, num_waiting: int, num_waiting_tokens: int, room: Room, config: SchedulerSection
+) -> Rejected | None:
+    """Return the refusal of a request that would have to wait where too much waits already.
+
+    The limits are for requests that must wait: a burst that can start at once is never refused for
+    arriving between two steps. An empty queue takes any request, or one longer than
+    `max_queue_tokens` would always be refused.
+    """
+    num_tokens = len(submit.request.prompt_token_ids)
+    if submit.is_resumed or room.is_enough(num_waiting + 1, num_waiting_tokens + num_tokens):
+        return None
+    message = ""
+    if num_waiting >= config.max_queue:
+        message = f"{num_waiting} requests are waiting already, which is the limit"
+        if not config.max_queue:
+            message = "there is no room now, and no queue to wait in"
+    elif num_waiting and num_waiting_tokens + num_tokens > config.max_queue_tokens:
+        message = (
+            f"requests of {num_waiting_tokens} tokens are waiting already; with the {num_tokens} "
+            f"of this one they would be more than the limit of {config.max_queue_tokens}"
+        )
+    return Rejected(submit.request_id, RejectKind.BUSY, message) if message else None
+
+
+def place_for(
+    submit: Submit, waiting: WaitingQueue, room: Room, config: SchedulerSection
+) -> Rejected | list[Sequence]:
+    """Return the sequences that must leave the queue to make room for a request, or its refusal.
+
+    Sequences of lower priority leave that have not begun, the newest of the lowest first, and only
+    as many as needed; if that is not enough, none.
+    """
+    num_waiting, num_tokens = len(waiting), waiting.num_tokens
+    refused = why_not_now(submit, num_waiting, num_tokens, room, config)
+    if refused is None:
+        return []
+    leaving: list[Sequence] = []
+    for sequence in reversed(waiting):
+        if sequence.request.priority <= submit.request.priority:
+            break
+        if sequence.has_begun:
+            continue
+        leaving.append(sequence)
+        num_waiting -= 1
+        num_tokens -= len(sequence.token_ids)
+        if why_not_now(submit, num_waiting, num_tokens, room, config) is None:
+            return leaving
+    return refused
+
+
+def displaced(sequence: Sequence) -> Rejected:
+    """Return the refusal of a request that had to leave the queue."""
+    message = "the queue is full, and a request of higher priority took the place of this one"
+    return Rejected(sequence.request_id, RejectKind.BUSY, message)

@@ -1,0 +1,149 @@
+"""JSON objects that the answers of several APIs contain; /openapi.json is made from the same types.
+
+Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from typing import NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+
+@with_config(ConfigDict(extra="forbid"))
+class Document(TypedDict):
+    """The base of all objects that are sent: none has fields that its type does not list."""
+
+
+class ErrorDetail(Document):
+    """The reason of a failure."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Document):
+    """Every answer other than success; in a stream, one event before `[DONE]`."""
+
+    error: ErrorDetail
+
+
+class PromptTokensDetails(Document):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int
+
+
+class CompletionTokensDetails(Document):
+    """Of the answer's tokens; only of models that reason."""
+
+    reasoning_tokens: int
+
+
+class Usage(Document):
+    """Tokens that went in and came out."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: NotRequired[CompletionTokensDetails]
+
+
+class ParamWarning(Document):
+    """A parameter that was not honoured."""
+
+    param: str
+    message: str
+
+
+class Timings(Document):
+    """Durations of a request's stages; null if it never reached the stage."""
+
+    queue_ms: float | None
+    ttft_ms: float | None
+    total_ms: float
+    decode_tokens_per_s: float | None
+
+
+class CacheReport(Document):
+    """How much of the prompt was reused, and why not more."""
+
+    reused_tokens: int
+    miss_reason: str | None
+
+
+class Octavo(Document):
+    """Details that OpenAI's API has no fields for."""
+
+    warnings: list[ParamWarning]
+    timings: Timings
+    cache: CacheReport
+
+
+class Report(Document):
+    """The end of a whole answer."""
+
+    usage: Usage
+    octavo: Octavo
+
+
+class StreamReport(Document):
+    """The end of a streamed answer: empty while other choices go on."""
+
+    usage: NotRequired[Usage]
+    octavo: NotRequired[Octavo]
+
+
+class LeftOut(Document):
+    """Output of the model that the message does not contain.
+
+    Where there is a `cut_tool_call`, a call is incomplete; it is the part that no call contains.
+    """
+
+    num_tool_calls: NotRequired[int]
+    cut_tool_call: NotRequired[str]
+
+
+class LeftOutReport(Document):
+    """The part of an `octavo` object for output that the answer does not contain."""
+
+    left_out: NotRequired[LeftOut]
+
+
+class TopLogprob(Document):
+    """A token and its natural-log probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """The token that was chosen, and those likelier or likely."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class PromptCandidate(Document):
+    """A token that stands at one place of the prompt, or could have; `rank` 1: the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+#: By token id, the prompt's own first; null for the prompt's first token.
+PromptLogprobs = list[dict[str, PromptCandidate] | None]
+
+
+class CompletionLogprobs(Document):
+    """Parallel lists, one entry a token; null of the first token of a prompt."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]

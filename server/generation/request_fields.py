@@ -1,0 +1,311 @@
+"""Request fields that all APIs share, and how a body becomes a request.
+
+`server/generation/params.py` judges all other fields. Types are strict (`"5"` is not a number).
+`SamplingParams` checks ranges; lengths and the vocabulary are checked where the model is known.
+Lists end at their first fault, because validating millions of them would take ten seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+)
+
+from scheduler.client import SamplingParams
+from server.generation.generation_spec import (
+    Conversation,
+    GenerationSpec,
+    OutputConstraint,
+    TextPrompts,
+)
+from server.generation.params import STREAM_OPTIONS, Warned, judge
+from server.http.errors import ApiError, Path, dotted, from_validation, invalid
+from server.http.work import Workshop
+from server.structured.schemas import (
+    Grammar,
+    Pattern,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    Texts,
+)
+from server.text import json_text
+from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
+
+RequestT = TypeVar("RequestT", bound="Request")
+
+#: More of these in one request are a mistake or an attack; each costs time and the engine memory.
+MAX_LISTED_TOKENS = 4096
+MAX_TEMPLATE_VARIABLES = 64
+#: Each is a row of the vocabulary's length in the engine, made anew for each answer.
+MAX_ALLOWED_TOKENS = 16_384
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 128
+#: Answers to one prompt, and to all prompts of one request: each is a request to the engine.
+MAX_CHOICES = 16
+MAX_CHOICES_IN_ALL = 64
+#: A day; a client that wants to wait longer does not mean it.
+MAX_TIMEOUT_S = 86_400
+#: The warning for a body that had to be mended.
+_MENDED: Warned = {
+    "param": "*",
+    "message": "U+FFFD was read for each lone surrogate, and a string for each number of more than"
+    f" {json_text.MAX_DIGITS} digits",
+}
+#: Of one body, in all its lists and objects: to read more would delay all other requests.
+MAX_VALUES = 2**19
+
+
+async def parse(model: type[RequestT], body: bytes, work: Workshop) -> RequestT:
+    """Return the request that `body` holds. Raises `ApiError` (400) that names the fault."""
+    # A parser is some ten times as fast as a tokenizer.
+    return await work.run(lambda _: _parsed(model, body), len(body) // 8)
+
+
+def _parsed(model: type[RequestT], body: bytes) -> RequestT:
+    _require_few(body)
+    notes: tuple[Warned, ...] = ()
+    try:
+        request = _validated(model, body)
+    except ApiError as error:
+        mended = json_text.mended(body) if error.code == "invalid_json" else body
+        if mended == body:
+            raise
+        request, notes = _validated(model, mended), (_MENDED,)
+    request.note_body(len(body), notes)
+    return request
+
+
+def _validated(model: type[RequestT], body: bytes) -> RequestT:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise from_validation(error, path_of=model.path_of) from error
+
+
+def _require_few(body: bytes) -> None:
+    """Raise `ApiError` for more values than a request needs: reading them delays all requests."""
+    if body.count(b",") < MAX_VALUES:
+        return
+    bare = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    num_values = bare.count(b'"')
+    if num_values < MAX_VALUES:
+        num_values = sum(part.count(b",") for part in bare.split(b'"')[::2])
+    if num_values >= MAX_VALUES:
+        raise invalid(f"the body has more than the {MAX_VALUES} values that are allowed", None)
+
+
+class Request(BaseModel):
+    """Strict types; unknown fields are kept aside, for the warnings."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    _num_bytes: int = PrivateAttr(default=0)
+    _notes: tuple[Warned, ...] = PrivateAttr(default=())
+
+    @classmethod
+    def path_of(cls, location: Path) -> Path:
+        """Return where in the body a fault is, given its location according to pydantic."""
+        return location
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the body it came in."""
+        return self._num_bytes
+
+    @property
+    def notes(self) -> tuple[Warned, ...]:
+        """Warnings about the body as a whole."""
+        return self._notes
+
+    def note_body(self, num_bytes: int, notes: tuple[Warned, ...]) -> None:
+        """Keep the length of the body and the warnings about it."""
+        self._num_bytes, self._notes = num_bytes, notes
+
+
+def _as_stops(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_biases(value: object) -> object:
+    """Count first: pydantic would look at every bias before it finds that they are too many."""
+    if isinstance(value, dict) and len(value) > MAX_LISTED_TOKENS:
+        raise ValueError(f"must have at most {MAX_LISTED_TOKENS} entries")
+    return value
+
+
+Stops = Annotated[
+    Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+        Field(max_length=MAX_STOPS, fail_fast=True),
+    ]
+    | None,
+    BeforeValidator(_as_stops, json_schema_input_type=str | list[str] | None),
+]
+Biases = Annotated[dict[str, float] | None, BeforeValidator(_as_biases)]
+TemplateVariables = Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)]
+StopTokens = Annotated[list[int], Field(max_length=MAX_LISTED_TOKENS, fail_fast=True)]
+AllowedTokens = Annotated[
+    list[int], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS, fail_fast=True)
+]
+BadWords = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]],
+    Field(max_length=MAX_BAD_WORDS, fail_fast=True),
+]
+Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+
+
+class StreamOptions(Request):
+    """Further fields of a stream's chunks."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="every chunk tells the usage so far, of all choices together"
+    )
+
+
+class GenerateFields(Request):
+    """The fields that all routes for generation have in common."""
+
+    model: str | None = Field(default=None, description="default: the one that is served")
+    n: Choices | None = Field(default=None, description="answers to each prompt; default 1")
+    max_tokens: int | None = None
+    temperature: float | None = Field(default=None, description="0 to 2; default 1")
+    top_p: float | None = Field(default=None, description="above 0, at most 1; default 1")
+    top_k: int | None = Field(default=None, description="-1, 0 and null: no limit")
+    min_p: float | None = None
+    seed: int | None = Field(default=None, description="default: drawn for each request")
+    presence_penalty: float | None = Field(default=None, description="-2 to 2; default 0")
+    frequency_penalty: float | None = Field(default=None, description="-2 to 2; default 0")
+    repetition_penalty: float | None = None
+    logit_bias: Biases = Field(default=None, description="token id (in a string) to -100 ... 100")
+    allowed_token_ids: AllowedTokens | None = Field(
+        default=None, description="no other tokens are sampled, ends neither"
+    )
+    bad_words: BadWords | None = Field(
+        default=None,
+        description="texts whose tokens, with a space before them or without, are not completed;"
+        " the same text in other tokens is",
+    )
+    stop: Stops = None
+    stop_token_ids: StopTokens | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = Field(default=None, description="default true")
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="prefixes are shared by equal salts only, in the key's namespace"
+    )
+    priority: int | None = Field(default=None, description="smaller goes first; default 0")
+    add_special_tokens: bool | None = Field(
+        default=None, description="default: false for chats (the template has them), else true"
+    )
+    truncate_prompt_tokens: int | None = Field(
+        default=None, description="keep as many from the prompt's end; -1: what fits"
+    )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        description="0 to 20: tell how probable the prompt's tokens were, and so many others;"
+        " not with stream; the prompt is computed anew",
+    )
+    return_token_ids: bool | None = Field(
+        default=None, description="tell the prompt's and the answer's tokens too"
+    )
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] | None = Field(
+        default=None, description="seconds from its arrival until the request is ended with a 408"
+    )
+
+    response_format: ResponseFormat | None = Field(
+        default=None, description="text, json_object or json_schema; see operations.md"
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="one of json, regex, choice, grammar, json_object"
+    )
+    guided_json: Schema | None = Field(default=None, description="as structured_outputs.json")
+    guided_regex: Pattern | None = Field(default=None, description="as structured_outputs.regex")
+    guided_choice: Texts | None = Field(default=None, description="as structured_outputs.choice")
+    guided_grammar: Grammar | None = Field(
+        default=None, description="as structured_outputs.grammar"
+    )
+
+    @field_validator("priority")
+    @classmethod
+    def _fits_a_machine_word(cls, value: int | None) -> int | None:
+        if value is not None and not -(2**31) <= value < 2**31:
+            raise ValueError("must fit 32 bits")
+        return value
+
+    def as_spec(
+        self,
+        prompt: Conversation | TextPrompts,
+        warnings: list[Warned],
+        constraint: OutputConstraint | None = None,
+    ) -> GenerationSpec:
+        """Return the spec of a request with these fields. Raises `ApiError`.
+
+        `constraint`: from a field that is not among these.
+        """
+        options = self.stream_options
+        if options is not None:
+            if not self.stream:
+                raise invalid("stream_options needs stream to be true", "stream_options")
+            warnings = warnings + judge(options.model_extra, STREAM_OPTIONS, "stream_options.")
+        names = {field.name for field in fields(SamplingParams)} & set(GenerateFields.model_fields)
+        # Both depend on the prompt.
+        names -= {"max_tokens", "prompt_logprobs"}
+        return GenerationSpec(
+            model=self.model,
+            prompt=prompt,
+            num_bytes=self.num_bytes,
+            sampling={k: value for k in names if (value := getattr(self, k)) is not None},
+            constraint=self._the_constraint(constraint),
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+            max_tokens=self.max_tokens,
+            stop=self.stop or (),
+            include_stop=self.include_stop_str_in_output is True,
+            skip_special_tokens=self.skip_special_tokens is not False,
+            prompt_logprobs=self.prompt_logprobs,
+            has_token_ids=self.return_token_ids is True,
+            num_choices=self.n or 1,
+            num_tries=self.n or 1,
+            priority=self.priority or 0,
+            cache_salt=self.cache_salt or "",
+            timeout_s=self.timeout,
+            is_stream=self.stream is True,
+            has_usage_chunk=options is not None and options.include_usage is True,
+            has_continuous_usage=options is not None and options.continuous_usage_stats is True,
+            warnings=tuple(warnings),
+        )
+
+    def _the_constraint(self, own: OutputConstraint | None) -> OutputConstraint | None:
+        """Return the constraint, if there is one. Raises `ApiError` for several."""
+        found = [] if own is None else [own]
+        if self.response_format is not None:
+            asked = self.response_format.constraint(("response_format",))
+            found += [] if asked is None else [asked]
+        if self.structured_outputs is not None:
+            found.append(self.structured_outputs.constraint("structured_outputs"))
+        for name in ("json", "regex", "choice", "grammar"):
+            value = getattr(self, f"guided_{name}")
+            if value is not None:
+                # vLLM's older names.
+                alias = StructuredOutputs.model_validate({name: value})
+                found.append(alias.constraint(f"guided_{name}", is_alias=True))
+        if len(found) > 1:
+            first, second = found[0].path, found[1].path
+            raise invalid(f"{dotted(first)} and {dotted(second)} exclude each other", second)
+        return found[0] if found else None
+
+
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

@@ -1,0 +1,102 @@
+"""`GenerationSpec` of a body of the Responses API. Knows nothing of items or of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from server.generation import params
+from server.generation.generation_spec import (
+    Conversation,
+    GenerationSpec,
+    OutputConstraint,
+    PromptMessage,
+)
+from server.generation.params import Warned
+from server.generation.prompt_messages import unread_reasoning
+from server.generation.request_fields import Request
+from server.http.errors import invalid
+from server.responses.params import INCLUDABLE, LOGPROBS, REASONING, RESPONSES
+from server.responses.schemas import ResponsesRequest
+from server.responses.tools import callable_tools, tool_use, tool_warnings
+from server.structured.schemas import unwrapped_constraint
+from server.text.template import ChatTemplate
+
+
+def response_spec(
+    request: ResponsesRequest,
+    messages: Sequence[PromptMessage],
+    warnings: list[Warned],
+    template: ChatTemplate | None,
+    num_bytes: int,
+) -> GenerationSpec:
+    """Return the spec of a request that continues `messages`, of `num_bytes`. Raises `ApiError`.
+
+    `warnings`: those known so far.
+    """
+    tools = callable_tools(request.tools or ())
+    verbosity = None if request.text is None else request.text.verbosity
+    about_text = params.judge({"verbosity": verbosity}, params.CHAT, "text.")
+    chat = Conversation(
+        messages=messages,
+        path=("input",),
+        tools=[tool.spec() for tool in tools],
+        tool_use=tool_use(request.tool_choice, tools),
+        has_parallel_calls=request.parallel_tool_calls,
+        variables=request.chat_template_kwargs or {},
+        reasoning_effort=None if request.reasoning is None else request.reasoning.effort,
+        effort_path=("reasoning", "effort"),
+        has_reasoning=request.include_reasoning is not False,
+        add_special_tokens=request.add_special_tokens is True,
+        num_bytes=num_bytes,
+    )
+    warnings = [*warnings, *about_text, *unread_reasoning(messages, template)]
+    spec = request.as_spec(chat, warnings, _constraint(request))
+    is_cut = request.truncation == "auto" and request.truncate_prompt_tokens is None
+    return replace(
+        spec,
+        num_bytes=num_bytes,
+        truncate_prompt_tokens=-1 if is_cut else request.truncate_prompt_tokens,
+        max_tokens=request.max_output_tokens,
+        max_tokens_path=("max_output_tokens",),
+        logprobs=(request.top_logprobs or 0) if LOGPROBS in (request.include or ()) else None,
+        logprobs_path=("top_logprobs",),
+        # The usage is always sent, at the end.
+        has_usage_chunk=True,
+        has_continuous_usage=False,
+    )
+
+
+def _constraint(request: ResponsesRequest) -> OutputConstraint | None:
+    asked = None if request.text is None else request.text.format
+    if asked is None or asked.type == "text":
+        return None
+    fields = {"type": asked.type, **(asked.model_extra or {})}
+    return unwrapped_constraint(fields, ("text", "format"))
+
+
+def own_warnings(request: ResponsesRequest) -> list[Warned]:
+    """Return warnings for fields without effect. Raises `ApiError` for refused ones."""
+    warnings = [*request.notes, *params.judge(request.model_extra, RESPONSES)]
+    if request.text is not None:
+        warnings += params.judge(request.text.model_extra, {}, "text.")
+        text_format = request.text.format
+        if text_format is not None and text_format.type == "text":
+            warnings += params.judge(text_format.model_extra, {}, "text.format.")
+    if request.reasoning is not None:
+        warnings += params.judge(request.reasoning.model_extra, REASONING, "reasoning.")
+    warnings += tool_warnings(request.tools or ())
+    if isinstance(request.tool_choice, Request):
+        warnings += params.judge(request.tool_choice.model_extra, {}, "tool_choice.")
+    for index, included in enumerate(request.include or ()):
+        if included == LOGPROBS:
+            continue
+        param = f"include.{index}"
+        if included not in INCLUDABLE:
+            message = f"{param}: {included!r} is nothing that can be included"
+            raise invalid(message, ("include", index))
+        message = f"{param} ({included}) was ignored: {INCLUDABLE[included]}"
+        warnings.append({"param": param, "message": message})
+    if request.top_logprobs and LOGPROBS not in (request.include or ()):
+        raise invalid(f"top_logprobs needs include to have {LOGPROBS!r}", "top_logprobs")
+    return warnings

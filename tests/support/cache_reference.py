@@ -1,0 +1,209 @@
+"""The expected contents of a cache after each call, by exhaustive search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from cache.allocation import Allocation, MissReason
+from cache.view import View
+
+Key = tuple[str, tuple[int, ...]]
+
+
+@dataclass
+class Entry:
+    last_used: int = 0
+    pins: int = 0
+    #: Else a husk, which is there for the sake of its children and leases.
+    has_page: bool = True
+
+
+@dataclass(eq=False)
+class Live:
+    namespace: str
+    tokens: list[int]
+    num_known_tokens: int
+    allocation: Allocation
+    num_pages: int
+    num_computed: int
+    num_committed_pages: int
+    #: The pages that it reads no more.
+    gap: range
+    duplicates: set[int] = field(default_factory=set)
+
+    def key(self, num_tokens: int) -> Key:
+        return self.namespace, tuple(self.tokens[:num_tokens])
+
+
+@dataclass
+class Reference:
+    """The expected contents of the cache after each call, by exhaustive search."""
+
+    num_pages: int
+    page_size: int
+    view: View
+    chunk_tokens: int
+    cached: dict[Key, Entry] = field(default_factory=dict)
+    live: list[Live] = field(default_factory=list)
+    now: int = 0
+    num_evicted_pages: int = 0
+
+    def pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def path(self, namespace: str, tokens: list[int], num_pages: int) -> Iterator[Key]:
+        for count in range(1, num_pages + 1):
+            yield namespace, tuple(tokens[: count * self.page_size])
+
+    def children(self, namespace: str, prefix: list[int]) -> list[Key]:
+        end = len(prefix) + self.page_size
+        return sorted(
+            (owner, other)
+            for owner, other in self.cached
+            if owner == namespace and len(other) == end and num_shared(other, prefix) == len(prefix)
+        )
+
+    def known(self, namespace: str, tokens: list[int]) -> int:
+        """Tokens of whole pages that the tree knows, there or not."""
+        known = 0
+        for key in self.path(namespace, tokens, len(tokens) // self.page_size):
+            if key not in self.cached:
+                break
+            known = len(key[1])
+        return known
+
+    def source(self, namespace: str, tokens: list[int]) -> Key | None:
+        """Of the two neighbours of the place where the rest belongs, the one that shares more."""
+        wanted = tokens[:-1]
+        known = self.known(namespace, wanted)
+        children = self.children(namespace, wanted[:known])
+        place = sum(key < (namespace, tuple(wanted)) for key in children)
+        best, most = None, known
+        for key in children[max(place - 1, 0) : place + 1]:
+            if self.cached[key].has_page and num_shared(key[1], wanted) > most:
+                best, most = key, num_shared(key[1], wanted)
+        return best
+
+    def is_readable(self, namespace: str, tokens: list[int], num_tokens: int) -> bool:
+        """Whether all pages are there that the query at `num_tokens` reads."""
+        keys = self.path(namespace, tokens, num_tokens // self.page_size)
+        gap = self.view.unread_pages(num_tokens, self.page_size)
+        return all(i in gap or self.cached[key].has_page for i, key in enumerate(keys))
+
+    def reusable(self, namespace: str, tokens: list[int]) -> tuple[int, bool]:
+        """How many tokens, and whether evicted pages make them fewer."""
+        known, source = self.known(namespace, tokens[:-1]), self.source(namespace, tokens)
+        most = known if source is None else num_shared(source[1], tokens[:-1])
+        lengths = [most, *range(known, 0, -self.page_size)]
+        found = next((n for n in lengths if self.is_readable(namespace, tokens, n)), 0)
+        return found, found < known
+
+    def num_reusable(self, namespace: str, tokens: list[int]) -> int:
+        return self.reusable(namespace, tokens)[0]
+
+    def reason(self, namespace: str, tokens: list[int]) -> MissReason:
+        num_reused, is_cut = self.reusable(namespace, tokens)
+        if num_reused == len(tokens) - 1:
+            return MissReason.COMPLETE
+        if num_reused == 0:
+            return MissReason.COLD
+        whole = tokens[: num_reused // self.page_size * self.page_size]
+        goes_on = not is_cut and self.children(namespace, whole)
+        return MissReason.DIVERGED if goes_on else MissReason.ENDED
+
+    def is_in_flight(self, namespace: str, tokens: list[int]) -> bool:
+        num_matched = self.num_reusable(namespace, tokens) // self.page_size
+        if (num_matched + 1) * self.page_size > len(tokens):
+            return False
+        wanted = namespace, tuple(tokens[: (num_matched + 1) * self.page_size])
+        is_there = wanted in self.cached and self.cached[wanted].has_page
+        return not is_there and any(
+            seq.num_committed_pages == num_matched
+            and len(wanted[1]) <= seq.num_known_tokens
+            and seq.key(len(wanted[1])) == wanted
+            for seq in self.live
+        )
+
+    @property
+    def leased(self) -> set[Key]:
+        return {
+            key
+            for seq in self.live
+            for key in self.path(seq.namespace, seq.tokens, seq.num_committed_pages)
+        }
+
+    @property
+    def read(self) -> set[Key]:
+        return {
+            key
+            for seq in self.live
+            for i, key in enumerate(self.path(seq.namespace, seq.tokens, seq.num_committed_pages))
+            if i not in seq.gap
+        }
+
+    @property
+    def num_cached(self) -> int:
+        return sum(entry.has_page for entry in self.cached.values())
+
+    @property
+    def num_private(self) -> int:
+        return sum(
+            seq.num_pages - seq.num_committed_pages + len(seq.duplicates) for seq in self.live
+        )
+
+    @property
+    def num_free(self) -> int:
+        return self.num_pages - self.num_cached - self.num_private
+
+    @property
+    def num_available(self) -> int:
+        return self.num_pages - self.num_private - len(self.read)
+
+    def num_first_pages(self, num_tokens: int, num_reused: int) -> int:
+        """How long a new block table is."""
+        if self.view.window is None:
+            return self.pages(num_tokens)
+        end = self.view.start(num_reused) + self.view.window + self.chunk_tokens
+        wanted = self.pages(min(num_tokens, end))
+        # The pages that a query reads, wherever it stands in its page.
+        if self.num_pages <= self.pages(self.view.sinks) + self.pages(self.view.window - 1):
+            return wanted
+        return min(wanted, self.num_pages + len(self.view.unread_pages(num_reused, self.page_size)))
+
+    def use(self, *keys: Key) -> None:
+        for key in keys:
+            self.now += 1
+            self.cached[key].last_used = self.now
+
+    def parents(self) -> set[Key]:
+        return {(owner, prefix[: -self.page_size]) for owner, prefix in self.cached}
+
+    def make_room(self, num_pages: int, read: set[Key], leased: set[Key]) -> None:
+        while self.num_free < num_pages:
+            parents = self.parents() - leased
+            candidates = [
+                key
+                for key, entry in self.cached.items()
+                if entry.has_page and key not in read | parents
+            ]
+            self.cached[min(candidates, key=self._place)].has_page = False
+            self.num_evicted_pages += 1
+            self.forget_husks(leased)
+
+    def forget_husks(self, leased: set[Key]) -> None:
+        while bare := [
+            key
+            for key, entry in self.cached.items()
+            if not entry.has_page and key not in self.parents() | leased
+        ]:
+            for key in bare:
+                del self.cached[key]
+
+    def _place(self, key: Key) -> tuple[bool, int]:
+        return self.cached[key].pins > 0, self.cached[key].last_used
+
+
+def num_shared(a: tuple[int, ...], b: list[int]) -> int:
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
