@@ -50,8 +50,8 @@ class _Device:
     dtype: torch.dtype
     ops: Ops
     notes: tuple[str, ...] = ()
-    #: The library whose products are the fastest here, if any are.
-    tiles: CpuLibrary | None = None
+    #: Computes whole layers, if there is one.
+    library: CpuLibrary | None = None
 
 
 def assemble(
@@ -69,9 +69,9 @@ def assemble(
         dtype=where.dtype,
         device=where.device,
         ops=where.ops,
-        tiles=where.tiles,
+        tiles=where.library,
     )
-    spec = decoder.attention_spec(_kv_format(config.cache, decoder, where.tiles))
+    spec = decoder.attention_spec(_kv_format(config.cache, decoder, where.library))
     offer = choose_backend(config.model.attention_backend, spec)
     plan_of = partial(_plan_pool, config, decoder, spec, offer)
     info_of = partial(_info, source, config, decoder, spec, offer, where, end_token_ids)
@@ -86,8 +86,8 @@ def assemble(
         attention, info = offer.build(spec, pool), info_of(plan)
         max_num_seqs = config.scheduler.max_num_seqs
         fastest: Decoder = decoder
-        if where.tiles and isinstance(decoder, Transformer) and not why_not(decoder, attention):
-            fastest = CpuDecoder(decoder, where.tiles)
+        if where.library and isinstance(decoder, Transformer) and not why_not(decoder, attention):
+            fastest = CpuDecoder(decoder, where.library)
         runner = TorchRunner(
             info=info,
             decoder=fastest,
@@ -119,18 +119,19 @@ def _device(config: ModelSection) -> _Device:
     if isinstance(library, str):
         note = f"compiled CPU operations are not available ({library}); torch's are slower"
         return _Device(device, dtype, TorchOps(), (note,))
-    tiles = library if library.isa == "amx" else None
-    return _Device(device, dtype, CpuOps(library), library.notes, tiles)
+    return _Device(device, dtype, CpuOps(library), library.notes, library)
 
 
-def _kv_format(config: CacheSection, decoder: ServedDecoder, tiles: CpuLibrary | None) -> KVFormat:
+def _kv_format(
+    config: CacheSection, decoder: ServedDecoder, library: CpuLibrary | None
+) -> KVFormat:
     """Return the format of the pages, by default as exact as the products before and after it."""
     if config.kv_cache_dtype != "auto":
         return KV_FORMATS[config.kv_cache_dtype]
     is_rounded = decoder.format != "none"
     if is_rounded and decoder.attention_dtype == torch.float32:
-        # Matrix instructions take bfloat16: anything finer would be converted at every step.
-        return KV_FORMATS["bfloat16" if tiles else "float16"]
+        # Anything finer would be converted at every step.
+        return KV_FORMATS["bfloat16" if library and library.multiplies_bfloat16 else "float16"]
     return float_format(decoder.attention_dtype)
 
 

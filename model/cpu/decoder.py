@@ -101,7 +101,7 @@ def _products(layer: DecoderLayer) -> tuple[Linear, ...]:
 
 def _pointers(layer: DecoderLayer) -> tuple[int, ...]:
     """Return the addresses in the order of csrc/decoder.cpp's `Layer`."""
-    qkv, o, gate_up, down = map(_addresses, _products(layer))
+    qkv, o, gate_up, down = map(_description, _products(layer))
     return (
         _address(layer.norms["attention_input"]),
         *qkv,
@@ -114,9 +114,9 @@ def _pointers(layer: DecoderLayer) -> tuple[int, ...]:
     )
 
 
-def _addresses(linear: Linear) -> tuple[int, ...]:
+def _description(linear: Linear) -> tuple[int, ...]:
     assert isinstance(linear, TiledLinear), "see why_not"
-    return linear.tiles.addresses
+    return linear.tiles.description
 
 
 def _address(norm: Tensor | None) -> int:

@@ -31,7 +31,7 @@ from model.weights.source import octavo_home
 
 SOURCES = Path(__file__).parent / "csrc"
 #: Best first.
-ISAS = ("amx", "avx512", "avx2", "scalar")
+ISAS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "scalar")
 #: The `DType` of csrc/kernels.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -40,11 +40,26 @@ _AVX512_FLAGS = (
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
     "-mprefer-vector-width=512",
 )
+_AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+_AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+_BF16_FLAGS = (*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16")
 _ISA_FLAGS = {
     "scalar": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx2": _AVX2_FLAGS,
+    "avx2_vnni": (*_AVX2_FLAGS, "-mavxvnni"),
     "avx512": _AVX512_FLAGS,
-    "amx": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "avx512_vnni": (*_AVX512_FLAGS, "-mavx512vnni"),
+    "avx512_bf16": _BF16_FLAGS,
+    "amx": (*_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+}
+#: The names that torch has for the instructions of each set.
+_CAPABILITIES: dict[str, tuple[str, ...]] = {
+    "avx2": ("avx2", "fma3", "f16c"),
+    "avx2_vnni": ("avx2", "fma3", "f16c", "avx_vnni"),
+    "avx512": _AVX512,
+    "avx512_vnni": (*_AVX512, "avx512_vnni"),
+    "avx512_bf16": (*_AVX512, "avx512_vnni", "avx512_bf16"),
+    "amx": (*_AVX512, "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
 }
 _BUILD_TIMEOUT_S = 1200
 _BUILD_PREFIX = ".build-"
@@ -76,7 +91,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "octavo_silu_mul": (None, (_POINTER, _LONG, _LONG, _POINTER, _LONG, _INT, _POINTER)),
     "octavo_product": (
         None,
-        (*(_POINTER,) * 2, _LONG, _LONG, *(_POINTER,) * 3, _LONG, _LONG, _POINTER, _INT),
+        (*(_POINTER,) * 2, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT),
     ),
     "octavo_decoder_new": (_POINTER, (*(_POINTER,) * 2, _FLOAT, _POINTER, _LONG, _POINTER)),
     "octavo_decoder_free": (None, (_POINTER,)),
@@ -105,6 +120,16 @@ class CpuLibrary:
     kernels: int
     #: For the operator: how it was found.
     notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the sources."""
+        return _digest_of_sources()
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Return whether the CPU has instructions for products of bfloat16."""
+        return self.isa in {"amx", "avx512_bf16"}
 
 
 def load_cpu_library(
@@ -136,9 +161,10 @@ def _load(path: Path, isa: str | None, notes: tuple[str, ...] = ()) -> CpuLibrar
         return f"{path} cannot be loaded: {error}"
     if functions.octavo_sources().decode() != _digest_of_sources():
         return f"{path} was built from other sources; build it anew with python -m model.cpu.ops"
-    if isa is not None and (isa not in ISAS or not functions.octavo_supports(isa.encode())):
+    usable = [name for name in ISAS if functions.octavo_supports(name.encode())]
+    if (isa or not usable) and isa not in usable:
         return f"instruction set {isa!r} is not one of {', '.join(ISAS)}, or not this CPU's"
-    isa = isa or next(name for name in ISAS if functions.octavo_supports(name.encode()))
+    isa = isa or usable[0]
     return CpuLibrary(path, isa, functions, functions.octavo_kernels(isa.encode()), notes)
 
 
@@ -154,10 +180,10 @@ def _is_whole(path: Path) -> bool:
 # ---- building ------------------------------------------------------------------------------------
 
 
-def build(output: Path, compiler: str | None = None) -> str | None:
+def build(output: Path, compiler: str | None = None, isas: tuple[str, ...] = ISAS) -> str | None:
     """Compile the library to `output`, atomically; return why it could not be, or None.
 
-    The result runs on any CPU of this machine's architecture.
+    With all instruction sets the result runs on any CPU of this machine's architecture.
     """
     compiler = compiler or _find_compiler(os.environ)
     if compiler is None:
@@ -166,7 +192,7 @@ def build(output: Path, compiler: str | None = None) -> str | None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=_BUILD_PREFIX) as folder:
             linked = Path(folder) / output.name
-            _compile(compiler, Path(folder), linked)
+            _compile(compiler, Path(folder), linked, isas if _is_x86() else ("scalar",))
             # The system's loader ignores bytes after the sections.
             content = linked.read_bytes()
             linked.write_bytes(content + hashlib.sha256(content).digest())
@@ -179,14 +205,18 @@ def build(output: Path, compiler: str | None = None) -> str | None:
     return None
 
 
-def _compile(compiler: str, folder: Path, output: Path) -> None:
-    is_x86 = platform.machine() in {"x86_64", "AMD64"}
-    flags = (*_BASE_FLAGS, f'-DOCTAVO_SOURCES="{_digest_of_sources()}"')
+def _is_x86() -> bool:
+    return platform.machine() in {"x86_64", "AMD64"}
+
+
+def _compile(compiler: str, folder: Path, output: Path, isas: tuple[str, ...]) -> None:
+    has = (f"-DOCTAVO_HAS_{isa.upper()}" for isa in isas)
+    flags = (*_BASE_FLAGS, f'-DOCTAVO_SOURCES="{_digest_of_sources()}"', *has)
     commands = [
         [compiler, *flags, "-fopenmp", "-c", str(SOURCES / name)]
         for name in ("octavo_cpu.cpp", "attention.cpp", "decoder.cpp")
     ]
-    for isa in ISAS if is_x86 else ("scalar",):
+    for isa in isas:
         kernels = ["-c", str(SOURCES / "kernels.cpp"), f"-DOCTAVO_ISA={isa}"]
         commands.append([compiler, *flags, *_ISA_FLAGS[isa], *kernels])
     objects = [str(folder / f"{i}.o") for i in range(len(commands))]
@@ -216,9 +246,11 @@ def _first_error(stderr: str) -> str:
 
 def _load_cached(variables: Mapping[str, str], isa: str | None) -> CpuLibrary | str:
     """Load this machine's build of these sources, or build it now if none can be trusted."""
+    # A build for this CPU alone takes a fraction of the time that all instruction sets take.
+    isas = (isa,) if isa in ISAS else _isas_of_this_cpu()
     # The flags follow from this file and the architecture. The compiler is not part of the key:
     # without one, an earlier build stays in use.
-    key = hashlib.sha256((_digest_of_sources() + platform.machine()).encode())
+    key = hashlib.sha256(f"{_digest_of_sources()} {platform.machine()} {isas}".encode())
     key.update(Path(__file__).read_bytes())
     builds = octavo_home(variables) / "build"
     library = builds / key.hexdigest()[:16] / "cpu_ops.so"
@@ -233,7 +265,7 @@ def _load_cached(variables: Mapping[str, str], isa: str | None) -> CpuLibrary | 
         with _locked(library.parent):
             # The previous holder of the lock may have built it.
             is_built = _fault_of(library) is None
-            reason = None if is_built else _rebuild(library, compiler)
+            reason = None if is_built else _rebuild(library, compiler, isas)
     except OSError as error:
         return f"{found}the build folder cannot be used: {error}"
     _clear_abandoned(builds)
@@ -261,10 +293,18 @@ def _fault_of(library: Path) -> str | None:
         return f"{library} cannot be read ({error.strerror})"
 
 
-def _rebuild(library: Path, compiler: str) -> str | None:
+def _isas_of_this_cpu() -> tuple[str, ...]:
+    """Return the best instruction set, and the next where a system may forbid it."""
+    found = torch.cpu.get_capabilities()
+    usable = [isa for isa, names in _CAPABILITIES.items() if all(found.get(one) for one in names)]
+    best = usable[-1:] or ["scalar"]
+    return ("amx", "avx512_bf16") if best == ["amx"] else tuple(best)
+
+
+def _rebuild(library: Path, compiler: str, isas: tuple[str, ...]) -> str | None:
     if library.is_dir() and not library.is_symlink():
         shutil.rmtree(library)
-    return build(library, compiler)
+    return build(library, compiler, isas)
 
 
 def _clear_abandoned(builds: Path) -> None:

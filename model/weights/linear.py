@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Literal, Protocol, TypeAlias, cast, get_args
+from typing import Literal, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from model.weights.tiled_linear import TILED_FORMATS
 
 Format: TypeAlias = Literal["none", "fp16", "bf16", "int8"]
 
@@ -160,43 +158,8 @@ def head_format(fmt: Format) -> Format:
     return "fp16" if fmt == "bf16" else fmt
 
 
-def choose_format(
-    quantization: str, device: torch.device, dtype: torch.dtype, *, has_tiles: bool = False
-) -> tuple[Format, str]:
-    """Choose the format of the linear layers; return it with the reason, for the operator.
-
-    `has_tiles`: bf16 and int8 will be packed for products of our own, which run on any CPU.
-    Raises `ValueError` if the device or the CPU does not support the format.
-    """
-    if quantization not in {"auto", *get_args(Format)}:
-        raise ValueError(f"quantization must be auto, none, fp16, bf16 or int8: {quantization!r}")
-    if device.type != "cpu":
-        if quantization not in {"auto", "none"}:
-            raise ValueError(f"quantization {quantization} is for CPUs; on {device.type} use none")
-        return "none", f"weights in {_name(dtype)}"
-    if dtype != torch.float32:
-        raise ValueError(
-            f"dtype on a CPU is float32, got {_name(dtype)}; quantization fp16 or bf16 halves the "
-            "weights"
-        )
-    if quantization == "auto":
-        return _fastest_format()
-    fmt = cast("Format", quantization)
-    if (reason := _why_not(fmt)) and not (has_tiles and fmt in TILED_FORMATS):
-        raise ValueError(f"quantization {fmt} does not run here: {reason}")
-    return fmt, f"quantization {fmt} as asked"
-
-
-def _fastest_format() -> tuple[Format, str]:
-    if _has("amx_bf16") and not _why_not("bf16"):
-        return "bf16", "quantization bf16: this CPU multiplies bfloat16 in hardware (AMX)"
-    if reason := _why_not("fp16"):
-        return "none", f"quantization none: fp16 weights do not run here ({reason})"
-    return "fp16", "quantization fp16: the fastest near-lossless format of this CPU"
-
-
-def _why_not(fmt: Format) -> str:
-    """Return why a format does not run on this CPU; empty if it does."""
+def why_not_packed(fmt: Format) -> str:
+    """Return why `pack` cannot pack a format on this CPU; empty if it can."""
     if fmt == "bf16":
         # ATEN_CPU_CAPABILITY=avx2 makes this CPU stand in for a lesser one.
         if torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -216,7 +179,3 @@ def _has(feature: str) -> bool:
 
 def _has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call] # torch's
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -30,13 +30,13 @@ from model.architectures.transformer import (
 from model.cpu.library import CpuLibrary
 from model.kv.arena import Arena
 from model.ops import Ops
+from model.weights.format_choice import choose_format
 from model.weights.gguf import ROPE_FACTORS
 from model.weights.interface import WeightSource, read_into
 from model.weights.linear import (
     Format,
     Linear,
     PlainLinear,
-    choose_format,
     head_format,
     pack,
     staging_dtype,
@@ -64,9 +64,11 @@ def build_transformer(
     request, where that is known. With `progress`, a bar on stderr where that is a terminal.
     Raises `ValueError` (`WeightsError`, `ArchError`, `FormatError` are ones) or `OSError`.
     """
-    fmt, note = choose_format(quantization, device, dtype, has_tiles=tiles is not None)
     arch, weights = open_weights(source)
     arch = lengthened(arch, max_positions)
+    fmt, note = choose_format(
+        quantization, device, dtype, library=tiles, num_inputs=arch.hidden_size
+    )
     packs_tiles = fmt in TILED_FORMATS
     loader = _Loader(arch, weights, device, fmt, dtype, tiles if packs_tiles else None)
     bar = tqdm(

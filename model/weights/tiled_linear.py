@@ -7,6 +7,8 @@ to the largest of their row (AMX). A row's result does not depend on the rows be
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -78,11 +80,12 @@ class Tiles:
         return sum(part.nbytes for part in parts if part is not None)
 
     @property
-    def addresses(self) -> tuple[int, int, int, int]:
-        """Of weights, scales and bias, 0 where there is none; and `scale_tiles`."""
-        parts = (self.weight, self.scales, self.bias)
-        weight, scales, bias = (0 if part is None else part.data_ptr() for part in parts)
-        return weight, scales, bias, self.scale_tiles
+    def description(self) -> tuple[int, ...]:
+        """Return the `Weights` of csrc/kernels.h: addresses (0: none), bits, groups of inputs."""
+        parts = (self.weight, self.scales, None, self.bias)
+        addresses = (0 if part is None else part.data_ptr() for part in parts)
+        bits = 8 * self.weight.dtype.itemsize
+        return (*addresses, bits, self.scale_tiles * _BYTE_TILE_INPUTS, 0, 0)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return rows of the weight as float32 `[indices, inputs]`: an embedding's look-up."""
@@ -103,6 +106,7 @@ class TiledLinear:
     def __init__(self, tiles: Tiles, library: CpuLibrary) -> None:
         self.tiles = tiles
         self.weight_bytes = tiles.num_bytes
+        self._weights = (ctypes.c_int64 * len(tiles.description))(*tiles.description)
         self._kernels = library.kernels
         self._product = library.functions.octavo_product
 
@@ -115,7 +119,7 @@ class TiledLinear:
             x.data_ptr(),
             x.shape[0],
             tiles.num_inputs,
-            *tiles.addresses,
+            self._weights,
             tiles.num_outputs,
             out.data_ptr(),
             torch.get_num_threads(),

@@ -19,13 +19,9 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Packed weights [outputs, inputs]; see products.h.
-struct Weights {
-  const void* tiles;
-  const float* scales;
-  const float* bias;
-  int64_t scale_tiles;
-};
+void* aligned(std::vector<char>& memory) {
+  return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(memory.data()), kAlignment));
+}
 
 // In the order of model/cpu/decoder.py; a pointer is null where the model has no such weight.
 struct Layer {
@@ -53,41 +49,52 @@ struct Shape {
 class Panel {
  public:
   void fit(int64_t rows, int64_t width, int64_t element_bytes) {
-    stride_ = round_up(width, kByteTileInputs);
+    num_inputs_ = round_up(width, kByteTileInputs);
+    // An odd number of cache lines, so that the same input of several rows is not in the same set.
+    stride_ = num_inputs_ + kAlignment / element_bytes;
     const size_t bytes = round_up(rows, kPanelRows) * stride_ * element_bytes;
-    if (memory_.size() < bytes) memory_.assign(bytes, 0);
+    if (memory_.size() < bytes + kAlignment) memory_.assign(bytes + kAlignment, 0);
   }
-  void* data() { return memory_.data(); }
+  void* data() { return aligned(memory_); }
   int64_t stride() const { return stride_; }
+  int64_t num_inputs() const { return num_inputs_; }
 
  private:
   std::vector<char> memory_;
-  int64_t stride_ = 0;
+  int64_t stride_ = 0, num_inputs_ = 0;
 };
 
-// Rows of a panel in the form that eight-bit weights need; see `Kernels::split_rows`.
-class Digits {
+// The same rows as integers, where the weights are; see `Kernels::split_rows`.
+class SplitRows {
  public:
-  void fit(int64_t rows, int64_t bytes) {
+  void fit(int64_t bytes) {
     if (int64_t(memory_.size()) < bytes + kAlignment) memory_.assign(bytes + kAlignment, 0);
-    if (int64_t(scales_.size()) < rows) scales_.assign(round_up(rows, kPanelRows), 0);
   }
-  int8_t* data() {
-    return reinterpret_cast<int8_t*>(round_up(reinterpret_cast<intptr_t>(memory_.data()), kAlignment));
-  }
-  float* row_scales() { return scales_.data(); }
+  void* data() { return aligned(memory_); }
 
  private:
-  std::vector<int8_t> memory_;
-  std::vector<float> scales_;
+  std::vector<char> memory_;
 };
+
+Product product_of(Panel& panel, int64_t rows, const Weights& weights, int64_t num_outputs,
+                   SplitRows& split) {
+  Product p = {};
+  p.panel = panel.data();
+  p.panel_stride = panel.stride();
+  p.num_inputs = panel.num_inputs();
+  p.num_rows = rows;
+  p.weights = weights;
+  p.num_outputs = num_outputs;
+  p.split = split.data();
+  return p;
+}
 
 class Decoder {
  public:
   Decoder(const Kernels* kernels, const Shape& shape, float eps, const Layer* layers,
           int64_t num_layers, const float* cos_sin)
       : kernels_(*kernels), shape_(shape), eps_(eps), layers_(layers, layers + num_layers),
-        cos_sin_(cos_sin), are_rows_split_(kernels->digits_bytes(1, kByteTileInputs) > 0) {}
+        cos_sin_(cos_sin) {}
 
   // Runs the layers over the planned step; updates `residual` [tokens, hidden] in place.
   void forward(Session& session, const int64_t* positions, float* residual) {
@@ -98,10 +105,8 @@ class Decoder {
     gated_.fit(tokens, shape_.inner, element_bytes);
     qkv_.resize(tokens * qkv_width());
     const int64_t widest = std::max({shape_.hidden, shape_.inner, attention_width()});
-    if (are_rows_split_)
-      digits_.fit(tokens, kernels_.digits_bytes(tokens, round_up(widest, kByteTileInputs)));
-    const int64_t scratch = round_up(
-        kernels_.product_scratch_floats(int(round_up(widest, kByteTileInputs) / kTileInputs)), 16);
+    split_.fit(kernels_.split_bytes(tokens, round_up(widest, kByteTileInputs)));
+    const int64_t scratch = round_up(kernels_.product_scratch_floats(), 16);
     scratch_.resize(scratch * session.threads + 16);
 #pragma omp parallel num_threads(session.threads)
     {
@@ -159,17 +164,7 @@ class Decoder {
   }
 
   Product product(Panel& panel, int64_t tokens, const Weights& weights, int64_t num_outputs) {
-    Product p = {};
-    p.panel = panel.data();
-    p.panel_stride = panel.stride();
-    p.num_rows = tokens;
-    p.weights = weights.tiles;
-    p.scales = weights.scales;
-    p.scale_tiles = int32_t(weights.scale_tiles);
-    p.bias = weights.bias;
-    p.num_outputs = num_outputs;
-    p.num_tiles = int32_t(panel.stride() / kTileInputs);
-    return p;
+    return product_of(panel, tokens, weights, num_outputs, split_);
   }
 
   void multiply(Panel& panel, int64_t tokens, const Weights& weights, int64_t num_outputs,
@@ -199,13 +194,10 @@ class Decoder {
   }
 
   void run(Product& p, float* scratch) {
-    if (p.scales && are_rows_split_) {
-      p.digits = digits_.data();
-      p.row_scales = digits_.row_scales();
+    if (p.weights.scales)
       share(p.num_rows, [&](int64_t begin, int64_t end) {
-        kernels_.split_rows(p, digits_.data(), digits_.row_scales(), begin, end);
+        kernels_.split_rows(p, begin, end);
       });
-    }
     const int64_t groups = round_up(p.num_outputs, kTileOutputs) / kTileOutputs;
     share(p.is_gated ? groups / 2 : groups, [&](int64_t begin, int64_t end) {
       kernels_.product(p, begin, end, scratch);
@@ -262,10 +254,8 @@ class Decoder {
   const float eps_;
   const std::vector<Layer> layers_;
   const float* cos_sin_;
-  // Whether eight-bit weights need the rows split into digits.
-  const bool are_rows_split_;
   Panel normed_, attended_, gated_;
-  Digits digits_;
+  SplitRows split_;
   std::vector<float> qkv_, scratch_;
 };
 
@@ -294,45 +284,30 @@ void octavo_decoder_forward(Decoder* decoder, Session* session, const int64_t* p
 
 // Float32 `x` [rows, inputs] times packed weights, to `out` [rows, num_outputs].
 void octavo_product(const Kernels* kernels, const float* x, int64_t rows, int64_t inputs,
-                    const void* tiles, const float* scales, const float* bias,
-                    int64_t scale_tiles, int64_t num_outputs, float* out, int32_t threads) {
+                    const Weights* weights, int64_t num_outputs, float* out, int32_t threads) {
   Panel panel;
-  const DType dtype = kernels->panel_dtype();
-  panel.fit(rows, inputs, dtype == kFloat32 ? 4 : 2);
-  Product p = {};
-  p.panel = panel.data();
-  p.panel_stride = panel.stride();
-  p.num_rows = rows;
-  p.weights = tiles;
-  p.scales = scales;
-  p.scale_tiles = int32_t(scale_tiles);
-  p.bias = bias;
-  p.num_outputs = num_outputs;
-  p.num_tiles = int32_t(panel.stride() / kTileInputs);
+  panel.fit(rows, inputs, kernels->panel_dtype() == kFloat32 ? 4 : 2);
+  SplitRows split;
+  if (weights->scales) split.fit(kernels->split_bytes(rows, panel.num_inputs()));
+  Product p = product_of(panel, rows, *weights, num_outputs, split);
   p.out = out;
   p.out_stride = num_outputs;
-  Digits digits;
-  const int64_t digits_bytes = scales ? kernels->digits_bytes(rows, panel.stride()) : 0;
-  if (digits_bytes) digits.fit(rows, digits_bytes);
-  p.digits = digits.data();
-  p.row_scales = digits.row_scales();
-  const int64_t scratch = kernels->product_scratch_floats(p.num_tiles);
-  std::vector<float> memory(scratch * threads);
+  const int64_t scratch = round_up(kernels->product_scratch_floats(), 16);
+  std::vector<char> memory(scratch * threads * sizeof(float) + kAlignment);
+  float* floats = static_cast<float*>(aligned(memory));
   const int64_t groups = round_up(num_outputs, kTileOutputs) / kTileOutputs;
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), of = omp_get_num_threads();
-    kernels->pack_rows(x, inputs, panel.data(), panel.stride(), rows * thread / of,
-                       rows * (thread + 1) / of);
+    const int64_t begin = rows * thread / of, end = rows * (thread + 1) / of;
+    kernels->pack_rows(x, inputs, panel.data(), panel.stride(), begin, end);
 #pragma omp barrier
-    if (digits_bytes) {
-      kernels->split_rows(p, digits.data(), digits.row_scales(), rows * thread / of,
-                          rows * (thread + 1) / of);
+    if (weights->scales) {
+      kernels->split_rows(p, begin, end);
 #pragma omp barrier
     }
     kernels->configure_tiles();
-    kernels->product(p, groups * thread / of, groups * (thread + 1) / of,
-                     memory.data() + thread * scratch);
+    kernels->product(p, groups * thread / of, groups * (thread + 1) / of, floats + thread * scratch);
     kernels->release_tiles();
   }
 }

@@ -27,7 +27,7 @@ const octavo::Kernels table = {
     silu_mul,
     panel_dtype,
     product_scratch_floats,
-    digits_bytes,
+    split_bytes,
     split_rows,
     configure_tiles,
     release_tiles,

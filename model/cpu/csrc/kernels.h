@@ -117,29 +117,42 @@ struct Write {
   int32_t head_dim;
 };
 
-// A tile of packed weights, bfloat16 or eight-bit; see products.h.
+// Packed weights [outputs, inputs] in output groups of 16; see products.h. In the order of
+// `Tiles.description` in model/weights/tiled_linear.py.
+struct Weights {
+  const void* tiles;
+  // [output groups, scales, 16]: factors of integer codes. Null for bfloat16 weights.
+  const void* scales;
+  // The same shape: added to the scaled codes. May be null.
+  const void* minimums;
+  // Padded to whole output groups, or null.
+  const float* bias;
+  // 16 for bfloat16 weights, otherwise those of a code: 4, 5, 6 or 8.
+  int64_t bits;
+  // Inputs that share a scale: 16, 32, 64, or a multiple of 64 up to 128.
+  int64_t group_inputs;
+  // Subtracted from each code of less than eight bits.
+  int64_t code_offset;
+  // Of scales and minimums.
+  int64_t scale_dtype;
+};
+
+// A tile of bfloat16 weights, and one of codes. Inputs are padded to whole tiles of both.
 constexpr int kTileOutputs = 16;
 constexpr int kTileInputs = 32;
 constexpr int kByteTileInputs = 64;
 
-// Rows of a panel times packed weights [outputs, inputs].
+// Rows of a panel times packed weights.
 struct Product {
   // [num_rows rounded up to 16, panel_stride] of the kernels' panel dtype.
   const void* panel;
   int64_t panel_stride;
   int64_t num_rows;
-  // The panel as `split_rows` wrote it, where the weights are eight-bit and the kernels need it.
-  const int8_t* digits;
-  const float* row_scales;
-  // Output groups of 16, each of `num_tiles` bfloat16 tiles, or with scales half as many of eight bits.
-  const void* weights;
-  // [output groups, scales, 16], or null; each for `scale_tiles` eight-bit tiles, but for the last.
-  const float* scales;
-  int32_t scale_tiles;
-  // Padded to whole groups, or null.
-  const float* bias;
+  // The panel as `split_rows` wrote it, where the weights are integers.
+  void* split;
+  Weights weights;
   int64_t num_outputs;
-  int32_t num_tiles;
+  int64_t num_inputs;
   // The outputs' halves become silu(first) * second, in out_dtype; otherwise out is float32.
   bool is_gated;
   bool is_added;
@@ -164,11 +177,11 @@ struct Kernels {
   void (*silu_mul)(const SiluMul&, int64_t begin, int64_t end);
   // The dtype of a product's rows, and the floats of scratch memory that one thread needs.
   DType (*panel_dtype)();
-  int64_t (*product_scratch_floats)(int num_tiles);
-  // The bytes that `split_rows` writes for rows of a panel; 0 where products use the panel itself.
-  int64_t (*digits_bytes)(int64_t rows, int64_t stride);
-  // Rows begin to end of a product's panel into digits and a scale for each.
-  void (*split_rows)(const Product&, int8_t* digits, float* row_scales, int64_t begin, int64_t end);
+  int64_t (*product_scratch_floats)();
+  // The bytes that `split_rows` writes for so many rows.
+  int64_t (*split_bytes)(int64_t rows, int64_t num_inputs);
+  // Writes rows begin to end of a product's panel to its `split`, for weights that are integers.
+  void (*split_rows)(const Product&, int64_t begin, int64_t end);
   // Called before and after a thread's products, for instruction sets with a state.
   void (*configure_tiles)();
   void (*release_tiles)();
@@ -182,7 +195,10 @@ struct Kernels {
 const Kernels& kernels_scalar();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
+const Kernels& kernels_avx2_vnni();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_vnni();
+const Kernels& kernels_avx512_bf16();
 const Kernels& kernels_amx();
 #endif
 

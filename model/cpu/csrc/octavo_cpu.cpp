@@ -22,39 +22,69 @@ bool may_use_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+// GCC 11 cannot ask for it by name.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+
 bool has_amx() {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const unsigned bf16_tile_int8 = 1u << 22 | 1u << 24 | 1u << 25;
   return (d & bf16_tile_int8) == bf16_tile_int8 && may_use_tiles();
 }
 #endif
 
-bool supports(const char* isa) {
-  if (!std::strcmp(isa, "scalar")) return true;
-#if defined(__x86_64__)
-  if (!std::strcmp(isa, "avx2"))
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
-  if (!std::strcmp(isa, "avx512"))
-    return supports("avx2") && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  // Everything else that the compiler may use with it.
-  if (!std::strcmp(isa, "amx")) return supports("avx512") && has_amx();
+struct InstructionSet {
+  const char* name;
+  const Kernels& (*kernels)();
+  bool (*is_supported)();
+};
+
+// Those that this library was compiled with, each with all that the compiler may use.
+const InstructionSet kInstructionSets[] = {
+#if defined(OCTAVO_HAS_SCALAR)
+    {"scalar", kernels_scalar, [] { return true; }},
 #endif
-  return false;
-}
+#if defined(OCTAVO_HAS_AVX2)
+    {"avx2", kernels_avx2, has_avx2},
+#endif
+#if defined(OCTAVO_HAS_AVX2_VNNI)
+    {"avx2_vnni", kernels_avx2_vnni, [] { return has_avx2() && has_avx_vnni(); }},
+#endif
+#if defined(OCTAVO_HAS_AVX512)
+    {"avx512", kernels_avx512, has_avx512},
+#endif
+#if defined(OCTAVO_HAS_AVX512_VNNI)
+    {"avx512_vnni", kernels_avx512_vnni, has_avx512_vnni},
+#endif
+#if defined(OCTAVO_HAS_AVX512_BF16)
+    {"avx512_bf16", kernels_avx512_bf16, has_avx512_bf16},
+#endif
+#if defined(OCTAVO_HAS_AMX)
+    {"amx", kernels_amx, [] { return has_avx512_bf16() && has_amx(); }},
+#endif
+};
 
 const Kernels* kernels_of(const char* isa) {
-  if (!supports(isa)) return nullptr;
-#if defined(__x86_64__)
-  if (!std::strcmp(isa, "avx2")) return &kernels_avx2();
-  if (!std::strcmp(isa, "avx512")) return &kernels_avx512();
-  if (!std::strcmp(isa, "amx")) return &kernels_amx();
-#endif
-  return &kernels_scalar();
+  for (const InstructionSet& one : kInstructionSets)
+    if (!std::strcmp(isa, one.name)) return one.is_supported() ? &one.kernels() : nullptr;
+  return nullptr;
 }
 
 }  // namespace
@@ -67,7 +97,7 @@ extern "C" {
 // Returns the digest of the sources, which the loader compares.
 const char* octavo_sources() { return OCTAVO_SOURCES; }
 
-bool octavo_supports(const char* isa) { return supports(isa); }
+bool octavo_supports(const char* isa) { return kernels_of(isa) != nullptr; }
 
 const Kernels* octavo_kernels(const char* isa) { return kernels_of(isa); }
 

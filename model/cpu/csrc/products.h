@@ -1,32 +1,32 @@
-// Matrix products with weights in tiles: rows of activations times [n, k] weights.
+// Matrix products with packed weights: rows of activations times [n, k] weights.
 //
-// A tile is 16 outputs by 32 inputs of bfloat16 or by 64 of eight bits, in the layout of AMX's
-// second operand: pairs (or fours) of inputs, each for the 16 outputs side by side. Tiles of one
-// output group follow each other along k, so a thread reads memory in one direction. Eight-bit
-// weights have a scale for each output and `scale_tiles` tiles. A row's result does not depend on
-// the rows beside it: every output is one sum in the order of k, whatever the blocking.
+// A tile is 16 outputs by 32 inputs of bfloat16, or by 64 of codes. Pairs (or fours) of inputs stand
+// side by side, each for the 16 outputs: the layout of AMX's second operand. Tiles of one output group
+// follow each other along k, so a thread reads memory in one direction.
 //
-// This file is common to all instruction sets; the sums are products_amx.h's or
-// products_vectors.h's.
+// Codes are integers of 4, 5, 6 or 8 bits with a scale, and perhaps a minimum, for each output and
+// group of inputs. A tile of 8 bits is [16 fours, 16 outputs, 4]. Below 8 bits a byte holds the low
+// four bits of two fours: of the even one in its low half, of the odd one in its high half; the other
+// bits follow: two bits of four fours, or one bit of eight fours, to a byte.
+//
+// A row's result does not depend on the rows beside it: every output is one sum in the order of k,
+// whatever the blocking.
 #pragma once
 
 #include "simd.h"
 
 namespace {
 
+using octavo::Product;
+using octavo::Weights;
 using octavo::kByteTileInputs;
 using octavo::kTileInputs;
 using octavo::kTileOutputs;
-using octavo::Product;
 
 constexpr int kTileElements = kTileOutputs * kTileInputs;
 constexpr int kByteTileElements = kTileOutputs * kByteTileInputs;
-// Rows that are multiplied before the next group of outputs, and output groups side by side: what
-// the accumulators have room for.
-constexpr int kBlockRows = 2 * kTileOutputs;
+// Output groups that are multiplied side by side.
 constexpr int kMaxSide = 4;
-// Sums are [kBlockRows, kSumsStride].
-constexpr int kSumsStride = kMaxSide * kTileOutputs;
 
 // The output group at `side`, counted from `first`. Gates and the values they multiply are the two
 // halves of the outputs; their groups alternate, and `first` counts pairs.
@@ -35,19 +35,17 @@ inline int64_t group_at(const Product& p, int64_t first, int side) {
   return first + side / 2 + side % 2 * (p.num_outputs / 2 / kTileOutputs);
 }
 
-inline int byte_tiles(const Product& p) { return p.num_tiles * kTileInputs / kByteTileInputs; }
+// Of 64 inputs.
+inline int64_t tile_bytes(int64_t bits) { return kByteTileElements * bits / 8; }
 
-inline const BFloat16* wide_tiles(const Product& p, int64_t output_group) {
-  return (const BFloat16*)p.weights + output_group * p.num_tiles * kTileElements;
+// The first tile of an output group.
+inline const char* tiles_of(const Product& p, int64_t output_group) {
+  const int64_t bytes = p.num_inputs / kByteTileInputs * tile_bytes(p.weights.bits);
+  return (const char*)p.weights.tiles + output_group * bytes;
 }
 
-inline const int8_t* byte_tiles_of(const Product& p, int64_t output_group) {
-  return (const int8_t*)p.weights + output_group * byte_tiles(p) * kByteTileElements;
-}
-
-inline const float* scales_of(const Product& p, int64_t output_group) {
-  const int64_t num_scales = (byte_tiles(p) + p.scale_tiles - 1) / p.scale_tiles;
-  return p.scales + output_group * num_scales * kTileOutputs;
+inline int64_t num_scales(const Product& p) {
+  return (p.num_inputs + p.weights.group_inputs - 1) / p.weights.group_inputs;
 }
 
 // ---- writing finished sums ---------------------------------------------------------------------
@@ -63,9 +61,9 @@ inline void finish_gated(const Product& p, const float* sums, int stride, int64_
       for (int i = 0; i < kTileOutputs; i += kWidth) {
         Vec gate = load(sums + s * kTileOutputs + i);
         Vec up = load(sums + (s + 1) * kTileOutputs + i);
-        if (p.bias) {
-          gate += load(p.bias + group_at(p, pair, s) * kTileOutputs + i);
-          up += load(p.bias + group_at(p, pair, s + 1) * kTileOutputs + i);
+        if (p.weights.bias) {
+          gate += load(p.weights.bias + group_at(p, pair, s) * kTileOutputs + i);
+          up += load(p.weights.bias + group_at(p, pair, s + 1) * kTileOutputs + i);
         }
         store_some(p.out, p.out_dtype, at + i, silu(gate) * up, kWidth);
       }
@@ -81,35 +79,66 @@ inline void finish(const Product& p, const float* sums, int stride, int64_t grou
     float* out = (float*)p.out + (row + r) * p.out_stride + first;
     for (int64_t i = 0; i < count; i += kWidth) {
       Vec x = load(sums + i);
-      if (p.bias) x += load(p.bias + first + i);
+      if (p.weights.bias) x += load(p.weights.bias + first + i);
       if (p.is_added) x += load_some(out + i, count - i);
       store_some(out + i, x, count - i);
     }
   }
 }
 
+// ---- blocking ----------------------------------------------------------------------------------
+
+// Output groups begin to end, of all rows; pairs of groups where they are gated. `multiply` computes
+// up to `max_side` groups side by side: 1, 2 or 4.
+template <class Multiply>
+inline void product_by(const Multiply& multiply, int max_side, const Product& p, int64_t begin,
+                       int64_t end) {
+  const int each = p.is_gated ? 2 : 1;
+  while (begin < end) {
+    const int64_t left = (end - begin) * each;
+    const int side = left >= 4 && max_side == 4 ? 4 : left >= 2 && max_side >= 2 ? 2 : each;
+    multiply(side, begin);
+    begin += side / each;
+  }
+}
+
 }  // namespace
 
+#include "products_vectors.h"
 #if defined(__AMX_BF16__)
 #include "products_amx.h"
 #else
-#include "products_vectors.h"
+namespace {
+inline void configure_tiles() {}
+inline void release_tiles() {}
+}  // namespace
 #endif
 
 namespace {
 
-// Output groups begin to end, of all rows; pairs of groups where they are gated.
 void product(const Product& p, int64_t begin, int64_t end, float* scratch) {
-  const int each = p.is_gated ? 2 : 1;
-  const int most = max_side(p);
-  while (begin < end) {
-    const int64_t left = (end - begin) * each;
-    const int side = left >= 4 && most == 4 ? 4 : left >= 2 ? 2 : 1;
-    if (side == 4) multiply_groups<4>(p, begin, scratch);
-    if (side == 2) multiply_groups<2>(p, begin, scratch);
-    if (side == 1) multiply_groups<1>(p, begin, scratch);
-    begin += side / each;
-  }
+#if defined(__AMX_BF16__)
+  if (is_by_matrix(p)) return product_by_matrix(p, begin, end, scratch);
+#endif
+  product_by_vectors(p, begin, end, scratch);
+}
+
+int64_t product_scratch_floats() { return kVectorScratchFloats; }
+
+int64_t split_bytes(int64_t rows, int64_t num_inputs) {
+#if defined(__AMX_BF16__)
+  const int64_t digits = digits_bytes(rows, num_inputs), wholes = wholes_bytes(rows, num_inputs);
+  return digits > wholes ? digits : wholes;
+#else
+  return wholes_bytes(rows, num_inputs);
+#endif
+}
+
+void split_rows(const Product& p, int64_t begin, int64_t end) {
+#if defined(__AMX_BF16__)
+  if (is_by_matrix(p)) return split_digits(p, begin, end);
+#endif
+  split_wholes(p, begin, end);
 }
 
 // Float32 rows begin to end into a panel.

@@ -1,4 +1,5 @@
-// Sums by matrix instructions (AMX). Included by products.h.
+// Products by matrix instructions (AMX). Included by products.h after products_vectors.h, which
+// computes the products that these do not.
 //
 // Bfloat16 weights meet bfloat16 rows. Eight-bit weights meet rows of 15 bits, each number written
 // as two eight-bit digits: x = row_scale * (256 * high + low). The products of both digits are exact
@@ -27,9 +28,11 @@ inline void configure_tiles() {
 
 inline void release_tiles() { _tile_release(); }
 
-typedef BFloat16 PanelElement;
+// Rows that are multiplied before the next group of outputs: what the accumulators have room for.
+constexpr int kBlockRows = 2 * kTileOutputs;
 
 // ---- bfloat16 weights --------------------------------------------------------------------------
+
 
 // One block of 16 rows and up to four output groups: accumulators 0 to 3.
 template <int kSide>
@@ -93,14 +96,16 @@ template <int kSide>
 inline void multiply_wide(const Product& p, int64_t group, float* sums) {
   const int64_t bytes = p.panel_stride * sizeof(BFloat16);
   const BFloat16* b[kSide];
-  for (int side = 0; side < kSide; ++side) b[side] = wide_tiles(p, group_at(p, group, side));
+  for (int side = 0; side < kSide; ++side)
+    b[side] = (const BFloat16*)tiles_of(p, group_at(p, group, side));
+  const int count = int(p.num_inputs / kTileInputs);
   const BFloat16* const pair[] = {b[0], b[kSide - 1]};
   for (int64_t row = 0; row < p.num_rows; row += kBlockRows) {
     const int64_t left = p.num_rows - row;
     const BFloat16* a = (const BFloat16*)p.panel + row * p.panel_stride;
     zero_accumulators();
-    if (left > kTileOutputs) multiply_two(a, bytes, pair, p.num_tiles);
-    else multiply_one<kSide>(a, bytes, b, p.num_tiles);
+    if (left > kTileOutputs) multiply_two(a, bytes, pair, count);
+    else multiply_one<kSide>(a, bytes, b, count);
     store_accumulators(sums, left > kTileOutputs);
     finish(p, sums, kSumsStride, group, kSide, row, left < kBlockRows ? int(left) : kBlockRows);
   }
@@ -114,9 +119,18 @@ constexpr int kMaxBlocks = 3;
 // The largest 256 * high + low with both digits in -127 to 127.
 constexpr float kMaxDigits = 127 * 256 + 127;
 
-int64_t digits_bytes(int64_t rows, int64_t stride) {
-  return (rows + kDigitRows - 1) / kDigitRows * kDigitRows * stride * 2;
+inline int64_t digit_rows(int64_t rows) { return (rows + kDigitRows - 1) / kDigitRows * kDigitRows; }
+
+// The digits, and then a scale for each row.
+inline int64_t digits_bytes(int64_t rows, int64_t num_inputs) {
+  return digit_rows(rows) * (num_inputs * 2 + int64_t(sizeof(float)));
 }
+
+inline float* row_scales_of(const Product& p) {
+  return (float*)((char*)p.split + digit_rows(p.num_rows) * p.num_inputs * 2);
+}
+
+inline int byte_tiles(const Product& p) { return int(p.num_inputs / kByteTileInputs); }
 
 // The largest magnitude of a row, in its bits: those of positive numbers are in their order, and
 // above them those of an infinity, then those of a NaN.
@@ -130,19 +144,21 @@ inline uint16_t largest_bits(const BFloat16* row, int64_t count) {
 }
 
 // Rows begin to end of the panel into digits [blocks of 8 rows, tiles, 8 high and 8 low, 64].
-void split_rows(const Product& p, int8_t* digits, float* row_scales, int64_t begin, int64_t end) {
+void split_digits(const Product& p, int64_t begin, int64_t end) {
   constexpr uint16_t kInfinityBits = 0x7f80;
+  int8_t* digits = (int8_t*)p.split;
+  float* row_scales = row_scales_of(p);
   const int64_t tiles = byte_tiles(p);
   for (int64_t row = begin; row < end; ++row) {
     const BFloat16* from = (const BFloat16*)p.panel + row * p.panel_stride;
-    const uint16_t bits = largest_bits(from, p.panel_stride);
+    const uint16_t bits = largest_bits(from, p.num_inputs);
     const float largest = bit_cast<float>(uint32_t(bits) << 16);
     // NaN and infinity make the whole row NaN, since infinity times zero is NaN.
     row_scales[row] = bits < kInfinityBits ? largest / kMaxDigits : __builtin_inff();
     const bool has_scale = bits > 0 && bits < kInfinityBits;
     const Vec factor = broadcast(has_scale ? kMaxDigits / largest : 0.0f);
     int8_t* to = digits + (row / kDigitRows * tiles * kTileOutputs + row % kDigitRows) * kByteTileInputs;
-    for (int64_t i = 0; i < p.panel_stride; i += kWidth) {
+    for (int64_t i = 0; i < p.num_inputs; i += kWidth) {
       const Vec x = has_scale ? load(from + i) * factor : Vec{};
       const __m256i whole = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(bit_cast<__m512>(x)));
       const __m256i high = _mm256_srai_epi16(_mm256_add_epi16(whole, _mm256_set1_epi16(128)), 8);
@@ -194,14 +210,15 @@ template <int kBlocks, bool kIsFirst>
 inline void multiply_digits(const Product& p, int64_t output_group, int64_t block, float* sums) {
   const int tiles = byte_tiles(p);
   const int64_t block_bytes = int64_t(tiles) * kByteTileElements;
-  const int8_t* a = p.digits + block * block_bytes;
-  const int8_t* b = byte_tiles_of(p, output_group);
-  const float* scales = scales_of(p, output_group);
+  const int scale_tiles = int(p.weights.group_inputs / kByteTileInputs);
+  const int8_t* a = (const int8_t*)p.split + block * block_bytes;
+  const int8_t* b = (const int8_t*)tiles_of(p, output_group);
+  const float* scales = (const float*)p.weights.scales + output_group * num_scales(p) * kTileOutputs;
   alignas(64) int32_t whole[kBlocks * 256];
   Vec total[kBlocks * kDigitRows] = {};
-  for (int first = 0; first < tiles; first += p.scale_tiles, scales += kTileOutputs) {
+  for (int first = 0; first < tiles; first += scale_tiles, scales += kTileOutputs) {
     multiply_tiles<kBlocks, kIsFirst>(a, block_bytes, b, first,
-                                      smaller(first + p.scale_tiles, tiles), whole);
+                                      smaller(first + scale_tiles, tiles), whole);
     const Vec scale = load(scales);
 #pragma GCC unroll 24
     for (int i = 0; i < kBlocks * kDigitRows; ++i) {
@@ -211,7 +228,7 @@ inline void multiply_digits(const Product& p, int64_t output_group, int64_t bloc
       total[i] = multiply_add(__builtin_convertvector(both, Vec), scale, total[i]);
     }
   }
-  const float* row_scales = p.row_scales + block * kDigitRows;
+  const float* row_scales = row_scales_of(p) + block * kDigitRows;
 #pragma GCC unroll 24
   for (int i = 0; i < kBlocks * kDigitRows; ++i)
     store(sums + i * kSumsStride, total[i] * row_scales[i]);
@@ -245,17 +262,27 @@ inline void multiply_bytes(const Product& p, int64_t group, float* sums) {
 
 // ---- for products.h ----------------------------------------------------------------------------
 
-// With two blocks of rows there is room for two groups; eight-bit ones come one after the other.
-inline int max_side(const Product& p) {
-  return p.scales || p.num_rows > kTileOutputs ? 2 : kMaxSide;
+// Bfloat16 weights, and eight-bit ones whose scales are for whole tiles.
+inline bool is_by_matrix(const Product& p) {
+  const Weights& w = p.weights;
+  return w.bits == 16 || (w.bits == 8 && w.group_inputs % kByteTileInputs == 0 && !w.minimums &&
+                          w.scale_dtype == kFloat32);
 }
 
 template <int kSide>
-inline void multiply_groups(const Product& p, int64_t group, float* scratch) {
-  if (p.scales) multiply_bytes<kSide>(p, group, scratch);
-  else multiply_wide<kSide>(p, group, scratch);
+inline void multiply_side(const Product& p, int64_t group, float* sums) {
+  if (p.weights.scales) multiply_bytes<kSide>(p, group, sums);
+  else multiply_wide<kSide>(p, group, sums);
 }
 
-int64_t product_scratch_floats(int) { return kBlockRows * kSumsStride; }
+// With two blocks of rows there is room for two groups; eight-bit ones come one after the other.
+inline void product_by_matrix(const Product& p, int64_t begin, int64_t end, float* sums) {
+  const auto multiply = [&](int side, int64_t group) {
+    if (side == 4) multiply_side<4>(p, group, sums);
+    if (side == 2) multiply_side<2>(p, group, sums);
+    if (side == 1) multiply_side<1>(p, group, sums);
+  };
+  product_by(multiply, p.weights.scales || p.num_rows > kTileOutputs ? 2 : kMaxSide, p, begin, end);
+}
 
 }  // namespace

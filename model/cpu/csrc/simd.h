@@ -47,8 +47,8 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline int smaller(int a, int b) { return a < b ? a : b; }
-inline int larger(int a, int b) { return a > b ? a : b; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // x - 0 folds away, 0 + x does not (the sign of zero).
 inline Vec broadcast(float x) { return x - Vec{}; }
@@ -58,6 +58,9 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return bit_cast<Vec>(
       _mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return bit_cast<Vec>(
+      _mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
 #else
   return a * b + c;
 #endif

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.weights.format_choice import choose_format
 from model.weights.linear import (
     Format,
     Linear,
     PlainLinear,
-    choose_format,
     head_format,
     pack,
     staging_dtype,
@@ -106,7 +106,7 @@ def test_the_last_product_gives_float32_in_every_format() -> None:
 
 
 def test_auto_takes_something_that_runs_and_says_what() -> None:
-    fmt, note = choose_format("auto", CPU, torch.float32)
+    fmt, note = choose_format("auto", CPU, torch.float32, num_inputs=64)
     assert fmt in note
     assert fmt != "int8", "eight bits are not near-lossless"
     assert _pack(_random(8, 16), None, fmt).weight_bytes > 0
@@ -115,7 +115,7 @@ def test_auto_takes_something_that_runs_and_says_what() -> None:
 def test_a_lesser_cpu_is_given_fp16() -> None:
     """`ATEN_CPU_CAPABILITY` is read once a process, so another process reads it."""
     script = (
-        "import torch; from model.weights.linear import choose_format as c;"
+        "import torch; from model.weights.format_choice import choose_format as c;"
         "cpu = torch.device('cpu'); print(c('auto', cpu, torch.float32)[0]);"
         "c('bf16', cpu, torch.float32)"
     )

@@ -1,0 +1,83 @@
+// Packed weights as words that are multiplied: see products_vectors.h, which includes this.
+#pragma once
+
+#include "products_rows.h"
+
+namespace {
+
+typedef int16_t ShortVec __attribute__((vector_size(kWidth * 4)));
+
+// Bfloat16 pairs as two words of float32.
+inline void widen(const char* tiles, int num_inputs, uint32_t* to) {
+  for (int i = 0; i < num_inputs / 2 * kVecs; ++i) {
+    const WordVec pair = load_words(tiles + int64_t(i) * kWidth * 4);
+    uint32_t* at = to + i / kVecs * 2 * kTileOutputs + i % kVecs * kWidth;
+    store_words(at, pair << 16);
+    store_words(at + kTileOutputs, pair & 0xffff0000u);
+  }
+}
+
+// Prefetch distance: far enough ahead for memory, near enough for the first cache.
+constexpr int kAheadBytes = 4096;
+
+// Fours that a loop body takes at once: no cut of a group falls within them.
+constexpr int kFoursAtOnce = kMinGroupInputs / 4;
+
+// One vector of fours of codes, a byte each. The four is the one at first + i of the tile, and `first`
+// a multiple of kFoursAtOnce.
+template <int kBits>
+inline WordVec load_four(const char* tile, int first, int i, int v) {
+  constexpr int kLineBytes = kTileOutputs * 4;
+  const char* at = tile + v * kWidth * 4;
+  if constexpr (kBits == 8) {
+    return load_words(at + (first + i) * kLineBytes);
+  } else {
+    WordVec low = load_words(at + (first / 2 + i / 2) * kLineBytes);
+    low = (i % 2 ? low >> 4 : low) & 0x0f0f0f0fu;
+    if constexpr (kBits > 4) {
+      constexpr int kHighBits = kBits - 4, kFours = 8 / kHighBits;
+      const WordVec high = load_words(at + (8 + first / kFours) * kLineBytes);
+      const uint32_t mask = kHighBits == 2 ? 0x03030303u : 0x01010101u;
+      low |= ((high >> ((first % kFours + i) * kHighBits)) & mask) << 4;
+    }
+    return low;
+  }
+}
+
+template <int kBits>
+inline void unpack(const char* tiles, int num_inputs, int code_offset, uint32_t* to) {
+  const uint32_t both = uint32_t(code_offset) << 16 | uint32_t(code_offset);
+  for (; num_inputs > 0; num_inputs -= kByteTileInputs, tiles += tile_bytes(kBits)) {
+    for (int line = 0; line < tile_bytes(kBits); line += 64)
+      __builtin_prefetch(tiles + kAheadBytes + line);
+#pragma GCC unroll 16
+    for (int four = 0; four < kByteTileInputs / 4; ++four, to += 2 * kTileOutputs)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const WordVec bytes = load_four<kBits>(tiles, four / kFoursAtOnce * kFoursAtOnce,
+                                               four % kFoursAtOnce, v);
+        const ShortVec codes = bit_cast<ShortVec>(bytes);
+        ShortVec even, odd;
+        if (kBits == 8) {
+          even = codes << 8 >> 8;
+          odd = codes >> 8;
+        } else {
+          const ShortVec offset = bit_cast<ShortVec>(WordVec{} + both);
+          even = bit_cast<ShortVec>(bytes & 0x00ff00ffu) - offset;
+          odd = bit_cast<ShortVec>(bytes >> 8 & 0x00ff00ffu) - offset;
+        }
+        store_words(to + v * kWidth, bit_cast<WordVec>(even));
+        store_words(to + kTileOutputs + v * kWidth, bit_cast<WordVec>(odd));
+      }
+  }
+}
+
+inline void unpack_codes(const Product& p, const char* tiles, int num_inputs, uint32_t* to) {
+  const int offset = int(p.weights.code_offset);
+  if (p.weights.bits == 4) unpack<4>(tiles, num_inputs, offset, to);
+  if (p.weights.bits == 5) unpack<5>(tiles, num_inputs, offset, to);
+  if (p.weights.bits == 6) unpack<6>(tiles, num_inputs, offset, to);
+  if (p.weights.bits == 8) unpack<8>(tiles, num_inputs, offset, to);
+}
+
+}  // namespace

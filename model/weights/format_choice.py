@@ -1,0 +1,174 @@
+"""Chooses the format of the weights: as asked, or the fastest near-lossless one by measurement.
+
+A measurement is kept per CPU, versions and shape, so only the first start pays for it. Knows
+nothing of files of weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import cast, get_args
+
+import torch
+from torch import Tensor
+
+from model.cpu.library import CpuLibrary
+from model.kv.arena import Arena
+from model.weights.linear import Format, Linear, pack, staging_dtype, why_not_packed
+from model.weights.source import octavo_home
+from model.weights.tiled_linear import TILED_FORMATS, TiledLinear, Tiles
+
+#: A step of one stream, of some, of many, and a chunk of a prompt.
+TIMED_ROWS = (1, 8, 32, 256)
+#: Best first where nothing can be timed. Eight bits are not near-lossless.
+_CANDIDATES: tuple[Format, ...] = ("bf16", "fp16")
+#: More than the caches hold, as in a model.
+_TIMED_WEIGHTS = 2**24
+_BUDGET_S = 0.25
+
+
+def choose_format(
+    quantization: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    library: CpuLibrary | None = None,
+    num_inputs: int = 2048,
+) -> tuple[Format, str]:
+    """Choose the format of the linear layers; return it with the reason, for the operator.
+
+    `library`: its products multiply bf16 and int8, on any CPU; `num_inputs`: those of
+    most products. Raises `ValueError` if the device or the CPU lacks the format.
+    """
+    if quantization not in {"auto", *get_args(Format)}:
+        raise ValueError(f"quantization must be auto, none, fp16, bf16 or int8: {quantization!r}")
+    if device.type != "cpu":
+        if quantization not in {"auto", "none"}:
+            raise ValueError(f"quantization {quantization} is for CPUs; on {device.type} use none")
+        return "none", f"weights in {_name(dtype)}"
+    if dtype != torch.float32:
+        raise ValueError(
+            f"dtype on a CPU is float32, got {_name(dtype)}; quantization fp16 or bf16 halves the "
+            "weights"
+        )
+    if quantization == "auto":
+        return _fastest_format(library, num_inputs)
+    fmt = cast("Format", quantization)
+    if reason := _why_not(fmt, library):
+        raise ValueError(f"quantization {fmt} does not run here: {reason}")
+    return fmt, f"quantization {fmt} as asked"
+
+
+def _why_not(fmt: Format, library: CpuLibrary | None) -> str:
+    """Return why a format does not run on this CPU; empty if it does."""
+    return "" if library and fmt in TILED_FORMATS else why_not_packed(fmt)
+
+
+def _fastest_format(library: CpuLibrary | None, num_inputs: int) -> tuple[Format, str]:
+    usable = [fmt for fmt in _CANDIDATES if not _why_not(fmt, library)]
+    if not usable:
+        return "none", f"quantization none: fp16 does not run here ({why_not_packed('fp16')})"
+    if len(usable) == 1:
+        return usable[0], f"quantization {usable[0]}: the only near-lossless format of this CPU"
+    times = _remembered_times(usable, library, num_inputs)
+    fastest = min(usable, key=lambda fmt: math.prod(times[fmt]))
+    rows = "/".join(map(str, TIMED_ROWS))
+    measured = ", ".join(f"{fmt} {_milliseconds(times[fmt])}" for fmt in usable)
+    return fastest, f"quantization {fastest}: the fastest of {measured} ms ({rows} rows)"
+
+
+def _milliseconds(times_s: list[float]) -> str:
+    return "/".join(f"{1000 * one:.3g}" for one in times_s)
+
+
+# ---- measurements --------------------------------------------------------------------------------
+
+Times = dict[str, list[float]]
+
+
+def _remembered_times(formats: list[Format], library: CpuLibrary | None, num_inputs: int) -> Times:
+    name = hashlib.sha256(repr((formats, _machine(library), num_inputs)).encode()).hexdigest()
+    path = octavo_home() / "timings" / f"{name[:16]}.json"
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        if _is_whole(found, formats):
+            return cast("Times", found)
+    times = time_formats(
+        {fmt: _packer(fmt, library) for fmt in formats},
+        (max(_TIMED_WEIGHTS // num_inputs, 1), num_inputs),
+        _BUDGET_S,
+    )
+    # A file that is not written, or half written, costs the next start this measurement.
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(times))
+    return times
+
+
+def _is_whole(found: object, formats: list[Format]) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(times_s := found.get(fmt), list)
+        and len(times_s) == len(TIMED_ROWS)
+        and all(isinstance(one, float) and 0 < one < math.inf for one in times_s)
+        for fmt in formats
+    )
+
+
+def _machine(library: CpuLibrary | None) -> tuple[object, ...]:
+    """Return all that a measurement depends on but the shape."""
+    versions = (torch.__version__, library.digest, library.isa) if library else (torch.__version__,)
+    return (_cpu_model(), *versions, torch.get_num_threads())
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line
+    return platform.processor() or platform.machine()
+
+
+def _packer(fmt: Format, library: CpuLibrary | None) -> Callable[[Tensor], Linear]:
+    def pack_one(weight: Tensor) -> Linear:
+        if library and fmt in TILED_FORMATS:
+            return TiledLinear(Tiles(weight, None, scale_tiles=0, arena=Arena()), library)
+        return pack(weight.to(staging_dtype(fmt, torch.float32)), None, fmt)
+
+    return pack_one
+
+
+def time_formats(
+    packers: Mapping[Format, Callable[[Tensor], Linear]], shape: tuple[int, int], budget_s: float
+) -> Times:
+    """Return the best time of each format's product at each of `TIMED_ROWS`, in seconds.
+
+    The formats take turns, so a slow moment of the machine meets all of them.
+    """
+    weight = torch.randn(shape)
+    linears = {fmt: packer(weight.clone()) for fmt, packer in packers.items()}
+    times: Times = {fmt: [math.inf] * len(TIMED_ROWS) for fmt in packers}
+    inputs = [torch.randn(rows, shape[1]) for rows in TIMED_ROWS]
+    deadline = time.perf_counter() + budget_s
+    for turn in range(1_000):
+        for fmt, linear in linears.items():
+            for at, x in enumerate(inputs):
+                begin = time.perf_counter()
+                linear(x.to(linear.in_dtype))
+                elapsed_s = time.perf_counter() - begin
+                # The first turn touches everything for the first time.
+                if turn:
+                    times[fmt][at] = min(times[fmt][at], elapsed_s)
+        if turn > 1 and time.perf_counter() > deadline:
+            break
+    return times
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.cpu.library import CpuLibrary, load_cpu_library
+from model.weights import format_choice
+from model.weights.format_choice import TIMED_ROWS, choose_format, time_formats
+from model.weights.linear import Format, Linear, PlainLinear
+
+CPU = torch.device("cpu")
+
+
+class Slow(PlainLinear):
+    """A product that takes longer from so many rows on."""
+
+    def __init__(self, weight: Tensor, from_rows: int, pause_s: float) -> None:
+        super().__init__(weight, None)
+        self._from_rows, self._pause_s = from_rows, pause_s
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) >= self._from_rows:
+            time.sleep(self._pause_s)
+        return super().__call__(x)
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CpuLibrary:
+    found = load_cpu_library()
+    if isinstance(found, str):
+        pytest.skip(found)
+    monkeypatch.setenv("OCTAVO_HOME", str(tmp_path))
+    return found
+
+
+def _auto(library: CpuLibrary) -> tuple[Format, str]:
+    return choose_format("auto", CPU, torch.float32, library=library, num_inputs=64)
+
+
+def test_times_are_the_best_of_each_format_at_each_number_of_rows() -> None:
+    packers: dict[Format, Callable[[Tensor], Linear]] = {
+        "bf16": lambda weight: Slow(weight, 32, 0.01),
+        "fp16": lambda weight: Slow(weight, 1, 0.003),
+    }
+    times = time_formats(packers, (16, 16), 0.05)
+    assert [one < 0.003 for one in times["bf16"]] == [rows < 32 for rows in TIMED_ROWS]
+    assert all(0.003 <= one < 0.1 for one in times["fp16"])
+
+
+def test_the_fastest_is_taken_and_its_times_are_kept(
+    library: CpuLibrary, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    times = {"bf16": [0.001, 0.001, 0.002, 0.02], "fp16": [0.001, 0.001, 0.004, 0.05]}
+    calls = []
+
+    def timed(*_arguments: object) -> dict[str, list[float]]:
+        calls.append(1)
+        return times
+
+    monkeypatch.setattr(format_choice, "time_formats", timed)
+    expected = (
+        "bf16",
+        "quantization bf16: the fastest of bf16 1/1/2/20, fp16 1/1/4/50 ms (1/8/32/256 rows)",
+    )
+    assert [_auto(library) for _ in range(2)] == [expected] * 2
+    assert len(calls) == 1
+    choose_format("auto", CPU, torch.float32, library=library, num_inputs=128)
+    assert len(calls) == 2, "another shape"
+    times["fp16"][0] = 1e-6
+    for damage in (b"", b"[1]", b'{"bf16": [1.0]}', json.dumps({"bf16": [0.0] * 4}).encode()):
+        for kept in (tmp_path / "timings").iterdir():
+            kept.write_bytes(damage)
+        calls.clear()
+        assert _auto(library)[0] == "fp16"
+        assert calls
+
+
+def test_a_home_that_cannot_be_written_costs_a_measurement_alone(
+    library: CpuLibrary, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OCTAVO_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(format_choice, "_TIMED_WEIGHTS", 2**12)
+    assert _auto(library)[0] in {"bf16", "fp16"}
