@@ -1,8 +1,8 @@
 """Attention on a CPU by the compiled operations, which read the pages in place.
 
-Decode is split along its keys as in flash-decoding (arXiv:2311.01282), prefill is tiled with an
-online softmax (arXiv:2205.14135); both are in model/cpu/csrc. A row's result never depends on the
-rows beside it or on the number of threads.
+Decode is split along its keys as in flash-decoding (arXiv:2311.01282), prefill along its queries;
+both are in model/cpu/csrc, with one arithmetic. A token's result depends neither on the step that
+computes it, the tokens and rows beside it, nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from model.kv.pool import KVPool
 _HEAD_DIM_MULTIPLE = 16
 _MAX_HEAD_DIM = 1024
 _NO_WINDOW = 2**31 - 1
+#: Dtypes of pages whose products round their operands, by instruction set.
+_ROUNDED = {"amx": (torch.float16, torch.bfloat16), "avx512_bf16": (torch.bfloat16,)}
 
 
 class CpuAttention:
@@ -32,9 +34,8 @@ class CpuAttention:
     def __init__(self, spec: AttentionSpec, pool: KVPool, library: CpuLibrary) -> None:
         self._spec = spec
         self._pool = pool
-        #: Prefill rounds its operands to bfloat16, unless keys and values are kept in float32.
-        storage = pool.layout.format.storage
-        self.is_rounded = library.isa == "amx" and storage != torch.float32
+        #: Queries and weights enter their products as bfloat16.
+        self.is_rounded = pool.layout.format.storage in _ROUNDED.get(library.isa, ())
         self._functions = library.functions
         self._attend = library.functions.octavo_attention_attend
         self._width = spec.num_heads * spec.head_dim

@@ -28,7 +28,7 @@ int64_t cost(const Unit& unit) {
 
 void add_decode(const Session& s, int32_t row, int32_t begin, int32_t end, int32_t heads_each,
                 Schedule& schedule) {
-  const int32_t first = begin / kDecodeKeys, last = (end - 1) / kDecodeKeys;
+  const int32_t first = begin / kChunkKeys, last = (end - 1) / kChunkKeys;
   const int32_t num_partials = last - first + 1;
   for (int32_t chunk = first; chunk <= last; ++chunk)
     for (int32_t head = 0; head < s.common.num_kv_heads; head += heads_each) {
@@ -36,8 +36,8 @@ void add_decode(const Session& s, int32_t row, int32_t begin, int32_t end, int32
       unit.row = row;
       unit.head_begin = head;
       unit.head_end = std::min(head + heads_each, s.common.num_kv_heads);
-      unit.key_begin = std::max(begin, chunk * kDecodeKeys);
-      unit.key_end = std::min(end, (chunk + 1) * kDecodeKeys);
+      unit.key_begin = std::max(begin, chunk * kChunkKeys);
+      unit.key_end = std::min(end, (chunk + 1) * kChunkKeys);
       unit.partial = num_partials == 1 ? -1 : schedule.num_partials + chunk - first;
       schedule.units.push_back(unit);
     }
@@ -50,7 +50,7 @@ void add_prefill(const Session& s, int32_t row, int32_t num_tokens, int32_t wind
                  Schedule& schedule) {
   const int32_t first_index = s.common.seq_lens[row] - num_tokens;
   const int32_t num_lanes = num_tokens * s.common.group;
-  const int32_t lanes_each = s.kernels->prefill_lanes(s.common.kv_dtype);
+  const int32_t lanes_each = s.kernels->unit_lanes(s.common.kv_dtype);
   for (int32_t head = 0; head < s.common.num_kv_heads; ++head)
     for (int32_t lane = 0; lane < num_lanes; lane += lanes_each) {
       Unit unit = {};
@@ -74,7 +74,7 @@ void fill(const Session& s, int32_t window, Schedule& schedule) {
   const Attention& a = s.common;
   int64_t num_chunks = 0;
   for (int32_t row = 0; row < s.num_rows; ++row)
-    num_chunks += (std::min(a.seq_lens[row], window) + kDecodeKeys - 1) / kDecodeKeys;
+    num_chunks += (std::min(a.seq_lens[row], window) + kChunkKeys - 1) / kChunkKeys;
   // One unit for all heads reads memory sequentially; too few units leave threads idle.
   const int32_t heads_each = num_chunks >= 4 * s.threads ? a.num_kv_heads : 1;
   for (int32_t row = 0; row < s.num_rows; ++row) {
@@ -139,10 +139,7 @@ void attend(Session& s, const Attention& a, float* scratch) {
   const Schedule& schedule = s.schedules.find(a.window)->second;
   const int64_t num_units = schedule.units.size(), num_merges = schedule.merges.size();
 #pragma omp for schedule(dynamic) nowait
-  for (int64_t i = 0; i < num_units; ++i) {
-    const Unit& unit = schedule.units[i];
-    (unit.lane_end ? s.kernels->prefill : s.kernels->decode)(a, unit, scratch);
-  }
+  for (int64_t i = 0; i < num_units; ++i) s.kernels->attend(a, schedule.units[i], scratch);
   if (!num_merges) return;
 #pragma omp barrier
 #pragma omp for nowait

@@ -10,21 +10,6 @@ namespace {
 
 // ---- softmax -----------------------------------------------------------------------------------
 
-// 2 to the power of x, for x up to 0, with a relative error of 1e-4: the rounding to bfloat16 that
-// follows is twenty times as coarse.
-inline Vec exp2_coarse(Vec x) {
-  const Vec magic = broadcast(12582912.0f);
-  const Vec shifted = x + magic;
-  const Vec r = x - (shifted - magic);
-  Vec p = broadcast(5.500893112e-2f);
-  p = p * r + 2.422109593e-1f;
-  p = p * r + 6.932829271e-1f;
-  p = p * r + 1.0f;
-  const Vec power = bit_cast<Vec>(bit_cast<IntVec>(p) + (bit_cast<IntVec>(shifted) << 23));
-  // NaN stays NaN.
-  return bit_cast<Vec>(bit_cast<IntVec>(power) & ~(x < -126.0f));
-}
-
 // Sets the scores of keys outside [begin, end) to minus infinity.
 inline void mask_outside(float* scores, int key, int begin, int end) {
   for (int at = key; at < key + kPairedKeys; at += kWidth) {
@@ -37,17 +22,9 @@ inline void mask_outside(float* scores, int key, int begin, int end) {
   }
 }
 
-// The keys of a chunk that one lane sees, [begin, end), and the same in whole pairs of blocks.
-struct Seen {
-  int begin;
-  int end;
-  int first() const { return round_down(begin, kPairedKeys); }
-  int last() const { return round_up(end, kPairedKeys); }
-};
-
 // Returns the largest score that a lane sees, and masks the others.
 inline float largest_score(float* scores, Seen seen) {
-  const int first = seen.first(), last = seen.last();
+  const int first = round_down(seen.begin, kPairedKeys), last = round_up(seen.end, kPairedKeys);
   if (seen.begin > first) mask_outside(scores, first, seen.begin, seen.end);
   if (seen.end < last) mask_outside(scores, last - kPairedKeys, seen.begin, seen.end);
   Vec even = broadcast(kNothingSeen), odd = even;
@@ -62,7 +39,7 @@ inline float largest_score(float* scores, Seen seen) {
 // are multiplied later: keys in it that the lane does not see get a weight of zero.
 inline float softmax(float* scores, int from, int to, Seen seen, float largest) {
   BFloat16* weights = (BFloat16*)scores;
-  const int first = seen.first(), last = seen.last();
+  const int first = round_down(seen.begin, kPairedKeys), last = round_up(seen.end, kPairedKeys);
   Vec even_total = {}, odd_total = {};
   for (int key = first; key < last; key += kPairedKeys) {
     const Vec even = exp2_coarse(load(scores + key) - largest);
@@ -101,6 +78,8 @@ struct LaneBlock {
 // The lanes of one unit and one KV head, and their softmax so far.
 class Lanes {
  public:
+  static constexpr int kMost = kTileLanes;
+
   Lanes(const Attention& a, int row, int head, int begin, int end, float* scratch)
       : a_(a), t_(scratch, a.head_dim), first_token_(a.query_starts[row]), head_(head),
         begin_(begin), count_(end - begin), depth_(TileScratch::depth(a.head_dim)) {
@@ -133,7 +112,7 @@ class Lanes {
   void finish(const Unit& unit) const {
     for (int lane = 0; lane < count_; ++lane) {
       const float* sums = t_.totals + lane * a_.head_dim;
-      const float share[] = {largest_[lane], total_[lane]};
+      const Share share = {largest_[lane], total_[lane]};
       if (unit.partial < 0)
         store_head(a_, token_of(lane), query_head(lane), sums, total_[lane]);
       else
@@ -334,28 +313,6 @@ class Lanes {
   alignas(64) float largest_[kTileLanes];
   alignas(64) float total_[kTileLanes];
 };
-
-void prefill_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
-  configure_tiles();
-  Lanes lanes(a, unit.row, unit.head_begin, unit.lane_begin, unit.lane_end, scratch);
-  for (int first = round_down(unit.key_begin, kChunkKeys); first < unit.key_end;
-       first += kChunkKeys)
-    lanes.add(Chunk(a, unit.row, first, unit.key_begin, unit.key_end), false);
-  lanes.finish(unit);
-}
-
-// One token: its heads are the lanes, and its keys are in one chunk.
-void decode_by_tiles(const Attention& a, const Unit& unit, float* scratch) {
-  configure_tiles();
-  const Chunk chunk(a, unit.row, round_down(unit.key_begin, kChunkKeys), unit.key_begin,
-                    unit.key_end);
-  for (int head = unit.head_begin; head < unit.head_end; ++head)
-    for (int lane = 0; lane < a.group; lane += kTileLanes) {
-      Lanes lanes(a, unit.row, head, lane, smaller(lane + kTileLanes, a.group), scratch);
-      lanes.add(chunk, head + 1 < unit.head_end);
-      lanes.finish(unit);
-    }
-}
 
 }  // namespace
 

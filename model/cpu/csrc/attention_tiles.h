@@ -1,18 +1,13 @@
 // Attention by matrix instructions, for keys and values of 16 bits: the layout of operands, and
 // their products. Operands are bfloat16, sums are float32; attention_lanes.h has the softmax.
 //
-// Lanes are the (token, head) pairs of one KV head, sixteen to a tile. A chunk of 256 keys, counted
-// from the sequence's first, is one plain softmax: scores, weights, and their sum over the values;
-// chunks are joined in their order. A lane's sums run along its own row, so its result is the same
-// to the bit whatever the lanes beside it: computed alone, in a prompt, or in any piece of one.
-//
 // A second operand interleaves pairs along the dimension of the sum. For values a pair is two keys'
 // rows. For keys it is two dimensions of a row, which needs a transposition: worth it for many lanes.
 // For few lanes the queries are transposed instead, keys are a first operand without a copy, and the
 // scores are transposed back: the same sums in the same order.
 #pragma once
 
-#include "attention_decode.h"
+#include "attention_parts.h"
 #include "products.h"
 
 #if defined(__AMX_BF16__)
@@ -21,37 +16,12 @@ namespace {
 
 using octavo::kTileLanes;
 
-constexpr int kChunkKeys = kDecodeKeys;
-constexpr int kBlockLanes = kTileOutputs;
-constexpr int kBlockKeys = kTileOutputs;
+static_assert(kBlockLanes == kTileOutputs && kBlockKeys == kTileOutputs);
 constexpr int kPairedKeys = kTileInputs;
 // Up to so many lanes, only their scores are transposed.
 constexpr int kFewLanes = 4;
 // Prefetch distance, in blocks of keys.
 constexpr int kBlocksAhead = 4;
-// Floats from a lane's scores to the next lane's: a cache line more than the scores need, so that
-// the lanes do not all map to the same sets of the cache.
-constexpr int kScoresStride = kChunkKeys + 16;
-
-inline int round_down(int value, int multiple) { return value / multiple * multiple; }
-inline int round_up(int value, int multiple) { return round_down(value + multiple - 1, multiple); }
-
-// The keys of a chunk that some lane sees, counted from the chunk's first, and their offsets.
-struct Chunk {
-  int first;
-  int begin;
-  int end;
-  // Of whole blocks of keys; rows before `begin` and from `end` on may hold anything.
-  int64_t offsets[kChunkKeys];
-
-  Chunk(const Attention& a, int row, int chunk_first, int key_begin, int key_end)
-      : first(chunk_first),
-        begin(larger(key_begin - first, 0)),
-        end(smaller(key_end - first, kChunkKeys)) {
-    const int from = round_down(begin, kBlockKeys);
-    locate_keys(a, row, first + from, first + end, offsets + from);
-  }
-};
 
 struct TileScratch {
   // [lanes, depth]; for few lanes tiles of the second operand.

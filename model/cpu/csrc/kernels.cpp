@@ -2,8 +2,7 @@
 
 #include "kernels.h"
 
-#include "attention_decode.h"
-#include "attention_prefill.h"
+#include "attention_kernels.h"
 #include "elementwise.h"
 #include "products.h"
 
@@ -17,9 +16,8 @@ namespace {
 const octavo::Kernels table = {
     OCTAVO_TEXT(OCTAVO_ISA),
     scratch_floats,
-    prefill_lanes,
-    decode,
-    prefill,
+    unit_lanes,
+    attend_unit,
     merge,
     write,
     norm,

@@ -11,12 +11,11 @@ namespace octavo {
 // model/cpu/library.py has the same numbers.
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// Keys of one decode unit. Fixed, so that a row's result never depends on the rows beside it.
-constexpr int kDecodeKeys = 256;
-// Keys of one step of the online softmax of prefill by vectors.
-constexpr int kPrefillKeys = 64;
-// (token, head) pairs of one prefill unit: by vectors, and by matrix instructions.
-constexpr int kPrefillLanes = 64;
+// Keys of one chunk, and so of one decode unit. Fixed, so that a row's result depends neither on the
+// rows beside it nor on the step.
+constexpr int kChunkKeys = 256;
+// (token, head) pairs of one unit at most: by vectors, and by matrix instructions.
+constexpr int kVectorLanes = 64;
 constexpr int kTileLanes = 128;
 constexpr int kMaxHeadDim = 1024;
 
@@ -165,10 +164,9 @@ struct Kernels {
   const char* name;
   // Floats of scratch memory one thread needs.
   int64_t (*scratch_floats)(int head_dim);
-  // Lanes of one prefill unit.
-  int32_t (*prefill_lanes)(DType kv_dtype);
-  void (*decode)(const Attention&, const Unit&, float* scratch);
-  void (*prefill)(const Attention&, const Unit&, float* scratch);
+  // Lanes of one unit.
+  int32_t (*unit_lanes)(DType kv_dtype);
+  void (*attend)(const Attention&, const Unit&, float* scratch);
   void (*merge)(const Attention&, const Merge&);
   // Over tokens (or rows) begin to end.
   void (*write)(const Write&, int64_t begin, int64_t end);
