@@ -55,7 +55,7 @@ ReasoningParser = Literal[
 ]
 #: As in a browser's Origin header; one with a path, such as a lone slash, would never match.
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
-Quantization = Literal["auto", "none", "fp16", "bf16", "int8"]
+Quantization = Literal["auto", "none", "fp16", "bf16", "int8", "int4", "own"]
 
 
 class Section(BaseModel):
@@ -84,7 +84,8 @@ class ModelSection(Section):
     )
     quantization: Quantization = Field(
         default="auto",
-        description="format of the weights of linear layers; auto: the fastest near-lossless one",
+        description="format of the weights of linear layers; own: the integers of the file;"
+        " auto: own, else the fastest near-lossless one",
     )
     max_model_len: int | None = Field(
         default=None, ge=2, description="longest sequence in tokens; default: the model's own"

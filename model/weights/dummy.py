@@ -13,11 +13,13 @@ from torch import Tensor
 
 from model.architectures.arch import ArchSpec
 from model.architectures.registry import declare_tensors
-from model.weights.interface import row_blocks
+from model.weights.interface import QuantizedRows, row_blocks
 
 
 class DummyWeights:
     """See `WeightSource`: norms are ones, the rest is uniform with a standard deviation of 0.02."""
+
+    own_bits = ""
 
     def __init__(self, arch: ArchSpec) -> None:
         self.shapes = {name: one.shape for name, one in declare_tensors(arch).items()}
@@ -36,3 +38,7 @@ class DummyWeights:
                 reach = 0.02 * 3**0.5
                 block.uniform_(-reach, reach, generator=generator)
             yield block
+
+    def quantized(self, name: str) -> QuantizedRows | None:  # noqa: ARG002 - the interface's
+        """See `WeightSource`."""
+        return None

@@ -23,7 +23,8 @@ from model.cpu.library import CpuLibrary
 from model.kv.arena import Arena
 from model.weights.linear import Format, Linear, pack, staging_dtype, why_not_packed
 from model.weights.source import octavo_home
-from model.weights.tiled_linear import TILED_FORMATS, TiledLinear, Tiles
+from model.weights.tiled_linear import TILED_FORMATS, TiledLinear
+from model.weights.tiles import pack_floats
 
 #: A step of one stream, of some, of many, and a chunk of a prompt.
 TIMED_ROWS = (1, 8, 32, 256)
@@ -41,14 +42,17 @@ def choose_format(
     *,
     library: CpuLibrary | None = None,
     num_inputs: int = 2048,
+    own_bits: str = "",
 ) -> tuple[Format, str]:
     """Choose the format of the linear layers; return it with the reason, for the operator.
 
-    `library`: its products multiply bf16 and int8, on any CPU; `num_inputs`: those of
-    most products. Raises `ValueError` if the device or the CPU lacks the format.
+    `library`: its products multiply bf16 and integers, on any CPU; `num_inputs`: those of most
+    products; `own_bits`: see `WeightSource`. Raises `ValueError` if the device or the CPU lacks the
+    format.
     """
     if quantization not in {"auto", *get_args(Format)}:
-        raise ValueError(f"quantization must be auto, none, fp16, bf16 or int8: {quantization!r}")
+        allowed = ", ".join(("auto", *get_args(Format)))
+        raise ValueError(f"quantization must be one of {allowed}: {quantization!r}")
     if device.type != "cpu":
         if quantization not in {"auto", "none"}:
             raise ValueError(f"quantization {quantization} is for CPUs; on {device.type} use none")
@@ -58,6 +62,10 @@ def choose_format(
             f"dtype on a CPU is float32, got {_name(dtype)}; quantization fp16 or bf16 halves the "
             "weights"
         )
+    if quantization in {"auto", "own"} and own_bits and library:
+        return "own", f"quantization own: the file's {own_bits}, not rounded again"
+    if quantization == "own" and not own_bits:
+        raise ValueError("quantization own is for files of integers; this one has none")
     if quantization == "auto":
         return _fastest_format(library, num_inputs)
     fmt = cast("Format", quantization)
@@ -138,7 +146,7 @@ def _cpu_model() -> str:
 def _packer(fmt: Format, library: CpuLibrary | None) -> Callable[[Tensor], Linear]:
     def pack_one(weight: Tensor) -> Linear:
         if library and fmt in TILED_FORMATS:
-            return TiledLinear(Tiles(weight, None, scale_tiles=0, arena=Arena()), library)
+            return TiledLinear(pack_floats(weight, None, Arena()), library)
         return pack(weight.to(staging_dtype(fmt, torch.float32)), None, fmt)
 
     return pack_one

@@ -1,11 +1,14 @@
 """Decodes a GGUF model's weights.
 
-Blocks are decoded by the `gguf` package, in large pieces (its own entry point cuts them into 16
-rows, which takes five times as long). Knows nothing of layers.
+Values are decoded by the `gguf` package, in large pieces (its own entry point cuts them into 16
+rows, which takes five times as long), integers by `model/weights/ggml_blocks.py`. Knows nothing of
+layers.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 
 import gguf
@@ -15,11 +18,21 @@ from torch import Tensor
 
 from model.architectures.arch import ArchSpec
 from model.architectures.registry import declare_tensors
+from model.weights.ggml_blocks import BLOCK_TYPES
 from model.weights.gguf_file import GgufFile, GgufTensor
-from model.weights.interface import WeightsError, read_bytes, row_blocks
+from model.weights.interface import (
+    BLOCK_VALUES,
+    QuantizedRows,
+    WeightsError,
+    read_bytes,
+    row_blocks,
+)
 
 #: Divisors of rope's frequencies, which only some files have: our name, and that in the file.
 ROPE_FACTORS, _FACTORS = "rope_factors", "rope_freqs.weight"
+
+#: Integers are unpacked in larger blocks: the values of a block take a byte each.
+_UNPACKED_VALUES = 2**18
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -37,6 +50,7 @@ class GgufWeights:
         self.shapes = {name: one.shape for name, one in self._tensors.items()}
         self._interleaved = {name for name, one in declared.items() if one.is_interleaved}
         self._head_dim = arch.head_dim
+        self.own_bits = _own_bits(file)
 
     def describe(self, name: str) -> str:
         """See `WeightSource`."""
@@ -47,18 +61,53 @@ class GgufWeights:
     def blocks(self, name: str) -> Iterator[Tensor]:
         """See `WeightSource`."""
         tensor = self._tensors[name]
-        swap = name in self._interleaved
+        for _start, raw in self._raw_rows(name, BLOCK_VALUES):
+            rows = self._decode(name, tensor, raw).view(len(raw), *tensor.shape[1:])
+            yield self._in_order(name, rows)
+
+    def quantized(self, name: str) -> QuantizedRows | None:
+        """See `WeightSource`."""
+        tensor = self._tensors[name]
+        kind = BLOCK_TYPES.get(tensor.type_name)
+        if kind is None or len(tensor.shape) != 2:
+            return None
+        num_rows, num_inputs = tensor.shape
+        groups = (num_rows, num_inputs // kind.group_inputs)
+        whole = QuantizedRows(
+            torch.empty(tensor.shape, dtype=torch.uint8 if kind.has_minimums else torch.int8),
+            torch.empty(groups),
+            torch.empty(groups) if kind.has_minimums else None,
+            kind.bits,
+        )
+        parts = (whole.codes, whole.scales, whole.minimums)
+        for start, raw in self._raw_rows(name, _UNPACKED_VALUES):
+            unpacked = kind.unpack(raw.view(-1, kind.block_bytes))
+            for part, found in zip(parts, unpacked, strict=True):
+                if part is not None and found is not None:
+                    rows = self._in_order(name, found.reshape(len(raw), -1))
+                    part[start : start + len(raw)] = rows
+        return whole
+
+    def _raw_rows(self, name: str, block_values: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row of each block, and its bytes `[rows, bytes of a row]`."""
+        tensor = self._tensors[name]
         row_bytes = tensor.num_bytes // tensor.shape[0]
+        multiple = self._head_dim if name in self._interleaved else 1
         with tensor.path.open("rb") as file:
-            for start, count in row_blocks(tensor.shape, self._head_dim if swap else 1):
+            for start, count in row_blocks(tensor.shape, multiple, block_values):
                 offset_bytes = tensor.offset_bytes + start * row_bytes
                 raw = read_bytes(file, offset_bytes, count * row_bytes)
-                rows = self._decode(name, tensor, raw).view(count, *tensor.shape[1:])
-                yield _halves_from_neighbours(rows, self._head_dim) if swap else rows
+                yield start, raw.view(count, row_bytes)
+
+    def _in_order(self, name: str, rows: Tensor) -> Tensor:
+        """Undo the converter's reordering of rows, where there is any."""
+        if name not in self._interleaved:
+            return rows
+        return _halves_from_neighbours(rows, self._head_dim)
 
     def _decode(self, name: str, tensor: GgufTensor, raw: Tensor) -> Tensor:
         if plain := _PLAIN.get(tensor.type_name):
-            return raw.view(plain)
+            return raw.flatten().view(plain)
         kind = GGMLQuantizationType[tensor.type_name]
         try:
             return torch.from_numpy(gguf.dequantize(raw.numpy().reshape(1, -1), kind))
@@ -70,3 +119,14 @@ def _halves_from_neighbours(rows: Tensor, head_dim: int) -> Tensor:
     """Undo the converter's reordering: within a head, (i, half) becomes (half, i)."""
     rest = rows.shape[1:]
     return rows.view(-1, head_dim // 2, 2, *rest).transpose(1, 2).reshape(-1, *rest)
+
+
+def _own_bits(file: GgufFile) -> str:
+    """Name the types of integers, the most frequent first, if they have most of the values."""
+    values: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        values[tensor.type_name] += math.prod(tensor.shape)
+    names = [name for name, _count in values.most_common() if name in BLOCK_TYPES]
+    if 2 * sum(values[name] for name in names) < values.total():
+        return ""
+    return " and ".join(names)

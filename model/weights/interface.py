@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BufferedReader
 from typing import Protocol
 
@@ -24,17 +25,42 @@ class WeightsError(ValueError):
     """Files that do not match the config; the message names tensor, file and shapes."""
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """A matrix in integers: each group of inputs has a scale, and a minimum where there are any.
+
+    A value is `scale * code + minimum`, in float32.
+    """
+
+    #: `[outputs, inputs]`: uint8 from 0 to 2**bits - 1, or int8 from -2**(bits - 1).
+    codes: Tensor
+    #: float32 `[outputs, groups]`; a group has `inputs // groups` inputs.
+    scales: Tensor
+    #: As `scales`.
+    minimums: Tensor | None
+    #: 4, 5, 6 or 8.
+    bits: int
+
+
 class WeightSource(Protocol):
     """Tensors by canonical name. Threads may read side by side; nothing is open between reads."""
 
     #: Of all tensors but unused ones (old checkpoints' rope buffers).
     shapes: dict[str, tuple[int, ...]]
+    #: Names of the formats of integers, "Q4_K and Q6_K", if most values are in any of them.
+    own_bits: str
 
     def describe(self, name: str) -> str:
         """Name a tensor, present or not, for an error: its name in the file, and the file."""
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield consecutive rows of a tensor in any floating dtype, on the CPU."""
+
+    def quantized(self, name: str) -> QuantizedRows | None:
+        """Return a tensor in the integers of its file.
+
+        None: it is not kept in integers, or in a form without support; `blocks` has its values.
+        """
 
 
 def read_bytes(file: BufferedReader, offset_bytes: int, num_bytes: int) -> Tensor:
@@ -46,14 +72,16 @@ def read_bytes(file: BufferedReader, offset_bytes: int, num_bytes: int) -> Tenso
     return found
 
 
-def row_blocks(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield (first row, number of rows) of blocks of about `BLOCK_VALUES` values.
+def row_blocks(
+    shape: tuple[int, ...], multiple: int = 1, block_values: int = BLOCK_VALUES
+) -> Iterator[tuple[int, int]]:
+    """Yield (first row, number of rows) of blocks of about `block_values` values.
 
     Each begins at a multiple of `multiple` rows. A scalar counts as one row.
     """
     num_rows = shape[0] if shape else 1
     values_per_row = max(math.prod(shape[1:]), 1)
-    step = max(BLOCK_VALUES // values_per_row // multiple, 1) * multiple
+    step = max(block_values // values_per_row // multiple, 1) * multiple
     for start in range(0, num_rows, step):
         yield start, min(step, num_rows - start)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Format: TypeAlias = Literal["none", "fp16", "bf16", "int8"]
+Format: TypeAlias = Literal["none", "fp16", "bf16", "int8", "int4", "own"]
 
 _ONEDNN = torch.ops.mkldnn
 _FBGEMM = torch.ops.quantized
@@ -160,6 +160,8 @@ def head_format(fmt: Format) -> Format:
 
 def why_not_packed(fmt: Format) -> str:
     """Return why `pack` cannot pack a format on this CPU; empty if it can."""
+    if fmt in {"int4", "own"}:
+        return "it needs the compiled CPU operations"
     if fmt == "bf16":
         # ATEN_CPU_CAPABILITY=avx2 makes this CPU stand in for a lesser one.
         if torch.backends.cpu.get_cpu_capability() != "AVX512":

@@ -32,7 +32,7 @@ from model.kv.arena import Arena
 from model.ops import Ops
 from model.weights.format_choice import choose_format
 from model.weights.gguf import ROPE_FACTORS
-from model.weights.interface import WeightSource, read_into
+from model.weights.interface import QuantizedRows, WeightSource, read_into
 from model.weights.linear import (
     Format,
     Linear,
@@ -42,8 +42,11 @@ from model.weights.linear import (
     staging_dtype,
 )
 from model.weights.open import open_weights
+from model.weights.quantized_rows import is_finite, join
+from model.weights.round_integers import to_int4, to_int8
 from model.weights.source import ModelSource
-from model.weights.tiled_linear import TILED_FORMATS, TiledLinear, Tiles
+from model.weights.tiled_linear import TILED_FORMATS, TiledLinear
+from model.weights.tiles import Tiles, pack_floats, pack_integers
 
 
 def build_transformer(
@@ -59,7 +62,7 @@ def build_transformer(
 ) -> Transformer:
     """Load a model onto `device`.
 
-    `tiles`: pack bf16 and int8 weights for this library's products instead of torch's.
+    `tiles`: pack weights of any of `TILED_FORMATS` for this library's products.
     `dtype` is that of the activations, on a CPU float32; `max_positions`: the length of the longest
     request, where that is known. With `progress`, a bar on stderr where that is a terminal.
     Raises `ValueError` (`WeightsError`, `ArchError`, `FormatError` are ones) or `OSError`.
@@ -67,7 +70,12 @@ def build_transformer(
     arch, weights = open_weights(source)
     arch = lengthened(arch, max_positions)
     fmt, note = choose_format(
-        quantization, device, dtype, library=tiles, num_inputs=arch.hidden_size
+        quantization,
+        device,
+        dtype,
+        library=tiles,
+        num_inputs=arch.hidden_size,
+        own_bits=weights.own_bits,
     )
     packs_tiles = fmt in TILED_FORMATS
     loader = _Loader(arch, weights, device, fmt, dtype, tiles if packs_tiles else None)
@@ -83,6 +91,9 @@ def build_transformer(
     notes = [note, *arch.notes]
     if loader.not_finite:
         notes.append(f"weights that are not finite: {', '.join(sorted(loader.not_finite))}")
+    if loader.not_integers:
+        first, count = min(loader.not_integers), len(loader.not_integers)
+        notes.append(f"{count} tensors are widened to bf16, among them {weights.describe(first)}")
     return Transformer(arch, loaded, ops, fmt, tuple(notes))
 
 
@@ -116,9 +127,11 @@ def _load(loader: _Loader, bar: tqdm) -> TransformerWeights:
     )
 
 
-#: Eight-bit tiles of 64 inputs that share a scale. A layer multiplies whole prompts, where each
-#: scale costs time; the logits, of few rows, lose most by rounding (docs/performance.md).
-_LAYER_SCALE_TILES, _HEAD_SCALE_TILES = 2, 1
+#: Inputs of eight bits that share a scale. A layer multiplies whole prompts, where each scale costs
+#: time; the logits, of few rows, lose most by rounding (docs/performance.md).
+_LAYER_GROUP_INPUTS, _HEAD_GROUP_INPUTS = 128, 64
+#: Of four bits.
+_FOUR_BIT_GROUP_INPUTS = 32
 #: Each holds one layer's product, so more of them would raise peak memory.
 _MAX_WORKERS = 4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -145,6 +158,17 @@ def _without_holes() -> Iterator[None]:
         libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
 
 
+def _to_int4(weight: Tensor, _group_inputs: int) -> QuantizedRows:
+    return to_int4(weight, _FOUR_BIT_GROUP_INPUTS)
+
+
+#: Formats whose integers are made from floating weights.
+_ROUNDERS: dict[Format, Callable[[Tensor, int], QuantizedRows]] = {
+    "int8": to_int8,
+    "int4": _to_int4,
+}
+
+
 def _look_up(table: Tensor, token_ids: Tensor) -> Tensor:
     return functional.embedding(token_ids, table).float()
 
@@ -165,6 +189,8 @@ class _Loader:
     sizes_bytes: list[int] = field(default_factory=list)
     #: Names of tensors with NaN or infinities in them.
     not_finite: set[str] = field(default_factory=set)
+    #: Names of tensors whose product has no integers of its file, where these are kept.
+    not_integers: set[str] = field(default_factory=set)
     #: By target.
     tensors: dict[str, list[TensorSpec]] = field(default_factory=lambda: defaultdict(list))
 
@@ -182,9 +208,13 @@ class _Loader:
             table = self.kept("embedding", self.dtype)
             return partial(_look_up, table), PlainLinear(table, None)
         head = "embedding" if is_tied else "lm_head"
-        lm_head = self._linear(head, head_format(self.fmt), scale_tiles=_HEAD_SCALE_TILES)
+        lm_head = self._linear(head, head_format(self.fmt), group_inputs=_HEAD_GROUP_INPUTS)
         if is_tied and isinstance(lm_head, TiledLinear):
             return lm_head.tiles.rows, lm_head
+        if self.fmt == "own" and (integers := self._integers(self.tensors["embedding"])):
+            tiles = pack_integers(integers, None, self.arena)
+            self.sizes_bytes.append(tiles.num_bytes)
+            return tiles.rows, lm_head
         # 16 bits hold any embedding closely enough.
         kept_dtype = self.dtype if self.fmt == "none" else torch.float16
         return partial(_look_up, self.kept("embedding", kept_dtype)), lm_head
@@ -222,21 +252,46 @@ class _Loader:
         read_into(self.weights, ROPE_FACTORS, factors)
         return factors
 
-    def _linear(self, target: str, fmt: Format, *, scale_tiles: int = _LAYER_SCALE_TILES) -> Linear:
+    def _linear(
+        self, target: str, fmt: Format, *, group_inputs: int = _LAYER_GROUP_INPUTS
+    ) -> Linear:
         """Pack products that share their input as one, their rows one after another."""
         staging = staging_dtype(fmt, self.dtype)
         tensors = self.tensors[target]
         biases = [one for one in tensors if len(one.shape) == 1]
         bias = self._stacked(biases, staging) if biases else None
-        weight = self._stacked([one for one in tensors if len(one.shape) > 1], staging)
+        matrices = [one for one in tensors if len(one.shape) > 1]
         if self.tiles is None:
-            linear: Linear = pack(weight, bias, fmt)
+            linear: Linear = pack(self._stacked(matrices, staging), bias, fmt)
         else:
-            scale_tiles = scale_tiles if self.fmt == "int8" else 0
-            tiles = Tiles(weight, bias, scale_tiles=scale_tiles, arena=self.arena)
+            tiles = self._packed_tiles(matrices, bias, fmt, group_inputs)
             linear = TiledLinear(tiles, self.tiles)
         self.sizes_bytes.append(linear.weight_bytes)
         return linear
+
+    def _packed_tiles(
+        self, matrices: Sequence[TensorSpec], bias: Tensor | None, fmt: Format, group_inputs: int
+    ) -> Tiles:
+        if fmt == "own" and (integers := self._integers(matrices)):
+            return pack_integers(integers, bias, self.arena)
+        weight = self._stacked(matrices, staging_dtype(fmt, self.dtype))
+        if fmt not in _ROUNDERS:
+            return pack_floats(weight, bias, self.arena)
+        integers = _ROUNDERS[fmt](weight, group_inputs)
+        return pack_integers(integers, bias, self.arena, num_inputs=weight.shape[1])
+
+    def _integers(self, matrices: Sequence[TensorSpec]) -> QuantizedRows | None:
+        """Read the integers of a product, if all of its parts are kept in integers that fit."""
+        parts = [self.weights.quantized(one.name) for one in matrices]
+        found = [part for part in parts if part is not None]
+        joined = join(found) if len(found) == len(parts) else None
+        if joined is None:
+            self.not_integers.update(one.name for one in matrices)
+        elif not is_finite(joined):
+            self.not_finite.update(
+                one.name for one, part in zip(matrices, found, strict=True) if not is_finite(part)
+            )
+        return joined
 
     def _stacked(self, tensors: Sequence[TensorSpec], dtype: torch.dtype) -> Tensor:
         num_rows = sum(one.shape[0] for one in tensors)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.formats.safetensors import SafetensorsEntry, read_safetensors_header, read_weight_map
-from model.weights.interface import WeightsError, read_bytes, row_blocks
+from model.weights.interface import QuantizedRows, WeightsError, read_bytes, row_blocks
 from model.weights.weight_files import safetensors_files
 
 _DTYPES = {
@@ -27,6 +27,8 @@ _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 class SafetensorsWeights:
     """See `WeightSource`: a folder's safetensors. Raises `ValueError`, `OSError`."""
+
+    own_bits = ""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -96,6 +98,10 @@ class SafetensorsWeights:
                 offset_bytes = entry.offset_bytes + start * row_bytes
                 raw = read_bytes(file, offset_bytes, count * row_bytes)
                 yield raw.view(dtype).view(count, *entry.shape[1:])
+
+    def quantized(self, name: str) -> QuantizedRows | None:  # noqa: ARG002 - the interface's
+        """See `WeightSource`."""
+        return None
 
 
 def is_derived(name: str) -> bool:

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from model.cpu.library import ISAS, CpuLibrary, load_cpu_library
 from model.kv.arena import Arena
-from model.weights.tiled_linear import TiledLinear, Tiles
+from model.weights.round_integers import to_int8
+from model.weights.tiled_linear import TiledLinear
+from model.weights.tiles import Tiles, pack_floats, pack_integers
 
 #: Whole tiles; neither outputs nor inputs whole; fewer than one tile; more than one slab.
 SHAPES = [(96, 128), (50, 70), (5, 3), (1100, 64)]
@@ -25,7 +27,10 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _tiles(weight: Tensor, bias: Tensor | None = None, *, scale_tiles: int = 0) -> Tiles:
-    return Tiles(weight, bias, scale_tiles=scale_tiles, arena=Arena())
+    if not scale_tiles:
+        return pack_floats(weight, bias, Arena())
+    rows = to_int8(weight, 64 * scale_tiles)
+    return pack_integers(rows, bias, Arena(), num_inputs=weight.shape[1])
 
 
 def _as_it_enters(library: CpuLibrary, x: Tensor) -> Tensor:

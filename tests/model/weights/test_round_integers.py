@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.weights.interface import QuantizedRows
+from model.weights.quantized_rows import dequantize
+from model.weights.round_integers import to_int4, to_int8
+
+
+def _weight(num_outputs: int = 64, num_inputs: int = 512) -> Tensor:
+    return torch.randn(num_outputs, num_inputs, generator=torch.Generator().manual_seed(0)) / 30
+
+
+def _error(rows: QuantizedRows, weight: Tensor) -> float:
+    """Squared error, relative."""
+    kept = dequantize(rows)[:, : weight.shape[1]]
+    return float((kept - weight).square().sum() / weight.square().sum())
+
+
+def _by_range(weight: Tensor, group: int) -> float:
+    """The error of four bits over the range of each group: no search."""
+    groups = weight.view(-1, group)
+    low, high = groups.aminmax(dim=1, keepdim=True)
+    scale = (high - low) / 15
+    kept = ((groups - low) / scale).round() * scale + low
+    return float((kept - groups).square().sum() / weight.square().sum())
+
+
+@pytest.mark.parametrize(("group", "share"), [(32, 0.87), (64, 0.9)])
+def test_a_search_finds_less_error_than_the_range_gives(group: int, share: float) -> None:
+    weight = _weight()
+    assert _error(to_int4(weight, group), weight) < share * _by_range(weight, group)
+
+
+def test_values_on_sixteen_levels_are_kept() -> None:
+    codes = torch.randint(0, 16, (8, 64), generator=torch.Generator().manual_seed(1))
+    # Every level occurs, so the range is that of the codes.
+    codes[:, ::32], codes[:, 1::32] = 0, 15
+    weight = codes * 0.125 - 0.5
+    assert torch.equal(dequantize(to_int4(weight, 32)), weight)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, -3.0, 1e-20, 1e6])
+def test_a_group_of_equal_values_is_kept(value: float) -> None:
+    kept = dequantize(to_int4(torch.full((2, 64), value), 32))
+    torch.testing.assert_close(kept, torch.full((2, 64), value), rtol=2.0**-10, atol=1e-30)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_inputs", [70, 576])
+def test_rows_are_padded_to_whole_groups(bits: int, num_inputs: int) -> None:
+    weight = _weight(5, num_inputs)
+    rows = to_int8(weight, 128) if bits == 8 else to_int4(weight, 128)
+    width = -(-num_inputs // 128) * 128
+    assert rows.codes.shape == (5, width)
+    assert rows.scales.shape == (5, width // 128)
+    assert (rows.bits, rows.minimums is None) == (bits, bits == 8)
+    assert _error(rows, weight) < (1e-4 if bits == 8 else 2e-2)
+
+
+@pytest.mark.parametrize("rounder", [to_int4, to_int8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_stay_so_in_their_output(rounder: object, bad: float) -> None:
+    weight = _weight(4, 64)
+    weight[2, 40] = bad
+    kept = dequantize(rounder(weight, 32))  # type: ignore[operator] # a function
+    assert not kept[2].isfinite().all()
+    assert kept[[0, 1, 3]].isfinite().all()
+
+
+def test_scales_are_halves() -> None:
+    rows = to_int4(_weight(), 32)
+    assert rows.minimums is not None
+    for part in (rows.scales, rows.minimums):
+        assert torch.equal(part, part.half().float())
