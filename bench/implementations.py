@@ -15,7 +15,7 @@ from typing import Literal
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model import build
-from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart, StepInput
+from model.interface import SamplingParams, SlotStart, StepInput
 from model.runner import TorchRunner
 
 _CONFIG = {
@@ -52,12 +52,13 @@ def step(runner: TorchRunner, start: int, count: int, *, is_first: bool = False)
     slots = list(range(_ROWS))
     began = time.perf_counter()
     runner.launch(
-        StepInput.of(
+        StepInput(
             token_ids=[3] * (_ROWS * count),
-            rows=[RowSpan(start, start, count)] * _ROWS,
+            positions=[start] * _ROWS,
+            counts=[count] * _ROWS,
             slots=slots,
             page_ids=[list(range(row * pages_each, (row + 1) * pages_each)) for row in slots],
-            samples=[SampleSpan(row, count - 1, 1) for row in slots],
+            sample_rows=slots,
             started=[SlotStart(slot, params, [1]) for slot in slots] if is_first else [],
         )
     ).wait()

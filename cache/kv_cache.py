@@ -83,8 +83,6 @@ class KVCache:
         self._live: dict[Allocation, None] = {}
         self._pins: dict[Pin, None] = {}
         self._pending_pages = PendingPages()
-        self._num_query_tokens = 0
-        self._num_hit_tokens = 0
         self._num_evicted_pages = 0
         self._num_copied_pages = 0
         self._num_duplicate_pages = 0
@@ -126,8 +124,6 @@ class KVCache:
             pages_private=total - free - cached,
             pages_cached=cached,
             pages_leased=self._tree.num_read,
-            query_tokens_total=self._num_query_tokens,
-            hit_tokens_total=self._num_hit_tokens,
             evicted_pages_total=self._num_evicted_pages,
             copied_pages_total=self._num_copied_pages,
             duplicate_pages_total=self._num_duplicate_pages,
@@ -169,8 +165,6 @@ class KVCache:
         allocation = Allocation(page_ids, moves, num_cached_tokens, reason, lease, len(tokens))
         self._live[allocation] = None
         self._move_pending_page(allocation, tokens)
-        self._num_query_tokens += len(tokens)
-        self._num_hit_tokens += num_cached_tokens
         return allocation
 
     def grow(self, allocation: Allocation, num_tokens: int) -> bool:

@@ -16,9 +16,6 @@ class CacheStats(NamedTuple):
     pages_private: int = 0
     pages_cached: int = 0
     pages_leased: int = 0
-    #: Tokens of the prompts admitted, and those of them that were reused.
-    query_tokens_total: int = 0
-    hit_tokens_total: int = 0
     evicted_pages_total: int = 0
     copied_pages_total: int = 0
     #: Pages committed while the tree had the same: computed side by side, or for a last token.

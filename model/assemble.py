@@ -24,14 +24,7 @@ from model.cuda import ops as gpu_ops
 from model.cuda.assembly import GpuParts, assemble_on_gpu
 from model.cuda.ops import GpuOps
 from model.implementation import build_decoder
-from model.interface import (
-    ModelInfo,
-    RowSpan,
-    SampleSpan,
-    SamplingParams,
-    SlotStart,
-    StepInput,
-)
+from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
 from model.kv.format import KV_FORMATS, KVFormat, float_format
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.kv.pool import KVPool
@@ -220,12 +213,13 @@ def _warm_up(runner: TorchRunner) -> None:
     params = SamplingParams(max_tokens=1, temperature=0.0)
     num_tokens = min(2, runner.info.max_model_len)
     runner.launch(
-        StepInput.of(
+        StepInput(
             token_ids=[0] * num_tokens,
-            rows=[RowSpan(0, 0, num_tokens)],
+            positions=[0],
+            counts=[num_tokens],
             slots=[0],
             page_ids=[list(range(-(-num_tokens // runner.info.page_size)))],
-            samples=[SampleSpan(0, num_tokens - 1, 1)],
+            sample_rows=[0],
             started=[SlotStart(0, params, [0] * num_tokens)],
         )
     ).wait()

@@ -59,6 +59,7 @@ class SamplingParams:
     grammar: str | None = None
 
     def __post_init__(self) -> None:
+        tops = f"between 0 and {MAX_TOP_LOGPROBS}"
         for name, holds, allowed in (
             ("max_tokens", self.max_tokens >= 0, "at least 0"),
             ("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2"),
@@ -69,16 +70,8 @@ class SamplingParams:
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
             ("repetition_penalty", 0.0 < self.repetition_penalty <= 10.0, "above 0, at most 10"),
             ("seed", 0 <= self.seed < 2**64, "an unsigned 64-bit number"),
-            (
-                "logprobs",
-                self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
-                f"between 0 and {MAX_TOP_LOGPROBS}",
-            ),
-            (
-                "prompt_logprobs",
-                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_TOP_LOGPROBS,
-                f"between 0 and {MAX_TOP_LOGPROBS}",
-            ),
+            ("logprobs", 0 <= (self.logprobs or 0) <= MAX_TOP_LOGPROBS, tops),
+            ("prompt_logprobs", 0 <= (self.prompt_logprobs or 0) <= MAX_TOP_LOGPROBS, tops),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
             (
                 "logit_bias",
@@ -220,33 +213,6 @@ class StepInput:
     dropped: dict[int, int] = field(default_factory=dict)
     #: By index in `sample_rows`: spans that are not the row's last token alone.
     spans: dict[int, SampleSpan] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        token_ids: list[int],
-        rows: Sequence[RowSpan],
-        slots: list[int],
-        page_ids: list[list[int]],
-        samples: Sequence[SampleSpan],
-        moves: Sequence[PageMove] = (),
-        started: Sequence[SlotStart] = (),
-        scored: Sequence[ScoredSpan] = (),
-    ) -> StepInput:
-        """Build a step from its spans."""
-        return cls(
-            token_ids=token_ids,
-            positions=[row.position for row in rows],
-            counts=[row.count for row in rows],
-            slots=slots,
-            page_ids=page_ids,
-            sample_rows=[span.row for span in samples],
-            moves=list(moves),
-            started=list(started),
-            scored=list(scored),
-            dropped={i: row[0] - row[1] for i, row in enumerate(rows) if row[0] != row[1]},
-            spans={i: s for i, s in enumerate(samples) if s[1:] != (rows[s.row].count - 1, 1)},
-        )
 
     @property
     def rows(self) -> list[RowSpan]:

@@ -6,7 +6,7 @@ takes two copies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,18 +75,14 @@ class PackedStep:
         assert missing >= 0, f"{self.num_rows} rows for a place of {num_rows}"
         zeros = np.zeros(missing, np.int64)
         table = np.pad(self.block_table, ((0, missing), (0, 0)), constant_values=scratch_page)
-        return PackedStep(
+        return replace(
+            self,
             token_ids=np.concatenate([self.token_ids, zeros]),
             positions=np.concatenate([self.positions, zeros]),
             kv_slots=np.concatenate([self.kv_slots, zeros + scratch_page * page_size]),
             query_starts=np.arange(num_rows + 1, dtype=np.int32),
             seq_lens=np.concatenate([self.seq_lens, np.ones(missing, np.int32)]),
             block_table=table,
-            sampled=self.sampled,
-            pending=self.pending,
-            pending_from=self.pending_from,
-            max_query_len=1,
-            max_seq_len=self.max_seq_len,
         )
 
     def on(self, device: torch.device) -> DeviceStep:

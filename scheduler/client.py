@@ -1,7 +1,7 @@
 """The interface to an engine, in its own process or in the same one.
 
 Knows nothing of HTTP or text. `scheduler/process.py` implements this over a pipe,
-`scheduler/inline.py` in the same process for tests; one contract suite runs over both.
+tests in the same process (`tests/support/inline_client.py`); one contract suite runs over both.
 """
 
 from __future__ import annotations

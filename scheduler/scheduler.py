@@ -138,7 +138,11 @@ class Scheduler:
     def _plan_suspect(self) -> StepPlan:
         """Plan a step of the current suspect alone; others keep their pages while there is room."""
         plan, sequence = new_plan(), self._suspects.current
-        if sequence.allocation is None or not self._table.grow(sequence):
+        had_pages = sequence.allocation is not None
+        if not had_pages or not self._table.grow(sequence):
+            if had_pages and self._running:
+                # Its own pages were taken: with no more room it would come here again, for ever.
+                self._table.preempt(self._running[-1])
             while not self._start(plan, sequence, reserve_pages=0):
                 self._table.preempt(self._running[-1])
         count = self._table.chunk(sequence, self._config.max_num_batched_tokens)

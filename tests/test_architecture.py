@@ -76,7 +76,7 @@ WORLDLY = {
     f"scheduler/{name}.py"
     for name in (
         *("engine", "engine_main", "engine_process", "process", "channel"),
-        *("inline", "client", "streams", "watchdog"),
+        *("client", "streams", "watchdog"),
     )
 }
 

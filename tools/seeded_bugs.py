@@ -98,7 +98,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_project(folder)
-        if is_found(folder, suite.test_file, profile="default"):
+        # The profile of the tests: the default one has a deadline, which a busy machine exceeds.
+        if is_found(folder, suite.test_file, profile="any speed"):
             raise SystemExit(f"{suite.test_file} fails without any bug seeded")
         for bug in suite.bugs:
             if not any(name in bug.name for name in names):

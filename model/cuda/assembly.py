@@ -19,15 +19,7 @@ from model.attention.interface import AttentionSpec, BackendOffer, PagedAttentio
 from model.cuda.decoder import GpuDecoder
 from model.cuda.graphs import DecodeGraphs, GraphPlan, decode_buckets, record_on_cuda
 from model.cuda.ops import GpuOps
-from model.interface import (
-    ModelInfo,
-    RowSpan,
-    SampleSpan,
-    SamplingParams,
-    ScoredSpan,
-    SlotStart,
-    StepInput,
-)
+from model.interface import ModelInfo, SamplingParams, ScoredSpan, SlotStart, StepInput
 from model.kv.memory_plan import DeviceUse, PoolPlan
 from model.kv.pool import KVPool
 from model.runner import SCORED_TOKENS, TorchRunner
@@ -192,12 +184,13 @@ def largest_step(
         left -= counts[-1]
     tokens = sum(counts)
     rows = list(range(num_rows))
-    return StepInput.of(
+    return StepInput(
         token_ids=[0] * tokens,
-        rows=[RowSpan(0, 0, count) for count in counts],
+        positions=[0] * num_rows,
+        counts=counts,
         slots=rows,
         page_ids=[[0] * -(-count // page_size) for count in counts],
-        samples=[SampleSpan(row, counts[row] - 1, 1) for row in rows],
+        sample_rows=rows,
         scored=[ScoredSpan(0, 0, [0] * min(counts[0], SCORED_TOKENS))],
         started=[SlotStart(row, params, [0] * counts[row]) for row in rows],
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_client import InlineClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner
-from scheduler.inline import InlineClient
 from server.metrics import Metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 
 import pytest
 import uvicorn
+from inline_client import InlineClient
 
 from configs.schema import OctavoConfig, SchedulerSection
 from loadtest.records import Failure, Header, Record, Run
 from model.fake import FakeRunner
-from scheduler.inline import InlineClient
 from server.app import create_app
 from server.http.lifecycle import Lifecycle
 from server.text.load import ModelText, load_text

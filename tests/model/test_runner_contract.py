@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from steps import step_of
 
 from cache.moves import PageMove, PageRef, Tier
 from cache.view import FULL_VIEW, View
@@ -19,7 +20,6 @@ from model.interface import (
     SampleSpan,
     SamplingParams,
     SlotStart,
-    StepInput,
     StepOutput,
 )
 
@@ -75,7 +75,7 @@ def step(
     **others: Any,
 ) -> StepOutput:
     samples = [sample or SampleSpan(0, row.count - 1, 1)]
-    return runner.launch(StepInput.of(token_ids, [row], [0], [pages], samples, **others)).wait()
+    return runner.launch(step_of(token_ids, [row], [0], [pages], samples, **others)).wait()
 
 
 def plain(runner: ModelRunner, num_tokens: int, view: View = FULL_VIEW) -> list[int]:
@@ -96,10 +96,10 @@ def test_each_span_gives_one_token_without_drafts(runner: ModelRunner) -> None:
     started = [start(), SlotStart(1, PARAMS, PROMPT[:3])]
     samples = [SampleSpan(0, 5, 1), SampleSpan(1, 2, 1)]
     pages = [[5, 2], [3]]
-    given = StepInput.of([*PROMPT, *PROMPT[:3]], rows, [0, 1], pages, samples, [], started)
+    given = step_of([*PROMPT, *PROMPT[:3]], rows, [0, 1], pages, samples, [], started)
     together = runner.launch(given).wait().token_ids
     assert [len(tokens) for tokens in together] == [1, 1]
-    alone = StepInput.of(PROMPT[:3], rows[1:], [1], [[3]], [SampleSpan(0, 2, 1)], [], started[1:])
+    alone = step_of(PROMPT[:3], rows[1:], [1], [[3]], [SampleSpan(0, 2, 1)], [], started[1:])
     assert runner.launch(alone).wait().token_ids == together[1:]
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from inline_client import InlineClient
 
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, Fault, FaultKind, fake_logprobs, fake_output
@@ -23,7 +24,6 @@ from scheduler.client import (
     RejectKind,
     RequestRefusedError,
 )
-from scheduler.inline import InlineClient
 from scheduler.process import ProcessClient
 from waiting import TIMEOUT_S
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cache.kv_cache import KVCache
+from cache.view import View
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, Fault, FaultKind, fake_output
 from model.interface import Constraint, SamplingParams
@@ -221,6 +222,26 @@ def test_suspects_find_room_in_a_full_pool(kind: FaultKind) -> None:
     served.run()
     served.require(4)
     assert served.engine.stats().scheduler.preemptions_total > 0
+
+
+@pytest.mark.parametrize("num_other_tokens", [5, 14])
+def test_a_suspect_that_needs_a_further_page_displaces_another(num_other_tokens: int) -> None:
+    """Under a window its table grows with its prompt, of which it may not read the cached pages."""
+    faults = {1: Fault(FaultKind.NOT_FINITE, 22)}
+    fake = runner(1, faults, num_pages=5, page_size=8, view=View(0, 13))
+    served = Served(fake, max_num_seqs=2, max_num_batched_tokens=2)
+    served.submit(0, tuple(range(1, 1 + num_other_tokens)), 60)
+    served.submit(1, tuple(range(20, 38)))
+    while not served.engine.stats().scheduler.faulty_rows_total:
+        served.step()
+    faults.clear()
+    num_preemptions = served.engine.stats().scheduler.preemptions_total
+    served.run()
+    assert served.ends == dict.fromkeys((0, 1), (FinishReason.LENGTH, ""))
+    for request_id, prompt in served.prompts.items():
+        wanted = fake_output(prompt, served.num_tokens[request_id], view=fake.view)
+        assert served.tokens[request_id] == wanted
+    assert served.engine.stats().scheduler.preemptions_total > num_preemptions
 
 
 def test_a_suspect_that_was_preempted_finds_its_slot_taken() -> None:

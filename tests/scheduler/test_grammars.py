@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from inline_client import InlineClient
 
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner
@@ -32,7 +33,6 @@ from scheduler.client import (
     RequestRefusedError,
 )
 from scheduler.engine import Engine
-from scheduler.inline import InlineClient
 from scheduler.messages import Cancel, FinishReason, Prepared, SetVocabulary, Submit
 from scheduler.process import ProcessClient
 from waiting import TIMEOUT_S

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 import uvicorn
+from inline_client import InlineClient
 
 from configs.schema import OctavoConfig, SchedulerSection
 from model.fake import FakeRunner
@@ -38,7 +39,6 @@ from scheduler.client import (
     TokenOutput,
     Vocabulary,
 )
-from scheduler.inline import InlineClient
 from server import logs
 from server.app import create_app
 from server.http.lifecycle import Lifecycle

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from steps import step_of
 from torch import Tensor
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
@@ -18,7 +19,7 @@ from model.attention.triton_attention import TritonAttention
 from model.cuda.assembly import dry_run, largest_step
 from model.cuda.decoder import GpuDecoder
 from model.cuda.ops import GpuOps
-from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart, StepInput
+from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart
 from model.kv.format import KV_FORMATS
 from model.kv.memory_plan import DeviceUse, MemoryPlanError
 from model.runner import SCORED_TOKENS, TorchRunner
@@ -116,7 +117,7 @@ def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner)
     attention = TritonAttention(spec, pool)
     assert not isinstance(runner._attention, PagedAttention)
     steps = [
-        StepInput.of(
+        step_of(
             [3, 4, 5, 6, 7],
             [RowSpan(0, 0, 3), RowSpan(0, 0, 2)],
             [0, 1],
@@ -125,14 +126,14 @@ def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner)
             [],
             [SlotStart(slot, PARAMS, [1]) for slot in (0, 1)],
         ),
-        StepInput.of(
+        step_of(
             [8, 9, 9, 9],
             [RowSpan(3, 3, 1), RowSpan(2, 2, 3)],
             [0, 1],
             [[1, 2], [3, 4]],
             [SampleSpan(0, 0, 1), SampleSpan(1, 2, 1)],
         ),
-        StepInput.of(
+        step_of(
             [8, 9],
             [RowSpan(4, 4, 1), RowSpan(5, 5, 1)],
             [0, 1],

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from steps import step_of
 from torch import Tensor
 
 from model.attention.interface import AttentionBackend, AttentionBatch
@@ -32,7 +33,7 @@ PARAMS = SamplingParams(max_tokens=1)
 
 def decode(token_ids: list[int], starts: list[int], pages: list[list[int]]) -> StepInput:
     spans, slots = [RowSpan(start, start, 1) for start in starts], list(range(len(token_ids)))
-    return StepInput.of(token_ids, spans, slots, pages, [SampleSpan(row, 0, 1) for row in slots])
+    return step_of(token_ids, spans, slots, pages, [SampleSpan(row, 0, 1) for row in slots])
 
 
 @dataclass
@@ -120,7 +121,7 @@ def test_every_replay_reads_the_same_memory() -> None:
 
 def test_what_was_not_recorded_is_left_to_others() -> None:
     graphs = graphs_of(Seen(), lambda compute: compute)
-    prompt = StepInput.of([1, 2], [RowSpan(0, 0, 2)], [0], [[1]], [SampleSpan(0, 1, 1)])
+    prompt = step_of([1, 2], [RowSpan(0, 0, 2)], [0], [[1]], [SampleSpan(0, 1, 1)])
     assert graphs.pad(Packer(8, 16, PAGE_SIZE).pack(prompt)) is None
     many = decode([1] * 5, [0] * 5, [[page] for page in range(5)])
     assert graphs.pad(Packer(8, 16, PAGE_SIZE).pack(many)) is None
@@ -132,7 +133,7 @@ def test_pending_tokens_are_looked_up_in_the_step_before() -> None:
     started = [SlotStart(slot, PARAMS, [1]) for slot in slots]
     rows = [RowSpan(0, 0, 1), RowSpan(0, 0, 1), RowSpan(0, 0, 2)]
     samples = [SampleSpan(0, 0, 1), SampleSpan(2, 1, 1)]
-    packer.pack(StepInput.of([7, 8, 9, 9], rows, slots, pages, samples, [], started))
+    packer.pack(step_of([7, 8, 9, 9], rows, slots, pages, samples, [], started))
     step = replace(
         decode([8, PENDING_TOKEN, PENDING_TOKEN], [1, 2, 1], [[1], [2], [0]]), slots=[2, 6, 4]
     )
@@ -144,7 +145,7 @@ def test_pending_tokens_are_looked_up_in_the_step_before() -> None:
 
 def test_both_arrays_come_apart_on_the_device_as_they_were_put_together() -> None:
     packer = Packer(8, 16, PAGE_SIZE)
-    step = StepInput.of(
+    step = step_of(
         [7, 8, 9, 5],
         [RowSpan(4, 4, 1), RowSpan(0, 0, 3)],
         [1, 0],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steps import step_of
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
@@ -17,7 +18,6 @@ from model.interface import (
     SamplingParams,
     ScoredSpan,
     SlotStart,
-    StepInput,
     TokenLogprobs,
 )
 from model.runner import SCORED_TOKENS, TorchRunner
@@ -64,7 +64,7 @@ def score(runner: TorchRunner) -> Callable[..., list[TokenLogprobs]]:
         for start, end in zip((0, *ends), (*ends, len(prompt)), strict=True):
             is_last = end == len(prompt)
             targets = prompt[start + 1 : end + 1]
-            step = StepInput.of(
+            step = step_of(
                 # Another sequence goes first: rows do not begin where their tokens do.
                 [5, 6, *prompt[start:end]],
                 [RowSpan(0, 0, 2), RowSpan(start, start, end - start)],

@@ -1,4 +1,4 @@
-"""An engine in the same process, behind the client's interface: for tests and embedding.
+"""An engine in the same process, behind the interface of a client.
 
 Steps block the event loop while they compute; with a fake model that is microseconds, and the
 order of everything is deterministic.
