@@ -20,8 +20,8 @@ from model.interface import SamplingParams
 from model.weights.source import ModelSource
 from scheduler.engine import Engine
 from scheduler.messages import Cancel, GenerateRequest, Prepared, SetVocabulary, Submit
+from server.structured.checker import vocabulary_of
 from server.structured.grammar import json_form, regex_form, whole
-from server.structured.grammar_service import vocabulary_of
 from server.text.load import load_text
 
 #: As in `bench/live/structured.py`.

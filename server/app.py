@@ -39,7 +39,7 @@ from server.responses.routes import response_routes
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, StoreStats
 from server.service import Service, served_name
-from server.structured.grammar_service import GrammarService
+from server.structured.checker import GrammarService
 from server.text.load import ModelText
 
 _DOCUMENTED = (

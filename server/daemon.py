@@ -40,10 +40,9 @@ from server.http.protocol import HttpProtocol
 from server.http.tls import Certificate
 from server.logs import LOGGER_NAME, configure, fields, reported
 from server.memory import descendants
-from server.structured.grammar_service import GrammarService
+from server.structured.checker import GrammarService
 from server.text.export import export_tokenizer
-from server.text.load import load_text
-from server.text.named_templates import chosen_template
+from server.text.load import chosen_template, load_text
 from server.text.token_bytes import TextError
 from server.text.tokenizer import Tokenizer
 

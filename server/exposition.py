@@ -23,34 +23,36 @@ from server.memory import descendants, resident_bytes
 #: By the values of the labels.
 Values: TypeAlias = Mapping[tuple[str, ...], float]
 
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_LONG_SECONDS = (*_SECONDS[1:], 20.0, 60.0, 120.0, 300.0)
+_STEP_TOKENS = tuple(float(2**power) for power in range(15))
+_TOKENS = tuple(float(mantissa * 10**power) for power in range(7) for mantissa in (1, 2, 5))
+_ANSWERS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+
+#: By stem, the help and the upper bounds. vLLM has all of them.
+HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token_seconds": ("from a request's arrival to its first token", _LONG_SECONDS),
+    "inter_token_latency_seconds": ("between two tokens of a request", _SECONDS),
+    "e2e_request_latency_seconds": ("from a request's arrival to its end", _LONG_SECONDS),
+    "request_queue_time_seconds": ("from submission to admission", _LONG_SECONDS),
+    "request_prefill_time_seconds": ("from admission to the first token", _LONG_SECONDS),
+    "request_decode_time_seconds": ("from the first token to the last", _LONG_SECONDS),
+    "request_inference_time_seconds": ("from admission to the last token", _LONG_SECONDS),
+    "request_time_per_output_token_seconds": ("mean of a request, without its first", _SECONDS),
+    "iteration_tokens": ("tokens, prompt and decode together, a step", _STEP_TOKENS),
+    "request_prompt_tokens": ("tokens of a request's prompt", _TOKENS),
+    "request_generation_tokens": ("tokens of an answer", _TOKENS),
+    "request_max_num_generation_tokens": ("tokens of the longest answer to a prompt", _TOKENS),
+    "request_params_n": ("answers generated to a prompt", _ANSWERS),
+    "request_params_max_tokens": ("most tokens that an answer may have", _TOKENS),
+}
 #: Metrics that vLLM has too (vllm/v1/metrics/loggers.py), by our stems.
-VLLM_STEMS = frozenset(
-    {
-        "num_requests_running",
-        "num_requests_waiting",
-        "kv_cache_usage_perc",
-        "prefix_cache_queries",
-        "prefix_cache_hits",
-        "num_preemptions",
-        "prompt_tokens",
-        "generation_tokens",
-        "request_success",
-        "request_prompt_tokens",
-        "request_generation_tokens",
-        "iteration_tokens",
-        "request_max_num_generation_tokens",
-        "request_params_n",
-        "request_params_max_tokens",
-        "time_to_first_token_seconds",
-        "inter_token_latency_seconds",
-        "request_time_per_output_token_seconds",
-        "e2e_request_latency_seconds",
-        "request_queue_time_seconds",
-        "request_inference_time_seconds",
-        "request_prefill_time_seconds",
-        "request_decode_time_seconds",
-    }
-)
+_SHARED_STEMS = {
+    *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
+    *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions"),
+    *("prompt_tokens", "generation_tokens", "request_success"),
+    *HISTOGRAMS,
+}
 #: Where vLLM's stem is another.
 _VLLM_STEMS = {"iteration_tokens": "iteration_tokens_total"}
 
@@ -138,7 +140,7 @@ class VllmPage(Page):
 
     def name(self, stem: str) -> str | None:
         """See `Page`."""
-        return f"vllm:{_VLLM_STEMS.get(stem, stem)}" if stem in VLLM_STEMS else None
+        return f"vllm:{_VLLM_STEMS.get(stem, stem)}" if stem in _SHARED_STEMS else None
 
     def cache_config(self, info: ModelInfo) -> Iterator[Metric]:
         """Yield vLLM's gauge of 1, with those of its labels that mean something here."""

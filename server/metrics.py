@@ -16,7 +16,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from scheduler.client import EngineClient, EngineUnavailableError, GenerateRequest
-from server.exposition import Histogram, Page, VllmPage, gauges
+from server.exposition import HISTOGRAMS, Histogram, Page, VllmPage, gauges
 from server.http.context import RequestRecord
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
@@ -25,28 +25,6 @@ STATUSES = (200, 400, 401, 404, 405, 408, 413, 429, 499, 500, 503)
 #: `error.code` of requests refused or ended because they cannot be served now.
 REJECTED_REASONS = ("queue_full", "key_limit", "unavailable")
 
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-_LONG_SECONDS = (*_SECONDS[1:], 20.0, 60.0, 120.0, 300.0)
-_STEP_TOKENS = tuple(float(2**power) for power in range(15))
-_TOKENS = tuple(float(mantissa * 10**power) for power in range(7) for mantissa in (1, 2, 5))
-_ANSWERS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-
-_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "time_to_first_token_seconds": ("from a request's arrival to its first token", _LONG_SECONDS),
-    "inter_token_latency_seconds": ("between two tokens of a request", _SECONDS),
-    "e2e_request_latency_seconds": ("from a request's arrival to its end", _LONG_SECONDS),
-    "request_queue_time_seconds": ("from submission to admission", _LONG_SECONDS),
-    "request_prefill_time_seconds": ("from admission to the first token", _LONG_SECONDS),
-    "request_decode_time_seconds": ("from the first token to the last", _LONG_SECONDS),
-    "request_inference_time_seconds": ("from admission to the last token", _LONG_SECONDS),
-    "request_time_per_output_token_seconds": ("mean of a request, without its first", _SECONDS),
-    "iteration_tokens": ("tokens, prompt and decode together, a step", _STEP_TOKENS),
-    "request_prompt_tokens": ("tokens of a request's prompt", _TOKENS),
-    "request_generation_tokens": ("tokens of an answer", _TOKENS),
-    "request_max_num_generation_tokens": ("tokens of the longest answer to a prompt", _TOKENS),
-    "request_params_n": ("answers generated to a prompt", _ANSWERS),
-    "request_params_max_tokens": ("most tokens that an answer may have", _TOKENS),
-}
 #: Counters the engine keeps: our name, its field, help.
 _ENGINE_COUNTERS = (
     ("prefix_cache_queries", "prefix_queries_tokens_total", "prompt tokens looked up"),
@@ -85,7 +63,7 @@ class Metrics(Collector):
         self._client = client
         self._model_name = model_name
         self._pages = (Page, VllmPage) if alias == "vllm" else (Page,)
-        self._histograms = {name: Histogram(of[1]) for name, of in _HISTOGRAMS.items()}
+        self._histograms = {name: Histogram(of[1]) for name, of in HISTOGRAMS.items()}
         self._inter_token = self._histograms["inter_token_latency_seconds"]
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -192,7 +170,7 @@ class Metrics(Collector):
             for name, text, read in self._own_gauges:
                 yield from page.gauge(name, text, {(): read()})
             for name, histogram in self._histograms.items():
-                yield from page.histogram(name, _HISTOGRAMS[name][0], histogram)
+                yield from page.histogram(name, HISTOGRAMS[name][0], histogram)
 
     def _counters(self, page: Page, engine_counts: dict[str, int]) -> Iterator[Metric]:
         for name, field, text in _ENGINE_COUNTERS:

@@ -88,9 +88,11 @@ class DocumentedApp(FastAPI):
             schemas = components.setdefault("schemas", {})
             for model in self._documented:
                 schema = TypeAdapter(model).json_schema(ref_template=_REF)
-                schemas.update(schema.pop("$defs", {}))
+                found = schema.pop("$defs", {})
                 if "$ref" not in schema:
-                    schemas[model.__name__] = schema
+                    found[model.__name__] = schema
+                for name, one in found.items():
+                    assert schemas.setdefault(name, one) == one, f"two types are named {name}"
             components["securitySchemes"] = {
                 "key": {"type": "http", "scheme": "bearer"},
                 "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},

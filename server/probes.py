@@ -46,11 +46,7 @@ def probe_routes(service: Service, version: str) -> APIRouter:
         body, content_type = service.metrics.exposition(request.headers.get("accept", ""))
         return Response(body, headers={"Content-Type": content_type})
 
-    @router.get(
-        "/version",
-        summary="What is running",
-        responses=answers(response_models.Version),
-    )
+    @router.get("/version", summary="What is running", responses=answers(response_models.Version))
     async def get_version() -> Response:
         return JsonResponse(response_models.Version(version=version))
 

@@ -14,7 +14,7 @@ from server.http.errors import model_not_found
 from server.http.lifecycle import Lifecycle
 from server.http.work import Workshop
 from server.metrics import Metrics
-from server.structured.grammar_service import GrammarService
+from server.structured.checker import GrammarService
 from server.text.load import ModelText
 
 

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 from server.generation.generation_spec import Conversation, ToolSpec
-from server.generation.params import Warned
+from server.generation.params import Warned, ignored
 from server.generation.prompt_messages import source_of
 from server.generation.prompts import require_room, require_rows
 from server.generation.tooling import tools_are_text
-from server.http.errors import Path, dotted, invalid
+from server.http.errors import Path, invalid
 from server.http.work import LONG_CHARS, Check
 from server.service import Service
 from server.text.template import LIMIT_S, SlowTemplateError, TemplateError
@@ -104,10 +104,7 @@ async def chat_tokens(
 
 
 def _holder(
-    text: str,
-    chat: Conversation,
-    functions: Sequence[dict[str, Any]],
-    variables: Mapping[str, Any],
+    text: str, chat: Conversation, functions: Sequence[dict[str, Any]], variables: Mapping[str, Any]
 ) -> Path:
     """Return the field that holds `text`; the conversation where only the template does."""
     fields: list[tuple[Path, object]] = [(one.path, one.fields) for one in chat.messages]
@@ -122,7 +119,5 @@ def _with_effort(service: Service, chat: Conversation, warnings: list[Warned]) -
     if name in source_of(template) and effort is not None:
         return {name: effort, **chat.variables}
     if effort not in {None, "none"}:
-        param = dotted(chat.effort_path)
-        message = f"{param} was ignored: it has no effect on this model"
-        warnings.append({"param": param, "message": message})
+        warnings.append(ignored(chat.effort_path, "it has no effect on this model"))
     return {**chat.variables}

@@ -37,8 +37,7 @@ async def generate_choices(
     # The first choice of each prompt counts the prompt.
     records = [
         replace(
-            record,
-            prompt_tokens=0 if index % job.spec.num_tries else len(request.prompt_token_ids),
+            record, prompt_tokens=0 if index % job.spec.num_tries else len(request.prompt_token_ids)
         )
         for index, request in enumerate(job.requests)
     ]

@@ -22,7 +22,8 @@ class Envelope:
         self._usage = b',"usage":null' if job.spec.has_usage_chunk else b""
         self._tail = b"]" + self._usage + b"}\n\n"
         self._start = b"data: " + self._head
-        self._record = record if job.spec.has_continuous_usage else None
+        options = job.spec.fields.stream_options
+        self._record = record if options and options.continuous_usage_stats else None
 
     def text(self, before: bytes, text: str, logprobs: bytes) -> bytes:
         """Return the event of a text; `before`: the choice up to it."""

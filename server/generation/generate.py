@@ -18,9 +18,9 @@ from scheduler.client import (
     TokenOutput,
 )
 from server.answer_types import Octavo, Usage
-from server.generation.generation_spec import GenerationSpec
 from server.generation.output import OutputChunk, OutputOptions, OutputText
 from server.generation.reasoning import ReasoningCounter
+from server.generation.request_fields import GenerationSpec
 from server.generation.tooling import ParserOptions
 from server.http.context import RequestRecord
 from server.http.errors import ApiError, from_engine, unavailable

@@ -1,4 +1,4 @@
-"""The neutral form of a request to generate: every API builds it from its own request model.
+"""The neutral parts of a request to generate: every API builds them from its own request model.
 
 A part that an error may name carries its path in that request, so errors need no translation.
 Knows nothing of templates, tokens or engines.
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from server.generation.params import Warned
 from server.http.errors import Path
 
 ConstraintKind: TypeAlias = Literal["json", "regex", "choice", "grammar"]
@@ -43,11 +42,7 @@ class ToolSpec:
 
     def for_template(self) -> dict[str, Any]:
         """Return the function as templates show it, without the fields that were not given."""
-        fields = {
-            "name": self.name,
-            "description": self.description,
-            "parameters": self.parameters,
-        }
+        fields = {"name": self.name, "description": self.description, "parameters": self.parameters}
         given = {name: value for name, value in fields.items() if value is not None}
         return {"type": "function", "function": given}
 
@@ -113,50 +108,3 @@ class OutputConstraint:
     is_lenient: bool = False
     is_compact: bool = False
     whitespace: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationSpec:
-    """One request, valid in itself. `server/generation/prepare.py` checks it against the model."""
-
-    model: str | None
-    prompt: Conversation | TextPrompts
-    #: Of the request: a measure of the time to convert.
-    num_bytes: int
-    #: Given values by the names of fields of `SamplingParams`; others have the server's defaults.
-    sampling: Mapping[str, Any]
-    constraint: OutputConstraint | None = None
-    truncate_prompt_tokens: int | None = None
-
-    #: None: the default of the kind of prompt.
-    max_tokens: int | None = None
-    max_tokens_path: Path = ("max_tokens",)
-    #: More than the context has room for is cut, with a warning, instead of refused.
-    cuts_max_tokens: bool = False
-    stop: Sequence[str] = ()
-    include_stop: bool = False
-    skip_special_tokens: bool = True
-
-    #: Alternatives listed for each token, of the answer and of the prompt; None: no logprobs.
-    logprobs: int | None = None
-    logprobs_path: Path = ("logprobs",)
-    prompt_logprobs: int | None = None
-    has_token_ids: bool = False
-
-    #: Answers to each prompt, and how many are generated to choose them from.
-    num_choices: int = 1
-    num_tries: int = 1
-    priority: int = 0
-    cache_salt: str = ""
-    timeout_s: float | None = None
-
-    is_stream: bool = False
-    has_usage_chunk: bool = False
-    has_continuous_usage: bool = False
-    #: Of fields without effect.
-    warnings: tuple[Warned, ...] = ()
-
-    @property
-    def is_echoed(self) -> bool:
-        """Whether the answer repeats the prompt."""
-        return isinstance(self.prompt, TextPrompts) and self.prompt.is_echoed

@@ -86,9 +86,7 @@ class OutputText:
         """Raise `ValueError` for stop strings that are not allowed."""
         self._options = options
         self._decoder = StreamDecoder(
-            tokenizer,
-            skip_special_tokens=options.skip_special_tokens,
-            continues=options.continues,
+            tokenizer, skip_special_tokens=options.skip_special_tokens, continues=options.continues
         )
         self._matcher = StopMatcher(options.stops, include=options.include_stop)
         self._num_tokens = 0

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 
 from server.answer_types import ParamWarning
-from server.http.errors import invalid, shortened
+from server.http.errors import Path, dotted, invalid, shortened
 
 #: More are summed up.
 MAX_WARNINGS = 64
@@ -57,7 +57,7 @@ _COMMON = {
     "return_tokens_as_token_ids": refused(_FALSE),
     "spaces_between_special_tokens": refused(_TRUE),
     "detokenize": refused(_TRUE),
-    "user": warned("callers are not told apart by it"),
+    "user": warned("it does not distinguish callers"),
     "metadata": warned("is not stored", {}),
     "store": warned("nothing is stored here", _FALSE),
     "service_tier": warned("there is one tier", "auto", "default"),
@@ -91,9 +91,18 @@ TOKENIZE = {
     "parse_special": warned("special tokens in a prompt are always read as such", _TRUE),
     "with_pieces": warned("it is called return_token_strs here", _FALSE),
 }
-STREAM_OPTIONS = {
-    "include_obfuscation": warned("chunks are not padded", _FALSE),
-}
+STREAM_OPTIONS = {"include_obfuscation": warned("chunks are not padded", _FALSE)}
+
+
+def warning(at: Path | str, text: str) -> Warned:
+    """Return the warning about a part of a request; `text` follows the part's name."""
+    param = at if isinstance(at, str) else dotted(at)
+    return {"param": param, "message": f"{param} {text}"}
+
+
+def ignored(at: Path | str, because: str) -> Warned:
+    """Return the warning of a part without effect."""
+    return warning(at, f"was ignored: {because}")
 
 
 def judge(
@@ -110,11 +119,11 @@ def judge(
             continue
         param = prefix + shortened(name)
         if known is None:
-            warnings.append({"param": param, "message": f"{param} is unknown here and was ignored"})
+            warnings.append(warning(param, "is unknown here and was ignored"))
         elif known.is_refused:
             raise invalid(f"{param} {known.reason}", param, code="unsupported_parameter")
         else:
-            warnings.append({"param": param, "message": f"{param} was ignored: {known.reason}"})
+            warnings.append(ignored(param, known.reason))
     return summed_up(warnings)
 
 

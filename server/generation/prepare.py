@@ -13,9 +13,9 @@ from model.splitmix64 import splitmix64
 from scheduler.client import GenerateRequest, SamplingParams
 from server.generation.chat_prompt import chat_tokens
 from server.generation.generate import Job
-from server.generation.generation_spec import Conversation, GenerationSpec, TextPrompts, ToolSpec
+from server.generation.generation_spec import Conversation, TextPrompts, ToolSpec
 from server.generation.output import OutputOptions
-from server.generation.params import Warned
+from server.generation.params import Warned, warning
 from server.generation.prompt_logprobs import require_few
 from server.generation.prompts import (
     DEFAULT_COMPLETION_TOKENS,
@@ -26,6 +26,7 @@ from server.generation.prompts import (
     tokens_of,
     truncated,
 )
+from server.generation.request_fields import GenerationSpec
 from server.generation.sampling import sampling_of
 from server.generation.tooling import callable_tools, parser_options, tool_warnings
 from server.http.errors import Path, dotted, invalid
@@ -35,7 +36,7 @@ from server.structured.requests import chat_grammar, text_grammar
 
 async def generation_job(service: Service, spec: GenerationSpec) -> Job:
     """Return the work for the engine. Raises `ApiError` that names the field at fault."""
-    service.require_model(spec.model)
+    service.require_model(spec.fields.model)
     if isinstance(spec.prompt, TextPrompts):
         return await _text_job(service, spec, spec.prompt)
     return await _chat_job(service, spec, spec.prompt)
@@ -55,7 +56,7 @@ async def chat_prompt(
 
 async def _chat_job(service: Service, spec: GenerationSpec, chat: Conversation) -> Job:
     warnings = list(spec.warnings)
-    must_fit = spec.truncate_prompt_tokens is None
+    must_fit = spec.fields.truncate_prompt_tokens is None
     prompt, tools = await chat_prompt(service, chat, warnings, must_fit=must_fit)
     prompt = truncated(service.client.info, spec, prompt)
     params = await _sampling(service, spec, [prompt], [chat.path], warnings)
@@ -73,7 +74,7 @@ async def _text_job(service: Service, spec: GenerationSpec, texts: TextPrompts) 
         service,
         texts.prompts,
         add_special_tokens=texts.add_special_tokens,
-        must_fit=spec.truncate_prompt_tokens is None,
+        must_fit=spec.fields.truncate_prompt_tokens is None,
     )
     prompts = [truncated(service.client.info, spec, token_ids) for token_ids in encoded]
     paths = [texts.path_of(index) for index in range(len(prompts))]
@@ -94,7 +95,7 @@ async def _sampling(
 ) -> list[SamplingParams]:
     """Return the parameters of each prompt, which `paths` lead to. Raises `ApiError`."""
     vocab_size = service.client.info.vocab_size
-    bad_words = await bad_word_tokens(service, spec.sampling.get("bad_words", ()))
+    bad_words = await bad_word_tokens(service, spec.fields.bad_words or ())
     params = []
     for prompt, path in zip(prompts, paths, strict=True):
         if not prompt and isinstance(spec.prompt, TextPrompts):
@@ -113,7 +114,7 @@ def _max_tokens(
 ) -> int:
     """Return the limit of generated tokens; raise `ApiError` if they do not fit."""
     limit, code = service.client.info.max_model_len, "context_length_exceeded"
-    room, known, wanted = limit - num_prompt, context_words(limit), spec.max_tokens
+    room, known, wanted = limit - num_prompt, context_words(limit), spec.fields.max_tokens
     if room <= 0:
         raise invalid(f"{known}: {dotted(path)} has {num_prompt}", path, code)
     if wanted is None:
@@ -126,8 +127,7 @@ def _max_tokens(
     if not spec.cuts_max_tokens:
         message = f"{known}: {dotted(path)} has {num_prompt} and {name} is {wanted}"
         raise invalid(message, spec.max_tokens_path, code)
-    message = f"{name} was cut to {room}: the context has room for no more"
-    warnings.append({"param": name, "message": message})
+    warnings.append(warning(name, f"was cut to {room}: the context has room for no more"))
     return room
 
 
@@ -156,16 +156,16 @@ def _job(
                 replace(
                     own, grammar=grammar, seed=splitmix64(own.seed, index) if index else own.seed
                 ),
-                spec.priority,
-                spec.cache_salt,
+                spec.fields.priority or 0,
+                spec.fields.cache_salt or "",
             )
             for prompt, own in zip(map(tuple, prompts), params, strict=True)
             for index in range(spec.num_tries)
         ),
         output=OutputOptions(
-            stops=tuple(spec.stop),
-            include_stop=spec.include_stop,
-            skip_special_tokens=spec.skip_special_tokens,
+            stops=tuple(spec.fields.stop or ()),
+            include_stop=spec.fields.include_stop_str_in_output is True,
+            skip_special_tokens=spec.fields.skip_special_tokens is not False,
             end_token_ids=frozenset(ends),
             min_tokens=first.min_tokens,
             continues=isinstance(spec.prompt, TextPrompts) or spec.prompt.continues_last,

@@ -16,7 +16,7 @@ from server.answer_types import (
     TokenLogprob,
     TopLogprob,
 )
-from server.generation.generation_spec import GenerationSpec
+from server.generation.request_fields import GenerationSpec
 from server.http.errors import invalid
 from server.text.detokenize import StreamDecoder
 from server.text.tokenizer import Tokenizer
@@ -29,10 +29,10 @@ MAX_ENTRIES = 2**20
 
 def num_wanted(spec: GenerationSpec) -> int | None:
     """Return the number of likeliest tokens to list; None: no scores. Raises `ApiError`."""
-    if spec.prompt_logprobs is not None and spec.is_stream:
+    if spec.fields.prompt_logprobs is not None and spec.fields.stream:
         message = "prompt_logprobs cannot be streamed: ask without stream"
         raise invalid(message, "prompt_logprobs", code="unsupported_parameter")
-    counts = (spec.prompt_logprobs, spec.logprobs if spec.is_echoed else None)
+    counts = (spec.fields.prompt_logprobs, spec.logprobs if spec.is_echoed else None)
     return max((count for count in counts if count is not None), default=None)
 
 
@@ -43,10 +43,10 @@ def require_few(spec: GenerationSpec, prompts: Iterable[Sequence[int]], count: i
     """
     num_entries = sum(map(len, prompts)) * spec.num_tries * (1 + count)
     if num_entries > MAX_ENTRIES:
-        name = "logprobs" if spec.prompt_logprobs is None else "prompt_logprobs"
+        name = "logprobs" if spec.fields.prompt_logprobs is None else "prompt_logprobs"
         message = (
-            f"{name}: of the prompts of all answers together {num_entries} probabilities are asked"
-            f" for, and at most {MAX_ENTRIES} are told"
+            f"{name}: the prompts of all answers together have {num_entries} probabilities, more"
+            f" than the {MAX_ENTRIES} that an answer may contain"
         )
         raise invalid(message, name)
 

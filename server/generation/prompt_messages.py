@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from server.generation.generation_spec import PromptMessage
-from server.generation.params import Warned
+from server.generation.params import Warned, ignored
 from server.http.errors import Path, dotted, invalid, shortened
 from server.text.template import ChatTemplate
 from server.tools.schemas import MAX_CALLS
@@ -16,7 +16,7 @@ from server.tools.schemas import MAX_CALLS
 #: The field of a message that has the reasoning before it.
 REASONING = "reasoning_content"
 #: Why it has no effect then.
-NOT_SHOWN = "the model's template does not show it"
+NOT_SHOWN = "the model's template does not use it"
 #: More of these in one request, or in one message, are a mistake or an attack.
 MAX_MESSAGES = 16_384
 MAX_PARTS = 4096
@@ -76,10 +76,8 @@ def unread_reasoning(
     """Return a warning for the first message with reasoning, if the template does not show any."""
     if REASONING in source_of(template):
         return []
-    params = [dotted(message.path) for message in messages if message.fields.get(REASONING)]
-    return [
-        {"param": param, "message": f"{param} was ignored: {NOT_SHOWN}"} for param in params[:1]
-    ]
+    paths = [message.path for message in messages if message.fields.get(REASONING)]
+    return [ignored(path, NOT_SHOWN) for path in paths[:1]]
 
 
 def source_of(template: ChatTemplate | None) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from scheduler.client import EngineUnavailableError, ModelInfo
-from server.generation.generation_spec import GenerationSpec, TextPrompts
+from server.generation.generation_spec import TextPrompts
+from server.generation.request_fields import GenerationSpec
 from server.http.errors import Path, dotted, invalid, shortened
 from server.http.work import LONG_CHARS, Check
 from server.service import Service
@@ -35,13 +36,13 @@ async def echoes(
     With logprobs it is always the latter, because their offsets point into this text.
     """
     decode = service.text.tokenizer.decode
-    is_decoded = spec.truncate_prompt_tokens is not None or spec.logprobs is not None
+    is_decoded = spec.fields.truncate_prompt_tokens is not None or spec.logprobs is not None
 
     def decode_all(_: Check) -> tuple[str, ...]:
         return tuple(
             given
             if isinstance(given, str) and not is_decoded
-            else decode(token_ids, skip_special_tokens=spec.skip_special_tokens)
+            else decode(token_ids, skip_special_tokens=spec.fields.skip_special_tokens is not False)
             for given, token_ids in zip(texts.prompts, prompts, strict=True)
         )
 
@@ -50,11 +51,13 @@ async def echoes(
 
 def truncated(info: ModelInfo, spec: GenerationSpec, token_ids: list[int]) -> list[int]:
     """Return the end of the prompt that `truncate_prompt_tokens` keeps. Raises `ApiError`."""
-    num_kept = spec.truncate_prompt_tokens
+    num_kept = spec.fields.truncate_prompt_tokens
     if num_kept is None:
         return token_ids
     if num_kept == -1:
-        num_kept = max(1, info.max_model_len - (spec.max_tokens or DEFAULT_COMPLETION_TOKENS))
+        num_kept = max(
+            1, info.max_model_len - (spec.fields.max_tokens or DEFAULT_COMPLETION_TOKENS)
+        )
     if num_kept < 1:
         message = "truncate_prompt_tokens must be at least 1, or -1 for what fits"
         raise invalid(message, "truncate_prompt_tokens")

@@ -7,7 +7,8 @@ Lists end at their first fault, because validating millions of them would take t
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import (
@@ -21,12 +22,7 @@ from pydantic import (
 )
 
 from scheduler.client import SamplingParams
-from server.generation.generation_spec import (
-    Conversation,
-    GenerationSpec,
-    OutputConstraint,
-    TextPrompts,
-)
+from server.generation.generation_spec import Conversation, OutputConstraint, TextPrompts
 from server.generation.params import STREAM_OPTIONS, Warned, judge
 from server.http.errors import ApiError, Path, dotted, from_validation, invalid
 from server.http.work import Workshop
@@ -164,80 +160,79 @@ BadWords = Annotated[
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 
 
+def optional(description: str) -> Any:  # noqa: ANN401 - as pydantic's `Field`
+    """Return the declaration of a field that a client may leave out."""
+    return Field(default=None, description=description)
+
+
 class StreamOptions(Request):
     """Further fields of a stream's chunks."""
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = Field(
-        default=None, description="every chunk tells the usage so far, of all choices together"
+    continuous_usage_stats: bool | None = optional(
+        "every chunk has the usage so far, of all choices together"
     )
 
 
 class GenerateFields(Request):
     """The fields that all routes for generation have in common."""
 
-    model: str | None = Field(default=None, description="default: the one that is served")
-    n: Choices | None = Field(default=None, description="answers to each prompt; default 1")
+    model: str | None = optional("default: the one that is served")
+    n: Choices | None = optional("answers to each prompt; default 1")
     max_tokens: int | None = None
-    temperature: float | None = Field(default=None, description="0 to 2; default 1")
-    top_p: float | None = Field(default=None, description="above 0, at most 1; default 1")
-    top_k: int | None = Field(default=None, description="-1, 0 and null: no limit")
+    temperature: float | None = optional("0 to 2; default 1")
+    top_p: float | None = optional("above 0, at most 1; default 1")
+    top_k: int | None = optional("-1, 0 and null: no limit")
     min_p: float | None = None
-    seed: int | None = Field(default=None, description="default: drawn for each request")
-    presence_penalty: float | None = Field(default=None, description="-2 to 2; default 0")
-    frequency_penalty: float | None = Field(default=None, description="-2 to 2; default 0")
+    seed: int | None = optional("default: drawn for each request")
+    presence_penalty: float | None = optional("-2 to 2; default 0")
+    frequency_penalty: float | None = optional("-2 to 2; default 0")
     repetition_penalty: float | None = None
-    logit_bias: Biases = Field(default=None, description="token id (in a string) to -100 ... 100")
-    allowed_token_ids: AllowedTokens | None = Field(
-        default=None, description="no other tokens are sampled, ends neither"
-    )
-    bad_words: BadWords | None = Field(
-        default=None,
-        description="texts whose tokens, with a space before them or without, are not completed;"
-        " the same text in other tokens is",
+    logit_bias: Biases = optional("token id (in a string) to -100 ... 100")
+    allowed_token_ids: AllowedTokens | None = optional("no other tokens are sampled, ends neither")
+    bad_words: BadWords | None = optional(
+        "texts whose tokens, with a space before them or without, are not completed;"
+        " the same text in other tokens is"
     )
     stop: Stops = None
     stop_token_ids: StopTokens | None = None
     include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = Field(default=None, description="default true")
+    skip_special_tokens: bool | None = optional("default true")
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    cache_salt: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="prefixes are shared by equal salts only, in the key's namespace"
+    cache_salt: Annotated[str, Field(min_length=1)] | None = optional(
+        "prefixes are shared by equal salts only, in the key's namespace"
     )
-    priority: int | None = Field(default=None, description="smaller goes first; default 0")
-    add_special_tokens: bool | None = Field(
-        default=None, description="default: false for chats (the template has them), else true"
+    priority: int | None = optional("smaller goes first; default 0")
+    add_special_tokens: bool | None = optional(
+        "default: false for chats (the template has them), else true"
     )
-    truncate_prompt_tokens: int | None = Field(
-        default=None, description="keep as many from the prompt's end; -1: what fits"
+    truncate_prompt_tokens: int | None = optional(
+        "keep as many from the prompt's end; -1: what fits"
     )
-    prompt_logprobs: int | None = Field(
-        default=None,
-        description="0 to 20: tell how probable the prompt's tokens were, and so many others;"
-        " not with stream; the prompt is computed anew",
+    prompt_logprobs: int | None = optional(
+        "0 to 20: log-probabilities of the prompt's tokens and of this many others;"
+        " not with stream; the prompt is computed anew"
     )
-    return_token_ids: bool | None = Field(
-        default=None, description="tell the prompt's and the answer's tokens too"
+    return_token_ids: bool | None = optional(
+        "return the ids of the prompt's and the answer's tokens too"
     )
-    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] | None = Field(
-        default=None, description="seconds from its arrival until the request is ended with a 408"
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] | None = optional(
+        "seconds from its arrival until the request is ended with a 408"
     )
 
-    response_format: ResponseFormat | None = Field(
-        default=None, description="text, json_object or json_schema; see operations.md"
+    response_format: ResponseFormat | None = optional(
+        "text, json_object or json_schema; see operations.md"
     )
-    structured_outputs: StructuredOutputs | None = Field(
-        default=None, description="one of json, regex, choice, grammar, json_object"
+    structured_outputs: StructuredOutputs | None = optional(
+        "one of json, regex, choice, grammar, json_object"
     )
-    guided_json: Schema | None = Field(default=None, description="as structured_outputs.json")
-    guided_regex: Pattern | None = Field(default=None, description="as structured_outputs.regex")
-    guided_choice: Texts | None = Field(default=None, description="as structured_outputs.choice")
-    guided_grammar: Grammar | None = Field(
-        default=None, description="as structured_outputs.grammar"
-    )
+    guided_json: Schema | None = optional("as structured_outputs.json")
+    guided_regex: Pattern | None = optional("as structured_outputs.regex")
+    guided_choice: Texts | None = optional("as structured_outputs.choice")
+    guided_grammar: Grammar | None = optional("as structured_outputs.grammar")
 
     @field_validator("priority")
     @classmethod
@@ -261,32 +256,23 @@ class GenerateFields(Request):
             if not self.stream:
                 raise invalid("stream_options needs stream to be true", "stream_options")
             warnings = warnings + judge(options.model_extra, STREAM_OPTIONS, "stream_options.")
+        return GenerationSpec(
+            fields=self,
+            prompt=prompt,
+            num_bytes=self.num_bytes,
+            constraint=self._the_constraint(constraint),
+            num_choices=self.n or 1,
+            num_tries=self.n or 1,
+            has_usage_chunk=options is not None and options.include_usage is True,
+            warnings=tuple(warnings),
+        )
+
+    def sampling(self) -> Mapping[str, Any]:
+        """Return the given values by the names of fields of `SamplingParams`."""
         names = {field.name for field in fields(SamplingParams)} & set(GenerateFields.model_fields)
         # Both depend on the prompt.
         names -= {"max_tokens", "prompt_logprobs"}
-        return GenerationSpec(
-            model=self.model,
-            prompt=prompt,
-            num_bytes=self.num_bytes,
-            sampling={k: value for k in names if (value := getattr(self, k)) is not None},
-            constraint=self._the_constraint(constraint),
-            truncate_prompt_tokens=self.truncate_prompt_tokens,
-            max_tokens=self.max_tokens,
-            stop=self.stop or (),
-            include_stop=self.include_stop_str_in_output is True,
-            skip_special_tokens=self.skip_special_tokens is not False,
-            prompt_logprobs=self.prompt_logprobs,
-            has_token_ids=self.return_token_ids is True,
-            num_choices=self.n or 1,
-            num_tries=self.n or 1,
-            priority=self.priority or 0,
-            cache_salt=self.cache_salt or "",
-            timeout_s=self.timeout,
-            is_stream=self.stream is True,
-            has_usage_chunk=options is not None and options.include_usage is True,
-            has_continuous_usage=options is not None and options.continuous_usage_stats is True,
-            warnings=tuple(warnings),
-        )
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _the_constraint(self, own: OutputConstraint | None) -> OutputConstraint | None:
         """Return the constraint, if there is one. Raises `ApiError` for several."""
@@ -306,6 +292,35 @@ class GenerateFields(Request):
             first, second = found[0].path, found[1].path
             raise invalid(f"{dotted(first)} and {dotted(second)} exclude each other", second)
         return found[0] if found else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """One request, valid in itself. `server/generation/prepare.py` checks it against the model."""
+
+    #: Those of all APIs. An API sets the ones that it has under another name.
+    fields: GenerateFields
+    prompt: Conversation | TextPrompts
+    #: Of the request: a measure of the time to convert.
+    num_bytes: int
+    constraint: OutputConstraint | None = None
+    max_tokens_path: Path = ("max_tokens",)
+    #: More than the context has room for is cut, with a warning, instead of refused.
+    cuts_max_tokens: bool = False
+    #: Alternatives listed for each token of the answer; None: no logprobs.
+    logprobs: int | None = None
+    logprobs_path: Path = ("logprobs",)
+    #: Answers to each prompt, and how many are generated to choose them from.
+    num_choices: int = 1
+    num_tries: int = 1
+    has_usage_chunk: bool = False
+    #: Of fields without effect.
+    warnings: tuple[Warned, ...] = ()
+
+    @property
+    def is_echoed(self) -> bool:
+        """Whether the answer repeats the prompt."""
+        return isinstance(self.prompt, TextPrompts) and self.prompt.is_echoed
 
 
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

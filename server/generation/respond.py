@@ -22,13 +22,15 @@ from server.answer_types import Report, StreamReport
 from server.generation.choices import best, generate_choices
 from server.generation.generate import Job, octavo, usage
 from server.generation.output import FinishWord, OutputChunk, joined
+from server.generation.prepare import generation_job
+from server.generation.request_fields import GenerationSpec, RequestT, parse
 from server.http.context import RequestContext, RequestRecord
 from server.http.deadline import Deadline
 from server.http.errors import ApiError, ClientGoneError, from_engine
-from server.http.event_stream import EventStream
-from server.http.send import send_json
+from server.http.event_stream import EventStream, send_json
 from server.http.work import Check
 from server.service import Service
+from server.text.template import ChatTemplate
 
 ChoiceT = TypeVar("ChoiceT")
 
@@ -95,14 +97,14 @@ class GenerationResponse(Response):
             async with context.interruption.on_disconnect(receive):
                 deadline.of_server(self._service.config.server.request_timeout_s)
                 job = await self._prepare()
-                deadline.of_request(job.spec.timeout_s)
+                deadline.of_request(job.spec.fields.timeout)
                 await self._answer(job, context.record, send)
 
     async def _answer(self, job: Job, record: RequestRecord, send: Send) -> None:
         num_answers = len(job.prompts) * job.spec.num_choices
         formats = [self._new_format(job, record, i) for i in range(num_answers)]
         async with aclosing(generate_choices(self._service, job, record)) as batches:
-            if job.spec.is_stream:
+            if job.spec.fields.stream:
                 await self._stream(batches, job, formats, record, send)
             else:
                 await self._whole(batches, job, formats, record, send)
@@ -111,7 +113,8 @@ class GenerationResponse(Response):
         self, batches: Batches, job: Job, formats: Formats, record: RequestRecord, send: Send
     ) -> None:
         """Write once a step. Awaiting it is the backpressure: unread deltas become one."""
-        num_left, has_begun, has_token_ids = len(formats), False, job.spec.has_token_ids
+        num_left, has_begun = len(formats), False
+        has_token_ids = job.spec.fields.return_token_ids
         keep_alive_s = self._service.config.server.sse_keep_alive_s
         async with EventStream(send, keep_alive_s) as stream:
             async for batch in batches:
@@ -194,6 +197,23 @@ class PreparedResponse(JsonResponse):
         async with RequestContext.of(scope).interruption.on_disconnect(receive):
             body = self.render(await self._prepare())
         await send_json(send, 200, body)
+
+
+async def read_generation(
+    service: Service,
+    request: Request,
+    model: type[RequestT],
+    spec_of: Callable[[RequestT, ChatTemplate | None], GenerationSpec],
+) -> tuple[RequestT, Callable[[], Awaitable[Job]]]:
+    """Return a request to generate, and the function that prepares its job. Raises `ApiError`."""
+    asked = await parse(model, await read_work(service, request), service.work)
+
+    async def prepare() -> Job:
+        template = service.text.template
+        spec = await service.work.run(lambda _: spec_of(asked, template), asked.num_bytes)
+        return await generation_job(service, spec)
+
+    return asked, prepare
 
 
 async def read_work(service: Service, request: Request) -> bytes:

@@ -7,9 +7,9 @@ from typing import Any
 
 from model.formats.json_file import shown
 from scheduler.client import SamplingParams
-from server.generation.generation_spec import GenerationSpec
 from server.generation.prompt_logprobs import num_wanted
 from server.generation.prompts import require_tokens
+from server.generation.request_fields import GenerationSpec
 from server.http.errors import Path, dotted, invalid
 from server.service import Service
 
@@ -25,7 +25,7 @@ def sampling_of(
     bad_words: tuple[tuple[int, ...], ...],
 ) -> SamplingParams:
     """Return the parameters that the engine takes. Raises `ApiError`."""
-    vocab_size, given = service.client.info.vocab_size, {**spec.sampling}
+    vocab_size, given = service.client.info.vocab_size, {**spec.fields.sampling()}
     prompt_logprobs, is_ranked = num_wanted(spec), spec.num_tries > spec.num_choices
     stop_token_ids, allowed = given.pop("stop_token_ids", ()), given.pop("allowed_token_ids", None)
     require_tokens(stop_token_ids, vocab_size, ("stop_token_ids",))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.generation.generation_spec import Conversation, ToolSpec
-from server.generation.params import Warned
+from server.generation.params import Warned, ignored, warning
 from server.http.errors import dotted, invalid
 from server.service import Service
 from server.tools.declared import call_syntax, opens_reasoning, think_tags
@@ -76,7 +76,7 @@ def callable_tools(service: Service, chat: Conversation) -> list[ToolSpec]:
     if tools and not is_forced(chat) and _syntax(service) is None:
         message = (
             "tools are not supported by this model: its chat template has none (--tools-in-prompt"
-            " auto shows them all the same), or a format of calls that is not read here"
+            " auto lists them in the prompt), or a format of calls that is not read here"
             " (--tool-call-parser)"
         )
         raise invalid(message, "tools", code="unsupported_parameter")
@@ -89,23 +89,16 @@ def tool_warnings(service: Service, chat: Conversation, tools: Sequence[ToolSpec
     template = service.text.template
     if tools and template is not None and not template.shows_tools:
         message = "the model's chat template has no place for tools: "
-        message += _IN_TEXT if tools_are_text(service) else "the model is not shown them"
+        message += _IN_TEXT if tools_are_text(service) else "they are not in the prompt"
         warnings.append({"param": "tools", "message": message})
     for tool in tools:
         if tool.grammar_syntax and not (is_forced(chat) and tool.grammar_syntax == "regex"):
-            param = dotted(tool.schema_path)
-            message = (
-                f"{param} is shown to the model, which is not held to it: that is done for regex"
-                " alone, where tool_choice is 'required' or names the tool"
-            )
-            warnings.append({"param": param, "message": message})
+            text = "is in the prompt and not enforced: only a regex is, where tool_choice"
+            warnings.append(warning(tool.schema_path, f"{text} is 'required' or names the tool"))
         elif tool.is_strict and not is_forced(chat):
-            param = dotted((*tool.path, "strict"))
-            message = (
-                f"{param} was ignored: arguments are held to the schema only where tool_choice is"
-                " 'required' or names the tool"
-            )
-            warnings.append({"param": param, "message": message})
+            because = "arguments are held to the schema only where tool_choice"
+            path = (*tool.path, "strict")
+            warnings.append(ignored(path, f"{because} is 'required' or names the tool"))
     return warnings
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import orjson
 from pydantic import ValidationError
@@ -86,25 +86,15 @@ class ApiError(Exception):
         return orjson.dumps({"error": {name: getattr(self, name) for name in names}})
 
 
-class ErrorForm(Protocol):
-    """The form of one API's errors. All of them have OpenAI's `error` object."""
+class ErrorForm:
+    """The form of one API's errors: here OpenAI's, which is the default of every route."""
 
     def body(self, error: ApiError) -> bytes:
         """Return the JSON of an answer that is an error."""
-
-    def stream_end(self, error: ApiError) -> bytes:
-        """Return the events that end a stream which failed on its way."""
-
-
-class OpenAIErrors:
-    """See `ErrorForm`: OpenAI's, which is the default of every route."""
-
-    def body(self, error: ApiError) -> bytes:
-        """See `ErrorForm`."""
         return error.body()
 
     def stream_end(self, error: ApiError) -> bytes:
-        """See `ErrorForm`."""
+        """Return the events that end a stream which failed on its way."""
         return sse.event(error.body()) + sse.DONE
 
 

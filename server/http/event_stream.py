@@ -1,4 +1,4 @@
-"""One response of server-sent events: begun with the first, kept alive while there is none.
+"""Sends a response: whole, or as server-sent events, kept alive while there is none.
 
 Knows nothing of the content of events, or of how the stream fails (`server/http/middleware.py`).
 """
@@ -12,6 +12,16 @@ from typing import Self
 from starlette.types import Send
 
 from server.http import sse
+
+
+async def send_json(
+    send: Send, status: int, body: bytes, headers: dict[str, str] | None = None
+) -> None:
+    """Send a whole response."""
+    listed = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    listed += [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": listed})
+    await send({"type": "http.response.body", "body": body})
 
 
 class EventStream:

@@ -31,12 +31,11 @@ from server.http.errors import (
     ApiError,
     ClientGoneError,
     ErrorForm,
-    OpenAIErrors,
     from_engine,
     shortened,
 )
+from server.http.event_stream import send_json
 from server.http.lifecycle import Lifecycle
-from server.http.send import send_json
 from server.logs import LOGGER_NAME, fields, log_request
 from server.metrics import Metrics
 
@@ -83,7 +82,7 @@ class RequestMiddleware:
             await send({"type": "websocket.close", "code": 1008})
             return
         record = self._record(scope)
-        form = self._error_forms.get(scope["path"]) or OpenAIErrors()
+        form = self._error_forms.get(scope["path"]) or ErrorForm()
         is_probe = scope["path"] in PROBE_PATHS
         with self._lifecycle.request(is_counted=not is_probe) as interruption:
             scope[SCOPE_KEY] = RequestContext(record, interruption, self._bodies)
@@ -183,5 +182,5 @@ def _as_api_error(error: Exception, record: RequestRecord) -> ApiError:
         return error
     extra = fields(id=record.request_id, status=500)
     logger.error("request failed by a bug", exc_info=error, extra=extra)
-    message = f"internal error; the server's log tells more under id {record.request_id}"
+    message = f"internal error; the server's log has details under id {record.request_id}"
     return ApiError(500, message)

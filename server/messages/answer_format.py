@@ -11,7 +11,7 @@ from server.generation.answer_parser import call_ids
 from server.generation.generate import Job
 from server.generation.output import FinishWord, OutputChunk
 from server.http.context import RequestRecord
-from server.http.errors import ApiError
+from server.http.errors import ApiError, ErrorForm
 from server.messages.blocks import Blocks, summed
 from server.messages.response_models import (
     MessageAnswer,
@@ -41,8 +41,8 @@ ERROR_TYPES = {
 }
 
 
-class MessagesErrors:
-    """See `ErrorForm`: Anthropic's, with OpenAI's `param` and `code` beside."""
+class MessagesErrors(ErrorForm):
+    """Anthropic's form, with OpenAI's `param` and `code` beside."""
 
     def body(self, error: ApiError) -> bytes:
         """See `ErrorForm`."""

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.generation.generation_spec import PromptMessage
-from server.generation.params import Warned
+from server.generation.params import Warned, ignored
 from server.generation.prompt_messages import REASONING, content_of, require_limits, text_part
 from server.http.errors import Path, dotted, invalid
-from server.messages.params import ignored
 from server.messages.schemas import (
     Block,
     RedactedThinkingBlock,
@@ -95,7 +94,7 @@ class TurnReader:
                 self._open(role, path).setdefault(REASONING, []).append(block.thinking)
             case RedactedThinkingBlock():
                 self._open(role, path)
-                self.warnings.append(ignored(dotted(at), "only its maker can read it"))
+                self.warnings.append(ignored(at, "only its maker can read it"))
 
     def _append_result(self, block: ToolResultBlock, path: Path) -> None:
         mark = [text_part(ERROR_MARK)] if block.is_error else []

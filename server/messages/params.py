@@ -9,14 +9,14 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from server.generation.params import Warned, judge, nested, refused, warned
+from server.generation.params import Warned, judge, nested, refused, warned, warning
 from server.http.errors import from_validation
 from server.messages.schemas import (
     LEFT_OUT,
+    AnthropicTool,
     Block,
     CountTokensRequest,
     InputTool,
-    OtherTool,
     SharedFields,
     kind_of_tool,
 )
@@ -48,7 +48,7 @@ MESSAGES = {
     "speed": warned("there is one speed", "standard"),
     "diagnostics": warned("see octavo.cache in the answer"),
     "inference_geo": warned("there is one place"),
-    "user_profile_id": warned("callers are not told apart by it"),
+    "user_profile_id": warned("it does not distinguish callers"),
     "workspace_id": warned("there are no workspaces"),
 }
 _BLOCK = {
@@ -58,9 +58,9 @@ _BLOCK = {
 }
 _TOOL = {
     "allowed_callers": refused(["direct"], because="can only be ['direct']"),
-    "defer_loading": warned("tools are shown at once", False),  # noqa: FBT003 - a value, no switch
-    "eager_input_streaming": warned("a call is told when it is complete", False),  # noqa: FBT003 - likewise
-    "input_examples": warned("they are not shown to the model", []),
+    "defer_loading": warned("all tools are in the prompt", False),  # noqa: FBT003 - a value, no switch
+    "eager_input_streaming": warned("a call's input is streamed as it is written", False),  # noqa: FBT003 - likewise
+    "input_examples": warned("they are not in the prompt", []),
 }
 _TABLES = {InputTool: _TOOL, **dict.fromkeys(get_args(Block), _BLOCK)}
 
@@ -70,19 +70,13 @@ def without_effect(request: CountTokensRequest) -> list[Warned]:
     extras = {k: v for k, v in (request.model_extra or {}).items() if k not in PASSED}
     warnings = [*request.notes, *judge(extras, MESSAGES)]
     for at, part in nested(request):
-        if part is not request and part.model_extra and not isinstance(part, OtherTool):
+        if part is not request and part.model_extra and not isinstance(part, AnthropicTool):
             warnings += judge(part.model_extra, _TABLES.get(type(part), {}), at + ".")
     for index, tool in enumerate(request.tools or ()):
-        if isinstance(tool, OtherTool):
-            param = f"tools.{index}"
-            message = f"{param} ({tool.type}) was left out: {LEFT_OUT[kind_of_tool(tool.type)]}"
-            warnings.append({"param": param, "message": message})
+        if isinstance(tool, AnthropicTool):
+            because = LEFT_OUT[kind_of_tool(tool.type)]
+            warnings.append(warning(f"tools.{index}", f"({tool.type}) was left out: {because}"))
     return warnings
-
-
-def ignored(param: str, because: str) -> Warned:
-    """Return the warning of a parameter without effect."""
-    return {"param": param, "message": f"{param} was ignored: {because}"}
 
 
 def shared_fields(request: CountTokensRequest) -> SharedFields:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.generation.generate import Job
 from server.generation.params import summed_up
-from server.generation.prepare import chat_prompt, generation_job
+from server.generation.prepare import chat_prompt
 from server.generation.request_fields import parse
-from server.generation.respond import GenerationResponse, PreparedResponse, read_body, read_work
+from server.generation.respond import (
+    GenerationResponse,
+    PreparedResponse,
+    read_body,
+    read_generation,
+)
 from server.messages.answer_format import MessagesErrors, MessagesFormat
 from server.messages.response_models import (
     MessageAnswer,
@@ -42,14 +46,7 @@ def message_routes(service: Service) -> APIRouter:
         responses=generation_answers(MessageAnswer, MessageEvent, MessagesErrorBody),
     )
     async def create_message(request: Request) -> Response:
-        body = await read_work(service, request)
-        asked = await parse(MessagesRequest, body, service.work)
-
-        async def prepare() -> Job:
-            template = service.text.template
-            spec = await service.work.run(lambda _: message_spec(asked, template), asked.num_bytes)
-            return await generation_job(service, spec)
-
+        asked, prepare = await read_generation(service, request, MessagesRequest, message_spec)
         return GenerationResponse(
             service, prepare, lambda job, record, _: MessagesFormat(service, job, record, asked)
         )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from server.generation.prompt_messages import MAX_MESSAGES, MAX_PARTS, require_kind
-from server.generation.request_fields import GenerateFields, Request, TemplateVariables
+from server.generation.request_fields import GenerateFields, Request, TemplateVariables, optional
 from server.http.errors import Path, shortened
 from server.text.stop import MAX_STOP_CHARS, MAX_STOPS
 from server.tools.schemas import MAX_TOOLS, ToolName
@@ -39,7 +39,9 @@ _RUN_THERE = "it runs on Anthropic's servers, and this one runs no tools"
 _TRAINED = "models learn its form for it alone; give it with an input_schema"
 LEFT_OUT = {
     **dict.fromkeys(("web_search", "web_fetch", "code_execution", "advisor"), _RUN_THERE),
-    **dict.fromkeys(("tool_search_tool_bm25", "tool_search_tool_regex"), "all tools are shown"),
+    **dict.fromkeys(
+        ("tool_search_tool_bm25", "tool_search_tool_regex"), "all tools are in the prompt"
+    ),
     "mcp_toolset": _RUN_THERE,
     **dict.fromkeys(("bash", "text_editor", "memory", "computer"), _TRAINED),
     **dict.fromkeys(("browser_toolset", "computer_toolset"), _TRAINED),
@@ -56,7 +58,7 @@ def _as_tool(value: object) -> object:
     """Read a tool as its type says, so that a fault is one of that type alone."""
     kind = value.get("type") if isinstance(value, dict) else None
     is_other = isinstance(kind, str) and kind_of_tool(kind) in LEFT_OUT
-    return (OtherTool if is_other else InputTool).model_validate(value)
+    return (AnthropicTool if is_other else InputTool).model_validate(value)
 
 
 def _as_custom(value: object) -> object:
@@ -154,7 +156,7 @@ class InputTool(Request):
     cache_control: CacheControl | None = None
 
 
-class OtherTool(Request):
+class AnthropicTool(Request):
     """A tool of Anthropic's, which is left out."""
 
     type: str
@@ -164,7 +166,7 @@ class InputToolChoice(Request):
     """Which tools may or must be called."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: ToolName | None = Field(default=None, description="of the type tool")
+    name: ToolName | None = optional("of the type tool")
     disable_parallel_tool_use: bool | None = None
 
     @model_validator(mode="after")
@@ -196,7 +198,9 @@ class RequestMetadata(Request):
 
 
 Tools = Annotated[
-    list[Annotated[Any, BeforeValidator(_as_tool, json_schema_input_type=InputTool | OtherTool)]],
+    list[
+        Annotated[Any, BeforeValidator(_as_tool, json_schema_input_type=InputTool | AnthropicTool)]
+    ],
     Field(max_length=MAX_TOOLS, fail_fast=True),
 ]
 Turns = Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -209,23 +213,17 @@ StopSequences = Annotated[
 class CountTokensRequest(Request):
     """Body of `POST /v1/messages/count_tokens`."""
 
-    model: str | None = Field(default=None, description="default: the one that is served")
+    model: str | None = optional("default: the one that is served")
     messages: Turns = Field(
         description="texts, calls, results, thoughts; a last one of the assistant is gone on with"
     )
     system: TextBlocks | None = None
-    tools: Tools | None = Field(
-        default=None, description="those with an input_schema; Anthropic's own are left out"
-    )
-    tool_choice: InputToolChoice | None = Field(
-        default=None, description="default: auto if there are tools"
-    )
-    thinking: ThinkingConfig | None = Field(
-        default=None, description="default: as the model's template has it"
-    )
+    tools: Tools | None = optional("those with an input_schema; Anthropic's own are left out")
+    tool_choice: InputToolChoice | None = optional("default: auto if there are tools")
+    thinking: ThinkingConfig | None = optional("default: as the model's template has it")
     output_config: OutputConfig | None = None
-    cache_control: CacheControl | None = Field(
-        default=None, description="here and in blocks; all prefixes are kept as room allows"
+    cache_control: CacheControl | None = optional(
+        "here and in blocks; all prefixes are kept as room allows"
     )
 
     @classmethod
@@ -241,15 +239,13 @@ class MessagesRequest(CountTokensRequest):
     max_tokens: Annotated[int, Field(ge=1)] = Field(
         description="required; what the context has no room for is cut, and warned of"
     )
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        default=None, description="0 to 1; default 1"
-    )
-    top_p: float | None = Field(default=None, description="above 0, at most 1; default 1")
-    top_k: int | None = Field(default=None, description="-1, 0 and null: no limit")
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = optional("0 to 1; default 1")
+    top_p: float | None = optional("above 0, at most 1; default 1")
+    top_k: int | None = optional("-1, 0 and null: no limit")
     stop_sequences: StopSequences | None = None
     stream: bool | None = None
-    metadata: RequestMetadata | None = Field(
-        default=None, description="its `user_id` is warned of: callers are not told apart by it"
+    metadata: RequestMetadata | None = optional(
+        "its `user_id` is warned of: it does not distinguish callers"
     )
 
 

@@ -8,22 +8,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from server.generation.generation_spec import (
-    Conversation,
-    GenerationSpec,
-    OutputConstraint,
-    ToolSpec,
-    ToolUse,
-)
-from server.generation.params import CHAT, Warned, judge, summed_up
+from server.generation.generation_spec import Conversation, OutputConstraint, ToolSpec, ToolUse
+from server.generation.params import CHAT, Warned, ignored, judge, summed_up
 from server.generation.prompt_messages import unread_reasoning
+from server.generation.request_fields import GenerationSpec
 from server.messages.conversation import TurnReader
-from server.messages.params import ignored, shared_fields, without_effect
+from server.messages.params import shared_fields, without_effect
 from server.messages.schemas import CountTokensRequest, InputTool, InputToolChoice, MessagesRequest
 from server.structured.schemas import unwrapped_constraint
 from server.text.template import ChatTemplate
 from server.tools.declared import think_tags
 
+#: Fields that are not among the `PASSED` ones and have the same name in all APIs.
+_OWN = {"model", "max_tokens", "temperature", "top_p", "top_k", "stream"}
 #: Names in templates of the switch of reasoning, and of its amount.
 THINKING_VARIABLE = "enable_thinking"
 EFFORT_VARIABLE = "reasoning_effort"
@@ -36,18 +33,13 @@ def message_spec(request: MessagesRequest, template: ChatTemplate | None) -> Gen
     about_user = judge({"user_id": user_id}, {"user_id": CHAT["user"]}, "metadata.")
     unread = unread_reasoning(chat.messages, template)
     warnings = summed_up([*warnings, *about_user, *unread])
-    spec = shared_fields(request).as_spec(chat, warnings, _constraint(request))
-    own = request.model_dump(include={"temperature", "top_p", "top_k"}, exclude_none=True)
+    own = request.model_dump(include=_OWN) | {"stop": request.stop_sequences}
+    fields = shared_fields(request).model_copy(update=own)
     return replace(
-        spec,
-        model=request.model,
+        fields.as_spec(chat, warnings, _constraint(request)),
         num_bytes=request.num_bytes,
-        sampling={**spec.sampling, **own},
-        max_tokens=request.max_tokens,
         # Clients of this API ask for tens of thousands of tokens of every model.
         cuts_max_tokens=True,
-        stop=request.stop_sequences or (),
-        is_stream=request.stream is True,
     )
 
 

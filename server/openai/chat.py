@@ -66,8 +66,8 @@ class ChatFormat:
         self._envelope = Envelope(chunk, job, record)
         self._index = index
         self._has_logprobs = job.has_logprobs
-        self._has_token_ids = job.spec.has_token_ids
-        self._num_prompt_logprobs = job.spec.prompt_logprobs
+        self._has_token_ids = job.spec.fields.return_token_ids is True
+        self._num_prompt_logprobs = job.spec.fields.prompt_logprobs
         #: Of a text without details: each chunk is the same up to the text.
         self._text_head = b""
         if options is None and not self._has_logprobs and not self._has_token_ids:

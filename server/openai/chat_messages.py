@@ -7,16 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from server.generation.generation_spec import PromptMessage
 from server.generation.prompt_messages import MAX_PARTS, content_of, require_kind, text_part
+from server.generation.request_fields import optional
 from server.http.errors import Path
 from server.tools.schemas import ToolCalls
 
@@ -62,11 +57,9 @@ class Message(BaseModel):
         Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None,
         BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart] | None),
     ] = None
-    refusal: str | None = Field(
-        default=None, description="of the assistant: its content, where there is no other"
-    )
-    tool_calls: ToolCalls | None = Field(default=None, description="what the assistant called")
-    tool_call_id: str | None = Field(default=None, description="needed by the role tool")
+    refusal: str | None = optional("of the assistant: its content, where there is no other")
+    tool_calls: ToolCalls | None = optional("what the assistant called")
+    tool_call_id: str | None = optional("needed by the role tool")
 
     @model_validator(mode="after")
     def _answers_a_call(self) -> Self:

@@ -42,16 +42,16 @@ class CompletionFormat:
         self._index = index
         self._text = _TEXT % index
         self._has_logprobs = job.has_logprobs
-        self._has_token_ids = job.spec.has_token_ids
+        self._has_token_ids = job.spec.fields.return_token_ids is True
         prompt = index // job.spec.num_choices
         self._echo = job.echoes[prompt] if job.echoes else ""
         self._prompt_ids = job.prompts[prompt]
         self._prompt: PromptDetails = {}
-        if job.spec.has_token_ids:
+        if self._has_token_ids:
             self._prompt["prompt_token_ids"] = list(self._prompt_ids)
         self._skips_special_tokens = job.output.skip_special_tokens
         self._num_logprobs = job.requests[0].params.logprobs or 0
-        self._num_prompt_logprobs = job.spec.prompt_logprobs
+        self._num_prompt_logprobs = job.spec.fields.prompt_logprobs
         self._has_scored_echo = bool(job.echoes) and job.has_logprobs
         #: Of a stream: the prompt comes with its first chunk, which has its probabilities.
         self._is_echo_due = self._has_scored_echo
@@ -69,11 +69,7 @@ class CompletionFormat:
         before = self._due_echo(chunk.delta.prompt_logprobs)
         if not (chunk.delta.token_ids or chunk.text or chunk.tokens):
             return before
-        rest = {
-            "logprobs": self._logprobs(chunk),
-            "finish_reason": None,
-            **self._token_ids(chunk),
-        }
+        rest = {"logprobs": self._logprobs(chunk), "finish_reason": None, **self._token_ids(chunk)}
         return before + self._envelope.text(self._text, chunk.text, b"," + orjson.dumps(rest)[1:])
 
     def closing(self, finish_reason: FinishWord, report: StreamReport) -> bytes:

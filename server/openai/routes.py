@@ -13,9 +13,7 @@ from starlette.responses import Response
 
 from server.generation import params
 from server.generation.chat_prompt import chat_tokens
-from server.generation.generate import Job
 from server.generation.params import Warned
-from server.generation.prepare import generation_job
 from server.generation.prompts import token_text, tokens_of
 from server.generation.request_fields import parse
 from server.generation.respond import (
@@ -23,7 +21,7 @@ from server.generation.respond import (
     JsonResponse,
     PreparedResponse,
     read_body,
-    read_work,
+    read_generation,
 )
 from server.http.errors import invalid
 from server.openai import response_models, schemas
@@ -46,14 +44,7 @@ def generation_routes(service: Service) -> APIRouter:
         responses=generation_answers(response_models.ChatCompletion, response_models.ChatChunk),
     )
     async def create_chat_completion(request: Request) -> Response:
-        body = await read_work(service, request)
-        asked = await parse(schemas.ChatRequest, body, service.work)
-
-        async def prepare() -> Job:
-            template = service.text.template
-            spec = await service.work.run(lambda _: chat_spec(asked, template), asked.num_bytes)
-            return await generation_job(service, spec)
-
+        _, prepare = await read_generation(service, request, schemas.ChatRequest, chat_spec)
         return GenerationResponse(service, prepare, partial(ChatFormat, service))
 
     @router.post(
@@ -63,12 +54,9 @@ def generation_routes(service: Service) -> APIRouter:
         responses=generation_answers(response_models.Completion, response_models.Completion),
     )
     async def create_completion(request: Request) -> Response:
-        body = await read_work(service, request)
-        asked = await parse(schemas.CompletionRequest, body, service.work)
-
-        async def prepare() -> Job:
-            return await generation_job(service, completion_spec(asked))
-
+        _, prepare = await read_generation(
+            service, request, schemas.CompletionRequest, lambda asked, _: completion_spec(asked)
+        )
         return GenerationResponse(service, prepare, partial(CompletionFormat, service))
 
     return router
@@ -91,9 +79,7 @@ def model_routes(service: Service) -> APIRouter:
         }
 
     @router.get(
-        "/v1/models",
-        summary="What is served",
-        responses=answers(response_models.ModelList, 503),
+        "/v1/models", summary="What is served", responses=answers(response_models.ModelList, 503)
     )
     async def list_models() -> Response:
         models: response_models.ModelList = {"object": "list", "data": [card()]}

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-)
+from pydantic import BeforeValidator, Field
 
 from server.generation.prompt_messages import MAX_MESSAGES
 from server.generation.request_fields import (
@@ -20,6 +17,7 @@ from server.generation.request_fields import (
     GenerateFields,
     Request,
     TemplateVariables,
+    optional,
 )
 from server.openai.chat_messages import Message
 from server.tools.schemas import Choice, Tools
@@ -54,29 +52,26 @@ class ChatRequest(GenerateFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Messages
-    max_completion_tokens: int | None = Field(
-        default=None, description="default: as many as the context has room for"
-    )
+    max_completion_tokens: int | None = optional("default: as many as the context has room for")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, description="0 to 20; needs logprobs")
-    add_generation_prompt: bool | None = Field(
-        default=None, description="default true, or false with continue_final_message"
+    top_logprobs: int | None = optional("0 to 20; needs logprobs")
+    add_generation_prompt: bool | None = optional(
+        "default true, or false with continue_final_message"
     )
-    continue_final_message: bool | None = Field(
-        default=None, description="go on with the last message instead of answering it"
+    continue_final_message: bool | None = optional(
+        "go on with the last message instead of answering it"
     )
     chat_template_kwargs: TemplateVariables | None = None
     tools: Tools | None = None
-    tool_choice: Choice | None = Field(
-        default=None,
-        description="none, auto, required, one by name, allowed_tools; default auto",
+    tool_choice: Choice | None = optional(
+        "none, auto, required, one by name, allowed_tools; default auto"
     )
-    parallel_tool_calls: bool | None = Field(
-        default=None, description="false: only the first call is told; default true"
+    parallel_tool_calls: bool | None = optional(
+        "false: only the first call is returned; default true"
     )
-    include_reasoning: bool | None = Field(default=None, description="default true")
-    reasoning_effort: Effort | None = Field(
-        default=None, description="for models whose template knows it; else it is warned of"
+    include_reasoning: bool | None = optional("default true")
+    reasoning_effort: Effort | None = optional(
+        "for models whose template knows it; else it is warned of"
     )
 
 
@@ -84,14 +79,11 @@ class CompletionRequest(GenerateFields):
     """Body of `POST /v1/completions`."""
 
     prompt: Prompts
-    best_of: Choices | None = Field(
-        default=None, description="generate as many, give the n likeliest (by mean logprob)"
-    )
-    logprobs: int | None = Field(default=None, description="0 to 20")
-    echo: bool | None = Field(
-        default=None,
-        description="put the prompt before the answer, its logprobs before the answer's;"
-        " max_tokens may be 0 then",
+    best_of: Choices | None = optional("generate as many, give the n likeliest (by mean logprob)")
+    logprobs: int | None = optional("0 to 20")
+    echo: bool | None = optional(
+        "put the prompt before the answer, its logprobs before the answer's;"
+        " max_tokens may be 0 then"
     )
 
 
@@ -100,7 +92,7 @@ class TokenizeRequest(Request):
 
     model: str | None = None
     prompt: str | None = None
-    content: str | None = Field(default=None, description="llama-server's name of prompt")
+    content: str | None = optional("llama-server's name of prompt")
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from server.generation.generation_spec import Conversation, GenerationSpec, TextPrompts, ToolUse
+from server.generation.generation_spec import Conversation, TextPrompts, ToolUse
 from server.generation.params import (
     CHAT,
     COMPLETION,
@@ -23,20 +23,20 @@ from server.generation.params import (
     warned,
 )
 from server.generation.prompt_messages import NOT_SHOWN, REASONING, source_of
-from server.generation.request_fields import MAX_CHOICES_IN_ALL
+from server.generation.request_fields import MAX_CHOICES_IN_ALL, GenerationSpec
 from server.http.errors import invalid
 from server.openai.chat_messages import ContentPart, Message
 from server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from server.text.template import ChatTemplate
-from server.tools.schemas import AllowedToolsChoice, CalledFunction, ToolCall, ToolChoice
+from server.tools.schemas import AllowedToolsChoice, CalledFunctionInput, ToolCallInput, ToolChoice
 
 #: Objects that templates get whole.
-_SHOWN = (Message, ToolCall, CalledFunction)
+_SHOWN = (Message, ToolCallInput, CalledFunctionInput)
 _TABLES: Mapping[type[BaseModel], Mapping[str, Unsupported]] = {
     Message: {
         "annotations": warned("there is nothing to annotate", []),
         REASONING: warned(NOT_SHOWN, ""),
-        "name": warned("the model's template shows no names"),
+        "name": warned("the model's template does not use names"),
     },
     ContentPart: {
         "prompt_cache_breakpoint": warned("every prefix is kept as long as there is room"),
@@ -64,8 +64,7 @@ def chat_spec(request: ChatRequest, template: ChatTemplate | None) -> Generation
         reasoning_effort=request.reasoning_effort,
     )
     return replace(
-        request.as_spec(chat, warnings),
-        max_tokens=max_tokens,
+        request.model_copy(update={"max_tokens": max_tokens}).as_spec(chat, warnings),
         max_tokens_path=(name,),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         logprobs_path=("top_logprobs",),
@@ -97,9 +96,7 @@ def completion_spec(request: CompletionRequest) -> GenerationSpec:
         is_echoed=request.echo is True,
     )
     return replace(
-        request.as_spec(texts, warnings),
-        num_tries=_num_tries(request),
-        logprobs=request.logprobs,
+        request.as_spec(texts, warnings), num_tries=_num_tries(request), logprobs=request.logprobs
     )
 
 
@@ -116,7 +113,9 @@ def _num_tries(request: CompletionRequest) -> int:
     if num_tries < num_choices:
         raise invalid(f"best_of must be at least n, which is {num_choices}", "best_of")
     if request.stream and num_tries > num_choices:
-        raise invalid("best_of cannot be streamed: which is best shows at the end", "best_of")
+        raise invalid(
+            "best_of cannot be streamed: the best answer is known only at the end", "best_of"
+        )
     num_in_all = num_tries * len(request.prompt)
     if num_in_all > MAX_CHOICES_IN_ALL:
         name = "n" if request.best_of is None else "best_of"

@@ -18,10 +18,10 @@ from server.generation.params import Warned
 from server.generation.prompt_messages import REASONING, content_of, require_limits, text_part
 from server.http.errors import Path, dotted, invalid
 from server.responses.items import (
-    ContentPart,
     CustomCallItem,
     FunctionCallItem,
     Item,
+    ItemPart,
     ItemReference,
     MessageItem,
     ReasoningItem,
@@ -231,7 +231,7 @@ def _kept(item: Item) -> dict[str, Any]:
     return own | {"status": item.status or "completed"}
 
 
-def _kept_part(part: ContentPart, *, is_said: bool) -> dict[str, Any]:
+def _kept_part(part: ItemPart, *, is_said: bool) -> dict[str, Any]:
     if part.type == "refusal":
         return {"type": "refusal", "refusal": part.words}
     if is_said:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from server.generation.prompt_messages import MAX_MESSAGES, MAX_PARTS, require_kind
-from server.generation.request_fields import Request
+from server.generation.request_fields import Request, optional
 from server.responses.response_models import Status
 from server.tools.schemas import ToolName
 
@@ -33,7 +33,7 @@ class _Typed(Request):
         return value
 
 
-class ContentPart(_Typed):
+class ItemPart(_Typed):
     """A piece of a message or of a tool's output. Pictures, files and sounds are not supported."""
 
     types = ("input_text", "output_text", "refusal", "text")
@@ -69,8 +69,8 @@ def _as_parts(value: object) -> object:
 
 
 Content = Annotated[
-    Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)],
-    BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart]),
+    Annotated[list[ItemPart], Field(max_length=MAX_PARTS, fail_fast=True)],
+    BeforeValidator(_as_parts, json_schema_input_type=str | list[ItemPart]),
 ]
 ReasoningParts = Annotated[list[ReasoningPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
@@ -125,7 +125,7 @@ class ReasoningItem(Request):
     type: Literal["reasoning"]
     summary: ReasoningParts | None = None
     content: ReasoningParts | None = None
-    encrypted_content: str | None = Field(default=None, description="is not read")
+    encrypted_content: str | None = optional("is not read")
     id: Name | None = None
     status: Status | None = None
 

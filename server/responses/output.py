@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import orjson
 
@@ -34,11 +34,8 @@ _DELTA: dict[Kind, EventType] = {
     "function_call": "response.function_call_arguments.delta",
     "custom_tool_call": "response.custom_tool_call_input.delta",
 }
-_DONE: dict[Kind, EventType] = {
-    "message": "response.output_text.done",
-    "reasoning": "response.reasoning_text.done",
-    "function_call": "response.function_call_arguments.done",
-    "custom_tool_call": "response.custom_tool_call_input.done",
+_DONE = {
+    kind: cast("EventType", f"{name.removesuffix('.delta')}.done") for kind, name in _DELTA.items()
 }
 
 

@@ -42,14 +42,14 @@ RESPONSES: Mapping[str, Unsupported] = {
     if name not in ResponsesRequest.model_fields
 }
 REASONING: Mapping[str, Unsupported] = {
-    "summary": warned("reasoning is told as it is, not summed up"),
-    "generate_summary": warned("reasoning is told as it is, not summed up"),
+    "summary": warned("reasoning is sent unchanged, without a summary"),
+    "generate_summary": warned("reasoning is sent unchanged, without a summary"),
     "context": warned("the model's template decides what it sees again", "auto"),
     "mode": warned("there is one mode", "standard"),
 }
 #: Values of `include` besides log-probabilities. They have no effect, each for its reason.
 INCLUDABLE: Mapping[str, str] = {
-    "reasoning.encrypted_content": "reasoning is told as plain text",
+    "reasoning.encrypted_content": "reasoning is sent as plain text",
     **dict.fromkeys(
         (
             "file_search_call.results",

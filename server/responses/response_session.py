@@ -9,7 +9,7 @@ import orjson
 from pydantic import BaseModel
 
 from server.generation.generate import Job
-from server.generation.params import Warned
+from server.generation.params import ignored
 from server.generation.prepare import generation_job
 from server.generation.prompt_messages import MAX_MESSAGES
 from server.http.errors import invalid
@@ -52,8 +52,7 @@ class ResponseSession:
         request = self._request
         warnings = own_warnings(request)
         if request.store and self._store.is_off:
-            message = "store was ignored: this server keeps no responses"
-            warnings.append({"param": "store", "message": message})
+            warnings.append(ignored("store", "this server keeps no responses"))
         self._previous = self._find_previous()
         conversation = await self._read()
         self._input_json = conversation.input_json
@@ -117,10 +116,7 @@ class ResponseSession:
         shell_json = orjson.dumps(shell)
         if self._store.put(self._owner, response_id(self.key), shell_json, turn, now_s):
             return shell
-        warning: Warned = {
-            "param": "store",
-            "message": "store was ignored: the conversation is larger than what is kept here",
-        }
+        warning = ignored("store", "the conversation is larger than what is kept here")
         octavo = shell["octavo"]
         octavo = {**octavo, "warnings": [*octavo["warnings"], warning]}
         return {**shell, "store": False, "octavo": octavo}

@@ -17,6 +17,7 @@ from server.generation.request_fields import (
     Request,
     StreamOptions,
     TemplateVariables,
+    optional,
 )
 from server.responses.items import Items, Name
 from server.responses.tools import ToolChoice, Tools
@@ -73,47 +74,34 @@ class ResponsesRequest(GenerateFields):
     """Body of `POST /v1/responses`."""
 
     input: Items
-    instructions: str | None = Field(
-        default=None, description="a system message before everything; of this response only"
+    instructions: str | None = optional("a system message before everything; of this response only")
+    previous_response_id: Name | None = optional("go on behind this one, which must be stored")
+    store: bool | None = optional("default true: kept in memory for a while, see operations.md")
+    metadata: Metadata | None = optional("up to 16 texts, returned with the response")
+    max_output_tokens: int | None = optional("default: as many as the context has room for")
+    tools: Tools | None = optional(
+        "function, custom, namespace; others are left out with a warning"
     )
-    previous_response_id: Name | None = Field(
-        default=None, description="go on behind this one, which must be stored"
-    )
-    store: bool | None = Field(
-        default=None, description="default true: kept in memory for a while, see operations.md"
-    )
-    metadata: Metadata | None = Field(default=None, description="16 texts, told back")
-    max_output_tokens: int | None = Field(
-        default=None, description="default: as many as the context has room for"
-    )
-    tools: Tools | None = Field(
-        default=None,
-        description="function, custom, namespace; others are left out with a warning",
-    )
-    tool_choice: ToolChoice | None = Field(default=None, description="default auto")
-    parallel_tool_calls: bool | None = Field(
-        default=None, description="false: only the first call is told; default true"
+    tool_choice: ToolChoice | None = optional("default auto")
+    parallel_tool_calls: bool | None = optional(
+        "false: only the first call is returned; default true"
     )
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     include: (
-        Annotated[
-            list[Annotated[str, Field(max_length=64)]],
-            Field(max_length=64, fail_fast=True),
-        ]
+        Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=64, fail_fast=True)]
         | None
-    ) = Field(default=None, description="`message.output_text.logprobs`; others are warned of")
-    top_logprobs: int | None = Field(
-        default=None, description="0 to 20; needs include to have message.output_text.logprobs"
+    ) = optional("`message.output_text.logprobs`; others are warned of")
+    top_logprobs: int | None = optional(
+        "0 to 20; needs include to have message.output_text.logprobs"
     )
-    truncation: Literal["auto", "disabled"] | None = Field(
-        default=None,
-        description="auto: what does not fit is cut from the beginning, as by"
-        " truncate_prompt_tokens -1; default disabled",
+    truncation: Literal["auto", "disabled"] | None = optional(
+        "auto: what does not fit is cut from the beginning, as by"
+        " truncate_prompt_tokens -1; default disabled"
     )
     stream_options: ResponseStreamOptions | None = None
     chat_template_kwargs: TemplateVariables | None = None
-    include_reasoning: bool | None = Field(default=None, description="default true")
+    include_reasoning: bool | None = optional("default true")
     n: Literal[1] | None = None
     max_tokens: None = None
     response_format: None = None

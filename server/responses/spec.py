@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from server.generation import params
-from server.generation.generation_spec import (
-    Conversation,
-    GenerationSpec,
-    OutputConstraint,
-    PromptMessage,
-)
+from server.generation.generation_spec import Conversation, OutputConstraint, PromptMessage
 from server.generation.params import Warned
 from server.generation.prompt_messages import unread_reasoning
-from server.generation.request_fields import Request
+from server.generation.request_fields import GenerationSpec, Request
 from server.http.errors import invalid
 from server.responses.params import INCLUDABLE, LOGPROBS, REASONING, RESPONSES
 from server.responses.schemas import ResponsesRequest
@@ -51,19 +47,18 @@ def response_spec(
         num_bytes=num_bytes,
     )
     warnings = [*warnings, *about_text, *unread_reasoning(messages, template)]
-    spec = request.as_spec(chat, warnings, _constraint(request))
-    is_cut = request.truncation == "auto" and request.truncate_prompt_tokens is None
+    named: dict[str, Any] = {"max_tokens": request.max_output_tokens}
+    if request.truncation == "auto" and request.truncate_prompt_tokens is None:
+        named["truncate_prompt_tokens"] = -1
+    fields = request.model_copy(update=named)
     return replace(
-        spec,
+        fields.as_spec(chat, warnings, _constraint(request)),
         num_bytes=num_bytes,
-        truncate_prompt_tokens=-1 if is_cut else request.truncate_prompt_tokens,
-        max_tokens=request.max_output_tokens,
         max_tokens_path=("max_output_tokens",),
         logprobs=(request.top_logprobs or 0) if LOGPROBS in (request.include or ()) else None,
         logprobs_path=("top_logprobs",),
         # The usage is always sent, at the end.
         has_usage_chunk=True,
-        has_continuous_usage=False,
     )
 
 
@@ -95,8 +90,7 @@ def own_warnings(request: ResponsesRequest) -> list[Warned]:
         if included not in INCLUDABLE:
             message = f"{param}: {included!r} is nothing that can be included"
             raise invalid(message, ("include", index))
-        message = f"{param} ({included}) was ignored: {INCLUDABLE[included]}"
-        warnings.append({"param": param, "message": message})
+        warnings.append(params.warning(param, f"({included}) was ignored: {INCLUDABLE[included]}"))
     if request.top_logprobs and LOGPROBS not in (request.include or ()):
         raise invalid(f"top_logprobs needs include to have {LOGPROBS!r}", "top_logprobs")
     return warnings

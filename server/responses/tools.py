@@ -23,10 +23,10 @@ from pydantic import (
 from server.generation import params
 from server.generation.generation_spec import ToolSpec, ToolUse
 from server.generation.params import Warned, warned
-from server.generation.request_fields import Request
+from server.generation.request_fields import Request, optional
 from server.http.errors import Path, dotted, from_validation, invalid, shortened
 from server.structured.schemas import MAX_GRAMMAR_CHARS
-from server.tools.custom import InputGrammar, custom_tool
+from server.tools.custom import custom_tool
 from server.tools.schemas import MAX_TOOLS, ToolName
 
 #: Between the names of a namespace and of a tool: templates and parsers take it for a name.
@@ -56,32 +56,32 @@ LEFT_OUT: Mapping[str, str] = {
         ("local_shell", "shell", "apply_patch"),
         "its calls have a form of their own; give it as a function",
     ),
-    "tool_search": "all tools are shown to the model at once",
+    "tool_search": "all tools are in the prompt",
 }
 #: Named, for the table below holds it as a value, not as a switch.
 _FALSE = False
 #: Fields of tools without effect.
 _TOOL = {
     "allowed_callers": warned("the model calls", ["direct"]),
-    "defer_loading": warned("tools are shown at once", _FALSE),
+    "defer_loading": warned("all tools are in the prompt", _FALSE),
     "async": warned("a call ends the answer", _FALSE),
-    "output_schema": warned("it is not shown to the model"),
+    "output_schema": warned("it is not in the prompt"),
 }
 
 
-class FunctionTool(Request):
+class ResponseFunctionTool(Request):
     """A function that the model may call."""
 
     type: Literal["function"]
     name: ToolName
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(
-        default=None, description="a JSON Schema of the arguments; default: none are taken"
+    parameters: dict[str, Any] | None = optional(
+        "a JSON Schema of the arguments; default: none are taken"
     )
     strict: bool | None = None
 
 
-class CustomFormat(Request):
+class ResponseCustomFormat(Request):
     """The input of a custom tool."""
 
     type: Literal["text", "grammar"]
@@ -95,21 +95,14 @@ class CustomFormat(Request):
             raise ValueError("syntax and definition and the type 'grammar' need each other")
         return self
 
-    @property
-    def grammar(self) -> InputGrammar | None:
-        """The grammar of the input."""
-        if self.syntax is None or self.definition is None:
-            return None
-        return InputGrammar(self.syntax, self.definition)
 
-
-class CustomTool(Request):
+class ResponseCustomTool(Request):
     """A tool that takes a text."""
 
     type: Literal["custom"]
     name: ToolName
     description: str | None = None
-    format: CustomFormat | None = None
+    format: ResponseCustomFormat | None = None
 
 
 class NamespaceTool(Request):
@@ -124,7 +117,7 @@ class NamespaceTool(Request):
                 Any,
                 BeforeValidator(
                     lambda value: _as_tool(value, is_called=True),
-                    json_schema_input_type=FunctionTool | CustomTool,
+                    json_schema_input_type=ResponseFunctionTool | ResponseCustomTool,
                 ),
             ]
         ],
@@ -132,18 +125,18 @@ class NamespaceTool(Request):
     ]
 
 
-class OtherTool(Request):
+class HostedTool(Request):
     """A tool that is left out."""
 
     type: str
 
 
-AnyTool = FunctionTool | CustomTool | NamespaceTool | OtherTool
+AnyTool = ResponseFunctionTool | ResponseCustomTool | NamespaceTool | HostedTool
 _KINDS: Mapping[str, type[Request]] = {
-    "function": FunctionTool,
-    "custom": CustomTool,
+    "function": ResponseFunctionTool,
+    "custom": ResponseCustomTool,
     "namespace": NamespaceTool,
-    **dict.fromkeys(LEFT_OUT, OtherTool),
+    **dict.fromkeys(LEFT_OUT, HostedTool),
 }
 
 
@@ -162,7 +155,7 @@ class _Kind(Request):
 def _as_tool(value: object, *, is_called: bool = False) -> object:
     """Read it as its type says, so that a fault is one of that type alone."""
     model = _KINDS[_Kind.model_validate(value).type]
-    if is_called and model not in (FunctionTool, CustomTool):
+    if is_called and model not in (ResponseFunctionTool, ResponseCustomTool):
         raise ValueError("a namespace holds functions and custom tools")
     return model.model_validate(value)
 
@@ -179,7 +172,7 @@ class CallableTool:
 
     #: Where it stands in the request.
     path: Path
-    given: FunctionTool | CustomTool
+    given: ResponseFunctionTool | ResponseCustomTool
     namespace: str | None = None
     #: Of the namespace, with its first tool.
     introduction: str | None = None
@@ -197,7 +190,7 @@ class CallableTool:
             raise from_validation(error, (*self.path, "name")) from error
         given, words = self.given, filter(None, (self.introduction, self.given.description))
         description = "\n\n".join(words) or None
-        if isinstance(given, FunctionTool):
+        if isinstance(given, ResponseFunctionTool):
             return ToolSpec(
                 self.name,
                 description,
@@ -209,7 +202,8 @@ class CallableTool:
         return custom_tool(
             self.name,
             description,
-            None if given.format is None else given.format.grammar,
+            None if given.format is None else given.format.syntax,
+            None if given.format is None else given.format.definition,
             path=self.path,
             schema_path=(*self.path, "format"),
         )
@@ -230,7 +224,7 @@ def callable_tools(tools: Sequence[AnyTool]) -> list[CallableTool]:
 
 def _callable(tools: Sequence[AnyTool]) -> Iterator[CallableTool]:
     for index, tool in enumerate(tools):
-        if isinstance(tool, FunctionTool | CustomTool):
+        if isinstance(tool, ResponseFunctionTool | ResponseCustomTool):
             yield CallableTool(("tools", index), tool)
         elif isinstance(tool, NamespaceTool):
             for place, one in enumerate(tool.tools):
@@ -244,15 +238,15 @@ def tool_warnings(tools: Sequence[AnyTool]) -> list[Warned]:
     warnings: list[Warned] = []
     for index, tool in enumerate(tools):
         param = f"tools.{index}"
-        if isinstance(tool, OtherTool):
-            message = f"{param} ({tool.type}) was left out: {LEFT_OUT[tool.type]}"
-            warnings.append({"param": param, "message": message})
+        if isinstance(tool, HostedTool):
+            because = LEFT_OUT[tool.type]
+            warnings.append(params.warning(param, f"({tool.type}) was left out: {because}"))
         elif isinstance(tool, NamespaceTool):
             warnings += params.judge(tool.model_extra, _TOOL, f"{param}.")
     for one in callable_tools(tools):
         param = dotted(one.path)
         warnings += params.judge(one.given.model_extra, _TOOL, f"{param}.")
-        if isinstance(one.given, CustomTool) and one.given.format is not None:
+        if isinstance(one.given, ResponseCustomTool) and one.given.format is not None:
             warnings += params.judge(one.given.format.model_extra, {}, f"{param}.format.")
     return warnings
 
@@ -265,7 +259,7 @@ class NamedTool(Request):
     namespace: ToolName | None = None
 
 
-class AllowedTools(Request):
+class ResponseAllowedTools(Request):
     """The tools that may be called, of all there are."""
 
     type: Literal["allowed_tools"]
@@ -273,7 +267,7 @@ class AllowedTools(Request):
     tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)]
 
 
-Choice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
+Choice = Literal["none", "auto", "required"] | NamedTool | ResponseAllowedTools
 
 
 def _as_choice(value: object) -> object:
@@ -284,7 +278,7 @@ def _as_choice(value: object) -> object:
     if kind in {"function", "custom"}:
         return NamedTool.model_validate(value)
     if kind == "allowed_tools":
-        return AllowedTools.model_validate(value)
+        return ResponseAllowedTools.model_validate(value)
     if kind in LEFT_OUT:
         raise ValueError(f"cannot be a tool of the type {kind!r}: {LEFT_OUT[kind]}")
     raise ValueError("must be 'none', 'auto', 'required', a tool by its name, or allowed_tools")
@@ -299,7 +293,7 @@ def tool_use(choice: Choice | None, tools: Sequence[CallableTool]) -> ToolUse | 
         return None
     if isinstance(choice, NamedTool):
         return ToolUse("required", (chat_name(choice.namespace, choice.name),), is_named=True)
-    if not isinstance(choice, AllowedTools):
+    if not isinstance(choice, ResponseAllowedTools):
         # OpenAI's default, which many clients send along with no tools at all.
         return ToolUse(choice) if tools or choice != "auto" else None
     names: list[str] = []

@@ -179,11 +179,7 @@ def _frame(body: str, thinking: Thinking | None, calls: str) -> list[str]:
 
 
 def call_rules(
-    form: CallForm,
-    tools: Sequence[tuple[str, str]],
-    *,
-    is_single: bool,
-    mark: Callable[[str], str],
+    form: CallForm, tools: Sequence[tuple[str, str]], *, is_single: bool, mark: Callable[[str], str]
 ) -> str:
     """Return rules with `calls`: one call or several.
 

@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from server.generation.generation_spec import (
-    Conversation,
-    GenerationSpec,
-    OutputConstraint,
-    ToolSpec,
-)
-from server.generation.params import Warned
+from server.generation.generation_spec import Conversation, OutputConstraint, ToolSpec
+from server.generation.params import Warned, ignored, warning
+from server.generation.request_fields import GenerationSpec
 from server.generation.tooling import (
     ParserOptions,
     forced_tools,
@@ -70,8 +66,7 @@ async def chat_grammar(
         return None, []
     form = None if wanted is None else await _read(service, wanted, spec.num_bytes)
     if wanted is not None and is_forced(chat):
-        param = dotted(wanted.path)
-        warnings = [{"param": param, "message": f"{param} was ignored: tool_choice forces a call"}]
+        warnings = [ignored(wanted.path, "tool_choice forces a call")]
         wanted = form = None
     thinking = None if parser_options is None else _thinking(service, parser_options, prompt)
     calls, paths = "", dict[str, Path]()
@@ -212,7 +207,7 @@ async def _judged(
     `path`: the field that asked for it; `paths`: the fields that single lines of it come from.
     """
     param = dotted(path)
-    if spec.sampling.get("ignore_eos"):
+    if spec.fields.ignore_eos:
         message = f"ignore_eos cannot be had together with {param}: a form has an end"
         raise invalid(message, "ignore_eos")
     if not service.client.info.eos_token_ids:
@@ -227,7 +222,5 @@ async def _judged(
         path = paths.get(line, path)
         reason = f"{dotted(path)} cannot be enforced"
         raise invalid(f"{reason}: {verdict.error}", path, log_reason=reason)
-    return verdict.grammar, [
-        {"param": param, "message": f"{param} is enforced but for this: {warning}"}
-        for warning in verdict.warnings
-    ]
+    relaxed = [warning(param, f"is enforced but for this: {part}") for part in verdict.warnings]
+    return verdict.grammar, relaxed

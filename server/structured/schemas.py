@@ -6,14 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from server.generation.generation_spec import ConstraintKind, OutputConstraint
 from server.http.errors import Path, from_validation
@@ -42,8 +35,7 @@ def _as_schema(value: object) -> object:
 
 
 Schema = Annotated[
-    dict[str, Any],
-    BeforeValidator(_as_schema, json_schema_input_type=dict[str, Any] | str),
+    dict[str, Any], BeforeValidator(_as_schema, json_schema_input_type=dict[str, Any] | str)
 ]
 Pattern = Annotated[str, Field(max_length=MAX_PATTERN_CHARS)]
 Grammar = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]

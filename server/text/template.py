@@ -310,7 +310,9 @@ def _up_to_mark(text: str, index: int) -> str:
     """Cut the text at the mark; a template that trims text also trims the content before it."""
     before, mark, behind = text.rpartition(_MARK)
     if not mark:
-        raise TemplateError("the template does not show this message: it cannot go on", index)
+        raise TemplateError(
+            "the template leaves this message out, so it cannot be continued", index
+        )
     return before if behind.startswith(_MARK_SPACE) else before.rstrip()
 
 

@@ -6,7 +6,6 @@ So every model that calls functions can call them. Knows nothing of requests or 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from server.generation.generation_spec import ToolSpec
@@ -17,29 +16,25 @@ INPUT = "input"
 _SYNTAXES = {"lark": "a Lark grammar", "regex": "a regular expression"}
 
 
-@dataclass(frozen=True, slots=True)
-class InputGrammar:
-    """The grammar of the text."""
-
-    syntax: str
-    definition: str
-
-
 def custom_tool(
     name: str,
     description: str | None,
-    grammar: InputGrammar | None,
+    syntax: str | None,
+    definition: str | None,
     *,
     path: Path,
     schema_path: Path,
 ) -> ToolSpec:
-    """Return a custom tool as a function whose description contains the grammar."""
+    """Return a custom tool as a function whose description contains the grammar of its text.
+
+    `syntax`: the language of the grammar; None: there is none.
+    """
     text: dict[str, Any] = {"type": "string"}
     words = [description] if description else []
-    if grammar is not None:
-        words.append(f"The input matches {_SYNTAXES[grammar.syntax]}:\n{grammar.definition}")
-        if grammar.syntax == "regex":
-            text["pattern"] = f"^(?:{grammar.definition})$"
+    if syntax is not None:
+        words.append(f"The input matches {_SYNTAXES[syntax]}:\n{definition}")
+        if syntax == "regex":
+            text["pattern"] = f"^(?:{definition})$"
     schema = {"type": "object", "properties": {INPUT: text}, "required": [INPUT]}
     return ToolSpec(
         name,
@@ -48,7 +43,7 @@ def custom_tool(
         path,
         schema_path,
         is_custom=True,
-        grammar_syntax=None if grammar is None else grammar.syntax,
+        grammar_syntax=syntax,
     )
 
 

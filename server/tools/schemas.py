@@ -8,19 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from server.generation.generation_spec import ToolSpec, ToolUse
 from server.http.errors import Path
 from server.structured.schemas import MAX_GRAMMAR_CHARS
-from server.tools.custom import InputGrammar, arguments_of, custom_tool
+from server.tools.custom import arguments_of, custom_tool
 from server.tools.source import TOOL_NAME
 
 #: More of these in one request are a mistake or an attack.
@@ -100,12 +93,12 @@ class CustomTool(_Shape):
 
     def spec(self, path: Path) -> ToolSpec:
         """Return the tool as the model reads it."""
-        given = None if self.custom.format is None else self.custom.format.grammar
-        grammar = None if given is None else InputGrammar(given.syntax, given.definition)
+        grammar = None if self.custom.format is None else self.custom.format.grammar
         return custom_tool(
             self.custom.name,
             self.custom.description,
-            grammar,
+            None if grammar is None else grammar.syntax,
+            None if grammar is None else grammar.definition,
             path=(*path, "function"),
             schema_path=(*path, "custom", "format", "grammar"),
         )
@@ -170,14 +163,14 @@ class AllowedToolsChoice(_Shape):
         return ToolUse(allowed.mode, tuple(tool.function.name for tool in allowed.tools))
 
 
-class CalledFunction(_Shape):
+class CalledFunctionInput(_Shape):
     """A function and its arguments, a string of JSON."""
 
     name: str
     arguments: Annotated[str, AfterValidator(lambda text: text or "{}")]
 
 
-class CalledCustom(_Shape):
+class CalledCustomInput(_Shape):
     """A custom tool and its input."""
 
     name: str
@@ -185,15 +178,15 @@ class CalledCustom(_Shape):
 
 
 class _CustomCall(_Shape):
-    custom: CalledCustom
+    custom: CalledCustomInput
 
 
-class ToolCall(_Shape):
+class ToolCallInput(_Shape):
     """A call in a message of the assistant."""
 
     id: str
     type: Literal["function"]
-    function: CalledFunction
+    function: CalledFunctionInput
 
     @model_validator(mode="before")
     @classmethod
@@ -235,4 +228,4 @@ Choice = Annotated[
 ]
 AnyTool = Annotated[Tool, BeforeValidator(_as_tool, json_schema_input_type=Tool)]
 Tools = Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
-ToolCalls = Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)]
+ToolCalls = Annotated[list[ToolCallInput], Field(max_length=MAX_CALLS, fail_fast=True)]

@@ -43,7 +43,7 @@ from server import logs
 from server.app import create_app
 from server.http.lifecycle import Lifecycle
 from server.http.protocol import HttpProtocol
-from server.structured.grammar_service import GrammarService
+from server.structured.checker import GrammarService
 from server.text.load import ModelText, load_text
 from server.text.template import ChatTemplate
 from waiting import TIMEOUT_S

@@ -17,9 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
+from server import answer_types
+from server.generation import request_fields
+from server.messages import response_models as messages_response_models
+from server.messages import schemas as messages_schemas
+from server.openai import chat_messages
+from server.openai import response_models as openai_response_models
+from server.openai import schemas as openai_schemas
+from server.responses import items
+from server.responses import response_models as responses_response_models
+from server.responses import schemas as responses_schemas
+from server.responses import tools as responses_tools
+from server.structured import schemas as structured_schemas
 from server.text.load import ModelText
 from server.text.template import ChatTemplate
+from server.tools import schemas as tool_schemas
 from waiting import TIMEOUT_S
 
 #: Of one with tools and reasoning, so that chats go every way there is.
@@ -109,3 +123,29 @@ def test_a_promise_that_is_not_kept_is_found(
     done = _run(tmp_path, "document.json", "--url", talkative.url)
     assert done.returncode == 1, done.stdout + done.stderr
     assert field in done.stdout
+
+
+#: Modules with the types of bodies and answers.
+_TYPES = (
+    *(answer_types, request_fields, structured_schemas, tool_schemas),
+    *(chat_messages, openai_schemas, openai_response_models),
+    *(messages_schemas, messages_response_models),
+    *(items, responses_tools, responses_schemas, responses_response_models),
+)
+
+
+def test_each_type_has_a_name_of_its_own(live: Any) -> None:
+    """Types of one name would overwrite each other."""
+    held = live.http.get("/openapi.json").json()["components"]["schemas"]
+    types = [
+        (name, kind)
+        for module in _TYPES
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and kind.__module__ == module.__name__ and name in held
+    ]
+    assert len(types) == len(dict(types)) > len(held) / 2
+    for name, kind in types:
+        schema = TypeAdapter(kind).json_schema(ref_template="#/components/schemas/{model}")
+        schema = schema.get("$defs", {}).get(name, schema)
+        schema.pop("$defs", None)
+        assert held[name] == schema, name

@@ -133,7 +133,7 @@ def test_a_named_format_that_is_another_is_not_mixed_with_it(
     live = chatting("x", model=section)
     body = live.post(CHAT, messages=[USER], tools=[TOOL]).json()
     [warning] = body["octavo"]["warnings"]
-    assert ("is not shown" in warning["message"]) is not is_shown
+    assert ("they are not in the prompt" in warning["message"]) is not is_shown
     assert ("# Tools" in prompts_of(live)[0]) is is_shown
 
 

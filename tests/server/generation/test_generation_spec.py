@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from server.generation.generation_spec import Conversation, GenerationSpec, ToolUse
+from server.generation.generation_spec import Conversation, ToolUse
+from server.generation.request_fields import GenerationSpec
 from server.http.errors import ApiError, invalid
 from server.messages.schemas import MessagesRequest
 from server.messages.spec import message_spec
@@ -118,8 +119,8 @@ def in_common(spec: GenerationSpec) -> Mapping[str, object]:
         "tools": [(tool.for_template(), tool.is_strict) for tool in chat.tools],
         "tool_use": (chat.tool_use, chat.has_parallel_calls),
         "constraint": (constraint.kind, constraint.value, constraint.is_lenient),
-        "sampling": spec.sampling,
-        "limit": spec.max_tokens,
+        "sampling": spec.fields.sampling(),
+        "limit": spec.fields.max_tokens,
     }
 
 

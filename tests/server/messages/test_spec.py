@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from server.generation.generation_spec import Conversation, GenerationSpec, ToolUse
+from server.generation.generation_spec import Conversation, ToolUse
+from server.generation.request_fields import GenerationSpec
 from server.http.errors import ApiError
 from server.messages.schemas import CountTokensRequest, MessagesRequest
 from server.messages.spec import conversation_of, message_spec

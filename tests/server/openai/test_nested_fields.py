@@ -246,5 +246,12 @@ def test_the_bodies_hold_an_object_of_each_kind(path: str) -> None:
     # References to stored responses, fields that completions share with chats, and tools that
     # are left out with a warning.
     assert names <= {
-        *("ItemReference", "ResponseFormat", "NamedSchema", "StructuredOutputs", "OtherTool")
+        *(
+            "ItemReference",
+            "ResponseFormat",
+            "NamedSchema",
+            "StructuredOutputs",
+            "HostedTool",
+            "AnthropicTool",
+        )
     }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 
-from server.generation.generation_spec import Conversation, GenerationSpec, PromptMessage, ToolUse
-from server.generation.request_fields import GenerateFields
+from server.generation.generation_spec import Conversation, PromptMessage, ToolUse
+from server.generation.request_fields import GenerateFields, GenerationSpec
 from server.http.errors import ApiError
 from server.openai.schemas import ChatRequest
 from server.responses.conversation import read_conversation
@@ -111,9 +110,9 @@ def test_a_name_that_is_too_long_with_its_namespace_is_named_by_its_place() -> N
     ],
 )
 def test_what_all_routes_have_is_asked_for(name: str, value: object) -> None:
-    spec = spec_of(**{name: value})
-    fields = {**dataclasses.asdict(spec), **spec.sampling}
-    assert fields[name] == value
+    fields = spec_of(**{name: value}).fields
+    assert getattr(fields, name) == value
+    assert fields.sampling().get(name, value) == value
 
 
 def test_fields_of_other_names() -> None:
@@ -127,8 +126,8 @@ def test_fields_of_other_names() -> None:
     assert (chat.has_parallel_calls, chat.has_reasoning) == (False, False)
     assert (chat.reasoning_effort, chat.effort_path) == ("low", ("reasoning", "effort"))
     spec = spec_of(max_output_tokens=7, truncation="auto", text={"verbosity": "low"})
-    assert (spec.max_tokens, spec.max_tokens_path) == (7, ("max_output_tokens",))
-    assert spec.truncate_prompt_tokens == -1
+    assert (spec.fields.max_tokens, spec.max_tokens_path) == (7, ("max_output_tokens",))
+    assert spec.fields.truncate_prompt_tokens == -1
     assert [warning["param"] for warning in spec.warnings] == ["text.verbosity"]
 
 

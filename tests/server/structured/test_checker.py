@@ -21,8 +21,7 @@ from model.fake import FakeRunner
 from model.interface import Vocabulary
 from server.http.errors import ApiError
 from server.structured import checker as checker_module
-from server.structured.checker import GrammarChecker
-from server.structured.grammar_service import vocabulary_of
+from server.structured.checker import GrammarChecker, vocabulary_of
 from server.text.load import ModelText
 
 GOOD = 'start: "a"'

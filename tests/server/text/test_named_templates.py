@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.text.load import load_text
-from server.text.named_templates import NAMED_TEMPLATES, chosen_template
+from server.text.load import NAMED_TEMPLATES, chosen_template, load_text
 from server.text.template import ChatTemplate
 from server.tools.declared import call_syntax
 from server.tools.syntaxes import HERMES
