@@ -12,16 +12,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install --no-build-isolation --constraint constraints.txt
 BUILD_TOOLS := hatchling editables
 # Three test files at a time, each with one compute thread; daemons that they start use all cores. Three,
-# since tests of daemons mostly wait. The files keep their order, in which the longest come early. A
-# worker that dies is not replaced: the others would wait for it.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --max-worker-restart=0 \
+# since tests of daemons mostly wait. Threads that wait do not spin: they would take the cores from the
+# other files (docs/performance.md, "Threads that wait"). The files keep their order, in which the longest
+# come early. A worker that dies is not replaced: the others would wait for it.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=3 --max-worker-restart=0 \
 	--dist=loadfile --no-loadscope-reorder
 # Clients for tests of the daemon, in a separate environment.
 CLIENTS := .venv-clients
 NODE_CLIENTS := tests/clients/node
 PROMETHEUS := $(CLIENTS)/prometheus
 # Folders in plain English.
-PLAIN := cache configs model scheduler server loadtest tools
+PLAIN := cache configs model scheduler server loadtest tools bench tests
 ARGS ?=
 
 .DEFAULT_GOAL := help

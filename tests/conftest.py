@@ -1,4 +1,4 @@
-"""For the whole suite: the real daemon with the real model, and what is asked for by name."""
+"""Fixtures of the whole suite: the real daemon with the real model, and the model's file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from model.weights.source import octavo_home, resolve
 from waiting import TIMEOUT_S
 
-# How fast a machine draws and runs an example says nothing of the code.
+# The time that a machine takes for an example is not a property of the code.
 settings.register_profile(
     "any speed",
     deadline=None,
@@ -72,7 +72,7 @@ class Daemon:
         return httpx.get(f"{self.url}/metrics", timeout=TIMEOUT_S).text
 
     def metric(self, name: str) -> float:
-        """The sum over all label sets of one series."""
+        """Return the sum over all label sets of one series."""
         text = self.metrics()
         found = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
         assert found, f"no series {name}"

@@ -122,7 +122,7 @@ TESTS = sorted(path for path in files(ROOT / "tests") if path.suffix == ".py")
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Modules and names imported anywhere in the file, also inside functions: `model.build`."""
+    """Yield modules and names imported in the file, also inside functions: `model.build`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

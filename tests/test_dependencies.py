@@ -37,7 +37,7 @@ INSTALLED = metadata.packages_distributions()
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Names of all modules that are imported, also inside functions or by a string."""
+    """Return the names of all imported modules, also inside functions or by a string."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -68,7 +68,7 @@ def tree() -> frozenset[str]:
 
 
 def is_there(quoted: str) -> bool:
-    """A path from the root, or the end of one: `products.h`, `csrc/products.h`."""
+    """Check for a path from the root, or the end of one: `products.h`, `csrc/products.h`."""
     pattern = quoted.rstrip("/")
     if PurePosixPath(quoted).parts[0] in FOLDERS or "*" in pattern:
         return any(ROOT.glob(pattern))
@@ -148,7 +148,7 @@ class Names(ast.NodeVisitor):
         self.all.add(node.arg)
 
     def has(self, name: str) -> bool:
-        """Whether `name`, or the member and the class of `Class.member`, are defined."""
+        """Return whether `name`, or the member and the class of `Class.member`, are defined."""
         owner, _, member = name.rpartition(".")
         if not owner:
             return name in self.all
@@ -172,7 +172,7 @@ def names() -> Names:
 
 
 def exists(name: str) -> bool:
-    """Whether it is a name of the source, or a module: `model.runner`."""
+    """Return whether it is a name of the source, or a module: `model.runner`."""
     if "." in name and name.partition(".")[0] in FOLDERS:
         path = name.replace(".", "/")
         return path in tree() or f"{path}.py" in tree()

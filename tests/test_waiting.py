@@ -49,7 +49,7 @@ def _seconds(call: ast.Call, place: int | None) -> object:
 
 
 def bets(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Each place where a test would fail on a machine that is slow and nothing else."""
+    """Yield each place where a test would fail only because the machine is slow."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
             clocks = {"monotonic", "perf_counter", "time"}

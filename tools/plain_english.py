@@ -207,13 +207,19 @@ def _docstrings(tree: ast.AST, *, is_test: bool) -> Iterator[tuple[Text, int]]:
         if docstring is None:
             continue
         place = node.body[0]
-        is_command = (
-            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            and not is_test
-            and not (node.name.startswith("__") and node.name.endswith("__"))
-            and not any("property" in ast.unparse(one) for one in node.decorator_list)
+        is_command = not isinstance(node, ast.Module | ast.ClassDef) and _is_command(
+            node, is_test=is_test
         )
         yield Text(place.lineno, docstring, is_command), place.end_lineno or place.lineno
+
+
+def _is_command(node: ast.FunctionDef | ast.AsyncFunctionDef, *, is_test: bool) -> bool:
+    """Return whether a docstring must begin with a verb; properties and fixtures are nouns."""
+    decorators = " ".join(map(ast.unparse, node.decorator_list))
+    is_special = node.name.startswith("__") and node.name.endswith("__")
+    if is_test and (node.name.startswith("test_") or "fixture" in decorators):
+        return False
+    return not is_special and "property" not in decorators
 
 
 def _messages(tree: ast.AST) -> Iterator[tuple[Text, int]]:

@@ -1,4 +1,4 @@
-"""What the scheduler is promised, one promise a test."""
+"""Guarantees of the cache to the scheduler, one a test."""
 
 from __future__ import annotations
 

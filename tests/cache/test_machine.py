@@ -1,8 +1,8 @@
-"""Random lives of a tiny cache against a model that remembers everything and is never clever.
+"""Random operations on a tiny cache, compared with a brute-force model of it.
 
-The model knows of each page which (namespace, prefix) was written into each of its places, so that
-a wrong share, a page given back too early or a wrong copy shows as wrong content when a sequence
-reads its block table; and it predicts every match, admission and eviction by brute force.
+The model records which (namespace, prefix) was written into each place of each page. A wrong share,
+a page given back too early or a wrong copy is therefore wrong content when a sequence reads its
+block table. The model also predicts every match, admission and eviction.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Written = Key | None
 
 
 def prompt(length: int, turn: int, pattern: int) -> list[int]:
-    """One beginning for all, then, from `turn` on, one of a few ways to go on."""
+    """Return a beginning that all share and, from `turn` on, one of a few ways to go on."""
     bits = [0 if place < turn else pattern >> (place - turn) % 3 & 1 for place in range(length)]
     return [VOCABULARY[bit] for bit in bits]
 
@@ -146,7 +146,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.live)
     @rule(index=st.integers(0, MAX_LIVE - 1), num_kept=st.sampled_from((0, 0, 1)))
     def drop(self, index: int, num_kept: int) -> None:
-        """Stop reading what is out of view, or a page less."""
+        """Drop the pages that are out of view, or all but one of them."""
         model = self.model
         seq = model.live[index % len(model.live)]
         unread = model.view.unread_pages(seq.num_computed, model.page_size)

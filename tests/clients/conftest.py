@@ -47,7 +47,7 @@ class Served:
         return f"{self.url}/v1"
 
     def metrics(self) -> dict[str, float]:
-        """All series by their name, and a state's name behind it: `kv_cache_pages.private`."""
+        """Return all series by name, with a state's name behind it: `kv_cache_pages.private`."""
         found: dict[str, float] = {}
         for line in httpx.get(f"{self.url}/metrics", timeout=TIMEOUT_S).text.splitlines():
             if line.startswith("octavo_"):
@@ -66,7 +66,7 @@ class Served:
         return {name: metrics[name] for name in names}
 
     def check_idle(self) -> None:
-        """Nothing runs or waits (soon), and then no page is in use."""
+        """Wait until nothing runs or waits; then no page is in use."""
         self.wait_for(num_requests_running=0, num_requests_waiting=0)
         seen = self.metrics()
         assert seen["kv_cache_pages.private"] == seen["kv_cache_pages.leased"] == 0

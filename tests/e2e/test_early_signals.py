@@ -64,7 +64,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _signals_at(moments: list[tuple[str | None, float]]) -> Iterator[Any]:
-    """Both signals at every moment; the faster half has one of them at each, in turns."""
+    """Yield both signals for every moment; the faster half has one for each, in turns."""
     for index, (line, delay_s) in enumerate(moments):
         for number in (signal.SIGTERM, signal.SIGINT):
             is_sampled = index % 2 == (number == signal.SIGINT)

@@ -62,7 +62,7 @@ def expected(prompts: list[tuple[int, ...]], *, is_whole: bool) -> list[list[int
 
 
 def _generate(model: Any, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
-    """The tokens of transformers' own decoder."""
+    """Return the tokens of transformers' own decoder."""
     token_ids = torch.tensor([prompt])
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # transformers' own deprecations are not ours to mend.
@@ -103,7 +103,7 @@ def _serve(
     num_rounds: int = 1,
     num_pages: int = 2048,
 ) -> tuple[list[list[list[int]]], EngineStats]:
-    """Every round's tokens from an engine process without quantisation, and its last stats."""
+    """Return each round's tokens from an engine process without quantisation, and its stats."""
     config = OctavoConfig(
         model=ModelSection(quantization="none"),
         cache=CacheSection(kv_cache_memory=num_pages * _PAGE_BYTES, page_size=16),

@@ -219,7 +219,7 @@ def _read_beside(url: str) -> int:
 
 
 def _api_bytes(daemon: Any) -> int:
-    """Resident memory of the API process."""
+    """Return the resident memory of the API process."""
     status = Path(f"/proc/{daemon.process.pid}/status").read_text()
     found = re.search(r"VmRSS:\s+(\d+) kB", status)
     assert found is not None

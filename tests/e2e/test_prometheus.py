@@ -81,7 +81,7 @@ class _Prometheus:
         self.url = url
 
     def query(self, text: str) -> list[float]:
-        """The values of an instant query; empty while there are none."""
+        """Return the values of an instant query; empty while there are none."""
         try:
             answer = httpx.get(
                 f"{self.url}/api/v1/query", params={"query": text}, timeout=TIMEOUT_S

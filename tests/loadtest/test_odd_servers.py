@@ -207,7 +207,7 @@ def _said(prompt: int) -> bytes:
 
 
 def _again(*answers: bytes) -> list[bytes | str]:
-    """One connection that gives these answers in turn."""
+    """Return the script of one connection with these answers in turn."""
     return [step for answer in answers for step in (answer, "again")][:-1]
 
 

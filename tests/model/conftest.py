@@ -41,7 +41,7 @@ TINY = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    # Far from the default, so that attention and the gates have something to say.
+    # Far from the default, so that attention and the gates have an effect.
     "initializer_range": 0.2,
 }
 
@@ -131,7 +131,7 @@ class Checkpoint:
         return found
 
     def generate(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """What `transformers` says comes next, by the likeliest token."""
+        """Return the tokens that `transformers` generates greedily."""
         whole = self._model.generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=num_tokens
         )
@@ -158,7 +158,7 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
             # As made, norms are all ones and biases all zeros: forgotten ones would not show.
             if value.dim() == 1:
                 is_scale = name.endswith("weight") and ("norm" in name or ".ln_" in name)
-                # Biases add up from layer to layer: large ones would leave the tokens no say.
+                # Biases add up from layer to layer: large ones would hide the tokens.
                 low, high = (0.5, 1.5) if is_scale else (-0.3, 0.3)
                 torch.nn.init.uniform_(value, low, high)
         folder = tmp_path / family
@@ -222,7 +222,7 @@ class Session:
 
 
 def _overlapped(runner: TorchRunner, max_num_seqs: int) -> TorchRunner:
-    """The same with two steps under way, and decodes padded and replayed, as on CUDA."""
+    """Return a runner with two steps in flight, and decodes padded and replayed, as on CUDA."""
     info, layout = runner.info, runner._pool.layout
     pool = KVPool(layout, info.num_pages + 1, CPU)
     decoder = runner._decoder
@@ -298,7 +298,7 @@ class Folder:
         (self.path / "model.safetensors.index.json").write_text(json.dumps(index))
 
     def expected(self) -> Tensor:
-        """What a user of `transformers` gets; an error where weights would be made up."""
+        """Return the logits by `transformers`; raise where it would make up weights."""
         import transformers  # noqa: PLC0415 - takes seconds, and only some tests want it
 
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -350,12 +350,12 @@ def folder_of(make_checkpoint: Callable[..., Checkpoint]) -> Callable[..., Folde
 def served_by(
     build_by: Callable[..., ServedDecoder], session: type[Session]
 ) -> Callable[[Folder], dict[str, ServedDecoder]]:
-    """Compare each implementation with `transformers`; return those that serve."""
+    """Compare each implementation with `transformers`; return the ones that serve."""
 
     def serve(folder: Folder) -> dict[str, ServedDecoder]:
         try:
             expected = folder.expected()
-        # What that library raises for a folder that it cannot load may be anything.
+        # That library raises any exception for a folder that it cannot load.
         except Exception:  # noqa: BLE001 - see above
             expected = None
         served = {}

@@ -129,7 +129,7 @@ class _Engine:
         raise AssertionError("it does not end")
 
     def told(self) -> dict[int, list[tuple[int, Any]]]:
-        """The last run's prompt_logprobs, by request."""
+        """Return the last run's prompt_logprobs, by request."""
         return {
             request_id: [(one.token_id, pytest.approx(one.logprob, abs=1e-3)) for one in scores]
             for request_id, scores in self.scores.items()
@@ -138,7 +138,7 @@ class _Engine:
 
 @st.composite
 def _requests(draw: Any) -> list[Submit]:
-    """A few requests whose prompts often share their beginnings."""
+    """Return a few requests whose prompts often share their beginnings."""
     stems = draw(st.lists(st.lists(st.integers(3, 255), max_size=14), min_size=1, max_size=2))
     requests = []
     for request_id in range(draw(st.integers(1, 6))):

@@ -37,7 +37,7 @@ def random(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
 
 
 def rows_for(ops: Ops, rows: int) -> int:
-    """As many rows as threads share; fewer where each is a program that is interpreted."""
+    """Return enough rows for several threads; fewer where each is an interpreted program."""
     return min(rows, 10) if isinstance(ops, GpuOps) else rows
 
 

@@ -1,4 +1,4 @@
-"""What a step means, for both runners; and which steps the one with torch refuses."""
+"""The meaning of a step, for both runners; and the steps that the one with torch refuses."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def step(
 
 
 def plain(runner: ModelRunner, num_tokens: int, view: View = FULL_VIEW) -> list[int]:
-    """What comes without drafts, moves or dropped keys."""
+    """Return the tokens without drafts, moves or dropped keys."""
     output = step(runner, PROMPT, RowSpan(0, 0, len(PROMPT)), started=[start(view)])
     tokens = list(output.token_ids[0])
     while len(tokens) < num_tokens:

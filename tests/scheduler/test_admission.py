@@ -1,4 +1,4 @@
-"""Who is refused at the door: those that must wait where too much waits already."""
+"""Admission refuses requests that would have to wait while too many wait already."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_empty_queue_takes_a_prompt_longer_than_its_limit(full: MakeDrive) ->
 def test_a_full_queue_does_not_refuse_what_another_engine_had_taken_in(
     make_drive: MakeDrive,
 ) -> None:
-    """Regression: after a crash those who ran filled the queue, and those who waited got a 429."""
+    """Regression: after a crash running requests filled the queue, and waiting ones got a 429."""
     drive = make_drive(max_queue=1, max_num_seqs=1)
     for request_id in range(3):
         assert drive.submit(request_id, range(request_id, 5), is_resumed=True) is None
@@ -94,7 +94,7 @@ def test_a_full_queue_does_not_refuse_what_another_engine_had_taken_in(
 
 
 def test_a_burst_into_an_idle_engine_starts_whole_or_is_refused(make_drive: MakeDrive) -> None:
-    """Without a queue to wait in nobody who is taken in waits, whatever is cached already."""
+    """Without a queue no admitted request waits, no matter which prefixes are cached."""
     chance = random.Random(7)
     drive = make_drive(num_pages=24, max_queue=0, max_num_batched_tokens=512)
     num_refused = num_started = 0

@@ -1,4 +1,4 @@
-"""Of whom an engine died: who was alone with it, twice; and nobody who only ran beside."""
+"""Blame for a crash: only on a request that ran alone in two crashes, never on its neighbours."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _HangingRunner(FakeRunner):
 
 
 class _DeadlyInCompanyRunner(FakeRunner):
-    """Dies of three sequences side by side, whichever they are."""
+    """Crashes when three sequences run side by side, whichever they are."""
 
     def launch(self, step: StepInput) -> Any:
         if len(step.rows) >= 3:
@@ -186,7 +186,7 @@ def test_one_that_engines_hang_in_is_found_too() -> None:
 
 
 def test_who_only_waited_is_no_suspect() -> None:
-    """One sequence at a time, so that whoever is not the first waits."""
+    """One sequence runs at a time, so all others wait."""
     config = SchedulerSection(max_num_seqs=1, max_num_batched_tokens=32)
 
     async def test(client: ProcessClient) -> None:

@@ -32,7 +32,7 @@ Run = Callable[[Callable[["Ends"], Awaitable[None]]], None]
 
 
 class Ends:
-    """A channel and, at its other end, what the engine uses."""
+    """A channel and, at its other end, the engine's connection."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()

@@ -69,7 +69,7 @@ class Served:
         raise AssertionError("it does not end")
 
     def require(self, *failed: int) -> None:
-        """Exactly these failed, with the tokens of before their fault; others have all theirs."""
+        """Require that exactly these failed, after their tokens, and others have all theirs."""
         ended = [i for i, (reason, _) in self.ends.items() if reason is FinishReason.ERROR]
         assert sorted(ended) == sorted(failed)
         for request_id, prompt in self.prompts.items():
@@ -175,7 +175,7 @@ def test_pages_that_are_not_finite_are_read_by_nobody() -> None:
 
 
 def test_two_that_share_pages_which_are_not_finite_both_go_on() -> None:
-    """The second, in the midst of its prompt, still leases what the first must not read again."""
+    """The second, in the midst of its prompt, still leases pages that the first must not read."""
     faults = {0: Fault(FaultKind.NOT_FINITE, 5)}
     served = Served(runner(faults=faults), max_num_batched_tokens=32)
     prompt = tuple(range(1, 51))
@@ -292,7 +292,7 @@ def test_what_is_told_of_a_prompt_is_told_once() -> None:
 
 
 class Careless(FakeRunner):
-    """Raises what no grammar should raise, at once or later."""
+    """Raises an error that a grammar should not raise, at once or later."""
 
     def prepare(self, grammar: str) -> Future[Constraint]:
         if grammar == "at once":
@@ -337,7 +337,7 @@ def test_many_requests_with_a_fault_in_a_random_row_every_fifty_steps(
         running = [s for s in served.engine._scheduler._running if s.request_id >= 0]
         if number % 50 == 49 and running:
             sequence = rng.choice(running)
-            # What is planned next; the step under way has it behind it already.
+            # The next token to be planned; the step in flight is past the ones before it.
             faults.setdefault(
                 sequence.request_id, Fault(rng.choice(KINDS), len(sequence.token_ids))
             )

@@ -136,7 +136,7 @@ def test_who_is_preempted_goes_on_as_undisturbed() -> None:
             client = InlineClient(FakeRunner(num_pages=num_pages), _CONFIG, time.monotonic)
             await client.start()
             client.set_vocabulary(VOCABULARY)
-            # Nobody then waits for the grammar, so all four run side by side.
+            # Then no request waits for the grammar, so all four run side by side.
             await _collect(client, _request(FORTY))
             requests = [_request(FORTY, (7, i)) for i in range(4)]
             told = await asyncio.gather(*(_collect(client, one) for one in requests))
@@ -154,7 +154,7 @@ def test_who_is_preempted_goes_on_as_undisturbed() -> None:
 
 
 class _SlowToPrepare(FakeRunner):
-    """Makes grammars ready when the test says so."""
+    """Finishes a grammar when the test sets its result."""
 
     prepared: Future[Constraint]
 

@@ -169,7 +169,7 @@ def test_an_engine_that_hangs_at_work_is_replaced_and_its_streams_go_on_exactly(
 
 
 class _HangsWhenIdle(FakeRunner):
-    """Once told to, its loop stands still, while its other threads go on."""
+    """Its loop stands still once the marker exists, while its other threads go on."""
 
     def __init__(self, marker: Path) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def test_an_idle_engine_that_hangs_is_found_and_replaced_without_a_request(
     async def test() -> None:
         client = ProcessClient(partial(_HangsWhenIdle, marker), _config())
         await client.start()
-        # Alive for more than a timeout, though nobody asks anything of it.
+        # Alive for more than a timeout, though no request comes.
         for _ in range(_NUM_TICKS):
             await _hear(client)
             assert client.is_alive
@@ -210,7 +210,7 @@ def test_an_idle_engine_that_hangs_is_found_and_replaced_without_a_request(
 
 
 def _build_for_ever(marker: Path) -> ModelRunner:
-    """Hang in building the first engine that finds the marker."""
+    """Block while building the first engine that finds the marker."""
     if marker.exists():
         marker.unlink()
         time.sleep(1000)
@@ -284,7 +284,7 @@ def test_a_process_that_cannot_be_ended_is_left_alone(caplog: pytest.LogCaptureF
 
 
 class _SleepyRunner(FakeRunner):
-    """A step takes longer than an engine has to be silent to be asked."""
+    """A step takes longer than the silence after which an engine is probed."""
 
     def launch(self, step: StepInput) -> Any:
         time.sleep(0.3)

@@ -1,7 +1,7 @@
-"""Whatever engines die of: exactly the guilty are ended, no token is lost or told twice.
+"""Crashes of any cause: only the guilty requests are ended, no token is lost or sent twice.
 
-An engine that can be computed by hand: each running request gets a token a step, its position. It
-dies of a poison request in the step that is to give a certain token.
+The engine can be computed by hand: each running request gets a token a step, its position. A poison
+request crashes it in the step that is to sample a certain token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MOST_STEPS = 20_000
 
 @dataclass
 class _Engine:
-    """Takes a message some steps after it was sent: what it says meanwhile is news of the past."""
+    """Takes a message `delay` steps after it was sent: its outputs until then are out of date."""
 
     delay: int
     inbox: deque[tuple[int, Submit | Cancel]] = field(default_factory=deque)
@@ -72,7 +72,7 @@ class _World:
     def __init__(self, poisons: list[int | None], num_tokens: int, delay: int) -> None:
         self.streams = Streams()
         self.isolation = Isolation(self.streams, self._send)
-        #: By prompt: the token that an engine dies of.
+        #: By prompt: the token at which the engine crashes.
         self.poisons = poisons
         self.num_tokens = num_tokens
         self.delay = delay
@@ -141,7 +141,7 @@ async def _live(
     poisons=st.lists(st.none() | st.integers(0, 59), min_size=1, max_size=12),
     num_tokens=st.integers(1, 60),
     delay=st.integers(0, 3),
-    # Three kills of one request alone end nobody; more, one after another, would.
+    # Three kills of an engine with one request end no request; more in a row would.
     kills=st.lists(st.integers(0, 300), max_size=3),
     # Readers who leave after so many tokens, or in a certain step.
     leaves=st.lists(st.integers(1, 20) | st.none(), min_size=12, max_size=12),
@@ -174,7 +174,7 @@ def test_exactly_the_guilty_are_ended(
                 assert end == list(range(len(end)))
                 assert last <= len(end) <= num_tokens
         assert not world.isolation.is_on
-        # Also those who left may have been the death of an engine that did not know yet.
+        # A cancelled request may also have crashed an engine that had not read the cancellation.
         num_poisons = len(poisons) - poisons.count(None)
         assert world.num_deaths <= 5 * num_poisons + 4 * len(kills)
 
@@ -249,7 +249,7 @@ def test_what_an_engine_says_late_of_one_that_is_set_aside_is_not_told_twice() -
                 world.step()
             world.die(is_outside=True)
         assert world.isolation.is_on
-        # Nobody is left to be tried after the first, so that it is given back at once.
+        # No suspect is left after the first, so it is given back at once.
         tasks.pop().cancel()
         await _live(world, tasks, [], {})
         assert tasks[0].result() == list(range(60))

@@ -22,7 +22,7 @@ _CONFIG = SchedulerSection(max_num_seqs=32, max_num_batched_tokens=256)
 
 
 def _requests(num_requests: int) -> tuple[list[GenerateRequest], dict[int, Fault]]:
-    """Requests whose prompts share their beginnings; one in fifty fails somewhere on its way."""
+    """Return requests whose prompts share beginnings; one in fifty fails at some token."""
     rng = random.Random(9)
     requests, faults = [], {}
     for seed in range(num_requests):
@@ -56,7 +56,7 @@ def test_faults_and_kills_end_exactly_the_faulty(
     async def ask(client: ProcessClient, gate: asyncio.Semaphore, request: GenerateRequest) -> None:
         seed, tokens = request.params.seed, list[int]()
         async with gate:
-            while not client.is_alive:  # noqa: ASYNC110 - as a client that is told 503
+            while not client.is_alive:  # noqa: ASYNC110 - as a client that gets a 503
                 await asyncio.sleep(0.005)
             try:
                 async for delta in client.generate(request):
@@ -66,7 +66,7 @@ def test_faults_and_kills_end_exactly_the_faulty(
         texts[seed] = tokens
 
     async def kill(client: ProcessClient) -> None:
-        """Two engines in a row, a few times, whatever runs in them."""
+        """Kill two engines in a row, a few times, in any state."""
         for number, share in enumerate((0.2, 0.25, 0.6, 0.65)):
             while (  # noqa: ASYNC110 - polls the life of processes
                 len(texts) < share * num_requests

@@ -1,7 +1,8 @@
 """Any order of submit, cancel, step and fault leaves every invariant whole and every token right.
 
-The model's keys and values are digests of the prefix they belong to (`model/fake.py`), so a page
-shared wrongly, freed too early or evicted in use shows as a wrong token or a failed read-back.
+The model's keys and values are digests of the prefix they belong to (`model/fake.py`). A page that
+is shared wrongly, freed too early or evicted in use therefore gives a wrong token or a failed
+read-back.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MAX_LEN = 16
 
 
 class Hesitant(FakeRunner):
-    """Follows no grammar; those who have one get no token while it is late, and end if it fails."""
+    """Ignores grammars; a sequence with a late one gets no token, with a failed one it ends."""
 
     mood = ""
 
@@ -48,7 +49,7 @@ class Hesitant(FakeRunner):
 
 
 def _is_probe(plan: StepPlan) -> bool:
-    """What shows that the model still computes; where it fails, so does the engine."""
+    """Return whether a plan is the probe of the model; where it fails, so does the engine."""
     return plan.sequences[0].request_id == PROBE_ID
 
 
@@ -59,7 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.outputs: dict[int, list[int]] = {}
         self.scores: dict[int, list[TokenLogprobs]] = {}
         self.num_submits = 0
-        #: Those that were the only ones in a step that failed.
+        #: Requests that were alone in a step that failed.
         self.failed_alone: set[int] = set()
         self.build(4, 2, 2, 4, 1)
 
@@ -272,7 +273,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(has_written=st.booleans())
     @precondition(lambda self: len(self.in_flight) < self.runner.max_steps_in_flight)
     def fault_at_launch(self, has_written: bool) -> None:
-        """Copies and writes may or may not have happened when a real step raises."""
+        """Fail a launch; its copies and writes may or may not have happened, as in a real step."""
         plan = self.plan()
         if plan is None:
             return
@@ -305,12 +306,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def everything_holds(self) -> None:
         self.scheduler.check()
-        # Whatever is read from now on was written by a step launched after this.
+        # All pages that are read from now on were written by a step launched after this.
         self.runner.pages.forget(self.cache._pool.free_ids)
         assert self.scheduler.has_work == bool(self.submits)
 
     def teardown(self) -> None:
-        """Whatever was going on, all of it ends, and nothing stays held."""
+        """End all requests, in any state; nothing stays held."""
         for _ in range(400):
             if not self.scheduler.has_work and not self.in_flight:
                 break

@@ -42,7 +42,7 @@ LETTERS = '%llguidance {"no_forcing": true}\nstart: "ABCabc"'
 
 
 class Recorder(FakeRunner):
-    """Keeps what it was asked to compute."""
+    """Keeps the steps that it computed."""
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**{"max_steps_in_flight": 2, "num_pages": 16} | fields)
@@ -58,7 +58,7 @@ class Recorder(FakeRunner):
 
 
 class Told:
-    """An engine on a clock that ticks once a look, and all that it told."""
+    """An engine with a clock that ticks at each reading, and all its outputs."""
 
     def __init__(self, runner: FakeRunner, **config: Any) -> None:
         section = SchedulerSection(
@@ -199,7 +199,7 @@ def test_a_prompt_is_told_of_once_though_it_was_preempted_with_its_step_under_wa
 
 
 def _with_grammar(runner: Recorder) -> Scheduler:
-    """One that follows a grammar, and one that does not."""
+    """Return a scheduler with one sequence that follows a grammar, and one that does not."""
     config = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=8)
     scheduler = Scheduler(KVCache(16, 4), config, runner.info)
     params = SamplingParams(max_tokens=3, ignore_eos=True)

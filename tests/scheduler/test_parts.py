@@ -89,7 +89,7 @@ def test_a_burst_of_arrivals_need_not_see_decodes_alone_to_get_its_chunks() -> N
 
 
 def test_costs_are_learnt_anew_where_every_step_is_mixed() -> None:
-    """Regression: what one stream cost was believed with sixty, and prompts crawled for ever."""
+    """Regression: the cost of one stream was assumed with sixty, and prompts crawled for ever."""
     pacing = Pacing(3.0)
     pacing.observe(0.100, num_decodes=0, num_prompt_tokens=500)
     pacing.observe(0.010, num_decodes=1, num_prompt_tokens=0)

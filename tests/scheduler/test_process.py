@@ -1,4 +1,4 @@
-"""What only an engine in a process of its own can do: die, hang, fail to start, come back."""
+"""An engine in its own process: crashes, hangs, failed starts, restarts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 async def _no_time(_: float) -> None:
-    """Stand for a pause; others have their turn."""
+    """Replace a pause: others have their turn."""
     await asyncio.sleep(0)
 
 
@@ -67,7 +67,7 @@ def _run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 def _kill(client: ProcessClient) -> None:
-    """Kill the engine and wait for its end, before the event loop can hear of it."""
+    """Kill the engine and wait for its end, before the event loop notices it."""
     assert client.engine_pid is not None
     os.kill(client.engine_pid, signal.SIGKILL)
     os.waitid(os.P_PID, client.engine_pid, os.WEXITED | os.WNOWAIT)
@@ -303,7 +303,7 @@ def test_closing_while_an_engine_is_being_replaced() -> None:
             await anext(stream)
             _kill(client)
             await _until(lambda: not client.is_alive)
-            # There is nobody to be told that its reader leaves.
+            # No engine is left to be notified that the reader leaves.
             await stream.aclose()
 
     _run(test)
@@ -372,7 +372,7 @@ def test_engines_that_come_and_go_leave_no_file_descriptors() -> None:
             for _ in range(3):
                 _kill(client)
                 await _collect(client, _request((1, 2)))
-                # What earlier tests left behind is not to go in the midst of this one.
+                # So that no object of an earlier test is collected within this one.
                 gc.collect()
                 held.append(len(os.listdir("/proc/self/fd")))  # noqa: PTH208 - no disk
             # Fewer where something of an earlier test was collected meanwhile.

@@ -1,4 +1,4 @@
-"""A prompt's own log-probabilities: each told once, whatever its way through the steps."""
+"""A prompt's own log-probabilities: each sent once, no matter how steps cut the prompt."""
 
 from __future__ import annotations
 

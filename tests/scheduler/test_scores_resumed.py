@@ -1,4 +1,4 @@
-"""An engine that dies within a scored prompt: the next one tells the rest, and only it."""
+"""An engine that crashes within a scored prompt: the next one sends only the missing scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine cannot be started for now may come back: the client waits for it."""
+"""Shortages that keep an engine from starting may pass: the client waits for the end of them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _Pauses:
 
 
 async def _is_resumed(client: ProcessClient, harm: Callable[[], None]) -> list[int]:
-    """Kill the engine under a stream, after `harm`; return what the stream is told in all."""
+    """Kill the engine under a stream, after `harm`; return all tokens of the stream."""
     await client.start()
     stream = client.generate(_REQUEST)
     told = list((await anext(stream)).token_ids)
@@ -122,7 +122,7 @@ def test_a_full_table_of_files_is_waited_out() -> None:
 
     _run(test)
     assert pauses.taken_s == [1, 2, 4, 8, 16, 30, 30, 30, 30]
-    # Whoever comes again then finds an engine: after the pause, and the time it takes to start.
+    # A client that retries then finds an engine: after the pause, and the time of a start.
     assert all(
         told is not None and taken <= told < taken + 20
         for told, taken in zip(pauses.told_s, pauses.taken_s, strict=True)
@@ -141,7 +141,7 @@ def _build_with_what_there_is(marker: Path) -> ModelRunner:
         number = marker.stat().st_size
         marker.write_bytes(bytes(number + 1))
         if number % 3 == 0:
-            # What the kernel does when there is no memory.
+            # As the kernel does when there is no memory.
             os.kill(os.getpid(), signal.SIGKILL)
         if number % 3 == 1:
             raise MemoryError("the weights")
@@ -175,7 +175,7 @@ def test_a_fault_of_its_own_is_not_waited_for_for_ever(tmp_path: Path) -> None:
         with pytest.raises(EngineUnavailableError, match="did not come back"):
             await _is_resumed(client, marker.touch)
         await lost.wait()
-        # Nobody waits for an engine that will not come.
+        # No request waits for an engine that will not start.
         with pytest.raises(EngineUnavailableError):
             await anext(client._streams.generate(_REQUEST, client._isolation.send))
         await client.close()

@@ -31,10 +31,10 @@ def test_silence_is_asked_then_doubted_then_bitten_and_all_begins_anew() -> None
     assert kennel.look(1) == (0, 0, False)
     assert kennel.look(1) == (1, 0, False)
     assert kennel.look(4) == (1, 0, False)
-    # Seven looks of an eighth of the timeout: before it is over.
+    # After seven checks, of an eighth of the timeout each: before the timeout.
     assert kennel.look(1) == (1, 0, True)
     assert kennel.look(2) == (1, 0, True)
-    # Eight looks after the question.
+    # Eight checks after the question.
     assert kennel.look(1) == (1, 1, False)
     assert kennel.look(9) == (2, 1, True)
 
@@ -72,7 +72,7 @@ def test_it_looks_by_itself_until_it_is_stopped() -> None:
 
 
 def test_a_loop_that_stood_still_has_not_waited() -> None:
-    """What was said meanwhile is still unread."""
+    """Answers that came meanwhile are still unread."""
 
     async def test() -> None:
         kennel = Kennel(timeout_s=0.08)

@@ -1,4 +1,4 @@
-"""Sequences under a window hold what they read and a chunk, however long they are."""
+"""Sequences under a window hold the keys in view and a chunk, no matter how long they are."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ Script = Callable[["ScriptedClient", GenerateRequest], AsyncGenerator[TokenOutpu
 
 
 class ScriptedClient:
-    """An engine that does as a test says: faults of a real one cannot be provoked at will."""
+    """An engine with a test's script: faults of a real one cannot be provoked at will."""
 
     def __init__(self, script: Script) -> None:
         self._script = script
@@ -69,7 +69,7 @@ class ScriptedClient:
         self.was_closed = threading.Event()
 
     async def start(self) -> None:
-        """Nothing to bring up."""
+        """Do nothing: there is no engine to start."""
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
@@ -93,7 +93,7 @@ class ScriptedClient:
         self.observers.append(observer)
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is no engine to end."""
 
 
 class AbsentClient(ScriptedClient):
@@ -120,7 +120,7 @@ async def _absence(_: object, request: GenerateRequest) -> AsyncGenerator[TokenO
 
 
 class _Server(uvicorn.Server):
-    """Ends when it is told to: uvicorn looks ten times a second, and then waits as long again."""
+    """Ends at once on request: uvicorn checks ten times a second, and then waits as long again."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -156,7 +156,7 @@ class LiveServer:
         self.text = text
         self.config = OctavoConfig.model_validate({"server": server, "model": model or {}})
         self.log = io.StringIO()
-        # asyncio switches Nagle's algorithm off only for a socket that says it is TCP.
+        # asyncio switches Nagle's algorithm off only for a socket whose `proto` is TCP's.
         self._socket = socket.socket(proto=socket.IPPROTO_TCP)
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
@@ -226,7 +226,7 @@ class LiveServer:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
 
     def metric(self, series: str) -> float:
-        """Value of a series, written as in the exposition, without the model's name."""
+        """Return the value of a series, named as in the exposition, without the model's name."""
         found = [
             float(line.rpartition(" ")[2])
             for line in self.http.get("/metrics").text.splitlines()
@@ -324,7 +324,7 @@ def scripted_client() -> Callable[[Script], ScriptedClient]:
 
 @pytest.fixture
 def speaking(scripted: Callable[..., LiveServer], text: ModelText) -> Callable[..., LiveServer]:
-    """Start a server whose model says `outputs` in turn, `width` tokens at a time."""
+    """Start a server whose model outputs `outputs` in turn, `width` tokens at a time."""
 
     def start(
         *outputs: str,

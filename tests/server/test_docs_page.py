@@ -1,4 +1,4 @@
-"""/docs works without any other server, and its policy allows what it needs and no more."""
+"""/docs works without any other server, and its policy allows only the sources that it needs."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ _FUNCTION: dict[str, Any] = {"name": "f", "parameters": {}}
 
 
 def _wrong_bodies(text: str) -> dict[str, list[dict[str, Any]]]:
-    """Requests that are refused, by their route; each has `text` where one may be quoted."""
+    """Return requests that are refused, by route; each has `text` where one may be quoted."""
     schema = {"type": "object", "properties": {text: {"type": text}}}
     forms: list[dict[str, Any]] = [
         {"response_format": {"type": text}},

@@ -25,7 +25,7 @@ from server.exposition import Histogram
 from server.memory import resident_bytes
 from server.metrics import GrowingCount
 
-#: Series of the first scrape, without the model's name: what dashboards may count on.
+#: Series of the first scrape, without the model's name: dashboards may rely on them.
 SERIES = [
     "num_requests_running",
     "num_requests_waiting",
@@ -250,7 +250,7 @@ def test_a_histogram_counts_what_it_is_shown(observations: list[tuple[float, int
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1), max_size=5))
 def test_a_count_goes_on_over_restarts(lives: list[list[int]]) -> None:
-    """Each life of an engine counts from 0; a scrape reads whatever it has come to."""
+    """Each life of an engine counts from 0; a scrape reads the value at that time."""
     count, shown, finished = GrowingCount(), 0, 0
     for grows in lives:
         value = 0

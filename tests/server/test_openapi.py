@@ -1,7 +1,7 @@
-"""Our own document holds: schemathesis asks every route of it what it may and what it may not.
+"""Our OpenAPI document is true: schemathesis sends valid and invalid requests to all its routes.
 
 As a program of its own: its plugin for pytest does not work with the version used here. Routes are
-taken from the document, so one that is added is asked without a line here.
+taken from the document, so a new one is tested without a line here.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ TEMPLATE = """\
 {%- if tools %}{{ tools | tojson }} <tool_call>{% endif %}
 {%- for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{# </think> #}<think>
 """
-#: `positive_data_acceptance` is not among them: a schema cannot say which tokens there are, that a
-#: prompt must fit, or that of two fields one is needed.
+#: `positive_data_acceptance` is not among them: a schema cannot express which tokens there
+#: are, that a prompt must fit, or that of two fields one is needed.
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -58,7 +58,7 @@ CONFIG = """\
 [checks.negative_data_rejection]
 expected-statuses = [400, 401, 403, 404, 405, 413, 429]
 """
-#: Bodies made up at random, for each route; what is at the limits of each field is asked anyway.
+#: Random bodies for each route; the limits of each field are always tested.
 _MAX_EXAMPLES = 6
 
 

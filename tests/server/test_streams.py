@@ -26,7 +26,7 @@ STARTED = Started(1, 0.0, 0, "")
 
 
 async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-    """One token, then nothing for ever."""
+    """Yield one token, then nothing for ever."""
     del request
     yield TokenOutput((72,), started=STARTED)
     await asyncio.Event().wait()
@@ -120,7 +120,7 @@ class Flood:
             watch.cancel()
 
     async def _tell_when_stuck(self) -> None:
-        """Stuck: the loop runs dry again and again, and no more items are taken."""
+        """Set an event when the loop runs dry again and again, and no more items are taken."""
         last, num_same = -1, 0
         while num_same < 2000:
             num_same = num_same + 1 if self.num_deltas == last else 0

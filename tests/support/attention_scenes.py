@@ -103,7 +103,7 @@ def make_scene(
     windows: tuple[int | None, ...] = (None,),
     seed: int = 0,
 ) -> Scene:
-    """Rows are (tokens of this step, tokens in all)."""
+    """Return a scene; rows are (tokens of this step, tokens in all)."""
     generator = torch.Generator().manual_seed(seed)
     spec = AttentionSpec(
         num_layers=len(windows),

@@ -66,7 +66,7 @@ class Reference:
         )
 
     def known(self, namespace: str, tokens: list[int]) -> int:
-        """Tokens of whole pages that the tree knows, there or not."""
+        """Return the tokens of whole pages with a node in the tree, evicted or not."""
         known = 0
         for key in self.path(namespace, tokens, len(tokens) // self.page_size):
             if key not in self.cached:
@@ -75,7 +75,7 @@ class Reference:
         return known
 
     def source(self, namespace: str, tokens: list[int]) -> Key | None:
-        """Of the two neighbours of the place where the rest belongs, the one that shares more."""
+        """Return the neighbour, of the two around the place of the rest, that shares more."""
         wanted = tokens[:-1]
         known = self.known(namespace, wanted)
         children = self.children(namespace, wanted[:known])
@@ -87,13 +87,13 @@ class Reference:
         return best
 
     def is_readable(self, namespace: str, tokens: list[int], num_tokens: int) -> bool:
-        """Whether all pages are there that the query at `num_tokens` reads."""
+        """Return whether all pages are there that the query at `num_tokens` reads."""
         keys = self.path(namespace, tokens, num_tokens // self.page_size)
         gap = self.view.unread_pages(num_tokens, self.page_size)
         return all(i in gap or self.cached[key].has_page for i, key in enumerate(keys))
 
     def reusable(self, namespace: str, tokens: list[int]) -> tuple[int, bool]:
-        """How many tokens, and whether evicted pages make them fewer."""
+        """Return how many tokens are reusable, and whether evicted pages make them fewer."""
         known, source = self.known(namespace, tokens[:-1]), self.source(namespace, tokens)
         most = known if source is None else num_shared(source[1], tokens[:-1])
         lengths = [most, *range(known, 0, -self.page_size)]
@@ -162,7 +162,7 @@ class Reference:
         return self.num_pages - self.num_private - len(self.read)
 
     def num_first_pages(self, num_tokens: int, num_reused: int) -> int:
-        """How long a new block table is."""
+        """Return the length of a new block table."""
         if self.view.window is None:
             return self.pages(num_tokens)
         end = self.view.start(num_reused) + self.view.window + self.chunk_tokens

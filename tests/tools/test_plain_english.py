@@ -74,7 +74,9 @@ def test_plain_words_are_not_reported(sentence: str) -> None:
 def test_a_function_begins_with_a_verb(line: str) -> None:
     source = f'def fits():\n    """{line}"""\n'
     assert found(source) == [(2, "verb-first")]
-    assert found(source, is_test=True) == []
+    assert found(source, is_test=True) == [(2, "verb-first")]
+    assert found(source.replace("fits", "test_fits"), is_test=True) == []
+    assert found("@pytest.fixture\n" + source, is_test=True) == []
     assert found("@property\n" + source) == []
     assert found(source.replace("def fits()", "class Fits")) == []
     assert found(source.replace("fits", "__init__")) == []

@@ -1,6 +1,6 @@
-"""What every attention backend does, held against dense attention in float64.
+"""The contract of all attention backends, tested against dense attention in float64.
 
-The pool is full of NaN but for what a row may read, so that one read too many shows.
+The pool is NaN except for the keys and values that a row may read, so any other read is visible.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from model.kv.pool import KVPool
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 MIXED = ((1, 1), (1, 700), (40, 40), (37, 300), (1, 17), (2, 130), (1, 256), (1, 257))
-#: As mixed, for what is interpreted: a hundred times slower than the slowest of the others.
+#: As MIXED, for interpreted kernels: a hundred times slower than the slowest of the others.
 SMALL = ((1, 1), (1, 130), (17, 17), (18, 70), (1, 64), (2, 66))
 #: Relative to the largest value of the result.
 TOLERANCE = {F32: 1e-5, F16: 2e-3, BF16: 1.6e-2}
@@ -96,12 +96,12 @@ def poison_behind_window(scene: Scene, unit_tokens: int) -> None:
 
 
 def bits(pages: Tensor) -> Tensor:
-    """So that NaN equals NaN."""
+    """Return the bits as integers, so that NaN equals NaN."""
     return pages.view(torch.int32 if pages.dtype == F32 else torch.int16)
 
 
 def is_slow(build: Build) -> bool:
-    """Whether it is interpreted."""
+    """Return whether a backend is interpreted."""
     return build is TritonAttention and TRITON_DEVICE == CPU
 
 
@@ -110,7 +110,7 @@ def mixed(build: Build) -> tuple[tuple[int, int], ...]:
 
 
 def placed(build: Build, scene: Scene) -> Scene:
-    """The scene where the backend can see it."""
+    """Return the scene on the backend's device."""
     return scene.on(TRITON_DEVICE) if build is TritonAttention else scene
 
 

@@ -43,7 +43,7 @@ def attention(library: CpuLibrary) -> CpuAttention:
 
 
 def step(*rows: tuple[int, int, int]) -> AttentionBatch:
-    """Rows are (first page, tokens of this step, tokens in all)."""
+    """Return a batch; rows are (first page, tokens of this step, tokens in all)."""
     width = max(-(-end // PAGE_SIZE) for _, _, end in rows)
     table = torch.zeros(len(rows), width, dtype=torch.int32)
     positions, slots = [], []

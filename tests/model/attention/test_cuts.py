@@ -37,7 +37,7 @@ def library(request: pytest.FixtureRequest) -> CpuLibrary:
 def attend(
     library: CpuLibrary, spec: AttentionSpec, page_size: int, qkv: Tensor, cuts: tuple[int, ...]
 ) -> Tensor:
-    """Attend one sequence, in as many steps as it has pieces; what it may not read is NaN."""
+    """Attend one sequence, a step for each piece; keys and values that it may not read are NaN."""
     num_pages = -(-LENGTH // page_size)
     pool = KVPool(spec.layout(page_size), num_pages, CPU)
     for plane in pool.pages(0)[:2]:

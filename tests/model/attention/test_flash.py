@@ -1,4 +1,4 @@
-"""What of the CUDA backend is bookkeeping; `test_contract.py` runs the rest on a dense kernel."""
+"""The CUDA backend's bookkeeping; `test_contract.py` runs the rest on a dense kernel."""
 
 from __future__ import annotations
 

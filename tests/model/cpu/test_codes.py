@@ -47,12 +47,12 @@ class Packed:
 
 
 def _grouped(values: Tensor) -> Tensor:
-    """`[outputs, scales]` as `[output groups, scales, 16]`."""
+    """Return `[outputs, scales]` as `[output groups, scales, 16]`."""
     return values.view(-1, 16, values.shape[1]).transpose(1, 2).contiguous()
 
 
 def _tiled(codes: Tensor, bits: int) -> Tensor:
-    """The bytes of the tiles, written as the header of csrc/products.h has it."""
+    """Write the bytes of the tiles as the header of csrc/products.h describes them."""
     groups, inputs = codes.shape[0] // 16, codes.shape[1]
     fours = codes.view(groups, 16, inputs // 64, 16, 4).permute(0, 2, 3, 1, 4).to(torch.uint8)
     if bits == 8:

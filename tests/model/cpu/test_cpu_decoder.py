@@ -59,7 +59,7 @@ def _attention(transformer: Transformer, pool: KVPool, library: CpuLibrary) -> C
 
 
 def _poison_behind_window(pool: KVPool, table: Tensor, row: int, start: int, window: int) -> None:
-    """Give away what no query from `start` on sees: NaN, and another page, full of NaN."""
+    """Make keys out of view of queries from `start` on NaN, and replace their pages with NaN."""
     at = torch.arange(max(start - window + 1, 0))
     slots = table[row, at // PAGE_SIZE].long() * PAGE_SIZE + at % PAGE_SIZE
     for layer in range(pool.layout.num_layers):
@@ -77,7 +77,7 @@ def _logits(
     lengths: tuple[int, ...] = LENGTHS,
     poisoned_window: int | None = None,
 ) -> Tensor:
-    """Three sequences side by side, each fed up to the same cuts of its length, in 64ths."""
+    """Compute three sequences side by side, each up to the same cuts of its length, in 64ths."""
     pool = _pool(transformer)
     attention = _attention(transformer, pool, library)
     generator = torch.Generator().manual_seed(3)

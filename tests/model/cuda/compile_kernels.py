@@ -1,7 +1,7 @@
-"""Compiles our Triton kernels for GPUs that need not be here, and prints what they take.
+"""Compiles our Triton kernels, without a GPU, and prints the resources that they need.
 
 A script of its own: in a process whose kernels are interpreted they cannot be compiled. Run with
-`python tests/model/cuda/compile_kernels.py [capability ...]`, say 80 90; prints JSON lines.
+`python tests/model/cuda/compile_kernels.py [capability ...]`, such as 80 90; prints JSON lines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from model.cuda import kernels as gpu_kernels
 
 BF16, FP32, INT32, INT64 = "*bf16", "*fp32", "*i32", "*i64"
 
-#: Llama-3.1-8B's sizes in its own dtype, then what else the kernels branch on.
+#: Llama-3.1-8B's sizes in its own dtype, then other values that the kernels branch on.
 HEAD = {"HEAD_DIM": 128, "DIM_BLOCK": 128}
 NORM = {"NUM_INNER": 1, "WIDTH": 4096, "BLOCK": 4096}
 DECODE = HEAD | {"GROUP": 4, "GROUP_BLOCK": 16, "TILE": 64, "DOT_DTYPE": tl.bfloat16}
@@ -102,7 +102,7 @@ def compiled(kernel: Any, constants: dict[str, Any], options: dict[str, int], ta
 
 
 def main() -> None:
-    """Compile everything; whatever cannot be ends the script."""
+    """Compile all variants; the first that does not compile ends the script."""
     for capability in sys.argv[1:] or ["80", "90"]:
         target = GPUTarget("cuda", int(capability), 32)
         for kernel, constants, options in VARIANTS:
@@ -115,7 +115,7 @@ def main() -> None:
                 "num_warps": found.metadata.num_warps,
                 "specialized": specialized(kernel),
             }
-            print(json.dumps(line))  # noqa: T201 - what it is for
+            print(json.dumps(line))  # noqa: T201 - its only purpose
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What of the GPU's assembly needs no GPU: the largest step, the memory plan, fused layers."""
+"""The GPU's assembly, as far as it needs no GPU: largest step, memory plan, fused layers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_largest_step_has_all_tokens_and_samples_all_rows(
 
 def test_the_largest_step_can_be_computed(runner: TorchRunner) -> None:
     dry_run(runner, largest_step(40, 5, 64, 4, PARAMS))
-    # Every slot has had penalties, so their counts are part of what was measured.
+    # Every slot has had penalties, so their counts are part of the measured memory.
     assert len(runner._sampler._counts.row_of_slot) == 5
 
 

@@ -1,4 +1,4 @@
-"""Recorded decode steps without a recorder: static places, padding and what is copied there.
+"""Recorded decode steps without a recorder: static places, padding and copied inputs.
 
 `test_equivalence.py` runs whole requests through them.
 """
@@ -38,7 +38,7 @@ def decode(token_ids: list[int], starts: list[int], pages: list[list[int]]) -> S
 
 @dataclass
 class Seen:
-    """A decoder and an attention backend which keep what they were given."""
+    """A decoder and an attention backend which keep their inputs."""
 
     name: str = "seen"
     batches: list[AttentionBatch] = field(default_factory=list)

@@ -1,5 +1,7 @@
-"""Our Triton kernels become machine code, though no GPU is here; what they compute is tested by
-`attention/test_contract.py` and `test_ops.py`, in the interpreter."""
+"""Our Triton kernels compile to machine code, without a GPU.
+
+`attention/test_contract.py` and `test_ops.py` test their results, in the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 #: Shared memory one program may take (CUDA C++ programming guide, compute capabilities).
 MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-#: What begins elsewhere, or is as wide as its longest row, in every step.
+#: Arguments whose address, or whose width (that of the longest row), differs from step to step.
 OF_A_STEP = {
     *("positions_ptr", "kv_slots_ptr", "query_starts_ptr", "seq_lens_ptr"),
     *("table_ptr", "table_stride"),

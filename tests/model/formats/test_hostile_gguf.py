@@ -92,7 +92,7 @@ class Budget:
 
 
 def outcome(read: Callable[[Path], object], path: Path) -> str:
-    """Read; return the message of the error, or nothing. Fails where the budget is spent."""
+    """Return the message of the error in reading, or nothing. Fails where the budget is spent."""
     tracemalloc.start()
     sys.setprofile(Budget())
     try:

@@ -18,7 +18,7 @@ _NUM_SCHEMAS = 300
 
 
 def _documents() -> list[dict[str, Any]]:
-    """All objects of these names and values."""
+    """Return all objects of these names and values."""
     choices = itertools.product([None, *_VALUES], repeat=len(_NAMES))
     pairs = (zip(_NAMES, values, strict=True) for values in choices)
     return [{name: value for name, value in one if value is not None} for one in pairs]

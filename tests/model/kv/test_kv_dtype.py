@@ -1,4 +1,4 @@
-"""What keys and values are kept in where nobody says: as exact as what makes and takes them."""
+"""The default dtype of keys and values: as exact as the operations that write and read them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def layout_of(kv_format: KVFormat, latent_dim: int | None = None) -> KVLayout:
 
 
 def make_pool(dtype: torch.dtype = torch.float32) -> KVPool:
-    """A pool in which every (layer, page, token) holds a number of its own."""
+    """Return a pool in which every (layer, page, token) holds a number of its own."""
     pool = KVPool(layout_of(float_format(dtype)), PAGES, CPU)
     numbers = torch.arange(PAGES * PAGE_SIZE).view(PAGES, PAGE_SIZE, 1, 1)
     for layer in range(LAYERS):
@@ -30,7 +30,7 @@ def make_pool(dtype: torch.dtype = torch.float32) -> KVPool:
 
 
 def contents(pool: KVPool) -> list[list[int]]:
-    """The numbers in the pages, the same in all layers, keys and values."""
+    """Return the numbers in the pages, the same in all layers, keys and values."""
     pages: list[list[int]] = pool.pages(0).keys[:, :, 0, 0].long().tolist()
     for layer in range(LAYERS):
         held = torch.tensor(pages)[:, :, None, None] + 100 * layer

@@ -34,7 +34,7 @@ _CONFIG = {
     "initializer_range": 0.5,
 }
 _PAGE_SIZE = 4
-#: More than the runner looks at at once, and no multiple of it.
+#: More than the runner scores at once, and not a multiple of it.
 PROMPT = torch.randint(0, 96, (2 * SCORED_TOKENS + 9,), generator=torch.Generator().manual_seed(3))
 
 
@@ -54,7 +54,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> TorchRunner:
 
 @pytest.fixture(scope="module")
 def score(runner: TorchRunner) -> Callable[..., list[TokenLogprobs]]:
-    """Score `PROMPT` in chunks that end where it is said."""
+    """Score `PROMPT` in chunks with the given ends."""
 
     def in_chunks(*ends: int, num_top: int = 3) -> list[TokenLogprobs]:
         prompt = PROMPT.tolist()

@@ -53,7 +53,7 @@ def _gguf_name(family: str, name: str) -> str:
 
 
 def _permute(rows: Tensor, num_heads: int) -> Tensor:
-    """llama.cpp's `LlamaModel.permute` in its convert_hf_to_gguf.py."""
+    """Apply llama.cpp's `LlamaModel.permute` of its convert_hf_to_gguf.py."""
     rest = rows.shape[1:]
     halves = rows.reshape(num_heads, 2, rows.shape[0] // num_heads // 2, *rest)
     return halves.swapaxes(1, 2).reshape(rows.shape)

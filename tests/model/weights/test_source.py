@@ -114,7 +114,7 @@ def test_what_is_no_model_is_refused_in_one_line(model: str, message: str, tmp_p
 
 
 def _resolve_offline(model: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the hub's library reads its environment when it is imported."""
+    """Resolve in a new process: the hub's library reads its environment when it is imported."""
     script = (
         "import sys; from pathlib import Path; from model.weights.source import resolve;"
         "print(resolve(sys.argv[1], home=Path('home'), progress=False))"

@@ -34,7 +34,7 @@ def _tiles(weight: Tensor, bias: Tensor | None = None, *, scale_tiles: int = 0) 
 
 
 def _as_it_enters(library: CpuLibrary, x: Tensor) -> Tensor:
-    """Activations as the products see them."""
+    """Return activations as the products read them."""
     return x.bfloat16().double() if library.isa in {"amx", "avx512_bf16"} else x.double()
 
 
@@ -52,7 +52,7 @@ def test_bf16_is_the_exact_product_of_rounded_weights(
 
 
 def _as_integers(library: CpuLibrary, x: Tensor) -> Tensor:
-    """Integers of two signed bytes, relative to the largest number of a row.
+    """Round to integers of two signed bytes, relative to the largest number of a row.
 
     Values near half a step must fall on the same side: where there is a fused multiply-add, their
     product with the factor is not rounded before.

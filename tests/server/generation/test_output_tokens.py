@@ -201,7 +201,7 @@ READERS = {COMPLETIONS: of_openai, CHAT: of_openai, RESPONSES: of_response, MESS
 
 
 def tell(live: Any, path: str, *, has_tools: bool, **more: Any) -> Told:
-    """Ask whole and as a stream; both must be equal."""
+    """Request an answer whole and as a stream; both must be equal."""
     whole = live.post(path, **asked(path, has_tools=has_tools, is_stream=False, **more))
     assert whole.status_code == 200, whole.text
     stream = live.post(path, **asked(path, has_tools=has_tools, is_stream=True, **more))

@@ -30,7 +30,7 @@ def logprob_of(prompt: list[int], index: int) -> float:
 
 
 def candidates(live: Any, prompt: list[int], count: int) -> list[Any]:
-    """The form of vLLM."""
+    """Return the candidates in the form of vLLM."""
     told: list[Any] = [None]
     for score in scores_of(prompt, count):
         ids = dict.fromkeys((score.token_id, *(token for token, _ in score.top)))

@@ -19,7 +19,7 @@ def pieces_of(text: ModelText) -> TokenBytes:
 
 
 def counted(text: ModelText, output: str, *, width: int = 1, is_thinking: bool = False) -> int:
-    """A byte is a token here."""
+    """Return the number of tokens: a byte is a token here."""
     counter = ReasoningCounter(pieces_of(text), THINK, is_thinking=is_thinking)
     token_ids = [*output.encode()]
     for start in range(0, len(token_ids), width):

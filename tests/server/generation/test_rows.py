@@ -37,7 +37,7 @@ MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 
 
 def extended() -> Tokenizer:
-    """Bytes, numbers up to 299, and one token more."""
+    """Return a tokenizer of bytes, numbers up to 299, and one token more."""
     tokens = [*BYTE_LEVEL_ALPHABET, *(f"Ġ{i}" for i in range(256, 300))]
     core = Core(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

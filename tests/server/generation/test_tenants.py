@@ -77,7 +77,7 @@ def tenants(start_shared: Callable[..., Any], file: Path) -> Any:
 
 
 def cached(live: Any, secret: str, prompt: list[int], salt: str) -> tuple[int, str]:
-    """Ask for one token; return the answer's report of the cache."""
+    """Request one token; return the answer's report of the cache."""
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": 1, "ignore_eos": True}
     if salt:
         body["cache_salt"] = salt

@@ -1,4 +1,4 @@
-"""Pages of other origins: none may ask unless named, and those that may can read errors too."""
+"""Pages of other origins: only named ones may send requests, and these can read errors too."""
 
 from __future__ import annotations
 

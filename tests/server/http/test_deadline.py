@@ -23,14 +23,14 @@ LONG: dict[str, Any] = {"max_tokens": 900_000, "ignore_eos": True}
 
 
 async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-    """One token, then nothing for ever."""
+    """Yield one token, then nothing for ever."""
     del request
     yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
     await asyncio.Event().wait()
 
 
 async def never(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-    """Nothing at all, as in a queue that does not move."""
+    """Yield nothing at all, as in a queue that does not move."""
     async for delta in endless(_, request):
         if delta.finish_reason is not None:
             yield delta
@@ -50,7 +50,7 @@ def busy(start_server: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def idle_pages(live: Any) -> tuple[int, int, int]:
-    """What is in use once nothing should be."""
+    """Return the resources in use once nothing should run: all zero."""
     live.wait_idle()
     assert live.post("/v1/completions", prompt="z", max_tokens=1).status_code == 200
     live.client.check()

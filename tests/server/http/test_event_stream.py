@@ -54,7 +54,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 
 class Wire:
-    """What was sent, and when; a reader that does not read blocks it."""
+    """The messages sent, with their times; a reader that does not read blocks it."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[float, Any]] = []

@@ -1,4 +1,4 @@
-"""Requests made to cost much: each is refused early, and nobody else waits for it meanwhile."""
+"""Requests made to cost much: each is refused early, and no other request waits for it."""
 
 from __future__ import annotations
 

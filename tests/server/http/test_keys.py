@@ -44,7 +44,7 @@ def bearer(secret: str) -> dict[str, str]:
 
 
 async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-    """One token, then nothing for ever; a prompt of one byte is answered at once."""
+    """Yield one token, then nothing for ever; a prompt of one byte is answered at once."""
     yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
     if len(request.prompt_token_ids) == 1:
         yield TokenOutput(finish_reason=FinishReason.STOP)
@@ -52,7 +52,7 @@ async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOu
 
 
 def held(live: Any, secret: str) -> socket.socket:
-    """A connection with a request that runs until it is closed."""
+    """Return a connection with a request that runs until it is closed."""
     data = json.dumps({"prompt": "hold", "stream": True}).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {secret}\r\n"

@@ -1,4 +1,4 @@
-"""What comes over a connection and is no request."""
+"""Bytes on a connection that are not a request."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ CHUNKED = b"Host: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 UPGRADE = (
     b"Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
 )
-#: What is sent once, and what then for ever.
+#: The bytes sent once, and the bytes sent after them for ever.
 ENDLESS = {
     "trailers": (b"GET /health HTTP/1.1\r\n" + CHUNKED + b"0\r\n", b"a00001: b\r\n"),
     "a trailer": (b"GET /health HTTP/1.1\r\n" + CHUNKED + b"0\r\na: ", b"b" * 64),
@@ -211,7 +211,7 @@ def test_an_answer_that_has_begun_is_not_spoilt_by_what_comes_behind_it(live: An
     assert heard.count(b"HTTP/1.1") == 1 or b"[DONE]" in heard
 
 
-#: What is sent once, and what then every few milliseconds.
+#: The bytes sent once, and the bytes sent after them every few milliseconds.
 SLOW = {
     "empty lines": (HEAD, b"\r\n"),
     "a body after its answer": (

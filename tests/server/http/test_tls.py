@@ -1,4 +1,4 @@
-"""Certificates: what is wrong with one is said before the start, in one line that names it."""
+"""Certificates: an error in one is reported before the start, in one line that names it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def serial(certificate: Certificate) -> object:
-    """What a client is shown, by a handshake in memory."""
+    """Return the serial number that a client gets, by a handshake in memory."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client_context.check_hostname, client_context.verify_mode = False, ssl.CERT_NONE

@@ -1,4 +1,4 @@
-"""Long conversions: beside the loop, few at a time, and over when nobody waits."""
+"""Long conversions: beside the loop, few at a time, and over when no request waits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 
 class Held:
-    """A conversion that goes on until it is let go, or finds that nobody waits."""
+    """A conversion that goes on until a test ends it, or until no request waits for it."""
 
     def __init__(self) -> None:
         self.has_begun, self.may_end, self.was_abandoned = (threading.Event() for _ in range(3))
@@ -135,7 +135,7 @@ def test_who_leaves_while_waiting_never_runs() -> None:
 
 
 def test_the_loops_own_threads_are_left_alone() -> None:
-    """The supervisor of the engine uses them: they must be free whatever is converted."""
+    """The supervisor of the engine uses them: they must be free during any conversion."""
 
     async def scene() -> None:
         work, held = Workshop(), [Held() for _ in range(100)]

@@ -38,7 +38,7 @@ Saying = Callable[..., Any]
 
 
 def documented_events_of(answer: httpx.Response) -> list[dict[str, Any]]:
-    """Each event's payload, as it is documented."""
+    """Return each event's payload, as it is documented."""
     found = events_of(answer.content)
     for payload in found:
         TypeAdapter(MessageEvent).validate_python(payload)
@@ -46,7 +46,7 @@ def documented_events_of(answer: httpx.Response) -> list[dict[str, Any]]:
 
 
 def require_order(events: list[dict[str, Any]]) -> None:
-    """Blocks one after another, each begun, filled and ended, within the message."""
+    """Require blocks one after another, each begun, filled and ended, within the message."""
     kinds = [event["type"] for event in events]
     assert kinds[:2] == ["message_start", "ping"]
     assert kinds[-2:] == ["message_delta", "message_stop"]

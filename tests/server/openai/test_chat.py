@@ -17,7 +17,7 @@ def api(live: Any) -> Iterator[openai.OpenAI]:
 
 
 def expected_tokens(live: Any, content: str, num_tokens: int) -> list[int]:
-    """The model's answer to one user message, computed by hand."""
+    """Return the model's answer to one user message, computed by hand."""
     prompt = live.text.template.render([{"role": "user", "content": content}])
     token_ids = live.text.tokenizer.encode(prompt, add_special_tokens=False)
     known = list(token_ids)

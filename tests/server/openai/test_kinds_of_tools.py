@@ -119,7 +119,7 @@ def live(speaking: Any) -> Any:
 
 
 def _is_named(answer: Any, kind: str) -> bool:
-    """Whether one sentence of the answer, a warning or an error, names the tool."""
+    """Return whether a sentence of the answer, a warning or an error, names the tool."""
     if answer.status_code == 200:
         messages = [warning["message"] for warning in answer.json()["octavo"]["warnings"]]
         return any(kind in one for one in messages)

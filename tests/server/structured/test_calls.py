@@ -77,7 +77,7 @@ def _ask(live: Any, content: str, **body: Any) -> Any:
 
 
 def _calls(choice: Any) -> list[Any]:
-    """The calls in a choice that was not cut, each checked against its tool's schema."""
+    """Return the calls in a choice that was not cut, each checked against its tool's schema."""
     calls: list[Any] = choice["message"]["tool_calls"]
     for call in calls:
         function = call["function"]

@@ -59,7 +59,7 @@ def compiler() -> Compiler:
 
 
 def accepts(compiler: Compiler, grammar: str, *texts: str | int) -> bool:
-    """Whether the texts (and special tokens) make a whole that the grammar lets end."""
+    """Return whether the grammar lets the texts (and special tokens) end."""
     matcher = compiler.compile(grammar).matcher()
     for text in texts:
         tokens = [text] if isinstance(text, int) else list(text.encode())

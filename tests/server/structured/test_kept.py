@@ -345,7 +345,7 @@ def compiler() -> Compiler:
 
 
 def _survives(compiler: Compiler, grammar: str) -> bool:
-    """Whether compiling is short and ends no process; the server has one for this, with limits."""
+    """Return whether compiling is short and ends no process, within limits as the server's."""
     pid = os.fork()
     if pid == 0:
         signal.setitimer(signal.ITIMER_PROF, 2)

@@ -112,7 +112,7 @@ def _mapped(value: Any, change: Any) -> Any:
 
 
 def _harmless(text: str) -> str:
-    """The same text with nothing in it that could be a token of the template's."""
+    """Return the text without characters that could be a token of the template's."""
     return text.translate({ord(char): "-" for char in "<|/>\uff1c"})
 
 

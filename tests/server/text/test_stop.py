@@ -21,7 +21,7 @@ def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
 
 
 def longest_begun(text: str, stops: list[str]) -> int:
-    """Length of the longest end of `text` that is a proper beginning of a stop string."""
+    """Return the length of the longest end of `text` that begins a stop string."""
     lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
     return max(lengths, default=0)
 
