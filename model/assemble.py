@@ -22,6 +22,7 @@ from model.cpu.library import CpuLibrary, load_cpu_library
 from model.cpu.ops import CpuOps
 from model.cuda import ops as gpu_ops
 from model.cuda.assembly import GpuParts, assemble_on_gpu
+from model.cuda.coded_linear import pack_codes
 from model.cuda.ops import GpuOps
 from model.implementation import build_decoder
 from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
@@ -31,6 +32,7 @@ from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
 from model.sampling.sampler import Sampler
+from model.weights.load import CodedPacker
 from model.weights.source import ModelSource
 
 #: Below this a table of angles is not worth a line.
@@ -45,6 +47,8 @@ class _Device:
     notes: tuple[str, ...] = ()
     #: Computes whole layers, if there is one.
     library: CpuLibrary | None = None
+    #: Packs the codes of quantized checkpoints, where products with these run.
+    coded: CodedPacker | None = None
 
 
 def assemble(
@@ -63,6 +67,7 @@ def assemble(
         device=where.device,
         ops=where.ops,
         tiles=where.library,
+        coded=where.coded,
     )
     spec = decoder.attention_spec(_kv_format(config.cache, decoder, where.library))
     offer = choose_backend(config.model.attention_backend, spec)
@@ -106,7 +111,8 @@ def _device(config: ModelSection) -> _Device:
         if reason := gpu_ops.why_not():
             note = f"fused operations are not available ({reason}); torch's are slower"
             return _Device(device, dtype, TorchOps(), (note,))
-        return _Device(device, dtype, GpuOps())
+        coded = partial(pack_codes, dtype=dtype, device=device)
+        return _Device(device, dtype, GpuOps(), coded=coded)
     dtype = stated or torch.float32
     library = load_cpu_library()
     if isinstance(library, str):

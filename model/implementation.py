@@ -15,8 +15,8 @@ from model.architectures.read_arch import read_arch
 from model.architectures.transformer import ServedDecoder
 from model.cpu.library import CpuLibrary
 from model.ops import Ops
-from model.weights.interface import WeightsError
-from model.weights.load import build_transformer
+from model.weights.interface import QuantizedWeightsError, WeightsError
+from model.weights.load import CodedPacker, build_transformer
 from model.weights.source import ModelSource
 
 
@@ -50,6 +50,7 @@ def build_decoder(
     device: torch.device,
     ops: Ops,
     tiles: CpuLibrary | None,
+    coded: CodedPacker | None = None,
 ) -> ServedDecoder:
     """Load a model with either implementation. Raises `ValueError` with the reason."""
     chosen, reason = choose_implementation(source, config.model_impl)
@@ -64,7 +65,10 @@ def build_decoder(
                 progress=True,
                 max_positions=config.max_model_len,
                 tiles=tiles,
+                coded=coded,
             )
+        except QuantizedWeightsError:
+            raise
         except WeightsError as error:
             if config.model_impl == "octavo" or source.kind == "gguf":
                 raise

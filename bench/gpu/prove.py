@@ -32,11 +32,13 @@ from model import build
 from model.attention.interface import AttentionBackend, AttentionBatch, AttentionSpec
 from model.attention.reference import ReferenceAttention
 from model.attention.registry import choose_backend
+from model.cuda.coded_linear import pack_codes
 from model.cuda.ops import GpuOps
 from model.interface import SamplingParams
 from model.kv.format import float_format
 from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
+from model.weights.checkpoints.coded_matrix import CodedMatrix
 from scheduler.engine import Engine
 from scheduler.messages import GenerateRequest, Submit
 
@@ -180,6 +182,33 @@ def check_ops(case: Case) -> str:
     return ", ".join(results)
 
 
+def check_codes(case: Case) -> str:
+    """Compare products from codes with products of their values, for one row and for many."""
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(0, 256, (640, 4096), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(640, 32, generator=generator) + 0.1
+    zeros = torch.randint(0, 16, (640, 32), generator=generator).float()
+    floats = torch.randn(640, 4096, generator=generator).to(torch.float8_e4m3fn)
+    results = []
+    for matrix in (
+        CodedMatrix(integers & 15, scales, zeros, (1, 128), 4),
+        CodedMatrix(integers.view(torch.int8), scales[:, :1], None, (1, 4096), 8),
+        CodedMatrix(floats, scales[:5], None, (128, 128), 8),
+    ):
+        values = torch.cat(list(matrix.rows())).double()
+        for rows in (1, 300):
+            x = torch.randn(rows, 4096, generator=generator).to(BF16)
+            if case.device.type == "cuda":
+                linear = pack_codes([matrix], None, BF16, case.device)
+                assert linear is not None
+                found = linear(x.to(case.device)).cpu()
+            else:
+                # The kernel is in Triton: the rehearsal has the values alone.
+                found = x.float() @ values.float().T
+            results.append(close(found, x.double() @ values.T))
+    return ", ".join(results)
+
+
 def tokens_of(device: str, backend: str) -> list[list[int]]:
     """Return the answers of a small model in float32 to concurrent requests.
 
@@ -245,6 +274,7 @@ def main() -> int:
     checks: list[tuple[str, Callable[[], str]]] = [
         *attention_checks(case),
         ("operations", partial(check_ops, case)),
+        ("codes", partial(check_codes, case)),
         ("tokens", partial(check_tokens, case)),
     ]
     num_failed = 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from model.formats.json_file import shown
+from model.formats.quantization import Quantization
 
 RopeVariant: TypeAlias = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
@@ -125,6 +126,8 @@ class ArchSpec(DecoderShape):
     #: Added to the weights of all norms when they are loaded.
     norm_offset: float = 0.0
     default_dtype: Dtype = "float32"
+    #: Of the checkpoint; None: its weights are plain.
+    quantization: Quantization | None = None
     #: Choices made where files can be read in two ways.
     notes: tuple[str, ...] = ()
 

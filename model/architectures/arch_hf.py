@@ -24,6 +24,7 @@ from model.architectures.arch import (
     RopeSpec,
     RopeVariant,
 )
+from model.architectures.quantization import read_quantization
 from model.formats.json_file import shown
 
 #: Keys of config.json without effect on inference.
@@ -39,7 +40,7 @@ _INERT = frozenset(
 _ARITHMETIC: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("configuration_files", "decoder", "fusion_config", "generator"), ()),
     **dict.fromkeys(("per_layer_config", "text_config", "text_encoder"), ()),
-    **dict.fromkeys(("transformers_weights", "quantization_config", "no_rope_layers"), ()),
+    **dict.fromkeys(("transformers_weights", "no_rope_layers"), ()),
     **dict.fromkeys(("attention_multiplier", "attn_logit_softcapping"), ()),
     **dict.fromkeys(("final_logit_softcapping", "attention_chunk_size"), ()),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), (1.0,)),
@@ -93,6 +94,7 @@ def read_common(
     arch: ArchSpec, keys: ConfigKeys, generation_config: Mapping[str, object]
 ) -> ArchSpec:
     """Add the keys that all families share; refuse unsupported keys that were not read."""
+    quantization = read_quantization(keys)
     for key, harmless in _ARITHMETIC.items():
         if key not in keys.read:
             keys.refuse_unless(key, *harmless)
@@ -102,6 +104,7 @@ def read_common(
         arch,
         eos_token_ids=_eos_token_ids(keys, generation_config),
         default_dtype=_dtype(keys),
+        quantization=quantization,
         notes=_notes(keys, arch.family),
         unknown_keys=keys.unread(inert=_INERT),
     )

@@ -16,7 +16,12 @@ from model.formats import FormatError
 from model.formats.json_file import parse_json_object, read_json_object, shown
 
 #: Of the types whose sizes are checked: others are not read.
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64"), 8),
+    **dict.fromkeys(("F32", "I32"), 4),
+    **dict.fromkeys(("F16", "BF16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E8M0", "I8", "U8"), 1),
+}
 #: The limit of the format's own library.
 _MAX_HEADER_BYTES = 100_000_000
 #: Of a file's name, on any file system.

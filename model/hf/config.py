@@ -122,7 +122,9 @@ def _parse(path: Path, values: Mapping[str, object]) -> Any:  # noqa: ANN401 - a
         path, local_files_only=True, trust_remote_code=False
     )
     if (method := _quantization_method(config)) not in {None, "mxfp4"}:
-        raise ArchError(f"its weights are quantized ({method}); only .gguf and mxfp4 are read")
+        raise ArchError(
+            f"its weights are quantized ({method}); with transformers only mxfp4 is read"
+        )
     return config
 
 

@@ -25,6 +25,10 @@ class WeightsError(ValueError):
     """Files that do not match the config; the message names tensor, file and shapes."""
 
 
+class QuantizedWeightsError(WeightsError):
+    """Files of a quantized checkpoint, which no other implementation reads."""
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
     """A matrix in integers: each group of inputs has a scale, and a minimum where there are any.

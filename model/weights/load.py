@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from model.architectures.transformer import (
 from model.cpu.library import CpuLibrary
 from model.kv.arena import Arena
 from model.ops import Ops
+from model.weights.checkpoints.coded_matrix import CodedMatrix
 from model.weights.format_choice import choose_format
 from model.weights.gguf import ROPE_FACTORS
 from model.weights.interface import QuantizedRows, WeightSource, read_into
@@ -44,12 +46,16 @@ from model.weights.linear import (
 from model.weights.open import open_weights
 from model.weights.quantized_rows import is_finite, join
 from model.weights.round_integers import to_int4, to_int8
+from model.weights.safetensors import SafetensorsWeights
 from model.weights.source import ModelSource
 from model.weights.tiled_linear import TILED_FORMATS, TiledLinear
 from model.weights.tiles import Tiles, pack_floats, pack_integers
 
+#: Packs the matrices of a product, with a bias; None where it cannot.
+CodedPacker: TypeAlias = Callable[[Sequence[CodedMatrix], Tensor | None], Linear | None]
 
-def build_transformer(
+
+def build_transformer(  # noqa: PLR0913 - the parts of a device, by keyword
     source: ModelSource,
     *,
     quantization: str,
@@ -59,10 +65,12 @@ def build_transformer(
     progress: bool,
     max_positions: int | None = None,
     tiles: CpuLibrary | None = None,
+    coded: CodedPacker | None = None,
 ) -> Transformer:
     """Load a model onto `device`.
 
     `tiles`: pack weights of any of `TILED_FORMATS` for this library's products.
+    `coded`: packs the codes of quantized checkpoints, where `quantization` is auto.
     `dtype` is that of the activations, on a CPU float32; `max_positions`: the length of the longest
     request, where that is known. With `progress`, a bar on stderr where that is a terminal.
     Raises `ValueError` (`WeightsError`, `ArchError`, `FormatError` are ones) or `OSError`.
@@ -79,6 +87,7 @@ def build_transformer(
     )
     packs_tiles = fmt in TILED_FORMATS
     loader = _Loader(arch, weights, device, fmt, dtype, tiles if packs_tiles else None)
+    loader.coded = coded if quantization == "auto" else None
     bar = tqdm(
         total=arch.num_layers + 1,
         desc=f"loading {source.name}",
@@ -89,6 +98,8 @@ def build_transformer(
     with _without_holes(), closing(bar):
         loaded = _load(loader, bar)
     notes = [note, *arch.notes]
+    if num_coded := len(loader.coded_bytes):
+        notes.append(f"{num_coded} products are computed from the codes of the checkpoint")
     if loader.not_finite:
         notes.append(f"weights that are not finite: {', '.join(sorted(loader.not_finite))}")
     if loader.not_integers:
@@ -184,6 +195,10 @@ class _Loader:
     dtype: torch.dtype
     #: None: the weights are not packed in tiles.
     tiles: CpuLibrary | None
+    #: None: quantized matrices are widened.
+    coded: CodedPacker | None = None
+    #: Memory of each product in codes.
+    coded_bytes: list[int] = field(default_factory=list)
     arena: Arena = field(default_factory=Arena)
     #: Memory of each part that was loaded.
     sizes_bytes: list[int] = field(default_factory=list)
@@ -261,8 +276,10 @@ class _Loader:
         biases = [one for one in tensors if len(one.shape) == 1]
         bias = self._stacked(biases, staging) if biases else None
         matrices = [one for one in tensors if len(one.shape) > 1]
+        if linear := self._coded_linear(matrices, bias):
+            return linear
         if self.tiles is None:
-            linear: Linear = pack(self._stacked(matrices, staging), bias, fmt)
+            linear = pack(self._stacked(matrices, staging), bias, fmt)
         else:
             tiles = self._packed_tiles(matrices, bias, fmt, group_inputs)
             linear = TiledLinear(tiles, self.tiles)
@@ -292,6 +309,18 @@ class _Loader:
                 one.name for one, part in zip(matrices, found, strict=True) if not is_finite(part)
             )
         return joined
+
+    def _coded_linear(self, matrices: Sequence[TensorSpec], bias: Tensor | None) -> Linear | None:
+        """Pack the codes of a product; None where the packer cannot take all its matrices."""
+        if self.coded is None or not isinstance(self.weights, SafetensorsWeights):
+            return None
+        found = [self.weights.coded(one.name) for one in matrices]
+        parts = [part for part in found if part is not None and part.is_finite()]
+        linear = self.coded(parts, bias) if len(parts) == len(found) else None
+        if linear is not None:
+            self.coded_bytes.append(linear.weight_bytes)
+            self.sizes_bytes.append(linear.weight_bytes)
+        return linear
 
     def _stacked(self, tensors: Sequence[TensorSpec], dtype: torch.dtype) -> Tensor:
         num_rows = sum(one.shape[0] for one in tensors)

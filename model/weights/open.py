@@ -14,7 +14,7 @@ from model.architectures.registry import declare_tensors
 from model.weights.dummy import DummyWeights
 from model.weights.gguf import ROPE_FACTORS, GgufWeights
 from model.weights.gguf_file import read_gguf
-from model.weights.interface import WeightsError, WeightSource
+from model.weights.interface import QuantizedWeightsError, WeightsError, WeightSource
 from model.weights.safetensors import SafetensorsWeights
 from model.weights.source import ModelSource
 
@@ -37,12 +37,24 @@ def open_weights(source: ModelSource) -> tuple[ArchSpec, WeightSource]:
             raise WeightsError(others)
         return arch, weights
     arch = read_arch(source)
-    return (arch, DummyWeights(arch)) if source.kind == "dummy" else _open_folder(source.path, arch)
+    if source.kind == "dummy":
+        return _with_note(arch, "random weights are plain, and not quantized"), DummyWeights(arch)
+    try:
+        return _open_folder(source.path, arch)
+    except WeightsError as error:
+        if arch.quantization is None:
+            raise
+        raise QuantizedWeightsError(str(error)) from error
+
+
+def _with_note(arch: ArchSpec, note: str) -> ArchSpec:
+    """Add a note where the config is that of a quantized checkpoint."""
+    return replace(arch, notes=(*arch.notes, note)) if arch.quantization else arch
 
 
 def _open_folder(folder: Path, arch: ArchSpec) -> tuple[ArchSpec, SafetensorsWeights]:
     """Open safetensors, which may hold more than the config asks for, as `transformers` does."""
-    weights = SafetensorsWeights(folder)
+    weights = SafetensorsWeights(folder, arch.quantization)
     notes = [*arch.notes, *weights.notes]
     if arch.is_tied and _HEAD in weights.shapes:
         if _EMBEDDING not in weights.shapes:

@@ -6,33 +6,28 @@ They are read without the library, whose memory map would count into peak memory
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from model.formats.quantization import Quantization
 from model.formats.safetensors import SafetensorsEntry, read_safetensors_header, read_weight_map
-from model.weights.interface import QuantizedRows, WeightsError, read_bytes, row_blocks
+from model.weights.checkpoints.coded_matrix import CodedMatrix
+from model.weights.checkpoints.stored_matrix import StoredMatrix, gather_matrices
+from model.weights.interface import QuantizedRows, WeightsError
+from model.weights.stored_tensor import PLAIN_DTYPES, read_rows
 from model.weights.weight_files import safetensors_files
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class SafetensorsWeights:
     """See `WeightSource`: a folder's safetensors. Raises `ValueError`, `OSError`."""
 
-    own_bits = ""
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, quantization: Quantization | None = None) -> None:
         self._folder = folder
-        self._entries: dict[str, SafetensorsEntry] = {}
         #: From the index: which file should have a tensor.
         self._placed: dict[str, str] = {}
         #: How files were read that can be read in two ways.
@@ -41,13 +36,43 @@ class SafetensorsWeights:
         patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
         others = {path for pattern in patterns for path in folder.glob(pattern)}.difference(paths)
         self.notes += [f"{path.name} is not read" for path in sorted(others)]
+        #: A quantized matrix has one entry, in place of its parts.
+        self._entries: dict[str, SafetensorsEntry | StoredMatrix] = {}
+        entries = self._read_headers(paths)
+        if quantization is None:
+            self._entries |= entries
+        else:
+            self._entries, notes = gather_matrices(entries, quantization)
+            self.notes += [*quantization.notes, *notes]
+        self.leave_out([name for name in self._entries if is_derived(name)])
+        #: See `WeightSource`.
+        self.own_bits = self._find_integers()
+
+    def _find_integers(self) -> str:
+        """Name the integers that most values have; note those in an order of their own."""
+        values: Counter[str] = Counter()
+        num_mixed = 0
+        for entry in self._entries.values():
+            name = entry.name_of_integers if isinstance(entry, StoredMatrix) else ""
+            if isinstance(entry, StoredMatrix) and entry.has_mixed_groups():
+                name, num_mixed = "", num_mixed + 1
+            values[name] += math.prod(entry.shape)
+        if num_mixed:
+            self.notes.append(f"{num_mixed} matrices have sorted inputs (desc_act): widened")
+        names = [name for name, _count in values.most_common() if name]
+        has_most = 2 * sum(values[name] for name in names) >= values.total()
+        return " and ".join(names) if has_most else ""
+
+    def _read_headers(self, paths: Iterable[Path]) -> dict[str, SafetensorsEntry]:
+        entries: dict[str, SafetensorsEntry] = {}
         for path in paths:
             found = read_safetensors_header(path)
-            if twice := self._entries.keys() & found:
+            if twice := entries.keys() & found:
                 name = min(twice)
-                self.notes.append(f"{self.describe(name)} is also in {path}, which is taken")
-            self._entries |= found
-        self.leave_out([name for name in self._entries if is_derived(name)])
+                where = f"tensor {name} in {entries[name].path}"
+                self.notes.append(f"{where} is also in {path}, which is taken")
+            entries |= found
+        return entries
 
     def _paths(self) -> list[Path]:
         """Return the files in the order in which `transformers` reads them."""
@@ -81,27 +106,30 @@ class SafetensorsWeights:
         """See `WeightSource`."""
         entry = self._entries.get(name)
         where = entry.path if entry else self._folder / self._placed.get(name, "")
-        return f"tensor {name} in {where}"
+        in_file = entry.codes_name if isinstance(entry, StoredMatrix) else name
+        return f"tensor {in_file} in {where}"
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """See `WeightSource`."""
         entry = self._entries[name]
-        dtype = _DTYPES.get(entry.dtype_name)
-        if dtype is None:
+        if isinstance(entry, StoredMatrix):
+            return entry.read().rows()
+        if entry.dtype_name not in PLAIN_DTYPES:
             raise WeightsError(
                 f"{self.describe(name)} is of type {entry.dtype_name}; "
-                f"supported are {', '.join(_DTYPES)}"
+                f"supported are {', '.join(PLAIN_DTYPES)}"
             )
-        row_bytes = math.prod(entry.shape[1:]) * dtype.itemsize
-        with entry.path.open("rb") as file:
-            for start, count in row_blocks(entry.shape):
-                offset_bytes = entry.offset_bytes + start * row_bytes
-                raw = read_bytes(file, offset_bytes, count * row_bytes)
-                yield raw.view(dtype).view(count, *entry.shape[1:])
+        return read_rows(entry)
 
-    def quantized(self, name: str) -> QuantizedRows | None:  # noqa: ARG002 - the interface's
+    def quantized(self, name: str) -> QuantizedRows | None:
         """See `WeightSource`."""
-        return None
+        coded = self.coded(name)
+        return None if coded is None else coded.quantized()
+
+    def coded(self, name: str) -> CodedMatrix | None:
+        """Return a quantized matrix as its file has it; None: it is plain."""
+        entry = self._entries[name]
+        return entry.read() if isinstance(entry, StoredMatrix) else None
 
 
 def is_derived(name: str) -> bool:

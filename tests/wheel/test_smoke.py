@@ -87,6 +87,7 @@ for file in sorted(m.files("octavo")):
     assert done.stderr == ""
     assert done.stdout.split("\n") == [
         "model.attention.triton_kernels triton",
+        "model.cuda.coded_kernels triton",
         "model.cuda.kernels triton",
         "",
     ]

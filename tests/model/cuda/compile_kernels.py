@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from model.attention import triton_kernels
+from model.cuda import coded_kernels
 from model.cuda import kernels as gpu_kernels
 
 BF16, FP32, INT32, INT64 = "*bf16", "*fp32", "*i32", "*i64"
@@ -37,7 +38,19 @@ ROPE = HEAD | {
     "HALF_BLOCK": 64,
     "HEADS_EACH": 8,
 }
-OTHER_POINTERS = {
+#: A product of Llama-3.1-8B: one stream, and a chunk of a prompt.
+CODED: dict[str, Any] = {
+    "NUM_INPUTS": 4096,
+    "NUM_OUTPUTS": 28672,
+    "GROUP_INPUTS": 128,
+    "BLOCK": 128,
+}
+CODED |= {"HAS_BIAS": False, "HAS_ZEROS": False}
+ONE_STREAM, PROMPT_CHUNK = {"ROWS": 16, "OUTPUTS": 32}, {"ROWS": 64, "OUTPUTS": 64}
+OTHER_POINTERS: dict[str, str] = {
+    "codes_ptr": "*u8",
+    "scales_ptr": FP32,
+    "zeros_ptr": "*u8",
     "partial_ptr": FP32,
     "lse_ptr": FP32,
     "residual_ptr": FP32,
@@ -68,6 +81,16 @@ VARIANTS: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
     (gpu_kernels.silu_and_mul_kernel, {"WIDTH": 14336, "BLOCK": 1024}, {}),
     (gpu_kernels.rope_kernel, ROPE | {"STORES": True}, {"num_warps": 2}),
     (gpu_kernels.rope_kernel, ROPE | {"STORES": False}, {"num_warps": 2}),
+    *(
+        (coded_kernels.coded_product_kernel, CODED | {"KIND": kind, **tile}, {})
+        for kind in ("nibbles", "bytes", "floats")
+        for tile in (ONE_STREAM, PROMPT_CHUNK)
+    ),
+    (
+        coded_kernels.coded_product_kernel,
+        CODED | {"KIND": "nibbles", "HAS_ZEROS": True, "HAS_BIAS": True, **ONE_STREAM},
+        {},
+    ),
 ]
 
 

@@ -35,7 +35,7 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {"decode", "combine", "prompt", "rms_norm", "silu_and_mul", "rope"}
+    kernels = {"decode", "combine", "prompt", "rms_norm", "silu_and_mul", "rope", "coded_product"}
     assert {(line["kernel"], line["capability"]) for line in found} == {
         (f"{name}_kernel", capability) for name in kernels for capability in MAX_SHARED_BYTES
     }

@@ -1,0 +1,1 @@
+"""Quantized checkpoints in safetensors: the parts of each matrix, a module for each layout."""
