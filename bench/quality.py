@@ -13,17 +13,16 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
-from configs.schema import ModelSection, OctavoConfig
+from configs.schema import ModelSection, OctavoConfig, Quantization
 from model import build
 from model.interface import SamplingParams, TokenLogprobs
 from scheduler.engine import Engine
 from scheduler.messages import GenerateRequest, Prepared, Submit
 from server.text.load import load_text
 
-Format = Literal["none", "fp16", "bf16", "int8"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+#: The first is the reference.
+FORMATS: tuple[Quantization, ...] = ("none", "fp16", "bf16", "int8", "int4", "own")
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 TEXT_TOKENS, NUM_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 1024, 200, 32, 32
 
@@ -38,7 +37,7 @@ def _no_grammars(_message: Prepared) -> None:
 class Judge:
     """An engine with one format of the weights."""
 
-    def __init__(self, model: str, quantization: Format) -> None:
+    def __init__(self, model: str, quantization: Quantization) -> None:
         section = ModelSection(model=model, quantization=quantization)
         config = OctavoConfig(model=section)
         runner = build.make_runner(build.resolve_source(model), config)

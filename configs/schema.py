@@ -121,6 +121,15 @@ class ModelSection(Section):
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="compute threads on a CPU; default: its cores"
     )
+    weights_cache: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: weights that were packed for this CPU's products are kept on disk, and"
+        " read by the next start",
+    )
+    weights_cache_max_bytes: Annotated[int, Ge(1), _PARSED, _SIZE] | None = Field(
+        default=None,
+        description="disk that kept weights may take together; default: a quarter of what is free",
+    )
 
 
 class CacheSection(Section):

@@ -33,7 +33,8 @@ from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
 from model.sampling.sampler import Sampler
 from model.weights.load import CodedPacker
-from model.weights.source import ModelSource
+from model.weights.packed_cache import PackedCache
+from model.weights.source import ModelSource, octavo_home
 
 #: Below this a table of angles is not worth a line.
 _LARGE_TABLE_BYTES = 64 * 2**20
@@ -60,6 +61,7 @@ def assemble(
     """
     torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
     where = _device(config.model)
+    cache = _weights_cache(config.model)
     decoder = build_decoder(
         source,
         config.model,
@@ -68,6 +70,7 @@ def assemble(
         ops=where.ops,
         tiles=where.library,
         coded=where.coded,
+        cache=cache,
     )
     spec = decoder.attention_spec(_kv_format(config.cache, decoder, where.library))
     offer = choose_backend(config.model.attention_backend, spec)
@@ -95,7 +98,15 @@ def assemble(
             max_num_seqs=max_num_seqs,
         )
     _warm_up(runner)
+    if cache is not None:
+        cache.save_in_background()
     return runner
+
+
+def _weights_cache(config: ModelSection) -> PackedCache | None:
+    if config.weights_cache == "off":
+        return None
+    return PackedCache(octavo_home() / "weights", max_bytes=config.weights_cache_max_bytes)
 
 
 def _device(config: ModelSection) -> _Device:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SPIN_COUNT = "10000"
 
-__all__ = ["ModelSource", "ModelSourceError", "make_runner", "resolve_source"]
+__all__ = ["ModelSource", "ModelSourceError", "import_engine", "make_runner", "resolve_source"]
 
 
 def resolve_source(model: str) -> ModelSource:
@@ -32,12 +32,18 @@ def make_runner(
 
     `end_token_ids`: tokens that end an answer, in addition to the model's config.
     """
+    import_engine()
+    from model.assemble import assemble  # noqa: PLC0415 - imports torch, see above
+
+    return assemble(source, config, end_token_ids)
+
+
+def import_engine() -> None:
+    """Import the modules that `make_runner` needs, torch among them: that takes seconds."""
     # Read when torch loads its OpenMP. Threads that wait for each other between two products spin
     # for some tens of microseconds, then sleep. By default they spin for milliseconds, which delays
     # a step if another process needs the core. Measured beside one busy process: half a second a
     # step by default, 70 ms with this; on an idle machine 17 ms with both, 28 ms without spinning.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
-    from model.assemble import assemble  # noqa: PLC0415 - imports torch, see above
-
-    return assemble(source, config, end_token_ids)
+    import model.assemble  # noqa: F401, PLC0415 - imports torch, see above

@@ -17,6 +17,7 @@ from model.cpu.library import CpuLibrary
 from model.ops import Ops
 from model.weights.interface import QuantizedWeightsError, WeightsError
 from model.weights.load import CodedPacker, build_transformer
+from model.weights.packed_cache import PackedCache
 from model.weights.source import ModelSource
 
 
@@ -51,6 +52,7 @@ def build_decoder(
     ops: Ops,
     tiles: CpuLibrary | None,
     coded: CodedPacker | None = None,
+    cache: PackedCache | None = None,
 ) -> ServedDecoder:
     """Load a model with either implementation. Raises `ValueError` with the reason."""
     chosen, reason = choose_implementation(source, config.model_impl)
@@ -66,6 +68,7 @@ def build_decoder(
                 max_positions=config.max_model_len,
                 tiles=tiles,
                 coded=coded,
+                cache=cache,
             )
         except QuantizedWeightsError:
             raise

@@ -13,6 +13,7 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TypeAlias
 
@@ -26,13 +27,18 @@ _log = logging.getLogger(__name__)
 Inbox: TypeAlias = queue.SimpleQueue[ToEngine | Prepared | Exception]
 
 
-def engine_main(pipe: Connection) -> None:
-    """Build the model, send `Ready`, then serve the pipe until it closes or `Shutdown` arrives."""
+def engine_main(pipe: Connection, preload: Callable[[], None] | None = None) -> None:
+    """Build the model, send `Ready`, then serve the pipe until it closes or `Shutdown` arrives.
+
+    `preload` is called before the message `Build` is waited for.
+    """
     # A terminal's Ctrl-C reaches the whole group; the API decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
+        if preload is not None:
+            preload()
         _run(pipe)
     except (BrokenPipeError, ConnectionResetError):
         return  # The API is gone, and with it all clients.

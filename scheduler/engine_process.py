@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 
 from model.interface import ModelInfo
 from scheduler.channel import Channel
@@ -48,6 +49,47 @@ class EngineStartError(EngineUnavailableError):
         self.is_shortage = is_shortage
 
 
+@dataclass(frozen=True, slots=True)
+class SpawnedProcess:
+    """A process that waits for the `Build` of its engine, and our end of its channel."""
+
+    process: SpawnProcess
+    end: socket.socket
+
+    def discard(self) -> None:
+        """End a process that no engine took. May be called in any case."""
+        if self.end.fileno() != -1:
+            self.end.close()
+            self.process.kill()
+
+
+def spawn(preload: Callable[[], None] | None = None) -> SpawnedProcess:
+    """Start a process for an engine. It calls `preload` before it waits.
+
+    Raises `EngineStartError`.
+    """
+    try:
+        return _spawn(preload)
+    except Exception as error:
+        message = f"the engine's process cannot be started: {error}"
+        raise EngineStartError(message, is_shortage=is_shortage(error)) from error
+
+
+def _spawn(preload: Callable[[], None] | None) -> SpawnedProcess:
+    ours, theirs = socket.socketpair()
+    try:
+        with Connection(theirs.detach()) as pipe:
+            process = multiprocessing.get_context("spawn").Process(
+                target=engine_main, args=(pipe, preload), name="octavo-engine", daemon=True
+            )
+            process.start()
+    except BaseException:
+        # A process that has started ends because its pipe is closed.
+        ours.close()
+        raise
+    return SpawnedProcess(process, ours)
+
+
 class EngineProcess:
     """An engine that starts, works and ends.
 
@@ -55,9 +97,13 @@ class EngineProcess:
     """
 
     def __init__(
-        self, build: Build, receive: Callable[[FromEngine], None], lose: Callable[[], None]
+        self,
+        build: Build,
+        receive: Callable[[FromEngine], None],
+        lose: Callable[[], None],
+        spawned: SpawnedProcess | None = None,
     ) -> None:
-        """Start the process. Raises `EngineStartError`."""
+        """Start the engine, in `spawned` if given. Raises `EngineStartError`."""
         self._receive = receive
         self._lose = lose
         self._info: ModelInfo | None = None
@@ -67,27 +113,15 @@ class EngineProcess:
         self._was_killed = False
         #: None: the process has not ended.
         self.exit_code: int | None = None
+        spawned = spawned or spawn()
+        self._process = spawned.process
+        assert self._process.pid is not None, "a started process has an id"
+        self.pid = self._process.pid
+        self._channel = Channel(spawned.end, self._take, self._on_end)
         try:
-            self._start(build)
-        except Exception as error:
-            message = f"the engine's process cannot be started: {error}"
-            raise EngineStartError(message, is_shortage=is_shortage(error)) from error
-
-    def _start(self, build: Build) -> None:
-        ours, theirs = socket.socketpair()
-        self._channel = Channel(ours, self._take, self._on_end)
-        try:
-            with Connection(theirs.detach()) as pipe:
-                context = multiprocessing.get_context("spawn")
-                self._process = context.Process(
-                    target=engine_main, args=(pipe,), name="octavo-engine", daemon=True
-                )
-                self._process.start()
-            assert self._process.pid is not None, "a started process has an id"
-            self.pid = self._process.pid
             self._channel.send(build)
         except BaseException:
-            # If the process has started, it ends because its pipe is closed.
+            # The process ends because its pipe is closed.
             self._channel.close()
             raise
 

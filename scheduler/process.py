@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, Vocabulary
 from scheduler.client import EngineUnavailableError, GenerateRequest, TokenOutput
-from scheduler.engine_process import Death, EngineProcess, EngineStartError
+from scheduler.engine_process import Death, EngineProcess, EngineStartError, SpawnedProcess
 from scheduler.isolation import Isolation
 from scheduler.messages import (
     Begun,
@@ -58,14 +58,17 @@ class ProcessClient:
         config: SchedulerSection,
         *,
         prepare: Callable[[], None] | None = None,
+        spawned: SpawnedProcess | None = None,
         stop_timeout_s: float = _STOP_TIMEOUT_S,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """`stop_timeout_s`: how long an engine may take to end before it is killed.
 
-        `prepare` is called first in each engine's process (see `Build`).
+        `prepare` is called first in each engine's process (see `Build`). `spawned`: the process of
+        the first engine, if it runs already.
         """
         self._build = Build(make_runner, config, prepare)
+        self._spawned = spawned
         self._config = config
         self._stop_timeout_s = stop_timeout_s
         self._sleep = sleep
@@ -167,7 +170,9 @@ class ProcessClient:
     async def _bring_up(self) -> None:
         """Start an engine and submit all open requests. Raises `EngineStartError`."""
         self._start_began_s = time.monotonic()
-        self._engine = engine = EngineProcess(self._build, self._receive, self._lose)
+        spawned, self._spawned = self._spawned, None
+        engine = EngineProcess(self._build, self._receive, self._lose, spawned)
+        self._engine = engine
         self._info = await engine.ready(self._config.engine_start_timeout_s, self._stop_timeout_s)
         self._start_took_s = time.monotonic() - self._start_began_s
         self._is_serving = True

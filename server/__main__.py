@@ -15,7 +15,7 @@ def main() -> int:
     """Run the command line and return the exit code."""
     _exit_on_signals()
     _silence_warnings()
-    from server.daemon import run  # noqa: PLC0415 - takes a second, in which a signal may come
+    from server.command import run  # noqa: PLC0415 - takes a while, in which a signal may come
 
     try:
         return run()

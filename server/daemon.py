@@ -1,47 +1,44 @@
 """The daemon: the composition root, the only module that connects all parts.
 
-Also the only one with signals, exit codes and sockets. Exit codes: 0 stopped, 1 failed, 2 wrong
-usage.
+Also the only one with sockets and signals of a running server. Its imports take most of a second,
+so `server/command.py` starts the engine's process before it imports this module.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import os
 import resource
 import signal
 import socket
-import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from configs.load import ConfigError, describe_changes, load_config
+from configs.load import describe_changes
 from configs.schema import OctavoConfig, ServerSection
 from configs.sizes import format_size
 from model import build
-from scheduler.client import EngineUnavailableError, ModelInfo
+from scheduler.client import ModelInfo
+from scheduler.engine_process import SpawnedProcess
 from scheduler.process import ProcessClient
-from server import __version__, cli
+from server import __version__
 from server.app import create_app
 from server.generation.prompts import row_notes
-from server.generation.relay import Relay
 from server.http.keys import Keyring, load_keys, reload_keys
 from server.http.lifecycle import Lifecycle
 from server.http.protocol import HttpProtocol
 from server.http.tls import Certificate
 from server.logs import LOGGER_NAME, configure, fields, reported
 from server.memory import descendants
+from server.start_errors import StartError, UsageError
 from server.structured.checker import GrammarService
-from server.text.export import export_tokenizer
 from server.text.load import chosen_template, load_text
 from server.text.token_bytes import TextError
 from server.text.tokenizer import Tokenizer
@@ -49,65 +46,21 @@ from server.text.tokenizer import Tokenizer
 _log = logging.getLogger(LOGGER_NAME)
 
 _BACKLOG = 2048
-#: At the exit, for a reader of the log that takes no line; one that takes some gets more time.
-_FLUSH_TIMEOUT_S = 1.0
 
 
-class StartError(Exception):
-    """The daemon cannot start; the message is one line for the operator."""
+def serve(
+    config: OctavoConfig, num_lines_dropped: Callable[[], int], spawned: SpawnedProcess
+) -> None:
+    """Serve until a signal or a failure. The engine is built in `spawned`.
+
+    Raises `StartError`, `UsageError`, `EngineUnavailableError`.
+    """
+    uvloop.run(_serve(config, num_lines_dropped, spawned))
 
 
-class UsageError(Exception):
-    """A file of a setting is wrong; the message is one line that names the setting."""
-
-
-def run(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    command = cli.parse(sys.argv[1:] if argv is None else argv)
-    if command.command == "version":
-        print(f"octavo {__version__}")  # noqa: T201 - the answer to a command
-        return 0
-    try:
-        config = load_config(command.flags, os.environ, command.config)
-    except ConfigError as error:
-        print(error, file=sys.stderr)  # noqa: T201 - before there is a log
-        return 2
-    if command.folder is not None:
-        return _export_tokenizer(config, command.folder)
-    # Before the log and the engine use them.
-    streams = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: it is closed.
-    relays = [Relay(stream.fileno(), _note_dropped) for stream in streams]
-    for relay in relays:
-        atexit.register(relay.flush, _FLUSH_TIMEOUT_S)
-    configure(config.server.log_format)
-    try:
-        uvloop.run(_serve(config, lambda: sum(relay.num_dropped for relay in relays)))
-    except (StartError, UsageError, EngineUnavailableError) as error:
-        if config.server.log_format == "json":
-            _log.error("failed", extra=fields(reason=str(error)))
-        else:
-            print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - the answer to a command
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
-
-
-def _export_tokenizer(config: OctavoConfig, folder: Path) -> int:
-    """Write the tokenizer's files and return the exit code."""
-    try:
-        text = load_text(build.resolve_source(config.model.model).path)
-        paths = export_tokenizer(text, folder)
-    except (build.ModelSourceError, TextError, OSError) as error:
-        print(f"octavo: {error}", file=sys.stderr)  # noqa: T201 - the answer to a command
-        return 1
-    print("\n".join(map(str, paths)))  # noqa: T201 - the answer to a command
-    return 0
-
-
-def _note_dropped(count: int) -> None:
-    _log.warning("%d log lines were dropped: nobody read them in time", count)
-
-
-async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> None:
+async def _serve(
+    config: OctavoConfig, num_lines_dropped: Callable[[], int], spawned: SpawnedProcess
+) -> None:
     keyring, certificate = _guards(config.server)
     chosen = config.model.chat_template
     try:
@@ -129,7 +82,7 @@ async def _serve(config: OctavoConfig, num_lines_dropped: Callable[[], int]) -> 
         _log.info("note", extra=fields(note=note))
     make_runner = partial(build.make_runner, source, config, text.tokenizer.eos_token_ids)
     prepare = partial(configure, config.server.log_format)
-    client = ProcessClient(make_runner, config.scheduler, prepare=prepare)
+    client = ProcessClient(make_runner, config.scheduler, prepare=prepare, spawned=spawned)
     lifecycle, grammars = Lifecycle(), GrammarService()
     app = create_app(
         config,

@@ -46,7 +46,8 @@ class Daemon:
             [*program, "serve", "--port", "0", *flags],
             stderr=subprocess.PIPE,
             text=True,
-            env={**environ, "PYTHONUNBUFFERED": "1"},
+            # Each change of the code would leave another file of hundreds of megabytes.
+            env={"OCTAVO_WEIGHTS_CACHE": "off", **environ, "PYTHONUNBUFFERED": "1"},
             cwd=folder,
         )
         self.log: list[str] = []

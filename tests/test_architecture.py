@@ -25,7 +25,10 @@ MAY_IMPORT = {
     "server": {"scheduler", "configs", "model.formats", "model.splitmix64"},
 }
 #: The composition roots: single files that know more than their folder.
-EXCEPTIONS = {"server/daemon.py": {"model.build", "model.weights.source"}}
+EXCEPTIONS = {
+    "server/command.py": {"model.build"},
+    "server/daemon.py": {"model.build", "model.weights.source"},
+}
 
 #: Room to the rooms and modules of its own folder that it may import besides itself. Files outside
 #: the rooms may import all of their folder, but for the leaves below.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class DummyWeights:
 
     def __init__(self, arch: ArchSpec) -> None:
         self.shapes = {name: one.shape for name, one in declare_tensors(arch).items()}
+        self.paths: tuple[Path, ...] = ()
 
     def describe(self, name: str) -> str:
         """See `WeightSource`."""

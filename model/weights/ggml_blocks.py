@@ -40,7 +40,8 @@ def _split(packed: Tensor, bits: int, run: int) -> Tensor:
     The lowest bits of `run` bytes come first, then the next bits of the same bytes.
     """
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
-    return (packed.unflatten(1, (-1, 1, run)) >> shifts & 2**bits - 1).flatten(1)
+    numbers: Tensor = torch.unflatten(packed, 1, (-1, 1, run)) >> shifts & 2**bits - 1
+    return numbers.flatten(1)
 
 
 def _around_zero(codes: Tensor, bits: int) -> Tensor:

@@ -42,6 +42,7 @@ class GgufWeights:
 
     def __init__(self, file: GgufFile, arch: ArchSpec) -> None:
         self._path = file.path
+        self.paths = tuple(sorted({file.path, *(one.path for one in file.tensors.values())}))
         declared = declare_tensors(arch)
         #: By the name in the file; that of safetensors if it is declared, else the same.
         names = {one.gguf_name: name for name, one in declared.items()} | {_FACTORS: ROPE_FACTORS}

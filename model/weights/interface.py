@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -51,6 +52,8 @@ class WeightSource(Protocol):
 
     #: Of all tensors but unused ones (old checkpoints' rope buffers).
     shapes: dict[str, tuple[int, ...]]
+    #: Their files, in the order of reading; empty if there are none.
+    paths: tuple[Path, ...]
     #: Names of the formats of integers, "Q4_K and Q6_K", if most values are in any of them.
     own_bits: str
 

@@ -1,12 +1,14 @@
 """Builds a decoder from files: reads, packs and drops tensor after tensor, the largest first.
 
 Peak memory is the kept weights plus, for each worker, one product in the dtype of its packing. The
-largest products are packed first, while little other memory is in use.
+largest products are packed first, while little other memory is in use. Weights in tiles are read
+from `model/weights/packed_cache.py` instead, if an earlier start has packed the same files.
 """
 
 from __future__ import annotations
 
 import ctypes
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +34,7 @@ from model.cpu.library import CpuLibrary
 from model.kv.arena import Arena
 from model.ops import Ops
 from model.weights.checkpoints.coded_matrix import CodedMatrix
+from model.weights.file_content import FilesState
 from model.weights.format_choice import choose_format
 from model.weights.gguf import ROPE_FACTORS
 from model.weights.interface import QuantizedRows, WeightSource, read_into
@@ -44,6 +47,9 @@ from model.weights.linear import (
     staging_dtype,
 )
 from model.weights.open import open_weights
+from model.weights.packed_cache import PackedCache, Recipe
+from model.weights.packed_file import PackedError, PackedFile, Part
+from model.weights.packing_digest import digest_of_packing
 from model.weights.quantized_rows import is_finite, join
 from model.weights.round_integers import to_int4, to_int8
 from model.weights.safetensors import SafetensorsWeights
@@ -55,7 +61,7 @@ from model.weights.tiles import Tiles, pack_floats, pack_integers
 CodedPacker: TypeAlias = Callable[[Sequence[CodedMatrix], Tensor | None], Linear | None]
 
 
-def build_transformer(  # noqa: PLR0913 - the parts of a device, by keyword
+def build_transformer(  # noqa: PLR0913 - named, and each is a decision of its own
     source: ModelSource,
     *,
     quantization: str,
@@ -66,15 +72,18 @@ def build_transformer(  # noqa: PLR0913 - the parts of a device, by keyword
     max_positions: int | None = None,
     tiles: CpuLibrary | None = None,
     coded: CodedPacker | None = None,
+    cache: PackedCache | None = None,
 ) -> Transformer:
     """Load a model onto `device`.
 
     `tiles`: pack weights of any of `TILED_FORMATS` for this library's products.
     `coded`: packs the codes of quantized checkpoints, where `quantization` is auto.
+    `cache`: has the tiles of earlier starts, and gets new ones to save.
     `dtype` is that of the activations, on a CPU float32; `max_positions`: the length of the longest
     request, where that is known. With `progress`, a bar on stderr where that is a terminal.
     Raises `ValueError` (`WeightsError`, `ArchError`, `FormatError` are ones) or `OSError`.
     """
+    began_ns = time.time_ns()
     arch, weights = open_weights(source)
     arch = lengthened(arch, max_positions)
     fmt, note = choose_format(
@@ -85,9 +94,21 @@ def build_transformer(  # noqa: PLR0913 - the parts of a device, by keyword
         num_inputs=arch.hidden_size,
         own_bits=weights.own_bits,
     )
-    packs_tiles = fmt in TILED_FORMATS
-    loader = _Loader(arch, weights, device, fmt, dtype, tiles if packs_tiles else None)
-    loader.coded = coded if quantization == "auto" else None
+    packs_tiles = fmt in TILED_FORMATS and tiles is not None
+    recipe = None
+    if packs_tiles and weights.paths:
+        files = FilesState.of(weights.paths)
+        recipe = Recipe(digest_of_packing(arch, fmt), files, began_ns)
+    make_loader = partial(
+        _Loader,
+        arch,
+        weights,
+        device,
+        fmt,
+        dtype,
+        tiles if packs_tiles else None,
+        coded=coded if quantization == "auto" else None,
+    )
     bar = tqdm(
         total=arch.num_layers + 1,
         desc=f"loading {source.name}",
@@ -95,17 +116,42 @@ def build_transformer(  # noqa: PLR0913 - the parts of a device, by keyword
         # None: only where stderr is a terminal.
         disable=None if progress else True,
     )
-    with _without_holes(), closing(bar):
-        loaded = _load(loader, bar)
-    notes = [note, *arch.notes]
-    if num_coded := len(loader.coded_bytes):
-        notes.append(f"{num_coded} products are computed from the codes of the checkpoint")
-    if loader.not_finite:
-        notes.append(f"weights that are not finite: {', '.join(sorted(loader.not_finite))}")
-    if loader.not_integers:
-        first, count = min(loader.not_integers), len(loader.not_integers)
-        notes.append(f"{count} tensors are widened to bf16, among them {weights.describe(first)}")
+    notes: list[str] = []
+    large_bytes = _LARGE_BESIDE_TILES_BYTES if packs_tiles else _LARGE_BYTES
+    with _without_holes(large_bytes), closing(bar):
+        if cache is None or recipe is None:
+            loader = make_loader()
+            loaded = _load(loader, bar)
+        else:
+            loader, loaded, notes = _load_kept(make_loader, cache, recipe, bar)
+    notes = [note, *arch.notes, *notes, *loader.findings]
     return Transformer(arch, loaded, ops, fmt, tuple(notes))
+
+
+def _load_kept(
+    make_loader: Callable[..., _Loader], cache: PackedCache, recipe: Recipe, bar: tqdm
+) -> tuple[_Loader, TransformerWeights, list[str]]:
+    """Read weights that an earlier start has packed; else pack them, and offer them to the cache.
+
+    Also returns notes for the operator.
+    """
+    packed, notes = None, []
+    try:
+        packed = cache.find(recipe)
+        if packed is not None:
+            loader = make_loader(packed=packed)
+            loaded = _load(loader, bar)
+            packed.close()
+            return loader, loaded, [f"weights packed by an earlier start: {packed.path}"]
+    except PackedError as error:
+        notes = [f"{error}: the weights were packed anew"]
+        if packed is not None:
+            cache.remove(packed)
+        bar.reset()
+    loader = make_loader()
+    loaded = _load(loader, bar)
+    cache.offer(recipe, loader.parts)
+    return loader, loaded, notes
 
 
 def _load(loader: _Loader, bar: tqdm) -> TransformerWeights:
@@ -128,28 +174,30 @@ def _load(loader: _Loader, bar: tqdm) -> TransformerWeights:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    final_norm = loader.norm("final_norm")
+    loader.finish()
     return TransformerWeights(
         embedding=embedding,
         layers=decoder_layers,
-        final_norm=loader.norm("final_norm"),
+        final_norm=final_norm,
         lm_head=lm_head,
         rope_factors=loader.rope_factors(),
         num_bytes=sum(loader.sizes_bytes),
     )
 
 
-#: Inputs of eight bits that share a scale. A layer multiplies whole prompts, where each scale costs
-#: time; the logits, of few rows, lose most by rounding (docs/performance.md).
-_LAYER_GROUP_INPUTS, _HEAD_GROUP_INPUTS = 128, 64
-#: Of four bits.
-_FOUR_BIT_GROUP_INPUTS = 32
 #: Each holds one layer's product, so more of them would raise peak memory.
 _MAX_WORKERS = 4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
+#: Tiles are kept in an arena, so temporaries of slabs may use the same memory again and again:
+#: new pages take a third of the time of packing.
+_LARGE_BYTES, _LARGE_BESIDE_TILES_BYTES = 2**17, 2**24
+
+
 @contextmanager
-def _without_holes() -> Iterator[None]:
+def _without_holes(large_bytes: int) -> Iterator[None]:
     """Make malloc take large blocks from the system one by one, and return them one by one.
 
     Otherwise kept weights reuse the memory of freed temporaries, and the next temporary needs new
@@ -160,7 +208,8 @@ def _without_holes() -> Iterator[None]:
     if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
         yield
         return
-    libc.mallopt(_M_MMAP_THRESHOLD, 2**17)
+    libc.mallopt(_M_MMAP_THRESHOLD, large_bytes)
+    libc.mallopt(_M_TRIM_THRESHOLD, 16 * large_bytes)
     try:
         yield
     finally:
@@ -169,14 +218,10 @@ def _without_holes() -> Iterator[None]:
         libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
 
 
-def _to_int4(weight: Tensor, _group_inputs: int) -> QuantizedRows:
-    return to_int4(weight, _FOUR_BIT_GROUP_INPUTS)
-
-
 #: Formats whose integers are made from floating weights.
-_ROUNDERS: dict[Format, Callable[[Tensor, int], QuantizedRows]] = {
+_ROUNDERS: dict[Format, Callable[[Tensor, str], QuantizedRows]] = {
     "int8": to_int8,
-    "int4": _to_int4,
+    "int4": to_int4,
 }
 
 
@@ -199,6 +244,10 @@ class _Loader:
     coded: CodedPacker | None = None
     #: Memory of each product in codes.
     coded_bytes: list[int] = field(default_factory=list)
+    #: The parts, packed by an earlier start; None: they are made from `weights`.
+    packed: PackedFile | None = None
+    #: All parts, by name; of weights in tiles alone.
+    parts: dict[str, Part] = field(default_factory=dict)
     arena: Arena = field(default_factory=Arena)
     #: Memory of each part that was loaded.
     sizes_bytes: list[int] = field(default_factory=list)
@@ -206,6 +255,8 @@ class _Loader:
     not_finite: set[str] = field(default_factory=set)
     #: Names of tensors whose product has no integers of its file, where these are kept.
     not_integers: set[str] = field(default_factory=set)
+    #: Both, for the operator, when all are loaded.
+    findings: list[str] = field(default_factory=list)
     #: By target.
     tensors: dict[str, list[TensorSpec]] = field(default_factory=lambda: defaultdict(list))
 
@@ -223,11 +274,12 @@ class _Loader:
             table = self.kept("embedding", self.dtype)
             return partial(_look_up, table), PlainLinear(table, None)
         head = "embedding" if is_tied else "lm_head"
-        lm_head = self._linear(head, head_format(self.fmt), group_inputs=_HEAD_GROUP_INPUTS)
+        lm_head = self._linear(head, head_format(self.fmt))
         if is_tied and isinstance(lm_head, TiledLinear):
             return lm_head.tiles.rows, lm_head
-        if self.fmt == "own" and (integers := self._integers(self.tensors["embedding"])):
-            tiles = pack_integers(integers, None, self.arena)
+        if self.fmt == "own" and self.tiles is not None:
+            part = self.part("embedding", lambda: self._packed_tiles("embedding", "own").part)
+            tiles = Tiles.from_part(part)
             self.sizes_bytes.append(tiles.num_bytes)
             return tiles.rows, lm_head
         # 16 bits hold any embedding closely enough.
@@ -251,13 +303,41 @@ class _Loader:
 
     def norm(self, target: str) -> Tensor:
         """Read a norm's weights, in float32 since they are small."""
-        return self.kept(target, torch.float32).add_(self.arch.norm_offset)
+        return self.kept(target, torch.float32, self.arch.norm_offset)
 
-    def kept(self, target: str, dtype: torch.dtype) -> Tensor:
-        """Read a tensor that is not packed."""
-        kept = self._stacked(self.tensors[target], dtype)
+    def kept(self, target: str, dtype: torch.dtype, offset: float = 0.0) -> Tensor:
+        """Read a tensor that is not packed, and add `offset`."""
+        part = self.part(
+            target, lambda: {"tensor": self._stacked(self.tensors[target], dtype).add_(offset)}
+        )
+        kept = part["tensor"]
+        assert isinstance(kept, Tensor), "a tensor was kept"
         self.sizes_bytes.append(kept.nbytes)
         return kept
+
+    def finish(self) -> None:
+        """Record the findings about tensors, when all are loaded."""
+        part = self.part("findings", lambda: {"text": "\n".join(self._findings())})
+        self.findings = str(part["text"]).splitlines()
+
+    def _findings(self) -> Iterator[str]:
+        if num_coded := len(self.coded_bytes):
+            yield f"{num_coded} products are computed from the codes of the checkpoint"
+        if self.not_finite:
+            yield f"weights that are not finite: {', '.join(sorted(self.not_finite))}"
+        if self.not_integers:
+            first, count = min(self.not_integers), len(self.not_integers)
+            yield f"{count} tensors are widened to bf16, among them {self.weights.describe(first)}"
+
+    def part(self, name: str, make: Callable[[], Part]) -> Part:
+        """Return a part from the file of an earlier start, else `make` it.
+
+        Raises `PackedError` if that file is damaged.
+        """
+        part = self.packed.read(name, self.arena) if self.packed else make()
+        if self.tiles is not None:
+            self.parts[name] = part
+        return part
 
     def rope_factors(self) -> Tensor | None:
         """Read the divisors of rope's frequencies, if the file has any."""
@@ -267,38 +347,31 @@ class _Loader:
         read_into(self.weights, ROPE_FACTORS, factors)
         return factors
 
-    def _linear(
-        self, target: str, fmt: Format, *, group_inputs: int = _LAYER_GROUP_INPUTS
-    ) -> Linear:
+    def _linear(self, target: str, fmt: Format) -> Linear:
         """Pack products that share their input as one, their rows one after another."""
-        staging = staging_dtype(fmt, self.dtype)
-        tensors = self.tensors[target]
-        biases = [one for one in tensors if len(one.shape) == 1]
-        bias = self._stacked(biases, staging) if biases else None
-        matrices = [one for one in tensors if len(one.shape) > 1]
-        if linear := self._coded_linear(matrices, bias):
+        if linear := self._coded_linear(target, fmt):
             return linear
         if self.tiles is None:
-            linear = pack(self._stacked(matrices, staging), bias, fmt)
+            linear = pack(self._weight(target, fmt), self._bias(target, fmt), fmt)
         else:
-            tiles = self._packed_tiles(matrices, bias, fmt, group_inputs)
-            linear = TiledLinear(tiles, self.tiles)
+            part = self.part(target, lambda: self._packed_tiles(target, fmt).part)
+            linear = TiledLinear(Tiles.from_part(part), self.tiles)
         self.sizes_bytes.append(linear.weight_bytes)
         return linear
 
-    def _packed_tiles(
-        self, matrices: Sequence[TensorSpec], bias: Tensor | None, fmt: Format, group_inputs: int
-    ) -> Tiles:
-        if fmt == "own" and (integers := self._integers(matrices)):
+    def _packed_tiles(self, target: str, fmt: Format) -> Tiles:
+        bias = self._bias(target, fmt)
+        if fmt == "own" and (integers := self._integers(target)):
             return pack_integers(integers, bias, self.arena)
-        weight = self._stacked(matrices, staging_dtype(fmt, self.dtype))
+        weight = self._weight(target, fmt)
         if fmt not in _ROUNDERS:
             return pack_floats(weight, bias, self.arena)
-        integers = _ROUNDERS[fmt](weight, group_inputs)
+        integers = _ROUNDERS[fmt](weight, target.rpartition(".")[2])
         return pack_integers(integers, bias, self.arena, num_inputs=weight.shape[1])
 
-    def _integers(self, matrices: Sequence[TensorSpec]) -> QuantizedRows | None:
+    def _integers(self, target: str) -> QuantizedRows | None:
         """Read the integers of a product, if all of its parts are kept in integers that fit."""
+        matrices = self._matrices(target)
         parts = [self.weights.quantized(one.name) for one in matrices]
         found = [part for part in parts if part is not None]
         joined = join(found) if len(found) == len(parts) else None
@@ -310,17 +383,28 @@ class _Loader:
             )
         return joined
 
-    def _coded_linear(self, matrices: Sequence[TensorSpec], bias: Tensor | None) -> Linear | None:
+    def _coded_linear(self, target: str, fmt: Format) -> Linear | None:
         """Pack the codes of a product; None where the packer cannot take all its matrices."""
         if self.coded is None or not isinstance(self.weights, SafetensorsWeights):
             return None
-        found = [self.weights.coded(one.name) for one in matrices]
+        found = [self.weights.coded(one.name) for one in self._matrices(target)]
         parts = [part for part in found if part is not None and part.is_finite()]
-        linear = self.coded(parts, bias) if len(parts) == len(found) else None
+        complete = len(parts) == len(found)
+        linear = self.coded(parts, self._bias(target, fmt)) if complete else None
         if linear is not None:
             self.coded_bytes.append(linear.weight_bytes)
             self.sizes_bytes.append(linear.weight_bytes)
         return linear
+
+    def _weight(self, target: str, fmt: Format) -> Tensor:
+        return self._stacked(self._matrices(target), staging_dtype(fmt, self.dtype))
+
+    def _bias(self, target: str, fmt: Format) -> Tensor | None:
+        biases = [one for one in self.tensors[target] if len(one.shape) == 1]
+        return self._stacked(biases, staging_dtype(fmt, self.dtype)) if biases else None
+
+    def _matrices(self, target: str) -> list[TensorSpec]:
+        return [one for one in self.tensors[target] if len(one.shape) > 1]
 
     def _stacked(self, tensors: Sequence[TensorSpec], dtype: torch.dtype) -> Tensor:
         num_rows = sum(one.shape[0] for one in tensors)

@@ -26,7 +26,7 @@ def group_inputs(rows: QuantizedRows) -> int:
 
 def dequantize(rows: QuantizedRows) -> Tensor:
     """Return the values as float32 `[outputs, inputs]`."""
-    values = rows.codes.unflatten(1, (rows.scales.shape[1], -1)) * rows.scales[:, :, None]
+    values = torch.unflatten(rows.codes, 1, (rows.scales.shape[1], -1)) * rows.scales[:, :, None]
     if rows.minimums is not None:
         values += rows.minimums[:, :, None]
     return values.flatten(1)

@@ -1,4 +1,4 @@
-"""Rounds floating weights to integers of eight or four bits, each group of inputs by itself.
+"""Rounds floating weights to integers of eight, six or four bits, each group of inputs by itself.
 
 Four bits: the scale and the minimum of a group are those of the least squared error that a short
 search finds, in the manner of ggml's `make_qkx2_quants` (ggml-quants.c). Codes by a scale and a
@@ -9,6 +9,7 @@ from two beginnings. Knows nothing of files or of tiles.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,26 +17,50 @@ from torch.nn import functional
 
 from model.weights.interface import QuantizedRows
 
-_MOST_BYTE, _MOST_NIBBLE = 127, 15
+#: Inputs of eight bits that share a scale. A layer multiplies whole prompts, where each scale costs
+#: time; the logits, of few rows, lose most by rounding (docs/performance.md).
+_LAYER_GROUP_INPUTS, _HEAD_GROUP_INPUTS = 128, 64
+#: Of six and of four bits.
+_SMALL_GROUP_INPUTS = 32
+#: In int4 these keep six bits: values and `down` lose most by rounding (docs/performance.md), as in
+#: llama.cpp's Q4_K_M.
+_SIX_BIT_PARTS = frozenset({"qkv", "down"})
+_MOST_NIBBLE = 15
 #: Scales of zeros alone; also keeps reciprocals finite.
 _LEAST_SCALE = 1e-30
 _LEAST_HALF = torch.finfo(torch.float16).tiny
-#: Steps by which the first scale is too fine for the whole range: none, and one for a long tail.
+#: Steps by which the first scale is too fine for the whole range: none, and three for long tails.
 _BEGINNINGS, _NUM_TURNS = (0, 3), 3
 #: Rounded at a time, so that the search stays in a cache.
 _BLOCK_VALUES = 2**16
 
 
-def to_int8(weight: Tensor, group_inputs: int) -> QuantizedRows:
-    """Round to int8 by the largest magnitude of each group.
+def to_int8(weight: Tensor, part: str) -> QuantizedRows:
+    """Round a product's weight `[outputs, inputs]` to int8.
 
-    Of `[outputs, inputs]`; the result has inputs of zeros up to whole groups.
+    `part`: the product's name in its layer, or that of the product which gives the logits. The
+    result has inputs of zeros up to whole groups.
     """
-    return _by_blocks(weight, group_inputs, 8, _round_bytes)
+    is_head = part in {"embedding", "lm_head"}
+    return by_magnitude(weight, 8, _HEAD_GROUP_INPUTS if is_head else _LAYER_GROUP_INPUTS)
 
 
-def to_int4(weight: Tensor, group_inputs: int) -> QuantizedRows:
-    """Round to four bits with minimums, by the least squared error. Shapes as in `to_int8`."""
+def to_int4(weight: Tensor, part: str) -> QuantizedRows:
+    """Round a product's weight to four bits, or more where these lose too much. See `to_int8`."""
+    if part in {"embedding", "lm_head"}:
+        return by_magnitude(weight, 8, _HEAD_GROUP_INPUTS)
+    if part in _SIX_BIT_PARTS:
+        return by_magnitude(weight, 6, _SMALL_GROUP_INPUTS)
+    return by_search(weight, _SMALL_GROUP_INPUTS)
+
+
+def by_magnitude(weight: Tensor, bits: int, group_inputs: int) -> QuantizedRows:
+    """Round to codes around zero, by the largest magnitude of each group."""
+    return _by_blocks(weight, group_inputs, bits, partial(_round_signed, bits=bits))
+
+
+def by_search(weight: Tensor, group_inputs: int) -> QuantizedRows:
+    """Round to four bits with minimums, by the least squared error of each group."""
     return _by_blocks(weight, group_inputs, 4, _round_nibbles)
 
 
@@ -48,8 +73,10 @@ def _by_blocks(weight: Tensor, group_inputs: int, bits: int, rounder: _Round) ->
     num_groups = -(-num_inputs // group_inputs)
     width = num_groups * group_inputs
     found = []
-    for rows in weight.split(max(_BLOCK_VALUES // width, 1)):
-        padded = functional.pad(rows.float(), (0, width - num_inputs))
+    step = max(_BLOCK_VALUES // width, 1)
+    for start in range(0, num_outputs, step):
+        rows = weight[start : start + step].float()
+        padded = functional.pad(rows, (0, width - num_inputs))
         found.append(rounder(padded.view(-1, group_inputs)))
     codes, scales, minimums = zip(*found, strict=True)
     return QuantizedRows(
@@ -60,10 +87,11 @@ def _by_blocks(weight: Tensor, group_inputs: int, bits: int, rounder: _Round) ->
     )
 
 
-def _round_bytes(groups: Tensor) -> tuple[Tensor, Tensor, None]:
-    scales = groups.abs().amax(1, keepdim=True).div_(_MOST_BYTE).clamp_min_(_LEAST_SCALE)
+def _round_signed(groups: Tensor, *, bits: int) -> tuple[Tensor, Tensor, None]:
+    most = 2 ** (bits - 1) - 1
+    scales = groups.abs().amax(1, keepdim=True).div_(most).clamp_min_(_LEAST_SCALE)
     scales = _half(scales)
-    return (groups / scales).round_().clamp_(-_MOST_BYTE, _MOST_BYTE).to(torch.int8), scales, None
+    return (groups / scales).round_().clamp_(-most, most).to(torch.int8), scales, None
 
 
 def _round_nibbles(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,6 +33,7 @@ class SafetensorsWeights:
         #: How files were read that can be read in two ways.
         self.notes: list[str] = []
         paths = self._paths()
+        self.paths = tuple(paths)
         patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_config.json")
         others = {path for pattern in patterns for path in folder.glob(pattern)}.difference(paths)
         self.notes += [f"{path.name} is not read" for path in sorted(others)]

@@ -29,19 +29,20 @@ def arrange(codes: Tensor, bits: int) -> Tensor:
     `codes` are uint8 `[outputs, inputs]` of whole tiles.
     """
     # A four is a word: transposing words takes a quarter of the time of transposing bytes.
-    words = codes.view(torch.int32).unflatten(0, (-1, TILE_OUTPUTS)).unflatten(2, (-1, _NUM_FOURS))
+    num_tiles = codes.shape[1] // TILE_INPUTS
+    words = codes.view(torch.int32).view(-1, TILE_OUTPUTS, num_tiles, _NUM_FOURS)
     fours = words.permute(0, 2, 3, 1).contiguous().view(torch.uint8)
     shift, planes = 0, []
     for digit_bits in _DIGITS[bits]:
         # [output groups, tiles, lines, fours of a line, bytes of a line].
-        digits = fours.unflatten(2, (-1, _BYTE_BITS // digit_bits))
+        digits = torch.unflatten(fours, 2, (-1, _BYTE_BITS // digit_bits))
         digits = digits >> shift & (2**digit_bits - 1)
         plane = digits[:, :, :, 0]
         for four in range(1, digits.shape[3]):
             plane = plane | digits[:, :, :, four] << four * digit_bits
         planes.append(plane)
         shift += digit_bits
-    return torch.cat(planes, dim=2).unflatten(3, (TILE_OUTPUTS, _FOUR))
+    return torch.unflatten(torch.cat(planes, dim=2), 3, (TILE_OUTPUTS, _FOUR))
 
 
 def restore(lines: Tensor, bits: int) -> Tensor:

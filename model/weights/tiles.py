@@ -5,8 +5,9 @@ The layout is that of csrc/products.h. Knows nothing of the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -49,6 +50,16 @@ class Tiles:
     group_inputs: int = 0
     #: Subtracted from each code of fewer than eight bits.
     code_offset: int = 0
+
+    @property
+    def part(self) -> dict[str, Tensor | int | None]:
+        """Return all attributes, for a file of packed weights."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    @classmethod
+    def from_part(cls, part: Mapping[str, Any]) -> Self:
+        """Make the tiles of a `part` again."""
+        return cls(**part)
 
     @property
     def num_bytes(self) -> int:
@@ -96,9 +107,10 @@ def pack_floats(weight: Tensor, bias: Tensor | None, arena: Arena) -> Tiles:
     packed = arena.take(shape, torch.bfloat16)
     padded_inputs = num_tiles * _WIDE_TILE_PAIRS * _PAIR
     for groups, rows in _slabs(num_outputs, padded_inputs):
-        slab = _padded(weight[rows], padded_inputs)
-        tiled = slab.view(-1, TILE_OUTPUTS, num_tiles, _WIDE_TILE_PAIRS, _PAIR)
-        packed[groups] = tiled.permute(0, 2, 3, 1, 4)
+        slab = _padded(weight[rows], padded_inputs).bfloat16()
+        # A pair is a word of four bytes: moving words takes a third of the time.
+        words = slab.view(torch.int32).view(-1, TILE_OUTPUTS, num_tiles, _WIDE_TILE_PAIRS)
+        packed[groups].view(torch.int32).squeeze(-1).copy_(words.permute(0, 2, 3, 1))
     return Tiles(num_outputs, num_inputs, _WIDE_BITS, packed, bias=_padded_bias(bias))
 
 

@@ -175,7 +175,8 @@ def test_every_line_has_the_format_and_says_what_an_operator_needs(
     by_event = {line["event"]: line for line in logged}
     starting = by_event["starting"]
     assert set(starting) - {"time", "level", "event", "version"} == {
-        *("model", "port", "log_format", "api_key", "served_model_name", "kv_cache_memory")
+        *("model", "port", "log_format", "api_key", "served_model_name", "kv_cache_memory"),
+        "weights_cache",
     }
     assert starting["api_key"] == ["***"]
     assert by_event["loading"]["model"] == starting["model"]

@@ -112,7 +112,7 @@ def _logits(
     return torch.cat([torch.cat(own) for own in found])
 
 
-@pytest.mark.parametrize("quantization", ["bf16", "int8"])
+@pytest.mark.parametrize("quantization", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_it_gives_what_the_transformer_gives_to_the_bit(
     case: str, quantization: str, library: CpuLibrary, make_checkpoint: Any, build: Any
@@ -142,7 +142,7 @@ def test_it_reads_no_key_behind_the_window(
             assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("quantization", ["bf16", "int8"])
+@pytest.mark.parametrize("quantization", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_with_matrix_instructions_no_cut_changes_a_bit(
     case: str, quantization: str, make_checkpoint: Any, build: Any

@@ -139,7 +139,14 @@ def test_a_gpu_computes_in_the_dtype_of_the_activations() -> None:
 @pytest.mark.parametrize(
     ("quantization", "device", "dtype", "message"),
     [
-        ("int4", CPU, torch.float32, "quantization must be auto, none, fp16, bf16 or int8"),
+        (
+            "int3",
+            CPU,
+            torch.float32,
+            "quantization must be one of auto, none, fp16, bf16, int8, int4",
+        ),
+        ("int4", CPU, torch.float32, "int4 does not run here: it needs the compiled CPU op"),
+        ("own", CPU, torch.float32, "quantization own is for files of integers; this one has n"),
         ("int8", CUDA, torch.float16, "quantization int8 is for CPUs"),
         ("none", CPU, torch.bfloat16, "dtype on a CPU is float32, got bfloat16"),
     ],
