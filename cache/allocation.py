@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from cache.lease import Lease
 from cache.moves import PageMove
-from cache.pending_pages import PendingPage
+from cache.pending_pages import NextPage
 
 
 class MissReason(StrEnum):
@@ -47,7 +48,7 @@ class Allocation:
     lease: Lease
     #: Tokens known when it was admitted: it is foreseeable which pages it will enter.
     num_known_tokens: int
-    pending_page: PendingPage | None = None
+    pending_page: NextPage | None = None
 
     def private_pages(self) -> list[int]:
         """List the pages outside the tree: the uncommitted ones and the duplicates."""
@@ -61,3 +62,14 @@ class Allocation:
         part = slice(indices.start, indices.stop)
         pairs = zip(self.page_ids[part], self.lease.nodes[part], strict=False)
         return [page_id for page_id, node in pairs if page_id != node.page_id]
+
+    def check(self, page_size: int) -> None:
+        """Assert that the lease is a path, and the pending page the one behind it."""
+        path = [self.lease.root, *self.lease.nodes]
+        assert all(b.parent is a for a, b in pairwise(path)), "a lease is not a path"
+        num_nodes = len(self.lease.nodes)
+        assert num_nodes <= len(self.page_ids), "more pages committed than owned"
+        is_foreseeable = (num_nodes + 1) * page_size <= self.num_known_tokens
+        assert (self.pending_page is not None) == is_foreseeable, "a pending page is out of place"
+        if self.pending_page is not None:
+            assert self.pending_page.end is self.lease.end, "a pending page is not at the end"

@@ -21,32 +21,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from sys import maxsize
 
 from cache.allocation import Allocation, MissReason
 from cache.lease import Lease
+from cache.match import Match
 from cache.moves import PageMove, PageRef, Tier
 from cache.node import NO_PAGE, Node
 from cache.pages import PagePool
-from cache.pending_pages import PendingPages
+from cache.pending_pages import NextPage, PendingPages
 from cache.policy import EvictionPolicy, lru
 from cache.radix import Prefix, RadixTree
 from cache.stats import CacheStats
 from cache.view import FULL_VIEW, View
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The result of looking a prompt up without admitting it."""
-
-    #: Leading tokens that need not be computed: at most all but the last.
-    num_tokens: int
-    reason: MissReason
-    #: A live allocation is computing the page that this prompt needs next. Waiting for its
-    #: `commit` (or `free`) avoids computing it twice.
-    in_flight: bool
 
 
 class Pin:
@@ -83,6 +70,8 @@ class KVCache:
         self._live: dict[Allocation, None] = {}
         self._pins: dict[Pin, None] = {}
         self._pending_pages = PendingPages()
+        #: Times after which more pages may have been available than before.
+        self.num_releases = 0
         self._num_evicted_pages = 0
         self._num_copied_pages = 0
         self._num_duplicate_pages = 0
@@ -112,7 +101,23 @@ class KVCache:
         """Look a prompt up. Changes nothing, recency included. O(tokens reused)."""
         prefix = self._find(tokens, namespace)
         reason = self._miss_reason(prefix, len(tokens))
-        return Match(self._num_cached_tokens(prefix), reason, self._in_flight(prefix, tokens))
+        page = self._next_page(prefix, tokens)
+        return Match(self._num_cached_tokens(prefix), reason, self.is_in_flight(page), page)
+
+    def is_in_flight(self, page: NextPage | None) -> bool:
+        """Return whether a live allocation is computing a page, as in `Match`. O(1)."""
+        # Cached and computed again: of a prompt that ends with this page, only the last token is
+        # wanting, and waiting would not bring it.
+        return page is not None and page in self._pending_pages and not page.is_cached
+
+    def is_still_missing(self, page: NextPage | None) -> bool:
+        """Return whether a search would surely stop at the page again, and find it not in flight.
+
+        Where that is so and `num_releases` is as before, a prompt that found no room finds none.
+        """
+        if page is None or self._view.window is not None or not self._tree.has(page.end):
+            return False
+        return not page.is_cached and page not in self._pending_pages
 
     def stats(self) -> CacheStats:
         """Take a snapshot. O(1)."""
@@ -216,6 +221,7 @@ class KVCache:
         if unread.stop <= lease.gap.stop:
             return
         self._require_live(allocation)
+        self.num_releases += 1
         assert unread.stop <= len(lease.nodes), "pages are dropped that were not committed"
         pages = range(max(unread.start, lease.gap.stop), unread.stop)
         self._pool.give_back(allocation.duplicates(pages))
@@ -263,6 +269,7 @@ class KVCache:
 
     def reset(self) -> int:
         """Forget every cached page that no allocation holds, pinned ones too; return how many."""
+        self.num_releases += 1
         num_pages = self._tree.num_evictable
         self._pool.give_back(self._tree.evict() for _ in range(num_pages))
         return num_pages
@@ -299,17 +306,12 @@ class KVCache:
         is_end = prefix.is_cut or (prefix.path and not prefix.path[-1].children)
         return MissReason.ENDED if is_end else MissReason.DIVERGED
 
-    def _in_flight(self, prefix: Prefix, tokens: Sequence[int]) -> bool:
+    def _next_page(self, prefix: Prefix, tokens: Sequence[int]) -> NextPage | None:
         index = len(prefix.path)
         if prefix.root is None or (index + 1) * self._page_size > len(tokens):
-            return False
-        end, key = prefix.path[-1] if prefix.path else prefix.root, self._tree.key(tokens, index)
-        if (end, key) not in self._pending_pages:
-            return False
-        # Cached and computed again: of a prompt that ends with this page, only the last token is
-        # wanting, and waiting would not bring it.
-        child = end.child(key)
-        return child is None or child.page_id == NO_PAGE
+            return None
+        end = prefix.path[-1] if prefix.path else prefix.root
+        return NextPage(end, self._tree.key(tokens, index))
 
     def _take_pages(self, num_pages: int) -> list[int]:
         num_missing_pages = max(0, num_pages - self._pool.num_free)
@@ -333,6 +335,7 @@ class KVCache:
             raise ValueError("this allocation was freed before")
 
     def _release(self, allocation: Allocation) -> None:
+        self.num_releases += 1
         self._drop_pending_page(allocation)
         del self._live[allocation]
         self._pool.give_back(allocation.private_pages())
@@ -347,7 +350,7 @@ class KVCache:
         self._drop_pending_page(allocation)
         index = len(allocation.lease.nodes)
         if (index + 1) * self._page_size <= allocation.num_known_tokens:
-            allocation.pending_page = (allocation.lease.end, self._tree.key(tokens, index))
+            allocation.pending_page = NextPage(allocation.lease.end, self._tree.key(tokens, index))
             self._pending_pages.add(allocation.pending_page)
 
     # ---- invariants ------------------------------------------------------------------------------
@@ -376,16 +379,4 @@ class KVCache:
         assert all(pins[n] == n.pins for n in nodes), "pins differ from the counts"
         self._pending_pages.check(a.pending_page for a in live if a.pending_page is not None)
         for allocation in live:
-            self._check_allocation(allocation)
-
-    def _check_allocation(self, allocation: Allocation) -> None:
-        lease = allocation.lease
-        path = [lease.root, *lease.nodes]
-        linked = all(b.parent is a for a, b in pairwise(path))
-        assert linked, "a lease is not a path"
-        assert len(lease.nodes) <= len(allocation.page_ids), "more pages committed than owned"
-        is_foreseeable = (len(lease.nodes) + 1) * self._page_size <= allocation.num_known_tokens
-        pending = allocation.pending_page
-        assert (pending is not None) == is_foreseeable, "a pending page is out of place"
-        if pending is not None:
-            assert pending[0] is lease.end, "a pending page is not at the lease's end"
+            allocation.check(self._page_size)

@@ -96,6 +96,13 @@ class RadixTree:
             return Prefix(root, path[: num_tokens // size], None, 0, is_cut=True)
         return Prefix(root, path, source, num_head_tokens)
 
+    def has(self, node: Node) -> bool:
+        """Return whether a node, which was in the tree, was not unlinked since. O(1).
+
+        Those below a pruned node were unlinked with it, and still have a parent.
+        """
+        return node.parent is not None or self._roots.get(node.namespace) is node
+
     def nodes(self) -> Iterator[Node]:
         """Yield all nodes but the roots, parents before children. O(nodes): for checks."""
         pending = list(self._roots.values())

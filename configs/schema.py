@@ -156,7 +156,7 @@ class SchedulerSection(Section):
     max_decode_slowdown: float = Field(
         default=3.0,
         gt=1,
-        description="prompts beside decodes may lengthen a step to this many times its own",
+        description="prompts beside decodes may lengthen a step to this many times one of decodes",
     )
     max_queue: int = Field(
         default=1024,

@@ -6,7 +6,7 @@ Every decision made here is in `ModelInfo`, or a note in it.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,6 +20,8 @@ from model.attention.registry import choose_backend
 from model.cpu.decoder import CpuDecoder, why_not
 from model.cpu.library import CpuLibrary, load_cpu_library
 from model.cpu.ops import CpuOps
+from model.cpu.quota import num_usable_cores, quota_cores
+from model.cpu.team import Team
 from model.cuda import ops as gpu_ops
 from model.cuda.assembly import GpuParts, assemble_on_gpu
 from model.cuda.coded_linear import pack_codes
@@ -52,6 +54,14 @@ class _Device:
     coded: CodedPacker | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Threads:
+    number: int
+    #: Whether fewer may compute while other processes use the cores: not where they are stated.
+    may_shrink: bool
+    notes: tuple[str, ...] = ()
+
+
 def assemble(
     source: ModelSource, config: OctavoConfig, end_token_ids: tuple[int, ...] = ()
 ) -> TorchRunner:
@@ -59,9 +69,11 @@ def assemble(
 
     `end_token_ids`: tokens that end an answer, in addition to the model's config.
     """
-    torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
+    threads = _threads(config.model)
+    torch.set_num_threads(threads.number)
     where = _device(config.model)
     cache = _weights_cache(config.model)
+    where = replace(where, notes=(*where.notes, *threads.notes))
     decoder = build_decoder(
         source,
         config.model,
@@ -96,6 +108,8 @@ def assemble(
             pool=pool,
             sampler=Sampler(max_num_seqs, info.vocab_size, info.eos_token_ids, where.device),
             max_num_seqs=max_num_seqs,
+            # Float32 products by oneDNN depend on the number of threads in their last bits.
+            team=Team(threads.number) if threads.may_shrink and decoder.format != "none" else None,
         )
     _warm_up(runner)
     if cache is not None:
@@ -107,6 +121,19 @@ def _weights_cache(config: ModelSection) -> PackedCache | None:
     if config.weights_cache == "off":
         return None
     return PackedCache(octavo_home() / "weights", max_bytes=config.weights_cache_max_bytes)
+
+
+def _threads(config: ModelSection) -> _Threads:
+    if config.threads is not None:
+        return _Threads(config.threads, may_shrink=False)
+    num_cores, quota = len(os.sched_getaffinity(0)), quota_cores()
+    number = num_usable_cores(num_cores, quota)
+    if number == num_cores:
+        return _Threads(number, may_shrink=True)
+    note = (
+        f"{number} threads for {num_cores} cores: the control group's CPU quota is {quota:g} cores"
+    )
+    return _Threads(number, may_shrink=True, notes=(note,))
 
 
 def _device(config: ModelSection) -> _Device:

@@ -7,6 +7,7 @@ tokens: see `SampledTokens.settle` and prompt_logprobs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch import Tensor
 from cache.view import FULL_VIEW
 from model.architectures.transformer import Decoder
 from model.attention.interface import AttentionBackend
+from model.cpu.team import Team
 from model.cuda.graphs import DecodeGraphs
 from model.grammar.grammars import Grammars
 from model.interface import (
@@ -55,7 +57,7 @@ class _InFlightStep:
 class TorchRunner:
     """See `ModelRunner`: one decoder, one pool of pages, one attention backend, one sampler."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts, by keyword
         self,
         *,
         info: ModelInfo,
@@ -66,7 +68,9 @@ class TorchRunner:
         max_num_seqs: int,
         graphs: DecodeGraphs | None = None,
         max_steps_in_flight: int = 1,
+        team: Team | None = None,
     ) -> None:
+        """`team`: on a CPU, adapts the number of threads to the cores that others leave free."""
         self._info = info
         self._decoder = decoder
         self._attention = attention
@@ -76,6 +80,7 @@ class TorchRunner:
         self._device = pool.device
         self._graphs = graphs
         self._max_steps_in_flight = max_steps_in_flight
+        self._team = team
         self._packer = Packer(max_num_seqs, info.max_model_len, info.page_size)
         #: The samples of the step before, if any.
         self._newest: SampledTokens | None = None
@@ -93,6 +98,7 @@ class TorchRunner:
     @torch.inference_mode()
     def launch(self, step: StepInput) -> _InFlightStep:
         """See `ModelRunner`."""
+        began_s = time.perf_counter()
         # Taken out first: a step that raises leaves nothing behind for the next to fail by.
         newest, self._newest = self._newest, None
         if newest is not None:
@@ -107,6 +113,8 @@ class TorchRunner:
         hidden, sampled = self._compute(packed, newest)
         scores = self._score(step, hidden)
         self._newest = self._sample(step, hidden, sampled) if step.sample_rows else None
+        if self._team is not None:
+            self._team.observe(time.perf_counter() - began_s)
         return _InFlightStep(self._newest, scores, mark(self._device))
 
     def _compute(self, packed: PackedStep, newest: SampledTokens | None) -> tuple[Tensor, Tensor]:

@@ -21,25 +21,37 @@ _MAX_MIXED_STEPS = 16
 
 
 class Pacing:
-    """Bounds a step beside decodes to `max_slowdown` times a step of decodes alone."""
+    """Bounds a step to `max_slowdown` times a step in which all its sequences decode."""
 
     def __init__(self, max_slowdown: float) -> None:
         self._max_slowdown = max_slowdown
         #: The running means; None: not measured yet.
         self.decode_s: float | None = None
         self.token_s: float | None = None
+        #: The mean number of decodes in the steps that `decode_s` was measured with.
+        self._num_decodes = 0.0
         self._num_mixed_steps = 0
 
-    def prompt_tokens(self, budget_tokens: int, *, num_decodes: int) -> int:
-        """Return how many prompt tokens the next step may compute, at most `budget_tokens`."""
+    def prompt_tokens(self, budget_tokens: int, *, num_decodes: int, num_prompts: int) -> int:
+        """Return how many prompt tokens the next step may compute, at most `budget_tokens`.
+
+        `num_prompts`: sequences that will decode beside the others as soon as they are computed.
+        """
         if num_decodes == 0:
             return budget_tokens
         if self._num_mixed_steps >= _MAX_MIXED_STEPS:
             return 0
         if self.decode_s is None or self.token_s is None:
             return min(budget_tokens, _MIN_CHUNK_TOKENS)
-        spare_s = (self._max_slowdown - 1.0) * self.decode_s
-        return min(budget_tokens, max(_MIN_CHUNK_TOKENS, int(spare_s / self.token_s)))
+        now_s = self._decodes_s(num_decodes)
+        limit_s = self._max_slowdown * self._decodes_s(num_decodes + num_prompts)
+        return min(budget_tokens, max(_MIN_CHUNK_TOKENS, int((limit_s - now_s) / self.token_s)))
+
+    def _decodes_s(self, num_decodes: int) -> float:
+        """Estimate the time of a step of so many decodes: one more costs a token more, at least."""
+        assert self.decode_s is not None, "decodes were not measured"
+        more = num_decodes - self._num_decodes
+        return max(self.decode_s + more * (self.token_s or 0.0), self.decode_s / _OUTLIER)
 
     def observe(self, elapsed_s: float, *, num_decodes: int, num_prompt_tokens: int) -> None:
         """Update the estimates from a step that took `elapsed_s`.
@@ -50,7 +62,7 @@ class Pacing:
         """
         if num_prompt_tokens == 0:
             self._num_mixed_steps = 0
-            self.decode_s = _mean(self.decode_s, elapsed_s)
+            self._learn_decode(elapsed_s, num_decodes)
             return
         if num_decodes:
             # Planned before the ones before it were timed, one may come too many.
@@ -58,11 +70,17 @@ class Pacing:
             if self.decode_s is None and self.token_s is not None:
                 # None left for the decodes: prompts alone were timed wrongly, or hardly at all.
                 rest_s = elapsed_s - num_prompt_tokens * self.token_s
-                self.decode_s = rest_s if rest_s > 0.0 else None
+                if rest_s > 0.0:
+                    self._learn_decode(rest_s, num_decodes)
                 return
-        base_s = (self.decode_s or 0.0) if num_decodes else 0.0
+        is_base_known = num_decodes and self.decode_s is not None
+        base_s = self._decodes_s(num_decodes) if is_base_known else 0.0
         token_s = max(elapsed_s - base_s, 1e-9) / num_prompt_tokens
         self.token_s = _mean(self.token_s, token_s)
+
+    def _learn_decode(self, elapsed_s: float, num_decodes: int) -> None:
+        self._num_decodes = _mean(self._num_decodes if self.decode_s else None, num_decodes)
+        self.decode_s = _mean(self.decode_s, elapsed_s)
 
     def check(self) -> None:
         """Assert that the estimates can be times."""

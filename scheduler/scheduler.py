@@ -19,6 +19,7 @@ from scheduler.admission import Room, displaced, place_for, why_never
 from scheduler.messages import FinishReason, Rejected, RejectKind, StepResult, Submit
 from scheduler.pacing import Pacing
 from scheduler.plan import StepPlan, add_row, new_plan
+from scheduler.prospects import Prospects
 from scheduler.sequence import Sequence
 from scheduler.stats import SchedulerStats
 from scheduler.suspects import ModelFaultError, Suspects
@@ -45,6 +46,9 @@ class Scheduler:
         self._table = SequenceTable(cache, config.max_num_seqs, info.page_size)
         self._waiting, self._running = self._table.waiting, self._table.running
         self._suspects = Suspects()
+        self._prospects = Prospects(cache)
+        #: Whether pages were lacking for the first waiting request when it was last looked at.
+        self._is_blocked = False
         #: Steps that were planned and neither applied nor failed.
         self._num_under_way = 0
         self._num_arrivals = 0
@@ -127,7 +131,12 @@ class Scheduler:
         self._plan_decodes(plan)
         num_decodes = len(plan.sequences)
         budget = self._config.max_num_batched_tokens - num_decodes
-        left = budget = self._pacing.prompt_tokens(budget, num_decodes=num_decodes)
+        num_prompts = len(self._running) - num_decodes
+        if not self._is_blocked:
+            num_prompts += min(len(self._table.free_slots), len(self._waiting))
+        left = budget = self._pacing.prompt_tokens(
+            budget, num_decodes=num_decodes, num_prompts=num_prompts
+        )
         left = self._plan_prompts(plan, left)
         if self._table.num_preemptions == num_preemptions:
             left = self._admit(plan, left)
@@ -183,20 +192,24 @@ class Scheduler:
         instead of computing it twice, and blocks no other (unless `_MAX_HELD_BACK` such wait).
         """
         free_slots = self._table.free_slots
-        if budget_tokens == 0 or not free_slots or not self._waiting:
+        if budget_tokens == 0 or not free_slots:
+            return budget_tokens
+        self._is_blocked = False
+        if not self._waiting:
             return budget_tokens
         num_looked_at = len(free_slots) + _MAX_HELD_BACK
         for sequence in list(islice(self._waiting, num_looked_at)):
             if sequence.token_ids[-1] == PENDING_TOKEN:
                 # Preempted with a step under way, which is to bring its newest token.
                 break
-            if (
-                sequence.max_cached_tokens is None
-                and self._cache.match(sequence.token_ids, sequence.request.namespace).in_flight
-            ):
+            if self._prospects.is_held_back(sequence):
                 continue
             # One page for each that runs: none is admitted only to be preempted soon after.
-            if not self._start(plan, sequence, reserve_pages=len(self._running)):
+            if self._prospects.is_blocked(sequence) or not self._start(
+                plan, sequence, reserve_pages=len(self._running)
+            ):
+                self._prospects.note_blocked(sequence)
+                self._is_blocked = True
                 break
             count = self._table.chunk(sequence, budget_tokens)
             add_row(plan, sequence, count)
@@ -386,3 +399,4 @@ class Scheduler:
         self._pacing.check()
         self._suspects.check()
         self._table.check()
+        self._prospects.check(len(self._running))

@@ -10,6 +10,7 @@ from collections import deque
 from enum import StrEnum
 
 from cache.allocation import Allocation
+from cache.pending_pages import NextPage
 from model.interface import PENDING_TOKEN, Constraint, SlotStart
 from scheduler.messages import FinishReason, Submit
 
@@ -54,6 +55,7 @@ class Sequence:
         "is_started",
         "max_len_tokens",
         "min_len_tokens",
+        "next_page",
         "num_completed",
         "num_computed",
         "num_prompt",
@@ -106,6 +108,8 @@ class Sequence:
         self.min_len_tokens = self.num_prompt + params.min_tokens
         self.max_len_tokens = min(self.num_prompt + params.max_tokens, max_model_len)
         self.allocation: Allocation | None = None
+        #: While it waits: the first page that it cannot reuse, when it was last looked up.
+        self.next_page: NextPage | None = None
         self.slot = -1
         self.is_started = False
         self.finish_reason: FinishReason | None = None

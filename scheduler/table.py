@@ -52,7 +52,7 @@ class SequenceTable:
         sequence.move(State.RUNNING, f"admitted with {num_cached} cached tokens")
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda running: running.precedence)
-        sequence.allocation = allocation
+        sequence.allocation, sequence.next_page = allocation, None
         sequence.num_computed = sequence.num_completed = num_cached
         sequence.slot = self.free_slots.popleft()
         return allocation

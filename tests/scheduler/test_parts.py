@@ -56,16 +56,16 @@ def test_queue_order_and_bookkeeping() -> None:
 
 
 def test_pacing_gives_all_where_nobody_decodes() -> None:
-    assert Pacing(3.0).prompt_tokens(512, num_decodes=0) == 512
+    assert Pacing(3.0).prompt_tokens(512, num_decodes=0, num_prompts=0) == 512
 
 
 def test_pacing_begins_carefully_and_never_below_the_least() -> None:
     pacing = Pacing(3.0)
-    assert pacing.prompt_tokens(512, num_decodes=4) == 16
+    assert pacing.prompt_tokens(512, num_decodes=4, num_prompts=0) == 16
     pacing.observe(1.0, num_decodes=0, num_prompt_tokens=10)
     pacing.observe(0.01, num_decodes=4, num_prompt_tokens=0)
-    assert pacing.prompt_tokens(512, num_decodes=4) == 16
-    assert pacing.prompt_tokens(5, num_decodes=4) == 5
+    assert pacing.prompt_tokens(512, num_decodes=4, num_prompts=0) == 16
+    assert pacing.prompt_tokens(5, num_decodes=4, num_prompts=0) == 5
     pacing.check()
 
 
@@ -76,7 +76,7 @@ def test_pacing_learns_from_mixed_steps() -> None:
         pacing.observe(0.015, num_decodes=4, num_prompt_tokens=50)
     assert pacing.decode_s == pytest.approx(0.010)
     assert pacing.token_s == pytest.approx(0.0001)
-    assert pacing.prompt_tokens(512, num_decodes=4) == pytest.approx(100, abs=1)
+    assert pacing.prompt_tokens(512, num_decodes=4, num_prompts=0) == pytest.approx(100, abs=1)
 
 
 def test_a_burst_of_arrivals_need_not_see_decodes_alone_to_get_its_chunks() -> None:
@@ -84,7 +84,7 @@ def test_a_burst_of_arrivals_need_not_see_decodes_alone_to_get_its_chunks() -> N
     pacing.observe(0.100, num_decodes=0, num_prompt_tokens=500)
     pacing.observe(0.0232, num_decodes=4, num_prompt_tokens=16)
     assert pacing.decode_s == pytest.approx(0.020)
-    assert pacing.prompt_tokens(512, num_decodes=4) == pytest.approx(200, abs=1)
+    assert pacing.prompt_tokens(512, num_decodes=4, num_prompts=0) == pytest.approx(200, abs=1)
     pacing.check()
 
 
@@ -94,12 +94,35 @@ def test_costs_are_learnt_anew_where_every_step_is_mixed() -> None:
     pacing.observe(0.100, num_decodes=0, num_prompt_tokens=500)
     pacing.observe(0.010, num_decodes=1, num_prompt_tokens=0)
     for _ in range(500):
-        chunk = pacing.prompt_tokens(512, num_decodes=60)
+        chunk = pacing.prompt_tokens(512, num_decodes=60, num_prompts=0)
         pacing.observe(0.060 + 0.0005 * chunk, num_decodes=60, num_prompt_tokens=chunk)
         pacing.check()
     assert pacing.decode_s == pytest.approx(0.060, rel=0.1)
-    chunk = max(pacing.prompt_tokens(512, num_decodes=60), chunk)
+    chunk = max(pacing.prompt_tokens(512, num_decodes=60, num_prompts=0), chunk)
     assert chunk == pytest.approx(2 * 0.060 / 0.0005, rel=0.1)
+
+
+def test_prompts_under_way_count_among_the_decodes_that_bound_a_step() -> None:
+    pacing = Pacing(3.0)
+    for _ in range(100):
+        pacing.observe(0.010, num_decodes=1, num_prompt_tokens=0)
+        pacing.observe(0.015, num_decodes=1, num_prompt_tokens=50)
+    # A token costs 0.1 ms, and so does one more decode: 20 of them make a step of 12 ms, and three
+    # times that is the bound.
+    assert pacing.prompt_tokens(512, num_decodes=1, num_prompts=0) == pytest.approx(200, abs=2)
+    assert pacing.prompt_tokens(512, num_decodes=1, num_prompts=20) == pytest.approx(260, abs=2)
+    assert pacing.prompt_tokens(512, num_decodes=21, num_prompts=0) == pytest.approx(240, abs=2)
+    pacing.check()
+
+
+def test_decodes_that_have_ended_bound_the_step_no_more() -> None:
+    pacing = Pacing(3.0)
+    for _ in range(100):
+        pacing.observe(0.060, num_decodes=41, num_prompt_tokens=0)
+        pacing.observe(0.110, num_decodes=41, num_prompt_tokens=50)
+    assert pacing.prompt_tokens(512, num_decodes=41, num_prompts=0) == pytest.approx(120, abs=2)
+    assert pacing.prompt_tokens(512, num_decodes=1, num_prompts=0) == pytest.approx(40, abs=2)
+    pacing.check()
 
 
 @pytest.mark.parametrize("num_prompt_tokens", [0, 100])
@@ -108,9 +131,9 @@ def test_an_hour_asleep_does_not_outweigh_what_was_learnt(num_prompt_tokens: int
     for _ in range(10):
         pacing.observe(0.010, num_decodes=4, num_prompt_tokens=0)
         pacing.observe(0.020, num_decodes=4, num_prompt_tokens=100)
-    before = pacing.prompt_tokens(10_000, num_decodes=4)
+    before = pacing.prompt_tokens(10_000, num_decodes=4, num_prompts=0)
     pacing.observe(3600.0, num_decodes=4, num_prompt_tokens=num_prompt_tokens)
-    after = pacing.prompt_tokens(10_000, num_decodes=4)
+    after = pacing.prompt_tokens(10_000, num_decodes=4, num_prompts=0)
     assert before / 2 < after < before * 2
 
 
