@@ -53,6 +53,7 @@ test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
 	$(BIN)/python -m tools.seeded_bugs cache
 	$(BIN)/python -m tools.seeded_bugs scheduler
 	$(BIN)/python -m tools.seeded_bugs overlap
+	$(BIN)/python -m tools.seeded_bugs progress
 	$(BIN)/python -m tools.seeded_bugs faults
 
 clients: $(CLIENTS)/.installed $(NODE_CLIENTS)/node_modules/.installed $(PROMETHEUS)/.installed  ## the clients of tests/clients

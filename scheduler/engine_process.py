@@ -71,8 +71,12 @@ def spawn(preload: Callable[[], None] | None = None) -> SpawnedProcess:
     try:
         return _spawn(preload)
     except Exception as error:
-        message = f"the engine's process cannot be started: {error}"
-        raise EngineStartError(message, is_shortage=is_shortage(error)) from error
+        raise _start_error(error) from error
+
+
+def _start_error(error: Exception) -> EngineStartError:
+    message = f"the engine's process cannot be started: {error}"
+    return EngineStartError(message, is_shortage=is_shortage(error))
 
 
 def _spawn(preload: Callable[[], None] | None) -> SpawnedProcess:
@@ -113,7 +117,12 @@ class EngineProcess:
         self._was_killed = False
         #: None: the process has not ended.
         self.exit_code: int | None = None
-        spawned = spawned or spawn()
+        try:
+            self._start(build, spawned or _spawn(None))
+        except Exception as error:
+            raise _start_error(error) from error
+
+    def _start(self, build: Build, spawned: SpawnedProcess) -> None:
         self._process = spawned.process
         assert self._process.pid is not None, "a started process has an id"
         self.pid = self._process.pid

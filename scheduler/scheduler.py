@@ -166,14 +166,12 @@ class Scheduler:
             allocation = sequence.allocation
             assert allocation is not None, "a running sequence without pages"
             is_decode = len(sequence.token_ids) - sequence.num_computed == 1
-            is_full = sequence.num_computed >= len(allocation.page_ids) * page_size
-            if is_decode and not sequence.awaits_token:
-                if is_full and not self._table.grow(sequence):
-                    continue
-                add_row(plan, sequence, 1)
-            elif is_full and not is_decode and not self._table.go_on(sequence):
-                continue
-            row += 1
+            if not (is_decode and sequence.awaits_token):
+                has_room = sequence.num_computed < len(allocation.page_ids) * page_size
+                if (has_room or self._table.go_on(sequence)) and is_decode:
+                    add_row(plan, sequence, 1)
+            # Another stands in its place where it had to be preempted itself.
+            row += sequence.allocation is not None
 
     def _plan_prompts(self, plan: StepPlan, budget_tokens: int) -> int:
         for sequence in self._running:

@@ -66,6 +66,7 @@ class Sequence:
         "request",
         "request_id",
         "slot",
+        "stalled_len_tokens",
         "state",
         "stop_ids",
         "token_ids",
@@ -111,6 +112,8 @@ class Sequence:
         #: While it waits: the first page that it cannot reuse, when it was last looked up.
         self.next_page: NextPage | None = None
         self.slot = -1
+        #: With so many tokens, known or pending, it last lacked room for the next one.
+        self.stalled_len_tokens = 0
         self.is_started = False
         self.finish_reason: FinishReason | None = None
         self.state = State.WAITING
@@ -148,10 +151,14 @@ class Sequence:
         """Whether it goes on, if at all, only once its newest token is known.
 
         With a grammar always, as that token may fail to come, and where there is no room for more.
+        Also where it missed a step: a step continues the tokens of the one before it alone.
         """
         if self.token_ids[-1] != PENDING_TOKEN:
             return False
-        return self.constraint is not None or len(self.token_ids) >= self.max_len_tokens
+        length = len(self.token_ids)
+        if length == self.stalled_len_tokens:
+            return True
+        return self.constraint is not None or length >= self.max_len_tokens
 
     def slot_start(self) -> SlotStart:
         """Return all the runner must store of it."""

@@ -71,12 +71,19 @@ class SequenceTable:
         return True
 
     def go_on(self, sequence: Sequence) -> bool:
-        """Make room for a token of a prompt whose table grows with it, as it does under a window.
+        """Make room for the next token; False where there is none now.
 
-        Not while a step of it is under way, which will give pages back. Called before any row of
-        less precedence is planned. False where the sequence itself had to be preempted.
+        None is preempted while a step of the sequence is under way. Under a window that step may
+        give pages back, and a sequence that preempted itself would lose the step's tokens each
+        time. Called before any row of less precedence is planned.
         """
-        return sequence.num_completed < sequence.num_computed or self.grow(sequence)
+        assert sequence.allocation is not None, "a running sequence without pages"
+        if sequence.num_completed < sequence.num_computed:
+            has_room = self._cache.grow(sequence.allocation, sequence.num_computed + 1)
+            if not has_room:
+                sequence.stalled_len_tokens = len(sequence.token_ids)
+            return has_room
+        return self.grow(sequence)
 
     def take_back(self, sequence: Sequence, position: int) -> None:
         """Take back the placeholder of a token that did not come."""

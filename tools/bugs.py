@@ -143,8 +143,8 @@ WINDOW_BUGS = [
     Bug(
         "a prompt gets no room for its next token",
         SCHEDULER,
-        "elif is_full and not is_decode and not self._table.go_on(sequence):",
-        "elif False:",
+        "(has_room or self._table.go_on(sequence)) and is_decode",
+        "is_decode and (has_room or self._table.go_on(sequence))",
     ),
     Bug(
         "a chunk outgrows its table",
@@ -183,8 +183,8 @@ OVERLAP_BUGS = [
     Bug(
         "a token is computed behind the last one there is room for",
         SCHEDULER,
-        " and not sequence.awaits_token",
-        "",
+        "if not (is_decode and sequence.awaits_token):",
+        "if True:",
     ),
     Bug("a late token is counted on", SEQUENCE, "self.constraint is not None or len", "len"),
     Bug("a late token is not computed again", TABLE, "num_computed -= 1", "num_computed -= 0"),
@@ -192,6 +192,22 @@ OVERLAP_BUGS = [
         "a late token counts in the queue", "scheduler/queue.py", "_tokens -= 1\n", "_tokens -= 0\n"
     ),
     Bug("a prompt's scores are told twice", SCHEDULER, "scores[num_known:]", "scores"),
+]
+
+#: About sequences that lack pages while steps of them are under way.
+PROGRESS_BUGS = [
+    Bug(
+        "a sequence preempts itself with a step of it under way",
+        TABLE,
+        "        if sequence.num_completed < sequence.num_computed:\n",
+        "        if False:\n",
+    ),
+    Bug(
+        "a sequence that lacked a page goes on before its newest token is known",
+        SEQUENCE,
+        "if length == self.stalled_len_tokens:",
+        "if False:",
+    ),
 ]
 
 #: What happens after a step that failed.

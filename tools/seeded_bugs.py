@@ -18,7 +18,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-from tools.bugs import FAULT_BUGS, OVERLAP_BUGS, SCHEDULER_BUGS, WINDOW_BUGS, Bug
+from tools.bugs import (
+    FAULT_BUGS,
+    OVERLAP_BUGS,
+    PROGRESS_BUGS,
+    SCHEDULER_BUGS,
+    WINDOW_BUGS,
+    Bug,
+)
 from tools.cache_bugs import CACHE_BUGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +51,7 @@ SUITES = {
     "scheduler": Suite("tests/scheduler/test_machine.py", SCHEDULER_BUGS),
     "overlap": Suite("tests/scheduler/test_overlap.py", OVERLAP_BUGS),
     "windows": Suite("tests/scheduler/test_windows.py", WINDOW_BUGS),
+    "progress": Suite("tests/scheduler/test_progress.py", PROGRESS_BUGS),
     "faults": Suite("tests/scheduler/test_faults.py", FAULT_BUGS),
 }
 

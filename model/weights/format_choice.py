@@ -21,10 +21,11 @@ from torch import Tensor
 
 from model.cpu.library import CpuLibrary
 from model.kv.arena import Arena
+from model.weights.interface import QuantizedRows
 from model.weights.linear import Format, Linear, pack, staging_dtype, why_not_packed
 from model.weights.source import octavo_home
 from model.weights.tiled_linear import TILED_FORMATS, TiledLinear
-from model.weights.tiles import pack_floats
+from model.weights.tiles import pack_floats, pack_integers
 
 #: A step of one stream, of some, of many, and a chunk of a prompt.
 TIMED_ROWS = (1, 8, 32, 256)
@@ -33,6 +34,8 @@ _CANDIDATES: tuple[Format, ...] = ("bf16", "fp16")
 #: More than the caches hold, as in a model.
 _TIMED_WEIGHTS = 2**24
 _BUDGET_S = 0.25
+#: The integers of a file, as they are timed: few bits (of 4 to 6), or many.
+_FEW_BITS, _MANY_BITS, _GROUP_INPUTS = 4, 8, 32
 
 
 def choose_format(
@@ -62,12 +65,10 @@ def choose_format(
             f"dtype on a CPU is float32, got {_name(dtype)}; quantization fp16 or bf16 halves the "
             "weights"
         )
-    if quantization in {"auto", "own"} and own_bits and library:
-        return "own", f"quantization own: the file's {own_bits}, not rounded again"
     if quantization == "own" and not own_bits:
         raise ValueError("quantization own is for files of integers; this one has none")
     if quantization == "auto":
-        return _fastest_format(library, num_inputs)
+        return _fastest_format(library, num_inputs, own_bits)
     fmt = cast("Format", quantization)
     if reason := _why_not(fmt, library):
         raise ValueError(f"quantization {fmt} does not run here: {reason}")
@@ -79,17 +80,27 @@ def _why_not(fmt: Format, library: CpuLibrary | None) -> str:
     return "" if library and fmt in TILED_FORMATS else why_not_packed(fmt)
 
 
-def _fastest_format(library: CpuLibrary | None, num_inputs: int) -> tuple[Format, str]:
+def _fastest_format(
+    library: CpuLibrary | None, num_inputs: int, own_bits: str
+) -> tuple[Format, str]:
     usable = [fmt for fmt in _CANDIDATES if not _why_not(fmt, library)]
+    if own_bits and library:
+        usable.append("own")
     if not usable:
         return "none", f"quantization none: fp16 does not run here ({why_not_packed('fp16')})"
     if len(usable) == 1:
         return usable[0], f"quantization {usable[0]}: the only near-lossless format of this CPU"
-    times = _remembered_times(usable, library, num_inputs)
+    times = _remembered_times(usable, library, num_inputs, _own_bits(own_bits))
     fastest = min(usable, key=lambda fmt: math.prod(times[fmt]))
     rows = "/".join(map(str, TIMED_ROWS))
     measured = ", ".join(f"{fmt} {_milliseconds(times[fmt])}" for fmt in usable)
-    return fastest, f"quantization {fastest}: the fastest of {measured} ms ({rows} rows)"
+    what = f" (the file's {own_bits})" if fastest == "own" else ""
+    return fastest, f"quantization {fastest}{what}: the fastest of {measured} ms ({rows} rows)"
+
+
+def _own_bits(names: str) -> int:
+    """Return the bits that stand for a file's integers in a measurement."""
+    return _MANY_BITS if str(_MANY_BITS) in names.partition(" ")[0] else _FEW_BITS
 
 
 def _milliseconds(times_s: list[float]) -> str:
@@ -101,15 +112,18 @@ def _milliseconds(times_s: list[float]) -> str:
 Times = dict[str, list[float]]
 
 
-def _remembered_times(formats: list[Format], library: CpuLibrary | None, num_inputs: int) -> Times:
-    name = hashlib.sha256(repr((formats, _machine(library), num_inputs)).encode()).hexdigest()
+def _remembered_times(
+    formats: list[Format], library: CpuLibrary | None, num_inputs: int, own_bits: int
+) -> Times:
+    key = repr((formats, _machine(library), num_inputs, own_bits))
+    name = hashlib.sha256(key.encode()).hexdigest()
     path = octavo_home() / "timings" / f"{name[:16]}.json"
     with suppress(OSError, ValueError):
         found = json.loads(path.read_text())
         if _is_whole(found, formats):
             return cast("Times", found)
     times = time_formats(
-        {fmt: _packer(fmt, library) for fmt in formats},
+        {fmt: _packer(fmt, library, own_bits) for fmt in formats},
         (max(_TIMED_WEIGHTS // num_inputs, 1), num_inputs),
         _BUDGET_S,
     )
@@ -143,13 +157,23 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _packer(fmt: Format, library: CpuLibrary | None) -> Callable[[Tensor], Linear]:
+def _packer(fmt: Format, library: CpuLibrary | None, own_bits: int) -> Callable[[Tensor], Linear]:
     def pack_one(weight: Tensor) -> Linear:
+        if library and fmt == "own":
+            return TiledLinear(pack_integers(_integers(weight, own_bits), None, Arena()), library)
         if library and fmt in TILED_FORMATS:
             return TiledLinear(pack_floats(weight, None, Arena()), library)
         return pack(weight.to(staging_dtype(fmt, torch.float32)), None, fmt)
 
     return pack_one
+
+
+def _integers(weight: Tensor, bits: int) -> QuantizedRows:
+    """Return any integers of the shape of a weight, with a scale and a minimum to 32 inputs."""
+    outputs, inputs = weight.shape
+    codes = torch.randint(0, 2**bits, (outputs, inputs), dtype=torch.uint8)
+    factors = torch.rand(outputs, inputs // _GROUP_INPUTS)
+    return QuantizedRows(codes, factors, factors, bits)
 
 
 def time_formats(

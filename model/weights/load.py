@@ -7,12 +7,11 @@ from `model/weights/packed_cache.py` instead, if an earlier start has packed the
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -46,6 +45,7 @@ from model.weights.linear import (
     pack,
     staging_dtype,
 )
+from model.weights.malloc import LARGE_BESIDE_TILES_BYTES, LARGE_BYTES, without_holes
 from model.weights.open import open_weights
 from model.weights.packed_cache import PackedCache, Recipe
 from model.weights.packed_file import PackedError, PackedFile, Part
@@ -117,8 +117,8 @@ def build_transformer(  # noqa: PLR0913 - named, and each is a decision of its o
         disable=None if progress else True,
     )
     notes: list[str] = []
-    large_bytes = _LARGE_BESIDE_TILES_BYTES if packs_tiles else _LARGE_BYTES
-    with _without_holes(large_bytes), closing(bar):
+    large_bytes = LARGE_BESIDE_TILES_BYTES if packs_tiles else LARGE_BYTES
+    with without_holes(large_bytes), closing(bar):
         if cache is None or recipe is None:
             loader = make_loader()
             loaded = _load(loader, bar)
@@ -188,36 +188,6 @@ def _load(loader: _Loader, bar: tqdm) -> TransformerWeights:
 
 #: Each holds one layer's product, so more of them would raise peak memory.
 _MAX_WORKERS = 4
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-#: Tiles are kept in an arena, so temporaries of slabs may use the same memory again and again:
-#: new pages take a third of the time of packing.
-_LARGE_BYTES, _LARGE_BESIDE_TILES_BYTES = 2**17, 2**24
-
-
-@contextmanager
-def _without_holes(large_bytes: int) -> Iterator[None]:
-    """Make malloc take large blocks from the system one by one, and return them one by one.
-
-    Otherwise kept weights reuse the memory of freed temporaries, and the next temporary needs new
-    memory: half as much again as the weights, measured. Afterwards malloc has the limits that it
-    adapts to by itself. Another malloc than glibc's is left alone.
-    """
-    libc = ctypes.CDLL(None)
-    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
-        yield
-        return
-    libc.mallopt(_M_MMAP_THRESHOLD, large_bytes)
-    libc.mallopt(_M_TRIM_THRESHOLD, 16 * large_bytes)
-    try:
-        yield
-    finally:
-        libc.malloc_trim(0)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
-
-
 #: Formats whose integers are made from floating weights.
 _ROUNDERS: dict[Format, Callable[[Tensor, str], QuantizedRows]] = {
     "int8": to_int8,

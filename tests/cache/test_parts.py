@@ -11,7 +11,7 @@ from cache.kv_cache import KVCache
 from cache.lease import Lease
 from cache.node import NO_PAGE, Node
 from cache.pages import PagePool
-from cache.pending_pages import PendingPages
+from cache.pending_pages import NextPage, PendingPages
 from cache.policy import EvictionQueue, lru
 from cache.radix import RadixTree
 
@@ -116,7 +116,7 @@ def test_discarding_what_is_not_there_changes_nothing() -> None:
 
 
 def test_a_frontier_stays_until_its_last_owner_leaves() -> None:
-    pending_pages, pending_page = PendingPages(), (a_node(), b"page")
+    pending_pages, pending_page = PendingPages(), NextPage(a_node(), b"page")
     pending_pages.add(pending_page)
     pending_pages.add(pending_page)
     pending_pages.remove(pending_page)

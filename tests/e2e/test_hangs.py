@@ -38,7 +38,7 @@ def test_a_stopped_engine_is_seen_by_probes_and_replaced(
         assert daemon.stop() == 0
 
 
-def test_sigterm_does_not_wait_for_a_stoppedengine_of(
+def test_sigterm_does_not_wait_for_a_stopped_engine(
     start_tiny: Callable[..., Any],
 ) -> None:
     # Waiting for the engine would exceed the timeout of the test.

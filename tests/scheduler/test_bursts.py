@@ -1,7 +1,7 @@
 """Requests that arrive together, with steps that take the time a CPU's would.
 
-The costs are those of a model of 135 M parameters in bf16 on two Zen 4 cores (docs/performance.md):
-a step reads all weights, and each token and each decode adds its part.
+The costs are those of a model of 135 M parameters in bf16 on two Zen 4 cores. They are in
+docs/performance.md. A step reads all weights, and each token and each decode adds its part.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ import httpx
 import pytest
 import uvicorn
 from inline_client import InlineClient
+from plain_http import NO_AUTHORITIES
 
 from configs.schema import OctavoConfig, SchedulerSection
 from model.fake import FakeRunner
@@ -166,7 +167,7 @@ class LiveServer:
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         self._ready.result(TIMEOUT_S)
-        self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT_S)
+        self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT_S, verify=NO_AUTHORITIES)
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:

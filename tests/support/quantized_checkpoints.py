@@ -108,7 +108,7 @@ def write_awq(weight: Tensor, group: int = GROUP) -> Written:
 def write_gptq(
     weight: Tensor, bits: int, *, symmetric: bool, version: int, sorts: bool, group: int = GROUP
 ) -> Written:
-    """`sorts`: groups take inputs from everywhere, as with `desc_act`."""
+    """Write it; `sorts`: groups take inputs from everywhere, as with `desc_act`."""
     inputs = weight.shape[1]
     groups = torch.arange(inputs) // (inputs if group == -1 else group)
     if sorts:
@@ -153,7 +153,7 @@ def write_packed(
 
 
 def write_integers(weight: Tensor, *, symmetric: bool, per_tensor: bool = False) -> Written:
-    """Bytes, with a scale for each output or for all."""
+    """Write bytes, with a scale for each output or for all."""
     flat = weight.reshape(1, -1) if per_tensor else weight
     found = round_groups(flat, 8, flat.shape[1], symmetric=symmetric, scale_dtype=torch.bfloat16)
     parts = {
@@ -174,7 +174,7 @@ def write_floats(
     scale_dtype: torch.dtype = torch.float32,
     shape: tuple[int, ...] | None = None,
 ) -> Written:
-    """8-bit floats, with a scale for each block, the last of which may be cut; 0: no cut."""
+    """Write 8-bit floats, with a scale for each block, the last of which may be cut; 0: no cut."""
     outputs, inputs = weight.shape
     rows, columns = block[0] or outputs, block[1] or inputs
     grid = -(-outputs // rows), -(-inputs // columns)

@@ -26,8 +26,9 @@ constexpr float kNothingSeen = -1e30f;
 inline int round_down(int value, int multiple) { return value / multiple * multiple; }
 inline int round_up(int value, int multiple) { return round_down(value + multiple - 1, multiple); }
 
+// Inlined, since the compiler removes calls that have no result.
 template <class T>
-inline void prefetch(const T* from, int count) {
+__attribute__((always_inline)) inline void prefetch(const T* from, int count) {
   for (int i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(from + i);
 }
 
@@ -67,19 +68,35 @@ struct Seen {
 
 // ---- softmax -----------------------------------------------------------------------------------
 
+// A number up to 0 as the nearest integer, in the low bits of `shifted`, and a rest.
+struct Exponent {
+  Vec x;
+  Vec shifted;
+  Vec rest;
+
+  explicit Exponent(Vec x_) : x(x_), shifted(x + 12582912.0f), rest(x - (shifted - 12582912.0f)) {}
+
+  // Returns 2 to the power of x from that of the rest; zero below -126. NaN stays NaN.
+  Vec scale(Vec power) const {
+    const IntVec scaled = bit_cast<IntVec>(power) + (bit_cast<IntVec>(shifted) << 23);
+    return bit_cast<Vec>(scaled & ~(x < -126.0f));
+  }
+};
+
 // 2 to the power of x, for x up to 0, with a relative error of 1e-4: the rounding to bfloat16 that
 // follows is twenty times as coarse.
 inline Vec exp2_coarse(Vec x) {
-  const Vec magic = broadcast(12582912.0f);
-  const Vec shifted = x + magic;
-  const Vec r = x - (shifted - magic);
+  const Exponent e(x);
   Vec p = broadcast(5.500893112e-2f);
-  p = p * r + 2.422109593e-1f;
-  p = p * r + 6.932829271e-1f;
-  p = p * r + 1.0f;
-  const Vec power = bit_cast<Vec>(bit_cast<IntVec>(p) + (bit_cast<IntVec>(shifted) << 23));
-  // NaN stays NaN.
-  return bit_cast<Vec>(bit_cast<IntVec>(power) & ~(x < -126.0f));
+  p = p * e.rest + 2.422109593e-1f;
+  p = p * e.rest + 6.932829271e-1f;
+  return e.scale(p * e.rest + 1.0f);
+}
+
+// The same with the error of `exp2`.
+inline Vec exp2_fine(Vec x) {
+  const Exponent e(x);
+  return e.scale(exp2_of_rest(e.rest));
 }
 
 // Two parts of a softmax, joined: the factor of each, and the largest score of both.

@@ -12,9 +12,11 @@ namespace {
 using octavo::kVectorLanes;
 
 // Lanes that share a load: as many as there are registers for their sums.
-constexpr int kLaneGroup = kWidth == 16 ? 4 : 2;
+constexpr int kLaneGroup = kWidth == 16 ? 4 : 3;
+// Lanes whose softmax is computed while a chunk's keys and values are in a near cache.
+constexpr int kLanesAtOnce = 4 * kLaneGroup;
 // Vectors of a value's dimensions whose sums are held in registers.
-constexpr int kValueVectors = kWidth == 16 ? 4 : 2;
+constexpr int kValueVectors = 4;
 // Keys whose scores are summed side by side.
 constexpr int kScoreKeys = 4;
 // Keys that all lanes of a block meet while they are in the nearest cache.
@@ -39,12 +41,13 @@ struct Operands {
   static constexpr int kKeys = 1;
 
   static Operand query(const Element* at) { return load(at); }
-  static Operand key(const KV* row, int) { return load(row); }
+  static Operand key(const KV* row) { return load(row); }
+  static Operand half_key(const KV* row) { return key(row); }
   static Operand weight(const Element* at) { return broadcast(*at); }
+  // The i-th of `kVectors` vectors of values.
   template <int kVectors>
-  static void values(const KV* const* rows, int d, Operand* to) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) to[i] = load(rows[0] + d + i * kWidth);
+  static Operand value(const KV* const* rows, int i) {
+    return load(rows[0] + i * kWidth);
   }
   static Vec add(Vec sum, Operand x, Operand y) { return multiply_add(x, y, sum); }
   static void restore_order(float*, int) {}
@@ -61,9 +64,8 @@ struct Operands<BFloat16> {
   static constexpr int kKeys = 2;
 
   static Operand query(const Element* at) { return _mm512_loadu_si512(at); }
-  static Operand key(const BFloat16* row, int count) {
-    return count >= kDims ? _mm512_loadu_si512(row) : _mm512_zextsi256_si512(half(row));
-  }
+  static Operand key(const BFloat16* row) { return _mm512_loadu_si512(row); }
+  static Operand half_key(const BFloat16* row) { return _mm512_zextsi256_si512(half(row)); }
   static Operand weight(const Element* at) {
     int32_t pair;
     __builtin_memcpy(&pair, at, sizeof(pair));
@@ -72,19 +74,15 @@ struct Operands<BFloat16> {
   // Two rows interleave within the quarters of a vector, which is one instruction and leaves 32
   // dimensions in an order of their own: `restore_order` undoes it in the sums.
   template <int kVectors>
-  static void values(const BFloat16* const* rows, int d, Operand* to) {
+  static Operand value(const BFloat16* const* rows, int i) {
     if constexpr (kVectors == 1) {
-      const __m512i even = _mm512_cvtepu16_epi32(half(rows[0] + d));
-      const __m512i odd = _mm512_cvtepu16_epi32(half(rows[1] + d));
-      to[0] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+      const __m512i even = _mm512_cvtepu16_epi32(half(rows[0]));
+      const __m512i odd = _mm512_cvtepu16_epi32(half(rows[1]));
+      return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
     }
-#pragma GCC unroll 2
-    for (int i = 0; i + 1 < kVectors; i += 2) {
-      const __m512i even = _mm512_loadu_si512(rows[0] + d + i * kWidth);
-      const __m512i odd = _mm512_loadu_si512(rows[1] + d + i * kWidth);
-      to[i] = _mm512_unpacklo_epi16(even, odd);
-      to[i + 1] = _mm512_unpackhi_epi16(even, odd);
-    }
+    const int at = i / 2 * kDims;
+    const __m512i even = _mm512_loadu_si512(rows[0] + at), odd = _mm512_loadu_si512(rows[1] + at);
+    return i % 2 ? _mm512_unpackhi_epi16(even, odd) : _mm512_unpacklo_epi16(even, odd);
   }
   static Vec add(Vec sum, Operand x, Operand y) {
     return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), (__m512bh)x, (__m512bh)y));
@@ -112,13 +110,21 @@ template <class KV>
 struct HeadRows {
   const KV* keys;
   const KV* values;
+  // The rows that are read after the values, or null.
+  const KV* next;
   const int64_t* offsets;
-  // Past the last key that some lane sees.
+  // The keys that some lane sees.
+  int begin;
   int end;
+  // Whether they are still in a far cache or in memory.
   bool is_far;
 
-  void prefetch_ahead(const KV* pages, int key, int count) const {
-    if (is_far) prefetch(pages + offsets[smaller(key + kKeysAhead, end - 1)], count);
+  // Prefetches the row some keys ahead; past the end, of the rows read `after`.
+  __attribute__((always_inline)) void prefetch_ahead(const KV* pages, const KV* after, int key,
+                                                     int count) const {
+    int ahead = key + kKeysAhead;
+    if (ahead >= end) ahead += begin - end, pages = after;
+    if (pages && ahead < end) prefetch(pages + offsets[ahead], count);
   }
 };
 
@@ -133,34 +139,44 @@ inline void in_groups(int count, const Function& function) {
   int lane = 0;
   for (; lane + kLaneGroup <= count; lane += kLaneGroup) function(lane, Group<kLaneGroup>());
   switch (count - lane) {
-    case 3: return function(lane, Group<smaller(3, kLaneGroup)>());
+    case 3: return function(lane, Group<3>());
     case 2: return function(lane, Group<2>());
     case 1: return function(lane, Group<1>());
   }
 }
 
 // scores[lane][key] = query · key, for keys begin to end. `queries` are `depth` apart.
-template <class O, int kLanes, class KV>
-inline void score_keys(const HeadRows<KV>& rows, int begin, int end,
-                       const typename O::Element* queries, int depth, int head_dim, float* scores) {
+// `kHeadDim` is a head_dim that is known to the compiler, or 0.
+template <class O, int kLanes, int kHeadDim, class KV>
+__attribute__((noinline)) void score_keys(const HeadRows<KV>& rows, int begin, int end,
+                                          const typename O::Element* queries, int any_head_dim,
+                                          float* scores, bool is_far) {
+  const int head_dim = kHeadDim ? kHeadDim : any_head_dim;
+  const int depth = round_up(head_dim, O::kDims);
   for (int key = begin; key < end; key += kScoreKeys) {
     const KV* row[kScoreKeys];
-    for (int i = 0; i < kScoreKeys; ++i) {
-      row[i] = rows.keys + rows.offsets[key + i];
-      rows.prefetch_ahead(rows.keys, key + i, head_dim);
-    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kScoreKeys; ++i) row[i] = rows.keys + rows.offsets[key + i];
+    if (is_far)
+      for (int i = 0; i < kScoreKeys; ++i)
+        rows.prefetch_ahead(rows.keys, rows.values, key + i, head_dim);
     Vec dots[kLanes][kScoreKeys] = {};
-    for (int d = 0; d < depth; d += O::kDims) {
-      typename O::Operand k[kScoreKeys];
+    const auto add_dims = [&](int d, auto load_key) __attribute__((always_inline)) {
+      typename O::Operand q[kLanes];
 #pragma GCC unroll 4
-      for (int i = 0; i < kScoreKeys; ++i) k[i] = O::key(row[i] + d, head_dim - d);
+      for (int lane = 0; lane < kLanes; ++lane) q[lane] = O::query(queries + lane * depth + d);
 #pragma GCC unroll 4
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const auto q = O::query(queries + lane * depth + d);
+      for (int i = 0; i < kScoreKeys; ++i) {
+        const auto k = load_key(row[i] + d);
 #pragma GCC unroll 4
-        for (int i = 0; i < kScoreKeys; ++i) dots[lane][i] = O::add(dots[lane][i], q, k[i]);
+        for (int lane = 0; lane < kLanes; ++lane)
+          dots[lane][i] = O::add(dots[lane][i], q[lane], k);
       }
-    }
+    };
+    int d = 0;
+#pragma GCC unroll 8
+    for (; d + O::kDims <= head_dim; d += O::kDims) add_dims(d, [](auto* at) { return O::key(at); });
+    if (d < head_dim) add_dims(d, [](auto* at) { return O::half_key(at); });
 #pragma GCC unroll 4
     for (int lane = 0; lane < kLanes; ++lane)
       sum4(dots[lane][0], dots[lane][1], dots[lane][2], dots[lane][3],
@@ -171,8 +187,10 @@ inline void score_keys(const HeadRows<KV>& rows, int begin, int end,
 // sums[lane][d] += weights[lane][key] * values[key][d], for keys begin to end and `kVectors` vectors
 // of dimensions from `d` on.
 template <class O, int kLanes, int kVectors, class KV>
-inline void add_values(const HeadRows<KV>& rows, int begin, int end,
-                       const typename O::Element* weights, int d, int head_dim, float* sums) {
+__attribute__((noinline)) void add_values(const HeadRows<KV>& rows, int begin, int end,
+                                          const typename O::Element* weights, int d, int head_dim,
+                                          float* sums, bool is_far) {
+  const KV* next = rows.next ? rows.next + d : nullptr;
   constexpr int kStride = kScoresStride * int(sizeof(float) / sizeof(typename O::Element));
   Vec totals[kLanes][kVectors];
 #pragma GCC unroll 4
@@ -182,17 +200,21 @@ inline void add_values(const HeadRows<KV>& rows, int begin, int end,
       totals[lane][i] = load(sums + lane * head_dim + d + i * kWidth);
   for (int key = begin; key < end; key += O::kKeys) {
     const KV* row[O::kKeys];
-    for (int i = 0; i < O::kKeys; ++i) {
-      row[i] = rows.values + rows.offsets[key + i];
-      rows.prefetch_ahead(rows.values + d, key + i, kVectors * kWidth);
-    }
-    typename O::Operand v[kVectors];
-    O::template values<kVectors>(row, d, v);
+#pragma GCC unroll 2
+    for (int i = 0; i < O::kKeys; ++i) row[i] = rows.values + rows.offsets[key + i] + d;
+    if (is_far)
+      for (int i = 0; i < O::kKeys; ++i)
+        rows.prefetch_ahead(rows.values + d, next, key + i, kVectors * kWidth);
+    typename O::Operand weight[kLanes];
 #pragma GCC unroll 4
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const auto weight = O::weight(weights + lane * kStride + key);
+    for (int lane = 0; lane < kLanes; ++lane)
+      weight[lane] = O::weight(weights + lane * kStride + key);
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) totals[lane][i] = O::add(totals[lane][i], weight, v[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      const auto value = O::template value<kVectors>(row, i);
+#pragma GCC unroll 4
+      for (int lane = 0; lane < kLanes; ++lane)
+        totals[lane][i] = O::add(totals[lane][i], weight[lane], value);
     }
   }
 #pragma GCC unroll 4
@@ -237,11 +259,13 @@ inline float weigh(float* scores, int from, int to, float largest) {
   Vec total = {};
   for (int key = from; key < to; key += kWidth) {
     const Vec x = load(scores + key) - largest;
-    const Vec weight = O::kIsRounded ? exp2_coarse(x) : exp2(x);
+    const Vec weight = O::kIsRounded ? exp2_coarse(x) : exp2_fine(x);
     store(weights + key, weight);
     total += weight;
   }
-  return sum(total);
+  float sums[4];
+  sum4(total, total, total, total, sums);
+  return sums[0];
 }
 
 // ---- lanes -------------------------------------------------------------------------------------
@@ -264,12 +288,12 @@ struct VectorScratch {
         keys(queries + kVectorLanes * round_up(head_dim, 2 * kWidth)),
         values(keys + kChunkKeys * head_dim),
         scores(values + kChunkKeys * head_dim),
-        sums(scores + kBlockLanes * kScoresStride),
-        totals(sums + kBlockLanes * head_dim) {}
+        sums(scores + kLanesAtOnce * kScoresStride),
+        totals(sums + kLanesAtOnce * head_dim) {}
 
   static int64_t floats(int head_dim) {
-    return int64_t(kVectorLanes) * round_up(head_dim, 2 * kWidth) + kBlockLanes * kScoresStride +
-           int64_t(2 * kChunkKeys + kBlockLanes + kVectorLanes) * head_dim;
+    return int64_t(kVectorLanes) * round_up(head_dim, 2 * kWidth) + kLanesAtOnce * kScoresStride +
+           int64_t(2 * kChunkKeys + kLanesAtOnce + kVectorLanes) * head_dim;
   }
 };
 
@@ -293,8 +317,8 @@ class VectorLanes {
     __builtin_memset(t_.totals, 0, int64_t(count_) * a.head_dim * sizeof(float));
   }
 
-  // Chunks are added in their order.
-  void add(const Chunk& chunk, bool) {
+  // Chunks are added in their order. `is_next`: the next head of the chunk is read after it.
+  void add(const Chunk& chunk, bool is_next) {
     const int64_t head_offset = int64_t(head_) * a_.head_dim;
     const KV* keys = (const KV*)a_.keys + head_offset;
     const KV* values = (const KV*)a_.values + head_offset;
@@ -308,11 +332,12 @@ class VectorLanes {
         widen(values, offsets, first, last, t_.values);
         for (int key = first; key < last; ++key) offsets[key] = key * a_.head_dim;
         return add_rows<Operands<float>>(
-            chunk, HeadRows<float>{t_.keys, t_.values, offsets, chunk.end, false});
+            chunk, HeadRows<float>{t_.keys, t_.values, nullptr, offsets, chunk.begin, chunk.end,
+                                   false});
       }
     }
-    add_rows<Operands<KV>>(
-        chunk, HeadRows<KV>{keys, values, offsets, chunk.end, count_ < kManyLanes});
+    add_rows<Operands<KV>>(chunk, HeadRows<KV>{keys, values, is_next ? keys + a_.head_dim : nullptr,
+                                               offsets, chunk.begin, chunk.end, true});
   }
 
   // Writes the result, or a partial result that is merged with others later.
@@ -341,39 +366,49 @@ class VectorLanes {
   }
 
   void widen(const KV* pages, const int64_t* offsets, int begin, int end, float* to) const {
-    for (int key = begin; key < end; ++key)
+    for (int key = begin; key < end; ++key) {
+      prefetch(pages + offsets[smaller(key + kKeysAhead, end - 1)], a_.head_dim);
       for (int d = 0; d < a_.head_dim; d += kWidth)
         store(to + key * a_.head_dim + d, load(pages + offsets[key] + d));
+    }
   }
 
-  template <class O, class Rows>
-  void add_rows(const Chunk& chunk, const Rows& rows) {
-    for (int lane = 0; lane < count_; lane += kBlockLanes)
-      add_block<O>(chunk, rows, lane, smaller(kBlockLanes, count_ - lane));
+  template <class O, class Page>
+  void add_rows(const Chunk& chunk, const HeadRows<Page>& rows) {
+    for (int lane = 0; lane < count_; lane += kLanesAtOnce)
+      add_block<O>(chunk, rows, lane, smaller(kLanesAtOnce, count_ - lane));
   }
 
   // Adds a chunk to up to sixteen lanes.
-  template <class O, class Rows>
-  void add_block(const Chunk& chunk, const Rows& rows, int lane, int count) {
+  template <class O, class Page>
+  void add_block(const Chunk& chunk, const HeadRows<Page>& rows, int lane, int count) {
     const Seen block = {seen_by(lane, chunk).begin, seen_by(lane + count - 1, chunk).end};
     if (block.begin >= block.end) return;
     for (int key = round_down(block.begin, kScoreKeys); key < block.end; key += kTileKeys)
-      in_groups(count, [&](int first, auto group) {
-        score_keys<O, group.lanes>(rows, key, smaller(key + kTileKeys, block.end),
-                                   query(lane + first), depth_, a_.head_dim,
-                                   t_.scores + first * kScoresStride);
-      });
-    Share parts[kBlockLanes];
+      score_tile<O>(rows, key, smaller(key + kTileKeys, block.end), lane, count);
+    Share parts[kLanesAtOnce];
     softmax<O>(chunk, block, lane, count, parts);
     __builtin_memset(t_.sums, 0, int64_t(count) * a_.head_dim * sizeof(float));
     for (int key = round_down(block.begin, O::kKeys); key < block.end; key += kTileKeys)
-      add_tile<O>(rows, key, smaller(key + kTileKeys, block.end), count);
+      add_tile<O>(rows, key, smaller(key + kTileKeys, block.end), lane, count);
     for (int i = 0; i < count; ++i) {
       float* sums = t_.sums + i * a_.head_dim;
       O::restore_order(sums, a_.head_dim);
       add_part(shares_[lane + i], t_.totals + (lane + i) * a_.head_dim, parts[i], sums,
                a_.head_dim);
     }
+  }
+
+  // Scores of a tile of keys.
+  template <class O, class Page>
+  void score_tile(const HeadRows<Page>& rows, int begin, int end, int lane, int count) const {
+    in_groups(count, [&](int first, auto group) {
+      const auto run = a_.head_dim == 64    ? score_keys<O, group.lanes, 64, Page>
+                       : a_.head_dim == 128 ? score_keys<O, group.lanes, 128, Page>
+                                            : score_keys<O, group.lanes, 0, Page>;
+      run(rows, begin, end, query(lane + first), a_.head_dim, t_.scores + first * kScoresStride,
+          rows.is_far && lane + first == 0);
+    });
   }
 
   // The keys that a lane sees, counted from a chunk's first.
@@ -394,22 +429,24 @@ class VectorLanes {
   }
 
   // Adds the weighted values of a tile of keys to the sums of a block of lanes.
-  template <class O, class Rows>
-  void add_tile(const Rows& rows, int begin, int end, int count) const {
+  template <class O, class Page>
+  void add_tile(const HeadRows<Page>& rows, int begin, int end, int lane, int count) const {
     int d = 0;
     for (; d + kValueVectors * kWidth <= a_.head_dim; d += kValueVectors * kWidth)
-      add_dims<O, kValueVectors>(rows, begin, end, count, d);
+      add_dims<O, kValueVectors>(rows, begin, end, lane, count, d);
     for (; d + 2 * kWidth <= a_.head_dim; d += 2 * kWidth)
-      add_dims<O, 2>(rows, begin, end, count, d);
-    for (; d < a_.head_dim; d += kWidth) add_dims<O, 1>(rows, begin, end, count, d);
+      add_dims<O, 2>(rows, begin, end, lane, count, d);
+    for (; d < a_.head_dim; d += kWidth) add_dims<O, 1>(rows, begin, end, lane, count, d);
   }
 
-  template <class O, int kVectors, class Rows>
-  void add_dims(const Rows& rows, int begin, int end, int count, int d) const {
+  template <class O, int kVectors, class Page>
+  void add_dims(const HeadRows<Page>& rows, int begin, int end, int lane, int count,
+                int d) const {
     in_groups(count, [&](int first, auto group) {
       const auto* weights = (const typename O::Element*)(t_.scores + first * kScoresStride);
       add_values<O, group.lanes, kVectors>(rows, begin, end, weights, d, a_.head_dim,
-                                           t_.sums + first * a_.head_dim);
+                                           t_.sums + first * a_.head_dim,
+                                           rows.is_far && lane + first == 0);
     });
   }
 

@@ -15,7 +15,7 @@ enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // rows beside it nor on the step.
 constexpr int kChunkKeys = 256;
 // (token, head) pairs of one unit at most: by vectors, and by matrix instructions.
-constexpr int kVectorLanes = 64;
+constexpr int kVectorLanes = 96;
 constexpr int kTileLanes = 128;
 constexpr int kMaxHeadDim = 1024;
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import hypothesis.strategies as st
 import pytest
@@ -191,7 +192,7 @@ def _answers(config: OctavoConfig, threads_of: Callable[[int], int]) -> list[obj
 @pytest.mark.usefixtures("keep_threads")
 @pytest.mark.parametrize("quantization", ["fp16", "bf16", "int8"])
 def test_tokens_and_logprobs_do_not_depend_on_the_threads(
-    tmp_path: Path, quantization: str
+    tmp_path: Path, quantization: Literal["fp16", "bf16", "int8"]
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(

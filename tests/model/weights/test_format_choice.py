@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from model.cpu.library import CpuLibrary, load_cpu_library
+from model.kv.arena import Arena
 from model.weights import format_choice
 from model.weights.format_choice import TIMED_ROWS, choose_format, time_formats
+from model.weights.interface import QuantizedRows
 from model.weights.linear import Format, Linear, PlainLinear
+from model.weights.tiles import Tiles, pack_integers
 
 CPU = torch.device("cpu")
 
@@ -88,3 +91,28 @@ def test_a_home_that_cannot_be_written_costs_a_measurement_alone(
     monkeypatch.setenv("OCTAVO_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(format_choice, "_TIMED_WEIGHTS", 2**12)
     assert _auto(library)[0] in {"bf16", "fp16"}
+
+
+@pytest.mark.parametrize(("names", "bits"), [("Q4_1 and Q8_0", 4), ("Q8_0", 8), ("Q6_K", 4)])
+def test_the_integers_of_a_file_take_part(
+    library: CpuLibrary, monkeypatch: pytest.MonkeyPatch, names: str, bits: int
+) -> None:
+    monkeypatch.setattr(format_choice, "_TIMED_WEIGHTS", 2**16)
+    packed: list[int] = []
+
+    def pack(rows: QuantizedRows, bias: Tensor | None, arena: Arena) -> Tiles:
+        packed.append(rows.bits)
+        return pack_integers(rows, bias, arena)
+
+    monkeypatch.setattr(format_choice, "pack_integers", pack)
+    fmt, note = choose_format(
+        "auto", CPU, torch.float32, library=library, num_inputs=64, own_bits=names
+    )
+    assert packed == [bits]
+    assert "own 0." in note
+    assert (f"(the file's {names})" in note) == (fmt == "own")
+
+
+def test_own_bits_need_a_file_that_has_some(library: CpuLibrary) -> None:
+    with pytest.raises(ValueError, match="own is for files of integers"):
+        choose_format("own", CPU, torch.float32, library=library)

@@ -16,7 +16,7 @@ from model.weights.quantized_rows import dequantize, group_inputs, is_finite
 
 
 def _blocks(type_name: str, num_blocks: int, seed: int) -> Tensor:
-    """Random bytes: any codes, and scales that may be NaN, infinite, subnormal or negative."""
+    """Return random bytes: any codes, and scales that may be NaN, infinite or negative."""
     num_bytes = BLOCK_TYPES[type_name].block_bytes
     found = np.random.default_rng(seed).integers(0, 256, (num_blocks, num_bytes), np.uint8)
     return torch.from_numpy(found)

@@ -40,7 +40,7 @@ WIDE = {
 
 
 def _random_blocks(shape: tuple[int, ...], type_name: str, seed: int) -> np.ndarray:
-    """Blocks of any bytes but for their halves: the `gguf` package writes no K types.
+    """Return blocks of any bytes but for their halves: the `gguf` package writes no K types.
 
     Values have a mean of zero and a standard deviation of about 0.05.
     """
@@ -59,7 +59,7 @@ def _random_blocks(shape: tuple[int, ...], type_name: str, seed: int) -> np.ndar
 
 
 def _write_blocks(checkpoint: Any, path: Path, types: Callable[[str], str]) -> ModelSource:
-    """A model of random blocks, of the type that `types` gives to the name of a matrix."""
+    """Write a model of random blocks, of the type that `types` gives to the name of a matrix."""
     config = checkpoint.config()
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in {
@@ -92,7 +92,7 @@ def _write_blocks(checkpoint: Any, path: Path, types: Callable[[str], str]) -> M
 
 
 def _mixed(name: str) -> str:
-    """As llama.cpp mixes them in Q4_K_M: one product has parts of two types."""
+    """Mix types as llama.cpp does in Q4_K_M: one product has parts of two types."""
     return "Q6_K" if "v_proj" in name or "down" in name or "embed" in name else "Q4_K"
 
 
@@ -146,10 +146,14 @@ def test_matrices_that_are_not_in_integers_are_widened_and_named(
     assert error < 2e-2
 
 
-def test_a_file_of_floats_has_no_own_bits(
-    library: CpuLibrary, make_checkpoint: Any, build: Any, tmp_path: Path
+@pytest.mark.parametrize("integers", ["nothing", "o_proj"])
+def test_a_file_of_mostly_floats_has_no_own_bits(
+    integers: str, library: CpuLibrary, make_checkpoint: Any, build: Any, tmp_path: Path
 ) -> None:
-    source = _write_blocks(make_checkpoint("llama", **WIDE), tmp_path / "m.gguf", lambda _: "F32")
+    def type_of(name: str) -> str:
+        return "Q8_0" if integers in name else "F32"
+
+    source = _write_blocks(make_checkpoint("llama", **WIDE), tmp_path / "m.gguf", type_of)
     assert build(source, "auto", tiles=library).format != "own"
     with pytest.raises(ValueError, match="quantization own is for files of integers"):
         build(source, "own", tiles=library)

@@ -25,7 +25,7 @@ LATER_NS = 10 * 10**9
 
 
 class Model:
-    """Weights files and what they were packed to."""
+    """Weights files and their packed parts."""
 
     def __init__(self, folder: Path, content: bytes = b"0", packing: str = "a" * 64) -> None:
         folder.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ class Model:
         return saved
 
     def is_kept(self, cache: PackedCache) -> bool:
-        """Whether it is found, and then is what was saved."""
+        """Return whether it is found, and then check it against the saved one."""
         packed = cache.find(self.recipe())
         if packed is None:
             return False
@@ -152,7 +152,7 @@ def test_files_written_just_before_are_not_trusted(
     with pytest.raises(PackedError, match="in the seconds before"):
         cache.save()
     assert not model.is_kept(cache)
-    # Nor is such a state remembered where the content was compared.
+    # No record is written of such a state where the content was compared.
     model.save(cache)
     for record in records(folder):
         record.unlink()

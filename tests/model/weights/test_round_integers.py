@@ -16,13 +16,13 @@ def _weight(num_outputs: int = 64, num_inputs: int = 512) -> Tensor:
 
 
 def _error(rows: QuantizedRows, weight: Tensor) -> float:
-    """Squared error, relative."""
+    """Return the squared error, relative."""
     kept = dequantize(rows)[:, : weight.shape[1]]
     return float((kept - weight).square().sum() / weight.square().sum())
 
 
 def _by_range(weight: Tensor, group: int) -> float:
-    """The error of four bits over the range of each group: no search."""
+    """Return the error of four bits over the range of each group: no search."""
     groups = weight.view(-1, group)
     low, high = groups.aminmax(dim=1, keepdim=True)
     scale = (high - low) / 15

@@ -33,7 +33,7 @@ def _rows(bits: int, inputs: int, *, is_signed: bool, has_minimums: bool) -> Qua
 
 
 def _digit(tile: Tensor, bits: int, four: int, lane: int, j: int) -> int:
-    """A code from its tile `[lines, 16, 4]`, read as csrc/products.h describes it."""
+    """Read a code from its tile `[lines, 16, 4]`, as csrc/products.h describes it."""
     if bits == 8:
         return int(tile[four, lane, j])
     low = int(tile[four // 2, lane, j]) >> 4 * (four % 2) & 15
