@@ -76,14 +76,21 @@ def why_not_now(
 
 
 def place_for(
-    submit: Submit, waiting: WaitingQueue, room: Room, config: SchedulerSection
+    submit: Submit,
+    waiting: WaitingQueue,
+    room: Room,
+    config: SchedulerSection,
+    probe: Sequence | None = None,
 ) -> Rejected | list[Sequence]:
     """Return the sequences that must leave the queue to make room for a request, or its refusal.
 
     Sequences of lower priority leave that have not begun, the newest of the lowest first, and only
-    as many as needed; if that is not enough, none.
+    as many as needed; if that is not enough, none. A waiting `probe` belongs to no request: it
+    neither counts nor leaves.
     """
     num_waiting, num_tokens = len(waiting), waiting.num_tokens
+    if probe is not None:
+        num_waiting, num_tokens = num_waiting - 1, num_tokens - len(probe.token_ids)
     refused = why_not_now(submit, num_waiting, num_tokens, room, config)
     if refused is None:
         return []
@@ -91,7 +98,7 @@ def place_for(
     for sequence in reversed(waiting):
         if sequence.request.priority <= submit.request.priority:
             break
-        if sequence.has_begun:
+        if sequence.has_begun or sequence is probe:
             continue
         leaving.append(sequence)
         num_waiting -= 1

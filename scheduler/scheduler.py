@@ -1,10 +1,8 @@
 """What to compute next: requests and results in, plans and outcomes out.
 
-Knows nothing of time, tensors, text, processes or HTTP. The same inputs give the same plans: no
-clock, no randomness, no sets where order matters.
+Knows nothing of time, tensors, text, processes or HTTP. The same inputs give the same plans.
 
-One token budget a step, no phases (as in vLLM v1): sequences that lack one token (decodes) come
-first, chunks of prompts fill the rest, newcomers come last.
+One token budget a step, no phases (as in vLLM v1): decodes first, then chunks, then newcomers.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ class Scheduler:
         self._waiting, self._running = self._table.waiting, self._table.running
         self._suspects = Suspects()
         self._prospects = Prospects(cache)
-        #: Whether pages were lacking for the first waiting request when it was last looked at.
+        #: Whether pages were lacking for the first waiting request at its last look-up.
         self._is_blocked = False
         #: Steps that were planned and neither applied nor failed.
         self._num_under_way = 0
@@ -100,7 +98,8 @@ class Scheduler:
         num_held = self._cache.max_held_tokens
         room = Room(len(self._table.free_slots), free_pages, self._page_size, num_held)
         never = why_never(submit, self._max_model_len)
-        return never or place_for(submit, self._waiting, room, self._config)
+        probe = None if self._suspects.probe in self._running else self._suspects.probe
+        return never or place_for(submit, self._waiting, room, self._config, probe)
 
     def cancel(self, request_id: int) -> None:
         """Forget a request and give its pages back, at once. Unknown ids are fine."""

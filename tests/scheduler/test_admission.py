@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from configs.schema import SchedulerSection
 from model.interface import SamplingParams
-from scheduler.admission import Room
-from scheduler.messages import RejectKind
+from scheduler.admission import Room, place_for
+from scheduler.messages import GenerateRequest, Rejected, RejectKind, Submit
+from scheduler.queue import WaitingQueue
+from scheduler.sequence import Sequence
+from scheduler.suspects import new_probe
 
 MakeDrive = Callable[..., Any]
 
@@ -173,3 +177,24 @@ def test_room_counts_the_worst_way_tokens_fall_into_pages(
 ) -> None:
     room = Room(num_free_slots=2, num_free_pages=4, page_size=4, max_held_tokens=1000)
     assert room.is_enough(num_sequences, num_tokens) is is_enough
+
+
+@pytest.mark.parametrize("priority", [0, -1])
+def test_a_waiting_probe_neither_counts_nor_leaves(priority: int) -> None:
+    waiting, probe, config = WaitingQueue(), new_probe(), SchedulerSection(max_queue=2)
+    lowest = Sequence(_submit(1, priority=1), arrival=1, eos_token_ids=(), max_model_len=9)
+    waiting.append(probe)
+    waiting.append(lowest)
+    room = Room(0, 0, 4, 0)
+    assert place_for(_submit(2, priority=priority), waiting, room, config, probe) == []
+    waiting.append(Sequence(_submit(2), arrival=2, eos_token_ids=(), max_model_len=9))
+    assert place_for(_submit(3, priority=priority), waiting, room, config, probe) == [lowest]
+    waiting.remove(lowest)
+    config = SchedulerSection(max_queue=1)
+    found = place_for(_submit(3), waiting, room, config, probe)
+    assert isinstance(found, Rejected)
+
+
+def _submit(request_id: int, *, priority: int = 0) -> Submit:
+    params = SamplingParams(max_tokens=1)
+    return Submit(request_id, GenerateRequest((1, 2), params, priority=priority))

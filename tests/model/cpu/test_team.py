@@ -113,9 +113,9 @@ def test_a_team_sets_the_number_and_reads_the_waits_once_a_window(
     waits, numbers = _Waits(), list[int]()
     team = Team(2, waits, numbers.append)
     with caplog.at_level(logging.DEBUG, "model.cpu.team"):
-        for _ in range(40):
-            waits.waits_s["2"] += 0.009
-            team.observe(0.01)
+        for _ in range(8):
+            waits.waits_s["2"] += 0.06
+            team.observe(0.0625)
     assert numbers == [1]
     assert waits.reads == 5
     assert "1 of 2 threads" in caplog.text

@@ -1,0 +1,224 @@
+// Attention by vectors: operands, and their products with the keys and values of some lanes. See
+// attention_vectors.h, which includes this.
+#pragma once
+
+#include "attention_parts.h"
+
+namespace {
+
+using octavo::kVectorLanes;
+
+// Lanes that share a load: as many as there are registers for their sums.
+constexpr int kLaneGroup = kWidth == 16 ? 4 : 3;
+// Lanes whose softmax is computed while a chunk's keys and values are in a near cache.
+constexpr int kLanesAtOnce = 4 * kLaneGroup;
+// Vectors of a value's dimensions whose sums are held in registers.
+constexpr int kValueVectors = 4;
+// Keys whose scores are summed side by side.
+constexpr int kScoreKeys = 4;
+// Keys that all lanes of a block meet while they are in the nearest cache.
+constexpr int kTileKeys = 32;
+// Prefetch distance in keys. The rows of one head are not adjacent, and the CPU's own prefetcher
+// reaches two thirds of the bandwidth that this reaches.
+constexpr int kKeysAhead = 16;
+// From so many lanes on it pays to widen keys and values once for all of them.
+constexpr int kManyLanes = 2 * kLaneGroup;
+
+// ---- operands ----------------------------------------------------------------------------------
+
+// The operands of both products as floats.
+template <class KV>
+struct Operands {
+  // Of queries and weights.
+  typedef float Element;
+  typedef Vec Operand;
+  static constexpr bool kIsRounded = false;
+  // Dimensions of an operand of a query and a key; keys of an operand of values.
+  static constexpr int kDims = kWidth;
+  static constexpr int kKeys = 1;
+
+  static Operand query(const Element* at) { return load(at); }
+  static Operand key(const KV* row) { return load(row); }
+  static Operand half_key(const KV* row) { return key(row); }
+  static Operand weight(const Element* at) { return broadcast(*at); }
+  // The i-th of `kVectors` vectors of values.
+  template <int kVectors>
+  static Operand value(const KV* const* rows, int i) {
+    return load(rows[0] + i * kWidth);
+  }
+  static Vec add(Vec sum, Operand x, Operand y) { return multiply_add(x, y, sum); }
+  static void restore_order(float*, int) {}
+};
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16: two dimensions of a key, or one dimension of two keys' values.
+template <>
+struct Operands<BFloat16> {
+  typedef BFloat16 Element;
+  typedef __m512i Operand;
+  static constexpr bool kIsRounded = true;
+  static constexpr int kDims = 2 * kWidth;
+  static constexpr int kKeys = 2;
+
+  static Operand query(const Element* at) { return _mm512_loadu_si512(at); }
+  static Operand key(const BFloat16* row) { return _mm512_loadu_si512(row); }
+  static Operand half_key(const BFloat16* row) { return _mm512_zextsi256_si512(half(row)); }
+  static Operand weight(const Element* at) {
+    int32_t pair;
+    __builtin_memcpy(&pair, at, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+  }
+  // Two rows interleave within the quarters of a vector, which is one instruction and leaves 32
+  // dimensions in an order of their own: `restore_order` undoes it in the sums.
+  template <int kVectors>
+  static Operand value(const BFloat16* const* rows, int i) {
+    if constexpr (kVectors == 1) {
+      const __m512i even = _mm512_cvtepu16_epi32(half(rows[0]));
+      const __m512i odd = _mm512_cvtepu16_epi32(half(rows[1]));
+      return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+    }
+    const int at = i / 2 * kDims;
+    const __m512i even = _mm512_loadu_si512(rows[0] + at), odd = _mm512_loadu_si512(rows[1] + at);
+    return i % 2 ? _mm512_unpackhi_epi16(even, odd) : _mm512_unpacklo_epi16(even, odd);
+  }
+  static Vec add(Vec sum, Operand x, Operand y) {
+    return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), (__m512bh)x, (__m512bh)y));
+  }
+  static void restore_order(float* sums, int head_dim) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int d = 0; d + kDims <= head_dim; d += kDims) {
+      const __m512 low = _mm512_loadu_ps(sums + d), high = _mm512_loadu_ps(sums + d + kWidth);
+      _mm512_storeu_ps(sums + d, _mm512_permutex2var_ps(low, first, high));
+      _mm512_storeu_ps(sums + d + kWidth, _mm512_permutex2var_ps(low, second, high));
+    }
+  }
+
+ private:
+  static __m256i half(const BFloat16* at) { return _mm256_loadu_si256((const __m256i*)at); }
+};
+#endif
+
+// ---- products ----------------------------------------------------------------------------------
+
+// One KV head of a chunk. Offsets are of all keys of the score's and the values' steps: those that
+// no lane sees are another key's.
+template <class KV>
+struct HeadRows {
+  const KV* keys;
+  const KV* values;
+  // The rows that are read after the values, or null.
+  const KV* next;
+  const int64_t* offsets;
+  // The keys that some lane sees.
+  int begin;
+  int end;
+  // Whether they are still in a far cache or in memory.
+  bool is_far;
+
+  // Prefetches the row some keys ahead; past the end, of the rows read `after`.
+  __attribute__((always_inline)) void prefetch_ahead(const KV* pages, const KV* after, int key,
+                                                     int count) const {
+    int ahead = key + kKeysAhead;
+    if (ahead >= end) ahead += begin - end, pages = after;
+    if (pages && ahead < end) prefetch(pages + offsets[ahead], count);
+  }
+};
+
+template <int kLanes>
+struct Group {
+  static constexpr int lanes = kLanes;
+};
+
+// Runs function(first lane, Group) for groups of lanes.
+template <class Function>
+inline void in_groups(int count, const Function& function) {
+  int lane = 0;
+  for (; lane + kLaneGroup <= count; lane += kLaneGroup) function(lane, Group<kLaneGroup>());
+  switch (count - lane) {
+    case 3: return function(lane, Group<3>());
+    case 2: return function(lane, Group<2>());
+    case 1: return function(lane, Group<1>());
+  }
+}
+
+// scores[lane][key] = query · key, for keys begin to end. `queries` are `depth` apart.
+// `kHeadDim` is a head_dim that is known to the compiler, or 0.
+template <class O, int kLanes, int kHeadDim, class KV>
+__attribute__((noinline)) void score_keys(const HeadRows<KV>& rows, int begin, int end,
+                                          const typename O::Element* queries, int any_head_dim,
+                                          float* scores, bool is_far) {
+  const int head_dim = kHeadDim ? kHeadDim : any_head_dim;
+  const int depth = round_up(head_dim, O::kDims);
+  for (int key = begin; key < end; key += kScoreKeys) {
+    const KV* row[kScoreKeys];
+#pragma GCC unroll 4
+    for (int i = 0; i < kScoreKeys; ++i) row[i] = rows.keys + rows.offsets[key + i];
+    if (is_far)
+      for (int i = 0; i < kScoreKeys; ++i)
+        rows.prefetch_ahead(rows.keys, rows.values, key + i, head_dim);
+    Vec dots[kLanes][kScoreKeys] = {};
+    const auto add_dims = [&](int d, auto load_key) __attribute__((always_inline)) {
+      typename O::Operand q[kLanes];
+#pragma GCC unroll 4
+      for (int lane = 0; lane < kLanes; ++lane) q[lane] = O::query(queries + lane * depth + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < kScoreKeys; ++i) {
+        const auto k = load_key(row[i] + d);
+#pragma GCC unroll 4
+        for (int lane = 0; lane < kLanes; ++lane)
+          dots[lane][i] = O::add(dots[lane][i], q[lane], k);
+      }
+    };
+    int d = 0;
+#pragma GCC unroll 8
+    for (; d + O::kDims <= head_dim; d += O::kDims) add_dims(d, [](auto* at) { return O::key(at); });
+    if (d < head_dim) add_dims(d, [](auto* at) { return O::half_key(at); });
+#pragma GCC unroll 4
+    for (int lane = 0; lane < kLanes; ++lane)
+      sum4(dots[lane][0], dots[lane][1], dots[lane][2], dots[lane][3],
+           scores + lane * kScoresStride + key);
+  }
+}
+
+// sums[lane][d] += weights[lane][key] * values[key][d], for keys begin to end and `kVectors` vectors
+// of dimensions from `d` on.
+template <class O, int kLanes, int kVectors, class KV>
+__attribute__((noinline)) void add_values(const HeadRows<KV>& rows, int begin, int end,
+                                          const typename O::Element* weights, int d, int head_dim,
+                                          float* sums, bool is_far) {
+  const KV* next = rows.next ? rows.next + d : nullptr;
+  constexpr int kStride = kScoresStride * int(sizeof(float) / sizeof(typename O::Element));
+  Vec totals[kLanes][kVectors];
+#pragma GCC unroll 4
+  for (int lane = 0; lane < kLanes; ++lane)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i)
+      totals[lane][i] = load(sums + lane * head_dim + d + i * kWidth);
+  for (int key = begin; key < end; key += O::kKeys) {
+    const KV* row[O::kKeys];
+#pragma GCC unroll 2
+    for (int i = 0; i < O::kKeys; ++i) row[i] = rows.values + rows.offsets[key + i] + d;
+    if (is_far)
+      for (int i = 0; i < O::kKeys; ++i)
+        rows.prefetch_ahead(rows.values + d, next, key + i, kVectors * kWidth);
+    typename O::Operand weight[kLanes];
+#pragma GCC unroll 4
+    for (int lane = 0; lane < kLanes; ++lane)
+      weight[lane] = O::weight(weights + lane * kStride + key);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const auto value = O::template value<kVectors>(row, i);
+#pragma GCC unroll 4
+      for (int lane = 0; lane < kLanes; ++lane)
+        totals[lane][i] = O::add(totals[lane][i], weight[lane], value);
+    }
+  }
+#pragma GCC unroll 4
+  for (int lane = 0; lane < kLanes; ++lane)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i)
+      store(sums + lane * head_dim + d + i * kWidth, totals[lane][i]);
+}
+
+}  // namespace
