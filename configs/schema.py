@@ -85,7 +85,7 @@ class ModelSection(Section):
     quantization: Quantization = Field(
         default="auto",
         description="format of the weights of linear layers; own: the integers of the file;"
-        " auto: own, else the fastest near-lossless one",
+        " auto: the fastest near-lossless one, own among them",
     )
     max_model_len: int | None = Field(
         default=None, ge=2, description="longest sequence in tokens; default: the model's own"

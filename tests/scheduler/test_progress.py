@@ -112,6 +112,7 @@ def run(scene: Scene) -> None:
         assert outputs[request_id] == fake_output(prompt, asked.max_tokens, view=scene.view)
     stats = engine.stats()
     assert stats.cache.pages_private == stats.cache.pages_leased == 0
+    assert stats.scheduler.faulty_rows_total == 0, "a step raised, and its rows ran again"
     if len(scene.requests) == 1:
         assert stats.scheduler.preemptions_total == 0, "it preempted itself"
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention_lanes.h"
-#include "attention_vectors.h"
+#include "attention_vector_lanes.h"
 
 namespace {
 

@@ -116,3 +116,15 @@ def test_the_integers_of_a_file_take_part(
 def test_own_bits_need_a_file_that_has_some(library: CpuLibrary) -> None:
     with pytest.raises(ValueError, match="own is for files of integers"):
         choose_format("own", CPU, torch.float32, library=library)
+
+
+@pytest.mark.parametrize(("slower", "taken"), [(1.2, "own"), (1.3, "bf16")])
+def test_own_bits_are_taken_if_they_are_not_much_slower(
+    library: CpuLibrary, monkeypatch: pytest.MonkeyPatch, slower: float, taken: Format
+) -> None:
+    times = {"bf16": [1.0] * 4, "fp16": [2.0] * 4, "own": [slower] * 4}
+    monkeypatch.setattr(format_choice, "time_formats", lambda *_arguments: times)
+    found, _note = choose_format(
+        "auto", CPU, torch.float32, library=library, num_inputs=64, own_bits="Q4_K"
+    )
+    assert found == taken

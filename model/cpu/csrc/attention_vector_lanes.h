@@ -1,0 +1,205 @@
+// Attention by vectors: lanes, and their softmax over chunks of keys. See attention_vectors.h.
+#pragma once
+
+#include "attention_vectors.h"
+
+namespace {
+
+using octavo::kVectorLanes;
+
+// Lanes whose softmax is computed while a chunk's keys and values are in a near cache.
+constexpr int kLanesAtOnce = 4 * kLaneGroup;
+// Keys that all lanes of a block meet while they are in the nearest cache.
+constexpr int kTileKeys = 32;
+// From so many lanes on it pays to widen keys and values once for all of them.
+constexpr int kManyLanes = 2 * kLaneGroup;
+
+struct VectorScratch {
+  // [lanes, depth], as floats or as bfloat16.
+  float* queries;
+  // [keys, head_dim] each: widened keys and values.
+  float* keys;
+  float* values;
+  // [lanes of a block, kScoresStride]: scores, then weights in the same place.
+  float* scores;
+  // [lanes of a block, head_dim]: of one chunk.
+  float* sums;
+  // [lanes, head_dim]: of the chunks before.
+  float* totals;
+
+  VectorScratch(float* at, int head_dim)
+      : queries(at),
+        keys(queries + kVectorLanes * round_up(head_dim, 2 * kWidth)),
+        values(keys + kChunkKeys * head_dim),
+        scores(values + kChunkKeys * head_dim),
+        sums(scores + kLanesAtOnce * kScoresStride),
+        totals(sums + kLanesAtOnce * head_dim) {}
+
+  static int64_t floats(int head_dim) {
+    return int64_t(kVectorLanes) * round_up(head_dim, 2 * kWidth) + kLanesAtOnce * kScoresStride +
+           int64_t(2 * kChunkKeys + kLanesAtOnce + kVectorLanes) * head_dim;
+  }
+};
+
+// The lanes of one unit and one KV head, and their softmax so far.
+template <class KV>
+class VectorLanes {
+  typedef typename Operands<KV>::Element Element;
+
+ public:
+  static constexpr int kMost = kVectorLanes;
+
+  VectorLanes(const Attention& a, int row, int head, int begin, int end, float* scratch)
+      : a_(a), t_(scratch, a.head_dim), first_token_(a.query_starts[row]), head_(head),
+        begin_(begin), count_(end - begin), depth_(round_up(a.head_dim, Operands<KV>::kDims)) {
+    const int first_index = a.seq_lens[row] - (a.query_starts[row + 1] - first_token_);
+    for (int lane = 0; lane < count_; ++lane) {
+      last_keys_[lane] = first_index + (begin + lane) / a.group;
+      shares_[lane] = {kNothingSeen, 0.0f};
+      load_query(lane);
+    }
+    __builtin_memset(t_.totals, 0, int64_t(count_) * a.head_dim * sizeof(float));
+  }
+
+  // Chunks are added in their order. `is_next`: the next head of the chunk is read after it.
+  void add(const Chunk& chunk, bool is_next) {
+    const int64_t head_offset = int64_t(head_) * a_.head_dim;
+    const KV* keys = (const KV*)a_.keys + head_offset;
+    const KV* values = (const KV*)a_.values + head_offset;
+    alignas(64) int64_t offsets[kChunkKeys];
+    const int first = round_down(chunk.begin, kScoreKeys), last = round_up(chunk.end, kScoreKeys);
+    for (int key = first; key < last; ++key)
+      offsets[key] = chunk.offsets[smaller(larger(key, chunk.begin), chunk.end - 1)];
+    if constexpr (sizeof(Element) > sizeof(KV)) {
+      if (count_ >= kManyLanes) {
+        widen(keys, offsets, first, last, t_.keys);
+        widen(values, offsets, first, last, t_.values);
+        for (int key = first; key < last; ++key) offsets[key] = key * a_.head_dim;
+        return add_rows<Operands<float>>(
+            chunk, HeadRows<float>{t_.keys, t_.values, nullptr, offsets, chunk.begin, chunk.end,
+                                   false});
+      }
+    }
+    add_rows<Operands<KV>>(chunk, HeadRows<KV>{keys, values, is_next ? keys + a_.head_dim : nullptr,
+                                               offsets, chunk.begin, chunk.end, true});
+  }
+
+  // Writes the result, or a partial result that is merged with others later.
+  void finish(const Unit& unit) const {
+    for (int lane = 0; lane < count_; ++lane) {
+      const float* totals = t_.totals + lane * a_.head_dim;
+      if (unit.partial < 0)
+        store_head(a_, token_of(lane), query_head(lane), totals, shares_[lane].total);
+      else
+        store_partial(a_, unit, query_head(lane), totals, shares_[lane]);
+    }
+  }
+
+ private:
+  int token_of(int lane) const { return first_token_ + (begin_ + lane) / a_.group; }
+  int query_head(int lane) const { return head_ * a_.group + (begin_ + lane) % a_.group; }
+  Element* query(int lane) const { return (Element*)t_.queries + lane * depth_; }
+
+  void load_query(int lane) const {
+    const int64_t from =
+        token_of(lane) * a_.q.token_stride + query_head(lane) * a_.q.head_stride;
+    for (int d = 0; d < depth_; d += kWidth) {
+      const Vec q = d < a_.head_dim ? load_some(a_.q.data, a_.q.dtype, from + d, kWidth) : Vec{};
+      store(query(lane) + d, q * a_.scale_log2e);
+    }
+  }
+
+  void widen(const KV* pages, const int64_t* offsets, int begin, int end, float* to) const {
+    for (int key = begin; key < end; ++key) {
+      prefetch(pages + offsets[smaller(key + kKeysAhead, end - 1)], a_.head_dim);
+      for (int d = 0; d < a_.head_dim; d += kWidth)
+        store(to + key * a_.head_dim + d, load(pages + offsets[key] + d));
+    }
+  }
+
+  template <class O, class Page>
+  void add_rows(const Chunk& chunk, const HeadRows<Page>& rows) {
+    for (int lane = 0; lane < count_; lane += kLanesAtOnce)
+      add_block<O>(chunk, rows, lane, smaller(kLanesAtOnce, count_ - lane));
+  }
+
+  // Adds a chunk to up to sixteen lanes.
+  template <class O, class Page>
+  void add_block(const Chunk& chunk, const HeadRows<Page>& rows, int lane, int count) {
+    const Seen block = {seen_by(lane, chunk).begin, seen_by(lane + count - 1, chunk).end};
+    if (block.begin >= block.end) return;
+    for (int key = round_down(block.begin, kScoreKeys); key < block.end; key += kTileKeys)
+      score_tile<O>(rows, key, smaller(key + kTileKeys, block.end), lane, count);
+    Share parts[kLanesAtOnce];
+    softmax<O>(chunk, block, lane, count, parts);
+    __builtin_memset(t_.sums, 0, int64_t(count) * a_.head_dim * sizeof(float));
+    for (int key = round_down(block.begin, O::kKeys); key < block.end; key += kTileKeys)
+      add_tile<O>(rows, key, smaller(key + kTileKeys, block.end), lane, count);
+    for (int i = 0; i < count; ++i) {
+      float* sums = t_.sums + i * a_.head_dim;
+      O::restore_order(sums, a_.head_dim);
+      add_part(shares_[lane + i], t_.totals + (lane + i) * a_.head_dim, parts[i], sums,
+               a_.head_dim);
+    }
+  }
+
+  // Scores of a tile of keys.
+  template <class O, class Page>
+  void score_tile(const HeadRows<Page>& rows, int begin, int end, int lane, int count) const {
+    in_groups(count, [&](int first, auto group) {
+      const auto run = a_.head_dim == 64    ? score_keys<O, group.lanes, 64, Page>
+                       : a_.head_dim == 128 ? score_keys<O, group.lanes, 128, Page>
+                                            : score_keys<O, group.lanes, 0, Page>;
+      run(rows, begin, end, query(lane + first), a_.head_dim, t_.scores + first * kScoresStride,
+          rows.is_far && lane + first == 0);
+    });
+  }
+
+  // The keys that a lane sees, counted from a chunk's first.
+  Seen seen_by(int lane, const Chunk& chunk) const {
+    const int last = last_keys_[lane], first = larger(last - (a_.window - 1), 0);
+    return {larger(first - chunk.first, chunk.begin), smaller(last - chunk.first + 1, chunk.end)};
+  }
+
+  template <class O>
+  void softmax(const Chunk& chunk, Seen block, int lane, int count, Share* parts) const {
+    const int from = round_down(block.begin, kWidth), to = round_up(block.end, kWidth);
+    for (int i = 0; i < count; ++i)
+      parts[i].largest =
+          largest_score(t_.scores + i * kScoresStride, from, to, seen_by(lane + i, chunk));
+    // A loop of its own, so that no iteration waits for the maximum it uses.
+    for (int i = 0; i < count; ++i)
+      parts[i].total = weigh<O>(t_.scores + i * kScoresStride, from, to, parts[i].largest);
+  }
+
+  // Adds the weighted values of a tile of keys to the sums of a block of lanes.
+  template <class O, class Page>
+  void add_tile(const HeadRows<Page>& rows, int begin, int end, int lane, int count) const {
+    int d = 0;
+    for (; d + kValueVectors * kWidth <= a_.head_dim; d += kValueVectors * kWidth)
+      add_dims<O, kValueVectors>(rows, begin, end, lane, count, d);
+    for (; d + 2 * kWidth <= a_.head_dim; d += 2 * kWidth)
+      add_dims<O, 2>(rows, begin, end, lane, count, d);
+    for (; d < a_.head_dim; d += kWidth) add_dims<O, 1>(rows, begin, end, lane, count, d);
+  }
+
+  template <class O, int kVectors, class Page>
+  void add_dims(const HeadRows<Page>& rows, int begin, int end, int lane, int count,
+                int d) const {
+    in_groups(count, [&](int first, auto group) {
+      const auto* weights = (const typename O::Element*)(t_.scores + first * kScoresStride);
+      add_values<O, group.lanes, kVectors>(rows, begin, end, weights, d, a_.head_dim,
+                                           t_.sums + first * a_.head_dim,
+                                           rows.is_far && lane + first == 0);
+    });
+  }
+
+  const Attention& a_;
+  const VectorScratch t_;
+  const int first_token_, head_, begin_, count_, depth_;
+  // The last key that each lane sees: the stored index of its token.
+  int last_keys_[kVectorLanes];
+  Share shares_[kVectorLanes];
+};
+
+}  // namespace
