@@ -144,13 +144,10 @@ def test_it_reads_no_key_behind_the_window(
 
 @pytest.mark.parametrize("quantization", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("case", FAMILIES)
-def test_with_matrix_instructions_no_cut_changes_a_bit(
-    case: str, quantization: str, make_checkpoint: Any, build: Any
+def test_no_cut_changes_a_bit(
+    case: str, quantization: str, library: CpuLibrary, make_checkpoint: Any, build: Any
 ) -> None:
     """So that a preempted, resumed or cached sequence goes on as if nothing had been."""
-    library = load_cpu_library(isa="amx")
-    if isinstance(library, str):
-        pytest.skip(library)
     family, changes = FAMILIES[case]
     source = make_checkpoint(family, **{**changes, "max_position_embeddings": 1024}).source
     transformer = build(source, quantization, CpuOps(library), library)
