@@ -92,9 +92,12 @@ class Model:
     """A model with one format of the weights."""
 
     def __init__(self, source: ModelSource, quantization: str, library: CpuLibrary | None) -> None:
+        """`quantization`: a format, perhaps with the bits of activations behind a colon."""
+        quantization, _, activation_bits = quantization.partition(":")
         self._transformer = load.build_transformer(
             source,
             quantization=quantization,
+            activation_bits=activation_bits or "auto",
             dtype=torch.float32,
             device=CPU,
             ops=CpuOps(library) if library else TorchOps(),
@@ -150,7 +153,7 @@ def main() -> None:
         try:
             model = Model(source, quantization, library)
         except ValueError as reason:
-            sys.stdout.write(f"{quantization:5} not here: {reason}\n")
+            sys.stdout.write(f"{quantization:7} not here: {reason}\n")
             continue
         loaded_s = time.perf_counter() - began
         _report(quantization, model, loaded_s, texts, expected)
@@ -170,7 +173,7 @@ def _report(
         same.append(float((exact.argmax(-1) == kept.argmax(-1)).float().mean()))
     pages = divergences[1:]
     sys.stdout.write(
-        f"{quantization:5} {model.weights_bytes / 2**20:6.0f} MiB  KL {divergences[0]:.1e} prose, "
+        f"{quantization:7} {model.weights_bytes / 2**20:6.0f} MiB  KL {divergences[0]:.1e} prose, "
         f"{sum(pages) / len(pages):.1e} pages  same likeliest token "
         f"{100 * sum(same) / len(same):.2f} %  loaded in {loaded_s:.1f} s\n"
     )

@@ -87,6 +87,11 @@ class ModelSection(Section):
         description="format of the weights of linear layers; own: the integers of the file;"
         " auto: the fastest near-lossless one, own among them",
     )
+    activation_bits: Literal["auto", "8", "16"] = Field(
+        default="auto",
+        description="of activations that meet integer weights on a CPU; 8: faster, less exact;"
+        " auto: 8 with quantization int8 or int4 where that is faster, else 16",
+    )
     max_model_len: int | None = Field(
         default=None, ge=2, description="longest sequence in tokens; default: the model's own"
     )

@@ -61,6 +61,7 @@ def build_decoder(
             return build_transformer(
                 source,
                 quantization=config.quantization,
+                activation_bits=config.activation_bits,
                 dtype=dtype,
                 device=device,
                 ops=ops,
@@ -77,6 +78,11 @@ def build_decoder(
                 raise
             # That library supports more ways to save a model.
             reason = str(error)
+    if config.activation_bits == "8":
+        raise ValueError(
+            "activation_bits 8 is for what Octavo computes itself, not for transformers. Octavo's "
+            f"own code: {reason}"
+        )
     if config.quantization not in {"auto", "none"}:
         raise ValueError(
             f"quantization {config.quantization} is for what Octavo computes itself; with "

@@ -116,7 +116,7 @@ def _pointers(layer: DecoderLayer) -> tuple[int, ...]:
 
 def _description(linear: Linear) -> tuple[int, ...]:
     assert isinstance(linear, TiledLinear), "see why_not"
-    return linear.tiles.description
+    return linear.description
 
 
 def _address(norm: Tensor | None) -> int:

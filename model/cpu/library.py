@@ -93,6 +93,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (*(_POINTER,) * 2, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT),
     ),
+    "octavo_look_up": (ctypes.c_bool, (*(_POINTER,) * 2, _LONG, _LONG, _POINTER, _LONG, _POINTER)),
     "octavo_decoder_new": (_POINTER, (*(_POINTER,) * 2, _FLOAT, _POINTER, _LONG, _POINTER)),
     "octavo_decoder_free": (None, (_POINTER,)),
     "octavo_decoder_forward": (None, (_POINTER,) * 4),
@@ -130,6 +131,14 @@ class CpuLibrary:
     def multiplies_bfloat16(self) -> bool:
         """Return whether the CPU has instructions for products of bfloat16."""
         return self.isa in {"amx", "avx512_bf16"}
+
+    @property
+    def gains_by_byte_rows(self) -> bool:
+        """Return whether products with rows of bytes are faster than those with 16-bit rows.
+
+        AMX multiplies two digits in less time than vectors multiply one.
+        """
+        return self.isa in {"avx512_bf16", "avx512_vnni", "avx2_vnni"}
 
 
 def load_cpu_library(

@@ -24,7 +24,12 @@ from model.kv.arena import Arena
 from model.weights.interface import QuantizedRows
 from model.weights.linear import Format, Linear, pack, staging_dtype, why_not_packed
 from model.weights.source import octavo_home
-from model.weights.tiled_linear import TILED_FORMATS, TiledLinear
+from model.weights.tiled_linear import (
+    INTEGER_FORMATS,
+    TILED_FORMATS,
+    ActivationBits,
+    TiledLinear,
+)
 from model.weights.tiles import pack_floats, pack_integers
 
 #: A step of one stream, of some, of many, and a chunk of a prompt.
@@ -75,6 +80,26 @@ def choose_format(
     if reason := _why_not(fmt, library):
         raise ValueError(f"quantization {fmt} does not run here: {reason}")
     return fmt, f"quantization {fmt} as asked"
+
+
+def choose_activation_bits(
+    activation_bits: str, fmt: Format, library: CpuLibrary | None
+) -> tuple[ActivationBits, str]:
+    """Choose the bits of the activations that meet integer weights; return them with a note.
+
+    int8 and int4 trade quality for speed, so `auto` is 8 with them where that is faster. Raises
+    `ValueError` if 8 is requested and has no effect here.
+    """
+    has_integers = fmt in INTEGER_FORMATS
+    is_faster = library is not None and library.gains_by_byte_rows
+    if activation_bits == "8" and not has_integers:
+        raise ValueError(f"activation_bits 8 is for weights in int8, int4 or own, not in {fmt}")
+    if activation_bits == "8" and not is_faster:
+        raise ValueError("activation_bits 8 is not faster than 16 on this CPU, only less exact")
+    is_for_speed = activation_bits == "auto" and fmt in {"int8", "int4"} and is_faster
+    if activation_bits == "8" or is_for_speed:
+        return 8, "activations meet weights in 8 bits, scaled per 32 inputs"
+    return 16, "activations meet weights in 16 bits" if has_integers else ""
 
 
 def _why_not(fmt: Format, library: CpuLibrary | None) -> str:

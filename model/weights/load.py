@@ -34,7 +34,7 @@ from model.kv.arena import Arena
 from model.ops import Ops
 from model.weights.checkpoints.coded_matrix import CodedMatrix
 from model.weights.file_content import FilesState
-from model.weights.format_choice import choose_format
+from model.weights.format_choice import choose_activation_bits, choose_format
 from model.weights.gguf import ROPE_FACTORS
 from model.weights.interface import QuantizedRows, WeightSource, read_into
 from model.weights.linear import (
@@ -69,6 +69,7 @@ def build_transformer(  # noqa: PLR0913 - named, and each is a decision of its o
     device: torch.device,
     ops: Ops,
     progress: bool,
+    activation_bits: str = "auto",
     max_positions: int | None = None,
     tiles: CpuLibrary | None = None,
     coded: CodedPacker | None = None,
@@ -77,6 +78,7 @@ def build_transformer(  # noqa: PLR0913 - named, and each is a decision of its o
     """Load a model onto `device`.
 
     `tiles`: pack weights of any of `TILED_FORMATS` for this library's products.
+    `activation_bits`: auto, 8 or 16; of activations that meet integer weights.
     `coded`: packs the codes of quantized checkpoints, where `quantization` is auto.
     `cache`: has the tiles of earlier starts, and gets new ones to save.
     `dtype` is that of the activations, on a CPU float32; `max_positions`: the length of the longest
@@ -94,6 +96,7 @@ def build_transformer(  # noqa: PLR0913 - named, and each is a decision of its o
         num_inputs=arch.hidden_size,
         own_bits=weights.own_bits,
     )
+    bits, bits_note = choose_activation_bits(activation_bits, fmt, tiles)
     packs_tiles = fmt in TILED_FORMATS and tiles is not None
     recipe = None
     if packs_tiles and weights.paths:
@@ -106,7 +109,9 @@ def build_transformer(  # noqa: PLR0913 - named, and each is a decision of its o
         device,
         fmt,
         dtype,
-        tiles if packs_tiles else None,
+        partial(TiledLinear, library=tiles, activation_bits=bits)
+        if tiles and packs_tiles
+        else None,
         coded=coded if quantization == "auto" else None,
     )
     bar = tqdm(
@@ -124,7 +129,7 @@ def build_transformer(  # noqa: PLR0913 - named, and each is a decision of its o
             loaded = _load(loader, bar)
         else:
             loader, loaded, notes = _load_kept(make_loader, cache, recipe, bar)
-    notes = [note, *arch.notes, *notes, *loader.findings]
+    notes = [note, *filter(None, [bits_note]), *arch.notes, *notes, *loader.findings]
     return Transformer(arch, loaded, ops, fmt, tuple(notes))
 
 
@@ -209,7 +214,7 @@ class _Loader:
     fmt: Format
     dtype: torch.dtype
     #: None: the weights are not packed in tiles.
-    tiles: CpuLibrary | None
+    tiled: Callable[[Tiles], TiledLinear] | None
     #: None: quantized matrices are widened.
     coded: CodedPacker | None = None
     #: Memory of each product in codes.
@@ -246,12 +251,12 @@ class _Loader:
         head = "embedding" if is_tied else "lm_head"
         lm_head = self._linear(head, head_format(self.fmt))
         if is_tied and isinstance(lm_head, TiledLinear):
-            return lm_head.tiles.rows, lm_head
-        if self.fmt == "own" and self.tiles is not None:
+            return lm_head.rows, lm_head
+        if self.fmt == "own" and self.tiled is not None:
             part = self.part("embedding", lambda: self._packed_tiles("embedding", "own").part)
-            tiles = Tiles.from_part(part)
-            self.sizes_bytes.append(tiles.num_bytes)
-            return tiles.rows, lm_head
+            tiled = self.tiled(Tiles.from_part(part))
+            self.sizes_bytes.append(tiled.weight_bytes)
+            return tiled.rows, lm_head
         # 16 bits hold any embedding closely enough.
         kept_dtype = self.dtype if self.fmt == "none" else torch.float16
         return partial(_look_up, self.kept("embedding", kept_dtype)), lm_head
@@ -305,7 +310,7 @@ class _Loader:
         Raises `PackedError` if that file is damaged.
         """
         part = self.packed.read(name, self.arena) if self.packed else make()
-        if self.tiles is not None:
+        if self.tiled is not None:
             self.parts[name] = part
         return part
 
@@ -321,11 +326,11 @@ class _Loader:
         """Pack products that share their input as one, their rows one after another."""
         if linear := self._coded_linear(target, fmt):
             return linear
-        if self.tiles is None:
+        if self.tiled is None:
             linear = pack(self._weight(target, fmt), self._bias(target, fmt), fmt)
         else:
             part = self.part(target, lambda: self._packed_tiles(target, fmt).part)
-            linear = TiledLinear(Tiles.from_part(part), self.tiles)
+            linear = self.tiled(Tiles.from_part(part))
         self.sizes_bytes.append(linear.weight_bytes)
         return linear
 

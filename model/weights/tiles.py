@@ -68,7 +68,10 @@ class Tiles:
 
     @property
     def description(self) -> tuple[int, ...]:
-        """Return the numbers of csrc/kernels.h's `Weights`; the address of a missing part is 0."""
+        """Return the numbers of csrc/kernels.h's `Weights` but for the bits of activations.
+
+        The address of a missing part is 0.
+        """
         addresses = (0 if part is None else part.data_ptr() for part in self._parts)
         dtype = 0 if self.scales is None else DTYPE_CODES[self.scales.dtype]
         return (*addresses, self.bits, self.group_inputs, self.code_offset, dtype)

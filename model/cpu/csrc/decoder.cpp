@@ -89,6 +89,17 @@ Product product_of(Panel& panel, int64_t rows, const Weights& weights, int64_t n
   return p;
 }
 
+// The rows that thread `thread` of `of` splits.
+struct RowRange {
+  RowRange(int64_t rows, int64_t thread, int64_t of) {
+    const int64_t unit = rows <= kMaxDigitsRows ? rows : kSplitRows;
+    const int64_t units = (rows + unit - 1) / unit;
+    begin = units * thread / of * unit;
+    end = std::min(units * (thread + 1) / of * unit, rows);
+  }
+  int64_t begin, end;
+};
+
 class Decoder {
  public:
   Decoder(const Kernels* kernels, const Shape& shape, float eps, const Layer* layers,
@@ -130,12 +141,12 @@ class Decoder {
   void layer(const Layer& layer, int32_t index, Session& session, const int64_t* positions,
              float* residual, float* scratch) {
     const int64_t tokens = session.num_tokens;
-    norm(layer.input_norm, residual, tokens);
+    norm(layer.input_norm, residual, tokens, layer.qkv);
     multiply(normed_, tokens, layer.qkv, qkv_width(), qkv_.data(), scratch);
     rope_and_store(layer, index, session, positions);
     attend_to(index, session);
     add_product(attended_, tokens, layer.o, residual, scratch);
-    norm(layer.post_norm, residual, tokens);
+    norm(layer.post_norm, residual, tokens, layer.gate_up);
     gate(layer.gate_up, tokens, scratch);
     add_product(gated_, tokens, layer.down, residual, scratch);
   }
@@ -149,7 +160,17 @@ class Decoder {
 #pragma omp barrier
   }
 
-  void norm(const float* weight, const float* residual, int64_t tokens) {
+  // Runs function(begin, end) on this thread's share of the rows, as they are split.
+  template <class Function>
+  void share_rows(int64_t rows, const Function& function) {
+    const RowRange range(rows, omp_get_thread_num(), omp_get_num_threads());
+    if (range.begin < range.end) function(range.begin, range.end);
+#pragma omp barrier
+  }
+
+  // Norms the rows, and splits them for their product with `weights`.
+  void norm(const float* weight, const float* residual, int64_t tokens, const Weights& weights) {
+    const Product p = product(normed_, tokens, weights, 0);
     Norm n = {};
     n.x = residual;
     n.x_dtype = kFloat32;
@@ -160,7 +181,10 @@ class Decoder {
     n.out_dtype = kernels_.panel_dtype();
     n.out_stride = normed_.stride();
     n.eps = eps_;
-    share(tokens, [&](int64_t begin, int64_t end) { kernels_.norm(n, begin, end); });
+    share_rows(tokens, [&](int64_t begin, int64_t end) {
+      kernels_.norm(n, begin, end);
+      if (weights.scales) kernels_.split_rows(p, begin, end);
+    });
   }
 
   Product product(Panel& panel, int64_t tokens, const Weights& weights, int64_t num_outputs) {
@@ -181,6 +205,8 @@ class Decoder {
     p.out = residual;
     p.out_stride = shape_.hidden;
     p.is_added = true;
+    if (p.weights.scales)
+      share_rows(tokens, [&](int64_t begin, int64_t end) { kernels_.split_rows(p, begin, end); });
     run(p, scratch);
   }
 
@@ -194,10 +220,6 @@ class Decoder {
   }
 
   void run(Product& p, float* scratch) {
-    if (p.weights.scales)
-      share(p.num_rows, [&](int64_t begin, int64_t end) {
-        kernels_.split_rows(p, begin, end);
-      });
     const int64_t groups = round_up(p.num_outputs, kTileOutputs) / kTileOutputs;
     share(p.is_gated ? groups / 2 : groups, [&](int64_t begin, int64_t end) {
       kernels_.product(p, begin, end, scratch);
@@ -299,17 +321,31 @@ void octavo_product(const Kernels* kernels, const float* x, int64_t rows, int64_
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), of = omp_get_num_threads();
-    const int64_t begin = rows * thread / of, end = rows * (thread + 1) / of;
-    kernels->pack_rows(x, inputs, panel.data(), panel.stride(), begin, end);
+    const RowRange range(rows, thread, of);
+    kernels->pack_rows(x, inputs, panel.data(), panel.stride(), range.begin, range.end);
+    if (weights->scales) kernels->split_rows(p, range.begin, range.end);
 #pragma omp barrier
-    if (weights->scales) {
-      kernels->split_rows(p, begin, end);
-#pragma omp barrier
-    }
     kernels->configure_tiles();
     kernels->product(p, groups * thread / of, groups * (thread + 1) / of, floats + thread * scratch);
     kernels->release_tiles();
   }
+}
+
+// Rows of packed weights [num_outputs, inputs] to `out` [count, inputs]. Returns false, without a row
+// written, if an index is out of range.
+bool octavo_look_up(const Kernels* kernels, const Weights* weights, int64_t num_outputs,
+                    int64_t inputs, const int64_t* rows, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i)
+    if (rows[i] < 0 || rows[i] >= num_outputs) return false;
+  Product p = {};
+  p.weights = *weights;
+  p.num_outputs = num_outputs;
+  p.num_inputs = round_up(inputs, kByteTileInputs);
+  p.out = out;
+  p.out_stride = inputs;
+  in_parallel(count, 2 * inputs,
+              [&](int64_t begin, int64_t end) { kernels->look_up(p, rows, begin, end); });
+  return true;
 }
 
 }  // extern "C"

@@ -4,6 +4,7 @@
 
 #include "attention_kernels.h"
 #include "elementwise.h"
+#include "look_up.h"
 #include "products.h"
 
 #define OCTAVO_TEXT_OF(x) #x
@@ -31,6 +32,7 @@ const octavo::Kernels table = {
     release_tiles,
     pack_rows,
     product,
+    look_up,
 };
 
 }  // namespace

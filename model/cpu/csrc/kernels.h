@@ -134,12 +134,18 @@ struct Weights {
   int64_t code_offset;
   // Of scales and minimums.
   int64_t scale_dtype;
+  // Of the rows that meet codes: 16, or 8 with a scale to 32 inputs. See products_rows.h.
+  int64_t activation_bits;
 };
 
 // A tile of bfloat16 weights, and one of codes. Inputs are padded to whole tiles of both.
 constexpr int kTileOutputs = 16;
 constexpr int kTileInputs = 32;
 constexpr int kByteTileInputs = 64;
+
+// Split rows whose words may share cache lines: of few rows all of them, otherwise so many.
+constexpr int kMaxDigitsRows = 8;
+constexpr int kSplitRows = 12;
 
 // Rows of a panel times packed weights.
 struct Product {
@@ -188,6 +194,8 @@ struct Kernels {
                     int64_t end);
   // Output groups begin to end, of all rows; pairs of groups where they are gated.
   void (*product)(const Product&, int64_t begin, int64_t end, float* scratch);
+  // Rows of the weights, by index, to `out` [rows, out_stride], for indices begin to end.
+  void (*look_up)(const Product&, const int64_t* rows, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels_scalar();

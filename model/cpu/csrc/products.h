@@ -20,6 +20,8 @@ namespace {
 using octavo::Product;
 using octavo::Weights;
 using octavo::kByteTileInputs;
+using octavo::kMaxDigitsRows;
+using octavo::kSplitRows;
 using octavo::kTileInputs;
 using octavo::kTileOutputs;
 
@@ -52,15 +54,21 @@ inline int64_t num_scales(const Product& p) {
 
 inline Vec silu(Vec x) { return x / (1.0f + exp2(x * -1.44269504f)); }
 
-// `sums` is [rows, stride]: `side` output groups from `group` on, rows from `row` on.
+inline Vec scale_of(const float* row_scales, int64_t row) {
+  return broadcast(row_scales ? row_scales[row] : 1.0f);
+}
+
+// `sums` is [rows, stride]: `side` output groups from `group` on, rows from `row` on. `row_scales` may be
+// null.
 inline void finish_gated(const Product& p, const float* sums, int stride, int64_t pair, int side,
-                         int64_t row, int rows) {
-  for (int r = 0; r < rows; ++r, sums += stride)
+                         int64_t row, int rows, const float* row_scales) {
+  for (int r = 0; r < rows; ++r, sums += stride) {
+    const Vec scale = scale_of(row_scales, row + r);
     for (int s = 0; s < side; s += 2) {
       const int64_t at = (row + r) * p.out_stride + (pair + s / 2) * kTileOutputs;
       for (int i = 0; i < kTileOutputs; i += kWidth) {
-        Vec gate = load(sums + s * kTileOutputs + i);
-        Vec up = load(sums + (s + 1) * kTileOutputs + i);
+        Vec gate = load(sums + s * kTileOutputs + i) * scale;
+        Vec up = load(sums + (s + 1) * kTileOutputs + i) * scale;
         if (p.weights.bias) {
           gate += load(p.weights.bias + group_at(p, pair, s) * kTileOutputs + i);
           up += load(p.weights.bias + group_at(p, pair, s + 1) * kTileOutputs + i);
@@ -68,17 +76,19 @@ inline void finish_gated(const Product& p, const float* sums, int stride, int64_
         store_some(p.out, p.out_dtype, at + i, silu(gate) * up, kWidth);
       }
     }
+  }
 }
 
 inline void finish(const Product& p, const float* sums, int stride, int64_t group, int side,
-                   int64_t row, int rows) {
-  if (p.is_gated) return finish_gated(p, sums, stride, group, side, row, rows);
+                   int64_t row, int rows, const float* row_scales = nullptr) {
+  if (p.is_gated) return finish_gated(p, sums, stride, group, side, row, rows, row_scales);
   const int64_t first = group * kTileOutputs, left = p.num_outputs - first;
   const int64_t count = left < side * kTileOutputs ? left : side * kTileOutputs;
   for (int r = 0; r < rows; ++r, sums += stride) {
     float* out = (float*)p.out + (row + r) * p.out_stride + first;
+    const Vec scale = scale_of(row_scales, row + r);
     for (int64_t i = 0; i < count; i += kWidth) {
-      Vec x = load(sums + i);
+      Vec x = load(sums + i) * scale;
       if (p.weights.bias) x += load(p.weights.bias + first + i);
       if (p.is_added) x += load_some(out + i, count - i);
       store_some(out + i, x, count - i);

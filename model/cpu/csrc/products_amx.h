@@ -265,7 +265,7 @@ inline void multiply_bytes(const Product& p, int64_t group, float* sums) {
 // Bfloat16 weights, and eight-bit ones whose scales are for whole tiles.
 inline bool is_by_matrix(const Product& p) {
   const Weights& w = p.weights;
-  return w.bits == 16 || (w.bits == 8 && w.group_inputs % kByteTileInputs == 0 && !w.minimums &&
+  return w.bits == 16 || (w.bits == 8 && w.activation_bits == 16 && w.group_inputs % kByteTileInputs == 0 && !w.minimums &&
                           w.scale_dtype == kFloat32);
 }
 

@@ -7,32 +7,20 @@ namespace {
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
-inline IntVec dot_bytes(IntVec sum, WordVec codes, uint32_t x) {
-#if defined(__AVX512VNNI__)
-  return bit_cast<IntVec>(_mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(codes),
-                                              _mm512_set1_epi32(int(x))));
-#else
-  return bit_cast<IntVec>(_mm256_dpbusd_avx_epi32(
-      bit_cast<__m256i>(sum), bit_cast<__m256i>(codes), _mm256_set1_epi32(int(x))));
-#endif
-}
-
-// kRows rows from `row` on and kGroups output groups, all inputs; adds to [kRows, kSumsStride].
-template <int kBits, int kRows, int kGroups>
+// kRows rows from `row` on and kGroups output groups, all inputs; writes to [kRows, kSumsStride].
+template <bool kIsByteRows, int kBits, int kRows, int kGroups>
 inline void multiply_bytes_of(const Product& p, const int64_t* output_groups, int row,
                               float* sums) {
   const Wholes wholes = wholes_of(p);
-  const uint32_t* high_rows = wholes.high + row * wholes.digit_stride;
-  const uint32_t* low_rows = wholes.low + row * wholes.digit_stride;
+  const uint32_t *high_rows = wholes.high + row, *low_rows = wholes.low + row;
   const char* tiles[kGroups];
   for (int g = 0; g < kGroups; ++g) tiles[g] = tiles_of(p, output_groups[g]);
-  // Codes of eight bits have a sign: 128 is added to each.
-  const int offset = kBits == 8 ? 128 : int(p.weights.code_offset);
-  const uint32_t flip = kBits == 8 ? 0x80808080u : 0;
-  for (int64_t scale = 0; scale < wholes.num_scales; ++scale) {
-    const int64_t begin = scale * p.weights.group_inputs, end = begin + p.weights.group_inputs;
+  Factors<kGroups> factors(p, output_groups, 0);
+  KeptSums<kRows, kGroups> scaled = {};
+  for (int64_t step = 0; step < wholes.num_steps; ++step) {
+    const int64_t begin = step * wholes.step_inputs, end = begin + wholes.step_inputs;
     const int64_t last = (end < p.num_inputs ? end : p.num_inputs) / 4;
-    IntVec high[kRows][kGroups][kVecs] = {}, low[kRows][kGroups][kVecs] = {};
+    Block<IntVec, kRows, kGroups> high = {}, low = {};
     for (int64_t four = begin / 4; four < last; four += kFoursAtOnce) {
       const int64_t tile = four / kTileOutputs * tile_bytes(kBits);
       const int first = int(four % kTileOutputs);
@@ -43,17 +31,17 @@ inline void multiply_bytes_of(const Product& p, const int64_t* output_groups, in
         for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
           for (int v = 0; v < kVecs; ++v)
-            codes[g][v] = load_four<kBits>(tiles[g] + tile, first, i, v) ^ flip;
+            codes[g][v] = load_four<kBits>(tiles[g] + tile, first, i, v) ^ sign_flip(kBits);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const uint32_t x_high = high_rows[r * wholes.digit_stride + four + i];
-          const uint32_t x_low = low_rows[r * wholes.digit_stride + four + i];
+          const uint32_t x_high = high_rows[(four + i) * kDigitsRows + r];
+          const uint32_t x_low = low_rows[(four + i) * kDigitsRows + r];
 #pragma GCC unroll 4
           for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
             for (int v = 0; v < kVecs; ++v) {
-              high[r][g][v] = dot_bytes(high[r][g][v], codes[g][v], x_high);
-              low[r][g][v] = dot_bytes(low[r][g][v], codes[g][v], x_low);
+              high[r][g][v] = ByteWords::add(high[r][g][v], codes[g][v], x_high);
+              if (!kIsByteRows) low[r][g][v] = ByteWords::add(low[r][g][v], codes[g][v], x_low);
             }
         }
       }
@@ -64,15 +52,20 @@ inline void multiply_bytes_of(const Product& p, const int64_t* output_groups, in
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const int32_t inputs = offset * wholes.sums[(row + r) * wholes.num_scales + scale];
+      const int32_t offset = wholes.offsets[step * kDigitsRows + row + r];
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v)
-          high[r][g][v] = (high[r][g][v] << 8) + low[r][g][v] - inputs;
+          high[r][g][v] =
+              (kIsByteRows ? high[r][g][v] : (high[r][g][v] << 8) + low[r][g][v]) - offset;
     }
-    add_group<kRows, kGroups>(p, wholes, output_groups, scale, row, high, sums);
+    const int64_t first = step * kDigitsRows + row;
+    add_step<kIsByteRows, kRows, kGroups>(factors, wholes.scales + first,
+                                          wholes.input_sums + first, high, scaled);
+    factors.advance(wholes.step_inputs);
   }
+  store_sums<kRows, kGroups>(scaled.sums, sums);
 }
 
 // As many output groups at once as the registers have room for. Rows beyond the last are computed, and
@@ -80,9 +73,12 @@ inline void multiply_bytes_of(const Product& p, const int64_t* output_groups, in
 template <int kBits, int kRows, int kSide>
 inline void multiply_rows_of_bytes(const Product& p, const int64_t* output_groups, float* sums) {
   constexpr int kGroups = smaller(kSide, larger(kWidth == 16 ? 8 / kRows : 2 / kRows, 1));
-  for (int side = 0; side < kSide; side += kGroups)
-    multiply_bytes_of<kBits, kRows, kGroups>(p, output_groups + side, 0,
-                                             sums + side * kTileOutputs);
+  for (int side = 0; side < kSide; side += kGroups) {
+    const int64_t* groups = output_groups + side;
+    float* to = sums + side * kTileOutputs;
+    if (has_byte_rows(p)) multiply_bytes_of<true, kBits, kRows, kGroups>(p, groups, 0, to);
+    else multiply_bytes_of<false, kBits, kRows, kGroups>(p, groups, 0, to);
+  }
 }
 
 template <int kBits, int kSide>
@@ -97,7 +93,7 @@ inline void multiply_bits(const Product& p, const int64_t* output_groups, float*
 
 #endif
 
-// Adds the scaled sums of up to kDigitsRows rows and kSide output groups to [rows, kSumsStride].
+// Writes the scaled sums of up to kDigitsRows rows and kSide output groups to [rows, kSumsStride].
 template <int kSide>
 inline void multiply_by_bytes(const Product& p, const int64_t* output_groups, float* sums) {
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)

@@ -72,12 +72,32 @@ inline void unpack(const char* tiles, int num_inputs, int code_offset, uint32_t*
   }
 }
 
+// Codes as fours of bytes without a sign: 128 is added to those of eight bits.
+template <int kBits>
+inline void unpack_fours(const char* tiles, int num_inputs, uint32_t* to) {
+  for (; num_inputs > 0; num_inputs -= kByteTileInputs, tiles += tile_bytes(kBits)) {
+    for (int line = 0; line < tile_bytes(kBits); line += 64)
+      __builtin_prefetch(tiles + kAheadBytes + line);
+#pragma GCC unroll 16
+    for (int four = 0; four < kByteTileInputs / 4; ++four, to += kTileOutputs)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+        store_words(to + v * kWidth, load_four<kBits>(tiles, four / kFoursAtOnce * kFoursAtOnce,
+                                                      four % kFoursAtOnce, v) ^ sign_flip(kBits));
+  }
+}
+
+template <int kBits>
+inline void unpack_bits(const Product& p, const char* tiles, int num_inputs, uint32_t* to) {
+  if (is_by_fours(p)) unpack_fours<kBits>(tiles, num_inputs, to);
+  else unpack<kBits>(tiles, num_inputs, int(p.weights.code_offset), to);
+}
+
 inline void unpack_codes(const Product& p, const char* tiles, int num_inputs, uint32_t* to) {
-  const int offset = int(p.weights.code_offset);
-  if (p.weights.bits == 4) unpack<4>(tiles, num_inputs, offset, to);
-  if (p.weights.bits == 5) unpack<5>(tiles, num_inputs, offset, to);
-  if (p.weights.bits == 6) unpack<6>(tiles, num_inputs, offset, to);
-  if (p.weights.bits == 8) unpack<8>(tiles, num_inputs, offset, to);
+  if (p.weights.bits == 4) unpack_bits<4>(p, tiles, num_inputs, to);
+  if (p.weights.bits == 5) unpack_bits<5>(p, tiles, num_inputs, to);
+  if (p.weights.bits == 6) unpack_bits<6>(p, tiles, num_inputs, to);
+  if (p.weights.bits == 8) unpack_bits<8>(p, tiles, num_inputs, to);
 }
 
 }  // namespace

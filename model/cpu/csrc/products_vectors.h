@@ -5,9 +5,11 @@
 // multiplies them with words of all rows. So a format of weights is a way to unpack it, and costs
 // nothing but that.
 //
-// Integer weights meet rows of 16-bit integers: x = row_scale * whole. The sums of one group of inputs
-// are exact, so weights are not rounded, and rows only to 16 bits.
+// Integer weights meet rows of 16-bit integers, with a scale to a row, or of 8-bit ones, with a scale to
+// 32 inputs. The sums of inputs with one scale are exact, so weights are not rounded, but rows are.
 #pragma once
+
+#include <type_traits>
 
 #include "products_unpack.h"
 
@@ -17,8 +19,9 @@ namespace {
 // that are multiplied with kMaxSide groups.
 constexpr int kMaxRows = kWidth == 16 ? 12 : kWidth == 8 ? 6 : 2;
 constexpr int kFewRows = kWidth == 16 ? 4 : 1;
-// Rows after which the weights are unpacked again; their sums are in the second-level cache.
-constexpr int kRowsAtOnce = 256;
+// Rows after which the weights are unpacked again; their sums are in the second-level cache. Whole
+// blocks of rows.
+constexpr int kRowsAtOnce = 252;
 // Unpacked weights take half of the first-level cache; groups of inputs are not cut for it.
 constexpr int kSliceWords = 4096;
 constexpr int kSumsStride = kMaxSide * kTileOutputs;
@@ -28,6 +31,7 @@ constexpr int64_t kVectorScratchFloats = kRowsAtOnce * kSumsStride + 2 * kSliceW
 
 struct FloatWords {
   typedef Vec Sum;
+  static constexpr int kInputs = 1;
   static Sum add(Sum sum, WordVec w, uint32_t x) {
     return multiply_add(bit_cast<Vec>(w), broadcast(bit_cast<float>(x)), sum);
   }
@@ -36,6 +40,7 @@ struct FloatWords {
 #if defined(__AVX512BF16__)
 struct BFloat16Words {
   typedef Vec Sum;
+  static constexpr int kInputs = 2;
   static Sum add(Sum sum, WordVec w, uint32_t x) {
     return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(w),
                                           bit_cast<__m512bh>(_mm512_set1_epi32(int(x)))));
@@ -45,6 +50,7 @@ struct BFloat16Words {
 
 struct ShortWords {
   typedef IntVec Sum;
+  static constexpr int kInputs = 2;
   static Sum add(Sum sum, WordVec w, uint32_t x) {
 #if defined(__AVX512VNNI__)
     return bit_cast<IntVec>(_mm512_dpwssd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(w),
@@ -65,24 +71,42 @@ struct ShortWords {
   }
 };
 
-// Adds the products of `steps` words of kRows rows with those of kGroups output groups.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+// Codes without a sign, and bytes with one.
+struct ByteWords {
+  typedef IntVec Sum;
+  static constexpr int kInputs = 4;
+  static IntVec add(IntVec sum, WordVec w, uint32_t x) {
+#if defined(__AVX512VNNI__)
+    return bit_cast<IntVec>(_mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(w),
+                                                _mm512_set1_epi32(int(x))));
+#else
+    return bit_cast<IntVec>(_mm256_dpbusd_avx_epi32(
+        bit_cast<__m256i>(sum), bit_cast<__m256i>(w), _mm256_set1_epi32(int(x))));
+#endif
+  }
+};
+#else
+typedef ShortWords ByteWords;
+#endif
+
+// Adds the products of `words` words of kRows rows with those of kGroups output groups. The word `i` of
+// row `r` is a[r * row_stride + i * word_stride].
 template <class Words, int kRows, int kGroups>
 inline __attribute__((always_inline)) void add_words(
-    const uint32_t* a, int64_t a_stride, const uint32_t* const* w, int64_t from, int steps,
-    typename Words::Sum (&sums)[kRows][kGroups][kVecs]) {
-  const uint32_t* b[kGroups];
-  for (int g = 0; g < kGroups; ++g) b[g] = w[g] + from * kTileOutputs;
+    const uint32_t* a, int64_t row_stride, int word_stride, const uint32_t* const (&w)[kGroups],
+    int words, typename Words::Sum (&sums)[kRows][kGroups][kVecs]) {
 #pragma GCC unroll 4
-  for (int step = 0; step < steps; ++step) {
+  for (int i = 0; i < words; ++i) {
     WordVec weights[kGroups][kVecs];
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v)
-        weights[g][v] = load_words(b[g] + step * kTileOutputs + v * kWidth);
+        weights[g][v] = load_words(w[g] + i * kTileOutputs + v * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const uint32_t x = a[r * a_stride + step];
+      const uint32_t x = a[r * row_stride + i * word_stride];
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
@@ -106,74 +130,158 @@ struct Slice {
   int64_t first_row;
 };
 
+// [rows, output groups]: a vector for each.
+template <class V, int kRows, int kGroups>
+using Block = V[kRows][kGroups][kVecs];
+
+// The sums of the slice before; zeros before the first.
+template <int kRows, int kGroups>
+inline __attribute__((always_inline)) void load_sums(const float* from, int64_t first_input,
+                                                     Block<Vec, kRows, kGroups>& sums) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroups * kVecs; ++i)
+      sums[r][i / kVecs][i % kVecs] =
+          first_input ? load(from + r * kSumsStride + i * kWidth) : Vec{};
+}
+
+template <int kRows, int kGroups>
+inline __attribute__((always_inline)) void store_sums(const Block<Vec, kRows, kGroups>& sums,
+                                                      float* to) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroups * kVecs; ++i)
+      store(to + r * kSumsStride + i * kWidth, sums[r][i / kVecs][i % kVecs]);
+}
+
 // Products of the panel itself.
-template <class Words, int kInputsToWord>
+template <class Words>
 struct Floats {
+  static constexpr int kRowsAtMost = kMaxRows, kInputsToWord = Words::kInputs;
   template <int kRows, int kGroups>
-  static void multiply(const Slice& c, int side, int row) {
+  static __attribute__((noinline)) void multiply(const Slice& c, int side, int row) {
     const int64_t stride = c.p.panel_stride / kInputsToWord;
     const uint32_t* a = (const uint32_t*)c.p.panel + (c.first_row + row) * stride +
                         c.first_input / kInputsToWord;
     float* sums = c.sums + row * kSumsStride + side * kTileOutputs;
-    Vec total[kRows][kGroups][kVecs];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int i = 0; i < kGroups * kVecs; ++i)
-        total[r][i / kVecs][i % kVecs] = load(sums + r * kSumsStride + i * kWidth);
-    add_words<Words, kRows, kGroups>(a, stride, c.words + side, 0, c.num_inputs / kInputsToWord,
-                                     total);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int i = 0; i < kGroups * kVecs; ++i)
-        store(sums + r * kSumsStride + i * kWidth, total[r][i / kVecs][i % kVecs]);
+    Block<Vec, kRows, kGroups> total;
+    load_sums<kRows, kGroups>(sums, c.first_input, total);
+    const uint32_t* w[kGroups];
+    for (int g = 0; g < kGroups; ++g) w[g] = c.words[side + g];
+    add_words<Words, kRows, kGroups>(a, stride, 1, w, c.num_inputs / kInputsToWord, total);
+    store_sums<kRows, kGroups>(total, sums);
   }
 };
 
-// Adds the exact sums of one group of inputs, scaled, to [kRows, kSumsStride].
-template <int kRows, int kGroups>
-inline __attribute__((always_inline)) void add_group(
-    const Product& p, const Wholes& wholes, const int64_t* output_groups, int64_t scale,
-    int64_t row, const IntVec (&total)[kRows][kGroups][kVecs], float* sums) {
-  const DType dtype = DType(p.weights.scale_dtype);
-#pragma GCC unroll 8
-  for (int i = 0; i < kGroups * kVecs; ++i) {
-    const int64_t from = (output_groups[i / kVecs] * wholes.num_scales + scale) * kTileOutputs +
-                         i % kVecs * kWidth;
-    const Vec factor = load_some(p.weights.scales, dtype, from, kWidth);
-    Vec minimum = {};
-    if (p.weights.minimums) minimum = load_some(p.weights.minimums, dtype, from, kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      float* to = sums + r * kSumsStride + i * kWidth;
-      const Vec whole = __builtin_convertvector(total[r][i / kVecs][i % kVecs], Vec);
-      Vec sum = multiply_add(whole, factor, load(to));
-      if (p.weights.minimums) {
-        const float inputs = float(wholes.sums[(row + r) * wholes.num_scales + scale]);
-        sum = multiply_add(minimum, broadcast(inputs), sum);
-      }
-      store(to, sum);
-    }
+// The scales of the weights of kGroups output groups, from one group of inputs to the next.
+template <int kGroups>
+struct Factors {
+  const Weights& weights;
+  int64_t at[kGroups];
+  int64_t inputs_left;
+
+  Factors(const Product& p, const int64_t* output_groups, int64_t input) : weights(p.weights) {
+    for (int g = 0; g < kGroups; ++g)
+      at[g] = (output_groups[g] * num_scales(p) + input / weights.group_inputs) * kTileOutputs;
+    inputs_left = weights.group_inputs - input % weights.group_inputs;
   }
+  Vec load_from(const void* factors, int g, int v) const {
+    return load_some(factors, DType(weights.scale_dtype), at[g] + v * kWidth, kWidth);
+  }
+  void advance(int64_t inputs) {
+    if ((inputs_left -= inputs) > 0) return;
+    inputs_left += weights.group_inputs;
+    for (int g = 0; g < kGroups; ++g) at[g] += kTileOutputs;
+  }
+};
+
+// Sums in registers.
+template <int kRows, int kGroups>
+struct KeptSums {
+  Block<Vec, kRows, kGroups> sums;
+  Vec get(int r, int g, int v) const { return sums[r][g][v]; }
+  void set(int r, int g, int v, Vec sum) { sums[r][g][v] = sum; }
+};
+
+// Sums in memory; zeros as long as `is_first`.
+struct StoredSums {
+  float* memory;
+  bool is_first;
+  float* at(int r, int g, int v) const {
+    return memory + r * kSumsStride + g * kTileOutputs + v * kWidth;
+  }
+  Vec get(int r, int g, int v) const { return is_first ? Vec{} : load(at(r, g, v)); }
+  void set(int r, int g, int v, Vec sum) { store(at(r, g, v), sum); }
+};
+
+// Adds the exact sums of one step, scaled. `scales` and `input_sums` are those of the step.
+template <bool kIsByteRows, int kRows, int kGroups, class Sums>
+inline __attribute__((always_inline)) void add_step(
+    const Factors<kGroups>& factors, const float* scales, const float* input_sums,
+    const Block<IntVec, kRows, kGroups>& total, Sums& sums) {
+  const void* minimums = factors.weights.minimums;
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec factor = factors.load_from(factors.weights.scales, g, v);
+      const Vec minimum = minimums ? factors.load_from(minimums, g, v) : Vec{};
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        Vec whole = __builtin_convertvector(total[r][g][v], Vec);
+        if (kIsByteRows) whole = whole * broadcast(scales[r]);
+        Vec sum = multiply_add(whole, factor, sums.get(r, g, v));
+        if (minimums) sum = multiply_add(minimum, broadcast(input_sums[r]), sum);
+        sums.set(r, g, v, sum);
+      }
+    }
 }
 
-// Products of integer rows, scaled group by group.
+// Products of integer rows, scaled step by step.
+template <bool kIsByteRows>
 struct Codes {
+  typedef typename std::conditional<kIsByteRows, ByteWords, ShortWords>::type Words;
+  static constexpr int kRowsAtMost = smaller(kWordRows, kMaxRows), kInputsToWord = Words::kInputs;
+
   template <int kRows, int kGroups>
-  static void multiply(const Slice& c, int side, int row) {
+  static __attribute__((noinline)) void multiply(const Slice& c, int side, int row) {
     const Wholes wholes = wholes_of(c.p);
     const int64_t first_row = c.first_row + row;
-    const uint32_t* a = wholes.words + first_row * wholes.word_stride + c.first_input / 2;
-    float* sums = c.sums + row * kSumsStride + side * kTileOutputs;
-    const int group_inputs = int(c.p.weights.group_inputs);
-    int64_t scale = c.first_input / group_inputs;
-    for (int at = 0; at < c.num_inputs; at += group_inputs, ++scale) {
-      IntVec total[kRows][kGroups][kVecs] = {};
-      add_words<ShortWords, kRows, kGroups>(a + at / 2, wholes.word_stride, c.words + side, at / 2,
-                                            smaller(group_inputs, c.num_inputs - at) / 2, total);
-      add_group<kRows, kGroups>(c.p, wholes, c.output_groups + side, scale, first_row, total, sums);
+    const int64_t num_words = c.p.num_inputs / kInputsToWord;
+    const uint32_t* a = wholes.words + first_row / kWordRows * kWordRows * num_words +
+                        first_row % kWordRows + c.first_input / kInputsToWord * kWordRows;
+    const uint32_t* w[kGroups];
+    for (int g = 0; g < kGroups; ++g) w[g] = c.words[side + g];
+    const int step_inputs = int(wholes.step_inputs);
+    int64_t first = wholes.at(first_row, c.first_input / step_inputs);
+    Factors<kGroups> factors(c.p, c.output_groups + side, c.first_input);
+    float* memory = c.sums + row * kSumsStride + side * kTileOutputs;
+    KeptSums<kRows, kGroups> kept;
+    if (kKeepsSums) load_sums<kRows, kGroups>(memory, c.first_input, kept.sums);
+    StoredSums stored = {memory, c.first_input == 0};
+    for (int at = 0; at < c.num_inputs; at += step_inputs, first += kWordRows) {
+      Block<IntVec, kRows, kGroups> total = {};
+      if (kInputsToWord == 4)
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+          for (int i = 0; i < kGroups * kVecs; ++i)
+            total[r][i / kVecs][i % kVecs] -= wholes.offsets[first + r];
+      const int words = smaller(step_inputs, c.num_inputs - at) / kInputsToWord;
+      add_words<Words, kRows, kGroups>(a, 1, kWordRows, w, words, total);
+      a += words * kWordRows;
+      for (int g = 0; g < kGroups; ++g) w[g] += words * kTileOutputs;
+      const float *scales = wholes.scales + first, *input_sums = wholes.input_sums + first;
+      if (kKeepsSums)
+        add_step<kIsByteRows, kRows, kGroups>(factors, scales, input_sums, total, kept);
+      else
+        add_step<kIsByteRows, kRows, kGroups>(factors, scales, input_sums, total, stored);
+      stored.is_first = false;
+      factors.advance(step_inputs);
     }
+    if (kKeepsSums) store_sums<kRows, kGroups>(kept.sums, memory);
   }
 };
 
@@ -194,17 +302,7 @@ inline void multiply_slice(const Slice& c, int rows) {
   if constexpr (kWidth == 16 && kSide == kMaxSide)
     if (rows <= kFewRows) return multiply_rows<Kind, kFewRows, kSide>(c, 0, 0, rows);
   for (int side = 0; side < kSide; side += kGroups)
-    multiply_rows<Kind, kMaxRows, kGroups>(c, side, 0, rows);
-}
-
-template <int kSide>
-inline void scale_rows(const Slice& c, int rows) {
-  const float* scales = wholes_of(c.p).row_scales + c.first_row;
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < kSide * kTileOutputs; i += kWidth) {
-      float* at = c.sums + r * kSumsStride + i;
-      store(at, load(at) * scales[r]);
-    }
+    multiply_rows<Kind, Kind::kRowsAtMost, kGroups>(c, side, 0, rows);
 }
 
 }  // namespace
@@ -217,10 +315,10 @@ namespace {
 
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
-typedef Floats<BFloat16Words, 2> PanelProducts;
+typedef Floats<BFloat16Words> PanelProducts;
 #else
 constexpr bool kHasPairs = false;
-typedef Floats<FloatWords, 1> PanelProducts;
+typedef Floats<FloatWords> PanelProducts;
 #endif
 
 // Sets the words of the slice that begins at `first_input`, using `memory` where they are unpacked.
@@ -229,7 +327,7 @@ inline void load_slice(Slice& c, uint32_t* memory) {
   const Product& p = c.p;
   const bool is_wide = p.weights.bits == 16, is_in_place = is_wide && kHasPairs;
   const int words_each = kSliceWords / larger(kSide, 2);
-  int most = words_each / kTileOutputs * (is_wide && !kHasPairs ? 1 : 2);
+  int most = words_each / kTileOutputs * (is_wide && !kHasPairs ? 1 : is_by_fours(p) ? 4 : 2);
   const int group_inputs = int(p.weights.group_inputs);
   if (!is_wide) most = larger(most / group_inputs, 1) * group_inputs;
   c.num_inputs = smaller(most, int(p.num_inputs - c.first_input));
@@ -248,24 +346,22 @@ template <int kSide>
 inline void multiply_groups(const Product& p, int64_t group, float* scratch) {
   uint32_t* memory = (uint32_t*)(scratch + kRowsAtOnce * kSumsStride);
   const bool is_wide = p.weights.bits == 16;
+  const float* row_scales = is_wide || has_byte_rows(p) ? nullptr : wholes_of(p).row_scales;
   Slice c = {p};
   c.sums = scratch;
   for (int side = 0; side < kSide; ++side) c.output_groups[side] = group_at(p, group, side);
   for (c.first_row = 0; c.first_row < p.num_rows; c.first_row += kRowsAtOnce) {
     const int rows = smaller(int(p.num_rows - c.first_row), kRowsAtOnce);
-    for (int r = 0; r < rows; ++r)
-      for (int i = 0; i < kSide * kTileOutputs; i += kWidth)
-        store(c.sums + r * kSumsStride + i, Vec{});
     const bool is_by_bytes = !is_wide && p.num_rows <= kDigitsRows;
     if (is_by_bytes) multiply_by_bytes<kSide>(p, c.output_groups, c.sums);
     c.first_input = is_by_bytes ? p.num_inputs : 0;
     for (; c.first_input < p.num_inputs; c.first_input += c.num_inputs) {
       load_slice<kSide>(c, memory);
       if (is_wide) multiply_slice<PanelProducts, kSide>(c, rows);
-      else multiply_slice<Codes, kSide>(c, rows);
+      else if (has_byte_rows(p)) multiply_slice<Codes<true>, kSide>(c, rows);
+      else multiply_slice<Codes<false>, kSide>(c, rows);
     }
-    if (!is_wide) scale_rows<kSide>(c, rows);
-    finish(p, c.sums, kSumsStride, group, kSide, c.first_row, rows);
+    finish(p, c.sums, kSumsStride, group, kSide, c.first_row, rows, row_scales);
   }
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ class Packed:
     group_inputs: int
     code_offset: int
     exact: Tensor
+    activation_bits: int = 16
 
     @property
     def description(self) -> ctypes.Array[ctypes.c_int64]:
@@ -42,8 +43,9 @@ class Packed:
         values = (
             *(self.tiles.data_ptr(), self.scales.data_ptr(), minimums, 0),
             *(self.bits, self.group_inputs, self.code_offset, DTYPE_CODES[self.scales.dtype]),
+            self.activation_bits,
         )
-        return (ctypes.c_int64 * 8)(*values)
+        return (ctypes.c_int64 * 9)(*values)
 
 
 def _grouped(values: Tensor) -> Tensor:
@@ -123,3 +125,49 @@ def test_a_product_is_that_of_the_exact_weights(
     for num_rows in (1, 2, 3, 4, 5, 8, 9, 12, 13, 24, 31):
         assert torch.equal(_product(library, packed, x[:num_rows]), found[:num_rows])
     assert torch.equal(_product(library, packed, x[299:])[0], found[299])
+
+
+def _rounded_to_bytes(x: Tensor) -> Tensor:
+    """Round to integers of at most 127 times a scale of each 32 inputs."""
+    blocks = x.view(len(x), -1, 32)
+    largest = blocks.abs().amax(2, keepdim=True)
+    # The factor is rounded to float32, its product is not.
+    factors = torch.full_like(largest, 127) / largest
+    wholes = (blocks.double() * factors.double()).round().nan_to_num()
+    return wholes.mul((largest / 127).double()).view(x.shape)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_of_bytes_are_rounded_relative_to_32_inputs(
+    library: CpuLibrary, case: tuple[int, int, torch.dtype, bool]
+) -> None:
+    bits, group_inputs, dtype, has_minimums = case
+    packed = _packed(bits, group_inputs, dtype, has_minimums=has_minimums, inputs=448)
+    packed = replace(packed, activation_bits=8)
+    # Of both signs, and in blocks of very different sizes; some blocks are zero.
+    x = _random(300, 448, seed=4) * _random(300, 14, seed=5).exp().repeat_interleave(32, 1)
+    x[::3, 64:128] = 0
+    if library.isa in {"amx", "avx512_bf16"}:
+        x = x.bfloat16().float()
+    found = _product(library, packed, x)
+    exact = _rounded_to_bytes(x) @ packed.exact.T
+    assert (found - exact).norm() <= 1e-6 * exact.norm()
+    for num_rows in (1, 2, 3, 4, 5, 8, 9, 12, 13, 24, 31):
+        assert torch.equal(_product(library, packed, x[:num_rows]), found[:num_rows])
+    assert torch.equal(_product(library, packed, x[299:])[0], found[299])
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_no_number_makes_its_row_so_and_no_other(
+    library: CpuLibrary, bits: int, activation_bits: int
+) -> None:
+    packed = _packed(bits, 64, torch.float32, has_minimums=False, inputs=448)
+    packed = replace(packed, activation_bits=activation_bits)
+    for num_rows in (3, 20):
+        x = _random(num_rows, 448)
+        x[1, 70], x[2, 300] = torch.nan, torch.inf
+        found = _product(library, packed, x)
+        assert found[1:3].isnan().all()
+        assert found[0].isfinite().all()
+        assert found[3:].isfinite().all()

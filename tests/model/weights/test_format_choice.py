@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,12 @@ from torch import Tensor
 from model.cpu.library import CpuLibrary, load_cpu_library
 from model.kv.arena import Arena
 from model.weights import format_choice
-from model.weights.format_choice import TIMED_ROWS, choose_format, time_formats
+from model.weights.format_choice import (
+    TIMED_ROWS,
+    choose_activation_bits,
+    choose_format,
+    time_formats,
+)
 from model.weights.interface import QuantizedRows
 from model.weights.linear import Format, Linear, PlainLinear
 from model.weights.tiles import Tiles, pack_integers
@@ -128,3 +134,42 @@ def test_own_bits_are_taken_if_they_are_not_much_slower(
         "auto", CPU, torch.float32, library=library, num_inputs=64, own_bits="Q4_K"
     )
     assert found == taken
+
+
+@pytest.mark.parametrize(
+    ("asked", "fmt", "isa", "bits"),
+    [
+        ("auto", "int8", "avx512_bf16", 8),
+        ("auto", "int4", "avx2_vnni", 8),
+        ("auto", "own", "avx512_vnni", 16),
+        ("8", "own", "avx512_vnni", 8),
+        ("16", "int8", "avx512_vnni", 16),
+        ("auto", "int8", "amx", 16),
+        ("auto", "int8", "avx2", 16),
+        ("auto", "bf16", "avx512_bf16", 16),
+    ],
+)
+def test_activations_have_eight_bits_where_speed_is_asked_for_and_gained(
+    library: CpuLibrary, asked: str, fmt: Format, isa: str, bits: int
+) -> None:
+    found, note = choose_activation_bits(asked, fmt, replace(library, isa=isa))
+    assert found == bits
+    assert (f"in {bits} bits" in note) == (fmt != "bf16")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "isa", "reason"),
+    [
+        ("bf16", "avx512_bf16", "is for weights in int8, int4 or own, not in bf16"),
+        ("none", None, "is for weights in int8, int4 or own, not in none"),
+        ("int8", "avx2", "is not faster than 16 on this CPU"),
+        ("int8", "amx", "is not faster than 16 on this CPU"),
+        ("int8", None, "is not faster than 16 on this CPU"),
+    ],
+)
+def test_eight_bits_are_refused_where_they_mean_nothing(
+    library: CpuLibrary, fmt: Format, isa: str | None, reason: str
+) -> None:
+    used = replace(library, isa=isa) if isa else None
+    with pytest.raises(ValueError, match=f"activation_bits 8 {reason}"):
+        choose_activation_bits("8", fmt, used)

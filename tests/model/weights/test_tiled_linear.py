@@ -6,6 +6,7 @@ from torch import Tensor
 
 from model.cpu.library import ISAS, CpuLibrary, load_cpu_library
 from model.kv.arena import Arena
+from model.weights.interface import QuantizedRows
 from model.weights.round_integers import by_magnitude
 from model.weights.tiled_linear import TiledLinear
 from model.weights.tiles import Tiles, pack_floats, pack_integers
@@ -153,6 +154,33 @@ def test_an_embedding_reads_the_rows_of_the_head(scale_tiles: int) -> None:
     torch.testing.assert_close(found, weight[[49, 0, 17, 17]], atol=0.02, rtol=0.01)
     if not scale_tiles:
         assert torch.equal(found, weight[[49, 0, 17, 17]].bfloat16().float())
+
+
+@pytest.mark.parametrize("has_minimums", [False, True])
+@pytest.mark.parametrize("group_inputs", [16, 32])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8, 16])
+def test_a_compiled_look_up_is_that_of_the_tiles(
+    library: CpuLibrary, bits: int, group_inputs: int, has_minimums: bool
+) -> None:
+    outputs, inputs = 50, 352
+    if bits == 16:
+        tiles = pack_floats(_random(outputs, inputs), None, Arena())
+    else:
+        codes = (_random(outputs, inputs).abs() * 1000).to(torch.int64) % 2**bits
+        factors = _random(outputs, inputs // group_inputs, seed=1)
+        rows = QuantizedRows(
+            codes.to(torch.uint8), factors, factors.flip(0) if has_minimums else None, bits
+        )
+        tiles = pack_integers(rows, None, Arena())
+    indices = torch.tensor([49, 0, 17, 17, 3])
+    torch.testing.assert_close(TiledLinear(tiles, library).rows(indices), tiles.rows(indices))
+
+
+@pytest.mark.parametrize("index", [-1, 50])
+def test_a_row_that_is_not_there_is_refused(library: CpuLibrary, index: int) -> None:
+    linear = TiledLinear(_tiles(_random(50, 70), scale_tiles=1), library)
+    with pytest.raises(IndexError, match="a row is not below 50"):
+        linear.rows(torch.tensor([3, index]))
 
 
 def test_an_arena_gives_each_its_own() -> None:
