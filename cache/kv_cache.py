@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from sys import maxsize
 
 from cache.allocation import Allocation, MissReason
+from cache.continuation import Continuation, continuation
 from cache.lease import Lease
 from cache.match import Match
 from cache.moves import PageMove, PageRef, Tier
@@ -118,6 +119,17 @@ class KVCache:
         if page is None or self._view.window is not None or not self._tree.has(page.end):
             return False
         return not page.is_cached and page not in self._pending_pages
+
+    def continuation(
+        self, allocation: Allocation, tokens: Sequence[int], max_tokens: int
+    ) -> Continuation:
+        """Look up the cached tokens behind `tokens`, in the namespace of their allocation.
+
+        Changes nothing. O(log children) a page: the lease stands at the last committed page.
+        """
+        nodes = allocation.lease.nodes
+        rest = tokens[len(nodes) * self._page_size :]
+        return continuation(allocation.lease.end, rest, self._page_size, max_tokens)
 
     def stats(self) -> CacheStats:
         """Take a snapshot. O(1)."""

@@ -17,6 +17,7 @@ from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from configs.sizes import parse_size_bytes
+from configs.speculation import Drafting, DraftTokens, Speculation, drafting_of_vllm
 
 _PARSED = BeforeValidator(parse_size_bytes)
 _SIZE = Field(json_schema_extra={"format": "size"})
@@ -171,6 +172,19 @@ class SchedulerSection(Section):
     max_queue_tokens: int = Field(
         default=4_194_304, ge=1, description="tokens of waiting requests at most, then 429"
     )
+    speculation: Speculation = Field(
+        default="none",
+        description="guess tokens ahead and verify them together, which changes no token; auto:"
+        " from cached prefixes and past outputs; suffix: past outputs; ngram: the request alone",
+    )
+    speculative_tokens: DraftTokens = Field(
+        default=16, description="tokens of one draft at most; fewer where they do not pay"
+    )
+    speculative_config: str | None = Field(
+        default=None,
+        description="vLLM's JSON in place of both: method (ngram or suffix),"
+        " num_speculative_tokens, prompt_lookup_min, prompt_lookup_max",
+    )
     engine_timeout_s: float = Field(
         default=300.0, gt=0, le=86400, description="replace an engine that is silent for so long"
     )
@@ -178,6 +192,21 @@ class SchedulerSection(Section):
         default=1800.0, gt=0, le=86400, description="give up a start of the engine after so long"
     )
     debug: bool = Field(default=False, description="check every invariant after every step")
+
+    @property
+    def drafting(self) -> Drafting:
+        """The drafts to make. Raises `ValueError` where `speculative_config` is wrong."""
+        if self.speculative_config is not None:
+            return drafting_of_vllm(self.speculative_config)
+        return Drafting(self.speculation, self.speculative_tokens)
+
+    @model_validator(mode="after")
+    def _drafts_are_known(self) -> Self:
+        own = {"speculation", "speculative_tokens"} & self.model_fields_set
+        if self.speculative_config is not None and own:
+            raise ValueError(f"speculative_config and {min(own)} exclude each other")
+        _ = self.drafting
+        return self
 
     @model_validator(mode="after")
     def _every_decode_fits(self) -> Self:

@@ -27,6 +27,9 @@ class Answer:
         self.output_tokens: int | None = None
         self.cached_tokens: int | None = None
         self._texts: list[str] = []
+        self._contents: list[str] = []
+        #: By index, as they grow: id, name and arguments.
+        self._calls: dict[int, dict[str, str]] = {}
         #: For each piece of text: its time, and the usage's count by then if events have it.
         self._moments: list[float] = []
         self._counts: list[int | None] = []
@@ -78,11 +81,32 @@ class Answer:
             return
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         delta = choice.get("delta")
+        if isinstance(delta, dict):
+            self._take_message(delta)
         text = choice.get("text") if not isinstance(delta, dict) else _text_of(delta)
         if isinstance(text, str) and text:
             self._texts.append(text)
             self._moments.append(now_s)
             self._counts.append(self.output_tokens)
+
+    def _take_message(self, delta: dict[str, Any]) -> None:
+        if isinstance(delta.get("content"), str):
+            self._contents.append(delta["content"])
+        for part in delta.get("tool_calls") or ():
+            if isinstance(part, dict):
+                index = _count(part.get("index")) or 0
+                call = self._calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
+                function = part.get("function") or {}
+                call["id"] = part.get("id") or call["id"]
+                call["name"] = function.get("name") or call["name"]
+                call["arguments"] += function.get("arguments") or ""
+
+    def message(self) -> dict[str, Any]:
+        """Return the answer as a message of the next request."""
+        message = {"role": "assistant", "content": "".join(self._contents)}
+        if not self._calls:
+            return message
+        return {**message, "tool_calls": [_call(index, c) for index, c in self._calls.items()]}
 
     def end(self) -> None:
         """Note that the body ended: without `[DONE]` or a finish reason it was cut off."""
@@ -122,11 +146,7 @@ class Answer:
 
     def is_json(self) -> bool:
         """Return whether the text is one JSON value."""
-        try:
-            json.loads(self.text)
-        except ValueError:
-            return False
-        return True
+        return _is_json(self.text)
 
 
 def _text_of(delta: dict[str, Any]) -> str:
@@ -136,6 +156,21 @@ def _text_of(delta: dict[str, Any]) -> str:
     calls = delta.get("tool_calls") or ()
     functions = [call.get("function") or {} for call in calls if isinstance(call, dict)]
     return "".join(str(one.get("name") or one.get("arguments") or "") for one in functions)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _call(index: int, parts: dict[str, str]) -> dict[str, Any]:
+    """Return a call as a message holds it; arguments that were cut off are left out."""
+    arguments = parts["arguments"] if _is_json(parts["arguments"]) else "{}"
+    function = {"name": parts["name"], "arguments": arguments}
+    return {"id": parts["id"] or f"call_{index}", "type": "function", "function": function}
 
 
 def _count(value: object) -> int | None:

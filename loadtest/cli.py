@@ -19,7 +19,7 @@ from loadtest.compare import Contestant
 from loadtest.figures import SLO_KEYS
 from loadtest.launch import Command
 from loadtest.plan import TRACE, Plan
-from loadtest.workloads import PRESETS
+from loadtest.presets import PRESETS
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 #: Read in this order where no --api-key is given: others can see a program's flags.

@@ -25,6 +25,7 @@ from loadtest.target import Target
 #: Compared figures: name, number of digits, and getter.
 _ROWS: tuple[tuple[str, int, Callable[[Run, Figures], float | None]], ...] = (
     ("output tokens/s", 1, lambda _, f: f.output_tokens_per_s),
+    ("tokens/s a conversation", 1, lambda _, f: f.conversation_tokens_per_s.mean),
     ("requests/s", 2, lambda _, f: f.requests_per_s),
     ("goodput requests/s", 2, lambda _, f: f.goodput.per_s if f.goodput else None),
     ("first token p50 ms", 1, lambda _, f: f.latencies.ttft.percentiles[50] * 1e3),
@@ -34,6 +35,7 @@ _ROWS: tuple[tuple[str, int, Callable[[Run, Figures], float | None]], ...] = (
     ("per token mean ms", 2, lambda _, f: f.latencies.tpot.mean * 1e3),
     ("longest gap p50 ms", 1, lambda _, f: f.latencies.gap.percentiles[50] * 1e3),
     ("whole answer p50 ms", 1, lambda _, f: f.latencies.e2e.percentiles[50] * 1e3),
+    ("whole answer p99 ms", 1, lambda _, f: f.latencies.e2e.percentiles[99] * 1e3),
     ("cached share of prompts", 3, lambda _, f: f.cache_hit_rate),
     ("JSON share of answers", 3, lambda _, f: f.json_share),
     ("failed requests", 0, lambda _, f: float(sum(n for n, _ in f.failures.values()))),

@@ -136,6 +136,7 @@ class Driver:
         history: list[dict[str, Any]] = []
         pause_s = 0.0
         for index, turn in enumerate(lane.make(number)):
+            await asyncio.sleep(turn.think_s)
             body, answer, sent_s = self.composer.body(turn, history), Answer(), self._now_s()
             # A timer may be a little early: then it was due when it was sent.
             at_s = sent_s if due_s is None or index else min(due_s, sent_s)
@@ -145,8 +146,7 @@ class Driver:
                 pause_s = min(outcome.retry_after_s or _AFTER_FAILURE_S, _LONGEST_WAIT_S)
                 break
             if self.composer.workload.endpoint == "chat":
-                said = {"role": "assistant", "content": answer.text}
-                history = [*self.composer.messages(turn, history), said]
+                history = [*self.composer.messages(turn, history), answer.message()]
         self.live.num_conversations += lane is self.composer.workload.lanes[0]
         return pause_s
 
@@ -165,7 +165,7 @@ class Driver:
 
     def _keep(self, place: Record, outcome: Outcome, answer: Answer) -> None:
         moments, tokens = answer.arrivals()
-        is_json = answer.is_json() if self.composer.workload.ends_itself else None
+        is_json = answer.is_json() if self.composer.workload.asks_for_json else None
         record = replace(
             place,
             arrival_s=tuple(moment_s - self._began_s for moment_s in moments),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from loadtest.disturbance import Disturbance, disturbance
@@ -91,6 +91,8 @@ class Figures:
     requests_per_s: float
     output_tokens_per_s: float
     prompt_tokens_per_s: float | None
+    #: Of each conversation with several answers: output tokens in the time that it waited for them.
+    conversation_tokens_per_s: Spread
     latencies: Latencies
     #: Latencies of each lane, where there are several.
     lanes: Mapping[str, Latencies]
@@ -125,6 +127,7 @@ def figures(run: Run) -> Figures:
         requests_per_s=len(good) / duration_s,
         output_tokens_per_s=sum(one.num_output_tokens for one in good) / duration_s,
         prompt_tokens_per_s=sum(prompts) / duration_s if prompts else None,
+        conversation_tokens_per_s=Spread.of(_conversation_rates(good)),
         latencies=latencies(good),
         lanes={name: latencies([one for one in good if one.lane == name]) for name in lanes}
         if len(lanes) > 1
@@ -152,6 +155,16 @@ def latencies(good: Sequence[Record]) -> Latencies:
         e2e=Spread.of(one.e2e_s for one in good),
         gap=Spread.of(max(gaps_s) for one in good if (gaps_s := one.gaps_s())),
     )
+
+
+def _conversation_rates(good: Sequence[Record]) -> Iterator[float]:
+    turns: dict[tuple[str, int], list[Record]] = {}
+    for one in good:
+        turns.setdefault((one.lane, one.conversation), []).append(one)
+    for answers in turns.values():
+        waited_s = sum(one.e2e_s for one in answers)
+        if len(answers) > 1 and waited_s > 0:
+            yield sum(one.num_output_tokens for one in answers) / waited_s
 
 
 def _failures(records: Sequence[Record]) -> dict[str, tuple[int, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from loadtest import arguments as values
 from loadtest.arrivals import PROCESSES
 from loadtest.plan import TRACE, Load, Plan
-from loadtest.workloads import PRESETS
+from loadtest.presets import PRESETS
 
 _SEEDS = 1_000_000
 #: Rounds of a comparison count up from a load's seed.
@@ -61,7 +61,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--response-format",
         choices=["schema", "none"],
         default="schema",
-        help="of the workload structured",
+        help="of the workloads structured and schema",
     )
     shape.add_argument("--continuous-usage", action="store_true", help="exact tokens of each piece")
     values.add(shape, "--extra", values.json_object, "JSON", "more fields", {})

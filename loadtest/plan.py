@@ -14,9 +14,10 @@ from typing import Any
 
 from loadtest.arrivals import PROCESSES
 from loadtest.drive import Bounds
+from loadtest.presets import PRESETS
 from loadtest.probe import PromptForm
 from loadtest.trace import read_trace
-from loadtest.workloads import PRESETS, Endpoint, Shape, Workload
+from loadtest.workloads import Endpoint, Shape, Workload
 
 #: More than a machine can use; it is there so that a slow first batch is not measured.
 _MOST_WARM_UPS = 8

@@ -23,6 +23,8 @@ PromptForm: TypeAlias = Literal["auto", "ids", "text"]
 _PROBE_WORDS = (32, 64)
 _REFUSALS = ("http 400", "http 422")
 _TIMEOUT_S = 300.0
+#: Of a preset all conversations are alike, and there may be no end of them.
+_MOST_CONVERSATIONS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,6 @@ def _has_drawn(workload: Workload) -> bool:
     return any(
         isinstance(turn.prompt, Drawn)
         for lane in workload.lanes
-        for number in range(workload.num_conversations)
+        for number in range(min(workload.num_conversations, _MOST_CONVERSATIONS))
         for turn in lane.make(number)
     )

@@ -85,6 +85,7 @@ class Composer:
         body = {"model": self.model, **self.manner.fields(turn.max_tokens)}
         if self.workload.response_format is not None:
             body["response_format"] = dict(self.workload.response_format)
+        body |= turn.fields
         if self.workload.endpoint == "chat":
             body["messages"] = self.messages(turn, history)
         elif not isinstance(turn.prompt, Drawn):
@@ -103,4 +104,11 @@ class Composer:
                 return [message for message in content if isinstance(message, dict)]
             return [*history, {"role": "user", "content": content}]
         text = self.spelling.text(turn.prompt, is_first=not history)
-        return [*history, {"role": "user", "content": text}]
+        if turn.system is not None:
+            system = self.spelling.text(turn.system, is_first=False)
+            history = [*history, {"role": "system", "content": system}]
+        calls = history[-1].get("tool_calls", ()) if turn.is_result and history else ()
+        if not calls:
+            return [*history, {"role": "user", "content": text}]
+        results = [{"role": "tool", "tool_call_id": one["id"], "content": text} for one in calls]
+        return [*history, *results]

@@ -82,6 +82,8 @@ def _rates(found: Figures) -> Iterator[str]:
     if found.prompt_tokens_per_s is not None:
         yield f"{found.prompt_tokens_per_s:.1f} prompt tokens/s"
     yield f"{found.requests_per_s:.2f} requests/s"
+    if found.conversation_tokens_per_s.count:
+        yield f"{found.conversation_tokens_per_s.mean:.1f} tokens/s a conversation"
     if found.cache_hit_rate is not None:
         yield f"{found.cache_hit_rate:.1%} of prompt tokens cached"
     if found.goodput is not None:

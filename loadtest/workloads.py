@@ -56,6 +56,14 @@ class Turn:
 
     prompt: Drawn | Verbatim
     max_tokens: int
+    #: More fields of its body.
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    #: Of the message before the prompt.
+    system: Drawn | None = None
+    #: How long the client waits after the answer before it.
+    think_s: float = 0.0
+    #: Sent as the result of the calls in the answer before it, if there are any.
+    is_result: bool = False
 
 
 #: Turns that follow each other; each is sent after the answer to the one before it.
@@ -85,6 +93,8 @@ class Workload:
     #: Whether answers end of themselves, rather than at `max_tokens`.
     ends_itself: bool = False
     response_format: Mapping[str, Any] | None = None
+    #: Whether an answer must be JSON.
+    asks_for_json: bool = False
     #: When the conversations of a trace are due; None for other workloads.
     due_s: tuple[float, ...] | None = None
     #: Its parameters, for the record.
@@ -119,7 +129,7 @@ def _fixed(shape: Shape, concurrency: int, prompt: int, out: int, name: str = "f
     def make(number: int) -> Conversation:
         return (Turn(Drawn(draws(prompt, shape.seed, name, number)), out),)
 
-    return _of_one_lane(
+    return of_one_lane(
         name, shape, concurrency, make, shaped={"prompt_tokens": prompt, "max_tokens": out}
     )
 
@@ -133,7 +143,7 @@ def _shared_prefix(shape: Shape) -> Workload:
         return (Turn(Drawn(prefix + draws(own_tokens, shape.seed, "suffix", number)), out),)
 
     shaped = {"prefix_tokens": prefix_tokens, "own_tokens": own_tokens, "max_tokens": out}
-    return _of_one_lane("shared-prefix", shape, 8, make, shaped=shaped)
+    return of_one_lane("shared-prefix", shape, 8, make, shaped=shaped)
 
 
 def _multi_turn(shape: Shape) -> Workload:
@@ -147,7 +157,7 @@ def _multi_turn(shape: Shape) -> Workload:
         )
 
     shaped = {"turns": num_turns, "first_tokens": first, "later_tokens": later, "max_tokens": out}
-    return _of_one_lane("multi-turn", shape, 8, make, shaped=shaped, endpoint="chat", per_worker=2)
+    return of_one_lane("multi-turn", shape, 8, make, shaped=shaped, endpoint="chat", per_worker=2)
 
 
 def _long_among_decodes(shape: Shape) -> Workload:
@@ -181,7 +191,7 @@ def _mixed(shape: Shape) -> Workload:
         return (Turn(Drawn(draws(prompt, shape.seed, "mixed", number)), out),)
 
     shaped = {"longest_prompt_tokens": longest_prompt, "most_tokens": longest_out}
-    return _of_one_lane("mixed", shape, 8, make, shaped=shaped, per_worker=8)
+    return of_one_lane("mixed", shape, 8, make, shaped=shaped, per_worker=8)
 
 
 def _log_uniform(chance: random.Random, low: int, high: int) -> int:
@@ -200,13 +210,16 @@ def _structured(shape: Shape) -> Workload:
         return (Turn(Drawn(draws(own_tokens, shape.seed, "person", number), task), out),)
 
     shaped = {"max_tokens": out, "has_schema": shape.has_schema}
-    plain = _of_one_lane("structured", shape, 8, make, shaped=shaped, endpoint="chat")
+    plain = of_one_lane("structured", shape, 8, make, shaped=shaped, endpoint="chat")
     return replace(
-        plain, ends_itself=True, response_format=RESPONSE_FORMAT if shape.has_schema else None
+        plain,
+        ends_itself=True,
+        asks_for_json=True,
+        response_format=RESPONSE_FORMAT if shape.has_schema else None,
     )
 
 
-def _of_one_lane(
+def of_one_lane(
     name: str,
     shape: Shape,
     concurrency: int,
@@ -216,6 +229,7 @@ def _of_one_lane(
     endpoint: Endpoint = "completions",
     per_worker: int = 4,
 ) -> Workload:
+    """Return a workload of one lane; `per_worker`: conversations of each at a time."""
     concurrency = shape.concurrency or concurrency
     return Workload(
         name,
@@ -226,8 +240,10 @@ def _of_one_lane(
     )
 
 
-#: Name to description and constructor.
-PRESETS: dict[str, tuple[str, Callable[[Shape], Workload]]] = {
+#: Its description and constructor.
+Preset: TypeAlias = tuple[str, Callable[[Shape], Workload]]
+#: Name to preset.
+WORDS_ALONE: dict[str, Preset] = {
     "c1": ("one at a time, 129 tokens in, 128 out", lambda s: _fixed(s, 1, 129, 128)),
     "c8": ("eight at a time, 129 in, 128 out", lambda s: _fixed(s, 8, 129, 128)),
     "c32": ("32 at a time, 129 in, 128 out", lambda s: _fixed(s, 32, 129, 128)),

@@ -74,6 +74,7 @@ def assemble(
     where = _device(config.model)
     cache = _weights_cache(config.model)
     where = replace(where, notes=(*where.notes, *threads.notes))
+    free_bytes = free_memory_bytes()
     decoder = build_decoder(
         source,
         config.model,
@@ -93,7 +94,9 @@ def assemble(
         parts = GpuParts(decoder, offer, info_of, spec, ops, config)
         runner = assemble_on_gpu(parts, plan_of)
     else:
-        plan = plan_of(free_memory_bytes())
+        # Weights that are mapped from a file count as free memory, since the system may drop them.
+        free_bytes = min(free_memory_bytes(), max(free_bytes - decoder.weights_bytes, 0))
+        plan = plan_of(free_bytes)
         decoder.hold_positions(plan.max_model_len)
         pool = KVPool(spec.layout(plan.page_size), plan.num_pages, where.device)
         attention, info = offer.build(spec, pool), info_of(plan)

@@ -335,7 +335,7 @@ class FakeRunner:
         allowed = np.flatnonzero(~mask.is_banned)
         token_id = int(allowed[digest // 61 % len(allowed)])
         if token_id != FAKE_EOS_TOKEN_ID:
-            self._matchers.advance([(slot, token_id)])
+            self._matchers.advance([(slot, [token_id])])
         return token_id
 
     def idle(self) -> bool:
@@ -349,6 +349,10 @@ class FakeRunner:
     def prepare(self, grammar: str) -> Future[Constraint]:
         """See `ModelRunner`."""
         return self._grammars.prepare(grammar)
+
+    def forced_tokens(self, slot: int) -> list[int]:
+        """See `ModelRunner`."""
+        return self._matchers.forced(slot)
 
     def close(self) -> None:
         """See `ModelRunner`."""

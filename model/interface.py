@@ -323,5 +323,8 @@ class ModelRunner(Protocol):
         The future raises `ValueError` for a grammar that cannot be used.
         """
 
+    def forced_tokens(self, slot: int) -> list[int]:
+        """Return the next tokens that the grammar in a slot forces, or none: a guess at a draft."""
+
     def close(self) -> None:
         """Release all resources. The runner is not used afterwards."""

@@ -39,6 +39,35 @@ class BlockTables:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawnRows:
+    """The rows of a step's logits: a token is drawn from each, and those of a span are neighbours.
+
+    Parallel lists.
+    """
+
+    slots: list[int]
+    #: Of the drawn token in the text.
+    positions: list[int]
+    #: The draft's tokens before the drawn one, on which its row depends; empty in all where the
+    #: step has no drafts.
+    drafts: list[list[int]]
+
+
+def drawn_rows(step: StepInput) -> DrawnRows:
+    """Return the rows of a step's logits."""
+    if not any(span.count > 1 for span in step.spans.values()):
+        return DrawnRows([step.slots[row] for row in step.sample_rows], step.sample_positions, [])
+    rows = DrawnRows([], [], [])
+    starts = np.cumsum([0, *step.counts]).tolist()
+    for span, position in zip(step.samples, step.sample_positions, strict=True):
+        first = starts[span.row] + span.first + 1
+        rows.slots.extend([step.slots[span.row]] * span.count)
+        rows.positions.extend(range(position, position + span.count))
+        rows.drafts.extend(step.token_ids[first : first + i] for i in range(span.count))
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
 class PackedStep:
     """A step on the host."""
 
@@ -156,8 +185,6 @@ class Packer:
         page_size, slots = self._page_size, step.slots
         if step.dropped:
             raise ValueError("rows whose sequences dropped keys cannot be computed")
-        if any(span.count > 1 for span in step.spans.values()):
-            raise ValueError("one token a span can be drawn, not several")
         firsts = np.fromiter(step.positions, np.int64, len(step.positions))
         counts = np.fromiter(step.counts, np.int64, len(step.counts))
         ends = firsts + counts
@@ -175,11 +202,7 @@ class Packer:
             token_ids[pending] = 0
             pending_rows = rows[pending].tolist()
             pending_from = np.asarray([self._sample_of_slot[slots[row]] for row in pending_rows])
-        sample_rows = np.fromiter(step.sample_rows, np.int64, len(step.sample_rows))
-        sampled = query_starts[sample_rows + 1].astype(np.int64) - 1
-        for index, span in step.spans.items():
-            sampled[index] = query_starts[span.row] + span.first
-        self._sample_of_slot = {slots[row]: index for index, row in enumerate(step.sample_rows)}
+        sampled = self._pack_samples(step, query_starts)
         return PackedStep(
             token_ids=token_ids,
             positions=positions,
@@ -193,3 +216,23 @@ class Packer:
             max_query_len=int(counts.max()),
             max_seq_len=max_seq_len,
         )
+
+    def _pack_samples(self, step: StepInput, query_starts: np.ndarray) -> np.ndarray:
+        """Return after which tokens one is drawn, and note which of them are the newest."""
+        slots = step.slots
+        sample_rows = np.fromiter(step.sample_rows, np.int64, len(step.sample_rows))
+        firsts = query_starts[sample_rows + 1].astype(np.int64) - 1
+        for index, span in step.spans.items():
+            firsts[index] = query_starts[span.row] + span.first
+        if not any(span.count > 1 for span in step.spans.values()):
+            self._sample_of_slot = {slots[row]: index for index, row in enumerate(step.sample_rows)}
+            return firsts
+        spans = step.samples
+        # Which token behind a draft is the newest is not known yet, so no step continues it now.
+        ends = np.cumsum([span.count for span in spans])
+        self._sample_of_slot = {
+            slots[span.row]: end - 1
+            for span, end in zip(spans, ends.tolist(), strict=True)
+            if span.count == 1
+        }
+        return np.concatenate([firsts[i] + np.arange(span.count) for i, span in enumerate(spans)])

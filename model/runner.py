@@ -30,7 +30,7 @@ from model.interface import (
     Vocabulary,
 )
 from model.kv.pool import KVPool
-from model.packing import PackedStep, Packer
+from model.packing import PackedStep, Packer, drawn_rows
 from model.sampling.sampled_tokens import SampledTokens, mark
 from model.sampling.sampler import Sampler
 
@@ -133,10 +133,12 @@ class TorchRunner:
         return self._decoder.forward(step.token_ids, positions, self._attention), step.sampled
 
     def _sample(self, step: StepInput, hidden: Tensor, sampled: Tensor) -> SampledTokens:
+        rows = drawn_rows(step)
         return self._sampler.begin(
             self._decoder.logits(hidden[sampled] if len(sampled) < len(hidden) else hidden),
-            [step.slots[row] for row in step.sample_rows],
-            step.sample_positions,
+            rows.slots,
+            rows.positions,
+            rows.drafts,
         )
 
     def _score(self, step: StepInput, hidden: Tensor) -> list[tuple[TokenLogprobs, ...]]:
@@ -163,6 +165,10 @@ class TorchRunner:
     def prepare(self, grammar: str) -> Future[Constraint]:
         """See `ModelRunner`."""
         return self._grammars.prepare(grammar)
+
+    def forced_tokens(self, slot: int) -> list[int]:
+        """See `ModelRunner`."""
+        return self._sampler.forced_tokens(slot)
 
     def close(self) -> None:
         """See `ModelRunner`. Memory goes with the process."""

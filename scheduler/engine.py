@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.interface import Constraint, InFlightStep, ModelRunner
+from scheduler.drafters.choice import build_drafters
+from scheduler.drafters.grammar import GrammarDrafter
 from scheduler.messages import (
     Begun,
     Cancel,
@@ -73,7 +75,15 @@ class Engine:
             view=info.view,
             chunk_tokens=config.max_num_batched_tokens,
         )
-        self._scheduler = Scheduler(self._cache, config, info)
+        drafting = config.drafting
+        drafter = build_drafters(
+            drafting.speculation,
+            self._cache,
+            further=[GrammarDrafter(runner.forced_tokens)],
+            lookup_min_tokens=drafting.lookup_min_tokens,
+            lookup_max_tokens=drafting.lookup_max_tokens,
+        )
+        self._scheduler = Scheduler(self._cache, config, info, drafter)
         #: Requests whose grammars are being made ready.
         self._preparing: dict[int, tuple[Submit, Future[Constraint]]] = {}
         #: When each request that waits for its first admission arrived.
@@ -173,10 +183,11 @@ class Engine:
     def _max_steps_in_flight(self) -> int:
         """Steps that may be under way now.
 
-        A grammar needs the last token before it gives the next mask. With two steps under way its
-        sequences would be in every other step, and the batch would run in two halves.
+        A grammar needs the last token before it gives the next mask, and so does a drafter. With
+        two steps under way their sequences would be in every other step, and the batch would run in
+        two halves.
         """
-        return 1 if self._scheduler.follows_grammars else self._runner.max_steps_in_flight
+        return 1 if self._scheduler.awaits_tokens else self._runner.max_steps_in_flight
 
     def _launch(self, plan: StepPlan) -> bool:
         began_s = self._clock_s()

@@ -38,7 +38,11 @@ def engine_main(pipe: Connection, preload: Callable[[], None] | None = None) -> 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         if preload is not None:
+            # Imports make hundreds of thousands of objects that stay: no collection walks them.
+            gc.disable()
             preload()
+            gc.freeze()
+            gc.enable()
         _run(pipe)
     except (BrokenPipeError, ConnectionResetError):
         return  # The API is gone, and with it all clients.

@@ -58,6 +58,10 @@ class GenerateRequest:
     priority: int = 0
     #: Prefixes are shared only within one namespace: of the API key and the `cache_salt`.
     namespace: str = ""
+    #: Text that the output may repeat (OpenAI's `prediction`), for drafts.
+    prediction_token_ids: tuple[int, ...] = ()
+    #: Whether drafts may be verified for it. They change its speed alone.
+    may_speculate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +175,21 @@ class StepResult:
     finished: list[tuple[int, FinishReason]] = field(default_factory=list)
     #: (request id, message): ended by an error of its own.
     failed: list[tuple[int, str]] = field(default_factory=list)
+    #: (request id, draft tokens that were verified, those of them that were accepted).
+    drafts: list[tuple[int, int, int]] = field(default_factory=list)
     #: Pages that each `ResetCache` freed.
     reset_pages: list[int] = field(default_factory=list)
     #: Tokens the step computed, prompt and decode together; 0 without a step.
     num_step_tokens: int = 0
+
+    def add_tokens(
+        self, request_id: int, token_ids: list[int], logprobs: list[TokenLogprobs] | None
+    ) -> None:
+        """Add the next tokens of a request; `logprobs` is None where no request has any."""
+        self.request_ids.extend([request_id] * len(token_ids))
+        self.token_ids.extend(token_ids)
+        if logprobs is not None:
+            self.logprobs.extend(logprobs[: len(token_ids)] or [None] * len(token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +206,9 @@ class TokenOutput:
     #: Of the prompt's tokens but the first, if asked for: all of them in the first output that has
     #: a token or a reason.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    #: Tokens of drafts that were verified, and those of them that were accepted.
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ used with sixty: each prompt token would seem expensive, and prompts would stay 
 
 from __future__ import annotations
 
+from scheduler.draft_lengths import Step
+
 #: Weight of the newest step in each running mean.
 _NEWEST = 0.2
 #: One step counts for no more than so many times the mean: the machine may have been asleep.
@@ -18,6 +20,8 @@ _OUTLIER = 5.0
 _MIN_CHUNK_TOKENS = 16
 #: Mixed steps in a row before one of decodes alone, which is the shortest there is.
 _MAX_MIXED_STEPS = 16
+#: The same for steps with drafts. Where most drafts are accepted, such a step gives few tokens.
+_MAX_DRAFTED_STEPS = 64
 
 
 class Pacing:
@@ -31,6 +35,9 @@ class Pacing:
         #: The mean number of decodes in the steps that `decode_s` was measured with.
         self._num_decodes = 0.0
         self._num_mixed_steps = 0
+        #: Running means of the time that drafts added to a step, and of their tokens.
+        self._drafts_s = self._num_draft_tokens = 0.0
+        self._num_drafted_steps = 0
 
     def prompt_tokens(self, budget_tokens: int, *, num_decodes: int, num_prompts: int) -> int:
         """Return how many prompt tokens the next step may compute, at most `budget_tokens`.
@@ -53,15 +60,62 @@ class Pacing:
         more = num_decodes - self._num_decodes
         return max(self.decode_s + more * (self.token_s or 0.0), self.decode_s / _OUTLIER)
 
-    def observe(self, elapsed_s: float, *, num_decodes: int, num_prompt_tokens: int) -> None:
+    @property
+    def has_timed_drafts(self) -> bool:
+        """Whether the price of drafts was measured."""
+        return self._num_draft_tokens > 0.0
+
+    @property
+    def draft_token_s(self) -> float | None:
+        """The time that a further token of a draft adds, as far as known.
+
+        Until it was measured it is taken for a prompt's token: both are more rows of one step.
+        """
+        if self.has_timed_drafts:
+            return max(self._drafts_s / self._num_draft_tokens, 0.0)
+        return self.token_s or self.decode_s
+
+    @property
+    def has_to_time_decodes(self) -> bool:
+        """Whether the next step should have no drafts, so that decodes are timed without any."""
+        if self.decode_s is None:
+            return self.token_s is not None
+        is_mixed_too_long = self._num_mixed_steps >= _MAX_MIXED_STEPS
+        return is_mixed_too_long or self._num_drafted_steps >= _MAX_DRAFTED_STEPS
+
+    def step(self, num_decodes: int, num_prompt_tokens: int) -> Step | None:
+        """Estimate a step without drafts; None while no step was timed."""
+        draft_token_s = self.draft_token_s
+        if self.decode_s is None or draft_token_s is None or num_decodes == 0:
+            return None
+        time_s = self._decodes_s(num_decodes) + num_prompt_tokens * (self.token_s or 0.0)
+        return Step(num_decodes + num_prompt_tokens, time_s, draft_token_s)
+
+    def observe(
+        self,
+        elapsed_s: float,
+        *,
+        num_decodes: int,
+        num_prompt_tokens: int,
+        num_draft_tokens: int = 0,
+    ) -> None:
         """Update the estimates from a step that took `elapsed_s`.
+
+        A step with drafts and no prompts gives the price of drafts; with prompts, their price is
+        subtracted first.
 
         A mixed step gives one of the two costs once the other is known. If only prompts have been
         timed, it gives the decodes' share. So the chunks of a burst of arrivals can grow before
         there was a step of decodes alone.
         """
+        if num_draft_tokens:
+            self._num_drafted_steps = min(self._num_drafted_steps + 1, _MAX_DRAFTED_STEPS)
+            if num_prompt_tokens == 0:
+                self._learn_drafts(elapsed_s, num_decodes, num_draft_tokens)
+                return
+            elapsed_s = max(elapsed_s - num_draft_tokens * (self.draft_token_s or 0.0), 1e-9)
         if num_prompt_tokens == 0:
-            self._num_mixed_steps = 0
+            self._num_mixed_steps = self._num_drafted_steps = 0
             self._learn_decode(elapsed_s, num_decodes)
             return
         if num_decodes:
@@ -77,6 +131,15 @@ class Pacing:
         base_s = self._decodes_s(num_decodes) if is_base_known else 0.0
         token_s = max(elapsed_s - base_s, 1e-9) / num_prompt_tokens
         self.token_s = _mean(self.token_s, token_s)
+
+    def _learn_drafts(self, elapsed_s: float, num_decodes: int, num_draft_tokens: int) -> None:
+        if self.decode_s is None:
+            return
+        # Two means, so that long drafts, whose price stands out of the noise, count for more.
+        added_s = min(elapsed_s, _OUTLIER * self.decode_s) - self._decodes_s(num_decodes)
+        weight = _NEWEST if self.has_timed_drafts else 1.0
+        self._drafts_s += weight * (added_s - self._drafts_s)
+        self._num_draft_tokens += weight * (num_draft_tokens - self._num_draft_tokens)
 
     def _learn_decode(self, elapsed_s: float, num_decodes: int) -> None:
         self._num_decodes = _mean(self._num_decodes if self.decode_s else None, num_decodes)

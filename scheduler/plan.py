@@ -5,9 +5,11 @@ Knows nothing of why a sequence is in it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from model.interface import PENDING_TOKEN, ScoredSpan, StepInput
+from model.interface import PENDING_TOKEN, SampleSpan, ScoredSpan, StepInput
+from scheduler.drafters.draft import Draft
 from scheduler.sequence import Sequence
 
 
@@ -23,6 +25,13 @@ class StepPlan:
     started: list[tuple[int, int, str]]
     num_decodes: int
     num_prompt_tokens: int
+    #: By row.
+    drafts: dict[int, Draft] = field(default_factory=dict)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens of all drafts."""
+        return sum(len(draft.token_ids) for draft in self.drafts.values())
 
     @property
     def num_tokens(self) -> int:
@@ -33,6 +42,24 @@ class StepPlan:
         """Return whether the row's sequence ended or was rolled back since the step was planned."""
         sequence = self.sequences[row]
         return sequence.finish_reason is not None or sequence.num_rollbacks != self.rollbacks[row]
+
+
+def add_drafts(plan: StepPlan, drafts: Mapping[int, Draft]) -> None:
+    """Lay drafts behind the newest tokens of their rows.
+
+    These rows are decodes, which come first in a plan and have one token each.
+    """
+    step, token_ids = plan.step, list[int]()
+    for row in range(plan.num_decodes):
+        token_ids.append(step.token_ids[row])
+        if row in drafts:
+            draft = drafts[row].token_ids
+            token_ids += draft
+            step.counts[row] += len(draft)
+            step.spans[row] = SampleSpan(row, 0, len(draft) + 1)
+            plan.sequences[row].is_drafted = True
+    step.token_ids[: plan.num_decodes] = token_ids
+    plan.drafts.update(drafts)
 
 
 def new_plan() -> StepPlan:

@@ -77,6 +77,10 @@ class WaitingQueue:
         del sequence.token_ids[-1]
         self._num_tokens -= 1
 
+    def count_tokens(self, num_more: int) -> None:
+        """Count tokens that a waiting sequence was given."""
+        self._num_tokens += num_more
+
     def check(self) -> None:
         """Assert that lanes, priorities and the count agree."""
         assert self._priorities == sorted(self._by_priority), (

@@ -14,11 +14,14 @@ from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.interface import PENDING_TOKEN, Constraint, ModelInfo, StepOutput
 from scheduler.admission import Room, displaced, place_for, why_never
+from scheduler.drafters.draft import Drafter
+from scheduler.landing import advance, land_drafts, note_scores
 from scheduler.messages import FinishReason, Rejected, RejectKind, StepResult, Submit
 from scheduler.pacing import Pacing
 from scheduler.plan import StepPlan, add_row, new_plan
 from scheduler.prospects import Prospects
 from scheduler.sequence import Sequence
+from scheduler.speculation import Speculation
 from scheduler.stats import SchedulerStats
 from scheduler.suspects import ModelFaultError, Suspects
 from scheduler.table import SequenceTable
@@ -32,7 +35,13 @@ _NOT_FINITE = "no token has a finite logit"
 class Scheduler:
     """Chooses the rows of each step, for one cache and one model."""
 
-    def __init__(self, cache: KVCache, config: SchedulerSection, info: ModelInfo) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        config: SchedulerSection,
+        info: ModelInfo,
+        drafter: Drafter | None = None,
+    ) -> None:
         self._cache = cache
         self._config = config
         self._page_size = info.page_size
@@ -41,6 +50,7 @@ class Scheduler:
         self._max_model_len = min(info.max_model_len, cache.max_tokens + 1)
         self._eos_token_ids = info.eos_token_ids
         self._pacing = Pacing(config.max_decode_slowdown)
+        self._speculation = Speculation(drafter, config.drafting.max_tokens, self._pacing)
         self._table = SequenceTable(cache, config.max_num_seqs, info.page_size)
         self._waiting, self._running = self._table.waiting, self._table.running
         self._suspects = Suspects()
@@ -65,9 +75,13 @@ class Scheduler:
         return bool(self._table.requests)
 
     @property
-    def follows_grammars(self) -> bool:
-        """Whether a running sequence has a grammar, which must know a token before the next."""
-        return any(sequence.constraint is not None for sequence in self._running)
+    def awaits_tokens(self) -> bool:
+        """Whether a running sequence has a grammar or drafts, which follow known tokens alone."""
+        may_draft = self._speculation.is_on
+        return any(
+            sequence.constraint is not None or (may_draft and sequence.request.may_speculate)
+            for sequence in self._running
+        )
 
     def submit(self, submit: Submit, constraint: Constraint | None = None) -> list[Rejected]:
         """Queue a request; return its refusal, or those of the requests it displaced.
@@ -141,7 +155,9 @@ class Scheduler:
             left = self._admit(plan, left)
         if not plan.sequences:
             return None
-        return replace(plan, num_decodes=num_decodes, num_prompt_tokens=budget - left)
+        plan = replace(plan, num_decodes=num_decodes, num_prompt_tokens=budget - left)
+        self._speculation.extend(plan, self._config.max_num_batched_tokens, self._table.draft_room)
+        return plan
 
     def _plan_suspect(self) -> StepPlan:
         """Plan a step of the current suspect alone; others keep their pages while there is room."""
@@ -243,12 +259,11 @@ class Scheduler:
                 elapsed_s,
                 num_decodes=plan.num_decodes,
                 num_prompt_tokens=plan.num_prompt_tokens,
+                num_draft_tokens=plan.num_draft_tokens,
             )
-        self._advance(plan, output.token_ids)
-        outcome = StepResult()
-        self._note_scores(plan, output, outcome)
-        step, logprobs = plan.step, output.logprobs
-        samples = zip(step.sample_rows, step.sample_positions, output.token_ids, strict=True)
+        step, logprobs, outcome = plan.step, output.logprobs, StepResult()
+        landed = self._land(plan, output, outcome)
+        samples = zip(step.sample_rows, step.sample_positions, landed, strict=True)
         for index, (row, position, token_ids) in enumerate(samples):
             if plan.is_void(row):
                 continue
@@ -257,19 +272,27 @@ class Scheduler:
                 reason = sequence.stop_reason(position - 1)
                 self._stop(sequence, reason or FinishReason.LENGTH, outcome)
             elif token_ids:
-                [token_id] = token_ids
-                sequence.token_ids[position] = token_id
-                outcome.request_ids.append(sequence.request_id)
-                outcome.token_ids.append(token_id)
-                if logprobs:
-                    outcome.logprobs.append(logprobs[index][0] if logprobs[index] else None)
-                if reason := sequence.stop_reason(position):
+                sequence.land(position, token_ids)
+                scores = logprobs[index] if logprobs else None
+                outcome.add_tokens(sequence.request_id, token_ids, scores)
+                self._speculation.observe(sequence, token_ids)
+                if reason := sequence.stop_reason(position + len(token_ids) - 1):
                     self._stop(sequence, reason, outcome)
             else:
                 self._go_without(sequence, position, output, index, outcome)
         if self._suspects:
             self._judge(plan, outcome)
         return outcome
+
+    def _land(self, plan: StepPlan, output: StepOutput, outcome: StepResult) -> list[list[int]]:
+        """Enter a step's tokens, keys and scores; return the tokens up to the sequences' ends."""
+        landed = output.token_ids
+        if plan.drafts:
+            landed = land_drafts(plan, output.token_ids, self._waiting)
+            self._speculation.verify(plan, output.token_ids, landed, outcome)
+        advance(plan, landed, self._cache, self._view, self._page_size)
+        note_scores(plan, output, outcome)
+        return landed
 
     def _stop(self, sequence: Sequence, reason: FinishReason, outcome: StepResult) -> None:
         self._finish(sequence, reason)
@@ -294,41 +317,6 @@ class Scheduler:
             outcome.failed.append((sequence.request_id, output.failures[index]))
         else:
             self._num_late_rows += 1
-
-    def _note_scores(self, plan: StepPlan, output: StepOutput, outcome: StepResult) -> None:
-        for span, scores in zip(plan.step.scored, output.prompt_logprobs, strict=True):
-            if plan.is_void(span.row):
-                continue
-            sequence = plan.sequences[span.row]
-            # Preempted with a step under way and back, it may have two steps that score the same.
-            num_known = sequence.num_scored - plan.step.positions[span.row] - span.offset
-            assert num_known >= 0, "a prompt's scores have a gap"
-            if new := scores[num_known:]:
-                sequence.num_scored += len(new)
-                outcome.prompt_logprobs.append((sequence.request_id, new))
-
-    def _advance(self, plan: StepPlan, token_ids: list[list[int]]) -> None:
-        page_size, step = self._page_size, plan.step
-        # A row without a token computes its last one again, which samples the next.
-        again = set[int]()
-        if not all(token_ids):
-            sampled = zip(step.sample_rows, token_ids, strict=True)
-            again = {row for row, tokens in sampled if not tokens}
-        has_window = self._view.window is not None
-        rows = zip(plan.sequences, step.counts, step.page_ids, strict=True)
-        for row, (sequence, count, page_ids) in enumerate(rows):
-            allocation = sequence.allocation
-            # Meanwhile it may have ended or been preempted, or even have come back.
-            if allocation is None or allocation.page_ids is not page_ids:
-                continue
-            before = sequence.num_completed
-            completed = sequence.num_completed = before + count - (row in again)
-            if completed // page_size != before // page_size:
-                self._cache.commit(allocation, sequence.token_ids, sequence.num_completed)
-            if has_window:
-                # No query comes before this one, not even if the last token is computed again.
-                unread = self._view.unread_pages(sequence.num_completed, page_size)
-                self._cache.drop(allocation, unread)
 
     # ---- faults ----------------------------------------------------------------------------------
 
@@ -363,12 +351,14 @@ class Scheduler:
             outcome.finished.clear()
             accused, why = self._suspects.convict()
             self._table.finish(accused, FinishReason.ERROR)
+            self._speculation.forget(accused)
             outcome.failed.append((accused.request_id, why))
         elif not plan.is_void(0):
             self._suspects.clear(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._table.finish(sequence, reason)
+        self._speculation.forget(sequence)
         if probe := self._suspects.drop(sequence):
             self._table.finish(probe, FinishReason.ABORT)
 
@@ -388,6 +378,7 @@ class Scheduler:
             late_rows_total=self._num_late_rows,
             faulty_rows_total=self._num_faulty_rows,
             steps_total=self._num_steps,
+            speculation=self._speculation.stats(),
         )
 
     def check(self) -> None:

@@ -52,6 +52,7 @@ class Sequence:
         "constraint",
         "finish_reason",
         "history",
+        "is_drafted",
         "is_started",
         "max_len_tokens",
         "min_len_tokens",
@@ -115,6 +116,8 @@ class Sequence:
         #: With so many tokens, known or pending, it last lacked room for the next one.
         self.stalled_len_tokens = 0
         self.is_started = False
+        #: Whether a step under way verifies drafts for it.
+        self.is_drafted = False
         self.finish_reason: FinishReason | None = None
         self.state = State.WAITING
         self.history: deque[str] = deque(["submitted"], maxlen=_HISTORY_MOVES)
@@ -150,15 +153,17 @@ class Sequence:
     def awaits_token(self) -> bool:
         """Whether it goes on, if at all, only once its newest token is known.
 
-        With a grammar always, as that token may fail to come, and where there is no room for more.
-        Also where it missed a step: a step continues the tokens of the one before it alone.
+        With a grammar always, as that token may fail to come, with drafts, as their number is not
+        known, and where there is no room for more. Also where it missed a step: a step continues
+        the tokens of the one before it alone.
         """
         if self.token_ids[-1] != PENDING_TOKEN:
             return False
         length = len(self.token_ids)
         if length == self.stalled_len_tokens:
             return True
-        return self.constraint is not None or length >= self.max_len_tokens
+        has_to_wait = self.constraint is not None or self.is_drafted
+        return has_to_wait or length >= self.max_len_tokens
 
     def slot_start(self) -> SlotStart:
         """Return all the runner must store of it."""
@@ -166,6 +171,14 @@ class Sequence:
         return SlotStart(
             self.slot, self.params, tokens[:num_prompt], tokens[num_prompt:], self.constraint
         )
+
+    def land(self, position: int, token_ids: list[int]) -> list[int]:
+        """Enter the tokens from `position` on; return those up to the first that ends it."""
+        for count, token_id in enumerate(token_ids):
+            self.token_ids[position + count : position + count + 1] = [token_id]
+            if self.stop_reason(position + count):
+                return token_ids[: count + 1]
+        return token_ids
 
     def stop_reason(self, position: int) -> FinishReason | None:
         """Return why the sequence ends with the token at `position`, or None if it goes on."""

@@ -2,9 +2,52 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from cache.stats import CacheStats
+
+
+class DraftStats(NamedTuple):
+    """The drafts of one drafter so far."""
+
+    drafter: str
+    offered_tokens_total: int = 0
+    accepted_tokens_total: int = 0
+
+
+class SpeculationStats(NamedTuple):
+    """A snapshot of all drafts so far."""
+
+    drafters: tuple[DraftStats, ...] = ()
+    #: By place in the draft, from its first token on.
+    accepted_by_position: tuple[int, ...] = ()
+
+
+class DraftCounts:
+    """Counts the verified tokens of drafts."""
+
+    def __init__(self) -> None:
+        self._offered = Counter[str]()
+        self._accepted = Counter[str]()
+        self._by_position: list[int] = []
+
+    def add(self, drafter: str, num_offered: int, num_accepted: int) -> None:
+        """Count one draft."""
+        self._offered[drafter] += num_offered
+        self._accepted[drafter] += num_accepted
+        missing = num_accepted - len(self._by_position)
+        self._by_position += [0] * missing
+        for position in range(num_accepted):
+            self._by_position[position] += 1
+
+    def snapshot(self) -> SpeculationStats:
+        """Return the counts."""
+        drafters = tuple(
+            DraftStats(name, offered, self._accepted[name])
+            for name, offered in self._offered.items()
+        )
+        return SpeculationStats(drafters, tuple(self._by_position))
 
 
 class SchedulerStats(NamedTuple):
@@ -24,6 +67,7 @@ class SchedulerStats(NamedTuple):
     #: Rows taken back, because their step raised or their logits were not finite.
     faulty_rows_total: int = 0
     steps_total: int = 0
+    speculation: SpeculationStats = SpeculationStats()
 
 
 class EngineStats(NamedTuple):

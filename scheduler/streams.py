@@ -73,6 +73,8 @@ class Stream:
     _token_ids: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     _prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _draft_tokens: int = 0
+    _accepted_draft_tokens: int = 0
     _started: Started | None = None
     _finish_reason: FinishReason | None = None
     _error: EngineError | None = None
@@ -106,6 +108,11 @@ class Stream:
         self.num_scored += len(scores)
         self._prompt_logprobs += scores
 
+    def add_drafts(self, num_offered: int, num_accepted: int) -> None:
+        """Count tokens of drafts; they are read with the output that follows."""
+        self._draft_tokens += num_offered
+        self._accepted_draft_tokens += num_accepted
+
     def start(self, started: Started) -> None:
         """Note the admission, unless a resumed stream has had output before."""
         if not self.sent_token_ids:
@@ -135,7 +142,10 @@ class Stream:
             self._started,
             self._finish_reason,
             tuple(self._prompt_logprobs),
+            self._draft_tokens,
+            self._accepted_draft_tokens,
         )
+        self._draft_tokens = self._accepted_draft_tokens = 0
         self._prompt_logprobs.clear()
         self._token_ids.clear()
         self._logprobs.clear()
@@ -220,12 +230,7 @@ class Streams:
         for request_id, scores in result.prompt_logprobs:
             if request_id in streams:
                 streams[request_id].add_scores(scores)
-        logprobs = result.logprobs or repeat(None)
-        for request_id, token_id, logprob in zip(
-            result.request_ids, result.token_ids, logprobs, strict=False
-        ):
-            if request_id in streams:
-                streams[request_id].add_token(token_id, logprob)
+        self._dispatch_tokens(result)
         self._dispatch_ends(result)
         for num_pages in result.reset_pages[: len(self._resets)]:
             # A caller that left cancelled it.
@@ -234,6 +239,18 @@ class Streams:
         if result.num_step_tokens:
             for observe in self._observers:
                 observe(result.num_step_tokens)
+
+    def _dispatch_tokens(self, result: StepResult) -> None:
+        streams = self._open
+        for request_id, num_offered, num_accepted in result.drafts:
+            if request_id in streams:
+                streams[request_id].add_drafts(num_offered, num_accepted)
+        logprobs = result.logprobs or repeat(None)
+        for request_id, token_id, logprob in zip(
+            result.request_ids, result.token_ids, logprobs, strict=False
+        ):
+            if request_id in streams:
+                streams[request_id].add_token(token_id, logprob)
 
     def _dispatch_ends(self, result: StepResult) -> None:
         streams = self._open

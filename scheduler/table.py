@@ -103,6 +103,21 @@ class SequenceTable:
             return count
         return len(allocation.page_ids) * self._page_size - end
 
+    def draft_room(self, sequence: Sequence, num_tokens: int) -> int:
+        """Return for how many tokens of a draft there is room, at most `num_tokens`.
+
+        Nothing is preempted for drafts, and a page for each running sequence stays available.
+        """
+        allocation, end = sequence.allocation, sequence.num_computed
+        assert allocation is not None, "a running sequence without pages"
+        num_held = len(allocation.page_ids) * self._page_size - end
+        num_new_pages = -(-(num_tokens - num_held) // self._page_size)
+        if num_new_pages > 0:
+            if num_new_pages + len(self.running) > self._cache.available_pages:
+                return num_held
+            self._cache.grow(allocation, end + num_tokens)
+        return num_tokens
+
     def preempt(self, sequence: Sequence) -> None:
         """Take the pages back; the tree keeps their contents, so resuming costs almost nothing."""
         self.num_preemptions += 1
@@ -115,6 +130,7 @@ class SequenceTable:
         A sequence that does not trust the cache takes its cached pages with it.
         """
         sequence.num_rollbacks += 1
+        sequence.is_drafted = False
         if sequence.state is State.WAITING:
             while sequence.token_ids[-1] == PENDING_TOKEN:
                 self.waiting.drop_last_token(sequence)

@@ -38,9 +38,12 @@ class PromptTokensDetails(Document):
 
 
 class CompletionTokensDetails(Document):
-    """Of the answer's tokens; only of models that reason."""
+    """Of the answer's tokens: of models that reason, and where drafts were verified."""
 
-    reasoning_tokens: int
+    reasoning_tokens: NotRequired[int]
+    #: Of all drafts, whether of the request's `prediction` or not.
+    accepted_prediction_tokens: NotRequired[int]
+    rejected_prediction_tokens: NotRequired[int]
 
 
 class Usage(Document):
@@ -76,12 +79,20 @@ class CacheReport(Document):
     miss_reason: str | None
 
 
+class SpeculationReport(Document):
+    """Tokens of the drafts that were verified, and of the accepted ones."""
+
+    offered: int
+    accepted: int
+
+
 class Octavo(Document):
     """Details that OpenAI's API has no fields for."""
 
     warnings: list[ParamWarning]
     timings: Timings
     cache: CacheReport
+    speculation: NotRequired[SpeculationReport]
 
 
 class Report(Document):

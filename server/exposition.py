@@ -51,6 +51,8 @@ _SHARED_STEMS = {
     *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
     *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions"),
     *("prompt_tokens", "generation_tokens", "request_success"),
+    *("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"),
+    "spec_decode_num_accepted_tokens_per_pos",
     *HISTOGRAMS,
 }
 #: Where vLLM's stem is another.

@@ -7,6 +7,7 @@ event loop, no locks: an observation is a bisection and two additions) and becom
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -16,6 +17,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from scheduler.client import EngineClient, EngineUnavailableError, GenerateRequest
+from scheduler.stats import SpeculationStats
 from server.exposition import HISTOGRAMS, Histogram, Page, VllmPage, gauges
 from server.http.context import RequestRecord
 
@@ -37,6 +39,10 @@ _ENGINE_COUNTERS = (
     ("faulty_rows", "faulty_rows_total", "rows taken back: their step failed, or was not finite"),
     ("steps", "steps_total", "steps of the engine"),
 )
+
+
+#: Drafters that a server may have.
+_DRAFTERS = ("prefix", "prediction", "suffix", "ngram")
 
 
 class GrowingCount:
@@ -71,6 +77,8 @@ class Metrics(Collector):
         self._responses = dict.fromkeys(STATUSES, 0)
         self._rejected = dict.fromkeys(REJECTED_REASONS, 0)
         self._engine_counts = {field: GrowingCount() for _, field, _ in _ENGINE_COUNTERS}
+        #: By metric and the value of its label.
+        self._draft_counts = defaultdict[tuple[str, str], GrowingCount](GrowingCount)
         self._own_gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._own_counters: list[tuple[str, str, Callable[[], int]]] = []
         self._registry = CollectorRegistry(auto_describe=False)
@@ -163,14 +171,51 @@ class Metrics(Collector):
         engine_counts = {
             field: counts.read(counted[field]) for field, counts in self._engine_counts.items()
         }
+        drafts = self._read_drafts(stats.scheduler.speculation)
         for kind in self._pages:
             page = kind(self._model_name())
             yield from self._counters(page, engine_counts)
+            yield from self._drafts(page, drafts)
             yield from gauges(page, stats, info)
             for name, text, read in self._own_gauges:
                 yield from page.gauge(name, text, {(): read()})
             for name, histogram in self._histograms.items():
                 yield from page.histogram(name, HISTOGRAMS[name][0], histogram)
+
+    def _read_drafts(self, stats: SpeculationStats) -> dict[str, dict[tuple[str, ...], int]]:
+        """Return by metric the counts of all engines so far, by drafter or place in the draft."""
+        read: dict[str, dict[str, int]] = {
+            "num_draft_tokens": dict.fromkeys(_DRAFTERS, 0),
+            "num_accepted_tokens": dict.fromkeys(_DRAFTERS, 0),
+            "num_accepted_tokens_per_pos": {"0": 0},
+        }
+        for name, of in self._draft_counts:
+            # An engine that was replaced may have had drafts that this one has not.
+            read[name].setdefault(of, 0)
+        for drafter in stats.drafters:
+            read["num_draft_tokens"][drafter.drafter] = drafter.offered_tokens_total
+            read["num_accepted_tokens"][drafter.drafter] = drafter.accepted_tokens_total
+        for position, count in enumerate(stats.accepted_by_position):
+            read["num_accepted_tokens_per_pos"][str(position)] = count
+        return {
+            name: {(of,): self._draft_counts[name, of].read(count) for of, count in counts.items()}
+            for name, counts in read.items()
+        }
+
+    def _drafts(
+        self, page: Page, counts: dict[str, dict[tuple[str, ...], int]]
+    ) -> Iterator[Metric]:
+        for name, text, label in (
+            ("num_draft_tokens", "tokens of drafts that were verified", "drafter"),
+            ("num_accepted_tokens", "tokens of drafts that were accepted", "drafter"),
+            ("num_accepted_tokens_per_pos", "the same by their place in the draft", "position"),
+        ):
+            values: dict[tuple[str, ...], int] = counts[name]
+            labels = [label]
+            if label == "drafter" and isinstance(page, VllmPage):
+                # vLLM has one drafter.
+                values, labels = {(): sum(values.values())}, []
+            yield from page.counter(f"spec_decode_{name}", text, values, *labels)
 
     def _counters(self, page: Page, engine_counts: dict[str, int]) -> Iterator[Metric]:
         for name, field, text in _ENGINE_COUNTERS:

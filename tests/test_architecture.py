@@ -48,6 +48,7 @@ ROOMS = {
     "model.sampling": {"model.grammar", "model.interface", "model.packing", "model.splitmix64"},
     "model.hf": {"model.architectures", "model.attention", "model.formats", "model.kv"}
     | {"model.weights"},
+    "scheduler.drafters": {"scheduler.sequence"},
     "server.text": set[str](),
     "server.http": {"server.answer_types", "server.logs", "server.metrics", "server.service"},
     "server.tools": {"server.generation.generation_spec", "server.http.errors", "server.text"}

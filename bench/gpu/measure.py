@@ -167,6 +167,9 @@ class Timed:
     def prepare(self, grammar: str) -> Future[Constraint]:
         return self.runner.prepare(grammar)
 
+    def forced_tokens(self, slot: int) -> list[int]:
+        return self.runner.forced_tokens(slot)
+
     def close(self) -> None:
         self.runner.close()
 

@@ -94,6 +94,10 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (*(_POINTER,) * 2, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT),
     ),
     "octavo_look_up": (ctypes.c_bool, (*(_POINTER,) * 2, _LONG, _LONG, _POINTER, _LONG, _POINTER)),
+    "octavo_pack": (
+        ctypes.c_bool,
+        (*(_POINTER,) * 2, _INT, *(_LONG,) * 7, *(_POINTER,) * 2),
+    ),
     "octavo_decoder_new": (_POINTER, (*(_POINTER,) * 2, _FLOAT, _POINTER, _LONG, _POINTER)),
     "octavo_decoder_free": (None, (_POINTER,)),
     "octavo_decoder_forward": (None, (_POINTER,) * 4),
@@ -223,7 +227,7 @@ def _compile(compiler: str, folder: Path, output: Path, isas: tuple[str, ...]) -
     flags = (*_BASE_FLAGS, f'-DOCTAVO_SOURCES="{_digest_of_sources()}"', *has)
     commands = [
         [compiler, *flags, "-fopenmp", "-c", str(SOURCES / name)]
-        for name in ("octavo_cpu.cpp", "attention.cpp", "decoder.cpp")
+        for name in ("octavo_cpu.cpp", "attention.cpp", "decoder.cpp", "packing.cpp")
     ]
     for isa in isas:
         kernels = ["-c", str(SOURCES / "kernels.cpp"), f"-DOCTAVO_ISA={isa}"]

@@ -50,6 +50,8 @@ class _SlotMatcher:
     def __init__(self, grammar: CompiledGrammar, token_ids: Sequence[int], vocab_size: int) -> None:
         self._grammar = grammar
         self._matcher: LLMatcher | None = None
+        #: The tokens that the matcher has consumed, for a new one in its place.
+        self._consumed: list[int] = []
         self._vocab_size = vocab_size
         self._bits = np.zeros(-(-vocab_size // 32), dtype=np.int32)
         #: Tokens not yet consumed; written by the engine's thread while no worker runs this.
@@ -57,9 +59,13 @@ class _SlotMatcher:
         self.is_slow = len(self.pending) > _MAX_REPLAYED_TOKENS
         #: None while a worker runs this.
         self.mask: TokenMask | None = None
+        #: The tokens that come next in all texts of the grammar, as far as it is certain where they
+        #: are cut. The model may cut the same text otherwise.
+        self.forced: list[int] = []
 
     def advance(self) -> None:
         """Consume the pending tokens and compute the mask."""
+        self.forced = []
         try:
             self.mask = self._next_mask()
         except Exception as fault:  # noqa: BLE001 - no fault of one slot may stop the others
@@ -71,9 +77,18 @@ class _SlotMatcher:
         began_s = time.thread_time()
         if self._matcher is None:
             self._matcher = self._grammar.matcher()
-        matcher, error = self._matcher, ""
+            self._matcher.consume_tokens(self._consumed)
+        matcher = self._matcher
         if self.pending:
             matcher.consume_tokens(self.pending)
+            self._consumed += self.pending
+        mask = self._mask(matcher, began_s)
+        if not mask.error and not self.is_slow:
+            self.forced = _forced(matcher, mask)
+        return mask
+
+    def _mask(self, matcher: LLMatcher, began_s: float) -> TokenMask:
+        error = ""
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if matcher.is_error():
@@ -85,6 +100,45 @@ class _SlotMatcher:
         bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab_size]
         is_banned = bits == 0
         return TokenMask(is_banned, self._vocab_size - int(is_banned.sum()), error.strip())
+
+    def look_ahead(self, draft: Sequence[int], timeout_s: float) -> list[TokenMask]:
+        """Return the masks behind the draft's tokens, as far as these are allowed and time lasts.
+
+        The matcher stays where it is.
+        """
+        matcher, mask, found = self._matcher, self.mask, list[TokenMask]()
+        assert mask is not None, "a worker runs this matcher"
+        if matcher is None:
+            return []
+        end_s = time.monotonic() + timeout_s
+        try:
+            for token_id in draft:
+                if mask.is_banned[token_id] or time.monotonic() > end_s:
+                    break
+                if not matcher.consume_token(token_id):
+                    break
+                mask = self._mask(matcher, time.thread_time())
+                found.append(mask)
+                if mask.error:
+                    break
+            is_back = matcher.rollback(len(found)) and not matcher.is_error()
+        except Exception:  # noqa: BLE001 - as in `advance`
+            _log.exception("a grammar could not be followed along a draft")
+            is_back = False
+        if not is_back:
+            # A fault behind a draft harms no request: the next mask comes from a new matcher.
+            self._matcher = None
+        return [mask for mask in found if not mask.error]
+
+
+def _forced(matcher: LLMatcher, mask: TokenMask) -> list[int]:
+    """Return the tokens of the text that must come next, as far as their borders are certain."""
+    # A copy, at 2 µs: forcing bytes changes a matcher, and masks must not depend on it.
+    ahead = matcher.deep_copy()
+    # Without it the library gives no tokens where a grammar has `no_forcing`.
+    ahead.compute_ff_bytes()
+    forced = ahead.compute_ff_tokens()
+    return forced or ([int(mask.is_banned.argmin())] if mask.num_allowed == 1 else [])
 
 
 class Matchers:
@@ -122,14 +176,32 @@ class Matchers:
                 )
         return [matcher.mask for matcher in matchers]
 
-    def advance(self, chosen: Sequence[tuple[int, int]]) -> None:
-        """Consume (slot, token) of slots with a mask, and start computing their next masks."""
+    def forced(self, slot: int) -> list[int]:
+        """Return the next tokens that a slot's grammar leaves no choice of, or none.
+
+        Waits for the slot's mask until the timeout.
+        """
+        [mask] = self.masks([slot]) if self.holds(slot) else [None]
+        return [] if mask is None else self._slots[slot].forced
+
+    def look_ahead(self, slot: int, draft: Sequence[int]) -> list[TokenMask | None]:
+        """Return the masks behind each token of a draft; None where they are not to be had.
+
+        That is behind a token that the grammar forbids, past the timeout, and with slow grammars.
+        """
+        matcher, found = self._slots[slot], list[TokenMask | None]()
+        if matcher.mask is not None and not matcher.mask.error and not matcher.is_slow:
+            found += matcher.look_ahead(draft, self._mask_timeout_s)
+        return [*found, *[None] * (len(draft) - len(found))]
+
+    def advance(self, chosen: Sequence[tuple[int, list[int]]]) -> None:
+        """Consume (slot, tokens) of slots with a mask, and start computing their next masks."""
         matchers = []
-        for slot, token_id in chosen:
+        for slot, token_ids in chosen:
             matcher = self._slots[slot]
             assert matcher.mask is not None, f"slot {slot} advances without a mask"
             matcher.mask = None
-            matcher.pending = [token_id]
+            matcher.pending = token_ids
             matchers.append(matcher)
         self._submit(matchers)
 

@@ -27,17 +27,17 @@ class BannedSequences:
         self._recent: list[int] = []
         self._keep(output)
 
-    def push(self, token_id: int) -> None:
-        """Append the next token of the output."""
-        self._keep((token_id,))
+    def push(self, token_ids: Sequence[int]) -> None:
+        """Append the next tokens of the output."""
+        self._keep(token_ids)
 
     def _keep(self, token_ids: Sequence[int]) -> None:
         self._recent += token_ids
         del self._recent[: max(0, len(self._recent) - self._max_tokens)]
 
-    def next_banned(self) -> set[int]:
-        """Return the tokens that would complete a sequence now."""
-        recent = self._recent
+    def next_banned(self, draft: Sequence[int] = ()) -> set[int]:
+        """Return the tokens that would complete a sequence behind these further ones."""
+        recent = [*self._recent, *draft]
         found: set[int] = set()
         for length in self._lengths:
             if length > len(recent):

@@ -6,6 +6,7 @@ Knows nothing of how they were chosen: the sampler passes the functions that com
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,15 @@ NO_TOKEN = -3
 _NOT_FINITE, _NONE_LEFT = -4, -5
 
 
+class Span(NamedTuple):
+    """The tokens of one span."""
+
+    #: Its first row of logits.
+    row: int
+    #: Empty where even the first row has none.
+    token_ids: list[int]
+
+
 class SampledTokens:
     """Tokens on the device, on their way to the host."""
 
@@ -30,23 +40,30 @@ class SampledTokens:
         tokens: Tensor,
         peaks: Tensor,
         *,
+        drafts: list[list[int]] | None = None,
         widen: Callable[[int], int] | None = None,
-        follow: Callable[[list[int]], dict[int, str]] | None = None,
+        refuse: Callable[[list[int]], dict[int, str]] | None = None,
+        follow: Callable[[list[Span]], None] | None = None,
         describe: Callable[[list[int]], list[TokenLogprobs | None]] | None = None,
     ) -> None:
         """`peaks` `[rows]`: the largest logit of each row; NaN where one of its logits is NaN.
 
-        `widen` draws again for a row that is `NOT_DECIDED`. `follow` consumes the tokens, replaces
-        invalid tokens by `NO_TOKEN`, and returns by row why its request cannot go on; it skips rows
-        with `NO_TOKEN`. `describe` returns the log-probabilities of the tokens as drawn.
+        `drafts`: see `DrawnRows`. `widen` draws again for a row that is `NOT_DECIDED`. `refuse`
+        replaces invalid tokens by `NO_TOKEN`, and returns by row why its request cannot go on; it
+        skips rows with `NO_TOKEN`. `follow` consumes the tokens. `describe` returns the
+        log-probabilities of the tokens as drawn.
         """
         marked = _marked(tokens, peaks)
         #: int64 `[rows]`; after `settle`, tokens of the vocabulary.
         self.tokens = tokens
+        self._drafts = drafts
         self._widen = widen
+        self._refuse = refuse
         self._follow = follow
         self._describe = describe
         self._drawn: list[int] | None = None
+        #: The accepted tokens, after `settle`.
+        self.spans: list[Span] = []
         self._output = StepOutput([])
         self._host, self._wait = _to_host(marked)
 
@@ -56,7 +73,7 @@ class SampledTokens:
         Waits for the device in two cases. With top-k or top-p, the first candidates may not have
         been enough. With grammars or bad_words, the tokens decide which may come next.
         """
-        if self._widen is not None or self._follow is not None:
+        if self._widen or self._refuse or self._follow:
             self._take()
 
     def finish(self) -> StepOutput:
@@ -65,10 +82,12 @@ class SampledTokens:
             drawn = self._take()
         finally:
             # Nothing is left to settle, even if this raised: the next step must not raise again.
-            self._widen = self._follow = None
+            self._widen = self._refuse = self._follow = None
         if self._describe is not None:
-            rows = zip(self._output.token_ids, self._describe(drawn), strict=True)
-            self._output.logprobs.extend([one] if one and tokens else [] for tokens, one in rows)
+            rows = self._describe(drawn)
+            for span in self.spans:
+                own = rows[span.row : span.row + len(span.token_ids)]
+                self._output.logprobs.append([one for one in own if one])
         return self._output
 
     def _take(self) -> list[int]:
@@ -88,13 +107,44 @@ class SampledTokens:
             for row in (*not_finite, *none_left):
                 token_ids[row] = NO_TOKEN
             failures = dict.fromkeys(none_left, "no token is left that is allowed")
+            if self._refuse is not None:
+                failures |= self._refuse(token_ids)
+            self.spans = _spans(token_ids, self._drafts)
             if self._follow is not None:
-                failures |= self._follow(token_ids)
-            spans = [[] if token_id == NO_TOKEN else [token_id] for token_id in token_ids]
-            self._output = StepOutput(spans, [], failures, not_finite)
+                self._follow(self.spans)
+            self._output = self._output_of(failures, not_finite)
             # Last, so that an exception above is raised again by `finish`.
             self._drawn = drawn
         return self._drawn
+
+    def _output_of(self, failures: dict[int, str], not_finite: list[int]) -> StepOutput:
+        """Return the output by span. A fault behind a draft shows in the step that has no draft."""
+        index_of_row = {span.row: index for index, span in enumerate(self.spans)}
+        return StepOutput(
+            [span.token_ids for span in self.spans],
+            [],
+            {index_of_row[row]: why for row, why in failures.items() if row in index_of_row},
+            [index_of_row[row] for row in not_finite if row in index_of_row],
+        )
+
+
+def _spans(token_ids: list[int], drafts: list[list[int]] | None) -> list[Span]:
+    """Return the tokens of each span up to the first that differs from its draft."""
+    if not drafts:
+        return [Span(row, [] if id_ == NO_TOKEN else [id_]) for row, id_ in enumerate(token_ids)]
+    spans: list[Span] = []
+    is_open = False
+    for row, (token_id, draft) in enumerate(zip(token_ids, drafts, strict=True)):
+        if not draft:
+            spans.append(Span(row, []))
+            is_open = True
+        else:
+            # The row holds for this draft alone.
+            is_open = is_open and token_ids[row - 1] == draft[-1]
+        is_open = is_open and token_id != NO_TOKEN
+        if is_open:
+            spans[-1].token_ids.append(token_id)
+    return spans
 
 
 def _marked(tokens: Tensor, peaks: Tensor) -> Tensor:

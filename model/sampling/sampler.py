@@ -23,9 +23,10 @@ from model.grammar.matchers import MASK_TIMEOUT_S, Matchers, TokenMask
 from model.interface import SlotStart, StepOutput, TokenLogprobs
 from model.packing import upload
 from model.sampling.bad_words import BannedSequences
+from model.sampling.grammar_masks import masks_of, must_end, refuse
 from model.sampling.logprobs import describe
 from model.sampling.plan import Penalized, Plan, Planner, SlotRequest
-from model.sampling.sampled_tokens import NO_TOKEN, NOT_DECIDED, SampledTokens
+from model.sampling.sampled_tokens import NOT_DECIDED, SampledTokens, Span
 from model.sampling.sampling_ops import draw_plain, draw_ranked, penalize, rng_stream, uniform
 from model.sampling.token_counts import TokenCounts
 
@@ -127,39 +128,50 @@ class Sampler:
         """Choose a token for each row and wait for it: `begin`, then `SampledTokens.finish`."""
         return self.begin(logits, slots, positions).finish()
 
-    def begin(self, logits: Tensor, slots: list[int], positions: list[int]) -> SampledTokens:
+    def begin(
+        self,
+        logits: Tensor,
+        slots: list[int],
+        positions: list[int],
+        drafts: list[list[int]] | None = None,
+    ) -> SampledTokens:
         """Begin to choose a token for each row of float32 `[rows, vocab]` logits.
 
         `positions[i]` is the position of the new token in row i's sequence: the number of tokens
-        before it. The logits may be overwritten, and must not be changed until the tokens are
-        settled. Waits for a grammar's mask until the timeout, and for the device only where
-        penalties meet top-k, top-p, bad_words or a grammar.
+        before it. `drafts`: see `DrawnRows`; each row is drawn as if they were tokens of the
+        sequence, and dropped if they are not. The logits may be overwritten, and must not be
+        changed until the tokens are settled. Waits for a grammar's mask until the timeout, and for
+        the device only where penalties meet top-k, top-p, bad_words, a grammar or drafts.
         """
         assert logits.shape == (len(slots), self._vocab_size), f"logits of {tuple(logits.shape)}"
         plan = self._plan(slots)
         if plan.is_only_greedy:
-            return SampledTokens(*_likeliest(logits))
+            return SampledTokens(*_likeliest(logits), drafts=drafts)
         describe_rows = None
         if rows := plan.wants_logprobs.rows:
             # Read now: the slots may have other requests by then. Indexed: the rows will change.
             num_tops = [self._slots[slots[row]].params.logprobs or 0 for row in rows]
             raw = logits[plan.wants_logprobs.index]
             describe_rows = partial(self._logprobs, rows, num_tops, raw)
-        found = self._matchers.masks([slots[row] for row in plan.constrained])
-        masks = dict(zip(plan.constrained, found, strict=True))
-        self._edit(plan, logits, positions, masks)
+        masks = masks_of(plan, drafts, self._matchers)
+        self._edit(plan, logits, positions, masks, drafts)
         tokens, peaks = self._choose(plan, logits, positions)
         is_ranked = any(draw.is_ranked for draw in plan.draws)
         sampled = SampledTokens(
             tokens,
             peaks,
+            drafts=drafts,
             widen=partial(self._widen, plan, logits, positions) if is_ranked else None,
-            follow=partial(self._follow, plan, masks) if masks or plan.followed else None,
+            refuse=partial(refuse, masks) if masks else None,
+            follow=partial(self._follow, plan) if masks or plan.followed else None,
             describe=describe_rows,
         )
         if plan.penalized is not None:
             sampled.settle()
-            self._count(plan.penalized, tokens, masks)
+            if drafts:
+                self._count_spans(plan.penalized, sampled)
+            else:
+                self._count(plan.penalized, tokens, masks)
         return sampled
 
     def score(self, logits: Tensor, slot: int, token_ids: list[int]) -> list[TokenLogprobs]:
@@ -170,6 +182,10 @@ class Sampler:
         count = self._slots[slot].params.prompt_logprobs or 0
         chosen = self._planner.index(token_ids).unsqueeze(-1)
         return describe(logits, chosen, token_ids, [count] * len(token_ids))
+
+    def forced_tokens(self, slot: int) -> list[int]:
+        """Return the next tokens that the grammar in a slot forces, or none."""
+        return self._matchers.forced(slot)
 
     def close(self) -> None:
         """End the threads, if there are any."""
@@ -196,7 +212,12 @@ class Sampler:
         return self._last_plan
 
     def _edit(
-        self, plan: Plan, logits: Tensor, positions: list[int], masks: dict[int, TokenMask | None]
+        self,
+        plan: Plan,
+        logits: Tensor,
+        positions: list[int],
+        masks: dict[int, TokenMask | None],
+        drafts: list[list[int]] | None,
     ) -> None:
         """Apply in place the steps before temperature."""
         if plan.restricted is not None:
@@ -208,46 +229,43 @@ class Sampler:
         banned = [
             (row, token)
             for row in plan.guarded
-            if not _must_end(masks.get(row), self._slots[plan.slots[row]].banned)
-            for token in self._next_banned(plan.slots[row], positions[row])
+            if not must_end(masks.get(row), self._slots[plan.slots[row]].banned)
+            for token in self._next_banned(
+                plan.slots[row], positions[row], drafts[row] if drafts else ()
+            )
         ]
         if banned:
             banned_rows, banned_tokens = zip(*banned, strict=True)
             index = self._planner.index(banned_rows), self._planner.index(banned_tokens)
             logits[index] = -torch.inf
         if plan.penalized is not None:
-            self._penalize(plan.penalized, logits)
+            self._penalize(plan.penalized, logits, drafts)
         for row, mask in masks.items():
             if mask is not None:
                 logits[row].masked_fill_(upload(mask.is_banned, self._device), -torch.inf)
 
-    def _follow(
-        self, plan: Plan, masks: dict[int, TokenMask | None], token_ids: list[int]
-    ) -> dict[int, str]:
-        """Advance grammars and bad_words by their tokens; replace invalid tokens by `NO_TOKEN`.
-
-        Return by row why its request cannot go on.
-        """
-        failures: dict[int, str] = {}
-        chosen: list[tuple[int, int]] = []
-        for row, mask in masks.items():
-            token = token_ids[row]
-            if mask is None:
-                token_ids[row] = NO_TOKEN
-            elif mask.error:
-                failures[row] = mask.error
-                token_ids[row] = NO_TOKEN
-            elif token != NO_TOKEN and mask.is_banned[token]:
-                failures[row] = "no token is left that the grammar allows"
-                token_ids[row] = NO_TOKEN
-            elif token != NO_TOKEN and token not in self._eos_token_ids:
-                chosen.append((plan.slots[row], token))
+    def _follow(self, plan: Plan, spans: list[Span]) -> None:
+        """Advance grammars and bad_words by the accepted tokens."""
+        chosen: list[tuple[int, list[int]]] = []
+        for span in spans:
+            slot = plan.slots[span.row]
+            if banned := self._banned.get(slot):
+                banned.push(span.token_ids)
+            # The end is not a part of a grammar's text.
+            text = [id_ for id_ in span.token_ids if id_ not in self._eos_token_ids]
+            if text and self._matchers.holds(slot):
+                chosen.append((slot, text))
         self._matchers.advance(chosen)
-        for row in plan.followed:
-            banned = self._banned.get(plan.slots[row])
-            if banned is not None and token_ids[row] != NO_TOKEN:
-                banned.push(token_ids[row])
-        return failures
+
+    def _count_spans(self, penalized: Penalized, sampled: SampledTokens) -> None:
+        """Count the accepted tokens of penalized rows, the first of all spans, then the second."""
+        count_row = dict(zip(penalized.group.rows, penalized.counts.rows, strict=True))
+        spans = [span for span in sampled.spans if span.row in count_row]
+        for offset in range(max((len(span.token_ids) for span in spans), default=0)):
+            found = [span for span in spans if offset < len(span.token_ids)]
+            rows = [count_row[span.row] for span in found]
+            tokens = self._planner.index(span.token_ids[offset] for span in found)
+            self._counts.add(rows, self._planner.index(rows), tokens)
 
     def _count(
         self, penalized: Penalized, tokens: Tensor, masks: dict[int, TokenMask | None]
@@ -262,24 +280,34 @@ class Sampler:
             rows = [counts.rows[i] for i in on_time]
             self._counts.add(rows, counts.index[index], tokens[group.index[index]])
 
-    def _next_banned(self, slot: int, position: int) -> Collection[int]:
+    def _next_banned(self, slot: int, position: int, draft: Sequence[int]) -> Collection[int]:
         held, follows = self._slots[slot], self._banned.get(slot)
-        banned = set() if follows is None else follows.next_banned()
+        banned = set() if follows is None else follows.next_banned(draft)
         if position < held.free_from:
             banned.update(held.banned)
         allowed = held.params.allowed_token_ids
         return () if allowed is not None and banned.issuperset(allowed) else banned
 
-    def _penalize(self, penalized: Penalized, logits: Tensor) -> None:
+    def _penalize(
+        self, penalized: Penalized, logits: Tensor, drafts: list[list[int]] | None
+    ) -> None:
         """Apply penalties to the tokens of the sequences: a few hundred, not the vocabulary."""
         held = penalized.counts
         token_ids = self._counts.tokens_of(held.rows, held.index)
+        drafted = None
+        if drafts and (longest := max(len(drafts[row]) for row in penalized.group.rows)):
+            padded = [[*drafts[row], *[-1] * longest][:longest] for row in penalized.group.rows]
+            drafted = upload(np.asarray(padded), self._device)
+            token_ids = torch.cat([token_ids, drafted.clamp(min=0)], dim=-1)
         counts = held.index.unsqueeze(-1), token_ids
         # Where an id stands twice in a row, the same value is written twice.
         place = penalized.group.index.unsqueeze(-1), token_ids
+        generated = self._counts.generated[counts]
+        if drafted is not None:
+            generated += (token_ids.unsqueeze(-1) == drafted.unsqueeze(-2)).sum(-1)
         logits[place] = penalize(
             logits[place],
-            self._counts.generated[counts],
+            generated,
             self._counts.in_prompt[counts],
             penalized.penalties,
         )
@@ -335,8 +363,3 @@ def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first of the likeliest tokens of each row, and its logit."""
     found = logits.max(dim=-1)
     return found.indices, found.values
-
-
-def _must_end(mask: TokenMask | None, ends: tuple[int, ...]) -> bool:
-    """Return whether a grammar allows nothing but these."""
-    return mask is not None and mask.num_allowed == sum(not mask.is_banned[end] for end in ends)

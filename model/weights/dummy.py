@@ -41,6 +41,6 @@ class DummyWeights:
                 block.uniform_(-reach, reach, generator=generator)
             yield block
 
-    def quantized(self, name: str) -> QuantizedRows | None:  # noqa: ARG002 - the interface's
+    def integers(self, name: str) -> Iterator[QuantizedRows] | None:  # noqa: ARG002 - the interface's
         """See `WeightSource`."""
         return None

@@ -15,6 +15,8 @@ from torch import Tensor
 #: Codes `[blocks, values]`; float32 scales `[blocks, groups]`, and minimums or None.
 Unpacked = tuple[Tensor, Tensor, Tensor | None]
 
+_WORD_BYTES, _ONES = 8, 0x0101010101010101
+
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
@@ -39,9 +41,15 @@ def _split(packed: Tensor, bits: int, run: int) -> Tensor:
 
     The lowest bits of `run` bytes come first, then the next bits of the same bytes.
     """
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
-    numbers: Tensor = torch.unflatten(packed, 1, (-1, 1, run)) >> shifts & 2**bits - 1
-    return numbers.flatten(1)
+    # Eight bytes at a time, if a run has them: the mask removes the bits of neighbours.
+    dtype, mask = torch.uint8, 2**bits - 1
+    if run % _WORD_BYTES == 0:
+        dtype, mask = torch.int64, mask * _ONES
+    words = packed.contiguous().view(dtype)
+    # Operations on whole tensors: with a dimension of shifts, loops would have two elements.
+    numbers = [words >> shift & mask for shift in range(0, 8, bits)]
+    runs = [torch.unflatten(one, 1, (-1, run // dtype.itemsize)) for one in numbers]
+    return torch.stack(runs, dim=2).flatten(1).view(torch.uint8)
 
 
 def _around_zero(codes: Tensor, bits: int) -> Tensor:

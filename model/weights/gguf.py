@@ -18,10 +18,11 @@ from torch import Tensor
 
 from model.architectures.arch import ArchSpec
 from model.architectures.registry import declare_tensors
-from model.weights.ggml_blocks import BLOCK_TYPES
+from model.weights.ggml_blocks import BLOCK_TYPES, BlockType
 from model.weights.gguf_file import GgufFile, GgufTensor
 from model.weights.interface import (
     BLOCK_VALUES,
+    PACKED_ROWS,
     QuantizedRows,
     WeightsError,
     read_bytes,
@@ -62,43 +63,38 @@ class GgufWeights:
     def blocks(self, name: str) -> Iterator[Tensor]:
         """See `WeightSource`."""
         tensor = self._tensors[name]
-        for _start, raw in self._raw_rows(name, BLOCK_VALUES):
+        for raw in self._raw_rows(name, BLOCK_VALUES):
             rows = self._decode(name, tensor, raw).view(len(raw), *tensor.shape[1:])
             yield self._in_order(name, rows)
 
-    def quantized(self, name: str) -> QuantizedRows | None:
+    def integers(self, name: str) -> Iterator[QuantizedRows] | None:
         """See `WeightSource`."""
         tensor = self._tensors[name]
         kind = BLOCK_TYPES.get(tensor.type_name)
         if kind is None or len(tensor.shape) != 2:
             return None
-        num_rows, num_inputs = tensor.shape
-        groups = (num_rows, num_inputs // kind.group_inputs)
-        whole = QuantizedRows(
-            torch.empty(tensor.shape, dtype=torch.uint8 if kind.has_minimums else torch.int8),
-            torch.empty(groups),
-            torch.empty(groups) if kind.has_minimums else None,
-            kind.bits,
-        )
-        parts = (whole.codes, whole.scales, whole.minimums)
-        for start, raw in self._raw_rows(name, _UNPACKED_VALUES):
-            unpacked = kind.unpack(raw.view(-1, kind.block_bytes))
-            for part, found in zip(parts, unpacked, strict=True):
-                if part is not None and found is not None:
-                    rows = self._in_order(name, found.reshape(len(raw), -1))
-                    part[start : start + len(raw)] = rows
-        return whole
+        return self._unpacked_rows(name, kind)
 
-    def _raw_rows(self, name: str, block_values: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the first row of each block, and its bytes `[rows, bytes of a row]`."""
+    def _unpacked_rows(self, name: str, kind: BlockType) -> Iterator[QuantizedRows]:
+        for raw in self._raw_rows(name, _UNPACKED_VALUES):
+            codes, scales, minimums = (
+                None if part is None else self._in_order(name, part.reshape(len(raw), -1))
+                for part in kind.unpack(raw.view(-1, kind.block_bytes))
+            )
+            assert codes is not None, "blocks have codes"
+            assert scales is not None, "blocks have scales"
+            yield QuantizedRows(codes, scales, minimums, kind.bits)
+
+    def _raw_rows(self, name: str, block_values: int) -> Iterator[Tensor]:
+        """Yield the bytes of consecutive rows, `[rows, bytes of a row]`."""
         tensor = self._tensors[name]
         row_bytes = tensor.num_bytes // tensor.shape[0]
-        multiple = self._head_dim if name in self._interleaved else 1
+        multiple = self._head_dim if name in self._interleaved else PACKED_ROWS
         with tensor.path.open("rb") as file:
             for start, count in row_blocks(tensor.shape, multiple, block_values):
                 offset_bytes = tensor.offset_bytes + start * row_bytes
                 raw = read_bytes(file, offset_bytes, count * row_bytes)
-                yield start, raw.view(count, row_bytes)
+                yield raw.view(count, row_bytes)
 
     def _in_order(self, name: str, rows: Tensor) -> Tensor:
         """Undo the converter's reordering of rows, where there is any."""

@@ -20,6 +20,8 @@ from torch import Tensor
 #: Rows are read in blocks of about so many values: small enough to stay in a cache while they
 #: are decoded, large enough that Python costs nothing.
 BLOCK_VALUES = 2**15
+#: Rows that are packed together: blocks of a multiple of it are not copied before.
+PACKED_ROWS = 16
 
 
 class WeightsError(ValueError):
@@ -63,8 +65,8 @@ class WeightSource(Protocol):
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield consecutive rows of a tensor in any floating dtype, on the CPU."""
 
-    def quantized(self, name: str) -> QuantizedRows | None:
-        """Return a tensor in the integers of its file.
+    def integers(self, name: str) -> Iterator[QuantizedRows] | None:
+        """Yield consecutive rows of a matrix in the integers of its file; at least one row.
 
         None: it is not kept in integers, or in a form without support; `blocks` has its values.
         """

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -36,7 +37,7 @@ from model.weights.checkpoints.coded_matrix import CodedMatrix
 from model.weights.file_content import FilesState
 from model.weights.format_choice import choose_activation_bits, choose_format
 from model.weights.gguf import ROPE_FACTORS
-from model.weights.interface import QuantizedRows, WeightSource, read_into
+from model.weights.interface import WeightSource, read_into
 from model.weights.linear import (
     Format,
     Linear,
@@ -50,12 +51,13 @@ from model.weights.open import open_weights
 from model.weights.packed_cache import PackedCache, Recipe
 from model.weights.packed_file import PackedError, PackedFile, Part
 from model.weights.packing_digest import digest_of_packing
-from model.weights.quantized_rows import is_finite, join
-from model.weights.round_integers import to_int4, to_int8
+from model.weights.quantized_rows import form_of
+from model.weights.round_integers import rounding_of
 from model.weights.safetensors import SafetensorsWeights
 from model.weights.source import ModelSource
-from model.weights.tiled_linear import TILED_FORMATS, TiledLinear
-from model.weights.tiles import Tiles, pack_floats, pack_integers
+from model.weights.tile_packer import CodePacker, TilePacker
+from model.weights.tiled_linear import TILED_FORMATS, ActivationBits, TiledLinear
+from model.weights.tiles import Tiles
 
 #: Packs the matrices of a product, with a bias; None where it cannot.
 CodedPacker: TypeAlias = Callable[[Sequence[CodedMatrix], Tensor | None], Linear | None]
@@ -109,9 +111,8 @@ def build_transformer(  # noqa: PLR0913 - named, and each is a decision of its o
         device,
         fmt,
         dtype,
-        partial(TiledLinear, library=tiles, activation_bits=bits)
-        if tiles and packs_tiles
-        else None,
+        tiles if packs_tiles else None,
+        activation_bits=bits,
         coded=coded if quantization == "auto" else None,
     )
     bar = tqdm(
@@ -193,11 +194,6 @@ def _load(loader: _Loader, bar: tqdm) -> TransformerWeights:
 
 #: Each holds one layer's product, so more of them would raise peak memory.
 _MAX_WORKERS = 4
-#: Formats whose integers are made from floating weights.
-_ROUNDERS: dict[Format, Callable[[Tensor, str], QuantizedRows]] = {
-    "int8": to_int8,
-    "int4": to_int4,
-}
 
 
 def _look_up(table: Tensor, token_ids: Tensor) -> Tensor:
@@ -214,7 +210,8 @@ class _Loader:
     fmt: Format
     dtype: torch.dtype
     #: None: the weights are not packed in tiles.
-    tiled: Callable[[Tiles], TiledLinear] | None
+    tiles: CpuLibrary | None
+    activation_bits: ActivationBits
     #: None: quantized matrices are widened.
     coded: CodedPacker | None = None
     #: Memory of each product in codes.
@@ -252,9 +249,9 @@ class _Loader:
         lm_head = self._linear(head, head_format(self.fmt))
         if is_tied and isinstance(lm_head, TiledLinear):
             return lm_head.rows, lm_head
-        if self.fmt == "own" and self.tiled is not None:
+        if self.fmt == "own" and self.tiles is not None:
             part = self.part("embedding", lambda: self._packed_tiles("embedding", "own").part)
-            tiled = self.tiled(Tiles.from_part(part))
+            tiled = TiledLinear(Tiles.from_part(part), self.tiles)
             self.sizes_bytes.append(tiled.weight_bytes)
             return tiled.rows, lm_head
         # 16 bits hold any embedding closely enough.
@@ -310,7 +307,7 @@ class _Loader:
         Raises `PackedError` if that file is damaged.
         """
         part = self.packed.read(name, self.arena) if self.packed else make()
-        if self.tiled is not None:
+        if self.tiles is not None:
             self.parts[name] = part
         return part
 
@@ -326,37 +323,45 @@ class _Loader:
         """Pack products that share their input as one, their rows one after another."""
         if linear := self._coded_linear(target, fmt):
             return linear
-        if self.tiled is None:
+        if self.tiles is None:
             linear = pack(self._weight(target, fmt), self._bias(target, fmt), fmt)
         else:
             part = self.part(target, lambda: self._packed_tiles(target, fmt).part)
-            linear = self.tiled(Tiles.from_part(part))
+            linear = TiledLinear(Tiles.from_part(part), self.tiles, self.activation_bits)
         self.sizes_bytes.append(linear.weight_bytes)
         return linear
 
     def _packed_tiles(self, target: str, fmt: Format) -> Tiles:
+        assert self.tiles is not None, "weights are packed in tiles"
         bias = self._bias(target, fmt)
-        if fmt == "own" and (integers := self._integers(target)):
-            return pack_integers(integers, bias, self.arena)
-        weight = self._weight(target, fmt)
-        if fmt not in _ROUNDERS:
-            return pack_floats(weight, bias, self.arena)
-        integers = _ROUNDERS[fmt](weight, target.rpartition(".")[2])
-        return pack_integers(integers, bias, self.arena, num_inputs=weight.shape[1])
-
-    def _integers(self, target: str) -> QuantizedRows | None:
-        """Read the integers of a product, if all of its parts are kept in integers that fit."""
+        if fmt == "own" and (tiles := self._own_tiles(target, bias)):
+            return tiles
         matrices = self._matrices(target)
-        parts = [self.weights.quantized(one.name) for one in matrices]
-        found = [part for part in parts if part is not None]
-        joined = join(found) if len(found) == len(parts) else None
-        if joined is None:
+        part = target.rpartition(".")[2]
+        rounding = rounding_of(fmt, part) if fmt in {"int8", "int4"} else None
+        shape = sum(one.shape[0] for one in matrices), matrices[0].shape[1]
+        packer = TilePacker(shape, rounding, self.arena, self.tiles)
+        for one in matrices:
+            if not packer.add(self.weights.blocks(one.name)):
+                self.not_finite.add(one.name)
+        return packer.tiles(bias)
+
+    def _own_tiles(self, target: str, bias: Tensor | None) -> Tiles | None:
+        """Pack the integers of a product, if all of its parts are kept in integers that fit."""
+        assert self.tiles is not None, "weights are packed in tiles"
+        matrices = self._matrices(target)
+        parts = [rows for one in matrices if (rows := self.weights.integers(one.name))]
+        firsts = [next(rows) for rows in parts]
+        form = form_of(firsts) if len(parts) == len(matrices) else None
+        if form is None:
             self.not_integers.update(one.name for one in matrices)
-        elif not is_finite(joined):
-            self.not_finite.update(
-                one.name for one, part in zip(matrices, found, strict=True) if not is_finite(part)
-            )
-        return joined
+            return None
+        shape = sum(one.shape[0] for one in matrices), firsts[0].codes.shape[1]
+        packer = CodePacker(shape, form, self.arena, self.tiles)
+        for one, first, rest in zip(matrices, firsts, parts, strict=True):
+            if not packer.add(chain([first], rest)):
+                self.not_finite.add(one.name)
+        return packer.tiles(bias)
 
     def _coded_linear(self, target: str, fmt: Format) -> Linear | None:
         """Pack the codes of a product; None where the packer cannot take all its matrices."""

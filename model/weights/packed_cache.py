@@ -23,6 +23,7 @@ from pathlib import Path
 
 from configs.sizes import format_size
 from model.weights.file_content import FilesState, sha256_of
+from model.weights.mapped_file import map_file
 from model.weights.packed_file import PackedError, PackedFile, Part, num_bytes_of, write_packed
 
 _log = logging.getLogger("octavo.weights")
@@ -128,7 +129,7 @@ class PackedCache:
     def _open(self, path: Path, recipe: Recipe) -> PackedFile:
         if fault := _fault_of(self.folder):
             raise PackedError(fault)
-        packed = PackedFile.open(path)
+        packed = PackedFile.open(path, map_file)
         try:
             recipe.check(packed)
         except PackedError:

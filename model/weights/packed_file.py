@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -26,6 +27,8 @@ from model.kv.arena import Arena
 Plain: TypeAlias = str | int | float | bool | None
 #: The tensors and values of one part of a model, by attribute.
 Part: TypeAlias = Mapping[str, Tensor | Plain]
+#: Maps a file by its descriptor; returns None where its content is better copied.
+Mapper: TypeAlias = Callable[[int], mmap.mmap | None]
 
 #: Magic number with the version of this format, bytes of the header, bytes of the file, and the
 #: checksum of the header.
@@ -36,6 +39,8 @@ _MAX_HEADER_BYTES = 64 * 2**20
 _ALIGNMENT_BYTES = 4096
 #: Checked while it is in the processor's cache.
 _READ_BYTES = 2**20
+#: Written at a time: whole huge pages.
+_WRITE_BYTES = 8 * 2**20
 #: Written to the disk at a time, so that other programs' writes do not wait behind gigabytes.
 _SYNC_BYTES = 64 * 2**20
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -55,11 +60,13 @@ def write_packed(descriptor: int, parts: Mapping[str, Part], facts: Mapping[str,
     """
     entries, placed = _place(parts)
     start = _aligned(_PREFIX.size + len(_encoded(entries, facts)))
+    stream = _Stream(descriptor)
     end = start
     for offset_bytes, tensor, entry in placed:
         end = start + offset_bytes
-        entry[_CHECKSUM] = _write_tensor(descriptor, tensor, end)
+        entry[_CHECKSUM] = stream.write(_bytes_of(tensor), end)
         end += tensor.nbytes
+    stream.flush()
     os.ftruncate(descriptor, end)
     header = _encoded(entries, facts)
     _write(descriptor, memoryview(header), _PREFIX.size)
@@ -106,17 +113,41 @@ def _encoded(entries: _Entries, facts: Mapping[str, object]) -> bytes:
     return json.dumps({"parts": entries, "facts": facts}).encode()
 
 
-def _write_tensor(descriptor: int, tensor: Tensor, offset_bytes: int) -> str:
-    """Write a tensor and return its checksum."""
-    content = _bytes_of(tensor)
-    checksum = 0
-    for start in range(0, len(content), _SYNC_BYTES):
-        piece = content[start : start + _SYNC_BYTES]
-        checksum = zlib.crc32(piece, checksum)
-        _write(descriptor, piece, offset_bytes + start)
-        if len(piece) == _SYNC_BYTES:
-            os.fdatasync(descriptor)
-    return f"{checksum:08x}"
+class _Stream:
+    """Writes at rising offsets, in whole pieces: so the page cache keeps them in huge pages."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._piece = bytearray(_WRITE_BYTES)
+        #: Offset in the file of the piece and of its end so far.
+        self._start = self._end = 0
+
+    def write(self, content: memoryview, offset_bytes: int) -> str:
+        """Write, after zeros from the last end on, and return the checksum of the content."""
+        self._append(memoryview(bytes(offset_bytes - self._end)))
+        checksum = 0
+        for start in range(0, len(content), _READ_BYTES):
+            piece = content[start : start + _READ_BYTES]
+            checksum = zlib.crc32(piece, checksum)
+            self._append(piece)
+        return _shown(checksum)
+
+    def flush(self) -> None:
+        """Write the rest."""
+        _write(self._descriptor, memoryview(self._piece)[: self._end - self._start], self._start)
+        self._start = self._end
+
+    def _append(self, content: memoryview) -> None:
+        while content:
+            at = self._end - self._start
+            part = content[: _WRITE_BYTES - at]
+            self._piece[at : at + len(part)] = part
+            self._end += len(part)
+            content = content[len(part) :]
+            if self._end - self._start == _WRITE_BYTES:
+                self.flush()
+                if self._end % _SYNC_BYTES == 0:
+                    os.fdatasync(self._descriptor)
 
 
 def _write(descriptor: int, content: memoryview, offset_bytes: int) -> None:
@@ -133,6 +164,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 _EMPTY = memoryview(bytearray())
 
 
+def _shown(checksum: int) -> str:
+    return f"{checksum:08x}"
+
+
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
@@ -143,16 +178,20 @@ def _aligned(num_bytes: int) -> int:
 class PackedFile:
     """A file of packed weights, open for reading by any number of threads."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, map_file: Mapper | None = None) -> None:
         """Read the header; `close` closes the descriptor. Raises `PackedError`, `OSError`."""
         self.path = path
         self._descriptor = descriptor
         _check_owner(path, descriptor)
         self._entries, self.facts, self._start_bytes = _read_header(path, descriptor)
+        self._mapping = map_file(descriptor) if map_file else None
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open a file. Raises `FileNotFoundError`, or `PackedError` if it must not be used."""
+    def open(cls, path: Path, map_file: Mapper | None = None) -> Self:
+        """Open a file. Raises `FileNotFoundError`, or `PackedError` if it must not be used.
+
+        If `map_file` returns a mapping of the descriptor, tensors are not copied.
+        """
         try:
             # A pipe would block, and a link may lead anywhere.
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -162,7 +201,7 @@ class PackedFile:
         except OSError as error:
             raise PackedError(f"{path} cannot be read ({error.strerror})") from error
         try:
-            return cls(path, descriptor)
+            return cls(path, descriptor, map_file)
         except OSError as error:
             os.close(descriptor)
             raise PackedError(f"{path} cannot be read ({error.strerror})") from error
@@ -171,17 +210,28 @@ class PackedFile:
             raise
 
     def read(self, name: str, arena: Arena) -> dict[str, Tensor | Plain]:
-        """Read a part, its tensors into `arena`. Raises `PackedError`."""
+        """Read a part; its tensors are mapped, or read into `arena`. Raises `PackedError`."""
         entry = self._entries.get(name)
         if entry is None:
             raise PackedError(f"{self.path} is damaged: it has no part {name}")
         part: dict[str, Tensor | Plain] = dict(entry["values"])
         for attribute, (dtype, shape, offset_bytes, checksum) in entry["tensors"].items():
-            tensor = arena.take(tuple(shape), _DTYPES[dtype])
-            if self._read_into(_bytes_of(tensor), offset_bytes) != checksum:
+            tensor, found = self._tensor(tuple(shape), _DTYPES[dtype], offset_bytes, arena)
+            if found != checksum:
                 raise PackedError(f"{self.path} is damaged: the checksum of {name} is wrong")
             part[attribute] = tensor
         return part
+
+    def _tensor(
+        self, shape: tuple[int, ...], dtype: torch.dtype, offset_bytes: int, arena: Arena
+    ) -> tuple[Tensor, str]:
+        """Return a tensor and the checksum of its content."""
+        if self._mapping is None or not (count := math.prod(shape)):
+            tensor = arena.take(shape, dtype)
+            return tensor, self._read_into(_bytes_of(tensor), offset_bytes)
+        start = self._start_bytes + offset_bytes
+        flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=start)
+        return flat.view(shape), _shown(zlib.crc32(_bytes_of(flat)))
 
     def _read_into(self, target: memoryview, offset_bytes: int) -> str:
         """Fill `target` and return the checksum of its content."""
@@ -196,7 +246,7 @@ class PackedFile:
                 target, offset_bytes = target[count:], offset_bytes + count
         except OSError as error:
             raise PackedError(f"{self.path} cannot be read ({error.strerror})") from error
-        return f"{checksum:08x}"
+        return _shown(checksum)
 
     def note_use(self) -> None:
         """Set the file's time to now: the least recently used file is removed first."""

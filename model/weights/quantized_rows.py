@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,28 +37,73 @@ def is_finite(rows: QuantizedRows) -> bool:
     return all(bool(part.isfinite().all()) for part in _factors(rows))
 
 
-def join(parts: Sequence[QuantizedRows]) -> QuantizedRows | None:
-    """Return the rows of all parts as one matrix, or None where their groups do not fit together.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form of the parts of one matrix."""
 
-    Lower bits widen to the highest ones. Codes are int8 where they have eight bits or there are no
-    minimums, otherwise uint8.
+    bits: int
+    group_inputs: int
+    #: Codes are int8 where they have eight bits or there are no minimums, otherwise uint8.
+    is_signed: bool
+    has_minimums: bool
+
+
+def form_of(parts: Sequence[QuantizedRows]) -> Form | None:
+    """Return the form in which some parts fit together, or None where their groups do not.
+
+    Lower bits widen to the highest ones. Of a part a few rows are enough, unless its codes are
+    unsigned and have eight bits.
     """
     bits = max(part.bits for part in parts)
     inputs = math.gcd(_MOST_GROUP_INPUTS, *map(group_inputs, parts))
     if inputs < _LEAST_GROUP_INPUTS:
         return None
-    parts = [_regroup(part, inputs) for part in parts]
+    has_minimums = any(part.minimums is not None for part in parts)
+    are_signed = [part.codes.dtype == torch.int8 for part in parts]
     if bits == _BYTE_BITS:
-        parts = [_signed(part) for part in parts]
-    elif not all(part.minimums is None and part.codes.dtype == torch.int8 for part in parts):
-        parts = [_unsigned(part) for part in parts]
+        move = any(map(_has_large_codes, parts))
+        return Form(bits, inputs, is_signed=True, has_minimums=has_minimums or move)
+    is_signed = all(are_signed) and not has_minimums
+    # Signed codes that become unsigned move, and their minimums with them.
+    move = any(are_signed) and not is_signed
+    return Form(bits, inputs, is_signed, has_minimums or move)
+
+
+def conform(rows: QuantizedRows, form: Form) -> QuantizedRows:
+    """Return rows in a form that `form_of` found for them and others."""
+    rows = _regroup(rows, form.group_inputs)
+    rows = _signed(rows) if form.is_signed else _unsigned(rows)
+    minimums = _minimums(rows) if form.has_minimums else rows.minimums
+    assert form.has_minimums == (minimums is not None), "rows have another form than the first"
+    return replace(rows, minimums=minimums, bits=form.bits)
+
+
+def join(parts: Sequence[QuantizedRows]) -> QuantizedRows | None:
+    """Return the rows of all parts as one matrix, or None where their groups do not fit together.
+
+    See `form_of`.
+    """
+    form = form_of(parts)
+    return None if form is None else stack([conform(part, form) for part in parts])
+
+
+def stack(parts: Sequence[QuantizedRows]) -> QuantizedRows:
+    """Return the rows of parts of the same form as one matrix."""
     if len(parts) == 1:
         return parts[0]
-    minimums = None
-    if any(part.minimums is not None for part in parts):
-        minimums = torch.cat([_minimums(part) for part in parts])
-    codes = torch.cat([part.codes for part in parts])
-    return QuantizedRows(codes, torch.cat([part.scales for part in parts]), minimums, bits)
+    minimums = [part.minimums for part in parts if part.minimums is not None]
+    return QuantizedRows(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(minimums) if minimums else None,
+        parts[0].bits,
+    )
+
+
+def rows_of(rows: QuantizedRows, which: slice) -> QuantizedRows:
+    """Return some of the rows."""
+    minimums = None if rows.minimums is None else rows.minimums[which]
+    return QuantizedRows(rows.codes[which], rows.scales[which], minimums, rows.bits)
 
 
 def _factors(rows: QuantizedRows) -> Iterator[Tensor]:
@@ -81,11 +126,17 @@ def _regroup(rows: QuantizedRows, inputs: int) -> QuantizedRows:
     return replace(rows, scales=scales, minimums=minimums)
 
 
+def _has_large_codes(rows: QuantizedRows) -> bool:
+    """Return whether codes are too large for int8."""
+    is_wide = rows.codes.dtype == torch.uint8 and rows.bits == _BYTE_BITS
+    return is_wide and int(rows.codes.max()) > _MOST_SIGNED
+
+
 def _signed(rows: QuantizedRows) -> QuantizedRows:
     """Return int8 codes. Larger codes move by 128, and the minimums by the same."""
     if rows.codes.dtype == torch.int8:
         return rows
-    if int(rows.codes.max()) <= _MOST_SIGNED:
+    if not _has_large_codes(rows):
         return replace(rows, codes=rows.codes.view(torch.int8))
     codes = (rows.codes - 2**7).view(torch.int8)
     return replace(rows, codes=codes, minimums=_minimums(rows) + rows.scales * 2**7)

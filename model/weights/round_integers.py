@@ -9,7 +9,9 @@ from two beginnings. Knows nothing of files or of tiles.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,23 +37,34 @@ _BEGINNINGS, _NUM_TURNS = (0, 3), 3
 _BLOCK_VALUES = 2**16
 
 
-def to_int8(weight: Tensor, part: str) -> QuantizedRows:
-    """Round a product's weight `[outputs, inputs]` to int8.
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How a product's floating weights become integers."""
 
-    `part`: the product's name in its layer, or that of the product which gives the logits. The
-    result has inputs of zeros up to whole groups.
+    bits: int
+    group_inputs: int
+    #: With minimums, by the least squared error; otherwise by the largest magnitude.
+    is_searched: bool = False
+
+    def __call__(self, weight: Tensor) -> QuantizedRows:
+        """Round a weight `[outputs, inputs]`; the result has zeros up to whole groups of inputs."""
+        if self.is_searched:
+            return by_search(weight, self.group_inputs)
+        return by_magnitude(weight, self.bits, self.group_inputs)
+
+
+def rounding_of(fmt: Literal["int8", "int4"], part: str) -> Rounding:
+    """Return the rounding of a product: to few bits, or more where these lose too much.
+
+    `part`: the product's name in its layer, or that of the product which gives the logits.
     """
-    is_head = part in {"embedding", "lm_head"}
-    return by_magnitude(weight, 8, _HEAD_GROUP_INPUTS if is_head else _LAYER_GROUP_INPUTS)
-
-
-def to_int4(weight: Tensor, part: str) -> QuantizedRows:
-    """Round a product's weight to four bits, or more where these lose too much. See `to_int8`."""
     if part in {"embedding", "lm_head"}:
-        return by_magnitude(weight, 8, _HEAD_GROUP_INPUTS)
+        return Rounding(8, _HEAD_GROUP_INPUTS)
+    if fmt == "int8":
+        return Rounding(8, _LAYER_GROUP_INPUTS)
     if part in _SIX_BIT_PARTS:
-        return by_magnitude(weight, 6, _SMALL_GROUP_INPUTS)
-    return by_search(weight, _SMALL_GROUP_INPUTS)
+        return Rounding(6, _SMALL_GROUP_INPUTS)
+    return Rounding(4, _SMALL_GROUP_INPUTS, is_searched=True)
 
 
 def by_magnitude(weight: Tensor, bits: int, group_inputs: int) -> QuantizedRows:

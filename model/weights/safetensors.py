@@ -122,10 +122,11 @@ class SafetensorsWeights:
             )
         return read_rows(entry)
 
-    def quantized(self, name: str) -> QuantizedRows | None:
-        """See `WeightSource`."""
+    def integers(self, name: str) -> Iterator[QuantizedRows] | None:
+        """See `WeightSource`: all rows at a time."""
         coded = self.coded(name)
-        return None if coded is None else coded.quantized()
+        rows = None if coded is None else coded.quantized()
+        return None if rows is None else iter([rows])
 
     def coded(self, name: str) -> CodedMatrix | None:
         """Return a quantized matrix as its file has it; None: it is plain."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.formats.safetensors import SafetensorsEntry
-from model.weights.interface import read_bytes, row_blocks
+from model.weights.interface import PACKED_ROWS, read_bytes, row_blocks
 
 #: By their names in the file: plain values, then codes, scales and indices of quantized ones.
 PLAIN_DTYPES = {
@@ -28,6 +28,9 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 
+#: Rows are read in blocks of about so many values, which stay in a cache until they are packed.
+_READ_VALUES = 2**17
+
 
 def read_tensor(entry: SafetensorsEntry) -> Tensor:
     """Read all of a tensor. Raises `WeightsError` where its file ends before."""
@@ -42,7 +45,7 @@ def read_rows(entry: SafetensorsEntry) -> Iterator[Tensor]:
     dtype = _DTYPES[entry.dtype_name]
     row_bytes = math.prod(entry.shape[1:]) * dtype.itemsize
     with entry.path.open("rb") as file:
-        for start, count in row_blocks(entry.shape):
+        for start, count in row_blocks(entry.shape, PACKED_ROWS, _READ_VALUES):
             offset_bytes = entry.offset_bytes + start * row_bytes
             raw = read_bytes(file, offset_bytes, count * row_bytes)
             yield raw.view(dtype).view(count, *entry.shape[1:])

@@ -101,20 +101,37 @@ class Tiles:
         return factors.float().repeat_interleave(self.group_inputs, dim=1)[:, :num_padded]
 
 
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What makes values of codes: see `QuantizedRows` and `Tiles`."""
+
+    bits: int
+    group_inputs: int
+    code_offset: int
+    #: float32 `[outputs, groups]`.
+    scales: Tensor
+    minimums: Tensor | None
+
+    @classmethod
+    def of(cls, rows: QuantizedRows) -> Self:
+        """Return those of some rows; signed codes of fewer than eight bits become unsigned."""
+        is_signed = rows.codes.dtype == torch.int8
+        offset = 2 ** (rows.bits - 1) if is_signed and rows.bits < _BYTE_BITS else 0
+        return cls(rows.bits, group_inputs(rows), offset, rows.scales, rows.minimums)
+
+
 def pack_floats(weight: Tensor, bias: Tensor | None, arena: Arena) -> Tiles:
     """Pack a floating weight as bfloat16."""
     num_outputs, num_inputs = weight.shape
-    # Tiles of integers have twice as many inputs, and a panel of activations serves both.
-    num_tiles = 2 * _whole(num_inputs, TILE_INPUTS)
-    shape = (_whole(num_outputs, TILE_OUTPUTS), num_tiles, _WIDE_TILE_PAIRS, TILE_OUTPUTS, _PAIR)
-    packed = arena.take(shape, torch.bfloat16)
+    packed = empty_floats((num_outputs, num_inputs), arena)
+    num_tiles = packed.shape[1]
     padded_inputs = num_tiles * _WIDE_TILE_PAIRS * _PAIR
     for groups, rows in _slabs(num_outputs, padded_inputs):
         slab = _padded(weight[rows], padded_inputs).bfloat16()
         # A pair is a word of four bytes: moving words takes a third of the time.
         words = slab.view(torch.int32).view(-1, TILE_OUTPUTS, num_tiles, _WIDE_TILE_PAIRS)
         packed[groups].view(torch.int32).squeeze(-1).copy_(words.permute(0, 2, 3, 1))
-    return Tiles(num_outputs, num_inputs, _WIDE_BITS, packed, bias=_padded_bias(bias))
+    return tiles_of_floats(packed, (num_outputs, num_inputs), bias)
 
 
 def pack_integers(
@@ -126,35 +143,57 @@ def pack_integers(
     """
     found = join((rows,))
     assert found is not None, "groups of fewer than 16 inputs"
-    bits, num_outputs = found.bits, len(found.codes)
-    num_inputs = num_inputs or found.codes.shape[1]
-    num_tiles = _whole(num_inputs, TILE_INPUTS)
-    is_signed = found.codes.dtype == torch.int8
-    offset = 2 ** (bits - 1) if is_signed and bits < _BYTE_BITS else 0
-    num_groups = _whole(num_outputs, TILE_OUTPUTS)
-    packed = arena.take((num_groups, num_tiles, num_lines(bits), TILE_OUTPUTS, 4), torch.uint8)
-    codes = found.codes.view(torch.uint8)
-    for groups, slab_rows in _slabs(num_outputs, num_tiles * TILE_INPUTS):
+    num_outputs = len(found.codes)
+    shape = num_outputs, num_inputs or found.codes.shape[1]
+    packed = empty_codes(shape, found.bits, arena)
+    padded_inputs = packed.shape[1] * TILE_INPUTS
+    codes, factors = found.codes.view(torch.uint8), Factors.of(found)
+    offset = factors.code_offset
+    for groups, slab_rows in _slabs(num_outputs, padded_inputs):
         # Addition in eight bits wraps, so that -8 + 8 is 0.
-        slab = _padded(codes[slab_rows] + offset, num_tiles * TILE_INPUTS, offset)
-        packed[groups] = arrange(slab, bits)
-    inputs = group_inputs(found)
-    dtype = _factor_dtype(found)
-    num_scales = _whole(num_tiles * TILE_INPUTS, inputs)
+        slab = _padded(codes[slab_rows] + offset, padded_inputs, offset)
+        packed[groups] = arrange(slab, found.bits)
+    return tiles_of_codes(packed, factors, shape, bias, arena)
+
+
+def empty_floats(shape: tuple[int, int], arena: Arena) -> Tensor:
+    """Return room for the tiles of a weight `[outputs, inputs]` in bfloat16."""
+    # Tiles of integers have twice as many inputs, and a panel of activations serves both.
+    num_tiles = 2 * _whole(shape[1], TILE_INPUTS)
+    groups = _whole(shape[0], TILE_OUTPUTS)
+    return arena.take((groups, num_tiles, _WIDE_TILE_PAIRS, TILE_OUTPUTS, _PAIR), torch.bfloat16)
+
+
+def empty_codes(shape: tuple[int, int], bits: int, arena: Arena) -> Tensor:
+    """Return room for the tiles of codes `[outputs, inputs]`."""
+    groups, num_tiles = _whole(shape[0], TILE_OUTPUTS), _whole(shape[1], TILE_INPUTS)
+    return arena.take((groups, num_tiles, num_lines(bits), TILE_OUTPUTS, 4), torch.uint8)
+
+
+def tiles_of_floats(packed: Tensor, shape: tuple[int, int], bias: Tensor | None) -> Tiles:
+    """Return tiles whose weights are packed."""
+    return Tiles(*shape, _WIDE_BITS, packed, bias=_padded_bias(bias))
+
+
+def tiles_of_codes(
+    packed: Tensor, factors: Factors, shape: tuple[int, int], bias: Tensor | None, arena: Arena
+) -> Tiles:
+    """Return tiles whose codes are packed."""
+    dtype = _factor_dtype(factors)
+    num_scales = _whole(packed.shape[1] * TILE_INPUTS, factors.group_inputs)
     scales, minimums = (
         None if part is None else _pack_factors(part, num_scales, dtype, arena)
-        for part in (found.scales, found.minimums)
+        for part in (factors.scales, factors.minimums)
     )
     return Tiles(
-        num_outputs,
-        num_inputs,
-        bits,
+        *shape,
+        factors.bits,
         packed,
         scales,
         minimums,
         _padded_bias(bias),
-        group_inputs=inputs,
-        code_offset=offset,
+        group_inputs=factors.group_inputs,
+        code_offset=factors.code_offset,
     )
 
 
@@ -181,9 +220,9 @@ def _padded_bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else functional.pad(bias.float(), (0, -len(bias) % TILE_OUTPUTS))
 
 
-def _factor_dtype(rows: QuantizedRows) -> torch.dtype:
+def _factor_dtype(factors: Factors) -> torch.dtype:
     """Return float16 if no factor changes by more than 2**-11 of the largest one of its output."""
-    for part in (rows.scales, rows.minimums):
+    for part in (factors.scales, factors.minimums):
         if part is None:
             continue
         error = (part.half().float() - part).abs_()

@@ -17,7 +17,7 @@ from scheduler.client import (
     RequestRefusedError,
     TokenOutput,
 )
-from server.answer_types import Octavo, Usage
+from server.answer_types import CompletionTokensDetails, Octavo, Usage
 from server.generation.output import OutputChunk, OutputOptions, OutputText
 from server.generation.reasoning import ReasoningCounter
 from server.generation.request_fields import GenerationSpec
@@ -116,15 +116,22 @@ def usage(record: RequestRecord) -> Usage:
         "total_tokens": record.prompt_tokens + record.output_tokens,
         "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
     }
+    details: CompletionTokensDetails = {}
     if record.reasoning_tokens is not None:
-        report["completion_tokens_details"] = {"reasoning_tokens": record.reasoning_tokens}
+        details["reasoning_tokens"] = record.reasoning_tokens
+    if record.draft_tokens:
+        rejected_tokens = record.draft_tokens - record.accepted_draft_tokens
+        details["accepted_prediction_tokens"] = record.accepted_draft_tokens
+        details["rejected_prediction_tokens"] = rejected_tokens
+    if details:
+        report["completion_tokens_details"] = details
     return report
 
 
 def octavo(job: Job, record: RequestRecord, now_s: float) -> Octavo:
     """Return our own object of the response: warnings, timings and cache hits."""
     decode_s, num_decoded = record.decode_s, record.output_tokens - len(job.requests)
-    return {
+    report: Octavo = {
         "warnings": list(job.spec.warnings),
         "timings": {
             "queue_ms": milliseconds(record.queue_s),
@@ -134,6 +141,12 @@ def octavo(job: Job, record: RequestRecord, now_s: float) -> Octavo:
         },
         "cache": {"reused_tokens": record.cached_tokens, "miss_reason": record.miss_reason or None},
     }
+    if record.draft_tokens:
+        report["speculation"] = {
+            "offered": record.draft_tokens,
+            "accepted": record.accepted_draft_tokens,
+        }
+    return report
 
 
 def _require_sound(delta: TokenOutput) -> None:
@@ -166,6 +179,8 @@ def _note(service: Service, record: RequestRecord, chunk: OutputChunk) -> None:
             service.metrics.on_first_token(record)
         since_last_s = None if last_s is None else now_s - last_s
         service.metrics.on_tokens(num_tokens, since_last_s)
+    record.draft_tokens += chunk.delta.draft_tokens
+    record.accepted_draft_tokens += chunk.delta.accepted_draft_tokens
     if chunk.finish_reason is not None:
         record.finish_reason = chunk.finish_reason
         record.stop_text = chunk.stop_text

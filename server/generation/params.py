@@ -77,7 +77,6 @@ CHAT = {
     "documents": refused([]),
     "mm_processor_kwargs": refused({}),
     "echo": refused(_FALSE),
-    "prediction": warned("predicted output does not speed anything up here"),
     "verbosity": warned("has no effect on this model", "medium"),
 }
 COMPLETION = {

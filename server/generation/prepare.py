@@ -63,9 +63,22 @@ async def _chat_job(service: Service, spec: GenerationSpec, chat: Conversation) 
     output = parser_options(service, chat, tools, prompt)
     grammar, relaxed = await chat_grammar(service, spec, chat, tools, output, prompt)
     job = _job(service, spec, [prompt], params, grammar, warnings + relaxed)
+    if predicted := await _predicted_tokens(service, spec):
+        requests = (replace(one, prediction_token_ids=predicted) for one in job.requests)
+        job = replace(job, requests=tuple(requests))
     if output is not None and output.syntax.has_special_marks:
         job = replace(job, output=replace(job.output, skip_special_tokens=False))
     return replace(job, parser_options=output)
+
+
+async def _predicted_tokens(service: Service, spec: GenerationSpec) -> tuple[int, ...]:
+    """Return the tokens of the text that the answer is expected to repeat. Raises `ApiError`."""
+    texts = [spec.prediction] if spec.prediction else []
+    encoded = await tokens_of(
+        service, texts, add_special_tokens=False, field="prediction", must_fit=True
+    )
+    # An answer has no room for more.
+    return tuple(encoded[0][: service.client.info.max_model_len]) if encoded else ()
 
 
 async def _text_job(service: Service, spec: GenerationSpec, texts: TextPrompts) -> Job:
@@ -158,6 +171,7 @@ def _job(
                 ),
                 spec.fields.priority or 0,
                 spec.fields.cache_salt or "",
+                may_speculate=spec.fields.speculation is not False,
             )
             for prompt, own in zip(map(tuple, prompts), params, strict=True)
             for index in range(spec.num_tries)

@@ -205,6 +205,9 @@ class GenerateFields(Request):
     cache_salt: Annotated[str, Field(min_length=1)] | None = optional(
         "prefixes are shared by equal salts only, in the key's namespace"
     )
+    speculation: bool | None = optional(
+        "false: no drafts are verified for it; the answer is the same"
+    )
     priority: int | None = optional("smaller goes first; default 0")
     add_special_tokens: bool | None = optional(
         "default: false for chats (the template has them), else true"
@@ -314,6 +317,8 @@ class GenerationSpec:
     num_choices: int = 1
     num_tries: int = 1
     has_usage_chunk: bool = False
+    #: Text that the answer is expected to repeat.
+    prediction: str = ""
     #: Of fields without effect.
     warnings: tuple[Warned, ...] = ()
 

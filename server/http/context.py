@@ -45,6 +45,9 @@ class RequestRecord:
     output_tokens: int = 0
     #: Those of them that are reasoning; None: the model does not reason.
     reasoning_tokens: int | None = None
+    #: Tokens of drafts that were verified, and those of them that were accepted.
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
     miss_reason: str = ""
     queue_s: float | None = None
     first_token_at_s: float | None = None

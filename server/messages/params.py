@@ -36,6 +36,7 @@ PASSED = (
     "ignore_eos",
     "cache_salt",
     "priority",
+    "speculation",
     "add_special_tokens",
     "chat_template_kwargs",
 )

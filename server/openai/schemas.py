@@ -20,6 +20,7 @@ from server.generation.request_fields import (
     optional,
 )
 from server.openai.chat_messages import Message
+from server.openai.prediction import Prediction
 from server.tools.schemas import Choice, Tools
 
 
@@ -72,6 +73,9 @@ class ChatRequest(GenerateFields):
     include_reasoning: bool | None = optional("default true")
     reasoning_effort: Effort | None = optional(
         "for models whose template knows it; else it is warned of"
+    )
+    prediction: Prediction | None = optional(
+        "a text that the answer is expected to repeat; it changes the speed of the answer alone"
     )
 
 

@@ -68,6 +68,7 @@ def chat_spec(request: ChatRequest, template: ChatTemplate | None) -> Generation
         max_tokens_path=(name,),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         logprobs_path=("top_logprobs",),
+        prediction="" if request.prediction is None else request.prediction.text,
     )
 
 
@@ -156,5 +157,7 @@ def _parts(request: ChatRequest | TokenizeRequest) -> Iterator[tuple[str, BaseMo
         yield from nested(message, f"messages.{index}")
     for index, tool in enumerate(request.tools or ()):
         yield from nested(tool, f"tools.{index}")
-    if isinstance(request, ChatRequest) and isinstance(request.tool_choice, BaseModel):
-        yield from nested(request.tool_choice, "tool_choice")
+    for name in ("tool_choice", "prediction"):
+        part = getattr(request, name, None)
+        if isinstance(part, BaseModel):
+            yield from nested(part, name)

@@ -35,6 +35,7 @@ _OWN = {
     "client_metadata": warned("is not used", {}),
     "access_programs": warned("there are none", {}),
     "image": warned("there are no pictures", {}),
+    "prediction": warned("it is a field of chats"),
 }
 RESPONSES: Mapping[str, Unsupported] = {
     name: known

@@ -208,6 +208,34 @@ class CacheMachine(RuleBasedStateMachine):
         seq = self.model.live[index % len(self.model.live)]
         self.match(seq.tokens[:num_tokens] + rest, seq.namespace)
 
+    @precondition(lambda self: self.model.live)
+    @rule(index=st.integers(0, MAX_LIVE - 1), max_tokens=st.integers(1, 9))
+    def continue_a_live_one(self, index: int, max_tokens: int) -> None:
+        model = self.model
+        seq = model.live[index % len(model.live)]
+        found = self.cache.continuation(seq.allocation, seq.tokens, max_tokens)
+        known = tuple(seq.tokens)
+        path = known + tuple(found.token_ids)
+        ahead = model.ahead(seq.namespace, known)
+        assert len(found.token_ids) <= max_tokens
+        if found.token_ids:
+            assert any(other[: len(path)] == path for other in ahead)
+        if len(found.token_ids) < max_tokens:
+            assert not any(len(o) > len(path) and o[: len(path)] == path for o in ahead)
+        counts = []
+        for end in range(
+            len(known) // model.page_size * model.page_size, len(path), model.page_size
+        ):
+            beside = model.beside(
+                seq.namespace, path[: max(len(known), end)], end + model.page_size
+            )
+            counts.append(len(beside))
+            taken = [key for key in beside if key[1] == path[: end + model.page_size]]
+            if taken:
+                ranks = {key: (key in model.read, model.cached[key].last_used) for key in beside}
+                assert ranks[taken[0]] == max(ranks.values())
+        assert found.is_only_one == all(count <= 1 for count in counts)
+
     # ---- what an operator does -------------------------------------------------------------------
 
     @precondition(lambda self: len(self.pins) < 2)

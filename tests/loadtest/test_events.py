@@ -127,3 +127,27 @@ def test_a_finish_reason_is_an_end_without_done() -> None:
 def test_whether_it_is_json() -> None:
     assert _answer((1.0, _text('{"a": ')), (2.0, _text("1}"))).is_json()
     assert not _answer((1.0, _text("{"))).is_json()
+
+
+def _calls(*parts: dict[str, Any]) -> Answer:
+    answer = Answer()
+    for part in parts:
+        answer.take(json.dumps({"choices": [{"delta": {"tool_calls": [part]}}]}).encode(), 1.0)
+    return answer
+
+
+def test_an_answer_is_a_message_of_the_next_request() -> None:
+    assert _answer((1.0, _chat(content="so ")), (2.0, _chat(content="it is"))).message() == {
+        "role": "assistant",
+        "content": "so it is",
+    }
+    answer = _calls(
+        {"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x"'}},
+        {"index": 0, "function": {"arguments": ": 1}"}},
+        {"index": 1, "function": {"name": "g", "arguments": '{"cut'}},
+    )
+    assert answer.message()["tool_calls"] == [
+        {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
+        # A server would refuse arguments that are not JSON.
+        {"id": "call_1", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+    ]

@@ -166,3 +166,14 @@ def test_a_comparison_pairs_rounds(make_record: MakeRecord, make_run: MakeRun) -
     rate = next(row for row in found.rows if row.name == "output tokens/s")
     assert rate.medians == (20.0, 7.5)
     assert rate.ratios == (Ratio(0.5, 0.5, 0.5, 2),)
+
+
+def test_the_rate_of_a_conversation_leaves_its_pauses_out(
+    make_record: Callable[..., Record], make_run: Callable[..., Run]
+) -> None:
+    """Two answers of 10 tokens in one second each, with a pause of eight seconds between them."""
+    first = make_record(0.5, 1.0, tokens=(5, 5))
+    second = make_record(9.5, 10.0, tokens=(5, 5), turn=1, due_s=9.0, sent_s=9.0)
+    alone = make_record(1.0, tokens=(99,), conversation=1)
+    found = figures(make_run(first, second, alone)).conversation_tokens_per_s
+    assert (found.count, found.mean) == (1, pytest.approx(10.0))

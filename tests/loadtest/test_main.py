@@ -22,10 +22,11 @@ from loadtest.compare import Conditions, Contestant, compete
 from loadtest.drive import Bounds, Driver
 from loadtest.figures import figures
 from loadtest.measure import Interruption
+from loadtest.presets import PRESETS
 from loadtest.prompts import Composer, Manner, Spelling
 from loadtest.records import Run, read
 from loadtest.target import Target
-from loadtest.workloads import PRESETS, Shape
+from loadtest.workloads import Shape
 from waiting import TIMEOUT_S
 
 _FAST = ("--no-progress", "--requests", "6", "--concurrency", "3", "--max-tokens", "5")
@@ -88,6 +89,18 @@ def test_turns_follow_each_other(app: Any, tmp_path: Path) -> None:
         assert all(b > a + 5 for a, b in pairwise(lengths))
         assert all(b.sent_s >= a.ended_s for a, b in pairwise(turns))
         assert (turns[-1].cached_tokens or 0) > (turns[-2].prompt_tokens or 0) * 0.8
+
+
+def test_agents_answer_and_go_on(app: Any, tmp_path: Path) -> None:
+    flags = ("--workload", "agentic", "--prompt-tokens", "600", "--requests", "2", "--warmup", "0")
+    run = _run(app.url, tmp_path / "out", *flags, "--concurrency", "2")
+    assert [one.failure for one in run.records] == [None] * 40
+    for number in (0, 1):
+        turns = [one for one in run.records if one.conversation == number]
+        assert [one.turn for one in turns] == list(range(20))
+        assert all(after.sent_s >= before.ended_s + 0.2 for before, after in pairwise(turns))
+        assert (turns[-1].cached_tokens or 0) > (turns[-2].prompt_tokens or 0) * 0.8
+    assert figures(run).conversation_tokens_per_s.count == 2
 
 
 def test_words_are_sent_where_text_is_asked_for(app: Any, tmp_path: Path) -> None:

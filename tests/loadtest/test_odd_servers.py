@@ -11,11 +11,12 @@ import pytest
 
 from loadtest.answer import Answer
 from loadtest.drive import Bounds, Driver
+from loadtest.presets import PRESETS
 from loadtest.probe import learn
 from loadtest.prompts import Composer, Manner, Spelling
 from loadtest.target import Outcome, Target, TargetError
 from loadtest.wire import WireError
-from loadtest.workloads import PRESETS, Shape
+from loadtest.workloads import Shape
 from waiting import TIMEOUT_S
 
 _STREAM = (

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from loadtest.arrivals import PROCESSES
+from loadtest.documents import document
 from loadtest.plan import Load, Plan
+from loadtest.presets import PRESETS
 from loadtest.prompts import Composer, Manner, Spelling
+from loadtest.repeating import ORDER_FORMAT
 from loadtest.trace import TraceError, read_trace
 from loadtest.words import WORDS
 from loadtest.workloads import (
     DRAW_RANGE,
-    PRESETS,
     RESPONSE_FORMAT,
     Conversation,
     Drawn,
@@ -51,7 +53,7 @@ def test_a_seed_asks_the_same_and_another_does_not(name: str) -> None:
     assert _made(name, 7) != _made(name, 8)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"retry"}))
 def test_no_prompt_comes_twice(name: str) -> None:
     prompts = [turn.prompt for conversation in _made(name, 1) for turn in conversation]
     assert len(set(map(str, prompts))) == len(prompts)
@@ -104,16 +106,94 @@ def test_long_prompts_have_a_lane_of_their_own() -> None:
     assert set(_lengths(workload, lane=1)) == {(1800, 1)}
 
 
-def test_structured_has_a_twin_that_asks_the_same() -> None:
+@pytest.mark.parametrize(
+    ("name", "form"), [("structured", RESPONSE_FORMAT), ("schema", ORDER_FORMAT)]
+)
+def test_a_schema_has_a_twin_that_asks_the_same(name: str, form: dict[str, Any]) -> None:
     bodies = []
     for has_schema in (True, False):
-        workload = PRESETS["structured"][1](Shape(has_schema=has_schema))
+        workload = PRESETS[name][1](Shape(has_schema=has_schema))
         (turn,) = workload.lanes[0].make(0)
         bodies.append(Composer("m", workload, _CHAT, Manner(ending="none")).body(turn, []))
     with_schema, without = bodies
-    assert with_schema.pop("response_format") == RESPONSE_FORMAT
+    assert with_schema.pop("response_format") == form
     assert with_schema == without
     assert "JSON" in without["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("name", ["edit", "summary"])
+def test_a_document_is_in_the_prompt(name: str) -> None:
+    workload = PRESETS[name][1](Shape(prompt_tokens=140, max_tokens=9))
+    (turn,) = workload.lanes[0].make(3)
+    assert isinstance(turn.prompt, Verbatim)
+    task, text = str(turn.prompt.content).split("\n\n")
+    assert "text" in task
+    assert text == document(140, 0, name, 3)
+    sentences = text.split(". ")
+    assert len(set(sentences)) == len(sentences) == 10
+    assert (turn.max_tokens, workload.ends_itself, workload.endpoint) == (9, True, "chat")
+
+
+def test_a_retry_sends_the_same_again() -> None:
+    workload = PRESETS["retry"][1](Shape())
+    composer, history = Composer("m", workload, _CHAT, Manner()), list[dict[str, Any]]()
+    bodies = []
+    for turn in workload.lanes[0].make(2):
+        bodies.append(composer.body(turn, history))
+        history = [*composer.messages(turn, history), {"role": "assistant", "content": "so"}]
+    assert bodies == bodies[:1] * 4
+    assert bodies[0]["seed"] == 2
+
+
+# ---- agents --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [8000, 50_000])
+def test_an_agents_context_grows_to_its_size(context: int) -> None:
+    workload = PRESETS["agentic"][1](Shape(prompt_tokens=context))
+    (conversation, other) = _made("agentic", 0, 2)
+    assert conversation[0].system == other[0].system, "agents share it"
+    turns = workload.lanes[0].make(0)
+    system = turns[0].system
+    assert system is not None
+    asked = len(system.draws) + sum(len(_drawn(turn).draws) for turn in turns)
+    # Tools and the words around messages come to it.
+    assert context - 500 < asked + sum(turn.max_tokens for turn in turns) <= context - 400
+    assert (len(turns), workload.lanes[0].concurrency) == (20, 4)
+    assert [turn.is_result for turn in turns] == [False] + [True] * 19
+    assert all(0.2 <= turn.think_s <= 1.0 for turn in turns[1:])
+    assert (
+        min(
+            len(_drawn(one).draws)
+            for one in PRESETS["agentic"][1](Shape(prompt_tokens=100)).lanes[0].make(0)
+        )
+        == 16
+    )
+
+
+def test_calls_are_forced_and_free_in_turns() -> None:
+    turns = PRESETS["agentic"][1](Shape()).lanes[0].make(0)
+    names = [tool["function"]["name"] for tool in turns[0].fields["tools"]]
+    choices = [turn.fields["tool_choice"] for turn in turns]
+    assert choices[1::2] == ["auto"] * 10
+    forced = [choice["function"]["name"] for choice in choices[::2]]
+    assert forced == [names[number % 3] for number in range(10)]
+
+
+def test_a_result_answers_the_calls_before_it() -> None:
+    workload = PRESETS["agentic"][1](Shape(prompt_tokens=100))
+    composer = Composer("m", workload, Spelling(), Manner(ending="none"))
+    first, second, *_ = workload.lanes[0].make(0)
+    opening = composer.messages(first, [])
+    assert [message["role"] for message in opening] == ["system", "user"]
+    called = {"role": "assistant", "content": "", "tool_calls": [{"id": "a"}, {"id": "b"}]}
+    body = composer.body(second, [*opening, called])
+    assert body["tools"] == second.fields["tools"]
+    results = body["messages"][3:]
+    assert [(one["role"], one["tool_call_id"]) for one in results] == [("tool", "a"), ("tool", "b")]
+    assert results[0]["content"].startswith("Result: ")
+    told = composer.messages(second, [*opening, {"role": "assistant", "content": "no"}])
+    assert [message["role"] for message in told[2:]] == ["assistant", "user"]
 
 
 # ---- spelling ------------------------------------------------------------------------------------

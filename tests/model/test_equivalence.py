@@ -1,7 +1,7 @@
 """The property worth most: a request's tokens do not depend on what happens around it.
 
-A tiny model with random weights, the real scheduler, cache, decoder, attention and sampler: every
-request alone, batched, chunked, preempted, warm and cold gives the same tokens.
+A tiny model with random weights, the real scheduler, cache, decoder, attention and sampler. Every
+request gives the same tokens alone, batched, chunked, preempted, warm, cold and with drafts.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
+from scripted_drafter import ScriptedDrafter
 
 from cache.kv_cache import KVCache
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
@@ -93,16 +94,22 @@ def make_runner(
 
 
 class _Engine:
-    def __init__(self, runner: TorchRunner, budget: int, max_num_seqs: int = 6) -> None:
+    def __init__(
+        self, runner: TorchRunner, budget: int, drafter: ScriptedDrafter | None = None
+    ) -> None:
         self.runner = runner
         self.cache = KVCache(runner.info.num_pages, _PAGE_SIZE)
-        config = SchedulerSection(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-        self.scheduler = Scheduler(self.cache, config, runner.info)
+        config = SchedulerSection(max_num_seqs=6, max_num_batched_tokens=budget)
+        self.scheduler = Scheduler(self.cache, config, runner.info, drafter)
+        # A drafter reads known tokens; as in the engine.
+        self.max_in_flight = runner.max_steps_in_flight if drafter is None else 1
+        self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self.scores: dict[int, list[TokenLogprobs]] = {}
 
     def run(self, requests: list[Submit]) -> dict[int, list[int]]:
         outputs: dict[int, list[int]] = {request.request_id: [] for request in requests}
         self.scores = {request.request_id: [] for request in requests}
+        self.logprobs = {request.request_id: [] for request in requests}
         for request in requests:
             grammar = request.request.params.grammar
             constraint = self.runner.prepare(grammar).result(TIMEOUT_S) if grammar else None
@@ -111,9 +118,7 @@ class _Engine:
         for _ in range(1000):
             if not self.scheduler.has_work and not in_flight:
                 return outputs
-            while len(in_flight) < self.runner.max_steps_in_flight and (
-                plan := self.scheduler.plan()
-            ):
+            while len(in_flight) < self.max_in_flight and (plan := self.scheduler.plan()):
                 in_flight.append((plan, self.runner.launch(plan.step)))
             if not in_flight:
                 # The only one there was preempted itself.
@@ -122,6 +127,8 @@ class _Engine:
             outcome = self.scheduler.apply(plan, in_flight_step.wait())
             for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
                 outputs[request_id].append(token_id)
+            for request_id, entry in zip(outcome.request_ids, outcome.logprobs, strict=False):
+                self.logprobs[request_id] += [entry] if entry else []
             for request_id, scores in outcome.prompt_logprobs:
                 self.scores[request_id] += scores
             assert not outcome.failed
@@ -129,11 +136,29 @@ class _Engine:
         raise AssertionError("it does not end")
 
     def told(self) -> dict[int, list[tuple[int, Any]]]:
-        """Return the last run's prompt_logprobs, by request."""
+        """Return the last run's prompt_logprobs and logprobs, by request."""
         return {
-            request_id: [(one.token_id, pytest.approx(one.logprob, abs=1e-3)) for one in scores]
+            request_id: [
+                (one.token_id, pytest.approx(one.logprob, abs=1e-3))
+                for one in (*scores, *self.logprobs[request_id])
+            ]
             for request_id, scores in self.scores.items()
         }
+
+
+def _drafter(requests: list[Submit], outputs: dict[int, list[int]], period: int) -> ScriptedDrafter:
+    """Return a drafter that knows the outputs; each token at a multiple of `period` is wrong."""
+    texts = [[*r.request.prompt_token_ids, *outputs[r.request_id]] for r in requests]
+
+    def guess(token_ids: list[int], max_tokens: int) -> list[int]:
+        known = len(token_ids)
+        text = next(text for text in texts if text[:known] == token_ids)
+        return [
+            255 - token_id if position % period == 0 else token_id
+            for position, token_id in enumerate(text[known : known + max_tokens], known)
+        ]
+
+    return ScriptedDrafter(guess)
 
 
 @st.composite
@@ -150,6 +175,7 @@ def _requests(draw: Any) -> list[Submit]:
             top_p=draw(st.sampled_from([1.0, 0.9])),
             repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3])),
             prompt_logprobs=draw(st.sampled_from([None, None, 0])),
+            logprobs=draw(st.sampled_from([None, None, 2])),
             ignore_eos=True,
             **draw(st.sampled_from([{}, {}, *_FOLLOWED])),
         )
@@ -159,9 +185,18 @@ def _requests(draw: Any) -> list[Submit]:
 
 
 @settings(max_examples=40)
-@given(requests=_requests(), budget=st.integers(6, 40), num_pages=st.sampled_from([9, 12, 60]))
+@given(
+    requests=_requests(),
+    budget=st.integers(6, 40),
+    num_pages=st.sampled_from([9, 12, 60]),
+    draft_period=st.sampled_from([1, 3, 1000]),
+)
 def test_alone_batched_chunked_preempted_warm_and_cold_are_the_same(
-    make_runner: MakeRunner, requests: list[Submit], budget: int, num_pages: int
+    make_runner: MakeRunner,
+    requests: list[Submit],
+    budget: int,
+    num_pages: int,
+    draft_period: int,
 ) -> None:
     roomy = make_runner(60)
     alone: dict[int, list[int]] = {}
@@ -174,6 +209,9 @@ def test_alone_batched_chunked_preempted_warm_and_cold_are_the_same(
     for state in ("cold", "warm"):
         assert engine.run(requests) == alone, state
         assert engine.told() == scores, state
+    engine = _Engine(make_runner(num_pages), budget, _drafter(requests, alone, draft_period))
+    assert engine.run(requests) == alone, "with drafts"
+    assert engine.told() == scores, "with drafts"
     stats = engine.cache.stats()
     assert stats.pages_private == stats.pages_leased == 0
 
@@ -190,3 +228,44 @@ def test_the_property_is_about_something(make_runner: MakeRunner) -> None:
     assert engine.cache.stats().copied_pages_total > 0
     assert stats.prefix_hits_tokens_total > 0
     assert len(set(map(tuple, tokens.values()))) > 1
+    engine = _Engine(make_runner(60), 64, _drafter(requests, tokens, 5))
+    assert engine.run(requests) == tokens
+    [drafts] = engine.scheduler.stats().speculation.drafters
+    assert 0 < drafts.accepted_tokens_total < drafts.offered_tokens_total
+
+
+@pytest.mark.parametrize("quantization", ["bf16", "int8"])
+def test_drafts_change_no_bit_of_the_compiled_decoder(
+    tmp_path: Path, quantization: Literal["bf16", "int8"]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(_CONFIG))
+    runner = build.make_runner(
+        build.resolve_source(f"dummy:{path}"),
+        OctavoConfig(
+            model=ModelSection(quantization=quantization, threads=1, weights_cache="off"),
+            cache=CacheSection(kv_cache_memory=64 * _PAGE_SIZE * _BYTES_PER_TOKEN, page_size=4),
+            scheduler=SchedulerSection(max_num_seqs=6, max_num_batched_tokens=64),
+        ),
+    )
+    if "cpu" not in runner.info.attention_backend:
+        pytest.skip("the compiled decoder is not available here")
+    requests = [
+        Submit(
+            request_id,
+            GenerateRequest(
+                tuple(range(40, 50 + request_id)),
+                SamplingParams(24, temperature=temperature, ignore_eos=True, logprobs=3),
+            ),
+        )
+        for request_id, temperature in enumerate((0.0, 0.8, 1.0))
+    ]
+    engine = _Engine(runner, 64)
+    outputs = engine.run(requests)
+    for period in (2, 3, 1000):
+        drafted = _Engine(runner, 64, _drafter(requests, outputs, period))
+        assert drafted.run(requests) == outputs
+        assert drafted.logprobs == engine.logprobs
+        [drafts] = drafted.scheduler.stats().speculation.drafters
+        assert drafts.accepted_tokens_total > 0
+    runner.close()

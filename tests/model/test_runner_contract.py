@@ -120,13 +120,11 @@ def test_moves_run_in_order_and_before_the_rows(runner: ModelRunner) -> None:
     assert found.token_ids == [expected[1:2]]
 
 
-# ---- the one that can be computed by hand --------------------------------------------------------
-
-
 @pytest.mark.parametrize("num_right", [0, 1, 3])
-def test_drafts_are_accepted_up_to_the_first_that_is_wrong(num_right: int) -> None:
-    runner = FakeRunner()
-    expected = fake_output(PROMPT, 6)
+def test_drafts_are_accepted_up_to_the_first_that_is_wrong(
+    runner: ModelRunner, num_right: int
+) -> None:
+    expected = plain(runner, 6)
     [token] = step(runner, PROMPT, RowSpan(0, 0, 6), started=[start()]).token_ids[0]
     sampled_tokens = expected[1:4]
     sampled_tokens[num_right:] = [63] * (3 - num_right)
@@ -137,6 +135,9 @@ def test_drafts_are_accepted_up_to_the_first_that_is_wrong(num_right: int) -> No
     newest = output.token_ids[0][-1:]
     following = step(runner, newest, RowSpan(position, position, 1))
     assert following.token_ids == [[expected[num_right + 2]]]
+
+
+# ---- the one that can be computed by hand --------------------------------------------------------
 
 
 def test_a_span_has_the_probabilities_of_its_own_tokens() -> None:
@@ -211,7 +212,6 @@ def test_pages_come_back_from_other_tiers(tier: Tier) -> None:
     ("given", "message"),
     [
         ({"row": RowSpan(1, 0, 6), "sample": None}, "dropped keys"),
-        ({"row": RowSpan(0, 0, 6), "sample": SampleSpan(0, 4, 2)}, "one token a span"),
         ({"row": RowSpan(0, 0, 6), "started": [start(View(window=9))]}, "view of its own"),
         (
             {

@@ -12,6 +12,7 @@ from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
 from model.interface import SamplingParams, TokenLogprobs
+from scheduler.drafters.draft import Drafter
 from scheduler.messages import FinishReason, GenerateRequest, Rejected, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
@@ -27,6 +28,7 @@ class Drive:
         page_size: int = 4,
         view: View = FULL_VIEW,
         max_model_len: int = 256,
+        drafter: Drafter | None = None,
         **config: Any,
     ) -> None:
         self.runner = FakeRunner(
@@ -35,10 +37,13 @@ class Drive:
         section = SchedulerSection(**{"max_num_seqs": 8, "max_num_batched_tokens": 32} | config)
         budget = section.max_num_batched_tokens
         self.cache = KVCache(num_pages, page_size, view=view, chunk_tokens=budget)
-        self.scheduler = Scheduler(self.cache, section, self.runner.info)
+        self.scheduler = Scheduler(self.cache, section, self.runner.info, drafter)
         self.outputs: dict[int, list[int]] = {}
         self.scores: dict[int, list[TokenLogprobs]] = {}
         self.finished: dict[int, FinishReason] = {}
+        self.failed: dict[int, str] = {}
+        #: (request id, verified tokens, accepted ones) of each draft.
+        self.drafts: list[tuple[int, int, int]] = []
         self.displaced: list[int] = []
         self.plans: list[StepPlan] = []
 
@@ -50,6 +55,7 @@ class Drive:
         max_tokens: int = 8,
         priority: int = 0,
         namespace: str = "",
+        may_speculate: bool = True,
         **submit: Any,
     ) -> Rejected | None:
         params = submit.pop("params", None) or SamplingParams(
@@ -59,7 +65,11 @@ class Drive:
         self.scores[request_id] = []
         refusals = self.scheduler.submit(
             Submit(
-                request_id, GenerateRequest(tuple(prompt), params, priority, namespace), **submit
+                request_id,
+                GenerateRequest(
+                    tuple(prompt), params, priority, namespace, may_speculate=may_speculate
+                ),
+                **submit,
             )
         )
         if [refused.request_id for refused in refusals] == [request_id]:
@@ -71,14 +81,20 @@ class Drive:
         plan = self.scheduler.plan()
         if plan is not None:
             self.plans.append(plan)
-            outcome = self.scheduler.apply(plan, self.runner.launch(plan.step).wait(), elapsed_s)
-            for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
-                self.outputs[request_id].append(token_id)
-            for request_id, scores in outcome.prompt_logprobs:
-                self.scores[request_id] += scores
-            self.finished.update(outcome.finished)
+            self.apply(plan, elapsed_s)
         self.scheduler.check()
         return plan
+
+    def apply(self, plan: StepPlan, elapsed_s: float = 0.0) -> None:
+        outcome = self.scheduler.apply(plan, self.runner.launch(plan.step).wait(), elapsed_s)
+        for request_id, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
+            self.outputs[request_id].append(token_id)
+        for request_id, scores in outcome.prompt_logprobs:
+            self.scores[request_id] += scores
+        for request_id, num_offered, num_accepted in outcome.drafts:
+            self.drafts.append((request_id, num_offered, num_accepted))
+        self.finished.update(outcome.finished)
+        self.failed.update(outcome.failed)
 
     def run(self, max_steps: int = 2000) -> None:
         for _ in range(max_steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -61,6 +62,30 @@ def test_an_engine_whose_api_is_gone_ends_quietly(
         pass
     ours.close()
     marker.unlink()
+    engine.join(TIMEOUT_S)
+    assert engine.exitcode == 0
+
+
+def _import_engine() -> None:
+    if gc.isenabled():
+        raise ValueError("imported objects are walked")
+
+
+def _make_runner() -> FakeRunner:
+    if not (gc.isenabled() and gc.get_freeze_count()):
+        raise ValueError("no collections while the model is built, or those of imported objects")
+    return FakeRunner()
+
+
+def test_no_collection_walks_the_objects_of_imports() -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    engine = context.Process(target=engine_main, args=(theirs, _import_engine))
+    engine.start()
+    theirs.close()
+    ours.send(Build(_make_runner, _CONFIG))
+    assert isinstance(ours.recv(), Ready)
+    ours.close()
     engine.join(TIMEOUT_S)
     assert engine.exitcode == 0
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from scripted_drafter import ScriptedDrafter
 
 from cache.kv_cache import KVCache
 from cache.view import FULL_VIEW, View
@@ -62,6 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_submits = 0
         #: Requests that were alone in a step that failed.
         self.failed_alone: set[int] = set()
+        self.drafts = "mixed"
         self.build(4, 2, 2, 4, 1)
 
     def build(
@@ -94,6 +96,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_queue=max_queue,
             ),
             self.runner.info,
+            ScriptedDrafter(self.guess, is_too_long=True),
         )
 
     @precondition(lambda self: self.num_submits == 0)
@@ -105,6 +108,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_steps_in_flight=st.integers(1, 3),
         max_queue=st.sampled_from([0, 1, 3, 1024]),
         view=st.builds(View, st.sampled_from([0, 0, 2]), st.sampled_from([None, 1, 3, 5, 8])),
+        drafts=st.sampled_from(["right", "mixed", "wrong", "none"]),
     )
     def rebuild(
         self,
@@ -116,8 +120,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_steps_in_flight: int,
         max_queue: int,
         view: View,
+        drafts: str,
     ) -> None:
+        self.drafts = drafts
         self.build(num_pages, page_size, max_num_seqs, budget, max_steps_in_flight, max_queue, view)
+
+    def guess(self, token_ids: list[int], max_tokens: int) -> list[int]:
+        """Return more tokens than may be used: the right ones, wrong ones or some of both."""
+        known = list(token_ids)
+        if self.drafts == "none":
+            return []
+        for count in range(max_tokens + 2):
+            token_id = fake_next_token(known, _VOCAB, may_end=False, view=self.view)
+            is_wrong = self.drafts == "wrong" or (self.drafts == "mixed" and count == 2)
+            known.append(3 - token_id if is_wrong else token_id)
+        return known[len(token_ids) :]
 
     @rule(
         prompt=st.lists(st.integers(1, 2), max_size=12),
@@ -129,6 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, 0, 2]),
         num_scored=st.integers(0, 4),
         grammar=st.sampled_from([None, None, "any"]),
+        may_speculate=st.sampled_from([True, True, False]),
     )
     def submit(
         self,
@@ -142,6 +160,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs: int | None,
         num_scored: int,
         grammar: str | None,
+        may_speculate: bool,
     ) -> None:
         params = SamplingParams(
             max_tokens=max_tokens,
@@ -151,7 +170,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         submit = Submit(
             self.num_submits,
-            GenerateRequest(tuple(prompt), params, priority=priority, namespace=namespace),
+            GenerateRequest(
+                tuple(prompt), params, priority, namespace, may_speculate=may_speculate
+            ),
         )
         self.num_submits += 1
         resumed = self.expected(submit)[:num_resumed]
@@ -226,7 +247,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert preempted == sorted(preempted), "preempted one that had precedence"
         if plan is not None:
             assert plan.num_tokens <= self.scheduler._config.max_num_batched_tokens
-            assert plan.num_decodes + plan.num_prompt_tokens == plan.num_tokens
+            num_decoded = plan.num_decodes + plan.num_draft_tokens
+            assert num_decoded + plan.num_prompt_tokens == plan.num_tokens
         return plan
 
     @rule()

@@ -286,6 +286,25 @@ def test_one_step_at_a_time_while_a_grammar_is_followed() -> None:
     assert told.tokens[1] == expected((4, 5), 20)
 
 
+def test_one_step_at_a_time_while_drafts_are_made() -> None:
+    """A request that is repeated runs along the cached pages of the first."""
+    runner = Recorder()
+    told = Told(runner, speculation="auto")
+    told.submit(0, (1, 2, 3), max_tokens=20)
+    told.run()
+    num_steps = len(runner.steps)
+    assert told.engine.stats().scheduler.speculation.drafters == ()
+    told.submit(1, (1, 2, 3), max_tokens=20)
+    while told.engine.has_work:
+        told.step()
+        assert runner.num_flights == 0
+    assert told.tokens[1] == told.tokens[0] == expected((1, 2, 3), 20)
+    assert len(runner.steps) - num_steps < num_steps / 2
+    drafters = told.engine.stats().scheduler.speculation.drafters
+    assert drafters[0].drafter == "prefix"
+    assert sum(drafts.accepted_tokens_total for drafts in drafters) > 10
+
+
 def test_cancelled_with_steps_under_way() -> None:
     told = Told(Recorder())
     told.submit(0, (1, 2, 3), max_tokens=30)

@@ -42,12 +42,30 @@ def test_news_of_requests_nobody_reads_is_dropped() -> None:
             started=[Started(5, 0.0, 0, "cold")],
             rejected=[Rejected(6, RejectKind.BUSY, "full")],
             finished=[(7, FinishReason.STOP)],
+            drafts=[(5, 3, 1)],
             failed=[(8, "a fault")],
         )
     )
     streams.check()
     assert streams.engine_stats is stats
     assert len(streams) == 0
+
+
+def test_drafts_are_counted_once() -> None:
+    async def test() -> None:
+        streams = Streams()
+        stream = streams.generate(_REQUEST, lambda _: None)
+        reading = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        streams.dispatch(StepResult(drafts=[(0, 5, 2)]))
+        streams.dispatch(StepResult(request_ids=[0], token_ids=[1], drafts=[(0, 3, 0)]))
+        output = await reading
+        assert (output.draft_tokens, output.accepted_draft_tokens) == (8, 2)
+        streams.dispatch(StepResult(request_ids=[0], token_ids=[2]))
+        assert (await anext(stream)).draft_tokens == 0
+        await stream.aclose()
+
+    asyncio.run(test())
 
 
 def test_tokens_that_came_before_an_error_are_read_first() -> None:

@@ -65,6 +65,22 @@ class Reference:
             if owner == namespace and len(other) == end and num_shared(other, prefix) == len(prefix)
         )
 
+    def beside(self, namespace: str, prefix: tuple[int, ...], num_tokens: int) -> list[Key]:
+        """List the nodes of so many tokens that begin with a prefix, evicted or not."""
+        return [
+            (owner, other)
+            for owner, other in self.cached
+            if owner == namespace and len(other) == num_tokens and other[: len(prefix)] == prefix
+        ]
+
+    def ahead(self, namespace: str, prefix: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """List the tokens of the nodes that go on where a prefix ends."""
+        return [
+            other
+            for owner, other in self.cached
+            if owner == namespace and len(other) > len(prefix) and other[: len(prefix)] == prefix
+        ]
+
     def known(self, namespace: str, tokens: list[int]) -> int:
         """Return the tokens of whole pages with a node in the tree, evicted or not."""
         known = 0

@@ -5,6 +5,7 @@
 #include "attention_kernels.h"
 #include "elementwise.h"
 #include "look_up.h"
+#include "packing.h"
 #include "products.h"
 
 #define OCTAVO_TEXT_OF(x) #x
@@ -33,6 +34,7 @@ const octavo::Kernels table = {
     pack_rows,
     product,
     look_up,
+    pack,
 };
 
 }  // namespace

@@ -166,6 +166,29 @@ struct Product {
   DType out_dtype;
 };
 
+// Rows of weights, and their place in tiles; see packing.h.
+struct Packing {
+  // [num_rows, num_inputs]: floats, or codes of a byte each.
+  const void* rows;
+  // Of floats.
+  DType dtype;
+  // Elements, not bytes.
+  int64_t row_stride;
+  int64_t num_rows;
+  int64_t num_inputs;
+  // Of an output group: of 32 inputs in bfloat16, otherwise of 64.
+  int64_t num_tiles;
+  // 16 for bfloat16, otherwise those of a code: 4, 5, 6 or 8.
+  int64_t bits;
+  // Added to each code.
+  int64_t code_offset;
+  // Of floats that are rounded to codes: inputs that share a scale, which 128 is a multiple of.
+  int64_t group_inputs;
+  void* tiles;
+  // [num_rows, groups] of floats that are rounded; null for codes.
+  float* scales;
+};
+
 struct Kernels {
   const char* name;
   // Floats of scratch memory one thread needs.
@@ -196,6 +219,8 @@ struct Kernels {
   void (*product)(const Product&, int64_t begin, int64_t end, float* scratch);
   // Rows of the weights, by index, to `out` [rows, out_stride], for indices begin to end.
   void (*look_up)(const Product&, const int64_t* rows, int64_t begin, int64_t end);
+  // Arranges weights in tiles, and returns whether all are finite.
+  bool (*pack)(const Packing&);
 };
 
 const Kernels& kernels_scalar();

@@ -54,7 +54,7 @@ def test_banned_is_what_would_complete_a_sequence(
     assert BannedSequences(sequences, output).next_banned() == expected
     follows = BannedSequences(sequences, ())
     for token in output:
-        follows.push(token)
+        follows.push([token])
     assert follows.next_banned() == expected
 
 

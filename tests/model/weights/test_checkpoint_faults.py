@@ -133,10 +133,10 @@ def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
 def test_codes_beyond_their_bits_are_refused(tmp_path: Path) -> None:
     config = compressed("int-quantized", num_bits=4, strategy="channel")
     parts = {"weight": torch.full((8, 16), 7).to(torch.int8), "weight_scale": torch.ones(8, 1)}
-    assert _open(tmp_path, parts, config).quantized("m.q_proj.weight") is not None
+    assert _open(tmp_path, parts, config).integers("m.q_proj.weight") is not None
     parts["weight"][3, 4] = 8
     with pytest.raises(WeightsError, match=rf"weight{FILE}: it has codes of more than 4 bits"):
-        _open(tmp_path, parts, config).quantized("m.q_proj.weight")
+        _open(tmp_path, parts, config).integers("m.q_proj.weight")
 
 
 def test_scales_of_activations_are_noted_and_not_used(tmp_path: Path) -> None:

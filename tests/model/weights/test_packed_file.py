@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import subprocess
@@ -43,7 +44,14 @@ def write(path: Path, parts: Mapping[str, Part] = PARTS) -> Path:
     return path
 
 
+def map_all(descriptor: int) -> mmap.mmap:
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+
+
 def read(path: Path) -> dict[str, dict[str, object]]:
+    """Read a file twice: mapped, and into memory."""
+    with closing(PackedFile.open(path, map_all)) as packed:
+        assert_same({name: dict(packed.read(name, Arena())) for name in PARTS})
     with closing(PackedFile.open(path)) as packed:
         assert packed.facts == FACTS
         return {name: dict(packed.read(name, Arena())) for name in PARTS}
@@ -77,7 +85,8 @@ def test_the_order_of_parts_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_tensors_larger_than_one_read_have_one_checksum(tmp_path: Path) -> None:
-    large = torch.arange(3 * 2**18 + 5)
+    # Longer than a piece that is written, and ends within one.
+    large = torch.arange(3 * 2**19 + 5)
     path = write(tmp_path / "w", {"large": {"tensor": large}})
     with closing(PackedFile.open(path)) as packed:
         found = packed.read("large", Arena())["tensor"]
@@ -145,6 +154,18 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
         os.truncate(path, 4096)
         with pytest.raises(PackedError, match="cut off"):
             packed.read("0.qkv", Arena())
+
+
+def test_mapped_tensors_outlive_the_file_and_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "w")
+    packed = PackedFile.open(path, map_all)
+    found = {name: dict(packed.read(name, Arena())) for name in PARTS}
+    packed.close()
+    path.unlink()
+    assert_same(found)
+    codes = found["0.qkv"]["codes"]
+    assert isinstance(codes, Tensor)
+    codes.zero_()  # A write stays in this process, and is not an error.
 
 
 def test_a_missing_part_is_an_error(tmp_path: Path) -> None:

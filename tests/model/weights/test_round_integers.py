@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.weights.interface import QuantizedRows
 from model.weights.quantized_rows import dequantize, group_inputs
-from model.weights.round_integers import by_magnitude, by_search, to_int4, to_int8
+from model.weights.round_integers import by_magnitude, by_search, rounding_of
 
 
 def _weight(num_outputs: int = 64, num_inputs: int = 512) -> Tensor:
@@ -93,7 +93,10 @@ def test_scales_are_halves() -> None:
 def test_each_product_has_the_bits_that_it_needs(
     part: str, int8: tuple[int, int], int4: tuple[int, int]
 ) -> None:
-    for rounder, expected in ((to_int8, int8), (to_int4, int4)):
-        rows = rounder(_weight(), part)
+    for rounding, expected in (
+        (rounding_of("int8", part), int8),
+        (rounding_of("int4", part), int4),
+    ):
+        rows = rounding(_weight())
         assert (rows.bits, group_inputs(rows)) == expected
         assert (rows.minimums is not None) == (rows.bits == 4)

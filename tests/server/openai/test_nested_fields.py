@@ -52,6 +52,10 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
             },
             {
                 "messages": [_USER],
+                "prediction": {"type": "content", "content": [{"type": "text", "text": "x"}]},
+            },
+            {
+                "messages": [_USER],
                 "response_format": {
                     "type": "json_schema",
                     "json_schema": {"name": "n", "schema": _SCHEMA},

@@ -1,0 +1,63 @@
+"""Which drafts a server makes, from its own settings or from vLLM's `--speculative-config`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+#: Matches of fewer tokens are chance.
+MIN_MATCH_TOKENS = 3
+MAX_DRAFT_TOKENS = 256
+
+DraftTokens = Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)]
+Speculation = Literal["none", "auto", "ngram", "suffix"]
+
+
+class Drafting(NamedTuple):
+    """The drafts of a server."""
+
+    speculation: Speculation
+    #: Of one draft, at most.
+    max_tokens: int
+    #: Of an n-gram's match, at least and at most.
+    lookup_min_tokens: int = MIN_MATCH_TOKENS
+    lookup_max_tokens: int | None = None
+
+
+class _VllmConfig(BaseModel):
+    """The parts of vLLM's `SpeculativeConfig` that have a meaning here; all others are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    method: Literal["ngram", "suffix"]
+    num_speculative_tokens: DraftTokens = 16
+    prompt_lookup_min: Annotated[int, Field(ge=1)] | None = None
+    prompt_lookup_max: Annotated[int, Field(ge=1)] | None = None
+
+
+def drafting_of_vllm(text: str) -> Drafting:
+    """Read vLLM's JSON. Raises `ValueError` that names the part at fault."""
+    try:
+        config = _VllmConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise ValueError(f"speculative_config: {_sentence(error)}") from None
+    least, most = config.prompt_lookup_min, config.prompt_lookup_max
+    if config.method == "suffix" and (least or most):
+        raise ValueError("speculative_config: prompt_lookup_min and _max are of the method ngram")
+    # As in vLLM: one of them alone stands for both.
+    least = least or most or MIN_MATCH_TOKENS
+    if most is not None and least > most:
+        raise ValueError("speculative_config: prompt_lookup_min is above prompt_lookup_max")
+    return Drafting(config.method, config.num_speculative_tokens, least, most)
+
+
+def _sentence(error: ValidationError) -> str:
+    fault = error.errors(include_url=False, include_context=False)[0]
+    name = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        return f"{name} is not supported"
+    if fault["type"] == "json_invalid":
+        return "must be JSON"
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{name}: {message}" if name else message

@@ -1,0 +1,1 @@
+"""Drafters of speculation: guesses at the next tokens, made from tokens alone."""

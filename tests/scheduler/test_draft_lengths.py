@@ -1,0 +1,183 @@
+"""Drafts are as long as they pay: by measured prices and by the acceptance so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted_drafter import ScriptedDrafter
+
+from model.fake import fake_output
+from scheduler.acceptance import TRIAL_STEPS, Acceptance
+from scheduler.draft_lengths import Offer, Step, choose_lengths
+from scheduler.pacing import Pacing
+
+DECODE_S = 10.0
+
+
+def rate(offers: list[Offer], lengths: tuple[int, ...], step: Step) -> float:
+    gains = (o.acceptance**j for o, n in zip(offers, lengths, strict=True) for j in range(1, n + 1))
+    return (step.num_tokens + sum(gains)) / (step.time_s + step.draft_token_s * sum(lengths))
+
+
+@given(
+    offers=st.lists(
+        st.builds(Offer, st.integers(1, 3), st.sampled_from([0.1, 0.3, 0.5, 0.8, 1.0])), max_size=4
+    ),
+    budget=st.integers(0, 8),
+    num_tokens=st.integers(1, 4),
+    draft_token_s=st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0, 10.0]),
+)
+def test_no_other_lengths_give_more_tokens_a_second(
+    offers: list[Offer], budget: int, num_tokens: int, draft_token_s: float
+) -> None:
+    step = Step(num_tokens, DECODE_S, draft_token_s)
+    lengths = choose_lengths(offers, budget, step)
+    choices = product(*(range(offer.num_tokens + 1) for offer in offers))
+    best = max(rate(offers, choice, step) for choice in choices if sum(choice) <= budget)
+    assert sum(lengths) <= budget
+    assert rate(offers, tuple(lengths), step) == pytest.approx(best)
+
+
+def simulate(
+    make_drive: Callable[..., Any],
+    token_s: float,
+    is_right: Callable[[int], bool],
+    *,
+    num_tokens: int = 200,
+    num_requests: int = 1,
+    probability: float = 0.8,
+) -> tuple[Any, float]:
+    """Run requests with a clock: 10 s a step of decodes, and `token_s` a further token of drafts.
+
+    A draft's token at position p is right if `is_right(p)`. Return also the time of all decodes.
+    """
+
+    def guess(token_ids: list[int], max_tokens: int) -> list[int]:
+        right = fake_output(token_ids, max_tokens)
+        return [one if is_right(p) else 63 for p, one in enumerate(right, len(token_ids))]
+
+    drive = make_drive(
+        drafter=ScriptedDrafter(guess, probability),
+        num_pages=400,
+        max_model_len=512,
+        max_num_seqs=16,
+        max_num_batched_tokens=64,
+    )
+    for request_id in range(num_requests):
+        drive.submit(request_id, (request_id + 1,), max_tokens=num_tokens)
+    total_s = 0.0
+    while drive.scheduler.has_work:
+        plan = drive.scheduler.plan()
+        prompts_s = 0.1 * plan.num_prompt_tokens
+        decodes_s = DECODE_S + 0.1 * plan.num_decodes if plan.num_decodes else 0.0
+        elapsed_s = decodes_s + token_s * plan.num_draft_tokens
+        drive.plans.append(plan)
+        drive.apply(plan, elapsed_s + prompts_s)
+        total_s += elapsed_s
+    for request_id in range(num_requests):
+        assert drive.outputs[request_id] == drive.expected((request_id + 1,), num_tokens)
+    return drive, total_s
+
+
+def num_drafted(drive: Any) -> int:
+    return sum(bool(plan.num_draft_tokens) for plan in drive.plans)
+
+
+def test_right_and_cheap_drafts_are_long(make_drive: Callable[..., Any]) -> None:
+    _, total_s = simulate(make_drive, 0.2, lambda _: True)
+    assert total_s < 0.15 * 200 * DECODE_S
+
+
+@pytest.mark.parametrize("is_cheap", [True, False])
+def test_drafts_that_do_not_pay_are_one_of_sixteen_steps(
+    make_drive: Callable[..., Any], *, is_cheap: bool
+) -> None:
+    """They are wrong, or each of their tokens costs as much as a step."""
+    drive, total_s = simulate(
+        make_drive, 1.0 if is_cheap else 11.0, lambda _: not is_cheap, num_tokens=400
+    )
+    if is_cheap:
+        assert num_drafted(drive) <= 400 / TRIAL_STEPS + 8
+        assert total_s < 1.03 * 400 * (DECODE_S + 0.1)
+    else:
+        assert total_s < 1.06 * 400 * (DECODE_S + 0.1)
+
+
+@pytest.mark.parametrize("num_requests", [1, 8])
+@pytest.mark.parametrize("token_s", [0.3, 2.0, 8.0])
+@pytest.mark.parametrize("period", [2, 3, 5])
+def test_no_run_is_slower(
+    make_drive: Callable[..., Any], period: int, token_s: float, num_requests: int
+) -> None:
+    _, total_s = simulate(
+        make_drive, token_s, lambda p: p % period != 0, num_requests=num_requests, num_tokens=150
+    )
+    assert total_s < 1.04 * 150 * (DECODE_S + 0.1 * num_requests)
+
+
+def test_a_text_that_begins_to_repeat_is_noticed(make_drive: Callable[..., Any]) -> None:
+    drive, _ = simulate(make_drive, 0.5, lambda position: position > 150, num_tokens=400)
+    late = [plan for plan in drive.plans if plan.step.positions[0] > 220]
+    assert sum(plan.num_draft_tokens for plan in late) / len(late) > 8
+
+
+def test_an_estimate_starts_with_the_drafters_own() -> None:
+    acceptance = Acceptance()
+    assert acceptance.of(0.7) == 0.7
+    assert acceptance.is_trial_due
+    for _ in range(40):
+        acceptance.observe(2, 1, 0.5)
+    # One of two was accepted, as foreseen.
+    assert acceptance.of(0.5) == pytest.approx(0.5)
+    for _ in range(40):
+        acceptance.observe(1, 0, 0.5)
+    assert acceptance.of(1.0) < 0.01
+    for _ in range(TRIAL_STEPS - 1):
+        assert not acceptance.is_trial_due
+        acceptance.wait()
+    assert acceptance.is_trial_due
+    acceptance.wait()
+    assert acceptance.is_trial_due
+
+
+def test_prices_of_drafts_beside_those_of_prompts() -> None:
+    pacing = Pacing(3.0)
+    assert pacing.step(1, 0) is None
+    assert not pacing.has_to_time_decodes
+    pacing.observe(1.0, num_decodes=0, num_prompt_tokens=10)
+    # Prompts alone were timed: decodes come first.
+    assert pacing.has_to_time_decodes
+    pacing.observe(5.0, num_decodes=1, num_prompt_tokens=0, num_draft_tokens=4)
+    assert pacing.step(1, 0) is None
+    pacing.observe(10.0, num_decodes=1, num_prompt_tokens=0)
+    assert pacing.step(1, 0) == Step(1, 10.0, pytest.approx(0.1))
+    assert not pacing.has_timed_drafts
+    assert pacing.step(0, 5) is None
+    pacing.observe(12.0, num_decodes=1, num_prompt_tokens=0, num_draft_tokens=4)
+    assert pacing.step(1, 2) == Step(3, pytest.approx(10.2), pytest.approx(0.5))
+    # In a mixed step the price of drafts is known.
+    pacing.observe(12.4, num_decodes=1, num_prompt_tokens=4, num_draft_tokens=4)
+    assert pacing.token_s == pytest.approx(0.1)
+    assert pacing.draft_token_s == pytest.approx(0.5)
+    for _ in range(20):
+        pacing.observe(9.0, num_decodes=1, num_prompt_tokens=0, num_draft_tokens=4)
+    assert pacing.draft_token_s == 0.0
+    pacing.check()
+
+
+def test_steps_with_drafts_are_interrupted_by_one_without() -> None:
+    pacing = Pacing(3.0)
+    pacing.observe(10.0, num_decodes=1, num_prompt_tokens=0)
+    assert pacing.draft_token_s == 10.0
+    num_steps = 0
+    while not pacing.has_to_time_decodes:
+        pacing.observe(10.0, num_decodes=1, num_prompt_tokens=0, num_draft_tokens=1)
+        num_steps += 1
+    assert num_steps == 64
+    pacing.observe(10.0, num_decodes=1, num_prompt_tokens=0)
+    assert not pacing.has_to_time_decodes
