@@ -89,17 +89,6 @@ Product product_of(Panel& panel, int64_t rows, const Weights& weights, int64_t n
   return p;
 }
 
-// The rows that thread `thread` of `of` splits.
-struct RowRange {
-  RowRange(int64_t rows, int64_t thread, int64_t of) {
-    const int64_t unit = rows <= kMaxDigitsRows ? rows : kSplitRows;
-    const int64_t units = (rows + unit - 1) / unit;
-    begin = units * thread / of * unit;
-    end = std::min(units * (thread + 1) / of * unit, rows);
-  }
-  int64_t begin, end;
-};
-
 class Decoder {
  public:
   Decoder(const Kernels* kernels, const Shape& shape, float eps, const Layer* layers,
@@ -160,14 +149,6 @@ class Decoder {
 #pragma omp barrier
   }
 
-  // Runs function(begin, end) on this thread's share of the rows, as they are split.
-  template <class Function>
-  void share_rows(int64_t rows, const Function& function) {
-    const RowRange range(rows, omp_get_thread_num(), omp_get_num_threads());
-    if (range.begin < range.end) function(range.begin, range.end);
-#pragma omp barrier
-  }
-
   // Norms the rows, and splits them for their product with `weights`.
   void norm(const float* weight, const float* residual, int64_t tokens, const Weights& weights) {
     const Product p = product(normed_, tokens, weights, 0);
@@ -181,7 +162,7 @@ class Decoder {
     n.out_dtype = kernels_.panel_dtype();
     n.out_stride = normed_.stride();
     n.eps = eps_;
-    share_rows(tokens, [&](int64_t begin, int64_t end) {
+    share(tokens, [&](int64_t begin, int64_t end) {
       kernels_.norm(n, begin, end);
       if (weights.scales) kernels_.split_rows(p, begin, end);
     });
@@ -206,7 +187,7 @@ class Decoder {
     p.out_stride = shape_.hidden;
     p.is_added = true;
     if (p.weights.scales)
-      share_rows(tokens, [&](int64_t begin, int64_t end) { kernels_.split_rows(p, begin, end); });
+      share(tokens, [&](int64_t begin, int64_t end) { kernels_.split_rows(p, begin, end); });
     run(p, scratch);
   }
 
@@ -321,9 +302,9 @@ void octavo_product(const Kernels* kernels, const float* x, int64_t rows, int64_
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), of = omp_get_num_threads();
-    const RowRange range(rows, thread, of);
-    kernels->pack_rows(x, inputs, panel.data(), panel.stride(), range.begin, range.end);
-    if (weights->scales) kernels->split_rows(p, range.begin, range.end);
+    const int64_t begin = rows * thread / of, end = rows * (thread + 1) / of;
+    kernels->pack_rows(x, inputs, panel.data(), panel.stride(), begin, end);
+    if (weights->scales) kernels->split_rows(p, begin, end);
 #pragma omp barrier
     kernels->configure_tiles();
     kernels->product(p, groups * thread / of, groups * (thread + 1) / of, floats + thread * scratch);

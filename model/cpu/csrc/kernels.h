@@ -143,10 +143,6 @@ constexpr int kTileOutputs = 16;
 constexpr int kTileInputs = 32;
 constexpr int kByteTileInputs = 64;
 
-// Split rows whose words may share cache lines: of few rows all of them, otherwise so many.
-constexpr int kMaxDigitsRows = 8;
-constexpr int kSplitRows = 12;
-
 // Rows of a panel times packed weights.
 struct Product {
   // [num_rows rounded up to 16, panel_stride] of the kernels' panel dtype.

@@ -20,8 +20,6 @@ namespace {
 using octavo::Product;
 using octavo::Weights;
 using octavo::kByteTileInputs;
-using octavo::kMaxDigitsRows;
-using octavo::kSplitRows;
 using octavo::kTileInputs;
 using octavo::kTileOutputs;
 

@@ -12,7 +12,6 @@ template <bool kIsByteRows, int kBits, int kRows, int kGroups>
 inline void multiply_bytes_of(const Product& p, const int64_t* output_groups, int row,
                               float* sums) {
   const Wholes wholes = wholes_of(p);
-  const uint32_t *high_rows = wholes.high + row, *low_rows = wholes.low + row;
   const char* tiles[kGroups];
   for (int g = 0; g < kGroups; ++g) tiles[g] = tiles_of(p, output_groups[g]);
   Factors<kGroups> factors(p, output_groups, 0);
@@ -20,10 +19,12 @@ inline void multiply_bytes_of(const Product& p, const int64_t* output_groups, in
   for (int64_t step = 0; step < wholes.num_steps; ++step) {
     const int64_t begin = step * wholes.step_inputs, end = begin + wholes.step_inputs;
     const int64_t last = (end < p.num_inputs ? end : p.num_inputs) / 4;
+    const int64_t at = wholes.step_at(row, step, true);
     Block<IntVec, kRows, kGroups> high = {}, low = {};
     for (int64_t four = begin / 4; four < last; four += kFoursAtOnce) {
       const int64_t tile = four / kTileOutputs * tile_bytes(kBits);
       const int first = int(four % kTileOutputs);
+      const int64_t digits = line_at<kDigitsRows>(row, four, wholes.num_fours);
 #pragma GCC unroll 4
       for (int i = 0; i < kFoursAtOnce; ++i) {
         WordVec codes[kGroups][kVecs];
@@ -34,8 +35,8 @@ inline void multiply_bytes_of(const Product& p, const int64_t* output_groups, in
             codes[g][v] = load_four<kBits>(tiles[g] + tile, first, i, v) ^ sign_flip(kBits);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          const uint32_t x_high = high_rows[(four + i) * kDigitsRows + r];
-          const uint32_t x_low = low_rows[(four + i) * kDigitsRows + r];
+          const uint32_t x_high = wholes.high[digits + r * kLineWords + i];
+          const uint32_t x_low = wholes.low[digits + r * kLineWords + i];
 #pragma GCC unroll 4
           for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
@@ -52,7 +53,7 @@ inline void multiply_bytes_of(const Product& p, const int64_t* output_groups, in
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const int32_t offset = wholes.offsets[step * kDigitsRows + row + r];
+      const int32_t offset = wholes.offsets[at + r * kLineWords];
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
@@ -60,9 +61,8 @@ inline void multiply_bytes_of(const Product& p, const int64_t* output_groups, in
           high[r][g][v] =
               (kIsByteRows ? high[r][g][v] : (high[r][g][v] << 8) + low[r][g][v]) - offset;
     }
-    const int64_t first = step * kDigitsRows + row;
-    add_step<kIsByteRows, kRows, kGroups>(factors, wholes.scales + first,
-                                          wholes.input_sums + first, high, scaled);
+    add_step<kIsByteRows, kRows, kGroups>(factors, wholes.scales + at, wholes.input_sums + at,
+                                          high, scaled);
     factors.advance(wholes.step_inputs);
   }
   store_sums<kRows, kGroups>(scaled.sums, sums);

@@ -21,7 +21,7 @@ constexpr int kVecs = kTileOutputs / kWidth;
 
 // Up to so many rows are multiplied by bytes without unpacking, where there is an instruction for it.
 #if defined(__AVX512VNNI__)
-constexpr int kDigitsRows = kMaxDigitsRows;
+constexpr int kDigitsRows = 8;
 #elif defined(__AVXVNNI__)
 constexpr int kDigitsRows = 2;
 #else
@@ -29,7 +29,7 @@ constexpr int kDigitsRows = 0;
 #endif
 constexpr bool kHasByteProducts = kDigitsRows > 0;
 
-// Rows that are multiplied with codes at once, and whose words stand side by side. With six the sums
+// Rows that are multiplied with codes at once. With six the sums
 // stay in registers beside the integers that are added to them. Where a product takes two instructions,
 // or there are 16 registers, all of them have integers.
 #if defined(__AVX512F__) && !defined(__AVX512VNNI__)
@@ -37,7 +37,6 @@ constexpr int kWordRows = 12;
 #else
 constexpr int kWordRows = 6;
 #endif
-static_assert(kSplitRows % kWordRows == 0);
 #if defined(__AVX512VNNI__)
 constexpr bool kKeepsSums = true;
 #else
@@ -51,6 +50,15 @@ inline WordVec load_words(const void* from) {
 }
 inline void store_words(void* to, WordVec v) { __builtin_memcpy(to, &v, sizeof(v)); }
 
+// Numbers of kSide rows stand side by side, a cache line of each: a thread that writes a row shares no
+// line with others, and one address serves all rows. `numbers_each`, of a row, fill whole lines.
+constexpr int kLineWords = 16;
+template <int kSide>
+inline int64_t line_at(int64_t row, int64_t index, int64_t numbers_each) {
+  const int64_t first = row / kSide * kSide * numbers_each + row % kSide * kLineWords;
+  return first + index + (index & -kLineWords) * (kSide - 1);
+}
+
 // Rows of integers as `split_wholes` writes them.
 struct Wholes {
   // Inputs whose products are summed as integers: those of one scale, of weights and of rows.
@@ -58,23 +66,26 @@ struct Wholes {
   int64_t num_steps;
   // [rows, num_inputs]
   int16_t* wholes;
-  // [blocks of kWordRows, words, kWordRows]: pairs of wholes, or fours of bytes.
+  // Pairs of wholes, or fours of bytes, in lines of kWordRows.
+  int64_t num_words;
   uint32_t* words;
-  // [fours, kDigitsRows]: fours of their high bytes, and of their low ones. Of bytes, high alone.
+  // Fours of their high bytes, and of their low ones, in lines of kDigitsRows. Of bytes, high alone.
+  int64_t num_fours;
   uint32_t* high;
   uint32_t* low;
   // [rows], of 16 bits.
   float* row_scales;
-  // Three numbers of each step, [blocks of step_rows, steps, step_rows]. Of rows of 8 bits their scale;
-  // the sum of the wholes times the offset of the codes, where codes are bytes without a sign; the sum
-  // of the inputs (of 16 bits: before the scale of the row).
-  int64_t step_rows;
+  // Three numbers of each step. Of rows of 8 bits their scale; the sum of the wholes times the offset
+  // of the codes, where codes are bytes without a sign; the sum of the inputs (of 16 bits: before the
+  // scale of the row). In lines of kDigitsRows where there are digits, else of kWordRows.
+  int64_t steps_each;
   float* scales;
   int32_t* offsets;
   float* input_sums;
 
-  int64_t at(int64_t row, int64_t step) const {
-    return row / step_rows * step_rows * num_steps + step * step_rows + row % step_rows;
+  int64_t step_at(int64_t row, int64_t step, bool has_digits) const {
+    return has_digits ? line_at<larger(kDigitsRows, 1)>(row, step, steps_each)
+                      : line_at<kWordRows>(row, step, steps_each);
   }
 };
 
@@ -85,11 +96,16 @@ constexpr float kMaxByte = 127;
 constexpr int kBlockInputs = 32;
 constexpr int kMinGroupInputs = 16;
 // Room for the rows of the last block, of words or of digits.
-constexpr int kRowsPadding = kSplitRows;
+constexpr int kRowsPadding = larger(kWordRows, kDigitsRows);
+
+inline int64_t whole_lines(int64_t count) {
+  return (count + kLineWords - 1) / kLineWords * kLineWords;
+}
 
 inline int64_t wholes_bytes(int64_t rows, int64_t num_inputs) {
-  const int64_t floats = num_inputs + 1 + 3 * num_inputs / kMinGroupInputs;
-  return ((rows + kRowsPadding) * floats + kDigitsRows * num_inputs / 2) * 4;
+  const int64_t padded = whole_lines(rows + kRowsPadding);
+  const int64_t words = num_inputs + 1 + 3 * whole_lines(num_inputs / kMinGroupInputs);
+  return (padded * words + kDigitsRows * num_inputs / 2) * 4;
 }
 
 inline bool has_byte_rows(const Product& p) { return p.weights.activation_bits == 8; }
@@ -97,20 +113,22 @@ inline bool has_byte_rows(const Product& p) { return p.weights.activation_bits =
 inline bool is_by_fours(const Product& p) { return kHasByteProducts && has_byte_rows(p); }
 
 inline Wholes wholes_of(const Product& p) {
-  const int64_t rows = p.num_rows + kRowsPadding;
+  const int64_t rows = whole_lines(p.num_rows + kRowsPadding);
   Wholes w;
   w.step_inputs = p.weights.group_inputs;
   if (has_byte_rows(p) && w.step_inputs > kBlockInputs) w.step_inputs = kBlockInputs;
   w.num_steps = (p.num_inputs + w.step_inputs - 1) / w.step_inputs;
+  w.num_words = p.num_inputs / (is_by_fours(p) ? 4 : 2);
+  w.num_fours = p.num_inputs / 4;
+  w.steps_each = whole_lines(w.num_steps);
   w.wholes = (int16_t*)p.split;
   w.words = (uint32_t*)(w.wholes + rows * p.num_inputs);
   w.high = w.words + rows * p.num_inputs / 2;
   w.low = w.high + kDigitsRows * p.num_inputs / 4;
   w.row_scales = (float*)(w.low + kDigitsRows * p.num_inputs / 4);
-  w.step_rows = p.num_rows <= kDigitsRows ? kDigitsRows : kWordRows;
   w.scales = w.row_scales + rows;
-  w.offsets = (int32_t*)(w.scales + rows * w.num_steps);
-  w.input_sums = (float*)(w.offsets + rows * w.num_steps);
+  w.offsets = (int32_t*)(w.scales + rows * w.steps_each);
+  w.input_sums = (float*)(w.offsets + rows * w.steps_each);
   return w;
 }
 
@@ -127,51 +145,46 @@ inline void sum_steps(const Product& p, const Wholes& w, int64_t row) {
     const int64_t count = left < w.step_inputs ? left : w.step_inputs;
     int32_t total = 0;
     for (int64_t i = first; i < first + count; ++i) total += wholes[i];
-    const int64_t at = w.at(row, step);
+    const int64_t at = w.step_at(row, step, p.num_rows <= kDigitsRows);
     w.offsets[at] = byte_offset(p.weights) * total;
     w.input_sums[at] = float(total) * (has_byte_rows(p) ? w.scales[at] : 1.0f);
   }
 }
 
-// The low bytes of four wholes.
-inline uint32_t low_bytes(uint64_t four) {
-  four &= 0x00ff00ff00ff00ffull;
-  four = (four | four >> 8) & 0x0000ffff0000ffffull;
-  return uint32_t(four | four >> 16);
-}
-
-inline uint64_t load_wholes(const int16_t* from) {
-  uint64_t four;
-  __builtin_memcpy(&four, from, sizeof(four));
-  return four;
-}
-
-// The digits of a row, in the order of its inputs.
 inline void write_digits(const Product& p, const Wholes& w, int64_t row) {
+  constexpr int kBytes = kLineWords * 4;
   const int16_t* from = w.wholes + row * p.num_inputs;
-  for (int64_t i = 0; i < p.num_inputs / 4; ++i, from += 4) {
-    int16_t high[4];
-    for (int at = 0; at < 4; ++at) high[at] = int16_t((from[at] + 128) >> 8);
-    const int64_t to = i * kDigitsRows + row;
+  for (int64_t word = 0; word < w.num_fours; word += kLineWords, from += kBytes) {
+    const int64_t at = line_at<larger(kDigitsRows, 1)>(row, word, w.num_fours);
+    int8_t *high = (int8_t*)(w.high + at), *low = (int8_t*)(w.low + at);
+    if (has_byte_rows(p)) {
+      for (int i = 0; i < kBytes; ++i) high[i] = int8_t(from[i]);
+      continue;
+    }
+    for (int i = 0; i < kBytes; ++i) high[i] = int8_t((from[i] + 128) >> 8);
     // The remainder after 256 * high is the low byte, with a sign.
-    w.low[to] = low_bytes(load_wholes(from));
-    w.high[to] = has_byte_rows(p) ? w.low[to] : low_bytes(load_wholes(high));
+    for (int i = 0; i < kBytes; ++i) low[i] = int8_t(from[i]);
   }
 }
 
-// The words of a row. Pairs are of every other whole, as unpacked codes are.
+// The two inner numbers of each four change places: unpacked codes are pairs of every other one.
+inline WordVec swap_inner(WordVec words) {
+  typedef uint64_t LongVec __attribute__((vector_size(kWidth * 4)));
+  const LongVec fours = bit_cast<LongVec>(words);
+  return bit_cast<WordVec>((fours & 0xffff00000000ffffull) | (fours & 0xffff0000ull) << 16 |
+                           (fours >> 16 & 0xffff0000ull));
+}
+
 inline void write_words(const Product& p, const Wholes& w, int64_t row) {
+  const int inputs = kLineWords * (is_by_fours(p) ? 4 : 2);
   const int16_t* from = w.wholes + row * p.num_inputs;
-  const int64_t num_words = p.num_inputs / (is_by_fours(p) ? 4 : 2);
-  uint32_t* to = w.words + row / kWordRows * kWordRows * num_words + row % kWordRows;
-  for (int64_t i = 0; i < p.num_inputs; i += 4) {
-    const uint64_t four = load_wholes(from + i);
-    if (is_by_fours(p)) {
-      to[i / 4 * kWordRows] = low_bytes(four);
-      continue;
-    }
-    to[i / 2 * kWordRows] = uint32_t(four & 0xffff) | uint32_t(four >> 16 & 0xffff0000);
-    to[(i / 2 + 1) * kWordRows] = uint32_t(four >> 16 & 0xffff) | uint32_t(four >> 32 & 0xffff0000);
+  for (int64_t word = 0; word < w.num_words; word += kLineWords, from += inputs) {
+    uint32_t* to = w.words + line_at<kWordRows>(row, word, w.num_words);
+    if (is_by_fours(p))
+      for (int i = 0; i < kLineWords * 4; ++i) ((int8_t*)to)[i] = int8_t(from[i]);
+    else
+      for (int i = 0; i < kLineWords; i += kWidth)
+        store_words(to + i, swap_inner(load_words(from + 2 * i)));
   }
 }
 
@@ -220,8 +233,9 @@ void split_wholes(const Product& p, int64_t begin, int64_t end) {
       for (int64_t input = 0; input < p.num_inputs; input += kBlockInputs) {
         const float scale =
             round_to_wholes(from + input, kBlockInputs, kMaxByte, to + 2 * input);
-        for (int64_t i = 0; i < kBlockInputs; i += w.step_inputs)
-          w.scales[w.at(row, (input + i) / w.step_inputs)] = scale;
+        for (int64_t step = input / w.step_inputs; step < (input + kBlockInputs) / w.step_inputs;
+             ++step)
+          w.scales[w.step_at(row, step, p.num_rows <= kDigitsRows)] = scale;
       }
     else
       w.row_scales[row] = round_to_wholes(from, p.num_inputs, kMaxWhole, to);

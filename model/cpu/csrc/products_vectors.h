@@ -90,11 +90,10 @@ struct ByteWords {
 typedef ShortWords ByteWords;
 #endif
 
-// Adds the products of `words` words of kRows rows with those of kGroups output groups. The word `i` of
-// row `r` is a[r * row_stride + i * word_stride].
+// Adds the products of `words` words of kRows rows with those of kGroups output groups.
 template <class Words, int kRows, int kGroups>
 inline __attribute__((always_inline)) void add_words(
-    const uint32_t* a, int64_t row_stride, int word_stride, const uint32_t* const (&w)[kGroups],
+    const uint32_t* a, int64_t row_stride, const uint32_t* const (&w)[kGroups],
     int words, typename Words::Sum (&sums)[kRows][kGroups][kVecs]) {
 #pragma GCC unroll 4
   for (int i = 0; i < words; ++i) {
@@ -106,7 +105,7 @@ inline __attribute__((always_inline)) void add_words(
         weights[g][v] = load_words(w[g] + i * kTileOutputs + v * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const uint32_t x = a[r * row_stride + i * word_stride];
+      const uint32_t x = a[r * row_stride + i];
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
@@ -170,7 +169,7 @@ struct Floats {
     load_sums<kRows, kGroups>(sums, c.first_input, total);
     const uint32_t* w[kGroups];
     for (int g = 0; g < kGroups; ++g) w[g] = c.words[side + g];
-    add_words<Words, kRows, kGroups>(a, stride, 1, w, c.num_inputs / kInputsToWord, total);
+    add_words<Words, kRows, kGroups>(a, stride, w, c.num_inputs / kInputsToWord, total);
     store_sums<kRows, kGroups>(total, sums);
   }
 };
@@ -216,7 +215,7 @@ struct StoredSums {
   void set(int r, int g, int v, Vec sum) { store(at(r, g, v), sum); }
 };
 
-// Adds the exact sums of one step, scaled. `scales` and `input_sums` are those of the step.
+// Adds the exact sums of one step, scaled. `scales` and `input_sums` are those of the step, in lines.
 template <bool kIsByteRows, int kRows, int kGroups, class Sums>
 inline __attribute__((always_inline)) void add_step(
     const Factors<kGroups>& factors, const float* scales, const float* input_sums,
@@ -231,9 +230,9 @@ inline __attribute__((always_inline)) void add_step(
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         Vec whole = __builtin_convertvector(total[r][g][v], Vec);
-        if (kIsByteRows) whole = whole * broadcast(scales[r]);
+        if (kIsByteRows) whole = whole * broadcast(scales[r * kLineWords]);
         Vec sum = multiply_add(whole, factor, sums.get(r, g, v));
-        if (minimums) sum = multiply_add(minimum, broadcast(input_sums[r]), sum);
+        if (minimums) sum = multiply_add(minimum, broadcast(input_sums[r * kLineWords]), sum);
         sums.set(r, g, v, sum);
       }
     }
@@ -249,30 +248,32 @@ struct Codes {
   static __attribute__((noinline)) void multiply(const Slice& c, int side, int row) {
     const Wholes wholes = wholes_of(c.p);
     const int64_t first_row = c.first_row + row;
-    const int64_t num_words = c.p.num_inputs / kInputsToWord;
-    const uint32_t* a = wholes.words + first_row / kWordRows * kWordRows * num_words +
-                        first_row % kWordRows + c.first_input / kInputsToWord * kWordRows;
     const uint32_t* w[kGroups];
     for (int g = 0; g < kGroups; ++g) w[g] = c.words[side + g];
     const int step_inputs = int(wholes.step_inputs);
-    int64_t first = wholes.at(first_row, c.first_input / step_inputs);
+    int64_t word = c.first_input / kInputsToWord, step = c.first_input / step_inputs;
     Factors<kGroups> factors(c.p, c.output_groups + side, c.first_input);
     float* memory = c.sums + row * kSumsStride + side * kTileOutputs;
     KeptSums<kRows, kGroups> kept;
     if (kKeepsSums) load_sums<kRows, kGroups>(memory, c.first_input, kept.sums);
     StoredSums stored = {memory, c.first_input == 0};
-    for (int at = 0; at < c.num_inputs; at += step_inputs, first += kWordRows) {
+    for (int at = 0; at < c.num_inputs; at += step_inputs, ++step) {
+      const int64_t first = wholes.step_at(first_row, step, false);
       Block<IntVec, kRows, kGroups> total = {};
       if (kInputsToWord == 4)
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
           for (int i = 0; i < kGroups * kVecs; ++i)
-            total[r][i / kVecs][i % kVecs] -= wholes.offsets[first + r];
-      const int words = smaller(step_inputs, c.num_inputs - at) / kInputsToWord;
-      add_words<Words, kRows, kGroups>(a, 1, kWordRows, w, words, total);
-      a += words * kWordRows;
-      for (int g = 0; g < kGroups; ++g) w[g] += words * kTileOutputs;
+            total[r][i / kVecs][i % kVecs] -= wholes.offsets[first + r * kLineWords];
+      // Line by line: a step is within one, or takes whole ones.
+      const int64_t end = word + smaller(step_inputs, c.num_inputs - at) / kInputsToWord;
+      const int together = smaller(int(end - word), kLineWords);
+      for (; word < end; word += together) {
+        const uint32_t* a = wholes.words + line_at<kWordRows>(first_row, word, wholes.num_words);
+        add_words<Words, kRows, kGroups>(a, kLineWords, w, together, total);
+        for (int g = 0; g < kGroups; ++g) w[g] += together * kTileOutputs;
+      }
       const float *scales = wholes.scales + first, *input_sums = wholes.input_sums + first;
       if (kKeepsSums)
         add_step<kIsByteRows, kRows, kGroups>(factors, scales, input_sums, total, kept);
