@@ -9,12 +9,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The build tools are pinned like the rest, so the project is built without pip's isolated (and
 # unpinned) environment.
-PIP_INSTALL := $(PIP) install --no-build-isolation --constraint constraints.txt
+PIP_INSTALL := $(PIP) install --no-build-isolation --constraint constraints.txt $(PIP_FLAGS)
 BUILD_TOOLS := hatchling editables
+# Tests start hundreds of processes, and each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 # Three test files at a time, each with one compute thread; daemons that they start use all cores. Three,
 # since tests of daemons mostly wait. Threads that wait do not spin: they would take the cores from the
 # other files (docs/performance.md, "Threads that wait"). The files keep their order, in which the longest
-# come early. A worker that dies is not replaced: the others would wait for it.
+# come early (tests/conftest.py). A worker that dies is not replaced: the others would wait for it.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=3 --max-worker-restart=0 \
 	--dist=loadfile --no-loadscope-reorder
 # Clients for tests of the daemon, in a separate environment.
@@ -24,6 +26,7 @@ PROMETHEUS := $(CLIENTS)/prometheus
 # Folders in plain English.
 PLAIN := cache configs model scheduler server loadtest tools bench tests
 ARGS ?=
+PIP_FLAGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-core test-slow clients check format bench microbench bench-gpu constraints clean
@@ -38,7 +41,7 @@ install: $(VENV)/.installed  ## the environment with pinned dependencies, and th
 run: $(VENV)/.installed  ## serve the default model on 127.0.0.1:8000
 	@exec $(BIN)/octavo serve $(ARGS)
 
-# All prerequisites may run at the same time (--jobs=2). The tests come last, so that the last line has
+# All prerequisites may run at the same time (--jobs=3). The tests come last, so that the last line has
 # their number.
 test: check test-core clients  ## lint, types and all tests
 	$(PYTEST) --ignore=tests/cache --ignore=tests/scheduler
@@ -53,7 +56,9 @@ test-slow: $(VENV)/.installed-dev  ## the slow half of the tests
 	$(BIN)/python -m tools.seeded_bugs cache
 	$(BIN)/python -m tools.seeded_bugs scheduler
 	$(BIN)/python -m tools.seeded_bugs overlap
+	$(BIN)/python -m tools.seeded_bugs windows
 	$(BIN)/python -m tools.seeded_bugs progress
+	$(BIN)/python -m tools.seeded_bugs speculation
 	$(BIN)/python -m tools.seeded_bugs faults
 
 clients: $(CLIENTS)/.installed $(NODE_CLIENTS)/node_modules/.installed $(PROMETHEUS)/.installed  ## the clients of tests/clients

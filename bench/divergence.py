@@ -79,7 +79,7 @@ class Shuffled:
             weight = weight[:, self._inner]
         yield weight
 
-    def quantized(self, name: str) -> None:
+    def integers(self, name: str) -> None:
         """See `WeightSource`."""
 
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.schema import OctavoConfig
 from loadtest.presets import PRESETS
-from loadtest.workloads import Shape, Verbatim
+from loadtest.prompts import Composer, Manner, Spelling
+from loadtest.workloads import Shape
 from model import build
 from model.interface import SamplingParams
 from scheduler.drafters.choice import BestDrafter
@@ -47,13 +48,12 @@ def _no_grammars(_message: Prepared) -> None:
 def requests(text: ModelText, workload: str, num_requests: int) -> list[GenerateRequest]:
     """Return the first turns of a workload's first conversations as the engine gets them."""
     assert text.template is not None, "the model has no chat template"
-    (lane,) = PRESETS[workload][1](Shape(seed=1)).lanes
+    plan = PRESETS[workload][1](Shape(seed=1))
+    composer = Composer("", plan, Spelling(), Manner())
     found = []
     for number in range(num_requests):
-        turn = lane.make(number)[0]
-        assert isinstance(turn.prompt, Verbatim), "a prompt of words has nothing to repeat"
-        content = turn.prompt.content
-        messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
+        turn = plan.lanes[0].make(number)[0]
+        messages = composer.messages(turn, [])
         rendered = text.template.render(messages, add_generation_prompt=True)
         prompt = text.tokenizer.encode(rendered, add_special_tokens=False)
         # An editor expects the document itself.

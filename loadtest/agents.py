@@ -21,7 +21,6 @@ from loadtest.workloads import (
     of_one_lane,
 )
 
-NUM_TURNS = 20
 _SYSTEM_TOKENS = 400
 #: Of the tools' definitions and the words around all messages.
 _TOOLS_TOKENS = 400
@@ -50,14 +49,15 @@ TOOLS: tuple[dict[str, Any], ...] = (
 
 def _agentic(shape: Shape) -> Workload:
     context_tokens, max_tokens = shape.prompt_tokens or 8000, shape.max_tokens or 64
-    room_tokens = context_tokens - _SYSTEM_TOKENS - _TOOLS_TOKENS - NUM_TURNS * max_tokens
-    result_tokens = max(_FEWEST_RESULT_TOKENS, room_tokens // NUM_TURNS)
+    num_turns = shape.num_turns or 20
+    room_tokens = context_tokens - _SYSTEM_TOKENS - _TOOLS_TOKENS - num_turns * max_tokens
+    result_tokens = max(_FEWEST_RESULT_TOKENS, room_tokens // num_turns)
     system = Drawn(draws(_SYSTEM_TOKENS, shape.seed, "system"), _TASK)
 
     def make(number: int) -> Conversation:
         chance = random.Random(f"{shape.seed}/agent/{number}")  # noqa: S311 - no secret
         turns = []
-        for turn in range(NUM_TURNS):
+        for turn in range(num_turns):
             result = draws(result_tokens, shape.seed, "result", number, turn)
             prompt = Drawn(result, "Result: " if turn else "Do this task: ")
             fields = {"tools": list(TOOLS), "tool_choice": _choice(turn)}
@@ -66,7 +66,7 @@ def _agentic(shape: Shape) -> Workload:
         return (replace(turns[0], system=system), *turns[1:])
 
     shaped = {
-        "turns": NUM_TURNS,
+        "turns": num_turns,
         "context_tokens": context_tokens,
         "result_tokens": result_tokens,
         "max_tokens": max_tokens,

@@ -46,6 +46,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--api-key", default="", metavar="KEY")
     values.add(shape, "--prompt-tokens", values.count, "N", "of the longest kind of prompt")
     values.add(shape, "--max-tokens", values.count, "N", "of an answer")
+    values.add(shape, "--turns", values.count, "N", "of an agent (default: 20)")
     shape.add_argument(
         "--endpoint",
         choices=["completions", "chat"],
@@ -99,6 +100,7 @@ def plans(options: argparse.Namespace) -> tuple[Plan, ...]:
         warm_up=options.warmup,
         prompt_tokens=options.prompt_tokens,
         max_tokens=options.max_tokens,
+        num_turns=options.turns,
         endpoint=options.endpoint,
         prompt_form=options.prompts,
         has_schema=options.response_format == "schema",

@@ -49,6 +49,7 @@ class Plan:
     warm_up: int | None = None
     prompt_tokens: int | None = None
     max_tokens: int | None = None
+    num_turns: int | None = None
     endpoint: Endpoint | None = None
     prompt_form: PromptForm = "auto"
     has_schema: bool = True
@@ -67,6 +68,7 @@ class Plan:
             num_conversations=num_conversations,
             prompt_tokens=self.prompt_tokens,
             max_tokens=self.max_tokens,
+            num_turns=self.num_turns,
             endpoint=self.endpoint,
             has_schema=self.has_schema,
         )

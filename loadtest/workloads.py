@@ -111,6 +111,8 @@ class Shape:
     prompt_tokens: int | None = None
     max_tokens: int | None = None
     endpoint: Endpoint | None = None
+    #: Requests of an agent, one after another.
+    num_turns: int | None = None
     #: False: a structured workload without its schema, for the ratio.
     has_schema: bool = True
 

@@ -22,6 +22,8 @@ _MIN_CHUNK_TOKENS = 16
 _MAX_MIXED_STEPS = 16
 #: The same for steps with drafts. Where most drafts are accepted, such a step gives few tokens.
 _MAX_DRAFTED_STEPS = 64
+#: Until they are timed, so many tokens of drafts are taken to cost as much as a decode.
+_GUESSED_SHARE = 8
 
 
 class Pacing:
@@ -61,19 +63,15 @@ class Pacing:
         return max(self.decode_s + more * (self.token_s or 0.0), self.decode_s / _OUTLIER)
 
     @property
-    def has_timed_drafts(self) -> bool:
-        """Whether the price of drafts was measured."""
-        return self._num_draft_tokens > 0.0
-
-    @property
     def draft_token_s(self) -> float | None:
-        """The time that a further token of a draft adds, as far as known.
+        """The time that a further token of a draft adds; None: not measured yet."""
+        if self._num_draft_tokens == 0.0:
+            return None
+        return max(self._drafts_s / self._num_draft_tokens, 0.0)
 
-        Until it was measured it is taken for a prompt's token: both are more rows of one step.
-        """
-        if self.has_timed_drafts:
-            return max(self._drafts_s / self._num_draft_tokens, 0.0)
-        return self.token_s or self.decode_s
+    def forget_drafts(self) -> None:
+        """Let the price of drafts be measured anew."""
+        self._drafts_s = self._num_draft_tokens = 0.0
 
     @property
     def has_to_time_decodes(self) -> bool:
@@ -85,10 +83,14 @@ class Pacing:
 
     def step(self, num_decodes: int, num_prompt_tokens: int) -> Step | None:
         """Estimate a step without drafts; None while no step was timed."""
-        draft_token_s = self.draft_token_s
-        if self.decode_s is None or draft_token_s is None or num_decodes == 0:
+        if self.decode_s is None or num_decodes == 0:
             return None
         time_s = self._decodes_s(num_decodes) + num_prompt_tokens * (self.token_s or 0.0)
+        draft_token_s = self.draft_token_s
+        if draft_token_s is None:
+            # A guess that lets the first drafts be tried. The price of prompts' tokens is none: of
+            # a short prompt it is a whole step's.
+            draft_token_s = time_s / (_GUESSED_SHARE * num_decodes)
         return Step(num_decodes + num_prompt_tokens, time_s, draft_token_s)
 
     def observe(
@@ -137,7 +139,7 @@ class Pacing:
             return
         # Two means, so that long drafts, whose price stands out of the noise, count for more.
         added_s = min(elapsed_s, _OUTLIER * self.decode_s) - self._decodes_s(num_decodes)
-        weight = _NEWEST if self.has_timed_drafts else 1.0
+        weight = _NEWEST if self._num_draft_tokens else 1.0
         self._drafts_s += weight * (added_s - self._drafts_s)
         self._num_draft_tokens += weight * (num_draft_tokens - self._num_draft_tokens)
 

@@ -272,7 +272,8 @@ class Scheduler:
                 reason = sequence.stop_reason(position - 1)
                 self._stop(sequence, reason or FinishReason.LENGTH, outcome)
             elif token_ids:
-                sequence.land(position, token_ids)
+                if row not in plan.drafts:
+                    [sequence.token_ids[position]] = token_ids
                 scores = logprobs[index] if logprobs else None
                 outcome.add_tokens(sequence.request_id, token_ids, scores)
                 self._speculation.observe(sequence, token_ids)

@@ -24,6 +24,9 @@ _TRIAL_SHARE = 0.02
 _MAX_TRIALS = 4
 #: The first tokens, whose price is not known.
 _FIRST_TOKENS = 2
+#: Where not even a certain token would pay, the price is measured again after so many steps.
+_REPRICE_STEPS = 256
+_UNLIMITED = 1 << 30
 
 
 class Speculation:
@@ -38,6 +41,8 @@ class Speculation:
         self._acceptance: dict[Sequence, Acceptance] = {}
         #: Time that tries may take.
         self._trial_s = 0.0
+        #: Steps in a row in which no draft at all would pay.
+        self._num_unpaid_steps = 0
         self._stats = DraftCounts()
 
     @property
@@ -58,14 +63,9 @@ class Speculation:
             return
         step = self._pacing.step(plan.num_decodes, plan.num_prompt_tokens)
         if step is not None:
-            if not step.pays(1.0):
-                return
-            saved_s = self._trial_s + _TRIAL_SHARE * step.time_s
-            self._trial_s = min(saved_s, _MAX_TRIALS * step.draft_token_s)
-            if not self._pacing.has_timed_drafts:
-                budget_tokens = min(budget_tokens, _FIRST_TOKENS)
+            budget_tokens = min(budget_tokens, self._max_step_tokens(step))
         offers = dict[int, Draft]()
-        for row in range(plan.num_decodes):
+        for row in range(plan.num_decodes if budget_tokens else 0):
             sequence = plan.sequences[row]
             if self._may_draft(sequence, step):
                 draft = self._propose(self._drafter, sequence, budget_tokens)
@@ -75,6 +75,20 @@ class Speculation:
             lengths = self._lengths(plan, offers, budget_tokens, step)
             rooms = {row: room_for(plan.sequences[row], n) for row, n in lengths.items() if n}
             add_drafts(plan, {row: offers[row].beginning(n) for row, n in rooms.items() if n})
+
+    def _max_step_tokens(self, step: Step) -> int:
+        """Return how many tokens of drafts a step may have, whatever their acceptance."""
+        saved_s = self._trial_s + _TRIAL_SHARE * step.time_s
+        self._trial_s = min(saved_s, _MAX_TRIALS * step.draft_token_s)
+        if step.pays(1.0):
+            self._num_unpaid_steps = 0
+            is_timed = self._pacing.draft_token_s is not None
+            return _UNLIMITED if is_timed else _FIRST_TOKENS
+        self._num_unpaid_steps += 1
+        if self._num_unpaid_steps == _REPRICE_STEPS:
+            # The price may have been that of one slow step.
+            self._pacing.forget_drafts()
+        return 0
 
     def _may_draft(self, sequence: Sequence, step: Step | None) -> bool:
         """Return whether the best of drafts would pay for a sequence, or is to be tried."""

@@ -15,6 +15,7 @@ from starlette.routing import Match, Route
 
 from configs.schema import OctavoConfig
 from scheduler.client import EngineClient
+from server.answer_types import ErrorBody
 from server.docs_page import docs_routes
 from server.generation.retry_after import QueueReservations
 from server.generation.sampling import makers_sampling
@@ -29,12 +30,16 @@ from server.logs import LOGGER_NAME, fields
 from server.messages.routes import DOCUMENTED as MESSAGES_DOCUMENTED
 from server.messages.routes import ERROR_FORMS, message_routes
 from server.metrics import Metrics
-from server.openai import schemas
-from server.openai.response_models import ChatChunk
+from server.openai import response_models, schemas
 from server.openai.routes import generation_routes, model_routes
 from server.openapi import DocumentedApp
 from server.probes import probe_routes
-from server.responses.response_models import ResponseEvent
+from server.responses.response_models import (
+    DeletedResponse,
+    InputItems,
+    ResponseBody,
+    ResponseEvent,
+)
 from server.responses.routes import response_routes
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, StoreStats
@@ -42,15 +47,29 @@ from server.service import Service, served_name
 from server.structured.checker import GrammarService
 from server.text.load import ModelText
 
+#: The types of all bodies and answers, for /openapi.json.
 _DOCUMENTED = (
     schemas.ChatRequest,
     schemas.CompletionRequest,
     schemas.TokenizeRequest,
     schemas.DetokenizeRequest,
-    ChatChunk,
+    response_models.ChatCompletion,
+    response_models.ChatChunk,
+    response_models.Completion,
+    response_models.ModelList,
+    response_models.Tokenized,
+    response_models.TokenizerInfo,
+    response_models.Detokenized,
+    response_models.Health,
+    response_models.Version,
+    response_models.CacheReset,
+    ErrorBody,
     *MESSAGES_DOCUMENTED,
     ResponsesRequest,
+    ResponseBody,
     ResponseEvent,
+    DeletedResponse,
+    InputItems,
 )
 
 #: Bodies of the largest size that may be read at the same time.

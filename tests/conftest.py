@@ -123,5 +123,14 @@ def smollm2_file() -> Path:
     return resolve("smollm2", home=octavo_home(), progress=False).path
 
 
+#: Folders and files that take long, and would be the last ones in the order of names.
+_LONG = tuple(Path(__file__).parent / name for name in ("wheel", "server/test_openapi.py"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long ones first: one that begins last runs at the end, beside idle workers."""
+    items.sort(key=lambda item: not any(item.path.is_relative_to(path) for path in _LONG))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="write the reference data anew")

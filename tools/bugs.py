@@ -18,7 +18,8 @@ VIEW = "cache/view.py"
 SCHEDULER, SEQUENCE = "scheduler/scheduler.py", "scheduler/sequence.py"
 TABLE, SUSPECTS = "scheduler/table.py", "scheduler/suspects.py"
 REFUSAL = "scheduler/admission.py"
-PLAN = "scheduler/plan.py"
+PLAN, LANDING = "scheduler/plan.py", "scheduler/landing.py"
+SPECULATION = "scheduler/speculation.py"
 
 SCHEDULER_BUGS = [
     Bug(
@@ -120,9 +121,9 @@ SCHEDULER_BUGS = [
     ),
     Bug(
         "what a late token reads when it is computed again is dropped",
-        SCHEDULER,
-        "self._view.unread_pages(sequence.num_completed, page_size)",
-        "self._view.unread_pages(sequence.num_computed, page_size)",
+        LANDING,
+        "view.unread_pages(completed, page_size)",
+        "view.unread_pages(sequence.num_computed, page_size)",
     ),
 ]
 
@@ -136,8 +137,8 @@ WINDOW_BUGS = [
     ),
     Bug(
         "nothing is dropped",
-        SCHEDULER,
-        "self._cache.drop(allocation, unread)",
+        LANDING,
+        "cache.drop(allocation, view.unread_pages(completed, page_size))",
         "pass",
     ),
     Bug(
@@ -170,7 +171,7 @@ WINDOW_BUGS = [
 OVERLAP_BUGS = [
     Bug(
         "a step counts for a sequence that was preempted and came back meanwhile",
-        SCHEDULER,
+        LANDING,
         "if allocation is None or allocation.page_ids is not page_ids:",
         "if allocation is None:",
     ),
@@ -186,12 +187,22 @@ OVERLAP_BUGS = [
         "if not (is_decode and sequence.awaits_token):",
         "if True:",
     ),
-    Bug("a late token is counted on", SEQUENCE, "self.constraint is not None or len", "len"),
+    Bug(
+        "a late token is counted on",
+        SEQUENCE,
+        "self.constraint is not None or self.is_drafted",
+        "self.is_drafted",
+    ),
     Bug("a late token is not computed again", TABLE, "num_computed -= 1", "num_computed -= 0"),
     Bug(
         "a late token counts in the queue", "scheduler/queue.py", "_tokens -= 1\n", "_tokens -= 0\n"
     ),
-    Bug("a prompt's scores are told twice", SCHEDULER, "scores[num_known:]", "scores"),
+    Bug(
+        "a prompt's scores are told twice",
+        LANDING,
+        "scores[num_known:]",
+        "scores",
+    ),
 ]
 
 #: About sequences that lack pages while steps of them are under way.
@@ -255,5 +266,40 @@ FAULT_BUGS = [
         SCHEDULER,
         "if probe := self._suspects.drop(sequence):",
         "if (probe := self._suspects.drop(sequence)) and False:",
+    ),
+]
+
+SPECULATION_BUGS = [
+    Bug("accepted tokens are computed again", LANDING, "sequence.num_computed += num_more", "pass"),
+    Bug(
+        "keys of drafts that were not accepted count",
+        LANDING,
+        "len(token_ids[row]) if row in plan.drafts else count - (row in again)",
+        "count - (row in again)",
+    ),
+    Bug("tokens behind the end are kept", SEQUENCE, "return token_ids[: count + 1]", "pass"),
+    Bug(
+        "a step is planned before the number of accepted tokens is known",
+        SEQUENCE,
+        "self.constraint is not None or self.is_drafted",
+        "self.constraint is not None",
+    ),
+    Bug(
+        "drafts take the last pages",
+        TABLE,
+        "num_new_pages + len(self.running) > self._cache.available_pages",
+        "num_new_pages > self._cache.available_pages",
+    ),
+    Bug(
+        "a draft is longer than the rest of the answer",
+        SPECULATION,
+        "min(self._max_tokens, budget_tokens, room_tokens)",
+        "min(self._max_tokens, budget_tokens)",
+    ),
+    Bug(
+        "drafts are made behind a pending token",
+        SPECULATION,
+        " or sequence.token_ids[-2] == PENDING_TOKEN",
+        "",
     ),
 ]

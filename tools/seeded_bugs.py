@@ -23,6 +23,7 @@ from tools.bugs import (
     OVERLAP_BUGS,
     PROGRESS_BUGS,
     SCHEDULER_BUGS,
+    SPECULATION_BUGS,
     WINDOW_BUGS,
     Bug,
 )
@@ -52,6 +53,7 @@ SUITES = {
     "overlap": Suite("tests/scheduler/test_overlap.py", OVERLAP_BUGS),
     "windows": Suite("tests/scheduler/test_windows.py", WINDOW_BUGS),
     "progress": Suite("tests/scheduler/test_progress.py", PROGRESS_BUGS),
+    "speculation": Suite("tests/scheduler/test_speculation.py", SPECULATION_BUGS),
     "faults": Suite("tests/scheduler/test_faults.py", FAULT_BUGS),
 }
 

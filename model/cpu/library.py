@@ -96,7 +96,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "octavo_look_up": (ctypes.c_bool, (*(_POINTER,) * 2, _LONG, _LONG, _POINTER, _LONG, _POINTER)),
     "octavo_pack": (
         ctypes.c_bool,
-        (*(_POINTER,) * 2, _INT, *(_LONG,) * 7, *(_POINTER,) * 2),
+        (*(_POINTER,) * 2, _INT, *(_LONG,) * 7, *(_POINTER,) * 3),
     ),
     "octavo_decoder_new": (_POINTER, (*(_POINTER,) * 2, _FLOAT, _POINTER, _LONG, _POINTER)),
     "octavo_decoder_free": (None, (_POINTER,)),

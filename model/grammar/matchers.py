@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 MASK_TIMEOUT_S = 0.001
 #: After one mask that took longer, a slot is served by the slow worker.
 _SLOW_S = 0.004
+#: After forced tokens that took longer, a slot gets no further ones.
+_MAX_FORCED_S = 0.004
 #: More tokens than this to replay (at 2 µs each) are for the slow worker.
 _MAX_REPLAYED_TOKENS = 500
 
@@ -62,10 +64,10 @@ class _SlotMatcher:
         #: The tokens that come next in all texts of the grammar, as far as it is certain where they
         #: are cut. The model may cut the same text otherwise.
         self.forced: list[int] = []
+        self._may_force = True
 
     def advance(self) -> None:
         """Consume the pending tokens and compute the mask."""
-        self.forced = []
         try:
             self.mask = self._next_mask()
         except Exception as fault:  # noqa: BLE001 - no fault of one slot may stop the others
@@ -83,9 +85,24 @@ class _SlotMatcher:
             matcher.consume_tokens(self.pending)
             self._consumed += self.pending
         mask = self._mask(matcher, began_s)
-        if not mask.error and not self.is_slow:
-            self.forced = _forced(matcher, mask)
+        self.forced = [] if mask.error else self._next_forced(matcher, mask)
         return mask
+
+    def _next_forced(self, matcher: LLMatcher, mask: TokenMask) -> list[int]:
+        """Return the tokens of the text that must come next, as far as their borders are certain.
+
+        Long texts take up to half a second: a matcher does that once.
+        """
+        num_consumed = len(self.pending)
+        rest = self.forced[num_consumed:]
+        if rest and self.forced[:num_consumed] == self.pending:
+            return rest
+        forced = list[int]()
+        if self._may_force and not self.is_slow:
+            began_s = time.thread_time()
+            forced = _forced(matcher)
+            self._may_force = time.thread_time() - began_s < _MAX_FORCED_S
+        return forced or ([int(mask.is_banned.argmin())] if mask.num_allowed == 1 else [])
 
     def _mask(self, matcher: LLMatcher, began_s: float) -> TokenMask:
         error = ""
@@ -131,14 +148,13 @@ class _SlotMatcher:
         return [mask for mask in found if not mask.error]
 
 
-def _forced(matcher: LLMatcher, mask: TokenMask) -> list[int]:
-    """Return the tokens of the text that must come next, as far as their borders are certain."""
+def _forced(matcher: LLMatcher) -> list[int]:
     # A copy, at 2 µs: forcing bytes changes a matcher, and masks must not depend on it.
     ahead = matcher.deep_copy()
     # Without it the library gives no tokens where a grammar has `no_forcing`.
     ahead.compute_ff_bytes()
-    forced = ahead.compute_ff_tokens()
-    return forced or ([int(mask.is_banned.argmin())] if mask.num_allowed == 1 else [])
+    found: list[int] = ahead.compute_ff_tokens()
+    return found
 
 
 class Matchers:

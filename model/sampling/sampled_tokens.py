@@ -70,10 +70,11 @@ class SampledTokens:
     def settle(self) -> None:
         """Complete the tokens as far as the next step depends on them.
 
-        Waits for the device in two cases. With top-k or top-p, the first candidates may not have
-        been enough. With grammars or bad_words, the tokens decide which may come next.
+        Waits for the device in three cases. With top-k or top-p, the first candidates may not have
+        been enough. With grammars or bad_words, the tokens decide which may come next. With drafts,
+        only the accepted tokens are counted for penalties.
         """
-        if self._widen or self._refuse or self._follow:
+        if self._drafts or self._widen or self._refuse or self._follow:
             self._take()
 
     def finish(self) -> StepOutput:

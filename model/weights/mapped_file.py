@@ -29,7 +29,7 @@ def map_file(descriptor: int) -> mmap.mmap | None:
         return None
     mapping = mmap.mmap(descriptor, size_bytes, access=mmap.ACCESS_COPY)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # What is not yet in the page cache comes in whole huge pages, too.
+        # The rest of the file then comes into the page cache in whole huge pages, too.
         with suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)
     if num_huge_pages(mapping) >= _NUM_HUGE:

@@ -119,7 +119,7 @@ def _round_nibbles(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # As they will be kept, where halves have room for them.
         scale, minimum = _half(scale), _half(minimum)
         fitted = _codes(groups, scale, minimum).mul_(scale).add_(minimum)
-        error = fitted.sub_(groups).square_().sum(1, keepdim=True)
+        error = _sum(fitted.sub_(groups).square_())
         is_better = error < least
         least = torch.where(is_better, error, least)
         scales = torch.where(is_better, scale, scales)
@@ -134,8 +134,8 @@ def _codes(groups: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
 def _line(groups: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scale and minimum of least squares; the given ones where all codes are equal."""
     count = groups.shape[1]
-    sum_codes, sum_values = codes.sum(1, keepdim=True), groups.sum(1, keepdim=True)
-    sum_both = (codes * groups).sum(1, keepdim=True)
+    sum_codes, sum_values = codes.sum(1, keepdim=True), _sum(groups)
+    sum_both = _sum(codes * groups)
     # Whole numbers, exact in float32: a group has few inputs.
     spread = count * codes.square_().sum(1, keepdim=True) - sum_codes.square()
     slope = (count * sum_both - sum_codes * sum_values) / spread
@@ -144,6 +144,13 @@ def _line(groups: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor) -> tupl
         torch.where(is_line, slope, scale),
         torch.where(is_line, (sum_values - slope * sum_codes) / count, minimum),
     )
+
+
+def _sum(groups: Tensor) -> Tensor:
+    """Add halves until one number is left: an order that vectors of any width have, too."""
+    while (count := groups.shape[1]) > 1:
+        groups = groups[:, : count // 2] + groups[:, count // 2 :]
+    return groups
 
 
 def _half(factor: Tensor) -> Tensor:

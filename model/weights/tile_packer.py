@@ -100,10 +100,6 @@ class TilePacker:
         rounding = self._rounding
         if rounding is None:
             return _call(self._library, _floats(rows), target, _WIDE_BITS)
-        if rounding.is_searched:
-            found = rounding(rows)
-            self._factors.append(_pack_codes(self._library, found, target))
-            return bool(found.scales.isfinite().all())
         factors = _room_for_factors(rounding, rows)
         self._factors.append(factors)
         return _call(self._library, _floats(rows), target, rounding.bits, factors)
@@ -162,11 +158,14 @@ def _pack_codes(library: CpuLibrary, rows: QuantizedRows, target: Tensor) -> Fac
 
 
 def _room_for_factors(rounding: Rounding, rows: Tensor) -> Factors:
-    """Return the factors of codes around zero, with scales to be filled in."""
+    """Return factors whose scales and minimums are to be filled in."""
     bits, inputs = rounding.bits, rounding.group_inputs
-    scales = torch.empty(len(rows), -(-rows.shape[1] // inputs))
+    shape = len(rows), -(-rows.shape[1] // inputs)
+    if rounding.is_searched:
+        return Factors(bits, inputs, 0, torch.empty(shape), torch.empty(shape))
+    # Codes around zero.
     offset = 0 if bits == _BYTE_BITS else 2 ** (bits - 1)
-    return Factors(bits, inputs, offset, scales, minimums=None)
+    return Factors(bits, inputs, offset, torch.empty(shape), minimums=None)
 
 
 def _stacked(parts: Sequence[Factors]) -> Factors:
@@ -208,5 +207,6 @@ def _call(
         rounded.group_inputs if rounded else 0,
         target.data_ptr(),
         rounded.scales.data_ptr() if rounded else None,
+        None if rounded is None or rounded.minimums is None else rounded.minimums.data_ptr(),
     )
     return bool(is_finite)

@@ -103,7 +103,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """What makes values of codes: see `QuantizedRows` and `Tiles`."""
+    """Everything of integer weights but the codes: see `QuantizedRows` and `Tiles`."""
 
     bits: int
     group_inputs: int

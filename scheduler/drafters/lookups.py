@@ -17,10 +17,12 @@ MIN_MATCH_TOKENS = 3
 FACTOR = 2.0
 
 
-def probability(num_matched_tokens: int) -> float:
-    """Return the share of tokens that repeat, expected after so many that did."""
-    # Laplace's rule of succession.
-    return (num_matched_tokens + 1) / (num_matched_tokens + 2)
+def probability(num_repeated_tokens: int, num_other_tokens: int = 0) -> float:
+    """Return the share of tokens that repeat a text, expected after so many that did and did not.
+
+    Laplace's rule of succession.
+    """
+    return (num_repeated_tokens + 1) / (num_repeated_tokens + num_other_tokens + 2)
 
 
 class NgramDrafter:
@@ -96,7 +98,7 @@ class SuffixDrafter:
 class _Found(NamedTuple):
     """The place of a match, in the index of one text."""
 
-    index: TextIndex
+    text: TextIndex
     position: int
     num_tokens: int
     #: Whether the matched tokens themselves are the end of the text.
@@ -104,7 +106,7 @@ class _Found(NamedTuple):
 
     def read(self, max_tokens: int) -> list[int]:
         """Return the tokens behind the match. Where they end with the sequence, they repeat."""
-        token_ids = self.index.continuation(self.position, max_tokens)
+        token_ids = self.text.continuation(self.position, max_tokens)
         if self.is_own and len(token_ids) < max_tokens:
             return list(islice(cycle(token_ids), max_tokens))
         return token_ids

@@ -86,9 +86,8 @@ class PredictionDrafter:
         token_ids = reading.next_tokens(max_tokens)
         if not token_ids:
             return None
-        # Nothing was seen yet, or a token was replaced: the client expects this text all the same.
         num_hits = min(reading.num_hits, MAX_MATCH_TOKENS)
-        return Draft(token_ids, probability(num_hits), self.name)
+        return Draft(token_ids, probability(num_hits, reading.num_misses), self.name)
 
     def observe(self, sequence: Sequence, accepted_token_ids: list[int]) -> None:
         """Do nothing: the output is followed at the next proposal."""

@@ -88,7 +88,8 @@ class TextIndex:
     def matches(self, token_ids: Sequence[int]) -> list[Match]:
         """Return some places behind the last tokens of `token_ids`, latest first.
 
-        All agree in `min_match_tokens` at least, and a token follows each. O(1).
+        All agree in `min_match_tokens` at least, and a token follows each. The first with
+        `max_match_tokens` is the last. O(1).
         """
         found = list[Match]()
         if len(token_ids) < self._min_match_tokens:
@@ -102,6 +103,8 @@ class TextIndex:
                 num_tokens = self._num_shared(token_ids, position)
                 if num_tokens >= self._min_match_tokens:
                     found.append(Match(position, num_tokens))
+                if num_tokens == self._max_match_tokens:
+                    break
             position = self._before[position & self._places]
         return found
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from itertools import islice
 
 from model.interface import PENDING_TOKEN
 from scheduler.drafters.text_index import END, TextIndex
@@ -35,7 +34,7 @@ class OwnTexts:
         index = self._indexes.get(sequence.request_id)
         if index is None:
             index = self._indexes[sequence.request_id] = self._make_index()
-        index.extend(islice(sequence.token_ids, index.end, index.end + _MAX_ADDED_TOKENS))
+        index.extend(sequence.token_ids[index.end : index.end + _MAX_ADDED_TOKENS])
         return index
 
     def forget(self, sequence: Sequence) -> None:

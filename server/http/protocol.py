@@ -28,6 +28,10 @@ MAX_HEAD_BYTES = 32_768
 MAX_HEADERS = 128
 #: Requests sent before the answer to the first.
 MAX_PIPELINED = 16
+#: After the last answer: the most seconds until the client has to close, and the most bytes of it
+#: that are dropped meanwhile.
+LINGER_TIMEOUT_S = 2.0
+MAX_LINGER_BYTES = 4 * 1024**2
 #: Granularity of the count.
 _SLICE_BYTES = 8192
 
@@ -45,6 +49,9 @@ class HttpProtocol(HttpToolsProtocol):
     _is_in_request = _is_in_head = False
     #: Its bytes beside the body.
     _num_head_bytes = 0
+    #: Whether all that is sent has been, and received bytes are dropped until the client closes.
+    _is_lingering = False
+    _num_dropped_bytes = 0
 
     def __init__(
         self,
@@ -81,7 +88,11 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse the data; a request to upgrade the protocol is ignored."""
         view, start = memoryview(data), 0
-        while start < len(view) and not self.transport.is_closing():
+        if self._is_lingering:
+            self._num_dropped_bytes += len(data)
+            if self._num_dropped_bytes > MAX_LINGER_BYTES:
+                self.transport.close()
+        while start < len(view) and not self.is_ending:
             some = view[start : start + _SLICE_BYTES]
             start += len(some)
             self._num_head_bytes += len(some)
@@ -119,8 +130,10 @@ class HttpProtocol(HttpToolsProtocol):
             raise _TooMuchError
         before = self.cycle
         super().on_headers_complete()
-        if self.cycle is not before and self.parser.get_http_version() == "1.0":
-            self.cycle.send = _unchunked(self.cycle)  # type: ignore[assignment, method-assign] # as uvicorn calls it
+        if self.cycle is not before:
+            self.cycle.transport = _AnswerTransport(self)
+            if self.parser.get_http_version() == "1.0":
+                self.cycle.send = _unchunked(self.cycle)  # type: ignore[assignment, method-assign] # as uvicorn calls it
 
     def on_body(self, body: bytes) -> None:
         """Pass on a part of the body."""
@@ -137,15 +150,48 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Wait for the rest of this request or for the next one, within the time limit."""
+        if self.is_ending:
+            return
         super().on_response_complete()
         if self._is_in_request:
             self._unset_keepalive_if_required()
             if self.cycle.response_complete and self._giving_up is None:
                 self._await_end()
 
+    def shutdown(self) -> None:
+        """End the connection as soon as its answers allow: the server stops."""
+        if self._is_lingering:
+            self.transport.close()
+        else:
+            super().shutdown()
+
+    def linger(self) -> None:
+        """End the connection such that the client can read the last answer.
+
+        To close a socket with unread bytes resets the connection, and many clients then drop an
+        answer that they have received (RFC 9112, section 9.6). So send the end alone, and close
+        after the client. TLS has an exchange of its own at the end.
+        """
+        if self.is_ending:
+            return
+        if not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self._is_lingering = True
+        self._stop_waiting()
+        self._unset_keepalive_if_required()
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._giving_up = self.loop.call_later(LINGER_TIMEOUT_S, self.transport.close)
+
+    @property
+    def is_ending(self) -> bool:
+        """Return whether nothing is sent any more."""
+        return self._is_lingering or self.transport.is_closing()
+
     def _refuse(self, error: ApiError) -> None:
-        """Send the error, except in the middle of an answer, and close."""
-        if self.transport.is_closing():
+        """Send the error, except in the middle of an answer, and end the connection."""
+        if self.is_ending:
             return
         cycle = self.cycle
         has_request = cycle is not None
@@ -159,7 +205,8 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.write(head.encode() + body)
         if has_request:
             cycle.disconnected = True
-        self.transport.close()
+            cycle.message_event.set()
+        self.linger()
 
     def _await_end(self) -> None:
         self._giving_up = self.loop.call_later(self.head_timeout_s, self.transport.close)
@@ -168,6 +215,26 @@ class HttpProtocol(HttpToolsProtocol):
         if self._giving_up is not None:
             self._giving_up.cancel()
             self._giving_up = None
+
+
+class _AnswerTransport(asyncio.Transport):
+    """The transport of one answer: its end lets the client read the answer."""
+
+    def __init__(self, protocol: HttpProtocol) -> None:
+        super().__init__()
+        self._protocol = protocol
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send a part of the answer."""
+        self._protocol.transport.write(data)
+
+    def is_closing(self) -> bool:
+        """Return whether no more can be sent."""
+        return self._protocol.is_ending
+
+    def close(self) -> None:
+        """End the connection after the answer."""
+        self._protocol.linger()
 
 
 def _unchunked(cycle: RequestResponseCycle) -> Send:

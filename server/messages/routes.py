@@ -30,8 +30,15 @@ _PATH = "/v1/messages"
 _COUNT_PATH = "/v1/messages/count_tokens"
 #: By path, for the middleware.
 ERROR_FORMS = {path: MessagesErrors() for path in (_PATH, _COUNT_PATH)}
-#: For /openapi.json, besides the answers.
-DOCUMENTED = (MessagesRequest, CountTokensRequest, MessageEvent)
+#: For /openapi.json.
+DOCUMENTED = (
+    MessagesRequest,
+    CountTokensRequest,
+    MessageAnswer,
+    MessageEvent,
+    TokenCount,
+    MessagesErrorBody,
+)
 
 
 def message_routes(service: Service) -> APIRouter:

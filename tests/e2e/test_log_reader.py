@@ -18,7 +18,7 @@ from waiting import TIMEOUT_S, wait_until
 pytestmark = pytest.mark.e2e
 
 #: More bytes of log lines than pipe and queue hold together.
-_NUM_REQUESTS = 4000
+_NUM_REQUESTS = 3000
 
 
 class Unread:
@@ -74,7 +74,7 @@ def start(tiny_flags: tuple[str, ...]) -> Iterator[Callable[[str], Unread]]:
         daemon.stderr.close()
 
 
-@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("log_format", [pytest.param("text", marks=pytest.mark.slow), "json"])
 def test_it_serves_and_says_what_it_dropped_once_somebody_reads(
     start: Callable[[str], Unread], log_format: str
 ) -> None:
@@ -83,7 +83,7 @@ def test_it_serves_and_says_what_it_dropped_once_somebody_reads(
         daemon.get(f"/none/{number:0200}")
     assert daemon.generate() == 200
     num_dropped = daemon.num_dropped()
-    assert num_dropped > 1000
+    assert num_dropped > 500
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(daemon.stderr))
     reader.start()

@@ -13,7 +13,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +121,25 @@ _LONG_NAME = "x" * 8192
 _WARNS = "import atexit, warnings\natexit.register(warnings.warn, 'for developers')\n"
 
 
-@pytest.mark.parametrize("log_format", ["text", "json"])
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        (["--kv-cache-memory", "1KiB"], "kv_cache_memory: 1 KiB hold no page of 16 tokens"),
-        (["--device", "cuda"], "device: cuda was asked for, but torch finds no GPU here"),
-        (["--dtype", "float16"], "dtype on a CPU is float32, got float16"),
-        (["--host", "256.256.256.256"], "cannot listen on 256.256.256.256:0"),
-    ],
+#: Of the engine and of the API process, with a part of their error.
+_START_ERRORS = (
+    (["--kv-cache-memory", "1KiB"], "kv_cache_memory: 1 KiB hold no page of 16 tokens"),
+    (["--host", "256.256.256.256"], "cannot listen on 256.256.256.256:0"),
+    (["--device", "cuda"], "device: cuda was asked for, but torch finds no GPU here"),
+    (["--dtype", "float16"], "dtype on a CPU is float32, got float16"),
 )
+
+
+def _start_errors() -> Iterator[Any]:
+    """Yield each error in both formats; the faster half has one of each, in turns."""
+    for index, (flags, told) in enumerate(_START_ERRORS):
+        for log_format in ("text", "json"):
+            is_sampled = (index // 2 + index) % 2 == (log_format == "json")
+            marks = () if is_sampled else pytest.mark.slow
+            yield pytest.param(flags, told, log_format, marks=marks)
+
+
+@pytest.mark.parametrize(("flags", "told", "log_format"), list(_start_errors()))
 def test_a_start_error_is_one_plain_line(
     tmp_path: Path, tiny_config: Path, flags: list[str], told: str, log_format: str
 ) -> None:

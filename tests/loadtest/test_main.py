@@ -92,12 +92,12 @@ def test_turns_follow_each_other(app: Any, tmp_path: Path) -> None:
 
 
 def test_agents_answer_and_go_on(app: Any, tmp_path: Path) -> None:
-    flags = ("--workload", "agentic", "--prompt-tokens", "600", "--requests", "2", "--warmup", "0")
-    run = _run(app.url, tmp_path / "out", *flags, "--concurrency", "2")
-    assert [one.failure for one in run.records] == [None] * 40
+    flags = ("--workload", "agentic", "--prompt-tokens", "600", "--turns", "4", "--warmup", "0")
+    run = _run(app.url, tmp_path / "out", *flags, "--requests", "2", "--concurrency", "2")
+    assert [one.failure for one in run.records] == [None] * 8
     for number in (0, 1):
         turns = [one for one in run.records if one.conversation == number]
-        assert [one.turn for one in turns] == list(range(20))
+        assert [one.turn for one in turns] == list(range(4))
         assert all(after.sent_s >= before.ended_s + 0.2 for before, after in pairwise(turns))
         assert (turns[-1].cached_tokens or 0) > (turns[-2].prompt_tokens or 0) * 0.8
     assert figures(run).conversation_tokens_per_s.count == 2

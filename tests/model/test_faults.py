@@ -17,6 +17,7 @@ from model.architectures.transformer import Decoder
 from model.attention.interface import AttentionBackend
 from model.interface import SamplingParams
 from model.runner import TorchRunner
+from model.sampling.sampled_tokens import Span
 from model.sampling.sampler import Sampler
 from scheduler.engine import Engine
 from scheduler.messages import FinishReason, GenerateRequest, Submit
@@ -148,10 +149,10 @@ def test_a_step_whose_tokens_cannot_be_read_harms_no_later_step(
     runner = runners["two steps"]
     follow = Sampler._follow
 
-    def raise_for_poison(self: Sampler, plan: Any, turns: Any, token_ids: list[int]) -> Any:
-        if _POISON in token_ids:
+    def raise_for_poison(self: Sampler, plan: Any, spans: list[Span]) -> None:
+        if any(_POISON in span.token_ids for span in spans):
             raise RuntimeError("poison")
-        return follow(self, plan, turns, token_ids)
+        follow(self, plan, spans)
 
     monkeypatch.setattr(Sampler, "_follow", raise_for_poison)
     ticks = count()

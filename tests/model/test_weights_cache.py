@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs.schema import ModelSection, OctavoConfig
+from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model import assemble
 from model.architectures.read_arch import from_hf_config
 from model.cpu.library import load_cpu_library
@@ -81,3 +81,10 @@ def test_a_runner_saves_its_weights_and_the_next_one_reads_them(
     ]
     assert was_read == [False, True]
     assert first.info.weights_bytes == second.info.weights_bytes
+    # The system counts mapped weights as free memory: pages must not take their place.
+    weights_bytes, page_bytes = first.info.weights_bytes, 2**20
+    monkeypatch.setattr(assemble, "free_memory_bytes", lambda: weights_bytes + page_bytes)
+    stated = CacheSection(kv_cache_memory=page_bytes + weights_bytes // 2)
+    tight = config.model_copy(update={"cache": stated})
+    with pytest.raises(ValueError, match="are free for them"):
+        assemble.assemble(source, tight)

@@ -138,11 +138,15 @@ _LATER = next(
 
 
 @pytest.mark.parametrize(
-    "poison",
-    [((_POISON, 14), None), (_LATER, None), ((1, 2), _DEADLY_GRAMMAR)],
-    ids=["in its prompt", "after some tokens", "while a grammar is made ready"],
+    ("poison", "place"),
+    [
+        (((_POISON, 14), None), 0),
+        (((_POISON, 14), None), 31),
+        ((_LATER, None), 31),
+        (((1, 2), _DEADLY_GRAMMAR), 0),
+    ],
+    ids=["first", "last", "after some tokens", "while a grammar is made ready"],
 )
-@pytest.mark.parametrize("place", [0, 31])
 def test_of_32_exactly_the_one_that_engines_die_of_is_ended(poison: Any, place: int) -> None:
     async def test(client: ProcessClient) -> None:
         prompt, grammar = poison

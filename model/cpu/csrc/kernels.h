@@ -178,11 +178,14 @@ struct Packing {
   int64_t bits;
   // Added to each code.
   int64_t code_offset;
-  // Of floats that are rounded to codes: inputs that share a scale, which 128 is a multiple of.
+  // Of floats that are rounded to codes: inputs that share a scale, which 128 is a multiple of; 32
+  // where they are searched.
   int64_t group_inputs;
   void* tiles;
   // [num_rows, groups] of floats that are rounded; null for codes.
   float* scales;
+  // As scales, where codes of four bits are searched; otherwise null.
+  float* minimums;
 };
 
 struct Kernels {

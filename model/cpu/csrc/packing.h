@@ -4,14 +4,12 @@
 // model/weights/round_integers.py, to the bit. Values that are not finite get a scale of NaN.
 #pragma once
 
-#include "simd.h"
+#include "packing_search.h"
 
 namespace {
 
 using octavo::kTileOutputs;
 using octavo::Packing;
-
-typedef uint8_t ByteVec __attribute__((vector_size(kWidth)));
 
 // A tile has this many lines, of a word of each output.
 constexpr int kTileWords = 16;
@@ -81,14 +79,6 @@ bool pack_codes(const Packing& p) {
 
 // ---- rounding ----------------------------------------------------------------------------------
 
-inline float to_half_if_normal(float x) {
-  Float16 half[kWidth];
-  float rounded[kWidth];
-  store(half, broadcast(x));
-  store(rounded, load(half));
-  return rounded[0] >= 0x1p-14f && rounded[0] <= 65504.0f ? rounded[0] : x;
-}
-
 // Rounds inputs that share a scale, `count` of them present, and returns the scale.
 template <class T>
 float round_group(const T* from, int64_t count, const Packing& p, uint8_t* codes) {
@@ -112,14 +102,10 @@ float round_group(const T* from, int64_t count, const Packing& p, uint8_t* codes
   for (float one : lanes) reach = one > reach ? one : reach;
   const float quotient = reach / most;
   const float scale = to_half_if_normal(quotient > 1e-30f ? quotient : 1e-30f);
-  // Adding 1.5 * 2^23 rounds to an integer, ties to even, which then stands in the low bits.
-  const Vec magic = broadcast(12582912.0f);
   for (int64_t i = 0; i < p.group_inputs; i += kWidth) {
     const Vec quotients = load(values + i) / broadcast(scale);
     const Vec bounded = min(broadcast(most), max(broadcast(-most), quotients));
-    const IntVec code = bit_cast<IntVec>(bounded + magic) - 0x4b400000 + int32_t(p.code_offset);
-    const ByteVec bytes = __builtin_convertvector(code, ByteVec);
-    __builtin_memcpy(codes + i, &bytes, sizeof(bytes));
+    store_integers(codes + i, to_integers(bounded), int32_t(p.code_offset));
   }
   return scale;
 }
@@ -135,8 +121,12 @@ bool round_inputs(const Packing& p, int64_t row, int64_t start, uint8_t* codes) 
       __builtin_memset(codes + at - start, int(p.code_offset), size_t(p.group_inputs));
       continue;
     }
-    const float scale = round_group(from + at, p.num_inputs - at, p, codes + at - start);
-    p.scales[row * num_groups + at / p.group_inputs] = scale;
+    const int64_t group = row * num_groups + at / p.group_inputs, count = p.num_inputs - at;
+    float& scale = p.scales[group];
+    if (p.minimums)
+      scale = search_group(from + at, count, codes + at - start, p.minimums[group]);
+    else
+      scale = round_group(from + at, count, p, codes + at - start);
     is_finite &= scale == scale;
   }
   return is_finite;

@@ -189,14 +189,20 @@ def test_each_layer_has_its_own_window(build: Build) -> None:
     check(build, make_scene(mixed(build), windows=windows))
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 48, 64])
-@pytest.mark.parametrize("kv_dtype", [F32, F16, BF16], ids=str)
+#: Each size with each dtype; for interpreted kernels each size with one.
+_PAGE_SIZES, _KV_DTYPES = (1, 16, 48, 64), (F32, F16, BF16)
+
+
+@pytest.mark.parametrize("page_size", _PAGE_SIZES)
+@pytest.mark.parametrize("kv_dtype", _KV_DTYPES, ids=str)
 def test_no_key_behind_the_window_is_read(
     build: Build, page_size: int, kv_dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     """Prefill chunks and decodes; the pages there may be given back, and be another sequence's."""
     is_flash = request.node.callspec.params["build"] == "flash"
-    rows = ((1, 130), (18, 70), (2, 66), (1, 9)) if is_slow(build) else (*MIXED, (64, 2100))
+    if is_slow(build) and (_PAGE_SIZES.index(page_size) - _KV_DTYPES.index(kv_dtype)) % 3:
+        pytest.skip("another dtype has this size")
+    rows = ((1, 130), (18, 70), (2, 66), (1, 9)) if is_slow(build) else (*MIXED, (64, 600))
     scene = make_scene(
         rows,
         page_size=page_size,

@@ -353,35 +353,3 @@ def test_a_grammar_is_tried_out() -> None:
     COMPILER.try_out(COMPILER.compile(OBJECT))
     with pytest.raises(GrammarError):
         COMPILER.compile('start: a\na: a "x"')
-
-
-def test_forced_tokens_are_those_of_all_texts_of_the_grammar(rows: Rows) -> None:
-    """They are proposed where the text is certain, and never a token that is not allowed."""
-    schema = {
-        "type": "object",
-        "properties": {"a_long_name": {"type": "integer"}, "is_it": {"type": "boolean"}},
-        "required": ["a_long_name", "is_it"],
-        "additionalProperties": False,
-    }
-    rows.start(0, _grammar(schema))
-    num_forced, text = 0, b""
-    while rows.outputs[0][-1:] != [END]:
-        forced = [token for token in rows.sampler.forced_tokens(0) if token != END]
-        begun = b"".join(_PIECES[token] for token in forced)
-        rows.step(0)
-        new = b"".join(_PIECES[token] for token in rows.outputs[0] if token != END)
-        if forced:
-            num_forced += len(forced)
-            assert new[len(text) :].startswith(begun) or begun.startswith(new[len(text) :]), (
-                f"{begun!r} is not how the text goes on: {new!r}"
-            )
-        text = new
-    assert num_forced > 20, num_forced
-    jsonschema.validate(json.loads(text), schema)
-
-
-def test_without_a_grammar_or_after_a_fault_nothing_is_forced(rows: Rows) -> None:
-    rows.start(0, None)
-    assert rows.sampler.forced_tokens(0) == []
-    rows.start(1, _grammar({"const": "x"}), had=(ord("?"),))
-    assert rows.sampler.forced_tokens(1) == []

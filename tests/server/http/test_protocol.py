@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from server.generation import respond
+from server.http import protocol
 from server.http.protocol import (
     MAX_HEAD_BYTES,
     MAX_HEADERS,
@@ -163,11 +164,55 @@ def test_whatever_is_no_body_has_an_end(shared: Any, opening: bytes, unit: bytes
 )
 def test_too_large_a_head_is_told_so(shared: Any, said: bytes) -> None:
     with socket.create_connection(("127.0.0.1", shared.port), timeout=TIMEOUT_S) as connection:
-        while said and not select.select([connection], [], [], 0)[0]:
-            said = said[connection.send(said[:512]) :]
+        connection.sendall(said)
         head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
     assert json.loads(body)["error"]["code"] == "head_too_large"
+
+
+#: Requests whose answer ends the connection before their end is read, and the status.
+UNREAD = {
+    "a refused head": (b"GET /" + b"x" * 2 * MAX_HEAD_BYTES, 431),
+    "no HTTP": (b"nonsense\r\n\r\n", 400),
+    "a body that is too large": (
+        b"POST /tokenize HTTP/1.1\r\nConnection: close\r\nContent-Length: 1000000\r\n\r\n",
+        413,
+    ),
+    "a body of HTTP/1.0": (b"POST /nothing HTTP/1.0\r\nContent-Length: 1000000\r\n\r\n", 404),
+    "bytes behind the last request": (HEAD[:-2] + b"Connection: close\r\n\r\n", 200),
+}
+
+
+@pytest.mark.parametrize(("said", "status"), UNREAD.values(), ids=UNREAD)
+def test_a_client_that_still_sends_gets_its_answer(shared: Any, said: bytes, status: int) -> None:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=TIMEOUT_S) as connection:
+        connection.sendall(said)
+        select.select([connection], [], [], TIMEOUT_S)
+        # A reset by the server would raise here.
+        for _ in range(20):
+            connection.sendall(b"x" * 16_384)
+            time.sleep(0.002)
+        connection.shutdown(socket.SHUT_WR)
+        heard = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert heard.startswith(b"HTTP/1.1 %d " % status)
+    assert heard.count(b"\r\n\r\n") == 1
+
+
+@pytest.mark.parametrize("limit", ["LINGER_TIMEOUT_S", "MAX_LINGER_BYTES"])
+def test_a_client_that_sends_for_ever_is_not_waited_for(
+    live: Any, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(protocol, "LINGER_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(protocol, limit, 0.1)
+
+    def send_for_ever() -> None:
+        with socket.create_connection(("127.0.0.1", live.port), timeout=TIMEOUT_S) as connection:
+            while True:
+                connection.sendall(b"nonsense\r\n\r\n")
+                time.sleep(0.002)
+
+    with pytest.raises(ConnectionError):
+        send_for_ever()
 
 
 ASKED = b'{"prompt": "' + b"x" * 1000 + b'"}'
