@@ -12,7 +12,7 @@ from typing import NamedTuple
 class Step(NamedTuple):
     """A step without drafts."""
 
-    #: Tokens it gives; a prompt's count, too.
+    #: Tokens it gives.
     num_tokens: int
     #: Its estimated time.
     time_s: float

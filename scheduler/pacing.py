@@ -81,17 +81,17 @@ class Pacing:
         is_mixed_too_long = self._num_mixed_steps >= _MAX_MIXED_STEPS
         return is_mixed_too_long or self._num_drafted_steps >= _MAX_DRAFTED_STEPS
 
-    def step(self, num_decodes: int, num_prompt_tokens: int) -> Step | None:
-        """Estimate a step without drafts; None while no step was timed."""
+    def step(self, num_decodes: int) -> Step | None:
+        """Estimate a step of decodes without drafts; None while no step was timed."""
         if self.decode_s is None or num_decodes == 0:
             return None
-        time_s = self._decodes_s(num_decodes) + num_prompt_tokens * (self.token_s or 0.0)
+        time_s = self._decodes_s(num_decodes)
         draft_token_s = self.draft_token_s
         if draft_token_s is None:
             # A guess that lets the first drafts be tried. The price of prompts' tokens is none: of
             # a short prompt it is a whole step's.
             draft_token_s = time_s / (_GUESSED_SHARE * num_decodes)
-        return Step(num_decodes + num_prompt_tokens, time_s, draft_token_s)
+        return Step(num_decodes, time_s, draft_token_s)
 
     def observe(
         self,
@@ -103,8 +103,7 @@ class Pacing:
     ) -> None:
         """Update the estimates from a step that took `elapsed_s`.
 
-        A step with drafts and no prompts gives the price of drafts; with prompts, their price is
-        subtracted first.
+        A step with drafts, which has no prompts, gives the price of drafts.
 
         A mixed step gives one of the two costs once the other is known. If only prompts have been
         timed, it gives the decodes' share. So the chunks of a burst of arrivals can grow before
@@ -112,10 +111,8 @@ class Pacing:
         """
         if num_draft_tokens:
             self._num_drafted_steps = min(self._num_drafted_steps + 1, _MAX_DRAFTED_STEPS)
-            if num_prompt_tokens == 0:
-                self._learn_drafts(elapsed_s, num_decodes, num_draft_tokens)
-                return
-            elapsed_s = max(elapsed_s - num_draft_tokens * (self.draft_token_s or 0.0), 1e-9)
+            self._learn_drafts(elapsed_s, num_decodes, num_draft_tokens)
+            return
         if num_prompt_tokens == 0:
             self._num_mixed_steps = self._num_drafted_steps = 0
             self._learn_decode(elapsed_s, num_decodes)

@@ -53,15 +53,18 @@ class Speculation:
     def extend(
         self, plan: StepPlan, max_step_tokens: int, room_for: Callable[[Sequence, int], int]
     ) -> None:
-        """Add drafts to the decodes of a plan that is complete but for them.
+        """Add drafts to the decodes of a plan that is complete but for them, and has no prompts.
 
         They take the rest of the budget, `max_step_tokens` in all. `room_for` makes room for a
         draft of a sequence, and returns for how many of its tokens there is some.
         """
-        budget_tokens = max_step_tokens - plan.num_tokens
-        if self._drafter is None or budget_tokens <= 0 or self._pacing.has_to_time_decodes:
+        # A longer step would delay the first tokens of its prompts.
+        if self._drafter is None or plan.num_prompt_tokens or self._pacing.has_to_time_decodes:
             return
-        step = self._pacing.step(plan.num_decodes, plan.num_prompt_tokens)
+        budget_tokens = max_step_tokens - plan.num_tokens
+        if budget_tokens <= 0:
+            return
+        step = self._pacing.step(plan.num_decodes)
         if step is not None:
             budget_tokens = min(budget_tokens, self._max_step_tokens(step))
         offers = dict[int, Draft]()

@@ -72,7 +72,7 @@ class SampledTokens:
 
         Waits for the device in three cases. With top-k or top-p, the first candidates may not have
         been enough. With grammars or bad_words, the tokens decide which may come next. With drafts,
-        only the accepted tokens are counted for penalties.
+        the accepted ones are counted for penalties.
         """
         if self._drafts or self._widen or self._refuse or self._follow:
             self._take()

@@ -152,32 +152,28 @@ def test_an_estimate_starts_with_the_drafters_own() -> None:
     assert is_due == [False] * (TRIAL_STEPS - 1) + [True] * 2
 
 
-def estimated(pacing: Pacing, num_decodes: int, num_prompt_tokens: int) -> tuple[float, ...]:
-    step = pacing.step(num_decodes, num_prompt_tokens)
+def estimated(pacing: Pacing, num_decodes: int) -> tuple[float, ...]:
+    step = pacing.step(num_decodes)
     assert step is not None
     return tuple(step)
 
 
-def test_prices_of_drafts_beside_those_of_prompts() -> None:
+def test_prices_of_drafts() -> None:
     pacing = Pacing(3.0)
-    assert pacing.step(1, 0) is None
+    assert pacing.step(1) is None
     has_to_time_decodes = [pacing.has_to_time_decodes]
     pacing.observe(1.0, num_decodes=0, num_prompt_tokens=10)
     # Prompts alone were timed: decodes come first.
     has_to_time_decodes.append(pacing.has_to_time_decodes)
     assert has_to_time_decodes == [False, True]
     pacing.observe(5.0, num_decodes=1, num_prompt_tokens=0, num_draft_tokens=4)
-    assert pacing.step(1, 0) is None
+    assert pacing.step(1) is None
     pacing.observe(10.0, num_decodes=1, num_prompt_tokens=0)
-    assert estimated(pacing, 1, 0) == pytest.approx((1, 10.0, 10.0 / 8))
-    assert estimated(pacing, 2, 0) == pytest.approx((2, 10.1, 10.1 / 16))
-    assert pacing.step(0, 5) is None
+    assert estimated(pacing, 1) == pytest.approx((1, 10.0, 10.0 / 8))
+    assert estimated(pacing, 2) == pytest.approx((2, 10.1, 10.1 / 16))
+    assert pacing.step(0) is None
     pacing.observe(12.0, num_decodes=1, num_prompt_tokens=0, num_draft_tokens=4)
-    assert estimated(pacing, 1, 2) == pytest.approx((3, 10.2, 0.5))
-    # In a mixed step the price of drafts is known.
-    pacing.observe(12.4, num_decodes=1, num_prompt_tokens=4, num_draft_tokens=4)
-    assert pacing.token_s == pytest.approx(0.1)
-    assert pacing.draft_token_s == pytest.approx(0.5)
+    assert estimated(pacing, 1) == pytest.approx((1, 10.0, 0.5))
     for _ in range(20):
         pacing.observe(9.0, num_decodes=1, num_prompt_tokens=0, num_draft_tokens=4)
     assert pacing.draft_token_s == 0.0

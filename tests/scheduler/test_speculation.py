@@ -117,14 +117,14 @@ def test_a_stop_token_inside_a_draft_ends_the_request(make_drive: MakeDrive) -> 
     assert drive.drafts == [(0, 16, 6)]
 
 
-def test_drafts_come_after_prompts_in_the_budget(make_drive: MakeDrive) -> None:
+def test_a_step_with_prompts_has_no_drafts(make_drive: MakeDrive) -> None:
     drive = started(make_drive, max_num_batched_tokens=16)
-    drive.submit(1, range(10, 22))
-    plan = drive.step()
-    assert (plan.num_decodes, plan.num_prompt_tokens, plan.num_draft_tokens) == (1, 12, 3)
-    drive.submit(2, range(30, 60))
-    plan = drive.step()
-    assert (plan.num_decodes, plan.num_prompt_tokens, plan.num_draft_tokens) == (2, 14, 0)
+    for prompt, has_drafts in ((range(10, 22), False), (range(30, 40), False), (None, True)):
+        if prompt is not None:
+            drive.submit(prompt[0], prompt)
+        plan = drive.step()
+        assert bool(plan.num_prompt_tokens) == (prompt is not None)
+        assert bool(plan.num_draft_tokens) == has_drafts
 
 
 def test_rows_share_the_budget(make_drive: MakeDrive) -> None:

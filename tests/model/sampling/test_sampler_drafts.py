@@ -67,6 +67,7 @@ class Texts:
         self.outputs: list[list[int]] = [[] for _ in REQUESTS]
         self.logprobs: list[list[TokenLogprobs]] = [[] for _ in REQUESTS]
         self.failures: dict[int, str] = {}
+        self.running = set(range(len(REQUESTS)))
         for slot, request in enumerate(REQUESTS):
             params = SamplingParams(max_tokens=1000, seed=slot, **request)
             grammar = None if params.grammar is None else COMPILER.compile(params.grammar)
@@ -77,6 +78,7 @@ class Texts:
         return [
             slot
             for slot, output in enumerate(self.outputs)
+            if slot in self.running
             if len(output) < NUM_TOKENS and END not in output and slot not in self.failures
         ]
 
@@ -135,6 +137,25 @@ def plain() -> Iterator[Texts]:
 
 @pytest.mark.parametrize("num_wrong", [0, 1, 6])
 def test_drafts_change_no_token(texts: Texts, plain: Texts, num_wrong: int) -> None:
+    num_steps = draft_to_the_end(texts, plain, num_wrong)
+    assert texts.outputs == plain.outputs
+    assert texts.logprobs == plain.logprobs
+    assert texts.failures == plain.failures
+    if num_wrong == 0:
+        assert num_steps < NUM_TOKENS / 2
+
+
+def test_a_request_alone_needs_no_other_to_be_settled(texts: Texts, plain: Texts) -> None:
+    for slot in range(len(REQUESTS)):
+        texts.running = {slot}
+        draft_to_the_end(texts, plain, num_wrong=1)
+        assert texts.outputs[slot] == plain.outputs[slot], REQUESTS[slot]
+        assert texts.logprobs[slot] == plain.logprobs[slot]
+    assert texts.failures == plain.failures
+
+
+def draft_to_the_end(texts: Texts, plain: Texts, num_wrong: int) -> int:
+    """Take drafts from the plain outputs, a seventh of `num_wrong` wrong; return the steps."""
     chance = random.Random(num_wrong)
     num_steps = 0
     while texts.unfinished:
@@ -148,11 +169,7 @@ def test_drafts_change_no_token(texts: Texts, plain: Texts, num_wrong: int) -> N
             drafts[slot] = [token_id for token_id in draft if token_id != END]
         texts.step(drafts)
         num_steps += 1
-    assert texts.outputs == plain.outputs
-    assert texts.logprobs == plain.logprobs
-    assert texts.failures == plain.failures
-    if num_wrong == 0:
-        assert num_steps < NUM_TOKENS / 2
+    return num_steps
 
 
 def test_an_end_in_a_draft_is_an_end(texts: Texts, plain: Texts) -> None:

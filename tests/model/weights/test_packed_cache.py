@@ -381,19 +381,6 @@ def test_a_killed_process_leaves_the_file_or_none(
     assert not list(folder.glob(".saving-*"))
 
 
-def test_a_start_during_the_saving_of_another_neither_waits_nor_reads_a_part(
-    cache: PackedCache, model: Model, folder: Path
-) -> None:
-    path = model.save(cache)
-    half_written = folder / ".saving-abc"
-    path.rename(half_written)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert not model.is_kept(PackedCache(folder, min_bytes=0))
-        half_written.rename(path)
-        assert model.is_kept(PackedCache(folder, min_bytes=0))
-
-
 def test_one_process_saves_at_a_time(cache: PackedCache, model: Model, folder: Path) -> None:
     path = model.save(cache)
     written_ns = path.stat().st_ctime_ns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
@@ -74,7 +75,12 @@ def start(library: CpuLibrary, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(load, "time", Later)
 
     def load_once(
-        source: ModelSource, quantization: str = "bf16", *, is_cached: bool = True, **more: Any
+        source: ModelSource,
+        quantization: str = "bf16",
+        *,
+        is_cached: bool = True,
+        saves: bool = True,
+        **more: Any,
     ) -> Transformer:
         cache = PackedCache(folder, min_bytes=0) if is_cached else None
         transformer = build_transformer(
@@ -88,7 +94,7 @@ def start(library: CpuLibrary, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             cache=cache,
             **more,
         )
-        if cache is not None:
+        if cache is not None and saves:
             cache.save()
         return transformer
 
@@ -169,6 +175,22 @@ def test_mapped_weights_are_those_of_the_files(
     # As another process does that needs room.
     next(folder.glob("*.weights")).unlink()
     assert_same(plain, mapped)
+
+
+def test_a_start_while_another_saves_neither_waits_nor_reads_its_part(
+    start: Load, tmp_path: Path, folder: Path
+) -> None:
+    source = checkpoint(tmp_path / "m")
+    plain = start(source)
+    (whole,) = folder.glob("*.weights")
+    half_written = whole.rename(folder / ".saving-abc")
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        packed_anew = start(source, saves=False)
+        assert not was_read(packed_anew)
+        assert_same(plain, packed_anew)
+    half_written.rename(whole)
+    assert was_read(start(source))
 
 
 def test_formats_and_lengths_do_not_mix(start: Load, tmp_path: Path) -> None:
