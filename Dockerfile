@@ -43,7 +43,8 @@ COPY --from=wheel /build/requirements.txt /build/constraints.txt ./
 RUN /opt/octavo/bin/python -m pip install --no-cache-dir \
     --requirement requirements.txt --constraint constraints.txt
 COPY --from=wheel /build/dist dist
-# The final image has no compiler, so the CPU op is built here, for every instruction set it supports.
+# The final image has no compiler, so the CPU op is built here, for every instruction set of the
+# image's architecture: x86 or 64-bit Arm.
 RUN /opt/octavo/bin/python -m pip install --no-cache-dir --no-deps dist/*.whl \
     && /opt/octavo/bin/python -m model.cpu.ops
 

@@ -36,8 +36,8 @@ ROOMS = {
     "model.formats": set[str](),
     "model.kv": set[str](),
     "model.grammar": {"model.interface"},
-    "model.weights": {"model.architectures", "model.cpu.library", "model.formats", "model.kv.arena"}
-    | {"model.ops"},
+    "model.weights": {"model.architectures", "model.cpu.instruction_sets", "model.cpu.library"}
+    | {"model.formats", "model.kv.arena", "model.ops"},
     "model.architectures": {"model.attention.interface", "model.formats", "model.kv.format"}
     | {"model.ops", "model.weights"},
     "model.attention": {"model.cpu.library", "model.cuda.ops", "model.extras", "model.kv"},

@@ -23,7 +23,11 @@ _HEAD_DIM_MULTIPLE = 16
 _MAX_HEAD_DIM = 1024
 _NO_WINDOW = 2**31 - 1
 #: Dtypes of pages whose products round their operands, by instruction set.
-_ROUNDED = {"amx": (torch.float16, torch.bfloat16), "avx512_bf16": (torch.bfloat16,)}
+_ROUNDED = {
+    "amx": (torch.float16, torch.bfloat16),
+    "avx512_bf16": (torch.bfloat16,),
+    "neon_bf16": (torch.bfloat16,),
+}
 
 
 class CpuAttention:

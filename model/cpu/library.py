@@ -2,8 +2,9 @@
 
 The library (model/cpu/csrc) has a C interface and is not linked against torch. So a build needs
 only a C++ compiler and a few seconds, and a binary stays valid when torch is updated. It has code
-for several instruction sets and detects the CPU's. Without the right checksum at its end it is not
-loaded. Knows nothing of the operations (`model/cpu/ops.py`, `model/attention/cpu.py`).
+for several instruction sets, of x86 or of Arm, and detects the CPU's. Without the right checksum at
+its end it is not loaded. Knows nothing of the operations (`model/cpu/ops.py`,
+`model/attention/cpu.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,40 +29,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.cpu import instruction_sets
+from model.cpu.instruction_sets import ISA_FLAGS, ISAS, best_isas, cpu_features
 from model.weights.source import octavo_home
 
 SOURCES = Path(__file__).parent / "csrc"
-#: Best first.
-ISAS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "scalar")
 #: The `DType` of csrc/kernels.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-_BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
-_AVX512_FLAGS = (
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
-    "-mprefer-vector-width=512",
-)
-_AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
-_AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
-_BF16_FLAGS = (*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16")
-_ISA_FLAGS = {
-    "scalar": (),
-    "avx2": _AVX2_FLAGS,
-    "avx2_vnni": (*_AVX2_FLAGS, "-mavxvnni"),
-    "avx512": _AVX512_FLAGS,
-    "avx512_vnni": (*_AVX512_FLAGS, "-mavx512vnni"),
-    "avx512_bf16": _BF16_FLAGS,
-    "amx": (*_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
-}
-#: The names that torch has for the instructions of each set.
-_CAPABILITIES: dict[str, tuple[str, ...]] = {
-    "avx2": ("avx2", "fma3", "f16c"),
-    "avx2_vnni": ("avx2", "fma3", "f16c", "avx_vnni"),
-    "avx512": _AVX512,
-    "avx512_vnni": (*_AVX512, "avx512_vnni"),
-    "avx512_bf16": (*_AVX512, "avx512_vnni", "avx512_bf16"),
-    "amx": (*_AVX512, "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
-}
+BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+_OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
+_ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 _BUILD_TIMEOUT_S = 1200
 _BUILD_PREFIX = ".build-"
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
@@ -134,13 +113,14 @@ class CpuLibrary:
     @property
     def multiplies_bfloat16(self) -> bool:
         """Return whether the CPU has instructions for products of bfloat16."""
-        return self.isa in {"amx", "avx512_bf16"}
+        return self.isa in {"amx", "avx512_bf16", "neon_bf16"}
 
     @property
     def gains_by_byte_rows(self) -> bool:
         """Return whether products with rows of bytes are faster than those with 16-bit rows.
 
-        AMX multiplies two digits in less time than vectors multiply one.
+        AMX multiplies two digits in less time than vectors multiply one; on Arm nothing is
+        measured.
         """
         return self.isa in {"avx512_bf16", "avx512_vnni", "avx2_vnni"}
 
@@ -166,6 +146,9 @@ def _load(path: Path, isa: str | None, notes: tuple[str, ...] = ()) -> CpuLibrar
     try:
         if not _is_whole(path):
             return f"{path} is damaged; build it anew with python -m model.cpu.ops"
+        if other := _other_machine(path):
+            return f"{path} was built for {other}, and this CPU is {platform.machine()}"
+        _share_openmp()
         functions = ctypes.CDLL(str(path.resolve()))
         for name, (result, parameters) in _SIGNATURES.items():
             function = getattr(functions, name)
@@ -181,6 +164,26 @@ def _load(path: Path, isa: str | None, notes: tuple[str, ...] = ()) -> CpuLibrar
     return CpuLibrary(path, isa, functions, functions.octavo_kernels(isa.encode()), notes)
 
 
+def _share_openmp() -> None:
+    """Make torch's OpenMP runtime visible to the library, which is linked against none.
+
+    On x86 it is visible; torch's builds for Arm load it for themselves alone.
+    """
+    if hasattr(ctypes.CDLL(None), "omp_get_thread_num"):
+        return
+    runtime = openmp_runtime(Path("/proc/self/maps").read_text())
+    if runtime:
+        # It is loaded already: this only adds its symbols to those of the process.
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+
+
+def openmp_runtime(maps: str) -> str:
+    """Return the path of the OpenMP runtime in the memory map of a process; empty without one."""
+    columns = (line.split(maxsplit=5) for line in maps.splitlines())
+    paths = (line[5] for line in columns if len(line) > 5)
+    return next((path for path in paths if Path(path).name.startswith(_OPENMP_NAMES)), "")
+
+
 def _is_whole(path: Path) -> bool:
     """Compare a library with its checksum, since the loader runs damaged code, too.
 
@@ -188,6 +191,17 @@ def _is_whole(path: Path) -> bool:
     """
     content = path.read_bytes()
     return hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest() == content[-_CHECKSUM_BYTES:]
+
+
+def _other_machine(path: Path) -> str:
+    """Return the architecture of a library if it is not this machine's; the loader has no message.
+
+    A number of the ELF header stands for it.
+    """
+    with path.open("rb") as file:
+        header = file.read(20)
+    built_for = _ELF_MACHINES.get(int.from_bytes(header[18:20], "little"), "")
+    return built_for if built_for != platform.machine() else ""
 
 
 # ---- building ------------------------------------------------------------------------------------
@@ -198,6 +212,8 @@ def build(output: Path, compiler: str | None = None, isas: tuple[str, ...] = ISA
 
     With all instruction sets the result runs on any CPU of this machine's architecture.
     """
+    if sys.byteorder != "little":
+        return f"the compiled CPU operations are for little-endian CPUs, not {platform.machine()}"
     compiler = compiler or _find_compiler(os.environ)
     if compiler is None:
         return "no C++ compiler found"
@@ -205,7 +221,7 @@ def build(output: Path, compiler: str | None = None, isas: tuple[str, ...] = ISA
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=_BUILD_PREFIX) as folder:
             linked = Path(folder) / output.name
-            _compile(compiler, Path(folder), linked, isas if _is_x86() else ("scalar",))
+            _compile(compiler, Path(folder), linked, isas)
             # The system's loader ignores bytes after the sections.
             content = linked.read_bytes()
             linked.write_bytes(content + hashlib.sha256(content).digest())
@@ -218,20 +234,16 @@ def build(output: Path, compiler: str | None = None, isas: tuple[str, ...] = ISA
     return None
 
 
-def _is_x86() -> bool:
-    return platform.machine() in {"x86_64", "AMD64"}
-
-
 def _compile(compiler: str, folder: Path, output: Path, isas: tuple[str, ...]) -> None:
     has = (f"-DOCTAVO_HAS_{isa.upper()}" for isa in isas)
-    flags = (*_BASE_FLAGS, f'-DOCTAVO_SOURCES="{_digest_of_sources()}"', *has)
+    flags = (*BASE_FLAGS, f'-DOCTAVO_SOURCES="{_digest_of_sources()}"', *has)
     commands = [
         [compiler, *flags, "-fopenmp", "-c", str(SOURCES / name)]
         for name in ("octavo_cpu.cpp", "attention.cpp", "decoder.cpp", "packing.cpp")
     ]
     for isa in isas:
         kernels = ["-c", str(SOURCES / "kernels.cpp"), f"-DOCTAVO_ISA={isa}"]
-        commands.append([compiler, *flags, *_ISA_FLAGS[isa], *kernels])
+        commands.append([compiler, *flags, *ISA_FLAGS[isa], *kernels])
     objects = [str(folder / f"{i}.o") for i in range(len(commands))]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for job in [
@@ -260,11 +272,12 @@ def _first_error(stderr: str) -> str:
 def _load_cached(variables: Mapping[str, str], isa: str | None) -> CpuLibrary | str:
     """Load this machine's build of these sources, or build it now if none can be trusted."""
     # A build for this CPU alone takes a fraction of the time that all instruction sets take.
-    isas = (isa,) if isa in ISAS else _isas_of_this_cpu()
-    # The flags follow from this file and the architecture. The compiler is not part of the key:
+    isas = (isa,) if isa in ISAS else best_isas(platform.machine(), cpu_features())
+    # The flags follow from two files and the architecture. The compiler is not part of the key:
     # without one, an earlier build stays in use.
     key = hashlib.sha256(f"{_digest_of_sources()} {platform.machine()} {isas}".encode())
-    key.update(Path(__file__).read_bytes())
+    for file in (__file__, instruction_sets.__file__):
+        key.update(Path(file).read_bytes())
     builds = octavo_home(variables) / "build"
     library = builds / key.hexdigest()[:16] / "cpu_ops.so"
     fault = _fault_of(library)
@@ -304,14 +317,6 @@ def _fault_of(library: Path) -> str | None:
         return ""
     except OSError as error:
         return f"{library} cannot be read ({error.strerror})"
-
-
-def _isas_of_this_cpu() -> tuple[str, ...]:
-    """Return the best instruction set, and the next where a system may forbid it."""
-    found = torch.cpu.get_capabilities()
-    usable = [isa for isa, names in _CAPABILITIES.items() if all(found.get(one) for one in names)]
-    best = usable[-1:] or ["scalar"]
-    return ("amx", "avx512_bf16") if best == ["amx"] else tuple(best)
 
 
 def _rebuild(library: Path, compiler: str, isas: tuple[str, ...]) -> str | None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
+from model.cpu.instruction_sets import cpu_model
 from model.cpu.library import CpuLibrary
 from model.kv.arena import Arena
 from model.weights.interface import QuantizedRows
@@ -178,15 +177,7 @@ def _is_whole(found: object, formats: list[Format]) -> bool:
 def _machine(library: CpuLibrary | None) -> tuple[object, ...]:
     """Return all that a measurement depends on but the shape."""
     versions = (torch.__version__, library.digest, library.isa) if library else (torch.__version__,)
-    return (_cpu_model(), *versions, torch.get_num_threads())
-
-
-def _cpu_model() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line
-    return platform.processor() or platform.machine()
+    return (cpu_model(), *versions, torch.get_num_threads())
 
 
 def _packer(fmt: Format, library: CpuLibrary | None, own_bits: int) -> Callable[[Tensor], Linear]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.cpu.library import ISAS, load_cpu_library
+from model.cpu.instruction_sets import ISAS
+from model.cpu.library import load_cpu_library
 from model.cpu.ops import CpuOps
 from model.cuda.ops import GpuOps
 from model.ops import Ops, TorchOps

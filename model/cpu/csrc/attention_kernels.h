@@ -35,7 +35,7 @@ void attend_lanes(const Attention& a, const Unit& unit, float* scratch) {
 }
 
 // Pages in float32 are meant to be exact: bfloat16 operands would round them.
-inline bool is_by_tiles(DType kv_dtype) {
+inline bool is_by_tiles([[maybe_unused]] DType kv_dtype) {
 #if defined(__AMX_BF16__)
   return kv_dtype != kFloat32;
 #else

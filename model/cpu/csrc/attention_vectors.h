@@ -11,7 +11,7 @@
 namespace {
 
 // Lanes that share a load: as many as there are registers for their sums.
-constexpr int kLaneGroup = kWidth == 16 ? 4 : 3;
+constexpr int kLaneGroup = kHasManyRegisters ? 4 : 3;
 // Vectors of a value's dimensions whose sums are held in registers.
 constexpr int kValueVectors = 4;
 // Keys whose scores are summed side by side.
@@ -92,6 +92,37 @@ struct Operands<BFloat16> {
 
  private:
   static __m256i half(const BFloat16* at) { return _mm256_loadu_si256((const __m256i*)at); }
+};
+#elif defined(OCTAVO_NEON_BF16)
+// The same by 128 bits.
+template <>
+struct Operands<BFloat16> {
+  typedef BFloat16 Element;
+  typedef bfloat16x8_t Operand;
+  static constexpr bool kIsRounded = true;
+  static constexpr int kDims = 2 * kWidth;
+  static constexpr int kKeys = 2;
+
+  static Operand query(const Element* at) { return vld1q_bf16((const bfloat16_t*)at); }
+  static Operand key(const BFloat16* row) { return query(row); }
+  static Operand half_key(const BFloat16* row) {
+    return vreinterpretq_bf16_u16(vcombine_u16(vld1_u16((const uint16_t*)row), vcreate_u16(0)));
+  }
+  static Operand weight(const Element* at) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, at, sizeof(pair));
+    return vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+  }
+  template <int kVectors>
+  static Operand value(const BFloat16* const* rows, int i) {
+    const uint16x4_t even = vld1_u16((const uint16_t*)rows[0] + i * kWidth);
+    const uint16x4_t odd = vld1_u16((const uint16_t*)rows[1] + i * kWidth);
+    return vreinterpretq_bf16_u16(vcombine_u16(vzip1_u16(even, odd), vzip2_u16(even, odd)));
+  }
+  static Vec add(Vec sum, Operand x, Operand y) {
+    return bit_cast<Vec>(vbfdotq_f32(bit_cast<float32x4_t>(sum), x, y));
+  }
+  static void restore_order(float*, int) {}
 };
 #endif
 
@@ -224,6 +255,8 @@ __attribute__((noinline)) void add_values(const HeadRows<KV>& rows, int begin, i
 inline float largest_of(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(bit_cast<__m512>(v));
+#elif defined(OCTAVO_NEON)
+  return vmaxvq_f32(bit_cast<float32x4_t>(v));
 #else
   float top = v[0];
   for (int i = 1; i < kWidth; ++i) top = v[i] > top ? v[i] : top;

@@ -230,6 +230,10 @@ const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_vnni();
 const Kernels& kernels_avx512_bf16();
 const Kernels& kernels_amx();
+#elif defined(__aarch64__)
+const Kernels& kernels_neon();
+const Kernels& kernels_neon_dotprod();
+const Kernels& kernels_neon_bf16();
 #endif
 
 }  // namespace octavo

@@ -7,6 +7,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 #include "kernels.h"
@@ -48,6 +50,17 @@ bool has_amx() {
   const unsigned bf16_tile_int8 = 1u << 22 | 1u << 24 | 1u << 25;
   return (d & bf16_tile_int8) == bf16_tile_int8 && may_use_tiles();
 }
+#elif defined(__aarch64__)
+// The numbers of Linux's asm/hwcap.h: headers of old systems lack some.
+inline bool has_dot_products() {
+  constexpr unsigned long kDotProducts = 1ul << 20;
+  return getauxval(AT_HWCAP) & kDotProducts;
+}
+
+inline bool has_bf16_and_i8mm() {
+  constexpr unsigned long kBf16 = 1ul << 14, kI8mm = 1ul << 13, kBoth = kBf16 | kI8mm;
+  return has_dot_products() && (getauxval(AT_HWCAP2) & kBoth) == kBoth;
+}
 #endif
 
 struct InstructionSet {
@@ -78,6 +91,16 @@ const InstructionSet kInstructionSets[] = {
 #endif
 #if defined(OCTAVO_HAS_AMX)
     {"amx", kernels_amx, [] { return has_avx512_bf16() && has_amx(); }},
+#endif
+#if defined(OCTAVO_HAS_NEON)
+    // Every 64-bit Arm CPU has it.
+    {"neon", kernels_neon, [] { return true; }},
+#endif
+#if defined(OCTAVO_HAS_NEON_DOTPROD)
+    {"neon_dotprod", kernels_neon_dotprod, has_dot_products},
+#endif
+#if defined(OCTAVO_HAS_NEON_BF16)
+    {"neon_bf16", kernels_neon_bf16, has_bf16_and_i8mm},
 #endif
 };
 

@@ -4,6 +4,8 @@
 // model/weights/round_integers.py, to the bit. Values that are not finite get a scale of NaN.
 #pragma once
 
+#include <cstddef>
+
 #include "packing_search.h"
 
 namespace {

@@ -95,7 +95,9 @@ inline void multiply_bits(const Product& p, const int64_t* output_groups, float*
 
 // Writes the scaled sums of up to kDigitsRows rows and kSide output groups to [rows, kSumsStride].
 template <int kSide>
-inline void multiply_by_bytes(const Product& p, const int64_t* output_groups, float* sums) {
+inline void multiply_by_bytes([[maybe_unused]] const Product& p,
+                              [[maybe_unused]] const int64_t* output_groups,
+                              [[maybe_unused]] float* sums) {
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
   if (p.weights.bits == 4) multiply_bits<4, kSide>(p, output_groups, sums);
   if (p.weights.bits == 5) multiply_bits<5, kSide>(p, output_groups, sums);

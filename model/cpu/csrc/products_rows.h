@@ -10,7 +10,7 @@
 
 namespace {
 
-#if defined(__AVX512BF16__)
+#if defined(OCTAVO_BF16_PAIRS)
 typedef BFloat16 PanelElement;
 #else
 typedef float PanelElement;
@@ -27,13 +27,19 @@ constexpr int kDigitsRows = 2;
 #else
 constexpr int kDigitsRows = 0;
 #endif
+#if defined(OCTAVO_NEON_DOTPROD)
+constexpr bool kHasByteProducts = true;
+#else
 constexpr bool kHasByteProducts = kDigitsRows > 0;
+#endif
 
 // Rows that are multiplied with codes at once. With six the sums
 // stay in registers beside the integers that are added to them. Where a product takes two instructions,
-// or there are 16 registers, all of them have integers.
+// or there are 16 registers, all of them have integers. Four rows fill NEON's 32 short registers.
 #if defined(__AVX512F__) && !defined(__AVX512VNNI__)
 constexpr int kWordRows = 12;
+#elif defined(OCTAVO_NEON)
+constexpr int kWordRows = 4;
 #else
 constexpr int kWordRows = 6;
 #endif
@@ -167,6 +173,15 @@ inline void write_digits(const Product& p, const Wholes& w, int64_t row) {
   }
 }
 
+#if defined(OCTAVO_NEON_DOTPROD)
+// Writes a line of wholes, eight by eight: their high bytes and then their low ones.
+inline void write_line(const int16_t* from, uint32_t* to) {
+  for (int i = 0; i < kLineWords; i += 4) {
+    const int16x8_t wholes = vld1q_s16(from + 2 * i);
+    vst1q_s8((int8_t*)(to + i), vcombine_s8(vrshrn_n_s16(wholes, 8), vmovn_s16(wholes)));
+  }
+}
+#else
 // The two inner numbers of each four change places: unpacked codes are pairs of every other one.
 inline WordVec swap_inner(WordVec words) {
   typedef uint64_t LongVec __attribute__((vector_size(kWidth * 4)));
@@ -174,6 +189,13 @@ inline WordVec swap_inner(WordVec words) {
   return bit_cast<WordVec>((fours & 0xffff00000000ffffull) | (fours & 0xffff0000ull) << 16 |
                            (fours >> 16 & 0xffff0000ull));
 }
+
+// Writes a line of pairs of wholes.
+inline void write_line(const int16_t* from, uint32_t* to) {
+  for (int i = 0; i < kLineWords; i += kWidth)
+    store_words(to + i, swap_inner(load_words(from + 2 * i)));
+}
+#endif
 
 inline void write_words(const Product& p, const Wholes& w, int64_t row) {
   const int inputs = kLineWords * (is_by_fours(p) ? 4 : 2);
@@ -183,14 +205,15 @@ inline void write_words(const Product& p, const Wholes& w, int64_t row) {
     if (is_by_fours(p))
       for (int i = 0; i < kLineWords * 4; ++i) ((int8_t*)to)[i] = int8_t(from[i]);
     else
-      for (int i = 0; i < kLineWords; i += kWidth)
-        store_words(to + i, swap_inner(load_words(from + 2 * i)));
+      write_line(from, to);
   }
 }
 
 inline uint32_t largest_of(WordVec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_epu32(bit_cast<__m512i>(v));
+#elif defined(OCTAVO_NEON)
+  return vmaxvq_u32(bit_cast<uint32x4_t>(v));
 #else
   uint32_t most = 0;
   for (int i = 0; i < kWidth; ++i) most = v[i] > most ? v[i] : most;

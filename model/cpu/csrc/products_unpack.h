@@ -44,9 +44,21 @@ inline WordVec load_four(const char* tile, int first, int i, int v) {
   }
 }
 
+#if defined(OCTAVO_NEON)
+// Writes fours of codes as two words, of their even and of their odd inputs: for `ShortWords` the
+// first inputs of four outputs, then the second ones.
+inline void store_pairs(WordVec fours, int code_offset, uint32_t* to) {
+  const uint8x16_t order = {0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15};
+  const int8x16_t codes = vqtbl1q_s8(bit_cast<int8x16_t>(fours), order);
+  const int16x8_t offset = vdupq_n_s16(int16_t(code_offset));
+  vst1q_s16((int16_t*)to, vsubq_s16(vmovl_s8(vget_low_s8(codes)), offset));
+  vst1q_s16((int16_t*)(to + kTileOutputs), vsubq_s16(vmovl_high_s8(codes), offset));
+}
+#endif
+
 template <int kBits>
 inline void unpack(const char* tiles, int num_inputs, int code_offset, uint32_t* to) {
-  const uint32_t both = uint32_t(code_offset) << 16 | uint32_t(code_offset);
+  [[maybe_unused]] const uint32_t both = uint32_t(code_offset) << 16 | uint32_t(code_offset);
   for (; num_inputs > 0; num_inputs -= kByteTileInputs, tiles += tile_bytes(kBits)) {
     for (int line = 0; line < tile_bytes(kBits); line += 64)
       __builtin_prefetch(tiles + kAheadBytes + line);
@@ -56,6 +68,9 @@ inline void unpack(const char* tiles, int num_inputs, int code_offset, uint32_t*
       for (int v = 0; v < kVecs; ++v) {
         const WordVec bytes = load_four<kBits>(tiles, four / kFoursAtOnce * kFoursAtOnce,
                                                four % kFoursAtOnce, v);
+#if defined(OCTAVO_NEON)
+        store_pairs(bytes, code_offset, to + v * kWidth);
+#else
         const ShortVec codes = bit_cast<ShortVec>(bytes);
         ShortVec even, odd;
         if (kBits == 8) {
@@ -68,6 +83,7 @@ inline void unpack(const char* tiles, int num_inputs, int code_offset, uint32_t*
         }
         store_words(to + v * kWidth, bit_cast<WordVec>(even));
         store_words(to + kTileOutputs + v * kWidth, bit_cast<WordVec>(odd));
+#endif
       }
   }
 }

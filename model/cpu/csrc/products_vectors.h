@@ -12,12 +12,13 @@
 #include <type_traits>
 
 #include "products_unpack.h"
+#include "products_words.h"
 
 namespace {
 
 // Rows whose sums fit the registers with one output group (two with 512 bits), and the most rows
 // that are multiplied with kMaxSide groups.
-constexpr int kMaxRows = kWidth == 16 ? 12 : kWidth == 8 ? 6 : 2;
+constexpr int kMaxRows = kWidth == 16 ? 12 : kWidth == 8 ? 6 : kHasManyRegisters ? 4 : 2;
 constexpr int kFewRows = kWidth == 16 ? 4 : 1;
 // Rows after which the weights are unpacked again; their sums are in the second-level cache. Whole
 // blocks of rows.
@@ -26,93 +27,6 @@ constexpr int kRowsAtOnce = 252;
 constexpr int kSliceWords = 4096;
 constexpr int kSumsStride = kMaxSide * kTileOutputs;
 constexpr int64_t kVectorScratchFloats = kRowsAtOnce * kSumsStride + 2 * kSliceWords;
-
-// ---- the products of words ---------------------------------------------------------------------
-
-struct FloatWords {
-  typedef Vec Sum;
-  static constexpr int kInputs = 1;
-  static Sum add(Sum sum, WordVec w, uint32_t x) {
-    return multiply_add(bit_cast<Vec>(w), broadcast(bit_cast<float>(x)), sum);
-  }
-};
-
-#if defined(__AVX512BF16__)
-struct BFloat16Words {
-  typedef Vec Sum;
-  static constexpr int kInputs = 2;
-  static Sum add(Sum sum, WordVec w, uint32_t x) {
-    return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(w),
-                                          bit_cast<__m512bh>(_mm512_set1_epi32(int(x)))));
-  }
-};
-#endif
-
-struct ShortWords {
-  typedef IntVec Sum;
-  static constexpr int kInputs = 2;
-  static Sum add(Sum sum, WordVec w, uint32_t x) {
-#if defined(__AVX512VNNI__)
-    return bit_cast<IntVec>(_mm512_dpwssd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(w),
-                                                _mm512_set1_epi32(int(x))));
-#elif defined(__AVX512F__)
-    return sum + bit_cast<IntVec>(
-                     _mm512_madd_epi16(bit_cast<__m512i>(w), _mm512_set1_epi32(int(x))));
-#elif defined(__AVXVNNI__)
-    return bit_cast<IntVec>(_mm256_dpwssd_avx_epi32(
-        bit_cast<__m256i>(sum), bit_cast<__m256i>(w), _mm256_set1_epi32(int(x))));
-#elif defined(__AVX2__)
-    return sum + bit_cast<IntVec>(
-                     _mm256_madd_epi16(bit_cast<__m256i>(w), _mm256_set1_epi32(int(x))));
-#else
-    const IntVec both = bit_cast<IntVec>(w);
-    return sum + (both << 16 >> 16) * (int32_t(x << 16) >> 16) + (both >> 16) * (int32_t(x) >> 16);
-#endif
-  }
-};
-
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-// Codes without a sign, and bytes with one.
-struct ByteWords {
-  typedef IntVec Sum;
-  static constexpr int kInputs = 4;
-  static IntVec add(IntVec sum, WordVec w, uint32_t x) {
-#if defined(__AVX512VNNI__)
-    return bit_cast<IntVec>(_mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(w),
-                                                _mm512_set1_epi32(int(x))));
-#else
-    return bit_cast<IntVec>(_mm256_dpbusd_avx_epi32(
-        bit_cast<__m256i>(sum), bit_cast<__m256i>(w), _mm256_set1_epi32(int(x))));
-#endif
-  }
-};
-#else
-typedef ShortWords ByteWords;
-#endif
-
-// Adds the products of `words` words of kRows rows with those of kGroups output groups.
-template <class Words, int kRows, int kGroups>
-inline __attribute__((always_inline)) void add_words(
-    const uint32_t* a, int64_t row_stride, const uint32_t* const (&w)[kGroups],
-    int words, typename Words::Sum (&sums)[kRows][kGroups][kVecs]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < words; ++i) {
-    WordVec weights[kGroups][kVecs];
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v)
-        weights[g][v] = load_words(w[g] + i * kTileOutputs + v * kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const uint32_t x = a[r * row_stride + i];
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) sums[r][g][v] = Words::add(sums[r][g][v], weights[g][v], x);
-    }
-  }
-}
 
 // ---- one slice of the inputs -----------------------------------------------------------------------
 
@@ -309,24 +223,42 @@ inline void multiply_slice(const Slice& c, int rows) {
 }  // namespace
 
 #include "products_bytes.h"
+#include "products_neon.h"
 
 namespace {
 
 // ---- for products.h ----------------------------------------------------------------------------
 
-#if defined(__AVX512BF16__)
+#if defined(OCTAVO_NEON_BF16)
+constexpr bool kHasPairs = true;
+typedef RowPairs PanelProducts;
+constexpr auto& unpack_floats = pair_up;
+#elif defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
 typedef Floats<BFloat16Words> PanelProducts;
+constexpr auto& unpack_floats = widen;
 #else
 constexpr bool kHasPairs = false;
 typedef Floats<FloatWords> PanelProducts;
+constexpr auto& unpack_floats = widen;
+#endif
+
+#if defined(OCTAVO_NEON_DOTPROD)
+template <bool kIsByteRows>
+using IntegerProducts = Digits<kIsByteRows>;
+constexpr auto& unpack_integers = unpack_digits;
+#else
+template <bool kIsByteRows>
+using IntegerProducts = Codes<kIsByteRows>;
+constexpr auto& unpack_integers = unpack_codes;
 #endif
 
 // Sets the words of the slice that begins at `first_input`, using `memory` where they are unpacked.
 template <int kSide>
 inline void load_slice(Slice& c, uint32_t* memory) {
   const Product& p = c.p;
-  const bool is_wide = p.weights.bits == 16, is_in_place = is_wide && kHasPairs;
+  const bool is_wide = p.weights.bits == 16;
+  const bool is_in_place = is_wide && kHasPairs && (!kHasRowPairs || p.num_rows == 1);
   const int words_each = kSliceWords / larger(kSide, 2);
   int most = words_each / kTileOutputs * (is_wide && !kHasPairs ? 1 : is_by_fours(p) ? 4 : 2);
   const int group_inputs = int(p.weights.group_inputs);
@@ -338,8 +270,8 @@ inline void load_slice(Slice& c, uint32_t* memory) {
     uint32_t* to = memory + side * (2 * kSliceWords / kMaxSide);
     c.words[side] = is_in_place ? (const uint32_t*)tiles : to;
     if (is_in_place) continue;
-    if (is_wide) widen(tiles, c.num_inputs, to);
-    else unpack_codes(p, tiles, c.num_inputs, to);
+    if (is_wide) unpack_floats(tiles, c.num_inputs, to);
+    else unpack_integers(p, tiles, c.num_inputs, to);
   }
 }
 
@@ -359,8 +291,8 @@ inline void multiply_groups(const Product& p, int64_t group, float* scratch) {
     for (; c.first_input < p.num_inputs; c.first_input += c.num_inputs) {
       load_slice<kSide>(c, memory);
       if (is_wide) multiply_slice<PanelProducts, kSide>(c, rows);
-      else if (has_byte_rows(p)) multiply_slice<Codes<true>, kSide>(c, rows);
-      else multiply_slice<Codes<false>, kSide>(c, rows);
+      else if (has_byte_rows(p)) multiply_slice<IntegerProducts<true>, kSide>(c, rows);
+      else multiply_slice<IntegerProducts<false>, kSide>(c, rows);
     }
     finish(p, c.sums, kSumsStride, group, kSide, c.first_row, rows, row_scales);
   }

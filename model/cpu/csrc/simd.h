@@ -8,9 +8,26 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "kernels.h"
+
+// OCTAVO_NEON is a flag of the build: plain C++ is compiled for the same CPUs, as their oracle.
+#if defined(OCTAVO_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define OCTAVO_NEON_DOTPROD
+#endif
+#if defined(OCTAVO_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define OCTAVO_NEON_BF16
+#endif
+#if defined(OCTAVO_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
+#define OCTAVO_NEON_I8MM
+#endif
+// Pairs of bfloat16 are multiplied and added by one instruction.
+#if defined(__AVX512BF16__) || defined(OCTAVO_NEON_BF16)
+#define OCTAVO_BF16_PAIRS
+#endif
 
 namespace {
 
@@ -25,6 +42,12 @@ constexpr int kWidth = 16;
 constexpr int kWidth = 8;
 #else
 constexpr int kWidth = 4;
+#endif
+// AVX-512 and NEON have 32 registers, others 16.
+#if defined(__AVX512F__) || defined(OCTAVO_NEON)
+constexpr bool kHasManyRegisters = true;
+#else
+constexpr bool kHasManyRegisters = false;
 #endif
 
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
@@ -61,6 +84,9 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #elif defined(__FMA__)
   return bit_cast<Vec>(
       _mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+#elif defined(__aarch64__)
+  return bit_cast<Vec>(vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a),
+                                 bit_cast<float32x4_t>(b)));
 #else
   return a * b + c;
 #endif
@@ -101,6 +127,8 @@ inline Vec load(const Float16* from) {
   return bit_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)));
 #elif defined(__F16C__)
   return bit_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(OCTAVO_NEON)
+  return bit_cast<Vec>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)from))));
 #else
   HalfVec half;
   __builtin_memcpy(&half, from, sizeof(half));
@@ -131,6 +159,9 @@ inline void store(float* to, Vec v) { __builtin_memcpy(to, &v, sizeof(v)); }
 inline void store(BFloat16* to, Vec v) {
 #if defined(__AVX512BF16__)
   _mm256_storeu_si256((__m256i*)to, bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))));
+#elif defined(OCTAVO_NEON_BF16)
+  const bfloat16x4_t half = vcvt_bf16_f32(bit_cast<float32x4_t>(v));
+  __builtin_memcpy(to, &half, sizeof(half));
 #else
   const WordVec word = bit_cast<WordVec>(v);
   const WordVec rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
@@ -146,6 +177,9 @@ inline void store(Float16* to, Vec v) {
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(OCTAVO_NEON)
+  const float16x4_t half = vcvt_f16_f32(bit_cast<float32x4_t>(v));
+  __builtin_memcpy(to, &half, sizeof(half));
 #else
   const WordVec word = bit_cast<WordVec>(v);
   const WordVec sign = (word >> 16) & 0x8000;
@@ -251,6 +285,10 @@ inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(C, D), _mm256_unpackhi_ps(C, D));
   const __m256 half = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif defined(OCTAVO_NEON)
+  const float32x4_t ab = vpaddq_f32(bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b));
+  const float32x4_t cd = vpaddq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(d));
+  vst1q_f32(out, vpaddq_f32(ab, cd));
 #else
   out[0] = sum(a);
   out[1] = sum(b);

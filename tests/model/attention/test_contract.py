@@ -21,7 +21,8 @@ from model.attention.interface import AttentionBackend, AttentionSpec
 from model.attention.reference import ReferenceAttention
 from model.attention.torch_sdpa import TorchAttention
 from model.attention.triton_attention import TritonAttention
-from model.cpu.library import ISAS, load_cpu_library
+from model.cpu.instruction_sets import ISAS
+from model.cpu.library import load_cpu_library
 from model.kv.pool import KVPool
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

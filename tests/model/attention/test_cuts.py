@@ -10,7 +10,8 @@ from torch import Tensor
 
 from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBatch, AttentionSpec
-from model.cpu.library import ISAS, CpuLibrary, load_cpu_library
+from model.cpu.instruction_sets import ISAS
+from model.cpu.library import CpuLibrary, load_cpu_library
 from model.kv.format import float_format
 from model.kv.pool import KVPool
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from exact_layers import rounded_to_bytes
 from torch import Tensor
 
-from model.cpu.library import DTYPE_CODES, ISAS, CpuLibrary, load_cpu_library
+from model.cpu.instruction_sets import ISAS
+from model.cpu.library import DTYPE_CODES, CpuLibrary, load_cpu_library
 
 
 @pytest.fixture(params=ISAS)
@@ -119,22 +121,11 @@ def test_a_product_is_that_of_the_exact_weights(
     found = _product(library, packed, x)
     exact = x.double() @ packed.exact.T
     # Half a step of the rows, relative to their largest number, added up like a random walk.
-    is_rounded = library.isa in {"amx", "avx512_bf16"}
-    tolerance = 2e-3 if is_rounded else 6e-5
+    tolerance = 2e-3 if library.multiplies_bfloat16 else 6e-5
     assert (found - exact).norm() <= tolerance * exact.norm()
     for num_rows in (1, 2, 3, 4, 5, 8, 9, 12, 13, 24, 31):
         assert torch.equal(_product(library, packed, x[:num_rows]), found[:num_rows])
     assert torch.equal(_product(library, packed, x[299:])[0], found[299])
-
-
-def _rounded_to_bytes(x: Tensor) -> Tensor:
-    """Round to integers of at most 127 times a scale of each 32 inputs."""
-    blocks = x.view(len(x), -1, 32)
-    largest = blocks.abs().amax(2, keepdim=True)
-    # The factor is rounded to float32, its product is not.
-    factors = torch.full_like(largest, 127) / largest
-    wholes = (blocks.double() * factors.double()).round().nan_to_num()
-    return wholes.mul((largest / 127).double()).view(x.shape)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -147,10 +138,10 @@ def test_rows_of_bytes_are_rounded_relative_to_32_inputs(
     # Of both signs, and in blocks of very different sizes; some blocks are zero.
     x = _random(300, 448, seed=4) * _random(300, 14, seed=5).exp().repeat_interleave(32, 1)
     x[::3, 64:128] = 0
-    if library.isa in {"amx", "avx512_bf16"}:
+    if library.multiplies_bfloat16:
         x = x.bfloat16().float()
     found = _product(library, packed, x)
-    exact = _rounded_to_bytes(x) @ packed.exact.T
+    exact = rounded_to_bytes(x) @ packed.exact.T
     assert (found - exact).norm() <= 1e-6 * exact.norm()
     for num_rows in (1, 2, 3, 4, 5, 8, 9, 12, 13, 24, 31):
         assert torch.equal(_product(library, packed, x[:num_rows]), found[:num_rows])

@@ -11,7 +11,8 @@ from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBatch
 from model.attention.reference import ReferenceAttention
 from model.cpu.decoder import CpuDecoder, why_not
-from model.cpu.library import ISAS, CpuLibrary, load_cpu_library
+from model.cpu.instruction_sets import ISAS
+from model.cpu.library import CpuLibrary, load_cpu_library
 from model.cpu.ops import CpuOps
 from model.kv.format import KV_FORMATS
 from model.kv.pool import KVPool

@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import signal
 import stat
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from model.cpu import library as cpu_library
-from model.cpu.library import ISAS, CpuLibrary, build, load_cpu_library
+from model.cpu.instruction_sets import ISAS
+from model.cpu.library import CpuLibrary, build, load_cpu_library, openmp_runtime
 from waiting import TIMEOUT_S, wait_until
 
 ROOT = Path(__file__).parents[3]
@@ -102,6 +104,43 @@ def test_a_library_of_other_sources_is_told(
     monkeypatch.setattr(cpu_library, "SOURCES", tmp_path)
     variables = environ(tmp_path, OCTAVO_CPU_OPS=str(library.path))
     assert "was built from other sources" in str(load_cpu_library(environ=variables))
+
+
+def test_a_library_of_another_architecture_is_told(tmp_path: Path, library: CpuLibrary) -> None:
+    """The system's loader has no message for it."""
+    here = platform.machine()
+    other, number = ("x86_64", 62) if here == "aarch64" else ("aarch64", 183)
+    content = bytearray(library.path.read_bytes()[:-32])
+    content[18:20] = number.to_bytes(2, "little")
+    path = tmp_path / "cpu_ops.so"
+    path.write_bytes(_sealed(bytes(content)))
+    found = load_cpu_library(environ=environ(tmp_path, OCTAVO_CPU_OPS=str(path)))
+    assert found == f"{path} was built for {other}, and this CPU is {here}"
+
+
+MAPS = """\
+55d0c0a00000-55d0c0a01000 r--p 00000000 08:01 131 /usr/bin/python3.11
+7f1c00000000-7f1c00021000 rw-p 00000000 00:00 0
+7f1c10000000-7f1c10021000 r--p 00000000 08:01 132 /opt/my torch.libs/libgomp-947d5fa1.so.1.0.0
+7f1c10021000-7f1c10031000 r-xp 00021000 08:01 132 /opt/my torch.libs/libgomp-947d5fa1.so.1.0.0
+7f1c20000000-7f1c20021000 r--p 00000000 08:01 133 /opt/libtorch_cpu.so
+7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0 [stack]
+"""
+
+
+def test_the_openmp_runtime_of_a_process_is_found() -> None:
+    assert openmp_runtime(MAPS) == "/opt/my torch.libs/libgomp-947d5fa1.so.1.0.0"
+    assert not openmp_runtime(MAPS.replace("libgomp", "libgoop"))
+    assert openmp_runtime(Path("/proc/self/maps").read_text()), "torch is loaded here"
+
+
+def test_a_big_endian_cpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "byteorder", "big")
+    reason = build(tmp_path / "cpu_ops.so", "no compiler")
+    assert (
+        reason
+        == f"the compiled CPU operations are for little-endian CPUs, not {platform.machine()}"
+    )
 
 
 # ---- what lies on the disk -----------------------------------------------------------------------

@@ -146,6 +146,7 @@ def test_own_bits_are_taken_if_they_are_not_much_slower(
         ("16", "int8", "avx512_vnni", 16),
         ("auto", "int8", "amx", 16),
         ("auto", "int8", "avx2", 16),
+        ("auto", "int4", "neon_bf16", 16),
         ("auto", "bf16", "avx512_bf16", 16),
     ],
 )
@@ -164,6 +165,7 @@ def test_activations_have_eight_bits_where_speed_is_asked_for_and_gained(
         ("none", None, "is for weights in int8, int4 or own, not in none"),
         ("int8", "avx2", "is not faster than 16 on this CPU"),
         ("int8", "amx", "is not faster than 16 on this CPU"),
+        ("int8", "neon_bf16", "is not faster than 16 on this CPU"),
         ("int8", None, "is not faster than 16 on this CPU"),
     ],
 )

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.cpu.library import ISAS, CpuLibrary, load_cpu_library
+from model.cpu.instruction_sets import ISAS
+from model.cpu.library import CpuLibrary, load_cpu_library
 from model.kv.arena import Arena
 from model.weights.interface import QuantizedRows
 from model.weights.quantized_rows import form_of, join, rows_of

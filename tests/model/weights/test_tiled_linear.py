@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.cpu.library import ISAS, CpuLibrary, load_cpu_library
+from model.cpu.instruction_sets import ISAS
+from model.cpu.library import CpuLibrary, load_cpu_library
 from model.kv.arena import Arena
 from model.weights.interface import QuantizedRows
 from model.weights.round_integers import by_magnitude
