@@ -64,7 +64,10 @@ class CompiledGrammar:
         self._start = start
 
     def matcher(self) -> LLMatcher:
-        """Return a new matcher that has consumed no tokens and shares no state."""
+        """Return a new matcher that has consumed no tokens.
+
+        It shares the states of the lexer, whose number is limited.
+        """
         return self._start.deep_copy()
 
 

@@ -29,8 +29,6 @@ _log = logging.getLogger(__name__)
 MASK_TIMEOUT_S = 0.001
 #: After one mask that took longer, a slot is served by the slow worker.
 _SLOW_S = 0.004
-#: After forced tokens that took longer, a slot gets no further ones.
-_MAX_FORCED_S = 0.004
 #: More tokens than this to replay (at 2 µs each) are for the slow worker.
 _MAX_REPLAYED_TOKENS = 500
 
@@ -61,10 +59,6 @@ class _SlotMatcher:
         self.is_slow = len(self.pending) > _MAX_REPLAYED_TOKENS
         #: None while a worker runs this.
         self.mask: TokenMask | None = None
-        #: The tokens that come next in all texts of the grammar, as far as it is certain where they
-        #: are cut. The model may cut the same text otherwise.
-        self.forced: list[int] = []
-        self._may_force = True
 
     def advance(self) -> None:
         """Consume the pending tokens and compute the mask."""
@@ -84,25 +78,7 @@ class _SlotMatcher:
         if self.pending:
             matcher.consume_tokens(self.pending)
             self._consumed += self.pending
-        mask = self._mask(matcher, began_s)
-        self.forced = [] if mask.error else self._next_forced(matcher, mask)
-        return mask
-
-    def _next_forced(self, matcher: LLMatcher, mask: TokenMask) -> list[int]:
-        """Return the tokens of the text that must come next, as far as their borders are certain.
-
-        Long texts take up to half a second: a matcher does that once.
-        """
-        num_consumed = len(self.pending)
-        rest = self.forced[num_consumed:]
-        if rest and self.forced[:num_consumed] == self.pending:
-            return rest
-        forced = list[int]()
-        if self._may_force and not self.is_slow:
-            began_s = time.thread_time()
-            forced = _forced(matcher)
-            self._may_force = time.thread_time() - began_s < _MAX_FORCED_S
-        return forced or ([int(mask.is_banned.argmin())] if mask.num_allowed == 1 else [])
+        return self._mask(matcher, began_s)
 
     def _mask(self, matcher: LLMatcher, began_s: float) -> TokenMask:
         error = ""
@@ -148,15 +124,6 @@ class _SlotMatcher:
         return [mask for mask in found if not mask.error]
 
 
-def _forced(matcher: LLMatcher) -> list[int]:
-    # A copy, at 2 µs: forcing bytes changes a matcher, and masks must not depend on it.
-    ahead = matcher.deep_copy()
-    # Without it the library gives no tokens where a grammar has `no_forcing`.
-    ahead.compute_ff_bytes()
-    found: list[int] = ahead.compute_ff_tokens()
-    return found
-
-
 class Matchers:
     """The grammars in the slots. All methods are for the engine's thread."""
 
@@ -193,12 +160,15 @@ class Matchers:
         return [matcher.mask for matcher in matchers]
 
     def forced(self, slot: int) -> list[int]:
-        """Return the next tokens that a slot's grammar leaves no choice of, or none.
+        """Return the next token if a slot's grammar leaves no choice of it, else none.
 
-        Waits for the slot's mask until the timeout.
+        Longer forced texts are not looked for: the library follows them to their end. The states
+        of its lexer are limited for all matchers of a grammar together. Waits for the slot's mask
+        until the timeout.
         """
         [mask] = self.masks([slot]) if self.holds(slot) else [None]
-        return [] if mask is None else self._slots[slot].forced
+        is_forced = mask is not None and not mask.error and mask.num_allowed == 1
+        return [int(mask.is_banned.argmin())] if mask and is_forced else []
 
     def look_ahead(self, slot: int, draft: Sequence[int]) -> list[TokenMask | None]:
         """Return the masks behind each token of a draft; None where they are not to be had.
