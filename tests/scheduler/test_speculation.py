@@ -127,6 +127,15 @@ def test_a_step_with_prompts_has_no_drafts(make_drive: MakeDrive) -> None:
         assert bool(plan.num_draft_tokens) == has_drafts
 
 
+def test_decodes_that_take_the_whole_budget_leave_none_to_drafts(make_drive: MakeDrive) -> None:
+    drive = make_drive(drafter=drafter(), max_num_seqs=2, max_num_batched_tokens=2)
+    for request_id in (0, 1):
+        drive.submit(request_id, PROMPTS[0], max_tokens=20)
+    drive.run()
+    assert any(plan.num_decodes == 2 for plan in drive.plans)
+    assert not any(plan.num_draft_tokens for plan in drive.plans if plan.num_decodes == 2)
+
+
 def test_rows_share_the_budget(make_drive: MakeDrive) -> None:
     drive = make_drive(drafter=drafter(), max_num_batched_tokens=9)
     for request_id in range(3):
