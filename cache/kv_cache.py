@@ -60,12 +60,16 @@ class KVCache:
         *,
         view: View = FULL_VIEW,
         chunk_tokens: int = 1,
+        can_share_heads: bool = True,
     ) -> None:
-        """`view`: of all sequences. `chunk_tokens`: how many a step may compute of one, at most."""
+        """`view`: of all sequences. `chunk_tokens`: how many a step may compute of one, at most.
+
+        `can_share_heads`: whether the first tokens of a page can be reused without the rest.
+        """
         self._view = view
         self._chunk_tokens = chunk_tokens
         self._pool = PagePool(num_pages)
-        self._tree = RadixTree(page_size, policy)
+        self._tree = RadixTree(page_size, policy, can_share_heads=can_share_heads)
         self._page_size = page_size
         # Dicts, not sets: iteration is ordered.
         self._live: dict[Allocation, None] = {}
@@ -311,7 +315,7 @@ class KVCache:
 
     def _miss_reason(self, prefix: Prefix, num_tokens: int) -> MissReason:
         num_cached_tokens = self._num_cached_tokens(prefix)
-        if num_cached_tokens == num_tokens - 1:
+        if num_cached_tokens == self._tree.most_reusable(num_tokens):
             return MissReason.COMPLETE
         if num_cached_tokens == 0:
             return MissReason.COLD

@@ -36,10 +36,14 @@ class Prefix(NamedTuple):
 class RadixTree:
     """Cached pages by the tokens they hold, a root for each namespace. Token ids are < 2^32."""
 
-    def __init__(self, page_size: int, policy: EvictionPolicy) -> None:
+    def __init__(
+        self, page_size: int, policy: EvictionPolicy, *, can_share_heads: bool = True
+    ) -> None:
+        """`can_share_heads`: whether the first tokens of a page can be reused without the rest."""
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         self.page_size = page_size
+        self._can_share_heads = can_share_heads
         #: Pages in the tree, and those of them which a lease reads.
         self.num_pages = 0
         self.num_read = 0
@@ -58,6 +62,11 @@ class RadixTree:
         return self.num_pages - self.num_read
 
     # ---- queries ---------------------------------------------------------------------------------
+
+    def most_reusable(self, num_tokens: int) -> int:
+        """Return how much of a prompt can be reused at most: its last token is always computed."""
+        most = num_tokens - 1
+        return most if self._can_share_heads else most - most % self.page_size
 
     def key(self, tokens: Sequence[int], page_index: int) -> bytes:
         """Pack one whole page of `tokens` into a node's key. O(page_size)."""
@@ -86,7 +95,8 @@ class RadixTree:
                 husks.append(len(path))
             path.append(node)
         start = len(path) * size
-        source, num_head_tokens = _longest_head(node, tokens[start : min(start + size, limit)])
+        end = min(start + size, limit) if self._can_share_heads else start
+        source, num_head_tokens = _longest_head(node, tokens[start:end])
         num_tokens = start + num_head_tokens
         for index in reversed(husks):
             first, end = index * size, (index + 1) * size

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from configs.kv_cache import KVCacheDtype, check_skipped_layers, our_kv_cache_dtype
 from configs.sizes import parse_size_bytes
 from configs.speculation import Drafting, DraftTokens, Speculation, drafting_of_vllm
 
@@ -144,12 +145,31 @@ class CacheSection(Section):
     kv_cache_memory: Annotated[int, Ge(1), _PARSED, _SIZE] | None = Field(
         default=None, description="such as 2GiB; default: decided from what is free, and said"
     )
-    kv_cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        default="auto", description="dtype of the keys and values; auto: by the weights' format"
+    kv_cache_dtype: KVCacheDtype = Field(
+        default="auto",
+        description="format of the keys and values; auto: floats, by the weights' format; int8,"
+        " fp8 and int4 hold more tokens in the same memory, and round",
+    )
+    kv_cache_dtype_skip_layers: tuple[str, ...] = Field(
+        default=(),
+        description="layers whose keys and values stay floats: indices, or sliding_window for"
+        " all that have one",
     )
     page_size: int | None = Field(
         default=None, ge=1, le=1024, description="tokens a page; default: the backend's own"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _formats_of_others(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic's
+        if isinstance(values, dict) and "kv_cache_dtype" in values:
+            return values | {"kv_cache_dtype": our_kv_cache_dtype(values["kv_cache_dtype"])}
+        return values
+
+    @model_validator(mode="after")
+    def _skipped_layers_are_layers(self) -> Self:
+        check_skipped_layers(self.kv_cache_dtype_skip_layers, self.kv_cache_dtype)
+        return self
 
 
 class SchedulerSection(Section):

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from cache.view import FULL_VIEW, View
+from configs.kv_cache import SLIDING_WINDOW
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from configs.sizes import format_size
 from model.architectures.transformer import Decoder, ServedDecoder, Transformer
@@ -85,7 +86,7 @@ def assemble(
         coded=where.coded,
         cache=cache,
     )
-    spec = decoder.attention_spec(_kv_format(config.cache, decoder, where.library))
+    spec = _attention_spec(config.cache, decoder, where.library)
     offer = choose_backend(config.model.attention_backend, spec)
     plan_of = partial(_plan_pool, config, decoder, spec, offer)
     info_of = partial(_info, source, config, decoder, spec, offer, where, end_token_ids)
@@ -162,12 +163,28 @@ def _device(config: ModelSection) -> _Device:
     return _Device(device, dtype, CpuOps(library), library.notes, library)
 
 
-def _kv_format(
+def _attention_spec(
     config: CacheSection, decoder: ServedDecoder, library: CpuLibrary | None
-) -> KVFormat:
-    """Return the format of the pages, by default as exact as the products before and after it."""
-    if config.kv_cache_dtype != "auto":
-        return KV_FORMATS[config.kv_cache_dtype]
+) -> AttentionSpec:
+    """Return the model's attention with the formats of its pages."""
+    exact, name = _exact_format(decoder, library), config.kv_cache_dtype
+    spec = decoder.attention_spec(exact if name == "auto" else KV_FORMATS[name])
+    skipped: set[int] = set()
+    for layer in config.kv_cache_dtype_skip_layers:
+        if layer == SLIDING_WINDOW:
+            skipped |= {index for index, window in enumerate(spec.windows) if window}
+        elif int(layer) < spec.num_layers:
+            skipped.add(int(layer))
+        else:
+            raise ValueError(
+                f"kv_cache_dtype_skip_layers: the model has {spec.num_layers} layers, "
+                f"from 0 on, got {layer}"
+            )
+    return replace(spec, other_formats=dict.fromkeys(sorted(skipped), exact))
+
+
+def _exact_format(decoder: ServedDecoder, library: CpuLibrary | None) -> KVFormat:
+    """Return the format that is as exact as the products before and after the pages."""
     is_rounded = decoder.format != "none"
     if is_rounded and decoder.attention_dtype == torch.float32:
         # Anything finer would be converted at every step.
@@ -234,6 +251,12 @@ def _info(
             f"stop ids outside the vocabulary of {arch.vocab_size} tokens are left out: "
             f"{', '.join(map(str, outside))}"
         )
+    if spec.other_formats:
+        layers = ", ".join(map(str, spec.other_formats))
+        kept = next(iter(spec.other_formats.values())).name
+        notes.append(f"keys and values in {kept} in layers {layers}")
+    elif config.cache.kv_cache_dtype_skip_layers:
+        notes.append(f"no layer has a window: all keys and values are in {spec.kv_format.name}")
     if unknown := ", ".join(arch.unknown_keys):
         notes.append(f"keys of the model's config that were not understood: {unknown}")
     return ModelInfo(

@@ -25,7 +25,7 @@ from torch import Tensor
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer, PagedAttention
 from model.cuda.ops import why_not_ampere
 from model.extras import why_missing
-from model.kv.format import KV_FORMATS
+from model.kv.format import FLOAT_FORMATS
 from model.kv.pool import KVPool
 
 _MAX_HEAD_DIM = 256
@@ -148,7 +148,7 @@ def _offer(
         default_page_size=default_page_size,
         build=partial(FlashAttention, kernel=kernel),
         # The kernels take one dtype of queries and pages.
-        formats=[one for one in KV_FORMATS.values() if one.storage == spec.dtype],
+        formats=[one for one in FLOAT_FORMATS if one.storage == spec.dtype],
         notes=(f"attention by {what}", *notes),
     )
 

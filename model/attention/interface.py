@@ -6,14 +6,14 @@ A backend owns neither the pages (`model/kv/pool.py`) nor their meaning (`cache/
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from model.kv.format import KV_FORMATS, KVFormat, KVLayout, LayerPages
+from model.kv.format import FLOAT_FORMATS, KVFormat, KVLayout, LayerPages
 from model.kv.pool import KVPool
 
 
@@ -39,11 +39,18 @@ class AttentionSpec:
     #: For each layer float32 `[heads]`: the score of one more key, which every query sees and
     #: whose value is zero.
     sinks: tuple[Tensor, ...] | None = None
+    #: Of the layers whose pages are in another format.
+    other_formats: Mapping[int, KVFormat] = field(default_factory=dict)
 
     def layout(self, page_size: int) -> KVLayout:
         """Return the layout of the model's pages."""
         return KVLayout(
-            self.num_layers, self.num_kv_heads, self.head_dim, page_size, self.kv_format
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            page_size,
+            self.kv_format,
+            other_formats=self.other_formats,
         )
 
     @property
@@ -156,16 +163,21 @@ class BackendOffer:
     default_page_size: int
     build: Callable[[AttentionSpec, KVPool], AttentionBackend]
     #: The formats of pages it reads.
-    formats: Collection[KVFormat] = tuple(KV_FORMATS.values())
+    formats: Collection[KVFormat] = FLOAT_FORMATS
+    #: Whether layers may differ in it.
+    reads_mixed_layers: bool = False
     #: Decisions an operator should know, one line each.
     notes: tuple[str, ...] = ()
 
     def why_not(self, spec: AttentionSpec) -> str:
         """Return why this backend cannot serve the model's pages; empty where it can."""
-        if spec.kv_format in self.formats:
-            return ""
-        names = " or ".join(one.name for one in self.formats)
-        return f"pages must be in {names}, got {spec.kv_format.name}"
+        for kv_format in (spec.kv_format, *spec.other_formats.values()):
+            if kv_format not in self.formats:
+                names = " or ".join(one.name for one in self.formats)
+                return f"pages must be in {names}, got {kv_format.name}"
+        if spec.other_formats and not self.reads_mixed_layers:
+            return "the pages of all layers must be in one format"
+        return ""
 
     def page_size(self, requested: int | None) -> int:
         """Return the page size in tokens; ValueError naming it where the request does not fit."""

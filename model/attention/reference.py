@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
+from model.kv.format import KV_FORMATS
 from model.kv.pool import KVPool
 
 
@@ -76,4 +77,11 @@ class ReferenceAttention:
 def offer(spec: AttentionSpec) -> BackendOffer:
     """Offer it for any model on any device."""
     del spec
-    return BackendOffer("reference", 1, 16, ReferenceAttention)
+    return BackendOffer(
+        "reference",
+        1,
+        16,
+        ReferenceAttention,
+        formats=tuple(KV_FORMATS.values()),
+        reads_mixed_layers=True,
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
+from model.kv.format import KV_FORMATS
 from model.kv.pool import KVPool
 
 
@@ -137,4 +138,6 @@ class TorchAttention:
 def offer(spec: AttentionSpec) -> BackendOffer:
     """Offer it for any model on any device."""
     del spec
-    return BackendOffer("torch", 1, 16, TorchAttention)
+    return BackendOffer(
+        "torch", 1, 16, TorchAttention, formats=tuple(KV_FORMATS.values()), reads_mixed_layers=True
+    )

@@ -6,13 +6,32 @@ Knows nothing of devices, of the number of pages or of attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from model.kv.codes import decode_int4, decode_scaled, encode_fp8, encode_int4, encode_int8
+
+#: Of a plane: the shape of a page, or of a vector in it, and the dtype.
+Plane = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """An encoding that rounds vectors to codes, each vector by itself."""
+
+    #: From vectors `[..., dim]` to codes and scales.
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
+    #: From codes and scales to float32.
+    decode: Callable[[Tensor, Tensor], Tensor]
+    #: Elements that an element of the plane of codes holds.
+    packed: int = 1
+    #: bfloat16 numbers of a vector, behind each other: `()` is one, without a dimension of its own.
+    scales_shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +42,8 @@ class KVFormat:
     name: str
     #: Dtype of the elements: floats, or codes.
     storage: torch.dtype
-    #: Dtype of the scale that the codes of a token and head share; None: there are no scales.
-    scale: torch.dtype | None = None
+    #: None: elements are floats.
+    coding: Coding | None = None
     #: Tokens that are encoded together.
     group_tokens: int = 1
 
@@ -33,25 +52,53 @@ class KVFormat:
         """Return whether the first tokens of a page keep their meaning in another page."""
         return self.group_tokens == 1
 
+    def planes(self, dim: int) -> list[Plane]:
+        """Return the planes of a vector: elements, and scales where there are codes."""
+        if self.coding is None:
+            return [((dim,), self.storage)]
+        if dim % self.coding.packed:
+            raise ValueError(
+                f"kv_cache_dtype {self.name} needs heads of a multiple of {self.coding.packed} "
+                f"elements, got {dim}"
+            )
+        codes = (dim // self.coding.packed,), self.storage
+        return [codes, (self.coding.scales_shape, torch.bfloat16)]
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return `[..., dim]` as it is stored: a tensor for each of the `planes`."""
+        return (x.to(self.storage),) if self.coding is None else self.coding.encode(x)
+
+    def decode(self, elements: Tensor, *scales: Tensor) -> Tensor:
+        """Return the vectors of these planes: floats as they are stored, codes as float32."""
+        return elements if self.coding is None else self.coding.decode(elements, *scales)
+
 
 def float_format(dtype: torch.dtype) -> KVFormat:
     """Return the format that stores elements of this dtype as they are."""
     return KVFormat(str(dtype).removeprefix("torch."), dtype)
 
 
-_FLOATS = tuple(map(float_format, (torch.float32, torch.float16, torch.bfloat16)))
+FLOAT_FORMATS = tuple(map(float_format, (torch.float32, torch.float16, torch.bfloat16)))
+#: One or two scales for each token and head, from its own elements: no calibration.
+CODED_FORMATS = (
+    KVFormat("int8", torch.int8, Coding(encode_int8, decode_scaled)),
+    KVFormat("fp8", torch.float8_e4m3fn, Coding(encode_fp8, decode_scaled)),
+    KVFormat("int4", torch.uint8, Coding(encode_int4, decode_int4, packed=2, scales_shape=(2,))),
+)
 #: By name.
-KV_FORMATS: Mapping[str, KVFormat] = MappingProxyType({one.name: one for one in _FLOATS})
+KV_FORMATS: Mapping[str, KVFormat] = MappingProxyType(
+    {one.name: one for one in (*FLOAT_FORMATS, *CODED_FORMATS)}
+)
 
 
 class LayerPages(NamedTuple):
     """The planes of one layer, each `[num_pages, page_size, kv_heads, ...]`."""
 
-    #: `[..., head_dim]`, contiguous.
+    #: `[..., head_dim]`, contiguous; with two codes a byte `[..., head_dim / 2]`.
     keys: Tensor
     #: As `keys`; with a latent layout the first elements of the keys.
     values: Tensor
-    #: Of the keys, then of the values, where the format has scales.
+    #: Of the keys, then of the values, where the format has codes.
     scales: tuple[Tensor, ...] = ()
 
 
@@ -67,22 +114,36 @@ class KVLayout:
     #: Elements of a value that are the first elements of its key, as in multi-head latent
     #: attention: there is one plane. None: values have a plane of their own, as wide as the keys'.
     latent_dim: int | None = None
+    #: Of the layers whose pages are in another format.
+    other_formats: Mapping[int, KVFormat] = field(default_factory=dict)
 
-    @property
-    def planes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def format_of(self, layer: int) -> KVFormat:
+        """Return the format of a layer's pages."""
+        return self.other_formats.get(layer, self.format)
+
+    def planes(self, layer: int) -> list[Plane]:
         """Return the shape of a page and the dtype, for each plane of a layer."""
         tokens = self.page_size, self.num_kv_heads
-        planes: list[tuple[tuple[int, ...], torch.dtype]]
-        planes = [((*tokens, self.head_dim), self.format.storage)]
-        if self.format.scale is not None:
-            planes.append((tokens, self.format.scale))
+        planes: list[Plane] = [
+            ((*tokens, *vector), dtype)
+            for vector, dtype in self.format_of(layer).planes(self.head_dim)
+        ]
         return planes if self.latent_dim else [plane for plane in planes for _ in range(2)]
+
+    def layers_by_format(self) -> dict[KVFormat, list[int]]:
+        """Return the layers of each format."""
+        found: dict[KVFormat, list[int]] = {}
+        for layer in range(self.num_layers):
+            found.setdefault(self.format_of(layer), []).append(layer)
+        return found
 
     @property
     def bytes_per_page(self) -> int:
         """Return the bytes of a page, in all layers."""
-        return self.num_layers * sum(
-            math.prod(shape) * dtype.itemsize for shape, dtype in self.planes
+        return sum(
+            math.prod(shape) * dtype.itemsize
+            for layer in range(self.num_layers)
+            for shape, dtype in self.planes(layer)
         )
 
     def split(self, planes: list[Tensor]) -> LayerPages:

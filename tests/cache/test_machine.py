@@ -46,10 +46,24 @@ class CacheMachine(RuleBasedStateMachine):
         page_size=st.integers(1, 4),
         view=st.builds(View, st.sampled_from((0, 0, 3)), st.sampled_from((None, 1, 3, 5, 8))),
         chunk_tokens=st.integers(1, 6),
+        can_share_heads=st.sampled_from((True, True, False)),
     )
-    def start(self, num_pages: int, page_size: int, view: View, chunk_tokens: int) -> None:
-        self.cache = KVCache(num_pages, page_size, view=view, chunk_tokens=chunk_tokens)
-        self.model = Reference(num_pages, page_size, view, chunk_tokens)
+    def start(
+        self,
+        num_pages: int,
+        page_size: int,
+        view: View,
+        chunk_tokens: int,
+        can_share_heads: bool,  # noqa: FBT001 - Hypothesis passes it by name
+    ) -> None:
+        self.cache = KVCache(
+            num_pages,
+            page_size,
+            view=view,
+            chunk_tokens=chunk_tokens,
+            can_share_heads=can_share_heads,
+        )
+        self.model = Reference(num_pages, page_size, view, chunk_tokens, can_share_heads)
         self.memory: list[list[Written]] = [[None] * page_size for _ in range(num_pages)]
         self.moves: list[PageMove] = []
         self.pins: list[tuple[Pin, list[Entry]]] = []

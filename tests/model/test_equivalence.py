@@ -16,13 +16,17 @@ from typing import Any, Literal
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import given, settings
 from scripted_drafter import ScriptedDrafter
 
 from cache.kv_cache import KVCache
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
+from model.attention.reference import ReferenceAttention
+from model.cpu.library import load_cpu_library
 from model.interface import InFlightStep, SamplingParams, TokenLogprobs, Vocabulary
+from model.kv.format import CODED_FORMATS, KV_FORMATS, KVLayout
 from model.runner import TorchRunner
 from scheduler.messages import GenerateRequest, Submit
 from scheduler.plan import StepPlan
@@ -198,6 +202,16 @@ def test_alone_batched_chunked_preempted_warm_and_cold_are_the_same(
     num_pages: int,
     draft_period: int,
 ) -> None:
+    _check_states(make_runner, requests, budget, num_pages, draft_period)
+
+
+def _check_states(
+    make_runner: MakeRunner,
+    requests: list[Submit],
+    budget: int,
+    num_pages: int,
+    draft_period: int,
+) -> None:
     roomy = make_runner(60)
     alone: dict[int, list[int]] = {}
     scores: dict[int, list[tuple[int, Any]]] = {}
@@ -214,6 +228,73 @@ def test_alone_batched_chunked_preempted_warm_and_cold_are_the_same(
     assert engine.told() == scores, "with drafts"
     stats = engine.cache.stats()
     assert stats.pages_private == stats.pages_leased == 0
+
+
+@pytest.fixture(scope="module", params=[one.name for one in CODED_FORMATS])
+def make_coded_runner(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MakeRunner]:
+    """Runners whose pages are codes, and none of whose results depends on the batch.
+
+    A last bit of a key may be a whole step of its code. So products are the compiled ones, and
+    attention is in float64, whose own last bits vanish in the result.
+    """
+    path: Path = tmp_path_factory.mktemp("coded") / "config.json"
+    path.write_text(json.dumps(_CONFIG))
+    source = build.resolve_source(f"dummy:{path}")
+    layout = KVLayout(2, 2, 16, _PAGE_SIZE, KV_FORMATS[request.param])
+    runners: dict[int, TorchRunner] = {}
+
+    def make(num_pages: int) -> TorchRunner:
+        if num_pages not in runners:
+            runner = build.make_runner(
+                source,
+                OctavoConfig(
+                    model=ModelSection(
+                        quantization="bf16",
+                        attention_backend="reference",
+                        threads=1,
+                        weights_cache="off",
+                    ),
+                    cache=CacheSection(
+                        kv_cache_memory=num_pages * layout.bytes_per_page,
+                        kv_cache_dtype=request.param,
+                        page_size=_PAGE_SIZE,
+                    ),
+                    scheduler=SchedulerSection(max_num_seqs=6, max_num_batched_tokens=64),
+                ),
+            )
+            assert (runner.info.num_pages, runner.info.kv_cache_dtype) == (num_pages, request.param)
+            reference: Any = runner._attention
+            runner._attention = ReferenceAttention(
+                reference._spec, reference._pool, softmax_dtype=torch.float64
+            )
+            runner.set_vocabulary(_VOCABULARY)
+            runners[num_pages] = runner
+        return runners[num_pages]
+
+    if isinstance(reason := load_cpu_library(), str):
+        pytest.skip(reason)
+    yield make
+    for runner in runners.values():
+        runner.close()
+
+
+@settings(max_examples=5)
+@given(
+    requests=_requests(),
+    budget=st.integers(6, 40),
+    num_pages=st.sampled_from([9, 12, 60]),
+    draft_period=st.sampled_from([1, 3, 1000]),
+)
+def test_pages_of_codes_change_no_token_in_any_state(
+    make_coded_runner: MakeRunner,
+    requests: list[Submit],
+    budget: int,
+    num_pages: int,
+    draft_period: int,
+) -> None:
+    _check_states(make_coded_runner, requests, budget, num_pages, draft_period)
 
 
 def test_the_property_is_about_something(make_runner: MakeRunner) -> None:

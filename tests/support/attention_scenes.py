@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec
-from model.kv.format import float_format
+from model.kv.format import KVFormat, LayerPages, float_format
 from model.kv.pool import KVPool
 
 CPU = torch.device("cpu")
@@ -40,6 +39,19 @@ def dense(
     return (weights / total @ v).transpose(0, 1)
 
 
+def planes_of(pages: LayerPages) -> list[Tensor]:
+    """Return a layer's planes: keys, values, then the scales of both where there are codes."""
+    return [pages.keys, pages.values, *pages.scales]
+
+
+def poison(pages: LayerPages, slots: Tensor | None = None) -> None:
+    """Fill slots, by default all, with NaN: the floats of a layer, or the scales of its codes."""
+    for plane in planes_of(pages):
+        if plane.dtype.is_floating_point and plane.dtype.itemsize > 1:
+            flat = plane.flatten(0, 1)
+            flat[slice(None) if slots is None else slots] = torch.nan
+
+
 @dataclass
 class Scene:
     """A pool with the past of some rows in it, and the step that comes next."""
@@ -56,7 +68,8 @@ class Scene:
         spec = replace(self.spec, device=device)
         pool = KVPool(self.pool.layout, self.pool.num_pages, device)
         for layer in range(spec.num_layers):
-            for to, plane in zip(pool.pages(layer)[:2], self.pool.pages(layer)[:2], strict=True):
+            pages = planes_of(pool.pages(layer)), planes_of(self.pool.pages(layer))
+            for to, plane in zip(*pages, strict=True):
                 to.copy_(plane)
         moved: Any = {
             field.name: value.to(device)
@@ -100,10 +113,14 @@ def make_scene(
     page_size: int = 16,
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype = torch.float32,
+    kv_format: KVFormat | None = None,
     windows: tuple[int | None, ...] = (None,),
     seed: int = 0,
 ) -> Scene:
-    """Return a scene; rows are (tokens of this step, tokens in all)."""
+    """Return a scene; rows are (tokens of this step, tokens in all).
+
+    Pages are in `kv_format`, by default floats of `kv_dtype`.
+    """
     generator = torch.Generator().manual_seed(seed)
     spec = AttentionSpec(
         num_layers=len(windows),
@@ -113,7 +130,7 @@ def make_scene(
         scale=head_dim**-0.5,
         windows=windows,
         dtype=dtype,
-        kv_format=float_format(kv_dtype),
+        kv_format=kv_format or float_format(kv_dtype),
         device=CPU,
     )
     needs = [-(-end // page_size) for _, end in rows]
@@ -126,21 +143,20 @@ def make_scene(
         dtype
     )
     _, new_k, new_v = Scene(spec, pool, None, qkv, []).parts  # type: ignore[arg-type] # not yet
-    planes = [pool.pages(layer)[:2] for layer in range(len(windows))]
-    for plane in chain.from_iterable(planes):
-        plane.fill_(torch.nan)
+    for layer in range(len(windows)):
+        poison(pool.pages(layer))
     positions, slots, history, done = [], [], [], 0
     for row, (count, end) in enumerate(rows):
         table[row, : needs[row]] = shuffled[: needs[row]]
         shuffled = shuffled[needs[row] :]
         at = torch.arange(end)
         slot = table[row, at // page_size].long() * page_size + at % page_size
-        both = torch.randn(2, end, num_kv_heads, head_dim, generator=generator).to(kv_dtype)
-        for keys, values in planes:
-            keys.flatten(0, 1)[slot[:-count]] = both[0, :-count]
-            values.flatten(0, 1)[slot[:-count]] = both[1, :-count]
-        both[0, -count:] = new_k[done : done + count].to(kv_dtype)
-        both[1, -count:] = new_v[done : done + count].to(kv_dtype)
+        both = torch.randn(2, end, num_kv_heads, head_dim, generator=generator)
+        for layer in range(len(windows)):
+            pool.store(layer, slot[:-count], *both[:, :-count])
+        both[0, -count:] = new_k[done : done + count]
+        both[1, -count:] = new_v[done : done + count]
+        both = spec.kv_format.decode(*spec.kv_format.encode(both))
         done += count
         positions.append(at[-count:])
         slots.append(slot[-count:])

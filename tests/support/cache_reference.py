@@ -45,6 +45,7 @@ class Reference:
     page_size: int
     view: View
     chunk_tokens: int
+    can_share_heads: bool = True
     cached: dict[Key, Entry] = field(default_factory=dict)
     live: list[Live] = field(default_factory=list)
     now: int = 0
@@ -92,6 +93,8 @@ class Reference:
 
     def source(self, namespace: str, tokens: list[int]) -> Key | None:
         """Return the neighbour, of the two around the place of the rest, that shares more."""
+        if not self.can_share_heads:
+            return None
         wanted = tokens[:-1]
         known = self.known(namespace, wanted)
         children = self.children(namespace, wanted[:known])
@@ -121,7 +124,10 @@ class Reference:
 
     def reason(self, namespace: str, tokens: list[int]) -> MissReason:
         num_reused, is_cut = self.reusable(namespace, tokens)
-        if num_reused == len(tokens) - 1:
+        most = len(tokens) - 1
+        if num_reused == (
+            most if self.can_share_heads else most // self.page_size * self.page_size
+        ):
             return MissReason.COMPLETE
         if num_reused == 0:
             return MissReason.COLD

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention_scenes import CPU, Scene, dense, make_scene
+from attention_scenes import CPU, Scene, dense, make_scene, planes_of, poison
 from model.attention.cpu import CpuAttention
 from model.attention.flash import FlashAttention, FlashCall
 from model.attention.interface import AttentionBackend, AttentionSpec
@@ -23,6 +24,7 @@ from model.attention.torch_sdpa import TorchAttention
 from model.attention.triton_attention import TritonAttention
 from model.cpu.instruction_sets import ISAS
 from model.cpu.library import load_cpu_library
+from model.kv.format import CODED_FORMATS, KVFormat
 from model.kv.pool import KVPool
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -33,6 +35,9 @@ SMALL = ((1, 1), (1, 130), (17, 17), (18, 70), (1, 64), (2, 66))
 TOLERANCE = {F32: 1e-5, F16: 2e-3, BF16: 1.6e-2}
 #: Where operands enter as bfloat16, and sums are float32.
 ROUNDED_TOLERANCE = 6e-3
+
+#: The backends that read pages of codes.
+READERS_OF_CODES = ("reference", "torch")
 
 Build = Callable[[AttentionSpec, KVPool], AttentionBackend]
 
@@ -91,14 +96,13 @@ def poison_behind_window(scene: Scene, unit_tokens: int) -> None:
         at = torch.arange(first // unit_tokens * unit_tokens)
         slots = batch.block_table[row, at // page_size].long() * page_size + at % page_size
         for layer in range(scene.spec.num_layers):
-            for plane in scene.pool.pages(layer)[:2]:
-                plane.flatten(0, 1)[slots] = torch.nan
+            poison(scene.pool.pages(layer), slots)
         batch.block_table[row, : first // page_size] = stranger
 
 
 def bits(pages: Tensor) -> Tensor:
     """Return the bits as integers, so that NaN equals NaN."""
-    return pages.view(torch.int32 if pages.dtype == F32 else torch.int16)
+    return pages.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[pages.dtype.itemsize])
 
 
 def is_slow(build: Build) -> bool:
@@ -120,14 +124,17 @@ def check(build: Build, scene: Scene) -> None:
     backend = build(scene.spec, scene.pool)
     backend.plan(scene.batch)
     q, k, v = scene.parts
+    encode = scene.spec.kv_format.encode
+    stored = chain.from_iterable(zip(encode(k), encode(v), strict=True))
+    new = [bits(plane) for plane in stored]
     for layer in range(scene.spec.num_layers):
-        pages = scene.pool.pages(layer)[:2]
-        wanted = [page.clone() for page in pages]
-        for page, new in zip(wanted, (k, v), strict=True):
-            page.flatten(0, 1)[scene.batch.kv_slots] = new.to(page.dtype)
+        planes = [bits(plane) for plane in planes_of(scene.pool.pages(layer))]
+        wanted = [plane.clone() for plane in planes]
+        for plane, one in zip(wanted, new, strict=True):
+            plane.flatten(0, 1)[scene.batch.kv_slots] = one
         result = backend.attend(layer, q, k, v)
-        for page, want in zip(pages, wanted, strict=True):
-            assert torch.equal(bits(page), bits(want)), "wrote elsewhere than its own slots"
+        for plane, want in zip(planes, wanted, strict=True):
+            assert torch.equal(plane, want), "wrote other bytes, or elsewhere than its own slots"
         expected = scene.expected(layer)
         assert result.dtype == scene.spec.dtype
         assert result.shape == expected.shape
@@ -183,6 +190,43 @@ def test_heads_and_pages_of_many_sizes(
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_activations_of_half_precision(build: Build, dtype: torch.dtype) -> None:
     check(build, make_scene(mixed(build), dtype=dtype, kv_dtype=dtype))
+
+
+@pytest.mark.parametrize("name", READERS_OF_CODES)
+@pytest.mark.parametrize("kv_format", CODED_FORMATS, ids=lambda one: one.name)
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (80, 1), (128, 48)])
+def test_codes(name: str, kv_format: KVFormat, head_dim: int, page_size: int) -> None:
+    build = BACKENDS[name]
+    scene = make_scene(
+        mixed(build),
+        head_dim=head_dim,
+        page_size=page_size,
+        kv_format=kv_format,
+        windows=(None, 9) if is_slow(build) else (None, 100),
+    )
+    check(build, scene)
+
+
+@pytest.mark.parametrize("name", READERS_OF_CODES)
+@pytest.mark.parametrize("kv_format", CODED_FORMATS, ids=lambda one: one.name)
+def test_no_code_behind_the_window_is_read(name: str, kv_format: KVFormat) -> None:
+    build = BACKENDS[name]
+    rows = ((1, 130), (18, 70), (2, 66), (1, 9)) if is_slow(build) else (*MIXED, (64, 600))
+    scene = make_scene(rows, kv_format=kv_format, windows=(9, 40))
+    poison_behind_window(scene, 1)
+    check(build, scene)
+
+
+@pytest.mark.parametrize("name", READERS_OF_CODES)
+@pytest.mark.parametrize("kv_format", CODED_FORMATS, ids=lambda one: one.name)
+def test_a_key_that_is_not_finite_harms_its_own_row_alone(name: str, kv_format: KVFormat) -> None:
+    scene = placed(BACKENDS[name], make_scene(((1, 20), (1, 33)), kv_format=kv_format))
+    backend = BACKENDS[name](scene.spec, scene.pool)
+    backend.plan(scene.batch)
+    q, k, v = scene.parts
+    k[0, 1, 5] = torch.inf
+    rows = backend.attend(0, q, k, v).unflatten(1, (scene.spec.num_kv_heads, -1)).isfinite()
+    assert rows.all(-1).tolist() == [[True, False, True], [True, True, True]]
 
 
 def test_each_layer_has_its_own_window(build: Build) -> None:

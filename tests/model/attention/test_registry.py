@@ -11,7 +11,7 @@ from model.attention import triton_attention
 from model.attention.interface import AttentionSpec
 from model.attention.registry import BACKENDS, choose_backend
 from model.cpu.library import load_cpu_library
-from model.kv.format import KV_FORMATS, KVFormat
+from model.kv.format import CODED_FORMATS, KV_FORMATS, KVFormat
 from model.kv.pool import KVPool
 
 SPEC = AttentionSpec(
@@ -107,11 +107,30 @@ def test_a_backend_serves_the_formats_of_its_offer() -> None:
     assert half.why_not(SPEC) == "pages must be in float16 or bfloat16, got float32"
 
 
-@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("kv_format", CODED_FORMATS, ids=lambda one: one.name)
+def test_pages_of_codes_are_for_backends_that_read_them(kv_format: KVFormat) -> None:
+    spec = replace(SPEC, kv_format=kv_format)
+    mixed = replace(spec, other_formats={0: KV_FORMATS["float32"]})
+    for name in ("reference", "torch"):
+        assert choose_backend(name, spec).name == choose_backend(name, mixed).name == name
+    # By themselves they are never chosen over a backend of kernels, nor refused for want of one.
+    assert choose_backend("auto", replace(spec, softcap=30.0)).name == "torch"
+
+
+@pytest.mark.parametrize("name", ["triton", "cpu", "reference"])
 def test_pages_in_a_format_that_no_kernel_reads_are_refused(name: str) -> None:
-    spec = replace(SPEC, kv_format=KVFormat("int8", torch.int8, scale=torch.bfloat16))
-    with pytest.raises(ValueError, match=rf"attention_backend {name} .*bfloat16, got int8"):
-        choose_backend(name, spec)
+    if isinstance(reason := BACKENDS[name](SPEC), str):
+        pytest.skip(reason)
+    unknown = KVFormat("int3", torch.uint8)
+    for changes in ({"kv_format": unknown}, {"other_formats": {1: unknown}}):
+        with pytest.raises(ValueError, match=rf"attention_backend {name} .*bfloat16.*, got int3"):
+            choose_backend(name, replace(SPEC, **changes))  # type: ignore[arg-type] # of two types
+
+
+def test_a_backend_of_one_format_refuses_mixed_layers() -> None:
+    offer = replace(choose_backend("reference", SPEC), reads_mixed_layers=False)
+    mixed = replace(SPEC, other_formats={0: KV_FORMATS["float16"]})
+    assert offer.why_not(mixed) == "the pages of all layers must be in one format"
 
 
 def test_without_triton_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

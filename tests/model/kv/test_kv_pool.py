@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention_scenes import planes_of
 from cache.moves import PageMove, PageRef, Tier
 from model.kv.format import KV_FORMATS, KVFormat, KVLayout, float_format
 from model.kv.pool import KVPool
@@ -124,11 +124,7 @@ def test_a_latent_layout_has_one_plane_of_which_values_are_a_part() -> None:
 
 def test_scales_count_in_bytes_and_move_with_their_page() -> None:
     """One for each token and head, so that a page's head has the same meaning in another page."""
-    codes = KVFormat("int8", torch.int8, scale=torch.bfloat16)
-    pool = KVPool(layout_of(codes), PAGES, CPU)
-    assert pool.layout.bytes_per_page == 2 * LAYERS * PAGE_SIZE * HEADS * (HEAD_DIM + 2)
-    assert codes.can_share_heads
-    assert not replace(codes, group_tokens=PAGE_SIZE).can_share_heads
+    pool = KVPool(layout_of(KV_FORMATS["int8"]), PAGES, CPU)
     for layer in range(LAYERS):
         assert [plane.shape for plane in pool.pages(layer).scales] == [
             (PAGES, PAGE_SIZE, HEADS)
@@ -139,3 +135,74 @@ def test_scales_count_in_bytes_and_move_with_their_page() -> None:
     for layer in range(LAYERS):
         keys, values = (plane[2, :, 1].tolist() for plane in pool.pages(layer).scales)
         assert (keys, values) == ([4, 4, 4, 2], [14, 14, 14, 12])
+
+
+@pytest.mark.parametrize(
+    ("name", "vector_bytes"),
+    [("float16", 2 * HEAD_DIM), ("int8", HEAD_DIM + 2), ("fp8", HEAD_DIM + 2), ("int4", 8)],
+)
+def test_stored_codes_are_loaded_as_the_format_decodes_them(name: str, vector_bytes: int) -> None:
+    """Codes and scales are written together, to these slots alone, and move with their page."""
+    kv_format = KV_FORMATS[name]
+    pool = KVPool(layout_of(kv_format), PAGES, CPU)
+    assert pool.layout.bytes_per_page == 2 * LAYERS * PAGE_SIZE * HEADS * vector_bytes
+    assert kv_format.can_share_heads
+    everywhere = torch.arange(PAGES * PAGE_SIZE)
+    for layer in range(LAYERS):
+        pool.store(layer, everywhere, *torch.zeros(2, len(everywhere), HEADS, HEAD_DIM))
+    slots = torch.tensor([7, 0, 19])
+    k, v = torch.randn(2, 3, HEADS, HEAD_DIM)
+    pool.store(1, slots, k, v)
+    wanted = [kv_format.decode(*kv_format.encode(one)) for one in (k, v)]
+    assert all(map(torch.equal, pool.load(1, slots), wanted))
+    assert [one.count_nonzero(dim=-1).gt(0).all(-1).sum() for one in pool.load(1, everywhere)] == [
+        3,
+        3,
+    ]
+    assert not any(one.any() for layer in (0, 2) for one in pool.load(layer, everywhere))
+    # Slot 7 is the last token of page 1, which stays behind.
+    pool.move_pages([move(1, 3, 3), move(0, 2, 1)])
+    keys, values = pool.load(1, everywhere)
+    assert torch.equal(keys[8], wanted[0][1])
+    assert torch.equal(values[8], wanted[1][1])
+    assert not keys[12:16].any()
+
+
+def test_layers_may_have_formats_of_their_own() -> None:
+    layout = KVLayout(
+        LAYERS,
+        HEADS,
+        HEAD_DIM,
+        PAGE_SIZE,
+        KV_FORMATS["int8"],
+        other_formats={1: KV_FORMATS["float32"]},
+    )
+    pool = KVPool(layout, PAGES, CPU)
+    held = [plane for layer in range(LAYERS) for plane in planes_of(pool.pages(layer))]
+    assert sum(plane.nbytes for plane in held) == layout.bytes_per_page * PAGES
+    assert layout.bytes_per_page == 2 * PAGE_SIZE * HEADS * (2 * (HEAD_DIM + 2) + 4 * HEAD_DIM)
+    k, v = torch.randn(2, 2, HEADS, HEAD_DIM)
+    for layer in range(LAYERS):
+        pool.store(layer, torch.tensor([4, 5]), k, v)
+    pool.move_pages([move(1, 3, 2)])
+    for layer, is_exact in enumerate((False, True, False)):
+        keys, values = pool.load(layer, torch.tensor([12, 13]))
+        assert torch.equal(keys, k) == torch.equal(values, v) == is_exact
+        torch.testing.assert_close(keys, k, rtol=0, atol=0.02)
+
+
+def test_a_latent_layout_may_have_codes() -> None:
+    layout = KVLayout(LAYERS, 1, HEAD_DIM, PAGE_SIZE, KV_FORMATS["int8"], latent_dim=6)
+    pool = KVPool(layout, PAGES, CPU)
+    assert layout.bytes_per_page == LAYERS * PAGE_SIZE * (HEAD_DIM + 2)
+    k = torch.randn(2, 1, HEAD_DIM)
+    pool.store(2, torch.tensor([4, 5]), k, k[..., :6])
+    keys, values = pool.load(2, torch.tensor([4, 5]))
+    torch.testing.assert_close(keys, k, rtol=0, atol=0.02)
+    assert torch.equal(values, keys[..., :6])
+
+
+def test_two_codes_a_byte_need_an_even_head() -> None:
+    layout = KVLayout(LAYERS, HEADS, 27, PAGE_SIZE, KV_FORMATS["int4"])
+    with pytest.raises(ValueError, match="int4 needs heads of a multiple of 2 elements, got 27"):
+        _ = layout.bytes_per_page

@@ -1,0 +1,105 @@
+"""Codes of keys and values: small integers or 8-bit floats, with a scale for each vector.
+
+A vector is the key or the value of one token and KV head. Each function here is a definition:
+kernels write the same bytes, so every operation is in float32, rounded to nearest even where no
+direction is stated, and its order counts. No vector depends on another one, so codes depend neither
+on the step that writes them nor on the rows beside them.
+
+A vector with an element that is not finite has a scale of NaN: only the rows that read it fail.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LARGEST_INT8 = 127
+#: Of float8_e4m3fn.
+_LARGEST_FP8 = 448
+_LARGEST_INT4 = 15
+
+
+def encode_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes `[..., dim]` and bfloat16 scales `[...]` of `[..., dim]`."""
+    steps, scales = _symmetric(x, _LARGEST_INT8)
+    return steps.round_().to(torch.int8), scales
+
+
+def encode_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float8_e4m3fn codes `[..., dim]` and bfloat16 scales `[...]` of `[..., dim]`."""
+    steps, scales = _symmetric(x, _LARGEST_FP8)
+    return steps.to(torch.float8_e4m3fn), scales
+
+
+def decode_scaled(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return float32 `[..., dim]`: each code times its vector's scale."""
+    return codes.float() * scales.float().unsqueeze(-1)
+
+
+def encode_int4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two codes a byte, uint8 `[..., dim / 2]`, and bfloat16 `[..., 2]`: scale and minimum.
+
+    Codes are of the vector after `hadamard`: a channel that is large in all vectors would else take
+    the whole range. The even element of a pair has the low four bits.
+    """
+    x = hadamard(x)
+    # Adding zero turns -0 into 0: which of the two a minimum is depends on the order of elements.
+    least = -bfloat16_up(-x.amin(-1)) + 0.0
+    spread = x.amax(-1) - least.float()
+    # Both roundings widen the range, so that no code lies outside.
+    scales = bfloat16_up(spread / torch.full_like(spread, _LARGEST_INT4))
+    is_finite = spread.isfinite()
+    scales = scales.masked_fill(~is_finite, torch.nan)
+    least = least.masked_fill(~is_finite, 0.0)
+    steps = _quotients(x - least.float().unsqueeze(-1), scales)
+    codes = steps.round_().clamp_(0, _LARGEST_INT4).to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, torch.stack((scales, least), -1)
+
+
+def decode_int4(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return float32 `[..., dim]`: code times scale plus minimum, turned back by `hadamard`."""
+    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    scale, least = scales.float().unsqueeze(-2).unbind(-1)
+    return hadamard(nibbles.float() * scale + least)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Return float32: each vector times an orthonormal Hadamard matrix, its own inverse.
+
+    Blocks are as long as the largest power of two that divides the vector. Elements at distance 1
+    become sum and difference first, then those at distance 2, 4 and so on; the factor comes last.
+
+    Queries that are rotated too have the same scores with rotated keys. So a backend that reads
+    codes in place calls this on its queries, and once on its results for the values.
+    """
+    dim = x.shape[-1]
+    block = dim & -dim
+    y, distance = x.float(), 1
+    while distance < block:
+        left, right = y.unflatten(-1, (dim // (2 * distance), 2, distance)).unbind(-2)
+        y = torch.stack((left + right, left - right), -2).flatten(-3)
+        distance *= 2
+    return y * block**-0.5
+
+
+def bfloat16_up(x: Tensor) -> Tensor:
+    """Return finite float32 rounded to bfloat16 towards +inf."""
+    bits = x.view(torch.int32)
+    # Cutting off the lower bits of a negative number is up already.
+    return (torch.where(bits < 0, bits, bits + 0xFFFF) & ~0xFFFF).view(torch.float32).bfloat16()
+
+
+def _symmetric(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Return each vector in steps of its scale, within `largest`, and the scales."""
+    x = x.float()
+    most = x.abs().amax(-1)
+    # By a tensor: on CUDA torch divides by a number through its reciprocal.
+    scales = bfloat16_up(most / torch.full_like(most, largest))
+    scales = scales.masked_fill(~most.isfinite(), torch.nan)
+    return _quotients(x, scales).clamp_(-largest, largest), scales
+
+
+def _quotients(x: Tensor, scales: Tensor) -> Tensor:
+    """Return each vector divided by its scale; zeros where that is zero or NaN."""
+    wide = scales.float().unsqueeze(-1)
+    return (x / wide).masked_fill_(~(wide > 0), 0.0)
