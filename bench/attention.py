@@ -1,7 +1,8 @@
 """Prints microseconds a layer of attention takes on this CPU, against torch's dense attention.
 
-Not a test: `python bench/attention.py [--isa avx2] [--layers 30] [--kv-dtype bfloat16]`. With
-several layers each finds its pages where a real step would: outside the nearest caches.
+Not a test: `python bench/attention.py [--isa avx2] [--layers 30] [--formats bfloat16 int8 int4]`.
+With several layers each finds its pages where a real step would: outside the nearest caches. Formats
+of the pages take turns, call by call. One thread is measured by its CPU time.
 """
 
 # ruff: noqa: T201 - tables are printed
@@ -12,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,14 +23,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBatch, AttentionSpec
-from model.cpu.library import load_cpu_library
+from model.cpu.library import CpuLibrary, load_cpu_library
 from model.cpu.ops import CpuOps
-from model.kv.format import float_format
+from model.kv.format import KV_FORMATS, KVFormat
 from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 9, 3, 64, 16
 HIDDEN, INTERMEDIATE = 576, 1536
+#: Queries of a row, keys of a row, rows.
+CASES = (
+    (1, 256, 1),
+    (1, 4096, 1),
+    (1, 256, 8),
+    (1, 1024, 8),
+    (1, 256, 32),
+    (1, 1024, 32),
+    (512, 512, 1),
+    (512, 4096, 1),
+)
 CPU = torch.device("cpu")
 
 
@@ -37,46 +50,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--isa")
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--kv-dtype", default="float32")
+    parser.add_argument("--formats", nargs="+", choices=KV_FORMATS, default=["float32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     library = load_cpu_library(isa=options.isa)
     if isinstance(library, str):
         sys.exit(library)
-    kv_dtype: torch.dtype = getattr(torch, options.kv_dtype)
-    print(f"{library.isa}, {options.threads} threads, {options.layers} layers, KV {kv_dtype}")
-    print("µs a layer            paged   dense SDPA")
-    for count, context, rows in (
-        (1, 256, 1),
-        (1, 4096, 1),
-        (1, 256, 8),
-        (1, 1024, 8),
-        (1, 256, 32),
-        (1, 1024, 32),
-        (512, 512, 1),
-        (512, 4096, 1),
-    ):
-        spec = _spec(options.layers, kv_dtype)
-        num_pages = rows * -(-context // PAGE_SIZE)
-        pool = _pool(spec, num_pages)
-        attention = CpuAttention(spec, pool, library)
-        batch = _batch(rows, count, context, num_pages)
-        attention.plan(batch)
-        qkv = torch.randn(rows * count, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-        heads = qkv.view(rows * count, -1, HEAD_DIM)
-        parts = heads[:, :HEADS], heads[:, HEADS:-KV_HEADS], heads[:, -KV_HEADS:]
-        paged_s = _seconds(lambda a=attention, p=parts: _all_layers(a, options.layers, p))  # type: ignore[misc]
+    print(f"{library.isa}, {options.threads} threads, {options.layers} layers")
+    columns = "".join(f"{name:>10}" for name in options.formats)
+    print(f"µs a layer       {columns}   dense SDPA")
+    for count, context, rows in CASES:
+        times = _format_seconds(library, options.formats, options.layers, (rows, count, context))
+        columns = "".join(f"{time_s / options.layers * 1e6:10.0f}" for time_s in times)
         dense_s = _dense_seconds(rows, count, context)
-        print(
-            f"{rows:3} x {count:3} of {context:5} "
-            f"{paged_s / options.layers * 1e6:8.0f} {dense_s * 1e6:12.0f}"
-        )
+        print(f"{rows:3} x {count:3} of {context:5} {columns} {dense_s * 1e6:12.0f}")
     for ops in (CpuOps(library), TorchOps()):
         _print_ops(ops)
 
 
-def _spec(num_layers: int, kv_dtype: torch.dtype) -> AttentionSpec:
+def _format_seconds(
+    library: CpuLibrary, formats: list[str], num_layers: int, shape: tuple[int, int, int]
+) -> list[float]:
+    """Time all layers with pages in each of the formats; shape: rows, queries and keys of each."""
+    rows, count, context = shape
+    num_pages = rows * -(-context // PAGE_SIZE)
+    batch = _batch(rows, count, context, num_pages)
+    heads = torch.randn(rows * count, HEADS + 2 * KV_HEADS, HEAD_DIM)
+    parts = heads[:, :HEADS], heads[:, HEADS:-KV_HEADS], heads[:, -KV_HEADS:]
+    calls: list[Callable[[], object]] = []
+    for name in formats:
+        spec = _spec(num_layers, KV_FORMATS[name])
+        attention = CpuAttention(spec, _pool(spec, num_pages), library)
+        attention.plan(batch)
+        calls.append(partial(_all_layers, attention, num_layers, parts))
+    return _shortest(calls)
+
+
+def _spec(num_layers: int, kv_format: KVFormat) -> AttentionSpec:
     return AttentionSpec(
         num_layers=num_layers,
         num_heads=HEADS,
@@ -85,16 +96,17 @@ def _spec(num_layers: int, kv_dtype: torch.dtype) -> AttentionSpec:
         scale=HEAD_DIM**-0.5,
         windows=(None,) * num_layers,
         dtype=torch.float32,
-        kv_format=float_format(kv_dtype),
+        kv_format=kv_format,
         device=CPU,
     )
 
 
 def _pool(spec: AttentionSpec, num_pages: int) -> KVPool:
     pool = KVPool(spec.layout(PAGE_SIZE), num_pages, CPU)
+    slots = torch.arange(num_pages * PAGE_SIZE)
+    both = torch.randn(2, len(slots), KV_HEADS, HEAD_DIM)
     for layer in range(spec.num_layers):
-        for plane in pool.pages(layer)[:2]:
-            plane.normal_()
+        pool.store(layer, slots, *both)
     return pool
 
 
@@ -156,17 +168,21 @@ def _print_ops(ops: Ops) -> None:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Return the shortest time of many calls, since other programs run beside."""
-    call()
-    started = time.perf_counter()
-    call()
-    once = time.perf_counter() - started
-    times = []
-    for _ in range(max(5, min(300, int(0.5 / once)))):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    return _shortest([call])[0]
+
+
+def _shortest(calls: list[Callable[[], object]]) -> list[float]:
+    """Return the shortest time of many turns of each, since other programs run beside."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: list[list[float]] = [[] for _ in calls]
+    started_s, num_turns = time.perf_counter(), 0
+    while num_turns < 300 and (num_turns < 6 or time.perf_counter() - started_s < 0.5 * len(calls)):
+        num_turns += 1
+        for call, mine in zip(calls, times, strict=True):
+            started = clock()
+            call()
+            mine.append(clock() - started)
+    return [min(mine) for mine in times]
 
 
 if __name__ == "__main__":

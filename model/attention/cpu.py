@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
-from model.cpu.library import DTYPE_CODES, CpuLibrary, load_cpu_library, strided
+from model.cpu.library import DTYPE_CODES, PAGE_CODES, CpuLibrary, load_cpu_library, strided
+from model.kv.format import KV_FORMATS, LayerPages
 from model.kv.pool import KVPool
 
 #: Floats in a vector of the widest instruction set.
 _HEAD_DIM_MULTIPLE = 16
 _MAX_HEAD_DIM = 1024
 _NO_WINDOW = 2**31 - 1
+_CODES = (torch.int8, torch.float8_e4m3fn, torch.uint8)
 #: Dtypes of pages whose products round their operands, by instruction set.
 _ROUNDED = {
-    "amx": (torch.float16, torch.bfloat16),
-    "avx512_bf16": (torch.bfloat16,),
+    "amx": (torch.float16, torch.bfloat16, *_CODES),
+    "avx512_bf16": (torch.bfloat16, *_CODES),
+    "avx512_vnni": (torch.int8, torch.uint8),
     "neon_bf16": (torch.bfloat16,),
 }
 
@@ -38,7 +41,7 @@ class CpuAttention:
     def __init__(self, spec: AttentionSpec, pool: KVPool, library: CpuLibrary) -> None:
         self._spec = spec
         self._pool = pool
-        #: Queries and weights enter their products as bfloat16.
+        #: Queries and weights enter their products as bfloat16, or as words of 15 bits.
         self.is_rounded = pool.layout.format.storage in _ROUNDED.get(library.isa, ())
         self._functions = library.functions
         self._attend = library.functions.octavo_attention_attend
@@ -52,14 +55,14 @@ class CpuAttention:
     def _new_session(self, library: CpuLibrary) -> int:
         spec, pool, layout = self._spec, self._pool, self._pool.layout
         pages = [pool.pages(layer) for layer in range(spec.num_layers)]
-        addresses = ctypes.c_int64 * spec.num_layers
+        numbers = ctypes.c_int32 * spec.num_layers
+        planes = [address for one in pages for address in _addresses(one)]
         session: int = library.functions.octavo_attention_new(
             library.kernels,
-            addresses(*(one.keys.data_ptr() for one in pages)),
-            addresses(*(one.values.data_ptr() for one in pages)),
-            (ctypes.c_int32 * spec.num_layers)(*(window or _NO_WINDOW for window in spec.windows)),
+            (ctypes.c_int64 * len(planes))(*planes),
+            numbers(*(PAGE_CODES[one.keys.dtype] for one in pages)),
+            numbers(*(window or _NO_WINDOW for window in spec.windows)),
             spec.num_layers,
-            DTYPE_CODES[layout.format.storage],
             pool.num_pages,
             layout.page_size,
             spec.num_kv_heads,
@@ -112,6 +115,12 @@ class CpuAttention:
         return out
 
 
+def _addresses(pages: LayerPages) -> list[int]:
+    """Return the addresses of a layer's planes; 0 for scales where there are none."""
+    planes = (pages.keys, pages.values, *(pages.scales or (None, None)))
+    return [0 if plane is None else plane.data_ptr() for plane in planes]
+
+
 def offer(spec: AttentionSpec) -> BackendOffer | str:
     """Offer this backend, or return in one line why it cannot serve the model here."""
     if spec.device.type != "cpu":
@@ -128,4 +137,11 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
     library = load_cpu_library()
     if isinstance(library, str):
         return library
-    return BackendOffer("cpu", 1, 16, partial(CpuAttention, library=library))
+    return BackendOffer(
+        name="cpu",
+        page_multiple=1,
+        default_page_size=16,
+        build=partial(CpuAttention, library=library),
+        formats=tuple(KV_FORMATS.values()),
+        reads_mixed_layers=True,
+    )

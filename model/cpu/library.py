@@ -36,6 +36,8 @@ from model.weights.source import octavo_home
 SOURCES = Path(__file__).parent / "csrc"
 #: The `DType` of csrc/kernels.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: The same for pages: codes of int8, fp8, and two of int4 a byte.
+PAGE_CODES = DTYPE_CODES | {torch.int8: 3, torch.float8_e4m3fn: 4, torch.uint8: 5}
 
 BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 _OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
@@ -52,7 +54,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "octavo_sources": (ctypes.c_char_p, ()),
     "octavo_supports": (ctypes.c_bool, (ctypes.c_char_p,)),
     "octavo_kernels": (_POINTER, (ctypes.c_char_p,)),
-    "octavo_attention_new": (_POINTER, (*(_POINTER,) * 4, _INT, _INT, _LONG, *(_INT,) * 4, _FLOAT)),
+    "octavo_attention_new": (_POINTER, (*(_POINTER,) * 4, _INT, _LONG, *(_INT,) * 4, _FLOAT)),
     "octavo_attention_free": (None, (_POINTER,)),
     "octavo_attention_plan": (
         ctypes.c_char_p,

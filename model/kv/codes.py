@@ -45,7 +45,7 @@ def encode_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     x = hadamard(x)
     # Adding zero turns -0 into 0: which of the two a minimum is depends on the order of elements.
     least = -bfloat16_up(-x.amin(-1)) + 0.0
-    spread = x.amax(-1) - least.float()
+    spread = x.amax(-1) - least.float() + 0.0
     # Both roundings widen the range, so that no code lies outside.
     scales = bfloat16_up(spread / torch.full_like(spread, _LARGEST_INT4))
     is_finite = spread.isfinite()

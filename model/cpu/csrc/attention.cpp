@@ -50,7 +50,7 @@ void add_prefill(const Session& s, int32_t row, int32_t num_tokens, int32_t wind
                  Schedule& schedule) {
   const int32_t first_index = s.common.seq_lens[row] - num_tokens;
   const int32_t num_lanes = num_tokens * s.common.group;
-  const int32_t lanes_each = s.kernels->unit_lanes(s.common.kv_dtype);
+  const int32_t lanes_each = s.unit_lanes;
   for (int32_t head = 0; head < s.common.num_kv_heads; ++head)
     for (int32_t lane = 0; lane < num_lanes; lane += lanes_each) {
       Unit unit = {};
@@ -128,11 +128,27 @@ float* scratch_of(Session& s, int64_t thread) {
 
 Attention attention_of(const Session& s, int32_t layer) {
   Attention a = s.common;
-  a.keys = s.keys[layer];
-  a.values = s.values[layer];
+  const LayerPages& pages = s.pages[layer];
+  a.keys = pages.keys;
+  a.values = pages.values;
+  a.key_scales = pages.key_scales;
+  a.value_scales = pages.value_scales;
+  a.kv_dtype = pages.dtype;
   a.window = s.windows[layer];
   a.partials = const_cast<float*>(s.partials.data());
   return a;
+}
+
+Write key_write(const Session& s, int32_t layer, Rows keys) {
+  const LayerPages& to = s.pages[layer];
+  return {keys,    to.keys,               to.key_scales,    to.dtype,
+          s.slots, s.common.num_kv_heads, s.common.head_dim};
+}
+
+Write value_write(const Session& s, int32_t layer, Rows values) {
+  const LayerPages& to = s.pages[layer];
+  return {values,  to.values,             to.value_scales,  to.dtype,
+          s.slots, s.common.num_kv_heads, s.common.head_dim};
 }
 
 void attend(Session& s, const Attention& a, float* scratch) {
@@ -152,22 +168,25 @@ using namespace octavo;
 
 extern "C" {
 
-Session* octavo_attention_new(const Kernels* kernels, const int64_t* keys, const int64_t* values,
-                              const int32_t* windows, int32_t num_layers, int32_t kv_dtype,
+// `planes` is [layers, 4]: keys, values, and the scales of each, 0 where there are none.
+Session* octavo_attention_new(const Kernels* kernels, const int64_t* planes,
+                              const int32_t* kv_dtypes, const int32_t* windows, int32_t num_layers,
                               int64_t num_pages, int32_t page_size, int32_t num_kv_heads,
                               int32_t group, int32_t head_dim, float scale) {
   auto session = std::make_unique<Session>();
   session->kernels = kernels;
   session->num_pages = num_pages;
-  for (int32_t layer = 0; layer < num_layers; ++layer) {
-    session->keys.push_back(reinterpret_cast<const void*>(keys[layer]));
-    session->values.push_back(reinterpret_cast<const void*>(values[layer]));
+  session->unit_lanes = kTileLanes;
+  for (int32_t layer = 0; layer < num_layers; ++layer, planes += 4) {
+    const auto plane = [&](int i) { return reinterpret_cast<void*>(planes[i]); };
+    const DType dtype = DType(kv_dtypes[layer]);
+    session->pages.push_back({dtype, plane(0), plane(1), plane(2), plane(3)});
+    session->unit_lanes = std::min(session->unit_lanes, kernels->unit_lanes(dtype));
     session->windows.push_back(windows[layer]);
     session->schedules[windows[layer]];
   }
   Attention& a = session->common;
   a = {};
-  a.kv_dtype = DType(kv_dtype);
   a.page_size = page_size;
   a.num_kv_heads = num_kv_heads;
   a.group = group;
@@ -216,14 +235,12 @@ void octavo_attention_attend(Session* session, int32_t layer, int32_t dtype, voi
   const DType type = DType(dtype);
   a.q = {q, q_token_stride, q_head_stride, type};
   a.out = {out, int64_t(a.num_kv_heads) * a.group * a.head_dim, a.head_dim, type};
-  const Write key_write = {{k, k_token_stride, k_head_stride, type}, const_cast<void*>(a.keys),
-                           a.kv_dtype, s.slots, a.num_kv_heads, a.head_dim};
-  const Write value_write = {{v, v_token_stride, v_head_stride, type}, const_cast<void*>(a.values),
-                             a.kv_dtype, s.slots, a.num_kv_heads, a.head_dim};
+  const Write keys = key_write(s, layer, {k, k_token_stride, k_head_stride, type});
+  const Write values = value_write(s, layer, {v, v_token_stride, v_head_stride, type});
   const Schedule& schedule = s.schedules.find(a.window)->second;
   in_parallel(s.num_tokens, 2 * a.num_kv_heads * a.head_dim, [&](int64_t begin, int64_t end) {
-    kernels.write(key_write, begin, end);
-    kernels.write(value_write, begin, end);
+    kernels.write(keys, begin, end);
+    kernels.write(values, begin, end);
   });
 #pragma omp parallel num_threads(s.threads) if (schedule.elements > 2 * kGrainElements)
   {

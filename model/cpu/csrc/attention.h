@@ -17,14 +17,26 @@ struct Schedule {
   int64_t elements = 0;
 };
 
+// The planes of a layer; scales are null where pages are floats.
+struct LayerPages {
+  DType dtype;
+  void* keys;
+  void* values;
+  void* key_scales;
+  void* value_scales;
+};
+
 // Attention over one pool for one model; see `CpuAttention` in model/attention/cpu.py.
 struct Session {
   const Kernels* kernels;
   Attention common;
-  std::vector<const void*> keys, values;
+  // One for each layer.
+  std::vector<LayerPages> pages;
   // One for each layer; the largest int where the layer sees all keys.
   std::vector<int32_t> windows;
   int64_t num_pages;
+  // Lanes of one unit, whatever the layer.
+  int32_t unit_lanes;
   std::map<int32_t, Schedule> schedules;
   std::vector<float> partials;
   // A part for each thread, aligned to cache lines: see `scratch_of`.
@@ -43,5 +55,9 @@ float* scratch_of(Session& session, int64_t thread);
 
 // Returns a layer's attention, without queries and output.
 Attention attention_of(const Session& session, int32_t layer);
+
+// Returns how the step's keys (and its values) go to a layer's pages.
+Write key_write(const Session& session, int32_t layer, Rows keys);
+Write value_write(const Session& session, int32_t layer, Rows values);
 
 }  // namespace octavo

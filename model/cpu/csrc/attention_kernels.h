@@ -53,6 +53,10 @@ void attend_unit(const Attention& a, const Unit& unit, float* scratch) {
   switch (a.kv_dtype) {
     case kFloat16: return attend_lanes<VectorLanes<Float16>>(a, unit, scratch);
     case kBFloat16: return attend_lanes<VectorLanes<BFloat16>>(a, unit, scratch);
+    case kFloat8: return attend_lanes<VectorLanes<Float8>>(a, unit, scratch);
+    // Rows of four bits are unpacked to bytes.
+    case kInt8:
+    case kInt4: return attend_lanes<VectorLanes<int8_t>>(a, unit, scratch);
     default: return attend_lanes<VectorLanes<float>>(a, unit, scratch);
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_tiles.h"
+#include "attention_vectors.h"
 
 #if defined(__AMX_BF16__)
 
@@ -102,10 +103,14 @@ class Lanes {
 
   // Chunks are added in their order. `is_next`: the next head of the chunk is read after it.
   void add(const Chunk& chunk, bool is_next) {
-    if (a_.kv_dtype == kFloat16)
-      add_as<Float16>(chunk, is_next);
-    else
-      add_as<BFloat16>(chunk, is_next);
+    if (is_coded(a_.kv_dtype)) scales_.load(a_, chunk, head_);
+    switch (a_.kv_dtype) {
+      case kFloat16: return add_as<Float16>(chunk, is_next);
+      case kFloat8: return add_as<Float8>(chunk, is_next);
+      case kInt8: return add_as<int8_t>(chunk, is_next);
+      case kInt4: return add_unpacked(chunk);
+      default: return add_as<BFloat16>(chunk, is_next);
+    }
   }
 
   // Writes the result, or a partial result that is merged with others later.
@@ -127,22 +132,39 @@ class Lanes {
   int token_of(int lane) const { return first_token_ + (begin_ + lane) / a_.group; }
   int query_head(int lane) const { return head_ * a_.group + (begin_ + lane) % a_.group; }
 
-  void load_query(int lane) const {
+  void load_query(int lane) {
+    alignas(64) float q[octavo::kMaxHeadDim];
     BFloat16* to = t_.queries + lane * depth_;
-    const int64_t from =
-        token_of(lane) * a_.q.token_stride + query_head(lane) * a_.q.head_stride;
-    for (int d = 0; d < depth_; d += kWidth) {
-      const Vec q = d < a_.head_dim ? load_some(a_.q.data, a_.q.dtype, from + d, kWidth) : Vec{};
-      store(to + d, q * a_.scale_log2e);
-    }
+    read_query(a_, token_of(lane), query_head(lane), depth_, q);
+    for (int d = 0; d < depth_; d += kWidth) store(to + d, load(q + d));
+    query_sums_[lane] = is_coded(a_.kv_dtype) ? sum_of(to, depth_) : 0.0f;
   }
 
   template <class KV>
   void add_as(const Chunk& chunk, bool is_next) {
     const int64_t head_offset = int64_t(head_) * a_.head_dim;
     const KV* keys = (const KV*)a_.keys + head_offset;
-    const HeadChunk<KV> c = {chunk, keys, (const KV*)a_.values + head_offset,
-                             is_next ? keys + a_.head_dim : nullptr};
+    add_head(HeadChunk<KV>{chunk, keys, (const KV*)a_.values + head_offset,
+                           is_next ? keys + a_.head_dim : nullptr});
+  }
+
+  // Rows of four bits, as bytes.
+  void add_unpacked(const Chunk& chunk) {
+    const int64_t head_offset = int64_t(head_) * a_.head_dim / 2;
+    const auto unpack = [&](const void* pages, int8_t* to) {
+      unpack_rows((const uint8_t*)pages + head_offset, chunk.offsets, chunk.begin, chunk.end,
+                  a_.head_dim, to);
+    };
+    unpack(a_.keys, t_.key_codes);
+    unpack(a_.values, t_.value_codes);
+    Chunk rows = chunk;
+    for (int key = chunk.begin; key < chunk.end; ++key) rows.offsets[key] = key * a_.head_dim;
+    add_head(HeadChunk<int8_t>{rows, t_.key_codes, t_.value_codes, nullptr});
+  }
+
+  template <class KV>
+  void add_head(const HeadChunk<KV>& c) {
+    const Chunk& chunk = c.chunk;
     if (!is_few()) load_operands(c);
     for (int lane = 0; lane < count_; lane += kBlockLanes) {
       const int count = smaller(kBlockLanes, count_ - lane);
@@ -218,9 +240,13 @@ class Lanes {
   template <class KV>
   void add_block(const HeadChunk<KV>& c, const LaneBlock& block) {
     alignas(64) float largest[kBlockLanes], total[kBlockLanes];
+    Weighed weighed[kBlockLanes];
     store(largest, broadcast(kNothingSeen));
     store(total, Vec{});
-    softmax_block(c.chunk, block, largest, total);
+    if (is_coded(a_.kv_dtype))
+      softmax_codes(c.chunk, block, largest, total, weighed);
+    else
+      softmax_block(c.chunk, block, largest, total);
     if (is_few())
       sum_few(c, block);
     else
@@ -230,19 +256,38 @@ class Lanes {
     store(largest_ + lane, joint.largest);
     store(total_ + lane,
           multiply_add(load(total_ + lane), joint.first, load(total) * joint.second));
-    for (int i = 0; i < block.count; ++i)
-      add_sums(t_.sums + i * a_.head_dim, broadcast(joint.first[i]), broadcast(joint.second[i]),
+    for (int i = 0; i < block.count; ++i) {
+      float* sums = t_.sums + i * a_.head_dim;
+      if (scales_.has_minimums) complete_sums(sums, a_.head_dim, weighed[i]);
+      add_sums(sums, broadcast(joint.first[i]), broadcast(joint.second[i]),
                t_.totals + (lane + i) * a_.head_dim);
+    }
+  }
+
+  Seen seen_by(int lane, const Chunk& chunk, const LaneBlock& block) const {
+    const Seen seen = {larger(seen_from(lane, chunk), block.begin),
+                       smaller(seen_to(lane, chunk), block.end)};
+    // A window may have passed the whole chunk.
+    return seen.begin < seen.end ? seen : Seen{block.from(), block.from()};
+  }
+
+  void softmax_codes(const Chunk& chunk, const LaneBlock& block, float* largest, float* total,
+                     Weighed* weighed) {
+    const int from = block.from(), to = block.to();
+    for (int i = 0; i < block.count; ++i) {
+      const int lane = block.lane + i;
+      float* scores = t_.scores + i * kScoresStride;
+      scale_scores(scores, from, to, scales_, 1.0f, query_sums_[lane]);
+      largest[i] = largest_score(scores, from, to, seen_by(lane, chunk, block));
+      weighed[i] = weigh_scaled<Operands<BFloat16>>(scores, from, to, largest[i], scales_);
+      total[i] = weighed[i].total;
+    }
   }
 
   void softmax_block(const Chunk& chunk, const LaneBlock& block, float* largest, float* total) {
     Seen seen[kBlockLanes];
     for (int i = 0; i < block.count; ++i) {
-      const int lane = block.lane + i;
-      seen[i] = {larger(seen_from(lane, chunk), block.begin),
-                 smaller(seen_to(lane, chunk), block.end)};
-      // A window may have passed the whole chunk.
-      if (seen[i].begin >= seen[i].end) seen[i] = {block.from(), block.from()};
+      seen[i] = seen_by(block.lane + i, chunk, block);
       largest[i] = largest_score(t_.scores + i * kScoresStride, seen[i]);
     }
     // A loop of its own, so that no iteration waits for the maximum it uses.
@@ -312,6 +357,9 @@ class Lanes {
   int last_keys_[kTileLanes];
   alignas(64) float largest_[kTileLanes];
   alignas(64) float total_[kTileLanes];
+  // Of codes alone.
+  HeadScales scales_;
+  float query_sums_[kTileLanes];
 };
 
 }  // namespace

@@ -6,7 +6,7 @@
 // it: computed alone, in a prompt, or in any piece of one.
 #pragma once
 
-#include "simd.h"
+#include "hadamard.h"
 
 namespace {
 
@@ -16,6 +16,9 @@ using octavo::kChunkKeys;
 
 constexpr int kBlockLanes = 16;
 constexpr int kBlockKeys = 16;
+// Prefetch distance in keys. The rows of one head are not adjacent, and the CPU's own prefetcher
+// reaches two thirds of the bandwidth that this reaches.
+constexpr int kKeysAhead = 16;
 // Floats from a lane's scores to the next lane's: a cache line more than the scores need, so that
 // the lanes do not all map to the same sets of the cache.
 constexpr int kScoresStride = kChunkKeys + 16;
@@ -32,10 +35,11 @@ __attribute__((always_inline)) inline void prefetch(const T* from, int count) {
   for (int i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(from + i);
 }
 
-// Offsets of the keys [begin, end), in elements from the layer's first.
-inline void locate_keys(const Attention& a, int row, int begin, int end, int64_t* offsets) {
+// Offsets of the keys [begin, end), from the layer's first; `elements` are those of a key and head.
+inline void locate_keys(const Attention& a, int row, int begin, int end, int64_t elements,
+                        int64_t* offsets) {
   const int32_t* table = a.block_table + row * a.table_stride;
-  const int64_t token_elements = int64_t(a.num_kv_heads) * a.head_dim;
+  const int64_t token_elements = a.num_kv_heads * elements;
   int page = begin / a.page_size, at = begin % a.page_size;
   for (int key = begin; key < end; ++key) {
     *offsets++ = (int64_t(table[page]) * a.page_size + at) * token_elements;
@@ -48,15 +52,20 @@ struct Chunk {
   int first;
   int begin;
   int end;
-  // Of whole blocks of keys; rows before `begin` and from `end` on may hold anything.
+  // In elements (kInt4: bytes), of whole blocks of keys; rows before `begin` and from `end` on may
+  // hold anything.
   int64_t offsets[kChunkKeys];
+  // Of codes: in vectors of a key and head, as scales are counted.
+  int64_t vectors[kChunkKeys];
 
   Chunk(const Attention& a, int row, int chunk_first, int key_begin, int key_end)
       : first(chunk_first),
         begin(larger(key_begin - first, 0)),
         end(smaller(key_end - first, kChunkKeys)) {
     const int from = round_down(begin, kBlockKeys);
-    locate_keys(a, row, first + from, first + end, offsets + from);
+    const int elements = a.kv_dtype == kInt4 ? a.head_dim / 2 : a.head_dim;
+    locate_keys(a, row, first + from, first + end, elements, offsets + from);
+    if (is_coded(a.kv_dtype)) locate_keys(a, row, first + from, first + end, 1, vectors + from);
   }
 };
 
@@ -131,6 +140,12 @@ inline void add_part(Share& share, float* totals, Share part, const float* sums,
 
 inline void store_head(const Attention& a, int token, int head, const float* sums, float total) {
   const int64_t to = token * a.out.token_stride + head * a.out.head_stride;
+  alignas(64) float turned_back[octavo::kMaxHeadDim];
+  if (a.kv_dtype == kInt4) {
+    __builtin_memcpy(turned_back, sums, a.head_dim * sizeof(float));
+    hadamard(turned_back, a.head_dim);
+    sums = turned_back;
+  }
   for (int d = 0; d < a.head_dim; d += kWidth)
     store_some(a.out.data, a.out.dtype, to + d, load(sums + d) / total, kWidth);
 }

@@ -1,4 +1,4 @@
-// Attention by matrix instructions, for keys and values of 16 bits: the layout of operands, and
+// Attention by matrix instructions, for keys and values of 16 bits and codes: the layout of operands, and
 // their products. Operands are bfloat16, sums are float32; attention_lanes.h has the softmax.
 //
 // A second operand interleaves pairs along the dimension of the sum. For values a pair is two keys'
@@ -7,7 +7,7 @@
 // scores are transposed back: the same sums in the same order.
 #pragma once
 
-#include "attention_parts.h"
+#include "attention_codes.h"
 #include "products.h"
 
 #if defined(__AMX_BF16__)
@@ -30,6 +30,9 @@ struct TileScratch {
   BFloat16* keys;
   // Tiles of the second operand [pairs of blocks of keys, blocks of dimensions].
   BFloat16* values;
+  // [keys, head_dim] each: codes of a byte, unpacked from fewer bits.
+  int8_t* key_codes;
+  int8_t* value_codes;
   // [lanes of a block, kScoresStride]: scores, then weights as bfloat16 in the same place.
   float* scores;
   // [lanes of a block, head_dim]: of one chunk.
@@ -43,12 +46,14 @@ struct TileScratch {
       : queries((BFloat16*)at),
         keys(queries + kTileLanes * depth(head_dim)),
         values(keys + kChunkKeys * depth(head_dim)),
-        scores((float*)(values + kChunkKeys * head_dim)),
+        key_codes((int8_t*)(values + kChunkKeys * head_dim)),
+        value_codes(key_codes + kChunkKeys * head_dim),
+        scores((float*)(value_codes + kChunkKeys * head_dim)),
         sums(scores + kBlockLanes * kScoresStride),
         totals(sums + kBlockLanes * head_dim) {}
 
   static int64_t floats(int head_dim) {
-    return (int64_t(kTileLanes + kChunkKeys) * depth(head_dim) + kChunkKeys * head_dim) / 2 +
+    return (int64_t(kTileLanes + kChunkKeys) * depth(head_dim) + 2 * kChunkKeys * head_dim) / 2 +
            kBlockLanes * kScoresStride + int64_t(kBlockLanes + kTileLanes) * head_dim;
   }
 };
@@ -122,7 +127,8 @@ inline void transpose_few(const float* scores, float* to) {
 }
 
 inline __m512i load_32(const BFloat16* from) { return _mm512_loadu_si512(from); }
-inline __m512i load_32(const Float16* from) {
+template <class KV>
+inline __m512i load_32(const KV* from) {
   const Vec first = load(from), second = load(from + kWidth);
   return (__m512i)_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first));
 }

@@ -1,7 +1,7 @@
 // Attention by vectors: lanes, and their softmax over chunks of keys. See attention_vectors.h.
 #pragma once
 
-#include "attention_vectors.h"
+#include "attention_words.h"
 
 namespace {
 
@@ -20,6 +20,9 @@ struct VectorScratch {
   // [keys, head_dim] each: widened keys and values.
   float* keys;
   float* values;
+  // The same: codes of a byte, unpacked from fewer bits.
+  int8_t* key_codes;
+  int8_t* value_codes;
   // [lanes of a block, kScoresStride]: scores, then weights in the same place.
   float* scores;
   // [lanes of a block, head_dim]: of one chunk.
@@ -31,13 +34,16 @@ struct VectorScratch {
       : queries(at),
         keys(queries + kVectorLanes * round_up(head_dim, 2 * kWidth)),
         values(keys + kChunkKeys * head_dim),
-        scores(values + kChunkKeys * head_dim),
+        key_codes((int8_t*)(values + kChunkKeys * head_dim)),
+        value_codes(key_codes + kChunkKeys * head_dim),
+        scores((float*)(value_codes + kChunkKeys * head_dim)),
         sums(scores + kLanesAtOnce * kScoresStride),
         totals(sums + kLanesAtOnce * head_dim) {}
 
   static int64_t floats(int head_dim) {
     return int64_t(kVectorLanes) * round_up(head_dim, 2 * kWidth) + kLanesAtOnce * kScoresStride +
-           int64_t(2 * kChunkKeys + kLanesAtOnce + kVectorLanes) * head_dim;
+           int64_t(2 * kChunkKeys + kLanesAtOnce + kVectorLanes) * head_dim +
+           kChunkKeys * head_dim / 2;
   }
 };
 
@@ -45,6 +51,7 @@ struct VectorScratch {
 template <class KV>
 class VectorLanes {
   typedef typename Operands<KV>::Element Element;
+  static constexpr bool kIsCoded = sizeof(KV) == 1;
 
  public:
   static constexpr int kMost = kVectorLanes;
@@ -63,25 +70,22 @@ class VectorLanes {
 
   // Chunks are added in their order. `is_next`: the next head of the chunk is read after it.
   void add(const Chunk& chunk, bool is_next) {
-    const int64_t head_offset = int64_t(head_) * a_.head_dim;
-    const KV* keys = (const KV*)a_.keys + head_offset;
-    const KV* values = (const KV*)a_.values + head_offset;
     alignas(64) int64_t offsets[kChunkKeys];
     const int first = round_down(chunk.begin, kScoreKeys), last = round_up(chunk.end, kScoreKeys);
     for (int key = first; key < last; ++key)
       offsets[key] = chunk.offsets[smaller(larger(key, chunk.begin), chunk.end - 1)];
-    if constexpr (sizeof(Element) > sizeof(KV)) {
-      if (count_ >= kManyLanes) {
-        widen(keys, offsets, first, last, t_.keys);
-        widen(values, offsets, first, last, t_.values);
-        for (int key = first; key < last; ++key) offsets[key] = key * a_.head_dim;
-        return add_rows<Operands<float>>(
-            chunk, HeadRows<float>{t_.keys, t_.values, nullptr, offsets, chunk.begin, chunk.end,
-                                   false});
-      }
+    const int64_t head_offset = int64_t(head_) * a_.head_dim;
+    HeadRows<KV> rows = {(const KV*)a_.keys + head_offset, (const KV*)a_.values + head_offset,
+                         nullptr, offsets, chunk.begin, chunk.end, true};
+    if (is_next) rows.next = rows.keys + a_.head_dim;
+    if constexpr (kIsCoded) {
+      scales_.load(a_, chunk, head_);
+      if (a_.kv_dtype == kInt4) rows = unpacked(rows, offsets, first, last);
     }
-    add_rows<Operands<KV>>(chunk, HeadRows<KV>{keys, values, is_next ? keys + a_.head_dim : nullptr,
-                                               offsets, chunk.begin, chunk.end, true});
+    if constexpr (Operands<KV>::kIsWidened)
+      if (count_ >= kManyLanes)
+        return add_rows<Operands<Element>>(chunk, widened(rows, offsets, first, last));
+    add_rows<Operands<KV>>(chunk, rows);
   }
 
   // Writes the result, or a partial result that is merged with others later.
@@ -100,20 +104,41 @@ class VectorLanes {
   int query_head(int lane) const { return head_ * a_.group + (begin_ + lane) % a_.group; }
   Element* query(int lane) const { return (Element*)t_.queries + lane * depth_; }
 
-  void load_query(int lane) const {
-    const int64_t from =
-        token_of(lane) * a_.q.token_stride + query_head(lane) * a_.q.head_stride;
-    for (int d = 0; d < depth_; d += kWidth) {
-      const Vec q = d < a_.head_dim ? load_some(a_.q.data, a_.q.dtype, from + d, kWidth) : Vec{};
-      store(query(lane) + d, q * a_.scale_log2e);
-    }
+  void load_query(int lane) {
+    alignas(64) float q[octavo::kMaxHeadDim];
+    read_query(a_, token_of(lane), query_head(lane), depth_, q);
+    query_factors_[lane] = Operands<KV>::store_query(q, depth_, query(lane));
+    if constexpr (kIsCoded)
+      query_sums_[lane] = query_factors_[lane] * sum_of(query(lane), depth_);
   }
 
-  void widen(const KV* pages, const int64_t* offsets, int begin, int end, float* to) const {
+  // The same rows of bytes instead of packed ones. `offsets` become those of the unpacked rows.
+  HeadRows<KV> unpacked(HeadRows<KV> rows, int64_t* offsets, int begin, int end) const {
+    const int64_t head_offset = int64_t(head_) * a_.head_dim / 2;
+    const auto unpack = [&](const void* pages, int8_t* to) {
+      unpack_rows((const uint8_t*)pages + head_offset, offsets, begin, end, a_.head_dim, to);
+    };
+    unpack(a_.keys, t_.key_codes);
+    unpack(a_.values, t_.value_codes);
+    for (int key = begin; key < end; ++key) offsets[key] = key * a_.head_dim;
+    return {(const KV*)t_.key_codes, (const KV*)t_.value_codes, nullptr, offsets, rows.begin,
+            rows.end, false};
+  }
+
+  // The same rows as elements.
+  HeadRows<Element> widened(const HeadRows<KV>& rows, int64_t* offsets, int begin, int end) const {
+    Element *keys = (Element*)t_.keys, *values = (Element*)t_.values;
+    widen(rows.keys, offsets, begin, end, keys);
+    widen(rows.values, offsets, begin, end, values);
+    for (int key = begin; key < end; ++key) offsets[key] = key * a_.head_dim;
+    return {keys, values, nullptr, offsets, rows.begin, rows.end, false};
+  }
+
+  void widen(const KV* pages, const int64_t* offsets, int begin, int end, Element* to) const {
     for (int key = begin; key < end; ++key) {
       prefetch(pages + offsets[smaller(key + kKeysAhead, end - 1)], a_.head_dim);
       for (int d = 0; d < a_.head_dim; d += kWidth)
-        store(to + key * a_.head_dim + d, load(pages + offsets[key] + d));
+        Operands<KV>::widen(pages + offsets[key] + d, to + key * a_.head_dim + d);
     }
   }
 
@@ -131,13 +156,15 @@ class VectorLanes {
     for (int key = round_down(block.begin, kScoreKeys); key < block.end; key += kTileKeys)
       score_tile<O>(rows, key, smaller(key + kTileKeys, block.end), lane, count);
     Share parts[kLanesAtOnce];
-    softmax<O>(chunk, block, lane, count, parts);
+    Weighed weighed[kLanesAtOnce];
+    softmax<O>(chunk, block, lane, count, parts, weighed);
     __builtin_memset(t_.sums, 0, int64_t(count) * a_.head_dim * sizeof(float));
     for (int key = round_down(block.begin, O::kKeys); key < block.end; key += kTileKeys)
       add_tile<O>(rows, key, smaller(key + kTileKeys, block.end), lane, count);
     for (int i = 0; i < count; ++i) {
       float* sums = t_.sums + i * a_.head_dim;
       O::restore_order(sums, a_.head_dim);
+      if constexpr (kIsCoded) complete_sums(sums, a_.head_dim, weighed[i]);
       add_part(shares_[lane + i], t_.totals + (lane + i) * a_.head_dim, parts[i], sums,
                a_.head_dim);
     }
@@ -162,14 +189,25 @@ class VectorLanes {
   }
 
   template <class O>
-  void softmax(const Chunk& chunk, Seen block, int lane, int count, Share* parts) const {
+  void softmax(const Chunk& chunk, Seen block, int lane, int count, Share* parts,
+               Weighed* weighed) const {
     const int from = round_down(block.begin, kWidth), to = round_up(block.end, kWidth);
-    for (int i = 0; i < count; ++i)
-      parts[i].largest =
-          largest_score(t_.scores + i * kScoresStride, from, to, seen_by(lane + i, chunk));
+    for (int i = 0; i < count; ++i) {
+      float* scores = t_.scores + i * kScoresStride;
+      if constexpr (kIsCoded)
+        scale_scores(scores, from, to, scales_, query_factors_[lane + i], query_sums_[lane + i]);
+      parts[i].largest = largest_score(scores, from, to, seen_by(lane + i, chunk));
+    }
     // A loop of its own, so that no iteration waits for the maximum it uses.
-    for (int i = 0; i < count; ++i)
-      parts[i].total = weigh<O>(t_.scores + i * kScoresStride, from, to, parts[i].largest);
+    for (int i = 0; i < count; ++i) {
+      float* scores = t_.scores + i * kScoresStride;
+      if constexpr (kIsCoded) {
+        weighed[i] = weigh_scaled<O>(scores, from, to, parts[i].largest, scales_);
+        parts[i].total = weighed[i].total;
+      } else {
+        parts[i].total = weigh<O>(scores, from, to, parts[i].largest);
+      }
+    }
   }
 
   // Adds the weighted values of a tile of keys to the sums of a block of lanes.
@@ -200,6 +238,10 @@ class VectorLanes {
   // The last key that each lane sees: the stored index of its token.
   int last_keys_[kVectorLanes];
   Share shares_[kVectorLanes];
+  // Of codes alone.
+  HeadScales scales_;
+  float query_factors_[kVectorLanes];
+  float query_sums_[kVectorLanes];
 };
 
 }  // namespace

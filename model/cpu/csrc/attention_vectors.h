@@ -6,7 +6,7 @@
 // attention_vector_lanes.h has the softmax over chunks.
 #pragma once
 
-#include "attention_parts.h"
+#include "attention_codes.h"
 
 namespace {
 
@@ -16,9 +16,6 @@ constexpr int kLaneGroup = kHasManyRegisters ? 4 : 3;
 constexpr int kValueVectors = 4;
 // Keys whose scores are summed side by side.
 constexpr int kScoreKeys = 4;
-// Prefetch distance in keys. The rows of one head are not adjacent, and the CPU's own prefetcher
-// reaches two thirds of the bandwidth that this reaches.
-constexpr int kKeysAhead = 16;
 
 // ---- operands ----------------------------------------------------------------------------------
 
@@ -28,7 +25,11 @@ struct Operands {
   // Of queries and weights.
   typedef float Element;
   typedef Vec Operand;
+  typedef Vec Sum;
   static constexpr bool kIsRounded = false;
+  // Whether many lanes have keys and values widened to elements first.
+  static constexpr bool kIsWidened = sizeof(KV) < sizeof(Element);
+  static void widen(const KV* from, Element* to) { store(to, load(from)); }
   // Dimensions of an operand of a query and a key; keys of an operand of values.
   static constexpr int kDims = kWidth;
   static constexpr int kKeys = 1;
@@ -44,7 +45,28 @@ struct Operands {
   }
   static Vec add(Vec sum, Operand x, Operand y) { return multiply_add(x, y, sum); }
   static void restore_order(float*, int) {}
+
+  // Of codes: writes a query, and returns what its products must be multiplied by.
+  static float store_query(const float* from, int depth, Element* to) {
+    __builtin_memcpy(to, from, depth * sizeof(float));
+    return 1.0f;
+  }
+  // Of codes: writes weights to their own place, with their largest, and returns the same.
+  static float store_weights(float*, int, int, IntVec) { return 1.0f; }
 };
+
+#if defined(__AVX512F__)
+// Restores the order of the sums of 32 dimensions whose operands were interleaved from two rows.
+inline void restore_order_of_pairs(float* sums, int head_dim) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int d = 0; d + 2 * kWidth <= head_dim; d += 2 * kWidth) {
+    const __m512 low = _mm512_loadu_ps(sums + d), high = _mm512_loadu_ps(sums + d + kWidth);
+    _mm512_storeu_ps(sums + d, _mm512_permutex2var_ps(low, first, high));
+    _mm512_storeu_ps(sums + d + kWidth, _mm512_permutex2var_ps(low, second, high));
+  }
+}
+#endif
 
 #if defined(__AVX512BF16__)
 // Pairs of bfloat16: two dimensions of a key, or one dimension of two keys' values.
@@ -52,7 +74,9 @@ template <>
 struct Operands<BFloat16> {
   typedef BFloat16 Element;
   typedef __m512i Operand;
+  typedef Vec Sum;
   static constexpr bool kIsRounded = true;
+  static constexpr bool kIsWidened = false;
   static constexpr int kDims = 2 * kWidth;
   static constexpr int kKeys = 2;
 
@@ -80,18 +104,48 @@ struct Operands<BFloat16> {
   static Vec add(Vec sum, Operand x, Operand y) {
     return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), (__m512bh)x, (__m512bh)y));
   }
-  static void restore_order(float* sums, int head_dim) {
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    for (int d = 0; d + kDims <= head_dim; d += kDims) {
-      const __m512 low = _mm512_loadu_ps(sums + d), high = _mm512_loadu_ps(sums + d + kWidth);
-      _mm512_storeu_ps(sums + d, _mm512_permutex2var_ps(low, first, high));
-      _mm512_storeu_ps(sums + d + kWidth, _mm512_permutex2var_ps(low, second, high));
-    }
+  static void restore_order(float* sums, int head_dim) { restore_order_of_pairs(sums, head_dim); }
+  static float store_query(const float* from, int depth, Element* to) {
+    for (int d = 0; d < depth; d += kWidth) store(to + d, load(from + d));
+    return 1.0f;
+  }
+  static float store_weights(float* weights, int from, int to, IntVec) {
+    for (int key = from; key < to; key += kWidth)
+      store((Element*)weights + key, load(weights + key));
+    return 1.0f;
   }
 
  private:
   static __m256i half(const BFloat16* at) { return _mm256_loadu_si256((const __m256i*)at); }
+};
+
+// 8-bit floats are bfloat16 without rounding.
+template <>
+struct Operands<Float8> : Operands<BFloat16> {
+  static constexpr bool kIsWidened = true;
+  static void widen(const Float8* from, BFloat16* to) { store(to, load(from)); }
+
+  static Operand key(const Float8* row) {
+    const __m512 low = bit_cast<__m512>(load(row)), high = bit_cast<__m512>(load(row + kWidth));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  }
+  static Operand half_key(const Float8* row) { return _mm512_zextsi256_si512(half(row)); }
+  template <int kVectors>
+  static Operand value(const Float8* const* rows, int i) {
+    if constexpr (kVectors == 1) {
+      const __m512i even = _mm512_cvtepu16_epi32(half(rows[0]));
+      const __m512i odd = _mm512_cvtepu16_epi32(half(rows[1]));
+      return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+    }
+    const int at = i / 2 * kDims;
+    const __m512i even = key(rows[0] + at), odd = key(rows[1] + at);
+    return i % 2 ? _mm512_unpackhi_epi16(even, odd) : _mm512_unpacklo_epi16(even, odd);
+  }
+
+ private:
+  static __m256i half(const Float8* at) {
+    return (__m256i)_mm512_cvtneps_pbh(bit_cast<__m512>(load(at)));
+  }
 };
 #elif defined(OCTAVO_NEON_BF16)
 // The same by 128 bits.
@@ -99,7 +153,9 @@ template <>
 struct Operands<BFloat16> {
   typedef BFloat16 Element;
   typedef bfloat16x8_t Operand;
+  typedef Vec Sum;
   static constexpr bool kIsRounded = true;
+  static constexpr bool kIsWidened = false;
   static constexpr int kDims = 2 * kWidth;
   static constexpr int kKeys = 2;
 
@@ -169,6 +225,19 @@ inline void in_groups(int count, const Function& function) {
   }
 }
 
+// Sums of integers stand in the place of floats until they are complete.
+template <class Sum>
+inline Sum load_total(const float* from) {
+  Sum sums;
+  __builtin_memcpy(&sums, from, sizeof(sums));
+  return sums;
+}
+
+template <class Sum>
+inline void store_total(float* to, Sum sums) {
+  __builtin_memcpy(to, &sums, sizeof(sums));
+}
+
 // The products are not inlined, so that each has the registers to itself.
 
 // scores[lane][key] = query · key, for keys begin to end. `queries` are `depth` apart.
@@ -186,7 +255,7 @@ __attribute__((noinline)) void score_keys(const HeadRows<KV>& rows, int begin, i
     if (is_far)
       for (int i = 0; i < kScoreKeys; ++i)
         rows.prefetch_ahead(rows.keys, rows.values, key + i, head_dim);
-    Vec dots[kLanes][kScoreKeys] = {};
+    typename O::Sum dots[kLanes][kScoreKeys] = {};
     const auto add_dims = [&](int d, auto load_key) __attribute__((always_inline)) {
       typename O::Operand q[kLanes];
 #pragma GCC unroll 4
@@ -218,12 +287,12 @@ __attribute__((noinline)) void add_values(const HeadRows<KV>& rows, int begin, i
                                           float* sums, bool is_far) {
   const KV* next = rows.next ? rows.next + d : nullptr;
   constexpr int kStride = kScoresStride * int(sizeof(float) / sizeof(typename O::Element));
-  Vec totals[kLanes][kVectors];
+  typename O::Sum totals[kLanes][kVectors];
 #pragma GCC unroll 4
   for (int lane = 0; lane < kLanes; ++lane)
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i)
-      totals[lane][i] = load(sums + lane * head_dim + d + i * kWidth);
+      totals[lane][i] = load_total<typename O::Sum>(sums + lane * head_dim + d + i * kWidth);
   for (int key = begin; key < end; key += O::kKeys) {
     const KV* row[O::kKeys];
 #pragma GCC unroll 2
@@ -247,7 +316,7 @@ __attribute__((noinline)) void add_values(const HeadRows<KV>& rows, int begin, i
   for (int lane = 0; lane < kLanes; ++lane)
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i)
-      store(sums + lane * head_dim + d + i * kWidth, totals[lane][i]);
+      store_total(sums + lane * head_dim + d + i * kWidth, totals[lane][i]);
 }
 
 // ---- softmax -----------------------------------------------------------------------------------

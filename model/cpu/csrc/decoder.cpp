@@ -209,7 +209,6 @@ class Decoder {
 
   void rope_and_store(const Layer& layer, int32_t index, Session& session,
                       const int64_t* positions) {
-    const Attention a = attention_of(session, index);
     const int64_t width = qkv_width(), dim = shape_.head_dim;
     float* k = qkv_.data() + shape_.num_heads * dim;
     float* v = k + shape_.num_kv_heads * dim;
@@ -217,10 +216,8 @@ class Decoder {
                           int32_t(shape_.num_heads), int32_t(shape_.rotary_dim)};
     const Rope keys = {{k, width, dim, kFloat32}, positions, cos_sin_,
                        int32_t(shape_.num_kv_heads), int32_t(shape_.rotary_dim)};
-    const Write key_write = {{k, width, dim, kFloat32}, const_cast<void*>(a.keys), a.kv_dtype,
-                             session.slots, a.num_kv_heads, a.head_dim};
-    const Write value_write = {{v, width, dim, kFloat32}, const_cast<void*>(a.values), a.kv_dtype,
-                               session.slots, a.num_kv_heads, a.head_dim};
+    const Write key_pages = key_write(session, index, keys.x);
+    const Write value_pages = value_write(session, index, {v, width, dim, kFloat32});
     share(session.num_tokens, [&](int64_t begin, int64_t end) {
       if (layer.q_norm)
         for (int64_t token = begin; token < end; ++token) {
@@ -229,8 +226,8 @@ class Decoder {
         }
       kernels_.rope(queries, begin, end);
       kernels_.rope(keys, begin, end);
-      kernels_.write(key_write, begin, end);
-      kernels_.write(value_write, begin, end);
+      kernels_.write(key_pages, begin, end);
+      kernels_.write(value_pages, begin, end);
     });
   }
 

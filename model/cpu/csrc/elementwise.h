@@ -8,7 +8,6 @@ namespace {
 using octavo::Norm;
 using octavo::Rope;
 using octavo::SiluMul;
-using octavo::Write;
 
 // Root-mean-square norm (arXiv:1910.07467) of rows begin to end.
 void norm(const Norm& n, int64_t begin, int64_t end) {
@@ -65,18 +64,6 @@ void silu_mul(const SiluMul& s, int64_t begin, int64_t end) {
       store_some(s.out, s.dtype, row * s.dim + i, gate / (1.0f + exp2(gate * -log2e)) * up, count);
     }
   }
-}
-
-// Stores the keys (or values) of tokens begin to end in their slots.
-void write(const Write& w, int64_t begin, int64_t end) {
-  for (int64_t token = begin; token < end; ++token)
-    for (int64_t head = 0; head < w.num_kv_heads; ++head) {
-      const int64_t from = token * w.from.token_stride + head * w.from.head_stride;
-      const int64_t to = (w.slots[token] * w.num_kv_heads + head) * w.head_dim;
-      for (int64_t d = 0; d < w.head_dim; d += kWidth)
-        store_some(w.to, w.to_dtype, to + d,
-                   load_some(w.from.data, w.from.dtype, from + d, w.head_dim - d), w.head_dim - d);
-    }
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "elementwise.h"
 #include "look_up.h"
 #include "packing.h"
+#include "page_write.h"
 #include "products.h"
 
 #define OCTAVO_TEXT_OF(x) #x

@@ -8,8 +8,16 @@
 
 namespace octavo {
 
-// model/cpu/library.py has the same numbers.
-enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// model/cpu/library.py has the same numbers. The last three are of pages alone: codes, with scales in
+// planes of their own (attention_codes.h).
+enum DType : int32_t {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kBFloat16 = 2,
+  kInt8 = 3,
+  kFloat8 = 4,
+  kInt4 = 5,
+};
 
 // Keys of one chunk, and so of one decode unit. Fixed, so that a row's result depends neither on the
 // rows beside it nor on the step.
@@ -31,9 +39,12 @@ struct Rows {
 struct Attention {
   Rows q;
   Rows out;
-  // [pages, page_size, kv_heads, head_dim], contiguous.
+  // [pages, page_size, kv_heads, head_dim], contiguous; kInt4 has two dimensions a byte.
   const void* keys;
   const void* values;
+  // Where there are codes: bfloat16 [pages, page_size, kv_heads], for kInt4 [.., 2] with a minimum.
+  const void* key_scales;
+  const void* value_scales;
   DType kv_dtype;
   int32_t head_dim;
   int32_t num_kv_heads;
@@ -110,6 +121,8 @@ struct SiluMul {
 struct Write {
   Rows from;
   void* to;
+  // As in `Attention`.
+  void* scales;
   DType to_dtype;
   const int64_t* slots;
   int32_t num_kv_heads;

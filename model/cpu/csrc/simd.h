@@ -35,6 +35,9 @@ using octavo::DType;
 using octavo::kBFloat16;
 using octavo::kFloat16;
 using octavo::kFloat32;
+using octavo::kFloat8;
+using octavo::kInt4;
+using octavo::kInt8;
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -61,6 +64,13 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
+// Of four bits of exponent and three of mantissa: e4m3fn.
+struct Float8 {
+  uint8_t bits;
+};
+
+// Whether pages of this type are codes, with scales beside them.
+constexpr bool is_coded(DType dtype) { return dtype >= kInt8; }
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -151,6 +161,35 @@ inline Vec load(const int8_t* from) {
   Vec v;
   for (int i = 0; i < kWidth; ++i) v[i] = from[i];
   return v;
+#endif
+}
+
+inline Vec load(const int16_t* from) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  return bit_cast<Vec>(_mm512_cvtepi32_ps(wide));
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = from[i];
+  return v;
+#endif
+}
+
+// Loads 8-bit floats as 2^-8 of their values: their bits are then those of 16-bit floats.
+inline Vec load(const Float8* from) {
+#if defined(__AVX512F__)
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(int16_t(0xbf80)));
+  return bit_cast<Vec>(_mm512_cvtph_ps(half));
+#elif defined(__F16C__)
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)from));
+  const __m128i half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(int16_t(0xbf80)));
+  return bit_cast<Vec>(_mm256_cvtph_ps(half));
+#else
+  HalfVec half;
+  for (int i = 0; i < kWidth; ++i)
+    half[i] = uint16_t((from[i].bits & 0x80) << 8 | (from[i].bits & 0x7f) << 7);
+  return load((const Float16*)&half);
 #endif
 }
 
@@ -296,5 +335,22 @@ inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
   out[3] = sum(d);
 #endif
 }
+
+#if defined(__AVX512F__)
+// The sums of four vectors, to out[0..3] as floats.
+inline void sum4(IntVec a, IntVec b, IntVec c, IntVec d, float* out) {
+  const __m512i A = bit_cast<__m512i>(a), B = bit_cast<__m512i>(b);
+  const __m512i C = bit_cast<__m512i>(c), D = bit_cast<__m512i>(d);
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(A, B), _mm512_unpackhi_epi32(A, B));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(C, D), _mm512_unpackhi_epi32(C, D));
+  const __m512i abcd =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
+  const __m128i sums =
+      _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  _mm_storeu_ps(out, _mm_cvtepi32_ps(sums));
+}
+#endif
 
 }  // namespace

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_scenes import poison
 from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBatch, AttentionSpec
 from model.cpu.instruction_sets import ISAS
 from model.cpu.library import CpuLibrary, load_cpu_library
-from model.kv.format import float_format
+from model.kv.format import CODED_FORMATS, FLOAT_FORMATS, KVFormat
 from model.kv.pool import KVPool
 
 CPU = torch.device("cpu")
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 #: Two chunks of 256 keys and a part of a third.
 LENGTH = 600
 CUTS: dict[str, tuple[int, ...]] = {
@@ -41,8 +41,7 @@ def attend(
     """Attend one sequence, a step for each piece; keys and values that it may not read are NaN."""
     num_pages = -(-LENGTH // page_size)
     pool = KVPool(spec.layout(page_size), num_pages, CPU)
-    for plane in pool.pages(0)[:2]:
-        plane.fill_(torch.nan)
+    poison(pool.pages(0))
     backend = CpuAttention(spec, pool, library)
     table = torch.arange(num_pages, dtype=torch.int32).flip(0)
     last = spec.num_heads + spec.num_kv_heads
@@ -70,7 +69,7 @@ def attend(
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("kv_dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("kv_format", (*FLOAT_FORMATS, *CODED_FORMATS), ids=lambda one: one.name)
 @pytest.mark.parametrize(
     ("page_size", "head_dim", "num_kv_heads", "group", "window"),
     [
@@ -87,7 +86,7 @@ def attend(
 )
 def test_no_cut_changes_a_bit(
     library: CpuLibrary,
-    kv_dtype: torch.dtype,
+    kv_format: KVFormat,
     page_size: int,
     head_dim: int,
     num_kv_heads: int,
@@ -102,7 +101,7 @@ def test_no_cut_changes_a_bit(
         scale=head_dim**-0.5,
         windows=(window,),
         dtype=torch.float32,
-        kv_format=float_format(kv_dtype),
+        kv_format=kv_format,
         device=CPU,
     )
     generator = torch.Generator().manual_seed(5)

@@ -221,7 +221,8 @@ def test_keys_are_stored_as_torch_rounds(arm: EmulatedArm, dtype: torch.dtype) -
     x = values[: tokens * heads * dim].view(tokens, heads, dim)
     pages = arm.put(torch.full((6, heads, dim), 7, dtype=dtype))
     slots = torch.tensor([5, 0, 3, 2])
-    arm.call("store_tokens", arm.kernels, x, tokens, heads, dim, pages, DTYPE_CODES[dtype], slots)
+    code = DTYPE_CODES[dtype]
+    arm.call("store_tokens", arm.kernels, x, tokens, heads, dim, pages, 0, code, slots)
     expected = torch.full((6, heads, dim), 7, dtype=dtype)
     expected[slots] = x.to(dtype)
     found = arm.get(pages, 6, heads, dim, dtype=dtype)

@@ -24,8 +24,9 @@ from exact_layers import (
 )
 from torch import Tensor
 
-from attention_scenes import Scene, dense, make_scene
-from model.cpu.library import DTYPE_CODES
+from attention_scenes import Scene, dense, make_scene, planes_of
+from model.cpu.library import DTYPE_CODES, PAGE_CODES
+from model.kv.format import CODED_FORMATS, KVFormat
 from model.weights.tiles import Tiles
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -40,22 +41,21 @@ class Pages(NamedTuple):
     """A session in the driver, and its pages."""
 
     session: int
-    planes: list[tuple[int, int]]
+    #: For each layer: keys, values, and the scales of both where there are codes.
+    planes: list[list[int]]
 
 
 def open_session(arm: EmulatedArm, scene: Scene) -> Pages:
     spec, layout = scene.spec, scene.pool.layout
-    planes = []
-    for layer in range(spec.num_layers):
-        keys, values = scene.pool.pages(layer)[:2]
-        planes.append((arm.put(keys), arm.put(values)))
+    layers = [planes_of(scene.pool.pages(layer)) for layer in range(spec.num_layers)]
+    planes = [list(map(arm.put, one)) for one in layers]
     session = arm.call(
         *("octavo_attention_new", arm.kernels),
-        *(torch.tensor(addresses) for addresses in zip(*planes, strict=True)),
+        torch.tensor([(*one, 0, 0)[:4] for one in planes]),
+        torch.tensor([PAGE_CODES[one[0].dtype] for one in layers], dtype=torch.int32),
         torch.tensor([window or NO_WINDOW for window in spec.windows], dtype=torch.int32),
-        *(spec.num_layers, DTYPE_CODES[layout.format.storage], scene.pool.num_pages),
-        *(layout.page_size, spec.num_kv_heads, spec.num_heads // spec.num_kv_heads),
-        *(spec.head_dim, spec.scale),
+        *(spec.num_layers, scene.pool.num_pages, layout.page_size, spec.num_kv_heads),
+        *(spec.num_heads // spec.num_kv_heads, spec.head_dim, spec.scale),
     )
     return Pages(session, planes)
 
@@ -128,6 +128,20 @@ def test_attention_to_queries_of_half_precision(arm: EmulatedArm, dtype: torch.d
     plan(arm, session, scene, [69, 11], [70, 20])
     found = attend(arm, scene, session, 0, scene.qkv)
     assert error(found, scene.expected(0)) < ATTENTION_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kv_format", CODED_FORMATS, ids=lambda one: one.name)
+def test_attention_to_codes(arm: EmulatedArm, kv_format: KVFormat) -> None:
+    """A decode and a chunk of a prompt; the scales of other keys are NaN."""
+    scene = make_scene(((1, 70), (9, 20)), head_dim=48, num_kv_heads=2, kv_format=kv_format)
+    pages = open_session(arm, scene)
+    plan(arm, pages.session, scene, [69, 11], [70, 20])
+    found = attend(arm, scene, pages.session, 0, scene.qkv)
+    assert error(found, scene.expected(0)) < 1e-5
+    scene.pool.store(0, scene.batch.kv_slots, *scene.parts[1:])
+    for address, plane in zip(pages.planes[0], planes_of(scene.pool.pages(0)), strict=True):
+        content = plane.view(torch.uint8)
+        assert torch.equal(arm.get(address, *content.shape, dtype=torch.uint8), content)
 
 
 @pytest.mark.parametrize(("dtype", "window"), [(F32, None), (F16, 70), (BF16, None)], ids=str)

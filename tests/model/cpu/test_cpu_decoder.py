@@ -14,7 +14,7 @@ from model.cpu.decoder import CpuDecoder, why_not
 from model.cpu.instruction_sets import ISAS
 from model.cpu.library import CpuLibrary, load_cpu_library
 from model.cpu.ops import CpuOps
-from model.kv.format import KV_FORMATS
+from model.kv.format import CODED_FORMATS, KV_FORMATS
 from model.kv.pool import KVPool
 
 PAGE_SIZE, NUM_PAGES = 4, 600
@@ -50,8 +50,8 @@ def library(request: pytest.FixtureRequest) -> CpuLibrary:
     return found
 
 
-def _pool(transformer: Transformer) -> KVPool:
-    layout = transformer.attention_spec(KV_FORMATS["float16"]).layout(PAGE_SIZE)
+def _pool(transformer: Transformer, kv_format: str = "float16") -> KVPool:
+    layout = transformer.attention_spec(KV_FORMATS[kv_format]).layout(PAGE_SIZE)
     return KVPool(layout, NUM_PAGES, torch.device("cpu"))
 
 
@@ -77,9 +77,10 @@ def _logits(
     cuts: tuple[int, ...],
     lengths: tuple[int, ...] = LENGTHS,
     poisoned_window: int | None = None,
+    kv_format: str = "float16",
 ) -> Tensor:
     """Compute three sequences side by side, each up to the same cuts of its length, in 64ths."""
-    pool = _pool(transformer)
+    pool = _pool(transformer, kv_format)
     attention = _attention(transformer, pool, library)
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(0, 96, (length,), generator=generator) for length in lengths]
@@ -126,6 +127,21 @@ def test_it_gives_what_the_transformer_gives_to_the_bit(
         found = _logits(decoder, transformer, library, cuts)
         assert torch.equal(found, _logits(transformer, transformer, library, cuts))
         assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("kv_format", [one.name for one in CODED_FORMATS])
+def test_pages_of_codes(
+    kv_format: str, library: CpuLibrary, make_checkpoint: Any, build: Any
+) -> None:
+    source = make_checkpoint("qwen3", head_dim=32).source
+    transformer = build(source, "bf16", CpuOps(library), library)
+    decoder = CpuDecoder(transformer, library)
+    whole = _logits(decoder, transformer, library, (), kv_format=kv_format)
+    assert whole.isfinite().all()
+    for cuts in ((20, 21, 60), (2, 30)):
+        for one in (decoder, transformer):
+            found = _logits(one, transformer, library, cuts, kv_format=kv_format)
+            assert torch.equal(found, whole)
 
 
 def test_it_reads_no_key_behind_the_window(

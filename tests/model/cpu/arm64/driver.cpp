@@ -57,9 +57,10 @@ int64_t call(Result (*function)(Parameters...), const int64_t* arguments) {
 
 // Stores float32 keys or values [tokens, heads, head_dim] in their slots.
 void store_tokens(const Kernels* kernels, void* from, int64_t tokens, int32_t num_heads,
-                  int32_t head_dim, void* to, int32_t to_dtype, const int64_t* slots) {
-  const Write w = {{from, int64_t(num_heads) * head_dim, head_dim, kFloat32}, to, DType(to_dtype),
-                   slots, num_heads, head_dim};
+                  int32_t head_dim, void* to, void* scales, int32_t to_dtype,
+                  const int64_t* slots) {
+  const Write w = {{from, int64_t(num_heads) * head_dim, head_dim, kFloat32}, to, scales,
+                   DType(to_dtype), slots, num_heads, head_dim};
   kernels->write(w, 0, tokens);
 }
 

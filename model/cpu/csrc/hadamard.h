@@ -1,0 +1,59 @@
+// The orthonormal Hadamard transform, its own inverse, that pages in four bits have been rotated by.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+// Vector whose lane i is x's lane i ^ distance.
+template <int kDistance>
+inline Vec partners(Vec x) {
+#if defined(__AVX512F__)
+  const __m512 v = bit_cast<__m512>(x);
+  if constexpr (kDistance == 1) return bit_cast<Vec>(_mm512_permute_ps(v, 0xb1));
+  if constexpr (kDistance == 2) return bit_cast<Vec>(_mm512_permute_ps(v, 0x4e));
+  if constexpr (kDistance == 4) return bit_cast<Vec>(_mm512_shuffle_f32x4(v, v, 0xb1));
+  return bit_cast<Vec>(_mm512_shuffle_f32x4(v, v, 0x4e));
+#elif defined(__AVX2__)
+  const __m256 v = bit_cast<__m256>(x);
+  if constexpr (kDistance == 1) return bit_cast<Vec>(_mm256_permute_ps(v, 0xb1));
+  if constexpr (kDistance == 2) return bit_cast<Vec>(_mm256_permute_ps(v, 0x4e));
+  return bit_cast<Vec>(_mm256_permute2f128_ps(v, v, 1));
+#else
+  Vec y;
+  for (int i = 0; i < kWidth; ++i) y[i] = x[i ^ kDistance];
+  return y;
+#endif
+}
+
+// Replaces elements at this distance by their sum and their difference, within vectors.
+template <int kDistance>
+inline Vec sums_and_differences(Vec x) {
+  IntVec signs;
+  for (int i = 0; i < kWidth; ++i) signs[i] = i & kDistance ? INT32_MIN : 0;
+  return partners<kDistance>(x) + bit_cast<Vec>(bit_cast<IntVec>(x) ^ signs);
+}
+
+// Transforms blocks as long as the largest power of two that divides `dim`, a multiple of 16. The
+// order of operations is that of `hadamard` in model/kv/codes.py. Not inlined: the compiler must not
+// join the last product and a later sum to one rounding.
+__attribute__((noinline)) void hadamard(float* x, int dim) {
+  const int block = dim & -dim;
+  for (int d = 0; d < dim; d += kWidth) {
+    Vec v = sums_and_differences<2>(sums_and_differences<1>(load(x + d)));
+    if constexpr (kWidth > 4) v = sums_and_differences<4>(v);
+    if constexpr (kWidth > 8) v = sums_and_differences<8>(v);
+    store(x + d, v);
+  }
+  for (int distance = kWidth; distance < block; distance *= 2)
+    for (int first = 0; first < dim; first += 2 * distance)
+      for (int d = first; d < first + distance; d += kWidth) {
+        const Vec left = load(x + d), right = load(x + d + distance);
+        store(x + d, left + right);
+        store(x + d + distance, left - right);
+      }
+  const float factor = float(1.0 / __builtin_sqrt(double(block)));
+  for (int d = 0; d < dim; d += kWidth) store(x + d, load(x + d) * factor);
+}
+
+}  // namespace
