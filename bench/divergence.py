@@ -1,7 +1,8 @@
 """The distance of each format from float32: `python bench/divergence.py [MODEL] [FORMAT...]`.
 
 Prints the mean KL divergence of the next token's distribution, and how often both have the same
-likeliest token. The texts are 512 tokens of prose (bench/prose.txt) and of three pages of docs/.
+likeliest token. The texts are 512 tokens of prose (server/text/prose.txt) and of four pages of
+docs/.
 
 With `--shuffled` the hidden and the inner dimensions are in a random order. That is the same model,
 but its groups of inputs are not those of the file. So a file of integers stands in for the floating
@@ -22,12 +23,11 @@ from torch import Tensor
 
 from model import build
 from model.architectures.arch import ArchSpec
-from model.attention.interface import AttentionBatch
-from model.attention.reference import ReferenceAttention
+from model.attention import reference
 from model.cpu.library import CpuLibrary, load_cpu_library
 from model.cpu.ops import CpuOps
 from model.kv.format import float_format
-from model.kv.pool import KVPool
+from model.kv_proof import PagedText
 from model.ops import TorchOps
 from model.weights import load
 from model.weights.interface import WeightSource
@@ -35,15 +35,13 @@ from model.weights.linear import Format
 from model.weights.open import open_weights
 from model.weights.source import ModelSource
 from server.text.load import load_text
+from server.text.prose import PROSE
 
 FORMATS = tuple(one for one in get_args(Format) if one != "none")
-HERE = Path(__file__).parent
-TEXTS = (
-    HERE / "prose.txt",
-    *(
-        HERE.parent / "docs" / f"{name}.md"
-        for name in ("architecture", "operations", "api", "performance")
-    ),
+#: Beside the prose.
+PAGES = tuple(
+    Path(__file__).parents[1] / "docs" / f"{name}.md"
+    for name in ("architecture", "operations", "api", "performance")
 )
 TEXT_TOKENS = 512
 CPU = torch.device("cpu")
@@ -108,23 +106,9 @@ class Model:
 
     def log_probabilities(self, token_ids: Sequence[int]) -> Tensor:
         """Return those of the token after each, `[tokens, vocabulary]`. Keys are float32."""
-        count = len(token_ids)
         spec = self._transformer.attention_spec(float_format(torch.float32))
-        attention = ReferenceAttention(spec, KVPool(spec.layout(count), 1, CPU))
-        positions = torch.arange(count)
-        attention.plan(
-            AttentionBatch(
-                query_starts=torch.tensor([0, count], dtype=torch.int32),
-                seq_lens=torch.tensor([count], dtype=torch.int32),
-                block_table=torch.zeros(1, 1, dtype=torch.int32),
-                positions=positions,
-                kv_slots=positions,
-                max_query_len=count,
-                max_seq_len=count,
-            )
-        )
-        hidden = self._transformer.forward(torch.tensor(token_ids), positions, attention)
-        return self._transformer.logits(hidden).log_softmax(-1)
+        text = PagedText(self._transformer, spec, reference.offer(spec), len(token_ids))
+        return self._transformer.logits(text.append(token_ids)).log_softmax(-1)
 
 
 @torch.inference_mode()
@@ -138,14 +122,13 @@ def main() -> None:
     source = build.resolve_source(arguments.model)
     tokenizer = load_text(source.path).tokenizer
     texts = [
-        tokenizer.encode(path.read_text(), add_special_tokens=False)[:TEXT_TOKENS]
-        for path in TEXTS
-        if path.exists()
+        tokenizer.encode(text, add_special_tokens=False)[:TEXT_TOKENS]
+        for text in (PROSE, *(page.read_text() for page in PAGES))
     ]
     found = load_cpu_library()
     library = None if isinstance(found, str) else found
-    reference = Model(source, "none", library)
-    expected = [reference.log_probabilities(text) for text in texts]
+    exact = Model(source, "none", library)
+    expected = [exact.log_probabilities(text) for text in texts]
     if arguments.shuffled:
         load.open_weights = _open_shuffled  # type: ignore[attr-defined] # a stand-in
     for quantization in arguments.formats:

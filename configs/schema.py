@@ -155,6 +155,12 @@ class CacheSection(Section):
         description="layers whose keys and values stay floats: indices, or sliding_window for"
         " all that have one",
     )
+    kv_quality_bound: float = Field(
+        default=0.1,
+        ge=0,
+        description="refuse a lossy kv_cache_dtype that raises the perplexity of a built-in text by"
+        " more than this share; 0.1: a tenth; inf: no bound",
+    )
     page_size: int | None = Field(
         default=None, ge=1, le=1024, description="tokens a page; default: the backend's own"
     )

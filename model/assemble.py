@@ -6,6 +6,7 @@ Every decision made here is in `ModelInfo`, or a note in it.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,6 +33,7 @@ from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
 from model.kv.format import KV_FORMATS, KVFormat, float_format
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.kv.pool import KVPool
+from model.kv_proof import prove_kv_format
 from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
 from model.sampling.sampler import Sampler
@@ -64,11 +66,15 @@ class _Threads:
 
 
 def assemble(
-    source: ModelSource, config: OctavoConfig, end_token_ids: tuple[int, ...] = ()
+    source: ModelSource,
+    config: OctavoConfig,
+    end_token_ids: tuple[int, ...] = (),
+    proof_token_ids: tuple[int, ...] = (),
 ) -> TorchRunner:
     """Build the runner of `config`. Raises `ValueError` naming the setting at fault.
 
     `end_token_ids`: tokens that end an answer, in addition to the model's config.
+    `proof_token_ids`: a text that proves a lossy format of keys and values; none: no proof.
     """
     threads = _threads(config.model)
     torch.set_num_threads(threads.number)
@@ -88,6 +94,9 @@ def assemble(
     )
     spec = _attention_spec(config.cache, decoder, where.library)
     offer = choose_backend(config.model.attention_backend, spec)
+    if spec.kv_format.coding is not None and proof_token_ids:
+        note = _prove(config, decoder, where.library, (spec, offer), proof_token_ids)
+        where = replace(where, notes=(*where.notes, note))
     plan_of = partial(_plan_pool, config, decoder, spec, offer)
     info_of = partial(_info, source, config, decoder, spec, offer, where, end_token_ids)
     if where.device.type == "cuda":
@@ -192,6 +201,27 @@ def _exact_format(decoder: ServedDecoder, library: CpuLibrary | None) -> KVForma
     return float_format(decoder.attention_dtype)
 
 
+def _prove(
+    config: OctavoConfig,
+    decoder: ServedDecoder,
+    library: CpuLibrary | None,
+    chosen: tuple[AttentionSpec, BackendOffer],
+    token_ids: Sequence[int],
+) -> str:
+    """Return a note on the quality of lossy pages. Raises `ValueError` if it is below the bound."""
+    longest = min(config.model.max_model_len or len(token_ids), decoder.arch.max_positions)
+    # The tokenizer may have more tokens than the model has rows.
+    known = [one % decoder.arch.vocab_size for one in token_ids[:longest]]
+    decoder.hold_positions(len(known))
+    exact = decoder.attention_spec(_exact_format(decoder, library))
+    full = exact, choose_backend("auto", exact)
+    note = prove_kv_format(decoder, full, chosen, known, config.cache.kv_quality_bound)
+    if decoder.device.type == "cuda":
+        # The memory of the proof is free again, also to the measurement that follows.
+        torch.cuda.empty_cache()
+    return note
+
+
 def _plan_pool(
     config: OctavoConfig,
     decoder: ServedDecoder,
@@ -225,6 +255,12 @@ def _view(spec: AttentionSpec) -> View:
     """Return the view of the whole model: without a window if a layer has none."""
     widest = spec.widest_window
     return FULL_VIEW if widest is None else View(window=widest)
+
+
+def _kv_factor(spec: AttentionSpec, plan: PoolPlan) -> float:
+    """Return how many tokens fit, as a multiple of those in 16 bits."""
+    plain = replace(spec, kv_format=KV_FORMATS["bfloat16"], other_formats={}).layout(plan.page_size)
+    return plain.bytes_per_page / plan.bytes_per_page if plan.bytes_per_page else 1.0
 
 
 def _info(
@@ -274,6 +310,7 @@ def _info(
         device=where.device.type,
         attention_backend=offer.name,
         view=_view(spec),
+        kv_factor=_kv_factor(spec, plan),
         notes=tuple(notes),
     )
 

@@ -26,16 +26,20 @@ def resolve_source(model: str) -> ModelSource:
 
 
 def make_runner(
-    source: ModelSource, config: OctavoConfig, end_token_ids: tuple[int, ...] = ()
+    source: ModelSource,
+    config: OctavoConfig,
+    end_token_ids: tuple[int, ...] = (),
+    proof_token_ids: tuple[int, ...] = (),
 ) -> TorchRunner:
     """Load the model and size its pages. Raises `ValueError` that names the setting at fault.
 
     `end_token_ids`: tokens that end an answer, in addition to the model's config.
+    `proof_token_ids`: a text that proves a lossy format of keys and values; none: no proof.
     """
     import_engine()
     from model.assemble import assemble  # noqa: PLC0415 - imports torch, see above
 
-    return assemble(source, config, end_token_ids)
+    return assemble(source, config, end_token_ids, proof_token_ids)
 
 
 def import_engine() -> None:

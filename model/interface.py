@@ -281,6 +281,8 @@ class ModelInfo:
     attention_backend: str
     #: The view of the whole model: windowed only if each layer is.
     view: View = FULL_VIEW
+    #: Tokens that the pages hold, as a multiple of those in 16 bits in the same memory.
+    kv_factor: float = 1.0
     #: On a GPU, the uses of its memory: (name, bytes).
     device_bytes: tuple[tuple[str, int], ...] = ()
     #: Decisions an operator should know: "compiled CPU op not available: no g++; using torch".

@@ -40,6 +40,7 @@ from server.memory import descendants
 from server.start_errors import StartError, UsageError
 from server.structured.checker import GrammarService
 from server.text.load import chosen_template, load_text
+from server.text.prose import prose_token_ids
 from server.text.token_bytes import TextError
 from server.text.tokenizer import Tokenizer
 
@@ -80,7 +81,9 @@ async def _serve(
         raise StartError(str(error)) from error
     for note in text.notes:
         _log.info("note", extra=fields(note=note))
-    make_runner = partial(build.make_runner, source, config, text.tokenizer.eos_token_ids)
+    tokenizer = text.tokenizer
+    proof = prose_token_ids(tokenizer)
+    make_runner = partial(build.make_runner, source, config, tokenizer.eos_token_ids, proof)
     prepare = partial(configure, config.server.log_format)
     client = ProcessClient(make_runner, config.scheduler, prepare=prepare, spawned=spawned)
     lifecycle, grammars = Lifecycle(), GrammarService()
@@ -96,7 +99,7 @@ async def _serve(
     )
     server = _server(app, certificate, config.server.max_connections_per_address)
     try:
-        await _run(config, client, lifecycle, server, listener, text.tokenizer)
+        await _run(config, client, lifecycle, server, listener, tokenizer)
     finally:
         # At the same time: one that hangs must not keep the other alive.
         await asyncio.gather(grammars.close(), client.close())
@@ -253,6 +256,9 @@ def _announce(info: ModelInfo, tokenizer: Tokenizer, url: str) -> None:
             quantization=info.quantization,
             attention=info.attention_backend,
             kv_cache=format_size(kv_bytes),
+            kv_cache_dtype=info.kv_cache_dtype,
+            kv_bytes_per_token=info.kv_bytes_per_token,
+            kv_factor=round(info.kv_factor, 2),
             pages=info.num_pages,
             page_size=info.page_size,
             tokens=num_tokens,

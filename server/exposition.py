@@ -183,6 +183,17 @@ def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[M
         {state: count * page_bytes for state, count in pages.items()},
         "state",
     )
+    capacity_tokens = cache.pages_total * info.page_size if info else 0
+    yield from page.gauge(
+        "kv_tokens_capacity", "tokens that fit at one time", {(): capacity_tokens}
+    )
+    if info:
+        yield from page.gauge(
+            "kv_bytes_per_token",
+            "keys and values of a token in all layers, by their format",
+            {(info.kv_cache_dtype,): info.kv_bytes_per_token},
+            "format",
+        )
     weights_bytes = info.weights_bytes if info else 0
     yield from page.gauge("model_weights_bytes", "the model's weights", {(): weights_bytes})
     if info and info.device_bytes:

@@ -37,6 +37,8 @@ PROMISED = {
     "iteration_tokens_bucket",
     "kv_cache_bytes",
     "kv_cache_pages",
+    "kv_tokens_capacity",
+    "kv_bytes_per_token",
     "model_weights_bytes",
     "process_resident_memory_bytes",
 }

@@ -168,7 +168,7 @@ def test_every_line_has_the_format_and_says_what_an_operator_needs(
     start_tiny: Callable[..., Any],
 ) -> None:
     flags = ("--log-format", "json", "--api-key", "sesame", "--served-model-name", _LONG_NAME)
-    with start_tiny(*flags) as daemon:
+    with start_tiny(*flags, "--kv-cache-dtype", "int8") as daemon:
         body = {"prompt": "x", "max_tokens": 10_000, "ignore_eos": True, "stream": True}
         headers = {"Authorization": "Bearer sesame"}
         url = f"{daemon.url}/v1/completions"
@@ -185,12 +185,18 @@ def test_every_line_has_the_format_and_says_what_an_operator_needs(
     starting = by_event["starting"]
     assert set(starting) - {"time", "level", "event", "version"} == {
         *("model", "port", "log_format", "api_key", "served_model_name", "kv_cache_memory"),
-        "weights_cache",
+        *("weights_cache", "kv_cache_dtype"),
     }
     assert starting["api_key"] == ["***"]
     assert by_event["loading"]["model"] == starting["model"]
     assert by_event["draining"]["hint"] == "press Ctrl-C again to stop at once"
     assert by_event["draining"]["running"] == 1
+    notes = [line["note"] for line in logged if line["event"] == "note"]
+    assert any("int8: perplexity" in note and "511 built-in tokens" in note for note in notes)
+    ready = by_event["ready"]
+    # Two heads of 16 elements and a scale each, twice, in two layers.
+    assert (ready["kv_cache_dtype"], ready["kv_bytes_per_token"]) == ("int8", 2 * 2 * 2 * 18)
+    assert ready["kv_factor"] == round(32 / 18, 2)
     assert {line["level"] for line in logged} <= {"INFO", "WARNING"}
     assert "sesame" not in "".join(daemon.log)
 

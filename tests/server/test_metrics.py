@@ -65,6 +65,7 @@ SERIES = [
     'kv_cache_pages{state="private"}',
     'kv_cache_pages{state="cached"}',
     'kv_cache_pages{state="leased"}',
+    "kv_tokens_capacity",
     "model_weights_bytes",
     'process_resident_memory_bytes{process="api"}',
     'process_resident_memory_bytes{process="engine"}',
@@ -232,6 +233,8 @@ def test_the_engines_snapshot_is_shown(scripted: Callable[..., Any]) -> None:
     assert live.metric("octavo_kv_cache_usage_perc") == pytest.approx(0.3)
     assert live.metric('octavo_kv_cache_pages{state="leased"}') == 2
     assert live.metric('octavo_kv_cache_bytes{state="cached"}') == 5 * 4 * 4
+    assert live.metric("octavo_kv_tokens_capacity") == 10 * 4
+    assert live.metric('octavo_kv_bytes_per_token{format="int"}') == 4
     assert live.metric("octavo_iteration_tokens_sum") == 100
 
     assert "cuda_memory_bytes" not in live.http.get("/metrics").text

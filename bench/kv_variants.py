@@ -1,0 +1,119 @@
+"""Formats and views of keys and values, measured on a decoder with exact weights.
+
+For `bench/quality.py` and `bench/needle.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cache.view import FULL_VIEW, View
+from configs.schema import ModelSection
+from model import build
+from model.architectures.transformer import ServedDecoder
+from model.attention.registry import choose_backend
+from model.cpu.library import load_cpu_library
+from model.cpu.ops import CpuOps
+from model.implementation import build_decoder
+from model.kv.format import KV_FORMATS
+from model.kv_proof import PagedText
+from model.ops import TorchOps
+
+#: Tokens of a step: a chunk, as the server has it.
+STEP_TOKENS = 512
+#: The reference of the others.
+FULL_FORMAT = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A format of the pages, and the view in which they are read."""
+
+    kv_format: str
+    view: View = FULL_VIEW
+
+    def __str__(self) -> str:
+        if self.view == FULL_VIEW:
+            return self.kv_format
+        return f"{self.kv_format} window:{self.view.window}"
+
+
+class Pages:
+    """A decoder whose keys and values are kept in one variant."""
+
+    def __init__(self, decoder: ServedDecoder, variant: Variant, backend: str) -> None:
+        """Raises `ValueError` if the attention backend does not have the variant."""
+        spec = decoder.attention_spec(KV_FORMATS[variant.kv_format])
+        if (window := variant.view.window) is not None:
+            # To attention, a view's window is one of each layer.
+            spec = replace(spec, windows=tuple(min(own or window, window) for own in spec.windows))
+        self._decoder, self._spec = decoder, spec
+        self._offer = choose_backend(backend, spec)
+
+    @property
+    def bytes_per_token(self) -> int:
+        layout = self._spec.layout(self._offer.default_page_size)
+        return layout.bytes_per_page // layout.page_size
+
+    @property
+    def backend(self) -> str:
+        return self._offer.name
+
+    def text(self, max_tokens: int) -> PagedText:
+        return PagedText(self._decoder, self._spec, self._offer, max_tokens)
+
+
+def append(text: PagedText, token_ids: Sequence[int]) -> Tensor:
+    """Compute tokens in steps of the server's size; return their hidden states."""
+    starts = range(0, len(token_ids), STEP_TOKENS)
+    return torch.cat([text.append(token_ids[at : at + STEP_TOKENS]) for at in starts])
+
+
+def exact_decoder(model: str, quantization: str) -> ServedDecoder:
+    """Load a model on the CPU with activations in float32."""
+    found = load_cpu_library()
+    library = None if isinstance(found, str) else found
+    return build_decoder(
+        build.resolve_source(model),
+        ModelSection(model=model, quantization=quantization),  # type: ignore[arg-type] # parsed
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        ops=CpuOps(library) if library else TorchOps(),
+        tiles=library,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of both scripts."""
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--kv", type=_formats, metavar="FORMAT[,FORMAT]", help="formats of pages")
+    parser.add_argument("--view", type=_view, metavar="window:TOKENS", help="of all formats")
+    parser.add_argument("--quantization", default="none", help="of the weights (none: float32)")
+    parser.add_argument("--attention-backend", default="auto")
+
+
+def variants(arguments: argparse.Namespace) -> list[Variant]:
+    """Return the variants of the command line; the reference is not among them."""
+    kv_formats: list[str] = arguments.kv or []
+    if arguments.view is None:
+        return [Variant(kv_format) for kv_format in kv_formats if kv_format != FULL_FORMAT]
+    return [Variant(kv_format, arguments.view) for kv_format in kv_formats or [FULL_FORMAT]]
+
+
+def _formats(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in KV_FORMATS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(KV_FORMATS)}")
+    return names
+
+
+def _view(text: str) -> View:
+    kind, _, tokens = text.partition(":")
+    if kind != "window" or not tokens.isdecimal() or int(tokens) < 1:
+        raise argparse.ArgumentTypeError(f"a view is window:TOKENS, got {text!r}")
+    return View(window=int(tokens))
