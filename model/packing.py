@@ -88,6 +88,11 @@ class PackedStep:
     max_seq_len: int
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens, padding included."""
+        return len(self.token_ids)
+
+    @property
     def num_rows(self) -> int:
         """Rows, padding included."""
         return len(self.seq_lens)
@@ -97,20 +102,26 @@ class PackedStep:
         """Whether each row has one token."""
         return self.max_query_len == 1
 
-    def padded(self, num_rows: int, scratch_page: int, page_size: int) -> PackedStep:
-        """Add rows of one token to a decode; they write to `scratch_page` and read it alone."""
-        missing = num_rows - self.num_rows
-        assert self.is_decode, "rows of several tokens are not padded"
-        assert missing >= 0, f"{self.num_rows} rows for a place of {num_rows}"
+    def padded(
+        self, num_tokens: int, num_rows: int, scratch_page: int, page_size: int
+    ) -> PackedStep:
+        """Add rows of one token, while there are tokens, then rows of none, then tokens of no row.
+
+        All of them write to `scratch_page` and read it alone.
+        """
+        missing, missing_rows = num_tokens - self.num_tokens, num_rows - self.num_rows
+        assert missing >= 0, f"{self.num_tokens} tokens for a place of {num_tokens}"
+        assert missing_rows >= 0, f"{self.num_rows} rows for a place of {num_rows}"
         zeros = np.zeros(missing, np.int64)
-        table = np.pad(self.block_table, ((0, missing), (0, 0)), constant_values=scratch_page)
+        starts = self.num_tokens + np.arange(1, missing_rows + 1, dtype=np.int32)
+        table = np.pad(self.block_table, ((0, missing_rows), (0, 0)), constant_values=scratch_page)
         return replace(
             self,
             token_ids=np.concatenate([self.token_ids, zeros]),
             positions=np.concatenate([self.positions, zeros]),
             kv_slots=np.concatenate([self.kv_slots, zeros + scratch_page * page_size]),
-            query_starts=np.arange(num_rows + 1, dtype=np.int32),
-            seq_lens=np.concatenate([self.seq_lens, np.ones(missing, np.int32)]),
+            query_starts=np.concatenate([self.query_starts, np.minimum(starts, num_tokens)]),
+            seq_lens=np.concatenate([self.seq_lens, np.ones(missing_rows, np.int32)]),
             block_table=table,
         )
 

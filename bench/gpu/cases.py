@@ -30,8 +30,11 @@ class Sizes:
     copy_bytes: int
     #: Of square matrices.
     matrix_rows: int
-    #: For the attention of decodes: rows, keys of each; of a prompt: tokens, a step's most too.
+    #: For the attention of decodes, of drafts, and of decodes from codes: rows, keys of each; of a
+    #: prompt: tokens, a step's most too.
     decodes: tuple[tuple[int, int], ...]
+    drafts: tuple[tuple[int, int], ...]
+    coded: tuple[tuple[int, int], ...]
     prompt_tokens: int
     #: Through the engine: prompts' lengths; rows that decode, each after so many tokens; steps.
     prompts: tuple[int, ...]
@@ -106,6 +109,8 @@ ON_GPU = Case(
         copy_bytes=2**31,
         matrix_rows=8192,
         decodes=((1, 1024), (1, 8192), (8, 1024), (64, 1024), (64, 4096), (256, 1024)),
+        drafts=((1, 8192), (8, 1024), (32, 1024)),
+        coded=((1, 8192), (64, 1024), (64, 4096)),
         prompt_tokens=8192,
         prompts=(1024, 8191),
         rows=(1, 8, 64, 256),
@@ -124,6 +129,8 @@ REHEARSAL = Case(
         copy_bytes=2**22,
         matrix_rows=256,
         decodes=((1, 64), (4, 64)),
+        drafts=((2, 64),),
+        coded=((2, 64),),
         prompt_tokens=128,
         prompts=(32, 100),
         rows=(1, 4),

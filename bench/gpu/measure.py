@@ -32,7 +32,7 @@ from cases import Case, Limits, case_of, seconds
 
 from configs.schema import ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.attention.interface import AttentionBatch, AttentionSpec, PagedAttention
+from model.attention.interface import FEW_QUERIES, AttentionBatch, AttentionSpec, PagedAttention
 from model.attention.registry import choose_backend
 from model.interface import (
     Constraint,
@@ -44,7 +44,7 @@ from model.interface import (
     StepOutput,
     Vocabulary,
 )
-from model.kv.format import float_format
+from model.kv.format import CODED_FORMATS, KVFormat, KVLayout, float_format
 from model.kv.pool import KVPool
 from scheduler.engine import Engine
 from scheduler.messages import GenerateRequest, Submit
@@ -78,14 +78,21 @@ class Report:
         print(f"{what}: FAILED: {why}", flush=True)
 
 
-def attention(case: Case, name: str, rows: int, context: int, queries: int) -> tuple[float, int]:
+def attention(
+    case: Case,
+    name: str,
+    rows: int,
+    context: int,
+    queries: int,
+    kv_format: KVFormat | None = None,
+) -> tuple[float, int]:
     """Time a backend over layers too many for the cache to hold: (seconds, bytes it must read)."""
     device, dtype = case.device, case.dtype
     heads, kv_heads, head_dim = case.heads
-    num_bytes = rows * context * case.kv_token_bytes
+    stored = kv_format or float_format(dtype)
+    num_bytes = rows * context * KVLayout(1, kv_heads, head_dim, 1, stored).bytes_per_page
     layers = max(1, min(case.layers, 2**28 // num_bytes))
     windows = (None,) * layers
-    stored = float_format(dtype)
     spec = AttentionSpec(
         layers, heads, kv_heads, head_dim, head_dim**-0.5, windows, dtype, stored, device
     )
@@ -124,11 +131,21 @@ def attention(case: Case, name: str, rows: int, context: int, queries: int) -> t
 
 
 def measure_attention(report: Report) -> None:
-    """Compare decodes with a copy, and prompts with a matrix product."""
+    """Compare decodes and drafts with a copy, and prompts with a matrix product."""
     case, limits = report.case, report.limits
     for name, (rows, context) in product(case.backends, case.sizes.decodes):
         with report.finding(f"decode attention, {name}, {rows} x {context}") as what:
             taken_s, num_bytes = attention(case, name, rows, context, 1)
+            share = num_bytes / taken_s / limits.copy_bytes_per_s
+            report.add(what, taken_s * 1e6, "us a layer", share=share)
+    for name, (rows, context) in product(case.backends, case.sizes.drafts):
+        with report.finding(f"draft attention, {name}, {rows} x {context}, 8 queries") as what:
+            taken_s, num_bytes = attention(case, name, rows, context, FEW_QUERIES)
+            share = num_bytes / taken_s / limits.copy_bytes_per_s
+            report.add(what, taken_s * 1e6, "us a layer", share=share)
+    for kv_format, (rows, context) in product(CODED_FORMATS, case.sizes.coded):
+        with report.finding(f"decode attention, {kv_format.name} pages, {rows} x {context}") as what:
+            taken_s, num_bytes = attention(case, case.backends[-1], rows, context, 1, kv_format)
             share = num_bytes / taken_s / limits.copy_bytes_per_s
             report.add(what, taken_s * 1e6, "us a layer", share=share)
     tokens = case.sizes.prompt_tokens

@@ -1,6 +1,6 @@
 """Checks the code for CUDA on a GPU: kernels, operations, and the same tokens as on a CPU.
 
-`python bench/gpu/prove.py`: one line a check, exit status 1 if one fails. Takes a minute.
+`python bench/gpu/prove.py`: one line a check, exit status 1 if one fails. Takes a minute or two.
 `--device cpu` rehearses it without a GPU: see `cases.py`.
 
 Two runs give the same tokens only if their steps have the same rows. Products of other numbers of
@@ -17,7 +17,8 @@ import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,13 +30,13 @@ from cases import REHEARSAL, Case, case_of
 
 from configs.schema import ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.attention.interface import AttentionBackend, AttentionBatch, AttentionSpec
+from model.attention.interface import FEW_QUERIES, AttentionBackend, AttentionBatch, AttentionSpec
 from model.attention.reference import ReferenceAttention
 from model.attention.registry import choose_backend
 from model.cuda.coded_linear import pack_codes
 from model.cuda.ops import GpuOps
 from model.interface import SamplingParams
-from model.kv.format import float_format
+from model.kv.format import CODED_FORMATS, KVFormat, float_format
 from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 from model.weights.checkpoints.coded_matrix import CodedMatrix
@@ -47,6 +48,8 @@ BF16 = torch.bfloat16
 #: Relative to the largest value, for bfloat16 operands.
 TOLERANCE = 2e-2
 DECODES = ((1, 1), (1, 64), (1, 65), (1, 1000), (1, 5003))
+#: Rows of a token and its draft.
+DRAFTS = ((8, 8), (3, 64), (1, 65), (5, 1000), (8, 5003))
 MIXED = ((1, 300), (1, 17), (200, 200), (129, 700), (2, 64))
 #: The model whose tokens are compared.
 TINY = REHEARSAL.path
@@ -56,11 +59,17 @@ class Scene:
     """A pool with a past, and a step over it, on two devices."""
 
     def __init__(
-        self, rows: tuple[tuple[int, int], ...], head_dim: int, page_size: int, window: int | None
+        self,
+        rows: tuple[tuple[int, int], ...],
+        head_dim: int,
+        page_size: int,
+        window: int | None = None,
+        kv_format: KVFormat | None = None,
     ) -> None:
+        """`kv_format`: of the pages; None: the floats of queries."""
         generator = torch.Generator().manual_seed(0)
         self.heads, self.kv_heads, self.head_dim = 8, 2, head_dim
-        self.window, self.page_size = window, page_size
+        self.window, self.page_size, self.kv_format = window, page_size, kv_format
         needs = [-(-end // page_size) for _, end in rows]
         pages = torch.randperm(sum(needs) + 1, generator=generator).int()
         table = torch.full((len(rows), max(needs)), int(pages[-1]), dtype=torch.int32)
@@ -81,18 +90,21 @@ class Scene:
         positions = torch.cat([torch.arange(end - count, end) for count, end in rows])
         self.parts = starts, lens, table, positions, longest
 
-    def wanted(self) -> Tensor:
-        """Return the expected result, in float64 on the CPU."""
-        spec, pool, batch = self._on(CPU, torch.float64)
+    @cached_property
+    def wanted(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the expected result, in float64 on the CPU, and the bytes of the pages."""
+        spec, pool, batch = self.on(CPU, torch.float64)
         backend = ReferenceAttention(spec, pool, torch.float64)
         backend.plan(batch)
-        return backend.attend(0, *self._split(CPU, torch.float64))
+        return backend.attend(0, *self.split(CPU, torch.float64)), stored_bytes(pool)
 
-    def found(self, name: str, case: Case, *, is_recorded: bool = False) -> Tensor:
-        """Return the result of a backend, as float64 on the CPU."""
-        spec, pool, batch = self._on(case.device, BF16)
+    def found(
+        self, name: str, case: Case, *, is_recorded: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the result of a backend, as float64 on the CPU, and the bytes of the pages."""
+        spec, pool, batch = self.on(case.device, BF16)
         backend: AttentionBackend = choose_backend(name, spec).build(spec, pool)
-        q, k, v = self._split(case.device, BF16)
+        q, k, v = self.split(case.device, BF16)
 
         def compute() -> Tensor:
             backend.plan(batch)
@@ -101,22 +113,25 @@ class Scene:
         if is_recorded:
             replay = case.record()(compute)
             replay().zero_()
-            return replay().cpu().double()
-        return compute().cpu().double()
+            return replay().cpu().double(), stored_bytes(pool)
+        return compute().cpu().double(), stored_bytes(pool)
 
-    def _split(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the step's queries, keys and values."""
         q, k, v = self.qkv.to(device, dtype).split((8, 2, 2), dim=1)  # type: ignore[no-untyped-call] # torch's
         return q, k, v
 
-    def _on(
+    def on(
         self, device: torch.device, dtype: torch.dtype
     ) -> tuple[AttentionSpec, KVPool, AttentionBatch]:
+        """Return the model, the pages with the past, and the step, on a device."""
         scale, windows = self.head_dim**-0.5, (self.window,)
-        heads, stored = (self.heads, self.kv_heads, self.head_dim), float_format(dtype)
+        heads = self.heads, self.kv_heads, self.head_dim
+        stored = self.kv_format or float_format(dtype)
         spec = AttentionSpec(1, *heads, scale, windows, dtype, stored, device)
         pool = KVPool(spec.layout(self.page_size), self.past.shape[1], device)
-        for plane, past in zip(pool.pages(0)[:2], self.past, strict=True):
-            plane.copy_(past)
+        slots = torch.arange(pool.num_pages * self.page_size, device=device)
+        pool.store(0, slots, *self.past.flatten(1, 2).to(device))
         starts, lens, table, positions, longest = self.parts
         batch = AttentionBatch(
             query_starts=starts.to(device),
@@ -130,6 +145,12 @@ class Scene:
         return spec, pool, batch
 
 
+def stored_bytes(pool: KVPool) -> list[Tensor]:
+    """Return the bytes of codes and scales, on the CPU."""
+    keys, values, scales = pool.pages(0)
+    return [plane.cpu().view(torch.uint8) for plane in (keys, values, *scales)]
+
+
 def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> str:
     """Describe the error relative to the largest value; raise if it is too large."""
     error = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
@@ -141,20 +162,65 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> str:
 
 def attention_checks(case: Case) -> Iterator[tuple[str, Callable[[], str]]]:
     """Yield checks of each backend, at sizes for all of its paths, also replayed from a graph."""
-    variants = itertools.product(case.backends, (64, 128), case.pages, (None, 100))
-    for name, head_dim, page_size, window in variants:
-        for kind, rows in (("decode", DECODES), ("mixed", MIXED)):
-            scene = Scene(rows, head_dim, page_size, window)
+    kinds = (("decode", DECODES), ("draft", DRAFTS), ("mixed", MIXED))
+    variants = itertools.product(kinds, (64, 128), case.pages, (None, 100))
+    for (kind, rows), head_dim, page_size, window in variants:
+        scene = Scene(rows, head_dim, page_size, window)
+        for name in case.backends:
 
             def check(scene: Scene = scene, name: str = name, kind: str = kind) -> str:
-                wanted = scene.wanted()
-                results = close(scene.found(name, case), wanted)
-                if kind == "decode":
-                    replayed = scene.found(name, case, is_recorded=True)
-                    results += "; replayed " + close(replayed, wanted)
+                results = close(scene.found(name, case)[0], scene.wanted[0])
+                if kind != "mixed":
+                    replayed, _ = scene.found(name, case, is_recorded=True)
+                    results += "; replayed " + close(replayed, scene.wanted[0])
                 return results
 
             yield f"attention {name} {kind} head {head_dim} page {page_size} window {window}", check
+
+
+def format_checks(case: Case) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield checks of pages of codes: the bytes of the oracle, and results from them."""
+    kinds = (("draft", DRAFTS), ("mixed", MIXED))
+    for kv_format, (kind, rows) in itertools.product(CODED_FORMATS, kinds):
+        scene = Scene(rows, 128, 16, kv_format=kv_format)
+
+        def check(scene: Scene = scene) -> str:
+            result, planes = scene.found(case.backends[-1], case)
+            wanted, wanted_planes = scene.wanted
+            for plane, one in zip(planes, wanted_planes, strict=True):
+                if num_wrong := int((plane != one).sum()):
+                    raise AssertionError(f"{num_wrong} of {plane.numel()} bytes differ")
+            return close(result, wanted) + "; bytes equal"
+
+        yield f"pages of {kv_format.name} {kind}", check
+
+
+def check_rows(case: Case) -> str:
+    """Check that in Triton's kernels a query has the same bits alone and in a row of several."""
+    num_rows, end = 8, 5003
+    scene = Scene(((FEW_QUERIES, end),) * num_rows, 128, 16, None)
+    spec, pool, batch = scene.on(case.device, BF16)
+    backend = choose_backend(case.backends[-1], spec).build(spec, pool)
+    q, k, v = scene.split(case.device, BF16)
+    backend.plan(batch)
+    together = backend.attend(0, q, k, v).view(num_rows, FEW_QUERIES, -1)
+    for place in range(FEW_QUERIES):
+        mine = slice(place, None, FEW_QUERIES)
+        # As in a graph, the longest row stays the same, and with it the number of splits.
+        alone = replace(
+            batch,
+            query_starts=batch.query_starts // FEW_QUERIES,
+            seq_lens=batch.seq_lens - (FEW_QUERIES - 1 - place),
+            positions=batch.positions[mine],
+            kv_slots=batch.kv_slots[mine],
+            max_query_len=1,
+        )
+        backend.plan(alone)
+        found = backend.attend(0, q[mine], k[mine], v[mine])
+        if case.device.type == "cuda" and not torch.equal(found, together[:, place]):
+            raise AssertionError(f"query {place} of a row differs")
+        close(found, together[:, place])
+    return "to the bit"
 
 
 def check_ops(case: Case) -> str:
@@ -209,7 +275,7 @@ def check_codes(case: Case) -> str:
     return ", ".join(results)
 
 
-def tokens_of(device: str, backend: str) -> list[list[int]]:
+def tokens_of(device: str, backend: str, speculation: str = "none") -> list[list[int]]:
     """Return the answers of a small model in float32 to concurrent requests.
 
     The clock advances at each reading, so that the steps do not depend on the machine's load.
@@ -223,7 +289,14 @@ def tokens_of(device: str, backend: str) -> list[list[int]]:
                 "attention_backend": backend,
             }
         ),
-        scheduler=SchedulerSection(max_num_seqs=9, max_num_batched_tokens=64, debug=True),
+        scheduler=SchedulerSection.model_validate(
+            {
+                "max_num_seqs": 9,
+                "max_num_batched_tokens": 64,
+                "speculation": speculation,
+                "debug": True,
+            }
+        ),
     )
     runner = build.make_runner(build.resolve_source(f"dummy:{TINY}"), config)
     ticks = itertools.count(1.0)
@@ -251,18 +324,21 @@ def tokens_of(device: str, backend: str) -> list[list[int]]:
 
 
 def check_tokens(case: Case) -> str:
-    """Check that graphs, padding, overlap and sampling give the tokens of a CPU."""
+    """Check that graphs, padding, overlap, drafts and sampling give the tokens of a CPU."""
     # In float32, which the last of them can do.
     device, backend = case.device.type, case.backends[-1]
     wanted, found = tokens_of("cpu", "reference"), tokens_of(device, backend)
-    same = sum(a == b for a, b in zip(wanted, found, strict=True))
-    firsts = sum(a[0] == b[0] for a, b in zip(wanted, found, strict=True))
     if found != tokens_of(device, backend):
         raise AssertionError("a second run gives other tokens")
-    # Sums in another order may turn a near tie: a mistake would turn nearly all.
-    if firsts < 8 or same < 7:
-        raise AssertionError(f"{same} of 9 requests alike, {firsts} of their first tokens")
-    return f"{same} of 9 requests alike"
+    results = []
+    for name, tokens in (("", found), ("with drafts ", tokens_of(device, backend, "auto"))):
+        same = sum(a == b for a, b in zip(wanted, tokens, strict=True))
+        firsts = sum(a[0] == b[0] for a, b in zip(wanted, tokens, strict=True))
+        results.append(f"{name}{same} of 9 requests alike")
+        # Sums in another order may turn a near tie: a mistake would turn nearly all.
+        if firsts < 8 or same < 7:
+            raise AssertionError(f"{results[-1]}, {firsts} of their first tokens")
+    return ", ".join(results)
 
 
 def main() -> int:
@@ -273,6 +349,8 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     checks: list[tuple[str, Callable[[], str]]] = [
         *attention_checks(case),
+        *format_checks(case),
+        ("rows", partial(check_rows, case)),
         ("operations", partial(check_ops, case)),
         ("codes", partial(check_codes, case)),
         ("tokens", partial(check_tokens, case)),

@@ -57,7 +57,7 @@ if [[ $device == cpu ]]; then
     part dtypes 60 python3 $here/dtypes.py
 fi
 
-part proof 120 python3 $here/prove.py --device $device
+part proof 140 python3 $here/prove.py --device $device
 part measure 200 python3 $here/measure.py "$out" --device $device --commit "$commit" --budget-s 150
 
 # Through HTTP: the real daemon, one stream and many, each with a prompt before it.

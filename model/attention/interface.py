@@ -16,6 +16,9 @@ from torch import Tensor
 from model.kv.format import FLOAT_FORMATS, KVFormat, KVLayout, LayerPages
 from model.kv.pool import KVPool
 
+#: Queries of a row that is computed like a decode, at most: its newest token and a draft behind it.
+FEW_QUERIES = 8
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
@@ -76,6 +79,9 @@ class AttentionBatch:
     once a sequence has dropped keys, so a backend never derives a position from a length. Row i's
     queries have the last indices below `seq_lens[i]`, and read no key before the window of the
     first of them: pages behind it may hold anything, NaN included.
+
+    A recorded step may have rows without a query, and tokens behind those of the last row: nothing
+    reads their results, but their keys are stored.
 
     Tensors are on the model's device; int32 but for `positions` and `kv_slots` (int64).
     """
@@ -145,8 +151,12 @@ class PagedAttention(ABC):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `AttentionBackend`."""
-        self._pool.store(layer, self.kv_slots, k, v)
+        self.store(layer, k, v)
         return self.read(layer, q)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write k and v, as of `attend`, to their pages."""
+        self._pool.store(layer, self.kv_slots, k, v)
 
     @abstractmethod
     def read(self, layer: int, q: Tensor) -> Tensor:

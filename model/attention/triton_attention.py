@@ -12,17 +12,27 @@ import os
 import torch
 from torch import Tensor
 
-from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer, PagedAttention
+from model.attention.interface import (
+    FEW_QUERIES,
+    AttentionBatch,
+    AttentionSpec,
+    BackendOffer,
+    PagedAttention,
+)
 from model.cuda.ops import power_of_two, why_not_ampere
 from model.extras import why_missing
+from model.kv.codes import hadamard
+from model.kv.format import KV_FORMATS
 from model.kv.pool import KVPool
 
 _MAX_HEAD_DIM = 256
 #: Keys a program takes at a time.
 _TILE = 64
-#: Queries a program takes at a time, at most. `tl.dot` takes no fewer than 16 rows.
+#: Queries of a prompt that a program takes at a time, at most.
 _MAX_QUERIES = 128
-_MIN_ROWS = 16
+#: Pairs of a query and a head that a program of a decode takes at a time. `tl.dot` takes no fewer
+#: than 16 rows; from 64 on a Hopper multiplies by other instructions, whose sums have another order.
+_MIN_LANES, _MAX_LANES = 16, 32
 #: Programs a multiprocessor should have to choose from, so that loads overlap.
 _PROGRAMS_EACH = 4
 _MAX_SPLITS = 64
@@ -44,18 +54,28 @@ def num_splits(num_programs: int, num_processors: int, max_seq_len: int) -> int:
 
 
 class TritonAttention(PagedAttention):
-    """See `PagedAttention`."""
+    """See `PagedAttention`.
+
+    A row of at most `FEW_QUERIES` queries goes through the decode kernel, a longer one through that of
+    prompts: its number of queries alone decides. In the decode kernel the result of a query is the
+    same to the bit for any number of queries in its row, if the number of splits is: that depends on
+    the number of rows and the length of the longest. Between the kernels, and between numbers of
+    splits, results differ by rounding.
+    """
 
     name = "triton"
 
     def __init__(self, spec: AttentionSpec, pool: KVPool) -> None:
         # Not at the top of the file: a machine without triton can still load the registry.
-        from model.attention import triton_kernels  # noqa: PLC0415 - see above
+        from model.attention import triton_codes, triton_kernels  # noqa: PLC0415 - see above
 
         super().__init__(spec, pool)
         self._kernels = triton_kernels
+        self._store_kernel = triton_codes.store_kernel
+        #: Turns queries to meet the rotated keys of "int4", and its results back.
+        self._rotation = hadamard(torch.eye(spec.head_dim)).to(spec.device, spec.dtype)
         self._scratch: tuple[Tensor, Tensor] | None = None
-        self._num_splits = 1
+        self._num_splits = self._queries = 1
         is_cuda = spec.device.type == "cuda"
         self._num_processors = (
             torch.cuda.get_device_properties(spec.device).multi_processor_count
@@ -64,7 +84,7 @@ class TritonAttention(PagedAttention):
         )
         # In the interpreter a product of bfloat16 operands is garbage.
         is_wide = not is_cuda or spec.dtype == torch.float32
-        self._dot_dtype = _triton_dtype(torch.float32 if is_wide else spec.dtype)
+        self._dot_dtype = torch.float32 if is_wide else spec.dtype
         # Keys and values of as many tiles must fit into shared memory at a time.
         row_bytes = power_of_two(spec.head_dim) * (4 if is_wide else 2)
         self._num_stages = 3 if row_bytes <= 256 else 2
@@ -76,24 +96,71 @@ class TritonAttention(PagedAttention):
         self._num_splits = num_splits(
             rows * spec.num_kv_heads, self._num_processors, batch.max_seq_len
         )
+        self._queries = min(power_of_two(batch.max_query_len), FEW_QUERIES)
         self._scratch = None
         if self._num_splits > 1:
-            shape = rows, spec.num_heads, self._num_splits
+            shape = rows, self._queries, spec.num_heads, self._num_splits
             partial = torch.empty(*shape, spec.head_dim, device=spec.device)
             self._scratch = partial, torch.empty(shape, device=spec.device)
 
     def read(self, layer: int, q: Tensor) -> Tensor:
         """See `PagedAttention`."""
         batch, spec = self._batch, self._spec
+        is_rotated = self._kind(layer) == "int4"
+        if is_rotated:
+            q = q @ self._rotation
         out = torch.empty(len(q), spec.num_heads * spec.head_dim, dtype=q.dtype, device=q.device)
-        if batch.max_query_len > 1:
+        has_prompts = batch.max_query_len > FEW_QUERIES
+        if has_prompts:
             self._read_prompts(layer, q, batch, out)
         # Each kernel skips the other's rows: the host does not have the rows' lengths.
-        if batch.max_query_len == 1 or len(batch.seq_lens) > 1:
+        if not has_prompts or len(batch.seq_lens) > 1:
             self._read_decodes(layer, q, batch, out)
-        return out
+        return (out.view_as(q) @ self._rotation).flatten(1) if is_rotated else out
 
-    def _shared_arguments(self, layer: int, q: Tensor, keys: Tensor) -> tuple[object, ...]:
+    def _kind(self, layer: int) -> str:
+        """Return the kind of a layer's pages, as the kernels name it."""
+        kv_format = self._pool.layout.format_of(layer)
+        return kv_format.name if kv_format.coding else "floats"
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """See `PagedAttention`."""
+        kind = self._kind(layer)
+        if kind == "floats":
+            super().store(layer, k, v)
+            return
+        tokens, heads, head_dim = k.shape
+        # The same blocks as in `hadamard`.
+        block = head_dim & -head_dim
+        self._store_kernel[(tokens, heads, 2)](
+            k,
+            v,
+            self.kv_slots,
+            *self._planes(layer),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            HEAD_DIM=head_dim,
+            DIM_BLOCK=power_of_two(head_dim),
+            KIND=kind,
+            STAGES=block.bit_length() - 1,
+            FACTOR=block**-0.5,
+            num_warps=1,
+            # A fused product and sum rounds once where the definition rounds twice.
+            enable_fp_fusion=False,
+        )
+
+    def _planes(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return keys, values and their scales; placeholders where there are none."""
+        keys, values, scales = self.pages(layer)
+        if not scales:
+            return keys, values, keys, values
+        if keys.dtype == torch.float8_e4m3fn:
+            keys, values = keys.view(torch.uint8), values.view(torch.uint8)
+        return keys, values, scales[0].view(torch.int16), scales[1].view(torch.int16)
+
+    def _shared_arguments(self, layer: int, q: Tensor) -> tuple[object, ...]:
         """Return the arguments from `table_ptr` to `table_stride`, which both kernels take."""
         batch, spec = self._batch, self._spec
         return (
@@ -104,58 +171,65 @@ class TritonAttention(PagedAttention):
             spec.windows[layer] or _NO_WINDOW,
             q.stride(0),
             q.stride(1),
-            keys.stride(1),
+            self.pages(layer).keys.stride(1),
             batch.block_table.stride(0),
         )
 
+    def _shared_constants(self, layer: int) -> dict[str, object]:
+        """Return the constants of both kernels."""
+        spec, kind = self._spec, self._kind(layer)
+        # Weights times scales may be too small for float16; codes are exact in bfloat16, too.
+        is_narrow = kind != "floats" and self._dot_dtype == torch.float16
+        return {
+            "GROUP": spec.num_heads // spec.num_kv_heads,
+            "HEAD_DIM": spec.head_dim,
+            "DIM_BLOCK": power_of_two(spec.head_dim),
+            "PAGE_SIZE": self._pool.layout.page_size,
+            "TILE": _TILE,
+            "KIND": kind,
+            "DOT_DTYPE": _triton_dtype(self._dot_dtype),
+            "WEIGHT_DTYPE": _triton_dtype(torch.bfloat16 if is_narrow else self._dot_dtype),
+        }
+
     def _read_decodes(self, layer: int, q: Tensor, batch: AttentionBatch, out: Tensor) -> None:
         spec, kernels, rows = self._spec, self._kernels, len(batch.seq_lens)
-        keys, values, _ = self.pages(layer)
         group = spec.num_heads // spec.num_kv_heads
+        lanes = min(max(power_of_two(self._queries * group), _MIN_LANES), _MAX_LANES)
+        blocks = -(-self._queries * group // lanes)
         # One split writes no partial results.
         partial, lse = self._scratch or (out, out)
-        shape = {"HEAD_DIM": spec.head_dim, "DIM_BLOCK": power_of_two(spec.head_dim)}
-        kernels.decode_kernel[(rows, spec.num_kv_heads, self._num_splits)](
+        shape = {"QUERIES": self._queries, "NUM_SPLITS": self._num_splits}
+        constants = self._shared_constants(layer)
+        kernels.decode_kernel[(rows, spec.num_kv_heads * blocks, self._num_splits)](
             q,
-            keys,
-            values,
+            *self._planes(layer),
             out,
             partial,
             lse,
-            *self._shared_arguments(layer, q, keys),
-            GROUP=group,
-            GROUP_BLOCK=max(power_of_two(group), _MIN_ROWS),
-            PAGE_SIZE=self._pool.layout.page_size,
-            TILE=_TILE,
-            NUM_SPLITS=self._num_splits,
-            DOT_DTYPE=self._dot_dtype,
+            *self._shared_arguments(layer, q),
+            LANES=lanes,
             num_warps=4,
             num_stages=self._num_stages,
             **shape,
+            **constants,
         )
         if self._num_splits > 1:
-            kernels.combine_kernel[(rows, spec.num_heads)](
-                partial, lse, out, batch.query_starts, NUM_SPLITS=self._num_splits, **shape
-            )
+            grid = rows * self._queries, spec.num_heads
+            dims = {name: constants[name] for name in ("HEAD_DIM", "DIM_BLOCK")}
+            kernels.combine_kernel[grid](partial, lse, out, batch.query_starts, **shape, **dims)
 
     def _read_prompts(self, layer: int, q: Tensor, batch: AttentionBatch, out: Tensor) -> None:
         spec = self._spec
-        keys, values, _ = self.pages(layer)
-        tile = min(max(power_of_two(batch.max_query_len), _MIN_ROWS), _MAX_QUERIES)
+        tile = min(max(power_of_two(batch.max_query_len), _MIN_LANES), _MAX_QUERIES)
         grid = -(-batch.max_query_len // tile), spec.num_heads, len(batch.seq_lens)
         self._kernels.prompt_kernel[grid](
             q,
-            keys,
-            values,
+            *self._planes(layer),
             out,
-            *self._shared_arguments(layer, q, keys),
-            GROUP=spec.num_heads // spec.num_kv_heads,
-            HEAD_DIM=spec.head_dim,
-            DIM_BLOCK=power_of_two(spec.head_dim),
-            PAGE_SIZE=self._pool.layout.page_size,
+            *self._shared_arguments(layer, q),
+            FEW_QUERIES=FEW_QUERIES,
             QUERY_TILE=tile,
-            TILE=_TILE,
-            DOT_DTYPE=self._dot_dtype,
+            **self._shared_constants(layer),
             num_warps=8 if tile == _MAX_QUERIES else 4,
             num_stages=2,
         )
@@ -169,7 +243,10 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
         return reason
     if spec.head_dim > _MAX_HEAD_DIM:
         return f"head_dim must be at most {_MAX_HEAD_DIM}, got {spec.head_dim}"
-    return BackendOffer(TritonAttention.name, 1, 16, TritonAttention)
+    formats = tuple(KV_FORMATS.values())
+    return BackendOffer(
+        TritonAttention.name, 1, 16, TritonAttention, formats=formats, reads_mixed_layers=True
+    )
 
 
 def _why_not_on(device: torch.device) -> str:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from configs.schema import OctavoConfig
+from configs.schema import OctavoConfig, SchedulerSection
 from configs.sizes import format_size
 from model.architectures.transformer import Decoder, ServedDecoder, Transformer
 from model.attention.interface import AttentionSpec, BackendOffer, PagedAttention
 from model.cuda.decoder import GpuDecoder
-from model.cuda.graphs import DecodeGraphs, GraphPlan, decode_buckets, record_on_cuda
+from model.cuda.graphs import DecodeGraphs, GraphPlan, GraphSize, recorded_sizes, record_on_cuda
 from model.cuda.ops import GpuOps
 from model.interface import ModelInfo, SamplingParams, ScoredSpan, SlotStart, StepInput
 from model.kv.memory_plan import DeviceUse, PoolPlan
@@ -70,14 +70,23 @@ def assemble_on_gpu(parts: GpuParts, plan_of: Callable[[int], PoolPlan]) -> Torc
     uses = ", ".join(f"{name} {format_size(size)}" for name, size in account)
     info = parts.info_of(plan)
     notes = (*info.notes, f"memory of the GPU: {uses}")
-    buckets = decode_buckets(parts.config.scheduler.max_num_seqs)
-    runner = _runner(parts, replace(info, device_bytes=account, notes=notes), buckets)
+    sizes = graph_sizes(parts.config.scheduler)
+    runner = _runner(parts, replace(info, device_bytes=account, notes=notes), sizes)
     torch.cuda.synchronize(device)
     return runner
 
 
-def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> TorchRunner:
-    """Build a runner with the number of pages in `info`, and graphs for these numbers of rows."""
+def graph_sizes(config: SchedulerSection) -> tuple[GraphSize, ...]:
+    """Return the steps to record.
+
+    Those with drafts only where drafts are made: recorded later, a graph would halt all streams while
+    kernels compile, and take memory that pages have by then. They double the time of recording.
+    """
+    return recorded_sizes(config.max_num_seqs, has_drafts=config.drafting.speculation != "none")
+
+
+def _runner(parts: GpuParts, info: ModelInfo, sizes: tuple[GraphSize, ...]) -> TorchRunner:
+    """Build a runner with the number of pages in `info`, and graphs of these sizes."""
     served, config = parts.decoder, parts.config
     device = served.device
     # One more page than the scheduler has: the rows that pad a recorded step write there.
@@ -88,10 +97,10 @@ def _runner(parts: GpuParts, info: ModelInfo, buckets: tuple[int, ...]) -> Torch
     if isinstance(served, Transformer) and isinstance(attention, PagedAttention):
         decoder = GpuDecoder(served, parts.ops) if parts.ops else served
     else:
-        buckets = ()
+        sizes = ()
     graphs = None
-    if buckets:
-        plan = GraphPlan(buckets, info.max_model_len, info.page_size, scratch_page=info.num_pages)
+    if sizes:
+        plan = GraphPlan(sizes, info.max_model_len, info.page_size, scratch_page=info.num_pages)
         with torch.inference_mode():
             graphs = DecodeGraphs(decoder, attention, plan, device, record_on_cuda(device))
     max_num_seqs = config.scheduler.max_num_seqs
@@ -115,7 +124,7 @@ def _measure(parts: GpuParts) -> DeviceUse:
     max_len = config.model.max_model_len or arch.max_positions
     info = parts.info_of(PoolPlan(2, page_size, 0, max_len))
     max_num_seqs = config.scheduler.max_num_seqs
-    buckets = decode_buckets(max_num_seqs)
+    sizes = graph_sizes(parts.config.scheduler)
 
     def free_bytes() -> int:
         torch.cuda.synchronize(device)
@@ -135,9 +144,9 @@ def _measure(parts: GpuParts) -> DeviceUse:
     dry_run(runner, step)
     after_step = free_bytes()
     # All graphs share the memory of the largest; each takes some of its own.
-    first = _runner(parts, info, buckets[-1:])
+    first = _runner(parts, info, sizes[-1:])
     after_first = free_bytes()
-    both = _runner(parts, info, buckets[-2:])
+    both = _runner(parts, info, sizes[-2:])
     after_both = free_bytes()
     del runner, first, both
     gc.collect()
@@ -150,7 +159,7 @@ def _measure(parts: GpuParts) -> DeviceUse:
         step_tokens=len(step.token_ids),
         step_rows=len(step.rows),
         step_bytes=before - after_step,
-        graph_bytes=after_step - after_first + each * max(len(buckets) - 1, 0),
+        graph_bytes=after_step - after_first + each * max(len(sizes) - 1, 0),
     )
 
 

@@ -11,16 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _from_float8(codes):
-    """Return e4m3 bytes as float16: exponent and fraction move into place, 2**8 too small.
-
-    By integers, since Triton converts this type only for sm_89 and later. NaN becomes 480.
-    """
-    wide = codes.to(tl.int16)
-    moved = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
-    return moved.to(tl.float16, bitcast=True) * 256.0
+from model.attention.triton_codes import from_float8
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -63,7 +54,7 @@ def coded_product_kernel(
         codes = tl.load(codes_at, mask=is_output[None, :], other=0)
         codes_at += PART * NUM_OUTPUTS
         if KIND == "floats":
-            part = tl.dot(x, _from_float8(codes).to(x.dtype), input_precision="ieee")
+            part = tl.dot(x, from_float8(codes).to(x.dtype), input_precision="ieee")
         else:
             zeros = 8.0 if KIND == "nibbles" else 128.0
             if HAS_ZEROS:

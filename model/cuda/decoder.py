@@ -1,7 +1,8 @@
 """The decoder's layers on CUDA: the arithmetic of `Transformer.forward` in fewer passes.
 
-Rotation writes keys and values straight to their pages, so attention has only to read. Knows
-nothing of how pages are read (`PagedAttention`) or of the kernels (`GpuOps`).
+Rotation writes keys and values straight to pages of floats, so attention has only to read. Codes are
+of the rotated keys as they are rounded, so they are written after it. Knows nothing of how pages are
+read (`PagedAttention`) or of the kernels (`GpuOps`).
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ class GpuDecoder:
         self, index: int, layer: DecoderLayer, x: Tensor, positions: Tensor, paged: PagedAttention
     ) -> Tensor:
         q, k, v = self._transformer.qkv(layer, x, self._ops)
-        keys, values, _ = paged.pages(index)
-        pages = keys, values, paged.kv_slots
-        self._ops.rope_and_store(q, k, v, positions, self._transformer.cos_sin, pages)
+        cos_sin, (keys, values, scales) = self._transformer.cos_sin, paged.pages(index)
+        if scales:
+            self._ops.apply_rope(q, k, positions, cos_sin)
+            paged.store(index, k, v)
+        else:
+            pages = keys, values, paged.kv_slots
+            self._ops.rope_and_store(q, k, v, positions, cos_sin, pages)
         return layer.o(paged.read(index, q))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,24 +1,24 @@
-"""Records decode steps as graphs and replays them, a graph for each of some numbers of rows.
+"""Records decodes, with drafts or without, as graphs and replays them: one for each of some sizes.
 
 A replay launches the hundreds of kernels of a step at once, which takes the host a few
-microseconds. It uses the memory of the recording, so a step is padded to the next number of rows
-and copied there. Knows nothing of CUDA: the recorder is a parameter.
+microseconds. It uses the memory of the recording, so a step is padded to the next size and copied
+there. Knows nothing of CUDA: the recorder is a parameter.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import product
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from model.architectures.transformer import Decoder
-from model.attention.interface import AttentionBackend, AttentionBatch
+from model.attention.interface import FEW_QUERIES, AttentionBackend, AttentionBatch
 from model.packing import DeviceStep, PackedStep
 
 _log = logging.getLogger(__name__)
@@ -26,24 +26,59 @@ _log = logging.getLogger(__name__)
 #: Records a computation; the result repeats it in the same memory.
 Record: TypeAlias = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
+#: Tokens of a row, on average, in the recorded steps with drafts.
+_DRAFT_TOKENS = (2, 4, 8)
+#: Tokens of the largest of these: as many as the largest decode has, or so many if that is more.
+#: They bound the memory and the time of recording; a larger step takes longer than its launches.
+_MOST_DRAFT_TOKENS = 64
 
-def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
-    """Return the numbers of rows with a graph, ascending; the last is `max_num_seqs`.
+
+class GraphSize(NamedTuple):
+    """The size of a recorded step: each row has one token, or the rows have drafts."""
+
+    tokens: int
+    rows: int
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether rows have several tokens."""
+        return self.tokens > self.rows
+
+
+def recorded_sizes(max_num_seqs: int, *, has_drafts: bool) -> tuple[GraphSize, ...]:
+    """Return the sizes to record, ascending by the memory that their graphs take."""
+    sizes = [*decode_sizes(max_num_seqs), *(draft_sizes(max_num_seqs) if has_drafts else ())]
+    # Of as many tokens, the fewer rows have the more splits of their keys.
+    return tuple(sorted(sizes, key=lambda size: (size.tokens, -size.rows)))
+
+
+def decode_sizes(max_num_seqs: int) -> tuple[GraphSize, ...]:
+    """Return the sizes of recorded decodes without drafts, ascending; the last has `max_num_seqs` rows.
 
     Above 64 rows a fifth at most is padding; below, a step mostly reads weights, and further rows
     cost next to nothing.
     """
-    buckets = [1, 2, 4, 8]
-    while (newest := buckets[-1]) < max_num_seqs:
-        buckets.append(newest + max(8, 1 << (newest.bit_length() - 3)))
-    return (*(bucket for bucket in buckets if bucket < max_num_seqs), max_num_seqs)
+    numbers = [1, 2, 4, 8]
+    while (newest := numbers[-1]) < max_num_seqs:
+        numbers.append(newest + max(8, 1 << (newest.bit_length() - 3)))
+    fitting = (*(rows for rows in numbers if rows < max_num_seqs), max_num_seqs)
+    return tuple(GraphSize(rows, rows) for rows in fitting)
+
+
+def draft_sizes(max_num_seqs: int) -> tuple[GraphSize, ...]:
+    """Return the sizes of recorded steps with drafts: powers of two of rows, and of tokens each."""
+    rows = [1 << bits for bits in range((max_num_seqs - 1).bit_length() + 1)]
+    most = max(max_num_seqs, _MOST_DRAFT_TOKENS)
+    sizes = (GraphSize(each * number, number) for each, number in product(_DRAFT_TOKENS, rows))
+    return tuple(size for size in sizes if size.tokens <= most)
 
 
 @dataclass(frozen=True, slots=True)
 class GraphPlan:
     """The steps to record, and the page that padding writes to."""
 
-    buckets: tuple[int, ...]
+    #: Ascending: the last is recorded first.
+    sizes: tuple[GraphSize, ...]
     #: Longest sequence, in tokens.
     max_model_len: int
     page_size: int
@@ -52,7 +87,12 @@ class GraphPlan:
 
 
 class DecodeGraphs:
-    """Recorded decode steps: they compute hidden states by replay."""
+    """Recorded decodes: they compute hidden states by replay.
+
+    A step is padded to the smallest size that has its tokens and its rows, none of which has more
+    than `FEW_QUERIES` tokens. The tokens of each row are an input of the graph, and the host's numbers
+    are the largest: any attention backend can be recorded that reads no tensor on the host.
+    """
 
     def __init__(
         self,
@@ -65,29 +105,32 @@ class DecodeGraphs:
         self._decoder = decoder
         self._attention = attention
         self._plan = plan
-        max_rows, max_pages = plan.buckets[-1], -(-plan.max_model_len // plan.page_size)
+        max_rows = max(size.rows for size in plan.sizes)
+        max_tokens = max(size.tokens for size in plan.sizes)
         #: Token ids, positions and slots in the pool.
-        self._numbers = torch.zeros(3, max_rows, dtype=torch.int64, device=device)
-        self._query_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._numbers = torch.zeros(3, max_tokens, dtype=torch.int64, device=device)
+        self._decode_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._draft_starts = self._decode_starts.clone()
         self._seq_lens = torch.ones(max_rows, dtype=torch.int32, device=device)
-        shape = max_rows, max_pages
+        shape = max_rows, -(-plan.max_model_len // plan.page_size)
         self._table = torch.full(shape, plan.scratch_page, dtype=torch.int32, device=device)
         self._numbers[2] = plan.scratch_page * plan.page_size
         began_s = time.perf_counter()
         # The largest first: the others fit into its memory.
-        self._replay = {rows: record(self._computation(rows)) for rows in reversed(plan.buckets)}
+        self._replay = {size: record(self._computation(size)) for size in reversed(plan.sizes)}
         taken_s = time.perf_counter() - began_s
-        _log.info("%d decode graphs recorded in %.1f s", len(plan.buckets), taken_s)
+        _log.info("%d graphs recorded in %.1f s", len(self._replay), taken_s)
 
-    def _computation(self, rows: int) -> Callable[[], Tensor]:
-        token_ids, positions, kv_slots = self._numbers[:, :rows]
+    def _computation(self, size: GraphSize) -> Callable[[], Tensor]:
+        token_ids, positions, kv_slots = self._numbers[:, : size.tokens]
+        starts = self._draft_starts if size.has_drafts else self._decode_starts
         batch = AttentionBatch(
-            query_starts=self._query_starts[: rows + 1],
-            seq_lens=self._seq_lens[:rows],
-            block_table=self._table[:rows],
+            query_starts=starts[: size.rows + 1],
+            seq_lens=self._seq_lens[: size.rows],
+            block_table=self._table[: size.rows],
             positions=positions,
             kv_slots=kv_slots,
-            max_query_len=1,
+            max_query_len=FEW_QUERIES if size.has_drafts else 1,
             max_seq_len=self._plan.max_model_len,
         )
 
@@ -100,23 +143,34 @@ class DecodeGraphs:
 
     def pad(self, packed: PackedStep) -> PackedStep | None:
         """Return the step as `run` takes it, or None where it was not recorded."""
-        buckets = self._plan.buckets
-        if not packed.is_decode or packed.num_rows > buckets[-1]:
+        if packed.max_query_len > FEW_QUERIES:
             return None
-        rows = buckets[bisect_left(buckets, packed.num_rows)]
-        return packed.padded(rows, self._plan.scratch_page, self._plan.page_size)
+        has_drafts = not packed.is_decode
+        fitting = [
+            size
+            for size in self._replay
+            if size.has_drafts == has_drafts
+            and size.tokens >= packed.num_tokens
+            and size.rows >= packed.num_rows
+        ]
+        if not fitting:
+            return None
+        return packed.padded(*min(fitting), self._plan.scratch_page, self._plan.page_size)
 
     def run(self, step: DeviceStep) -> Tensor:
-        """Return float32 `[rows, hidden]`, good until the next run."""
+        """Return float32 `[tokens, hidden]`, good until the next run."""
         batch = step.batch
-        rows, width = batch.block_table.shape
+        (tokens,), (rows, width) = step.token_ids.shape, batch.block_table.shape
         for target, source in zip(
             self._numbers, (step.token_ids, batch.positions, batch.kv_slots), strict=True
         ):
-            target[:rows].copy_(source)
+            target[:tokens].copy_(source)
         self._seq_lens[:rows].copy_(batch.seq_lens)
         self._table[:rows, :width].copy_(batch.block_table)
-        return self._replay[rows]()
+        size = GraphSize(tokens, rows)
+        if size.has_drafts:
+            self._draft_starts[: rows + 1].copy_(batch.query_starts)
+        return self._replay[size]()
 
 
 def record_on_cuda(device: torch.device) -> Record:

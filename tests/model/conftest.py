@@ -17,7 +17,7 @@ from model.attention.interface import AttentionBatch
 from model.attention.reference import ReferenceAttention
 from model.attention.torch_sdpa import TorchAttention
 from model.cpu.library import CpuLibrary
-from model.cuda.graphs import DecodeGraphs, GraphPlan
+from model.cuda.graphs import DecodeGraphs, GraphPlan, GraphSize
 from model.implementation import build_decoder
 from model.kv.format import float_format
 from model.kv.pool import KVPool
@@ -228,8 +228,11 @@ def _overlapped(runner: TorchRunner, max_num_seqs: int) -> TorchRunner:
     decoder = runner._decoder
     assert isinstance(decoder, Transformer)
     attention = TorchAttention(decoder.attention_spec(layout.format), pool)
+    decodes = (1, 3, 4, 32)[: 3 + (max_num_seqs > 6)]
+    # Some steps with drafts and ends of prompts have more tokens or rows.
+    sizes = sorted((*((rows, rows) for rows in decodes), (5, 1), (9, 3), (16, 4)))
     plan = GraphPlan(
-        (1, 3, 4, 32)[: 3 + (max_num_seqs > 6)],
+        tuple(GraphSize(*size) for size in sizes),
         info.max_model_len,
         layout.page_size,
         scratch_page=info.num_pages,

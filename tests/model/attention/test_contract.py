@@ -37,7 +37,7 @@ TOLERANCE = {F32: 1e-5, F16: 2e-3, BF16: 1.6e-2}
 ROUNDED_TOLERANCE = 6e-3
 
 #: The backends that read pages of codes.
-READERS_OF_CODES = ("reference", "torch", *(f"cpu-{isa}" for isa in ISAS))
+READERS_OF_CODES = ("reference", "torch", "triton", *(f"cpu-{isa}" for isa in ISAS))
 
 Build = Callable[[AttentionSpec, KVPool], AttentionBackend]
 

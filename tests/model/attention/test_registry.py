@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.attention import triton_attention
+from model.attention import flash, registry, triton_attention
 from model.attention.interface import AttentionSpec
 from model.attention.registry import BACKENDS, choose_backend
 from model.cpu.library import load_cpu_library
@@ -111,10 +111,31 @@ def test_a_backend_serves_the_formats_of_its_offer() -> None:
 def test_pages_of_codes_are_for_backends_that_read_them(kv_format: KVFormat) -> None:
     spec = replace(SPEC, kv_format=kv_format)
     mixed = replace(spec, other_formats={0: KV_FORMATS["float32"]})
-    for name in ("reference", "torch"):
+    for name in ("reference", "torch", "triton"):
         assert choose_backend(name, spec).name == choose_backend(name, mixed).name == name
     # By themselves they are never chosen over a backend of kernels, nor refused for want of one.
     assert choose_backend("auto", replace(spec, softcap=30.0)).name == "torch"
+
+
+@pytest.mark.parametrize("kv_format", CODED_FORMATS, ids=lambda one: one.name)
+def test_on_cuda_pages_of_codes_go_from_flash_to_triton_with_a_note(
+    kv_format: KVFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With both offering themselves, as on a GPU."""
+    spec = replace(SPEC, dtype=torch.bfloat16, kv_format=KV_FORMATS["bfloat16"])
+    flash_offer = flash._offer(spec, "FlashAttention-3", 16, 64, lambda call: call.q)
+    triton_offer = triton_attention.offer(spec)
+    offers = {"flash": lambda _: flash_offer, "triton": lambda _: triton_offer}
+    monkeypatch.setattr(registry, "BACKENDS", offers)
+    cuda = torch.device("cuda")
+    assert choose_backend("auto", replace(spec, device=cuda)).name == "flash"
+    coded = replace(spec, device=cuda, kv_format=kv_format)
+    offer = choose_backend("auto", coded)
+    assert offer.name == "triton"
+    reason = f"pages must be in bfloat16, got {kv_format.name}"
+    assert offer.notes == (f"attention backend flash not available: {reason}",)
+    with pytest.raises(ValueError, match=f"attention_backend flash is not available: {reason}"):
+        choose_backend("flash", coded)
 
 
 @pytest.mark.parametrize("name", ["triton", "cpu", "reference"])

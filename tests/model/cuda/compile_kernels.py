@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model.attention import triton_kernels
+from model.attention import triton_codes, triton_kernels
 from model.cuda import coded_kernels
 from model.cuda import kernels as gpu_kernels
 
@@ -25,12 +25,19 @@ BF16, FP32, INT32, INT64 = "*bf16", "*fp32", "*i32", "*i64"
 #: Llama-3.1-8B's sizes in its own dtype, then other values that the kernels branch on.
 HEAD = {"HEAD_DIM": 128, "DIM_BLOCK": 128}
 NORM = {"NUM_INNER": 1, "WIDTH": 4096, "BLOCK": 4096}
-DECODE = HEAD | {"GROUP": 4, "GROUP_BLOCK": 16, "TILE": 64, "DOT_DTYPE": tl.bfloat16}
-PROMPT = HEAD | {"GROUP": 4, "QUERY_TILE": 128, "TILE": 64, "DOT_DTYPE": tl.bfloat16}
+COMMON: dict[str, Any] = HEAD | {"GROUP": 4, "TILE": 64, "KIND": "floats"}
+COMMON |= {"DOT_DTYPE": tl.bfloat16, "WEIGHT_DTYPE": tl.bfloat16}
+DECODE = COMMON | {"QUERIES": 1, "LANES": 16}
+DRAFT = COMMON | {"QUERIES": 8, "LANES": 32}
+PROMPT = COMMON | {"QUERY_TILE": 128, "FEW_QUERIES": 8}
 #: Of a small model in float32, by which `bench/gpu/prove.py` compares tokens.
-SMALL = {"HEAD_DIM": 64, "DIM_BLOCK": 64, "GROUP": 2, "PAGE_SIZE": 16, "TILE": 64}
-SMALL_DECODE = SMALL | {"GROUP_BLOCK": 16, "DOT_DTYPE": tl.float32}
-SMALL_PROMPT = SMALL | {"QUERY_TILE": 32, "DOT_DTYPE": tl.float32}
+SMALL: dict[str, Any] = {"HEAD_DIM": 64, "DIM_BLOCK": 64, "GROUP": 2, "PAGE_SIZE": 16, "TILE": 64}
+SMALL |= {"KIND": "floats", "DOT_DTYPE": tl.float32, "WEIGHT_DTYPE": tl.float32}
+SMALL_DECODE = SMALL | {"QUERIES": 8, "LANES": 16}
+SMALL_PROMPT = SMALL | {"QUERY_TILE": 32, "FEW_QUERIES": 8}
+#: Pages of codes, by kind: pointers to their codes.
+CODES = {"int8": "*i8", "fp8": "*u8", "int4": "*u8"}
+STORE = HEAD | {"STAGES": 7, "FACTOR": 128**-0.5}
 ROPE = HEAD | {
     "NUM_HEADS": 32,
     "NUM_KV_HEADS": 8,
@@ -66,7 +73,8 @@ OTHER_POINTERS: dict[str, str] = {
 VARIANTS: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
     (triton_kernels.decode_kernel, DECODE | {"PAGE_SIZE": 16, "NUM_SPLITS": 1}, {"num_stages": 3}),
     (triton_kernels.decode_kernel, DECODE | {"PAGE_SIZE": 64, "NUM_SPLITS": 16}, {"num_stages": 3}),
-    (triton_kernels.combine_kernel, HEAD | {"NUM_SPLITS": 64}, {}),
+    (triton_kernels.decode_kernel, DRAFT | {"PAGE_SIZE": 16, "NUM_SPLITS": 16}, {"num_stages": 3}),
+    (triton_kernels.combine_kernel, HEAD | {"QUERIES": 8, "NUM_SPLITS": 64}, {}),
     (triton_kernels.prompt_kernel, PROMPT | {"PAGE_SIZE": 16}, {"num_warps": 8, "num_stages": 2}),
     (triton_kernels.prompt_kernel, PROMPT | {"PAGE_SIZE": 64}, {"num_warps": 8, "num_stages": 2}),
     (
@@ -76,6 +84,23 @@ VARIANTS: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
     ),
     (triton_kernels.decode_kernel, SMALL_DECODE | {"NUM_SPLITS": 4}, {"num_stages": 3}),
     (triton_kernels.prompt_kernel, SMALL_PROMPT, {"num_stages": 2}),
+    *(
+        variant
+        for kind in CODES
+        for variant in (
+            (
+                triton_kernels.decode_kernel,
+                DRAFT | {"PAGE_SIZE": 16, "NUM_SPLITS": 16, "KIND": kind},
+                {"num_stages": 3},
+            ),
+            (
+                triton_kernels.prompt_kernel,
+                PROMPT | {"PAGE_SIZE": 16, "KIND": kind},
+                {"num_warps": 8, "num_stages": 2},
+            ),
+            (triton_codes.store_kernel, STORE | {"KIND": kind}, {"num_warps": 1}),
+        )
+    ),
     (gpu_kernels.rms_norm_kernel, NORM | {"ADDS": True}, {"num_warps": 8}),
     (gpu_kernels.rms_norm_kernel, NORM | {"ADDS": False}, {"num_warps": 8}),
     (gpu_kernels.silu_and_mul_kernel, {"WIDTH": 14336, "BLOCK": 1024}, {}),
@@ -111,11 +136,15 @@ def compiled(kernel: Any, constants: dict[str, Any], options: dict[str, int], ta
     """
     signature, aligned = {}, {}
     plain = FP32 if constants.get("DOT_DTYPE") == tl.float32 else BF16
+    kind, pages = constants.get("KIND"), dict[str, str]()
+    if kind in CODES:
+        pages = dict.fromkeys(("keys_ptr", "values_ptr"), CODES[kind])
+        pages |= dict.fromkeys(("key_scales_ptr", "value_scales_ptr"), "*i16")
     for place, name in enumerate(inspect.signature(kernel.fn).parameters):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = OTHER_POINTERS.get(name, plain)
+            signature[name] = (pages | OTHER_POINTERS).get(name, plain)
         else:
             signature[name] = "fp32" if name in {"eps", "scale_log2"} else "i32"
         if name in specialized(kernel):

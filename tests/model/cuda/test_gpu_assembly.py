@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from model import build
 from model.architectures.transformer import Transformer
 from model.attention.interface import PagedAttention
 from model.attention.triton_attention import TritonAttention
-from model.cuda.assembly import dry_run, largest_step
+from model.cuda.assembly import dry_run, graph_sizes, largest_step
 from model.cuda.decoder import GpuDecoder
 from model.cuda.ops import GpuOps
-from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart
-from model.kv.format import KV_FORMATS
+from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart, StepInput
+from model.kv.format import CODED_FORMATS, KV_FORMATS, KVFormat
 from model.kv.memory_plan import DeviceUse, MemoryPlanError
+from model.kv.pool import KVPool
 from model.runner import SCORED_TOKENS, TorchRunner
 
 GIB = 2**30
@@ -82,6 +84,22 @@ def test_the_largest_step_can_be_computed(runner: TorchRunner) -> None:
     assert len(runner._sampler._counts.row_of_slot) == 5
 
 
+@pytest.mark.parametrize(
+    ("settings", "has_drafts"),
+    [
+        ({}, False),
+        ({"speculation": "auto"}, True),
+        ({"speculative_config": '{"method": "ngram"}'}, True),
+    ],
+)
+def test_steps_with_drafts_are_recorded_where_drafts_are_made(
+    settings: dict[str, Any], has_drafts: bool
+) -> None:
+    config = OctavoConfig(scheduler=SchedulerSection(max_num_seqs=5, **settings))
+    sizes = graph_sizes(config.scheduler)
+    assert any(size.has_drafts for size in sizes) == has_drafts
+
+
 def use(**changes: Any) -> DeviceUse:
     given = {
         "total_bytes": 80 * GIB,
@@ -109,14 +127,9 @@ def test_what_cannot_fit_says_by_how_much_and_which_flag() -> None:
         _ = use(free_bytes=6 * GIB).page_bytes
 
 
-def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner) -> None:
-    """Over pages that hold a past, prompts and decodes side by side, with norms of q and k."""
-    transformer = runner._decoder
-    assert isinstance(transformer, Transformer)
-    spec, pool = transformer.attention_spec(KV_FORMATS["float32"]), runner._pool
-    attention = TritonAttention(spec, pool)
-    assert not isinstance(runner._attention, PagedAttention)
-    steps = [
+def _three_steps() -> list[StepInput]:
+    """Return prompts, a decode beside a chunk, and decodes."""
+    return [
         step_of(
             [3, 4, 5, 6, 7],
             [RowSpan(0, 0, 3), RowSpan(0, 0, 2)],
@@ -141,6 +154,16 @@ def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner)
             [SampleSpan(0, 0, 1), SampleSpan(1, 0, 1)],
         ),
     ]
+
+
+def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner) -> None:
+    """Over pages that hold a past, prompts and decodes side by side, with norms of q and k."""
+    transformer = runner._decoder
+    assert isinstance(transformer, Transformer)
+    spec, pool = transformer.attention_spec(KV_FORMATS["float32"]), runner._pool
+    attention = TritonAttention(spec, pool)
+    assert not isinstance(runner._attention, PagedAttention)
+    steps = _three_steps()
     found: list[list[Tensor]] = []
     for decoder, backend in (
         (transformer, runner._attention),
@@ -154,3 +177,29 @@ def test_the_fused_decoder_computes_what_the_plain_one_does(runner: TorchRunner)
                 found[-1].append(decoder.logits(hidden[sampled]))
     for plain, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+@pytest.mark.parametrize("kv_format", CODED_FORMATS, ids=lambda one: one.name)
+def test_the_fused_decoder_stores_the_codes_of_rotated_keys(
+    runner: TorchRunner, kv_format: KVFormat
+) -> None:
+    """One layer has codes, the other floats; with the same operations nothing differs."""
+    transformer = runner._decoder
+    assert isinstance(transformer, Transformer)
+    transformer._ops = GpuOps()
+    spec = replace(
+        transformer.attention_spec(kv_format), other_formats={1: KV_FORMATS["float32"]}
+    )
+    found: list[list[Tensor]] = []
+    for decoder in (transformer, GpuDecoder(transformer, GpuOps())):
+        pool = KVPool(spec.layout(4), 6, torch.device("cpu"))
+        runner._decoder, runner._attention = decoder, TritonAttention(spec, pool)
+        found.append([])
+        with torch.inference_mode():
+            for step in _three_steps():
+                hidden, sampled = runner._compute(runner._packer.pack(step), None)
+                found[-1].append(hidden[sampled])
+        keys, values, scales = pool.pages(0)
+        assert scales[0].isfinite().all()
+        found[-1] += [plane.view(torch.uint8) for plane in (keys, values, *scales)]
+    for plain, fused in zip(*found, strict=True):
+        assert torch.equal(fused, plain)
