@@ -8,6 +8,7 @@ files.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -64,6 +65,10 @@ class RopeSpec:
     #: Whether yarn rounds the ends of its ramp to whole dimensions.
     truncate: bool = True
 
+    def magnitude(self, weight: float) -> float:
+        """Return yarn's factor on attention, of this weight (equation 22 of its paper)."""
+        return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderShape:
@@ -88,10 +93,92 @@ class GatedMlpSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """How the experts of a token are chosen: those of the largest scores, in the best groups."""
+
+    #: From the products with the router's weights.
+    scores: Literal["softmax", "sigmoid"]
+    num_experts: int
+    #: Experts for each token.
+    num_chosen: int
+    #: Of equal size, one after another.
+    num_groups: int = 1
+    #: Groups for each token.
+    num_chosen_groups: int = 1
+    #: A group is as good as the sum of so many of its largest scores.
+    num_group_scores: int = 1
+    #: Whether a number for each expert is added to its score, for the choice alone.
+    has_bias: bool = False
+    #: Whether the scores of the chosen experts are divided by their sum.
+    is_normalized: bool = False
+    #: Factor on the scores of the chosen experts.
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        groups, chosen = self.num_groups, self.num_chosen_groups
+        if groups < 1 or self.num_experts % groups:
+            raise ArchError(f"n_group must divide {self.num_experts} experts, got {groups}")
+        if not 1 <= chosen <= groups:
+            raise ArchError(f"topk_group must be from 1 to n_group {groups}, got {chosen}")
+        size = self.num_experts // groups
+        if size < self.num_group_scores:
+            raise ArchError(f"n_group: {groups} leave {size} experts to a group, too few")
+        if not 1 <= self.num_chosen <= chosen * size:
+            raise ArchError(
+                f"num_experts_per_tok must be from 1 to {chosen * size}, got {self.num_chosen}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureSpec:
+    """An MLP of experts: some are chosen for each token by a router, others are for all tokens."""
+
+    router: RouterSpec
+    #: Of each expert.
+    intermediate_size: int
+    #: Experts for all tokens, as one of so many times the size.
+    num_shared: int
+
+    def __post_init__(self) -> None:
+        if self.num_shared < 1:
+            raise ArchError(f"n_shared_experts must be at least 1, got {self.num_shared}")
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Multi-head latent attention: a token's keys and values are products of one latent vector.
+
+    It is stored, with one rotated vector for all heads.
+    """
+
+    #: Elements of the latent vector.
+    rank: int
+    #: Elements of the vector that queries are products of; None: that is the layer's input.
+    query_rank: int | None
+    #: Elements of a head's query and key that are not rotated, and of those that are.
+    plain_dim: int
+    rotary_dim: int
+    #: Elements of a head's value.
+    value_dim: int
+    #: Whether neighbours are rotated together, in place of halves.
+    is_interleaved: bool = True
+
+    def __post_init__(self) -> None:
+        for name, size in (
+            ("kv_lora_rank", self.rank),
+            ("q_lora_rank", 1 if self.query_rank is None else self.query_rank),
+            ("qk_nope_head_dim", self.plain_dim),
+            ("v_head_dim", self.value_dim),
+        ):
+            if size < 1:
+                raise ArchError(f"{name} must be at least 1, got {size}")
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One layer: attention and an MLP, each between optional norms and added to the residual."""
 
-    mlp: GatedMlpSpec
+    mlp: GatedMlpSpec | MixtureSpec
     #: Factor on q·k. It and `softcap` are the same in all layers.
     scale: float
     #: Scores s become softcap * tanh(s / softcap); None: unchanged.
@@ -114,11 +201,14 @@ class ArchSpec(DecoderShape):
     hidden_size: int
     num_heads: int
     num_kv_heads: int
+    #: Of queries and keys, as attention reads them.
     head_dim: int
     rms_eps: float
     rope: RopeSpec
     layers: tuple[LayerSpec, ...]
     is_tied: bool
+    #: None: keys and values are products of the layer's input, each stored as such.
+    latent: LatentSpec | None = None
     embedding_multiplier: float = 1.0
     logits_divisor: float = 1.0
     #: Logits are capped as `LayerSpec.softcap` caps scores.
@@ -197,8 +287,8 @@ class Family:
 
     #: Read config.json, but for the keys that `arch_hf.read_common` adds.
     read_hf: Callable[[ConfigKeys], ArchSpec]
-    #: Read a GGUF file's metadata and the shapes of its tensors, likewise.
-    read_gguf: Callable[[ConfigKeys, Shapes], ArchSpec]
+    #: Read a GGUF file's metadata and the shapes of its tensors, likewise; None: not supported.
+    read_gguf: Callable[[ConfigKeys, Shapes], ArchSpec] | None
     #: Declare the tensors of a layer, with names relative to it.
     layer_tensors: Callable[[ArchSpec, LayerSpec], Iterable[TensorSpec]]
 

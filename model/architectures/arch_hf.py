@@ -111,7 +111,8 @@ def read_common(
 
 
 def _notes(keys: ConfigKeys, family: str) -> tuple[str, ...]:
-    expected, named = f"{family.capitalize()}ForCausalLM", keys.get("architectures")
+    words = "".join(word.capitalize() for word in family.split("_"))
+    expected, named = f"{words}ForCausalLM", keys.get("architectures")
     if not named or named == [expected]:
         return ()
     return (f"read as {expected} after its model_type {family!r}, though architectures is {named}",)

@@ -30,7 +30,7 @@ def from_hf_config(
     config: Mapping[str, object], generation_config: Mapping[str, object] | None = None
 ) -> ArchSpec:
     """Read a config.json, and the generation_config.json beside it for its end-of-sequence ids."""
-    family = _family("model_type", config.get("model_type"))
+    family = _family(FAMILIES, "model_type", config.get("model_type"))
     keys = ConfigKeys(config)
     return arch_hf.read_common(family.read_hf(keys), keys, generation_config or {})
 
@@ -45,16 +45,18 @@ def from_gguf(file: GgufFile) -> ArchSpec:
 def from_gguf_metadata(metadata: Mapping[str, object], shapes: Shapes) -> ArchSpec:
     """Read the metadata and the tensors' shapes. Raises `ArchError`."""
     name = metadata.get("general.architecture")
-    family = _family("general.architecture", name)
+    readable = {name: one for name, one in FAMILIES.items() if one.read_gguf}
+    family = _family(readable, "general.architecture", name)
+    assert family.read_gguf is not None, "it is readable"
     own = {key: value for key, value in metadata.items() if key.startswith(f"{name}.")}
     keys = ConfigKeys(own, prefix=f"{name}.")
     return arch_gguf.read_common(family.read_gguf(keys, shapes), keys, metadata)
 
 
-def _family(key: str, name: object) -> Family:
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ArchError(f"{key} {shown(name)} is not supported, only {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+def _family(families: Mapping[str, Family], key: str, name: object) -> Family:
+    if not isinstance(name, str) or name not in families:
+        raise ArchError(f"{key} {shown(name)} is not supported, only {', '.join(families)}")
+    return families[name]
 
 
 @contextmanager

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from model.architectures import gemma2, granite, llama, mistral, olmo2, qwen2, qwen3
+from model.architectures import (
+    deepseek_v2,
+    deepseek_v3,
+    gemma2,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    qwen2,
+    qwen3,
+)
 from model.architectures.arch import ArchSpec, Family, TensorSpec
 
 FAMILIES: dict[str, Family] = {
@@ -13,6 +23,8 @@ FAMILIES: dict[str, Family] = {
     "gemma2": gemma2.FAMILY,
     "granite": granite.FAMILY,
     "olmo2": olmo2.FAMILY,
+    "deepseek_v2": deepseek_v2.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
 }
 
 

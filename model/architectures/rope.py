@@ -64,18 +64,14 @@ def attention_factor(spec: RopeSpec) -> float:
     if spec.attention_factor is not None:
         return spec.attention_factor
     if spec.mscale and spec.mscale_all_dim:
-        return _mscale(spec.factor, spec.mscale) / _mscale(spec.factor, spec.mscale_all_dim)
-    return _mscale(spec.factor, 1.0)
+        return spec.magnitude(spec.mscale) / spec.magnitude(spec.mscale_all_dim)
+    return spec.magnitude(1.0)
 
 
 def _dynamic_theta(spec: RopeSpec, max_positions: int) -> float:
     stretch = max(max_positions / spec.original_max_positions, 1.0)
     grown = spec.factor * stretch - (spec.factor - 1)
     return float(spec.theta * grown ** (spec.rotary_dim / (spec.rotary_dim - 2)))
-
-
-def _mscale(factor: float, weight: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _llama3(spec: RopeSpec, frequencies: Tensor) -> Tensor:

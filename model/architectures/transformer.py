@@ -91,17 +91,33 @@ class GatedMlp:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentWeights:
+    """The products within latent attention: see `model/architectures/latent_transformer.py`."""
+
+    #: From a normed vector to the queries; None: `DecoderLayer.qkv` computes these.
+    q_up: Linear | None
+    #: `[heads, plain_dim + value_dim, rank]`: from a latent vector to each head's key and value.
+    kv_up: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer's weights; q, k and v are one product."""
+    """One layer's weights; q, k and v are one product.
+
+    With latent attention it gives queries, or the vector that these are products of, then what is
+    stored of a token. The norms are those of the two vectors.
+    """
 
     spec: LayerSpec
     norms: Mapping[NormPlace, Tensor]
     qkv: Linear
-    #: Both None, or of the size that `LayerSpec.qk_norm` means.
+    #: None where there is none, else of the size that `LayerSpec.qk_norm` means.
     q_norm: Tensor | None
     k_norm: Tensor | None
     o: Linear
     mlp: Mlp
+    #: Of a layer with latent attention, in addition.
+    latent: LatentWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +179,7 @@ class Transformer:
             num_heads=arch.num_heads,
             num_kv_heads=arch.num_kv_heads,
             head_dim=arch.head_dim,
+            latent_dim=arch.latent.rank if arch.latent else None,
             scale=arch.layers[0].scale,
             softcap=arch.layers[0].softcap,
             windows=arch.windows,

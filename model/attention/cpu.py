@@ -102,6 +102,9 @@ class CpuAttention:
         assert self._batch is not None, "attend before plan"
         assert tokens == len(self._batch.kv_slots), "other tokens than were planned"
         assert q.dtype == k.dtype == v.dtype == self._spec.dtype, "not the dtype of the spec"
+        if self._spec.latent_dim:
+            # One plane: whole keys are stored and read as values, too.
+            v = k
         out = torch.empty((tokens, self._width), dtype=q.dtype)
         self._attend(
             self.session,
@@ -112,6 +115,9 @@ class CpuAttention:
             *strided(v),
             out.data_ptr(),
         )
+        if self._spec.latent_dim:
+            heads = out.unflatten(1, (self._spec.num_heads, -1))
+            return heads[..., : self._spec.latent_dim].flatten(1)
         return out
 
 

@@ -99,7 +99,7 @@ class FlashAttention(PagedAttention):
 
 def offer(spec: AttentionSpec) -> BackendOffer | str:
     """Offer the best kernel installed, or return in one line why none can serve the model here."""
-    if reason := _why_not(spec) or spec.beyond_softmax:
+    if reason := spec.beyond_two_planes or _why_not(spec) or spec.beyond_softmax:
         return reason
     is_hopper = torch.cuda.get_device_capability(spec.device) == _HOPPER
     missing = why_missing("flash_attn_interface", "cuda") if is_hopper else ""

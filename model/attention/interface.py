@@ -42,6 +42,9 @@ class AttentionSpec:
     #: For each layer float32 `[heads]`: the score of one more key, which every query sees and
     #: whose value is zero.
     sinks: tuple[Tensor, ...] | None = None
+    #: Elements of a value, which are the first of its key (`KVLayout.latent_dim`); None: values are
+    #: vectors of their own, as wide as the keys.
+    latent_dim: int | None = None
     #: Of the layers whose pages are in another format.
     other_formats: Mapping[int, KVFormat] = field(default_factory=dict)
 
@@ -53,8 +56,14 @@ class AttentionSpec:
             self.head_dim,
             page_size,
             self.kv_format,
-            other_formats=self.other_formats,
+            self.latent_dim,
+            self.other_formats,
         )
+
+    @property
+    def value_dim(self) -> int:
+        """Return the elements of a value, and of a head's result."""
+        return self.latent_dim or self.head_dim
 
     @property
     def widest_window(self) -> int | None:
@@ -68,6 +77,11 @@ class AttentionSpec:
         if self.softcap is not None:
             return "the model caps its attention scores"
         return "" if self.sinks is None else "the model has attention sinks"
+
+    @property
+    def beyond_two_planes(self) -> str:
+        """Return why kernels with a plane of values cannot serve it; empty where they can."""
+        return "values are the first elements of keys (latent attention)" if self.latent_dim else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +131,8 @@ class AttentionBackend(Protocol):
         """Write k and v to their pages, then attend.
 
         q is `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]` (rotated already;
-        any strides with a contiguous last dimension). Returns `[tokens, heads * head_dim]`.
+        any strides with a contiguous last dimension). With a latent layout v is the first
+        `value_dim` elements of k. Returns `[tokens, heads * value_dim]`.
         """
 
 

@@ -35,7 +35,8 @@ class ReferenceAttention:
         batch = self._batch
         assert batch is not None, "attend before plan"
         self._pool.store(layer, batch.kv_slots, k, v)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        shape = len(q), self._spec.num_heads, self._spec.value_dim
+        out = torch.empty(shape, dtype=q.dtype, device=q.device)
         starts, ends = batch.query_starts.tolist(), batch.seq_lens.tolist()
         for row, num_keys in enumerate(ends):
             mine = slice(starts[row], starts[row + 1])
@@ -54,7 +55,7 @@ class ReferenceAttention:
         return pages[key_at // page_size].long() * page_size + key_at % page_size
 
     def _attend_row(self, q: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
-        """Attend the last of `[keys, kv_heads, head_dim]`; returns `[queries, heads, head_dim]`."""
+        """Attend the last of `[keys, kv_heads, head_dim]`; returns `[queries, heads, value_dim]`."""
         spec = self._spec
         group = spec.num_heads // spec.num_kv_heads
         wide_keys = keys.to(self._dtype).repeat_interleave(group, dim=1)

@@ -74,13 +74,14 @@ class TorchAttention:
         """See `AttentionBackend`."""
         assert self._kv_slots is not None, "attend before plan"
         self._pool.store(layer, self._kv_slots, k, v)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        shape = len(q), self._spec.num_heads, self._spec.value_dim
+        out = torch.empty(shape, dtype=q.dtype, device=q.device)
         for group in self._groups:
             out.index_copy_(0, group.tokens, self._attend_group(group, layer, q))
         return out.flatten(1)
 
     def _attend_group(self, group: _Group, layer: int, q: Tensor) -> Tensor:
-        """Return `[rows * queries, heads, head_dim]`."""
+        """Return `[rows * queries, heads, value_dim]`."""
         spec = self._spec
         rows, num_queries, num_keys = group.back.shape
         heads_each = spec.num_heads // spec.num_kv_heads
@@ -95,11 +96,13 @@ class TorchAttention:
         window = spec.windows[layer]
         if window is not None:
             seen &= group.back < window
-        # `[rows, kv_heads, keys, head_dim]`.
-        keys, values = (
+        # `[rows, kv_heads, keys, head_dim]`. Of a latent layout keys are values, too, since torch's fused
+        # function takes none that are narrower: the rest of the result is left out.
+        planes = [
             loaded.to(q.dtype).view(rows, num_keys, *loaded.shape[1:]).transpose(1, 2)
-            for loaded in self._pool.load(layer, group.slots)
-        )
+            for loaded in self._pool.load(layer, group.slots)[: 1 if spec.latent_dim else 2]
+        ]
+        keys, values = planes[0], planes[-1]
         mask = seen.repeat(1, heads_each, 1).unsqueeze(1)
         if spec.beyond_softmax:
             attended = self._spelled_out(layer, packed, keys, values, mask)
@@ -109,8 +112,8 @@ class TorchAttention:
             )
         return (
             attended.view(rows, spec.num_kv_heads, heads_each, num_queries, spec.head_dim)
-            .permute(0, 3, 1, 2, 4)
-            .reshape(rows * num_queries, spec.num_heads, spec.head_dim)
+            .permute(0, 3, 1, 2, 4)[..., : spec.value_dim]
+            .reshape(rows * num_queries, spec.num_heads, spec.value_dim)
         )
 
     def _spelled_out(

@@ -239,7 +239,7 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
     """Offer the kernels, or return in one line why they cannot serve the model here."""
     if reason := why_missing("triton", "cuda"):
         return reason
-    if reason := spec.beyond_softmax or _why_not_on(spec.device):
+    if reason := spec.beyond_softmax or spec.beyond_two_planes or _why_not_on(spec.device):
         return reason
     if spec.head_dim > _MAX_HEAD_DIM:
         return f"head_dim must be at most {_MAX_HEAD_DIM}, got {spec.head_dim}"

@@ -12,7 +12,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from model.architectures.arch import PRE_NORMS, LayerSpec
+from model.architectures.arch import PRE_NORMS, GatedMlpSpec, LayerSpec
 from model.architectures.transformer import DecoderLayer, GatedMlp, Transformer
 from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBackend
@@ -69,6 +69,8 @@ def why_not(transformer: Transformer, attention: AttentionBackend) -> str:
     """Return why the compiled decoder cannot serve a model; empty where it can."""
     if not isinstance(attention, CpuAttention):
         return f"attention backend {attention.name} is not the compiled one"
+    if transformer.arch.latent is not None:
+        return "attention is latent"
     specs = transformer.arch.layers
     if reason := next(filter(None, map(_why_not_layer, specs)), ""):
         return reason
@@ -85,6 +87,8 @@ def _why_not_layer(spec: LayerSpec) -> str:
         return "norms are not those before attention and MLP"
     if spec.qk_norm == "all_heads":
         return "q and k have norms over all heads"
+    if not isinstance(spec.mlp, GatedMlpSpec):
+        return "layers have experts"
     if spec.mlp.activation != "silu":
         return f"activation {spec.mlp.activation} is not silu"
     if spec.residual_multiplier != 1:

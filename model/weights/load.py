@@ -23,13 +23,9 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from model.architectures.arch import ArchSpec, TensorSpec, lengthened
+from model.architectures.latent_transformer import LatentTransformer
 from model.architectures.registry import declare_tensors
-from model.architectures.transformer import (
-    DecoderLayer,
-    GatedMlp,
-    Transformer,
-    TransformerWeights,
-)
+from model.architectures.transformer import Transformer, TransformerWeights
 from model.cpu.library import CpuLibrary
 from model.kv.arena import Arena
 from model.ops import Ops
@@ -46,6 +42,7 @@ from model.weights.linear import (
     pack,
     staging_dtype,
 )
+from model.weights.load_layer import load_layer
 from model.weights.malloc import LARGE_BESIDE_TILES_BYTES, LARGE_BYTES, without_holes
 from model.weights.open import open_weights
 from model.weights.packed_cache import PackedCache, Recipe
@@ -131,7 +128,8 @@ def build_transformer(  # noqa: PLR0913 - named, and each is a decision of its o
         else:
             loader, loaded, notes = _load_kept(make_loader, cache, recipe, bar)
     notes = [note, *filter(None, [bits_note]), *arch.notes, *notes, *loader.findings]
-    return Transformer(arch, loaded, ops, fmt, tuple(notes))
+    kind = Transformer if arch.latent is None else LatentTransformer
+    return kind(arch, loaded, ops, fmt, tuple(notes))
 
 
 def _load_kept(
@@ -170,7 +168,7 @@ def _load(loader: _Loader, bar: tqdm) -> TransformerWeights:
     num_workers = min(torch.get_num_threads(), _MAX_WORKERS)
     with ThreadPoolExecutor(num_workers, "load", torch.set_num_threads, (1,)) as pool:
         vocabulary = pool.submit(loader.vocabulary)
-        layers = [pool.submit(loader.layer, index) for index in range(num_layers)]
+        layers = [pool.submit(load_layer, loader, index) for index in range(num_layers)]
         vocabulary.add_done_callback(lambda _done: bar.update())
         for layer in layers:
             layer.add_done_callback(lambda _done: bar.update())
@@ -246,7 +244,7 @@ class _Loader:
             table = self.kept("embedding", self.dtype)
             return partial(_look_up, table), PlainLinear(table, None)
         head = "embedding" if is_tied else "lm_head"
-        lm_head = self._linear(head, head_format(self.fmt))
+        lm_head = self.linear(head, head_format(self.fmt))
         if is_tied and isinstance(lm_head, TiledLinear):
             return lm_head.rows, lm_head
         if self.fmt == "own" and self.tiles is not None:
@@ -257,21 +255,6 @@ class _Loader:
         # 16 bits hold any embedding closely enough.
         kept_dtype = self.dtype if self.fmt == "none" else torch.float16
         return partial(_look_up, self.kept("embedding", kept_dtype)), lm_head
-
-    def layer(self, index: int) -> DecoderLayer:
-        """Load a layer, its largest product first."""
-        spec, fmt = self.arch.layers[index], self.fmt
-        gate_up = self._linear(f"{index}.gate_up", fmt)
-        down = self._linear(f"{index}.down", fmt)
-        return DecoderLayer(
-            spec=spec,
-            mlp=GatedMlp(gate_up, down, spec.mlp.activation),
-            qkv=self._linear(f"{index}.qkv", fmt),
-            o=self._linear(f"{index}.o", fmt),
-            norms={place: self.norm(f"{index}.{place}") for place in spec.norms},
-            q_norm=self.norm(f"{index}.q_norm") if spec.qk_norm else None,
-            k_norm=self.norm(f"{index}.k_norm") if spec.qk_norm else None,
-        )
 
     def norm(self, target: str) -> Tensor:
         """Read a norm's weights, in float32 since they are small."""
@@ -319,7 +302,7 @@ class _Loader:
         read_into(self.weights, ROPE_FACTORS, factors)
         return factors
 
-    def _linear(self, target: str, fmt: Format) -> Linear:
+    def linear(self, target: str, fmt: Format) -> Linear:
         """Pack products that share their input as one, their rows one after another."""
         if linear := self._coded_linear(target, fmt):
             return linear

@@ -161,6 +161,10 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
                 # Biases add up from layer to layer: large ones would hide the tokens.
                 low, high = (0.5, 1.5) if is_scale else (-0.3, 0.3)
                 torch.nn.init.uniform_(value, low, high)
+        for name, value in model.named_buffers():
+            # As made, zeros, by which no expert is chosen.
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.uniform_(value, -0.3, 0.3)
         folder = tmp_path / family
         model.save_pretrained(folder, max_shard_size=shard_size)
         return Checkpoint(folder, model)

@@ -48,6 +48,25 @@ _CONFIG = {
     "initializer_range": 0.5,
 }
 _BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
+#: Latent attention, and experts in the second layer.
+_LATENT_CONFIG = {
+    **_CONFIG,
+    "model_type": "deepseek_v3",
+    "hidden_size": 32,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+}
+_LATENT_BYTES_PER_TOKEN = 2 * (32 + 16) * 4
 #: Each token is the byte of its number, but for the one that ends.
 _END = 2
 _VOCABULARY = Vocabulary(bytes(range(256)), array("I", range(1, 257)), (_END,), (_END,))
@@ -63,7 +82,7 @@ _FOLLOWED: tuple[dict[str, Any], ...] = (
 MakeRunner = Callable[[int], TorchRunner]
 
 
-@pytest.fixture(scope="module", params=["cpu", "torch", "overlapped"])
+@pytest.fixture(scope="module", params=["cpu", "torch", "overlapped", "latent"])
 def make_runner(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -71,14 +90,16 @@ def make_runner(
 ) -> Iterator[MakeRunner]:
     """Runners on the same weights, with the given number of pages."""
     path: Path = tmp_path_factory.mktemp("tiny") / "config.json"
-    path.write_text(json.dumps(_CONFIG))
+    is_latent = request.param == "latent"
+    path.write_text(json.dumps(_LATENT_CONFIG if is_latent else _CONFIG))
     source = build.resolve_source(f"dummy:{path}")
+    bytes_per_token = _LATENT_BYTES_PER_TOKEN if is_latent else _BYTES_PER_TOKEN
     runners: dict[int, TorchRunner] = {}
 
     def make(num_pages: int) -> TorchRunner:
         if num_pages not in runners:
-            memory = num_pages * _PAGE_SIZE * _BYTES_PER_TOKEN
-            backend: Any = "torch" if request.param == "overlapped" else request.param
+            memory = num_pages * _PAGE_SIZE * bytes_per_token
+            backend: Any = {"overlapped": "torch", "latent": "cpu"}.get(request.param, request.param)
             runner = build.make_runner(
                 source,
                 OctavoConfig(
