@@ -201,14 +201,15 @@ class SchedulerSection(Section):
     speculation: Speculation = Field(
         default="none",
         description="guess tokens ahead and verify them together, which changes no token; auto:"
-        " from cached prefixes and past outputs; suffix: past outputs; ngram: the request alone",
+        " from cached prefixes and past outputs; suffix: past outputs; ngram: the request alone;"
+        " draft:MODEL: as auto, and a smaller model where these have no guess (on a CPU)",
     )
     speculative_tokens: DraftTokens = Field(
         default=16, description="tokens of one draft at most; fewer where they do not pay"
     )
     speculative_config: str | None = Field(
         default=None,
-        description="vLLM's JSON in place of both: method (ngram or suffix),"
+        description="vLLM's JSON in place of both: method (ngram, suffix or draft_model), model,"
         " num_speculative_tokens, prompt_lookup_min, prompt_lookup_max",
     )
     engine_timeout_s: float = Field(

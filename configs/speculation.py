@@ -10,19 +10,35 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 MIN_MATCH_TOKENS = 3
 MAX_DRAFT_TOKENS = 256
 
+#: Before the name of a draft model.
+_DRAFT_PREFIX = "draft:"
+
 DraftTokens = Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)]
-Speculation = Literal["none", "auto", "ngram", "suffix"]
+#: The JSON Schema lists the values by which messages and the help name them.
+Speculation = Annotated[
+    str,
+    Field(
+        pattern=rf"^(none|auto|ngram|suffix|{_DRAFT_PREFIX}\S.*)$",
+        json_schema_extra={"enum": ["none", "auto", "ngram", "suffix", f"{_DRAFT_PREFIX}MODEL"]},
+    ),
+]
 
 
 class Drafting(NamedTuple):
     """The drafts of a server."""
 
-    speculation: Speculation
+    speculation: str
     #: Of one draft, at most.
     max_tokens: int
     #: Of an n-gram's match, at least and at most.
     lookup_min_tokens: int = MIN_MATCH_TOKENS
     lookup_max_tokens: int | None = None
+
+    @property
+    def draft_model(self) -> str | None:
+        """The folder, file or hub id of the draft model, if there is one."""
+        name = self.speculation.removeprefix(_DRAFT_PREFIX)
+        return name if name != self.speculation else None
 
 
 class _VllmConfig(BaseModel):
@@ -30,7 +46,8 @@ class _VllmConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    method: Literal["ngram", "suffix"]
+    method: Literal["ngram", "suffix", "draft_model"] | None = None
+    model: Annotated[str, Field(min_length=1)] | None = None
     num_speculative_tokens: DraftTokens = 16
     prompt_lookup_min: Annotated[int, Field(ge=1)] | None = None
     prompt_lookup_max: Annotated[int, Field(ge=1)] | None = None
@@ -42,14 +59,21 @@ def drafting_of_vllm(text: str) -> Drafting:
         config = _VllmConfig.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(f"speculative_config: {_sentence(error)}") from None
+    method = config.method or ("draft_model" if config.model else None)
     least, most = config.prompt_lookup_min, config.prompt_lookup_max
-    if config.method == "suffix" and (least or most):
+    if method is None:
+        raise ValueError("speculative_config: method: field required")
+    if method != "ngram" and (least or most):
         raise ValueError("speculative_config: prompt_lookup_min and _max are of the method ngram")
+    if (method == "draft_model") != bool(config.model):
+        raise ValueError("speculative_config: model and the method draft_model need each other")
+    if config.model:
+        return Drafting(_DRAFT_PREFIX + config.model, config.num_speculative_tokens)
     # As in vLLM: one of them alone stands for both.
     least = least or most or MIN_MATCH_TOKENS
     if most is not None and least > most:
         raise ValueError("speculative_config: prompt_lookup_min is above prompt_lookup_max")
-    return Drafting(config.method, config.num_speculative_tokens, least, most)
+    return Drafting(method, config.num_speculative_tokens, least, most)
 
 
 def _sentence(error: ValidationError) -> str:

@@ -16,10 +16,10 @@ from cache.view import FULL_VIEW, View
 from configs.kv_cache import SLIDING_WINDOW
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from configs.sizes import format_size
-from model.architectures.transformer import Decoder, ServedDecoder, Transformer
+from model.architectures.transformer import ServedDecoder
 from model.attention.interface import AttentionSpec, BackendOffer
 from model.attention.registry import choose_backend
-from model.cpu.decoder import CpuDecoder, why_not
+from model.cpu.decoder import fastest_decoder
 from model.cpu.library import CpuLibrary, load_cpu_library
 from model.cpu.ops import CpuOps
 from model.cpu.quota import num_usable_cores, quota_cores
@@ -28,8 +28,16 @@ from model.cuda import ops as gpu_ops
 from model.cuda.assembly import GpuParts, assemble_on_gpu
 from model.cuda.coded_linear import pack_codes
 from model.cuda.ops import GpuOps
+from model.draft_assembly import DraftParts, draft_parts, draft_section
 from model.implementation import build_decoder
-from model.interface import ModelInfo, SamplingParams, SlotStart, StepInput
+from model.interface import (
+    GUESSED_TOKEN,
+    ModelInfo,
+    SampleSpan,
+    SamplingParams,
+    SlotStart,
+    StepInput,
+)
 from model.kv.format import KV_FORMATS, KVFormat, float_format
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.kv.pool import KVPool
@@ -70,11 +78,13 @@ def assemble(
     config: OctavoConfig,
     end_token_ids: tuple[int, ...] = (),
     proof_token_ids: tuple[int, ...] = (),
+    draft_source: ModelSource | None = None,
 ) -> TorchRunner:
     """Build the runner of `config`. Raises `ValueError` naming the setting at fault.
 
     `end_token_ids`: tokens that end an answer, in addition to the model's config.
     `proof_token_ids`: a text that proves a lossy format of keys and values; none: no proof.
+    `draft_source`: of the draft model, if there is one.
     """
     threads = _threads(config.model)
     torch.set_num_threads(threads.number)
@@ -97,7 +107,10 @@ def assemble(
     if spec.kv_format.coding is not None and proof_token_ids:
         note = _prove(config, decoder, where.library, (spec, offer), proof_token_ids)
         where = replace(where, notes=(*where.notes, note))
-    plan_of = partial(_plan_pool, config, decoder, spec, offer)
+    draft = None
+    if draft_source is not None:
+        draft = _draft_parts(draft_source, config, where, decoder, spec)
+    plan_of = partial(_plan_pool, config, decoder, spec, offer, draft=draft)
     info_of = partial(_info, source, config, decoder, spec, offer, where, end_token_ids)
     if where.device.type == "cuda":
         ops = where.ops if isinstance(where.ops, GpuOps) else None
@@ -105,29 +118,61 @@ def assemble(
         runner = assemble_on_gpu(parts, plan_of)
     else:
         # Weights that are mapped from a file count as free memory, since the system may drop them.
-        free_bytes = min(free_memory_bytes(), max(free_bytes - decoder.weights_bytes, 0))
+        weights_bytes = decoder.weights_bytes + (draft.decoder.weights_bytes if draft else 0)
+        free_bytes = min(free_memory_bytes(), max(free_bytes - weights_bytes, 0))
         plan = plan_of(free_bytes)
         decoder.hold_positions(plan.max_model_len)
         pool = KVPool(spec.layout(plan.page_size), plan.num_pages, where.device)
         attention, info = offer.build(spec, pool), info_of(plan)
+        info = draft.described(info) if draft else info
         max_num_seqs = config.scheduler.max_num_seqs
-        fastest: Decoder = decoder
-        if where.library and isinstance(decoder, Transformer) and not why_not(decoder, attention):
-            fastest = CpuDecoder(decoder, where.library)
         runner = TorchRunner(
             info=info,
-            decoder=fastest,
+            decoder=fastest_decoder(decoder, attention, where.library),
             attention=attention,
             pool=pool,
             sampler=Sampler(max_num_seqs, info.vocab_size, info.eos_token_ids, where.device),
             max_num_seqs=max_num_seqs,
             # Float32 products by oneDNN depend on the number of threads in their last bits.
             team=Team(threads.number) if threads.may_shrink and decoder.format != "none" else None,
+            draft_model=draft.build(plan, max_num_seqs, where.library) if draft else None,
         )
     _warm_up(runner)
     if cache is not None:
         cache.save_in_background()
     return runner
+
+
+def _draft_parts(
+    source: ModelSource,
+    config: OctavoConfig,
+    where: _Device,
+    served: ServedDecoder,
+    served_spec: AttentionSpec,
+) -> DraftParts:
+    """Load the draft model, in the same arithmetic as the served one."""
+    if where.device.type == "cuda":
+        raise ValueError(
+            "speculation: a draft model is computed on a CPU alone, and not with device cuda; "
+            "use auto, suffix or ngram there"
+        )
+    cache = _weights_cache(config.model)
+    load = partial(
+        build_decoder,
+        source,
+        draft_section(config.model),
+        dtype=where.dtype,
+        device=where.device,
+        ops=where.ops,
+        tiles=where.library,
+        cache=cache,
+    )
+    kv_format_of = partial(_kv_format, config.cache, library=where.library)
+    backend = config.model.attention_backend
+    parts = draft_parts(source.name, load, kv_format_of, backend, served, served_spec)
+    if cache is not None:
+        cache.save_in_background()
+    return parts
 
 
 def _weights_cache(config: ModelSection) -> PackedCache | None:
@@ -228,6 +273,7 @@ def _plan_pool(
     spec: AttentionSpec,
     offer: BackendOffer,
     free_bytes: int,
+    draft: DraftParts | None = None,
 ) -> PoolPlan:
     arch, stated_bytes = decoder.arch, config.cache.kv_cache_memory
     layout = spec.layout(offer.page_size(config.cache.page_size))
@@ -236,11 +282,15 @@ def _plan_pool(
         config.model.max_model_len or arch.max_positions,
         (stated_bytes or free_bytes) * layout.page_size // layout.bytes_per_page,
     )
+    bytes_per_page = layout.bytes_per_page
+    if draft is not None:
+        # Its angles are few beside the pages, and its positions those of the served model.
+        bytes_per_page += draft.bytes_per_page(layout.page_size)
     return plan_pool(
         stated_bytes=stated_bytes,
         free_bytes=free_bytes,
         fixed_bytes=table_bytes,
-        bytes_per_page=layout.bytes_per_page,
+        bytes_per_page=bytes_per_page,
         page_size=layout.page_size,
         max_num_seqs=config.scheduler.max_num_seqs,
         stated_max_model_len=config.model.max_model_len,
@@ -319,14 +369,16 @@ def _warm_up(runner: TorchRunner) -> None:
     """Compute one small prompt, so that faults show now and the first request is not delayed."""
     params = SamplingParams(max_tokens=1, temperature=0.0)
     num_tokens = min(2, runner.info.max_model_len)
+    has_guess = bool(runner.info.draft_model)
     runner.launch(
         StepInput(
-            token_ids=[0] * num_tokens,
+            token_ids=[0, GUESSED_TOKEN] if has_guess else [0] * num_tokens,
             positions=[0],
             counts=[num_tokens],
             slots=[0],
             page_ids=[list(range(-(-num_tokens // runner.info.page_size)))],
             sample_rows=[0],
             started=[SlotStart(0, params, [0] * num_tokens)],
+            spans={0: SampleSpan(0, 0, num_tokens)} if has_guess else {},
         )
     ).wait()

@@ -30,16 +30,18 @@ def make_runner(
     config: OctavoConfig,
     end_token_ids: tuple[int, ...] = (),
     proof_token_ids: tuple[int, ...] = (),
+    draft_source: ModelSource | None = None,
 ) -> TorchRunner:
     """Load the model and size its pages. Raises `ValueError` that names the setting at fault.
 
     `end_token_ids`: tokens that end an answer, in addition to the model's config.
     `proof_token_ids`: a text that proves a lossy format of keys and values; none: no proof.
+    `draft_source`: of the draft model, if there is one.
     """
     import_engine()
     from model.assemble import assemble  # noqa: PLC0415 - imports torch, see above
 
-    return assemble(source, config, end_token_ids, proof_token_ids)
+    return assemble(source, config, end_token_ids, proof_token_ids, draft_source)
 
 
 def import_engine() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -30,6 +30,7 @@ from model.fake_pages import (
 from model.grammar.grammars import CompiledGrammar, Grammars
 from model.grammar.matchers import Matchers
 from model.interface import (
+    GUESSED_TOKEN,
     PENDING_TOKEN,
     Constraint,
     ModelInfo,
@@ -138,6 +139,8 @@ class FakeRunner:
     faults: Mapping[int, Fault] = field(default_factory=dict)
     #: Read back all that is in a row's view in every step; off for benchmarks.
     is_strict: bool = True
+    #: 0: there is no draft model; n: it guesses right, but at positions that are multiples of n.
+    guess_period: int = 0
     _slots: dict[int, FakeSlot] = field(default_factory=dict)
     _has_nan: bool = False
     #: By slot, the token that the last step sampled.
@@ -170,6 +173,7 @@ class FakeRunner:
             device="none",
             attention_backend="fake",
             view=self.view,
+            draft_model="fake" if self.guess_period else "",
         )
 
     def launch(self, step: StepInput) -> _FakeInFlightStep:
@@ -184,13 +188,16 @@ class FakeRunner:
         for move in step.moves:
             self.pages.move(move)
         token_ids, digests, first = list[list[int]](), list[list[int]](), 0
+        guesses = dict[int, list[int]]()
         for row, span in enumerate(step.rows):
             tokens = step.token_ids[first : first + span.count]
             if tokens[-1] == PENDING_TOKEN:
                 tokens[-1] = self._sampled[step.slots[row]]
             token_ids.append(tokens)
-            slot = self._slots[step.slots[row]]
+            slot, num_guesses = self._slots[step.slots[row]], tokens.count(GUESSED_TOKEN)
             digests.append(self._compute(slot, span, tokens, step.page_ids[row]))
+            if num_guesses:
+                guesses[row] = tokens[-num_guesses:]
             first += span.count
         faults = self._faults_of(step)
         if FaultKind.LAUNCH in faults.values():
@@ -211,7 +218,7 @@ class FakeRunner:
             if tokens
         }
         self._in_flight.append(number)
-        output = self._output(step, drawn, failures, faults)
+        output = replace(self._output(step, drawn, failures, faults), guesses=guesses)
         return _FakeInFlightStep(self, number, output, FaultKind.WAIT in faults.values())
 
     def _output(
@@ -282,7 +289,7 @@ class FakeRunner:
     def _compute(
         self, slot: FakeSlot, span: RowSpan, token_ids: list[int], pages: list[int]
     ) -> list[int]:
-        """Write a row's keys and return their digests."""
+        """Write a row's keys and return their digests; fill in the guesses of the draft model."""
         if span.position - span.stored > slot.num_dropped:
             self.pages.compact(slot, span, pages)
         slot.page_ids, slot.num_stored = pages, span.stored + span.count
@@ -293,20 +300,28 @@ class FakeRunner:
                     break
                 here = pages[slot.index(position) // self.page_size]
                 assert found == slot.known[position], f"page {here} was overwritten"
-        digests = []
+        digests = list[int]()
         for position, token_id in enumerate(token_ids, span.position):
+            if token_id == GUESSED_TOKEN:
+                token_ids[position - span.position] = self._guess(digests[-1], position)
+            known = token_ids[position - span.position]
             digest = digest_of(
                 position,
-                token_id,
+                known,
                 slot.view,
                 lambda seen: self.pages.read(pages, slot.index(seen))[1],
                 slot.num_dropped,
             )
-            self.pages.write(pages, slot.index(position), (token_id, digest))
+            self.pages.write(pages, slot.index(position), (known, digest))
             if self.is_strict:
-                slot.know(position, token_id, digest)
+                slot.know(position, known, digest)
             digests.append(digest)
         return digests
+
+    def _guess(self, digest: int, position: int) -> int:
+        assert self.guess_period, "a guess without a draft model"
+        right = _choose(digest, self.vocab_size, may_end=False)
+        return right if position % self.guess_period else 1 + right % (self.vocab_size - 1)
 
     def _draw(
         self, slot: int, span: SampleSpan, token_ids: list[int], digests: list[int]

@@ -18,6 +18,9 @@ from cache.view import FULL_VIEW, View
 #: In `StepInput.token_ids`: "the token which the step in flight before this one samples for this
 #: slot". It lets step n+1 be launched before the tokens of step n are known on the host.
 PENDING_TOKEN = -1
+#: In `StepInput.token_ids`, as drafts: "the token that the draft model guesses in this place". Only
+#: others follow one in its row. For runners with `ModelInfo.draft_model`.
+GUESSED_TOKEN = -2
 
 MAX_TOP_LOGPROBS = 20
 
@@ -258,6 +261,8 @@ class StepOutput:
     not_finite: list[int] = field(default_factory=list)
     #: Parallel to `StepInput.scored`, an entry a token.
     prompt_logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
+    #: By row: the guesses of the draft model in the places of `GUESSED_TOKEN`.
+    guesses: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +288,8 @@ class ModelInfo:
     view: View = FULL_VIEW
     #: Tokens that the pages hold, as a multiple of those in 16 bits in the same memory.
     kv_factor: float = 1.0
+    #: The name of the draft model; empty where there is none.
+    draft_model: str = ""
     #: On a GPU, the uses of its memory: (name, bytes).
     device_bytes: tuple[tuple[str, int], ...] = ()
     #: Decisions an operator should know: "compiled CPU op not available: no g++; using torch".

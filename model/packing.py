@@ -189,10 +189,14 @@ class Packer:
         #: By slot, which of the last step's samples is its newest token.
         self._sample_of_slot: dict[int, int] = {}
 
+    def forget(self, slot: int) -> None:
+        """Let the slot begin anew: another sequence has it now."""
+        self._tables.forget(slot)
+
     def pack(self, step: StepInput) -> PackedStep:
         """Lay out the next step. Raises `ValueError` for a step that cannot be computed here."""
         for start in step.started:
-            self._tables.forget(start.slot)
+            self.forget(start.slot)
         page_size, slots = self._page_size, step.slots
         if step.dropped:
             raise ValueError("rows whose sequences dropped keys cannot be computed")

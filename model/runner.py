@@ -20,6 +20,7 @@ from model.architectures.transformer import Decoder
 from model.attention.interface import AttentionBackend
 from model.cpu.team import Team
 from model.cuda.graphs import DecodeGraphs
+from model.draft_model import DraftModel
 from model.grammar.grammars import Grammars
 from model.interface import (
     Constraint,
@@ -45,13 +46,17 @@ class _InFlightStep:
 
     sampled_tokens: SampledTokens | None
     scores: list[tuple[TokenLogprobs, ...]]
+    #: By row.
+    guesses: dict[int, list[int]]
     is_over: Callable[[], None]
 
     @torch.inference_mode()
     def wait(self) -> StepOutput:
         self.is_over()
         output = StepOutput([]) if self.sampled_tokens is None else self.sampled_tokens.finish()
-        return replace(output, prompt_logprobs=self.scores) if self.scores else output
+        if not self.scores and not self.guesses:
+            return output
+        return replace(output, prompt_logprobs=self.scores, guesses=self.guesses)
 
 
 class TorchRunner:
@@ -69,6 +74,7 @@ class TorchRunner:
         graphs: DecodeGraphs | None = None,
         max_steps_in_flight: int = 1,
         team: Team | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         """`team`: on a CPU, adapts the number of threads to the cores that others leave free."""
         self._info = info
@@ -81,6 +87,7 @@ class TorchRunner:
         self._graphs = graphs
         self._max_steps_in_flight = max_steps_in_flight
         self._team = team
+        self._draft_model = draft_model
         self._packer = Packer(max_num_seqs, info.max_model_len, info.page_size)
         #: The samples of the step before, if any.
         self._newest: SampledTokens | None = None
@@ -103,6 +110,9 @@ class TorchRunner:
         newest, self._newest = self._newest, None
         if newest is not None:
             newest.settle()
+        guesses = dict[int, list[int]]()
+        if self._draft_model is not None:
+            step, guesses = self._draft_model.complete(step)
         packed = self._packer.pack(step)
         for start in step.started:
             if start.view != FULL_VIEW:
@@ -115,7 +125,7 @@ class TorchRunner:
         self._newest = self._sample(step, hidden, sampled) if step.sample_rows else None
         if self._team is not None:
             self._team.observe(time.perf_counter() - began_s)
-        return _InFlightStep(self._newest, scores, mark(self._device))
+        return _InFlightStep(self._newest, scores, guesses, mark(self._device))
 
     def _compute(self, packed: PackedStep, newest: SampledTokens | None) -> tuple[Tensor, Tensor]:
         """Return the hidden states of all tokens, and which of them are sampled after."""
@@ -156,7 +166,9 @@ class TorchRunner:
 
     def idle(self) -> bool:
         """See `ModelRunner`."""
-        return self._pool.idle()
+        if self._pool.idle():
+            return True
+        return self._draft_model is not None and self._draft_model.idle()
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""

@@ -51,21 +51,28 @@ def why_never(submit: Submit, max_model_len: int) -> Rejected | None:
 
 
 def why_not_now(
-    submit: Submit, num_waiting: int, num_waiting_tokens: int, room: Room, config: SchedulerSection
+    submit: Submit,
+    num_waiting: int,
+    num_waiting_tokens: int,
+    room: Room,
+    config: SchedulerSection,
+    max_queue: int | None = None,
 ) -> Rejected | None:
     """Return the refusal of a request that would have to wait where too much waits already.
 
     The limits are for requests that must wait: a burst that can start at once is never refused for
     arriving between two steps. An empty queue takes any request, or one longer than
-    `max_queue_tokens` would always be refused.
+    `max_queue_tokens` would always be refused. `max_queue`: in place of that of `config`.
     """
+    if max_queue is None:
+        max_queue = config.max_queue
     num_tokens = len(submit.request.prompt_token_ids)
     if submit.is_resumed or room.is_enough(num_waiting + 1, num_waiting_tokens + num_tokens):
         return None
     message = ""
-    if num_waiting >= config.max_queue:
+    if num_waiting >= max_queue:
         message = f"{num_waiting} requests are waiting already, which is the limit"
-        if not config.max_queue:
+        if not max_queue:
             message = "there is no room now, and no queue to wait in"
     elif num_waiting and num_waiting_tokens + num_tokens > config.max_queue_tokens:
         message = (
@@ -85,8 +92,10 @@ def place_for(
     """Return the sequences that must leave the queue to make room for a request, or its refusal.
 
     Sequences of lower priority leave that have not begun, the newest of the lowest first, and only
-    as many as needed; if that is not enough, none. A waiting `probe` belongs to no request: it
-    neither counts nor leaves.
+    as many as needed; if that is not enough, none. Preempted and resumed sequences can make a queue
+    longer than its limit. Then one that leaves is enough, as the queue gets no longer: else a
+    request of higher priority would be refused while one of lower priority waits. A waiting `probe`
+    belongs to no request: it neither counts nor leaves.
     """
     num_waiting, num_tokens = len(waiting), waiting.num_tokens
     if probe is not None:
@@ -94,6 +103,7 @@ def place_for(
     refused = why_not_now(submit, num_waiting, num_tokens, room, config)
     if refused is None:
         return []
+    max_queue = max(config.max_queue, num_waiting) if config.max_queue else 0
     leaving: list[Sequence] = []
     for sequence in reversed(waiting):
         if sequence.request.priority <= submit.request.priority:
@@ -103,7 +113,7 @@ def place_for(
         leaving.append(sequence)
         num_waiting -= 1
         num_tokens -= len(sequence.token_ids)
-        if why_not_now(submit, num_waiting, num_tokens, room, config) is None:
+        if why_not_now(submit, num_waiting, num_tokens, room, config, max_queue) is None:
             return leaving
     return refused
 

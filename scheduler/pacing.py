@@ -11,6 +11,7 @@ used with sixty: each prompt token would seem expensive, and prompts would stay 
 from __future__ import annotations
 
 from scheduler.draft_lengths import Step
+from scheduler.draft_price import DraftPrice
 
 #: Weight of the newest step in each running mean.
 _NEWEST = 0.2
@@ -37,8 +38,8 @@ class Pacing:
         #: The mean number of decodes in the steps that `decode_s` was measured with.
         self._num_decodes = 0.0
         self._num_mixed_steps = 0
-        #: Running means of the time that drafts added to a step, and of their tokens.
-        self._drafts_s = self._num_draft_tokens = 0.0
+        #: Of drafts that were found in texts, and of those of a draft model.
+        self.text_price, self.model_price = DraftPrice(), DraftPrice()
         self._num_drafted_steps = 0
 
     def prompt_tokens(self, budget_tokens: int, *, num_decodes: int, num_prompts: int) -> int:
@@ -63,17 +64,6 @@ class Pacing:
         return max(self.decode_s + more * (self.token_s or 0.0), self.decode_s / _OUTLIER)
 
     @property
-    def draft_token_s(self) -> float | None:
-        """The time that a further token of a draft adds; None: not measured yet."""
-        if self._num_draft_tokens == 0.0:
-            return None
-        return max(self._drafts_s / self._num_draft_tokens, 0.0)
-
-    def forget_drafts(self) -> None:
-        """Let the price of drafts be measured anew."""
-        self._drafts_s = self._num_draft_tokens = 0.0
-
-    @property
     def has_to_time_decodes(self) -> bool:
         """Whether the next step should have no drafts, so that decodes are timed without any."""
         if self.decode_s is None:
@@ -81,12 +71,12 @@ class Pacing:
         is_mixed_too_long = self._num_mixed_steps >= _MAX_MIXED_STEPS
         return is_mixed_too_long or self._num_drafted_steps >= _MAX_DRAFTED_STEPS
 
-    def step(self, num_decodes: int) -> Step | None:
-        """Estimate a step of decodes without drafts; None while no step was timed."""
+    def step(self, num_decodes: int, price: DraftPrice) -> Step | None:
+        """Estimate a step of decodes, with the price of drafts; None while no step was timed."""
         if self.decode_s is None or num_decodes == 0:
             return None
         time_s = self._decodes_s(num_decodes)
-        draft_token_s = self.draft_token_s
+        draft_token_s = price.token_s
         if draft_token_s is None:
             # A guess that lets the first drafts be tried. The price of prompts' tokens is none: of
             # a short prompt it is a whole step's.
@@ -100,10 +90,12 @@ class Pacing:
         num_decodes: int,
         num_prompt_tokens: int,
         num_draft_tokens: int = 0,
+        num_guessed_tokens: int = 0,
     ) -> None:
         """Update the estimates from a step that took `elapsed_s`.
 
-        A step with drafts, which has no prompts, gives the price of drafts.
+        A step with drafts, which has no prompts, gives the price of drafts. `num_guessed_tokens`:
+        those by a draft model.
 
         A mixed step gives one of the two costs once the other is known. If only prompts have been
         timed, it gives the decodes' share. So the chunks of a burst of arrivals can grow before
@@ -111,7 +103,7 @@ class Pacing:
         """
         if num_draft_tokens:
             self._num_drafted_steps = min(self._num_drafted_steps + 1, _MAX_DRAFTED_STEPS)
-            self._learn_drafts(elapsed_s, num_decodes, num_draft_tokens)
+            self._learn_drafts(elapsed_s, num_decodes, num_draft_tokens, num_guessed_tokens)
             return
         if num_prompt_tokens == 0:
             self._num_mixed_steps = self._num_drafted_steps = 0
@@ -131,14 +123,21 @@ class Pacing:
         token_s = max(elapsed_s - base_s, 1e-9) / num_prompt_tokens
         self.token_s = _mean(self.token_s, token_s)
 
-    def _learn_drafts(self, elapsed_s: float, num_decodes: int, num_draft_tokens: int) -> None:
+    def _learn_drafts(
+        self, elapsed_s: float, num_decodes: int, num_draft_tokens: int, num_guessed_tokens: int
+    ) -> None:
         if self.decode_s is None:
             return
-        # Two means, so that long drafts, whose price stands out of the noise, count for more.
-        added_s = min(elapsed_s, _OUTLIER * self.decode_s) - self._decodes_s(num_decodes)
-        weight = _NEWEST if self._num_draft_tokens else 1.0
-        self._drafts_s += weight * (added_s - self._drafts_s)
-        self._num_draft_tokens += weight * (num_draft_tokens - self._num_draft_tokens)
+        num_found_tokens = num_draft_tokens - num_guessed_tokens
+        found_s = num_found_tokens * (self.text_price.token_s or 0.0)
+        guessed_s = num_guessed_tokens * (self.model_price.token_s or 0.0)
+        most_s = _OUTLIER * (self.decode_s + found_s + guessed_s)
+        added_s = min(elapsed_s, most_s) - self._decodes_s(num_decodes)
+        if num_guessed_tokens:
+            # In a step with both kinds the price of the other one is taken as it is.
+            self.model_price.learn(added_s - found_s, num_guessed_tokens)
+        else:
+            self.text_price.learn(added_s, num_found_tokens)
 
     def _learn_decode(self, elapsed_s: float, num_decodes: int) -> None:
         self._num_decodes = _mean(self._num_decodes if self.decode_s else None, num_decodes)

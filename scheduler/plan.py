@@ -34,6 +34,11 @@ class StepPlan:
         return sum(len(draft.token_ids) for draft in self.drafts.values())
 
     @property
+    def num_guessed_tokens(self) -> int:
+        """Tokens of drafts by the draft model."""
+        return sum(len(one.token_ids) for one in self.drafts.values() if one.is_guessed)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens the step computes."""
         return len(self.step.token_ids)

@@ -50,7 +50,12 @@ class Scheduler:
         self._max_model_len = min(info.max_model_len, cache.max_tokens + 1)
         self._eos_token_ids = info.eos_token_ids
         self._pacing = Pacing(config.max_decode_slowdown)
-        self._speculation = Speculation(drafter, config.drafting.max_tokens, self._pacing)
+        self._speculation = Speculation(
+            drafter,
+            config.drafting.max_tokens,
+            self._pacing,
+            has_draft_model=bool(info.draft_model),
+        )
         self._table = SequenceTable(cache, config.max_num_seqs, info.page_size)
         self._waiting, self._running = self._table.waiting, self._table.running
         self._suspects = Suspects()
@@ -260,6 +265,7 @@ class Scheduler:
                 num_decodes=plan.num_decodes,
                 num_prompt_tokens=plan.num_prompt_tokens,
                 num_draft_tokens=plan.num_draft_tokens,
+                num_guessed_tokens=plan.num_guessed_tokens,
             )
         step, logprobs, outcome = plan.step, output.logprobs, StepResult()
         landed = self._land(plan, output, outcome)
@@ -290,7 +296,7 @@ class Scheduler:
         landed = output.token_ids
         if plan.drafts:
             landed = land_drafts(plan, output.token_ids, self._waiting)
-            self._speculation.verify(plan, output.token_ids, landed, outcome)
+            self._speculation.verify(plan, output, landed, outcome)
         advance(plan, landed, self._cache, self._view, self._page_size)
         note_scores(plan, output, outcome)
         return landed

@@ -77,13 +77,20 @@ async def _serve(
         async with reported("loading", model=config.model.model):
             source = await asyncio.to_thread(build.resolve_source, config.model.model)
             text = await asyncio.to_thread(load_text, source.path, chat_template=chat_template)
+            draft_source = await asyncio.to_thread(_draft_source, config, text.tokenizer)
     except (build.ModelSourceError, TextError, OSError) as error:
         raise StartError(str(error)) from error
     for note in text.notes:
         _log.info("note", extra=fields(note=note))
     tokenizer = text.tokenizer
-    proof = prose_token_ids(tokenizer)
-    make_runner = partial(build.make_runner, source, config, tokenizer.eos_token_ids, proof)
+    make_runner = partial(
+        build.make_runner,
+        source,
+        config,
+        tokenizer.eos_token_ids,
+        prose_token_ids(tokenizer),
+        draft_source,
+    )
     prepare = partial(configure, config.server.log_format)
     client = ProcessClient(make_runner, config.scheduler, prepare=prepare, spawned=spawned)
     lifecycle, grammars = Lifecycle(), GrammarService()
@@ -103,6 +110,31 @@ async def _serve(
     finally:
         # At the same time: one that hangs must not keep the other alive.
         await asyncio.gather(grammars.close(), client.close())
+
+
+def _draft_source(config: OctavoConfig, tokenizer: Tokenizer) -> build.ModelSource | None:
+    """Find the files of the draft model, if there is to be one.
+
+    Raises `StartError` where its tokens are others than those of `tokenizer`. The sizes of the
+    vocabularies are compared by the engine, which reads the weights.
+    """
+    name = config.scheduler.drafting.draft_model
+    if name is None:
+        return None
+    try:
+        source = build.resolve_source(name)
+    except build.ModelSourceError as error:
+        raise StartError(f"speculation: {error}") from error
+    with suppress(TextError):
+        other = load_text(source.path).tokenizer
+        token_id = tokenizer.first_difference(other)
+        if token_id is not None:
+            raise StartError(
+                f"speculation: the draft model {source.name} has another vocabulary: token "
+                f"{token_id} is {other.token_text(token_id)!r}, and "
+                f"{tokenizer.token_text(token_id)!r} in the served model"
+            )
+    return source
 
 
 def _guards(section: ServerSection) -> tuple[Keyring, Certificate | None]:

@@ -42,7 +42,7 @@ _ENGINE_COUNTERS = (
 
 
 #: Drafters that a server may have.
-_DRAFTERS = ("grammar", "prefix", "prediction", "suffix", "ngram")
+_DRAFTERS = ("grammar", "prefix", "prediction", "suffix", "ngram", "model")
 
 
 class GrowingCount:

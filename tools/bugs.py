@@ -20,6 +20,7 @@ TABLE, SUSPECTS = "scheduler/table.py", "scheduler/suspects.py"
 REFUSAL = "scheduler/admission.py"
 PLAN, LANDING = "scheduler/plan.py", "scheduler/landing.py"
 SPECULATION = "scheduler/speculation.py"
+PRICED_DRAFTS = "scheduler/priced_drafts.py"
 
 SCHEDULER_BUGS = [
     Bug(
@@ -292,14 +293,14 @@ SPECULATION_BUGS = [
     ),
     Bug(
         "a draft is longer than the rest of the answer",
-        SPECULATION,
+        PRICED_DRAFTS,
         "min(self._max_tokens, budget_tokens, room_tokens)",
         "min(self._max_tokens, budget_tokens)",
     ),
     Bug(
         "drafts are made behind a pending token",
         SPECULATION,
-        " or sequence.token_ids[-2] == PENDING_TOKEN",
+        " and sequence.token_ids[-2] != PENDING_TOKEN",
         "",
     ),
 ]

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from model.architectures.arch import PRE_NORMS, GatedMlpSpec, LayerSpec
-from model.architectures.transformer import DecoderLayer, GatedMlp, Transformer
+from model.architectures.transformer import (
+    Decoder,
+    DecoderLayer,
+    GatedMlp,
+    ServedDecoder,
+    Transformer,
+)
 from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBackend
 from model.cpu.library import CpuLibrary
@@ -63,6 +69,15 @@ class CpuDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder`."""
         return self._transformer.logits(hidden)
+
+
+def fastest_decoder(
+    decoder: ServedDecoder, attention: AttentionBackend, library: CpuLibrary | None
+) -> Decoder:
+    """Return the compiled decoder where it can serve the model, else the decoder itself."""
+    if library and isinstance(decoder, Transformer) and not why_not(decoder, attention):
+        return CpuDecoder(decoder, library)
+    return decoder
 
 
 def why_not(transformer: Transformer, attention: AttentionBackend) -> str:

@@ -65,23 +65,22 @@ def build_drafters(
 ) -> BestDrafter | None:
     """Build the drafters of `--speculation`; None for `none`.
 
-    `further`: drafters that need more than tokens (of grammars, of a draft model), preferred to all
-    others. The lookups are vLLM's `prompt_lookup_min` and `prompt_lookup_max`. Raises
-    `ValueError`.
+    `further`: drafters that need more than tokens (of grammars), preferred to all others.
+    The lookups are vLLM's `prompt_lookup_min` and `prompt_lookup_max`. Raises `ValueError`.
     """
     asked: list[Drafter]
-    match speculation:
+    match speculation.partition(":")[0]:
         case "none":
             return None
         case "ngram":
             asked = [NgramDrafter(lookup_min_tokens, lookup_max_tokens)]
         case "suffix":
             asked = [SuffixDrafter()]
-        case "auto":
+        case "auto" | "draft":
+            # A draft model drafts where these do not (`Speculation`).
             asked = [PrefixDrafter(cache), SuffixDrafter()]
         case _:
-            raise ValueError(
-                f"speculation must be none, auto, ngram or suffix, got {speculation!r}"
-            )
+            names = "none, auto, ngram, suffix or draft:MODEL"
+            raise ValueError(f"speculation must be {names}, got {speculation!r}")
     # A prediction is the wish of one request, whatever the server drafts from otherwise.
     return BestDrafter([*further, PredictionDrafter(), *asked])

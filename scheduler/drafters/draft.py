@@ -10,18 +10,24 @@ from collections.abc import Collection
 from itertools import takewhile
 from typing import NamedTuple, Protocol
 
+from model.interface import GUESSED_TOKEN
 from scheduler.sequence import Sequence
 
 
 class Draft(NamedTuple):
     """A guess at the next tokens of a sequence."""
 
-    #: The proposed continuation of `sequence.token_ids`; never empty.
+    #: The proposed continuation of `sequence.token_ids`, or `GUESSED_TOKEN`s; never empty.
     token_ids: list[int]
     #: Prior that one more token of it is accepted, `0 < probability <= 1`.
     probability: float
     #: A name for metrics: "suffix", "ngram", "prefix", "prediction", "grammar" or "model".
     drafter: str
+
+    @property
+    def is_guessed(self) -> bool:
+        """Whether a draft model guesses its tokens."""
+        return self.token_ids[0] == GUESSED_TOKEN
 
     def beginning(self, num_tokens: int) -> Draft:
         """Return its first tokens."""

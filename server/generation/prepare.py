@@ -15,7 +15,7 @@ from server.generation.chat_prompt import chat_tokens
 from server.generation.generate import Job
 from server.generation.generation_spec import Conversation, TextPrompts, ToolSpec
 from server.generation.output import OutputOptions
-from server.generation.params import Warned, warning
+from server.generation.params import Warned, ignored, warning
 from server.generation.prompt_logprobs import require_few
 from server.generation.prompts import (
     DEFAULT_COMPLETION_TOKENS,
@@ -62,8 +62,13 @@ async def _chat_job(service: Service, spec: GenerationSpec, chat: Conversation) 
     params = await _sampling(service, spec, [prompt], [chat.path], warnings)
     output = parser_options(service, chat, tools, prompt)
     grammar, relaxed = await chat_grammar(service, spec, chat, tools, output, prompt)
+    predicted = await _predicted_tokens(service, spec)
+    if predicted and service.config.scheduler.drafting.speculation == "none":
+        warnings.append(ignored("prediction", "this server makes no drafts (--speculation)"))
+    elif predicted and spec.fields.speculation is False:
+        warnings.append(ignored("prediction", "speculation is false"))
     job = _job(service, spec, [prompt], params, grammar, warnings + relaxed)
-    if predicted := await _predicted_tokens(service, spec):
+    if predicted:
         requests = (replace(one, prediction_token_ids=predicted) for one in job.requests)
         job = replace(job, requests=tuple(requests))
     if output is not None and output.syntax.has_special_marks:

@@ -75,7 +75,8 @@ class ChatRequest(GenerateFields):
         "for models whose template knows it; else it is warned of"
     )
     prediction: Prediction | None = optional(
-        "a text that the answer is expected to repeat; it changes the speed of the answer alone"
+        "a text that the answer is expected to repeat; it changes the speed of the answer alone,"
+        " and is warned of where the server makes no drafts"
     )
 
 

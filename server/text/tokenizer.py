@@ -115,6 +115,18 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
+    def first_difference(self, other: Tokenizer) -> int | None:
+        """Return the least id that stands for another text in `other`; None: there is none.
+
+        Special tokens may have other names there.
+        """
+        special = self.special_token_ids | other.special_token_ids
+        for token_id in range(max(self.vocab_size, other.vocab_size)):
+            is_same = self.token_bytes(token_id) == other.token_bytes(token_id)
+            if not is_same and token_id not in special:
+                return token_id
+        return None
+
     def to_json(self) -> str:
         """Return the text of a tokenizer.json that puts the same tokens around a plain prompt."""
         core = tokenizers.Tokenizer.from_str(self._core.to_str())

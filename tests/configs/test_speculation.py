@@ -18,6 +18,20 @@ def test_our_own_names() -> None:
     assert config.scheduler.drafting == Drafting("suffix", 5)
 
 
+def test_a_draft_model_has_a_name() -> None:
+    drafting = load_config({"speculation": "draft:org/small"}, {}, None).scheduler.drafting
+    assert drafting == Drafting("draft:org/small", 16)
+    assert drafting.draft_model == "org/small"
+    assert Drafting("auto", 16).draft_model is None
+
+
+@pytest.mark.parametrize("method", ["", '"method":"draft_model",'])
+def test_a_draft_model_in_the_words_of_vllm(method: str) -> None:
+    text = f'{{{method}"model":"draft:x","num_speculative_tokens":4}}'
+    drafting = load_config({"speculative_config": text}, {}, None).scheduler.drafting
+    assert (drafting.draft_model, drafting.max_tokens) == ("draft:x", 4)
+
+
 @pytest.mark.parametrize(
     ("text", "drafting"),
     [
@@ -39,15 +53,17 @@ def test_what_vllm_users_have(text: str, drafting: Drafting) -> None:
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ({"speculation": "draft:some/model"}, "expected one of none, auto, ngram, suffix"),
+        ({"speculation": "model"}, "one of none, auto, ngram, suffix, draft:MODEL"),
+        ({"speculation": "draft:"}, "one of none, auto, ngram, suffix, draft:MODEL"),
         ({"speculative_tokens": "0"}, "speculative_tokens (flag --speculative-tokens)"),
         ({"speculative_config": "ngram"}, "speculative_config: must be JSON"),
         ({"speculative_config": "{}"}, "method: field required"),
-        ({"speculative_config": '{"method":"eagle"}'}, "method: input should be 'ngram' or"),
+        ({"speculative_config": '{"method":"eagle"}'}, "input should be 'ngram', 'suffix' or"),
         (
             {"speculative_config": '{"method":"ngram","model":"x"}'},
-            "speculative_config: model is not supported",
+            "speculative_config: model and the method draft_model need each other",
         ),
+        ({"speculative_config": '{"method":"draft_model"}'}, "draft_model need each other"),
         ({"speculative_config": '{"method":"ngram","num_speculative_tokens":0}'}, "num_spec"),
         (
             {"speculative_config": '{"method":"suffix","prompt_lookup_min":2}'},

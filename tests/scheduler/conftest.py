@@ -29,10 +29,15 @@ class Drive:
         view: View = FULL_VIEW,
         max_model_len: int = 256,
         drafter: Drafter | None = None,
+        guess_period: int = 0,
         **config: Any,
     ) -> None:
         self.runner = FakeRunner(
-            num_pages=num_pages, page_size=page_size, view=view, max_model_len=max_model_len
+            num_pages=num_pages,
+            page_size=page_size,
+            view=view,
+            max_model_len=max_model_len,
+            guess_period=guess_period,
         )
         section = SchedulerSection(**{"max_num_seqs": 8, "max_num_batched_tokens": 32} | config)
         budget = section.max_num_batched_tokens

@@ -144,6 +144,26 @@ def test_the_displaced_are_as_few_as_make_room_in_tokens(full: MakeDrive) -> Non
     assert drive.scheduler.stats().num_waiting == 2
 
 
+def test_a_queue_beyond_its_limit_gives_a_higher_priority_a_place_too(
+    make_drive: MakeDrive,
+) -> None:
+    """Regression: a preempted sequence made the queue too long for one that leaves to be enough."""
+    drive = make_drive(num_pages=6, max_num_seqs=2, max_queue=1)
+    assert drive.submit(0, range(8), max_tokens=12) is None
+    assert drive.submit(1, range(10, 18), max_tokens=12, priority=1) is None
+    drive.step()
+    assert drive.submit(2, range(5), priority=1) is None
+    while drive.scheduler.stats().num_waiting < 2:
+        drive.step()
+    assert drive.submit(3, range(5), priority=1).kind is RejectKind.BUSY
+    assert drive.submit(4, range(5)) is None
+    assert drive.displaced == [2]
+    assert drive.scheduler.stats().num_waiting == 2
+    assert drive.submit(5, range(5)).kind is RejectKind.BUSY, "none is left that may leave"
+    drive.run()
+    assert set(drive.finished) == {0, 1, 4}
+
+
 def test_who_has_begun_is_not_displaced(make_drive: MakeDrive) -> None:
     """One was preempted; another engine had given tokens, or a prompt's scores, to the others."""
     drive = make_drive(num_pages=6, max_num_seqs=2, max_queue=3)

@@ -36,11 +36,12 @@ def test_no_other_lengths_give_more_tokens_a_second(
     offers: list[Offer], budget: int, num_tokens: int, draft_token_s: float
 ) -> None:
     step = Step(num_tokens, DECODE_S, draft_token_s)
-    lengths = choose_lengths(offers, budget, step)
+    lengths, extended = choose_lengths(offers, budget, step)
     choices = product(*(range(offer.num_tokens + 1) for offer in offers))
     best = max(rate(offers, choice, step) for choice in choices if sum(choice) <= budget)
     assert sum(lengths) <= budget
     assert rate(offers, tuple(lengths), step) == pytest.approx(best)
+    assert extended.num_tokens / extended.time_s == pytest.approx(best)
 
 
 def simulate(
@@ -153,30 +154,30 @@ def test_an_estimate_starts_with_the_drafters_own() -> None:
 
 
 def estimated(pacing: Pacing, num_decodes: int) -> tuple[float, ...]:
-    step = pacing.step(num_decodes)
+    step = pacing.step(num_decodes, pacing.text_price)
     assert step is not None
     return tuple(step)
 
 
 def test_prices_of_drafts() -> None:
     pacing = Pacing(3.0)
-    assert pacing.step(1) is None
+    assert pacing.step(1, pacing.text_price) is None
     has_to_time_decodes = [pacing.has_to_time_decodes]
     pacing.observe(1.0, num_decodes=0, num_prompt_tokens=10)
     # Prompts alone were timed: decodes come first.
     has_to_time_decodes.append(pacing.has_to_time_decodes)
     assert has_to_time_decodes == [False, True]
     pacing.observe(5.0, num_decodes=1, num_prompt_tokens=0, num_draft_tokens=4)
-    assert pacing.step(1) is None
+    assert pacing.step(1, pacing.text_price) is None
     pacing.observe(10.0, num_decodes=1, num_prompt_tokens=0)
     assert estimated(pacing, 1) == pytest.approx((1, 10.0, 10.0 / 8))
     assert estimated(pacing, 2) == pytest.approx((2, 10.1, 10.1 / 16))
-    assert pacing.step(0) is None
+    assert pacing.step(0, pacing.text_price) is None
     pacing.observe(12.0, num_decodes=1, num_prompt_tokens=0, num_draft_tokens=4)
     assert estimated(pacing, 1) == pytest.approx((1, 10.0, 0.5))
     for _ in range(20):
         pacing.observe(9.0, num_decodes=1, num_prompt_tokens=0, num_draft_tokens=4)
-    assert pacing.draft_token_s == 0.0
+    assert pacing.text_price.token_s == 0.0
     pacing.check()
 
 

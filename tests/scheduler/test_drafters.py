@@ -298,6 +298,7 @@ def test_expected_tokens() -> None:
     ("speculation", "names"),
     [
         ("auto", ("scripted", "prediction", "prefix", "suffix")),
+        ("draft:org/small", ("scripted", "prediction", "prefix", "suffix")),
         ("suffix", ("scripted", "prediction", "suffix")),
         ("ngram", ("scripted", "prediction", "ngram")),
     ],
@@ -312,7 +313,7 @@ def test_drafters_by_name(speculation: str, names: tuple[str, ...]) -> None:
 def test_no_drafters() -> None:
     assert build_drafters("none", KVCache(4, 4)) is None
     with pytest.raises(
-        ValueError, match="speculation must be none, auto, ngram or suffix, got 'x'"
+        ValueError, match="speculation must be none, auto, ngram, suffix or draft:MODEL, got 'x'"
     ):
         build_drafters("x", KVCache(4, 4))
     with pytest.raises(ValueError, match="prompt_lookup_min"):

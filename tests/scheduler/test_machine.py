@@ -85,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             page_size=page_size,
             max_steps_in_flight=max_steps_in_flight,
             view=view,
+            guess_period=3 if self.drafts == "guessed" else 0,
         )
         budget = max(budget, max_num_seqs)
         self.cache = KVCache(num_pages, page_size, view=view, chunk_tokens=budget)
@@ -108,7 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_steps_in_flight=st.integers(1, 3),
         max_queue=st.sampled_from([0, 1, 3, 1024]),
         view=st.builds(View, st.sampled_from([0, 0, 2]), st.sampled_from([None, 1, 3, 5, 8])),
-        drafts=st.sampled_from(["right", "mixed", "wrong", "none"]),
+        drafts=st.sampled_from(["right", "mixed", "wrong", "guessed", "none"]),
     )
     def rebuild(
         self,
@@ -128,7 +129,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def guess(self, token_ids: list[int], max_tokens: int) -> list[int]:
         """Return more tokens than may be used: the right ones, wrong ones or some of both."""
         known = list(token_ids)
-        if self.drafts == "none":
+        if self.drafts in {"none", "guessed"}:
             return []
         for count in range(max_tokens + 2):
             token_id = fake_next_token(known, _VOCAB, may_end=False, view=self.view)

@@ -152,10 +152,13 @@ class LiveServer:
         text: ModelText,
         server: dict[str, Any],
         model: dict[str, Any] | None = None,
+        scheduler: dict[str, Any] | None = None,
     ) -> None:
         self.client = client
         self.text = text
-        self.config = OctavoConfig.model_validate({"server": server, "model": model or {}})
+        self.config = OctavoConfig.model_validate(
+            {"server": server, "model": model or {}, "scheduler": scheduler or {}}
+        )
         self.log = io.StringIO()
         # asyncio switches Nagle's algorithm off only for a socket whose `proto` is TCP's.
         self._socket = socket.socket(proto=socket.IPPROTO_TCP)
@@ -275,7 +278,7 @@ def _starting(text: ModelText) -> Iterator[StartServer]:
             if client is None:
                 runner = runner or FakeRunner(vocab_size=VOCAB_SIZE)
                 client = InlineClient(runner, SchedulerSection(**(scheduler or {})), lambda: 0.0)
-            live = LiveServer(client, words or text, section, model)
+            live = LiveServer(client, words or text, section, model, scheduler)
             stack.callback(live.close)
             logs.configure("json", live.log)
             return live

@@ -22,12 +22,34 @@ async def _answer(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOu
 def test_a_prediction_reaches_the_engine_as_tokens(
     scripted: Callable[..., Any], content: Any
 ) -> None:
-    live = scripted(_answer)
+    live = scripted(_answer, scheduler={"speculation": "ngram"})
     answer = live.chat(n=2, prediction={"type": "content", "content": content})
     assert answer.status_code == 200, answer.text
     assert answer.json()["octavo"]["warnings"] == []
     predicted = [request.prediction_token_ids for request in live.client.requests]
     assert predicted == [tuple(b"hello")] * 2
+
+
+@pytest.mark.parametrize(
+    ("speculation", "body", "reason"),
+    [
+        ("none", {}, "prediction was ignored: this server makes no drafts (--speculation)"),
+        ("auto", {"speculation": False}, "prediction was ignored: speculation is false"),
+        ("none", {"prediction": None}, None),
+        ("none", {"prediction": {"type": "content", "content": ""}}, None),
+    ],
+)
+def test_a_prediction_without_effect_is_warned_of(
+    scripted: Callable[..., Any], speculation: str, body: dict[str, Any], reason: str | None
+) -> None:
+    live = scripted(_answer, scheduler={"speculation": speculation})
+    prediction = {"type": "content", "content": "hello"}
+    answer = live.chat(**({"prediction": prediction} | body))
+    assert answer.status_code == 200, answer.text
+    warnings = answer.json()["octavo"]["warnings"]
+    assert [one["message"] for one in warnings] == ([] if reason is None else [reason])
+    predicted = live.client.requests[0].prediction_token_ids
+    assert bool(predicted) == (reason is not None)
 
 
 @pytest.mark.parametrize("prediction", [None, {"type": "content", "content": ""}])
