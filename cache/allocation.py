@@ -46,28 +46,31 @@ class Allocation:
     #: `page_ids[i]`, but is another page where two sequences computed the same. The pages in
     #: `lease.gap` were dropped.
     lease: Lease
-    #: Tokens known when it was admitted: it is foreseeable which pages it will enter.
+    #: Shared tokens known when it was admitted: it is foreseeable which pages it will enter.
     num_known_tokens: int
+    #: Pages that end behind it depend on the view of their sequence, and are never committed.
+    max_shared_tokens: int
     pending_page: NextPage | None = None
 
     def private_pages(self) -> list[int]:
         """List the pages outside the tree: the uncommitted ones and the duplicates."""
-        nodes, gap = self.lease.nodes, self.lease.gap
-        duplicates = self.duplicates(range(gap.start))
-        duplicates += self.duplicates(range(gap.stop, len(nodes)))
-        return duplicates + self.page_ids[len(nodes) :]
+        gap = self.lease.gap
+        behind = range(gap.stop, len(self.page_ids))
+        return self.private_among(range(gap.start)) + self.private_among(behind)
 
-    def duplicates(self, indices: range) -> list[int]:
-        """List the committed pages among `indices` of which the tree has another copy."""
-        part = slice(indices.start, indices.stop)
-        pairs = zip(self.page_ids[part], self.lease.nodes[part], strict=False)
-        return [page_id for page_id, node in pairs if page_id != node.page_id]
+    def private_among(self, indices: range) -> list[int]:
+        """List the pages among `indices` that are outside the tree."""
+        nodes, part = self.lease.nodes, slice(indices.start, indices.stop)
+        pairs = zip(self.page_ids[part], nodes[part], strict=False)
+        duplicates = [page_id for page_id, node in pairs if page_id != node.page_id]
+        return duplicates + self.page_ids[max(indices.start, len(nodes)) : indices.stop]
 
     def check(self, page_size: int) -> None:
         """Assert that the lease is a path, and the pending page the one behind it."""
         path = [self.lease.root, *self.lease.nodes]
         assert all(b.parent is a for a, b in pairwise(path)), "a lease is not a path"
         num_nodes = len(self.lease.nodes)
+        assert num_nodes * page_size <= self.max_shared_tokens, "pages of a view are shared"
         assert num_nodes <= len(self.page_ids), "more pages committed than owned"
         is_foreseeable = (num_nodes + 1) * page_size <= self.num_known_tokens
         assert (self.pending_page is not None) == is_foreseeable, "a pending page is out of place"

@@ -2,7 +2,8 @@
 
 Every page is in exactly one place: free (in the pool), private (of one allocation) or cached (in
 the prefix tree). Cached pages that an allocation reads are leased. Under a windowed view an
-allocation drops the pages behind its window while it runs.
+allocation drops the pages behind its window while it runs. The view is that of the model, or one
+of the request; then pages behind the first `View.max_keys` tokens are never shared.
 
     tokens        |  t0 .. t3  |  t4 .. t7  |  t8 .. t11 |  t12 t13   |
     page_ids      |     7      |     2      |     5      |     0      |
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from sys import maxsize
 
 from cache.allocation import Allocation, MissReason
+from cache.bounds import Bounds
 from cache.continuation import Continuation, continuation
 from cache.lease import Lease
 from cache.match import Match
@@ -62,12 +64,12 @@ class KVCache:
         chunk_tokens: int = 1,
         can_share_heads: bool = True,
     ) -> None:
-        """`view`: of all sequences. `chunk_tokens`: how many a step may compute of one, at most.
+        """`view`: of the model. `chunk_tokens`: how many a step may compute of one, at most.
 
         `can_share_heads`: whether the first tokens of a page can be reused without the rest.
         """
         self._view = view
-        self._chunk_tokens = chunk_tokens
+        self.bounds = Bounds(num_pages, page_size, chunk_tokens)
         self._pool = PagePool(num_pages)
         self._tree = RadixTree(page_size, policy, can_share_heads=can_share_heads)
         self._page_size = page_size
@@ -88,25 +90,15 @@ class KVCache:
         """Pages that can be allocated now: free and evictable ones."""
         return self._pool.num_free + self._tree.num_evictable
 
-    @property
-    def max_held_tokens(self) -> int:
-        """Tokens whose pages one sequence needs at a time, at most, with whole chunks."""
-        sinks, window = self._view.sinks, self._view.window
-        return maxsize if window is None else sinks + window + self._chunk_tokens
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the longest sequence that fits when it is alone."""
-        num_read_pages = self._view.num_pages(self._page_size)
-        if num_read_pages is not None and num_read_pages <= self._pool.num_pages:
-            return maxsize
-        return self._pool.num_pages * self._page_size
-
-    def match(self, tokens: Sequence[int], namespace: str = "") -> Match:
-        """Look a prompt up. Changes nothing, recency included. O(tokens reused)."""
-        prefix = self._find(tokens, namespace)
-        reason = self._miss_reason(prefix, len(tokens))
-        page = self._next_page(prefix, tokens)
+    def match(
+        self, tokens: Sequence[int], namespace: str = "", view: View = FULL_VIEW
+    ) -> Match:
+        """Look up a prompt of a view. Changes nothing, recency included. O(tokens reused)."""
+        view = view.within(self._view)
+        limit = self._max_shared_tokens(view)
+        prefix = self._find(tokens, namespace, view, limit)
+        reason = self._miss_reason(prefix, len(tokens), limit)
+        page = self._next_page(prefix, tokens, limit)
         return Match(self._num_cached_tokens(prefix), reason, self.is_in_flight(page), page)
 
     def is_in_flight(self, page: NextPage | None) -> bool:
@@ -122,6 +114,9 @@ class KVCache:
         """
         if page is None or self._view.window is not None or not self._tree.has(page.end):
             return False
+        # Of those before the page, one may have become a husk, which is being computed again.
+        if self._tree.num_husks:
+            return False
         return not page.is_cached and page not in self._pending_pages
 
     def continuation(
@@ -132,6 +127,8 @@ class KVCache:
         Changes nothing. O(log children) a page: the lease stands at the last committed page.
         """
         nodes = allocation.lease.nodes
+        if len(tokens) > allocation.max_shared_tokens:
+            return Continuation([])
         rest = tokens[len(nodes) * self._page_size :]
         return continuation(allocation.lease.end, rest, self._page_size, max_tokens)
 
@@ -158,23 +155,29 @@ class KVCache:
         namespace: str = "",
         reserve_pages: int = 0,
         max_cached_tokens: int | None = None,
+        view: View = FULL_VIEW,
     ) -> Allocation | None:
         """Give a sequence pages for all of `tokens`, the longest cached beginning reused.
 
-        Under a window: only for the tokens in view and a chunk. At most `max_cached_tokens` are
-        reused, if given. Also asks for `reserve_pages` more to be available afterwards; None,
-        and nothing changed, where there are not enough. Raises `ValueError` for no tokens.
+        Under a window, which `view` or the model has: only for the tokens in view and a chunk.
+        At most `max_cached_tokens` are reused, if given. Also asks for `reserve_pages` more to be
+        available afterwards; None, and nothing changed, where there are not enough. Raises
+        `ValueError` for no tokens.
         """
-        prefix = self._find(tokens, namespace, max_cached_tokens)
+        view = view.within(self._view)
+        max_shared_tokens = self._max_shared_tokens(view)
+        limit = max_shared_tokens
+        limit = limit if max_cached_tokens is None else min(limit, max_cached_tokens)
+        prefix = self._find(tokens, namespace, view, limit)
         path, num_cached_tokens = prefix.path, self._num_cached_tokens(prefix)
-        gap = self._view.unread_pages(num_cached_tokens, self._page_size)
-        num_new_pages = self._num_first_pages(len(tokens), num_cached_tokens, gap) - len(path)
+        gap = view.unread_pages(num_cached_tokens, self._page_size)
+        num_new_pages = self.bounds.first_pages(view, len(tokens), num_cached_tokens, gap)
+        num_new_pages -= len(path)
         # The pages that it is about to read cannot be evicted for it.
         num_unread = sum(not n.readers for n in path[: gap.start] + path[gap.stop :])
         if num_new_pages + reserve_pages > self.available_pages - num_unread:
             return None
-        is_limited = num_cached_tokens == max_cached_tokens
-        reason = MissReason.LIMITED if is_limited else self._miss_reason(prefix, len(tokens))
+        reason = self._miss_reason(prefix, len(tokens), limit)
         lease = Lease(self._tree, prefix.root or self._tree.root(namespace), path, gap)
         page_ids = [0 if index in gap else node.page_id for index, node in enumerate(path)]
         source_page = NO_PAGE
@@ -183,7 +186,10 @@ class KVCache:
             self._tree.touch(prefix.source)
         page_ids += self._take_pages(num_new_pages)
         moves = self._moves(source_page, page_ids, len(path), prefix.num_head_tokens)
-        allocation = Allocation(page_ids, moves, num_cached_tokens, reason, lease, len(tokens))
+        num_known_tokens = min(len(tokens), max_shared_tokens)
+        allocation = Allocation(
+            page_ids, moves, num_cached_tokens, reason, lease, num_known_tokens, max_shared_tokens
+        )
         self._live[allocation] = None
         self._move_pending_page(allocation, tokens)
         return allocation
@@ -193,7 +199,7 @@ class KVCache:
 
         Raises `ValueError` if the allocation was freed.
         """
-        num_new_pages = self._num_pages(num_tokens) - len(allocation.page_ids)
+        num_new_pages = self.bounds.pages(num_tokens) - len(allocation.page_ids)
         if num_new_pages <= 0:
             return True
         self._require_live(allocation)
@@ -210,7 +216,7 @@ class KVCache:
         allocation was freed.
         """
         nodes = allocation.lease.nodes
-        num_whole_pages = num_computed // self._page_size
+        num_whole_pages = min(num_computed, allocation.max_shared_tokens) // self._page_size
         if num_whole_pages <= len(nodes):
             return
         self._require_live(allocation)
@@ -229,7 +235,7 @@ class KVCache:
     def drop(self, allocation: Allocation, unread: range) -> None:
         """Give back pages that no later query of the sequence reads, by index in its block table.
 
-        They were committed. Private ones go back to the pool; cached ones stay cached, and may be
+        Those to be shared were committed. Private ones go back to the pool; cached ones stay cached, and may be
         evicted unless other allocations read them. `unread` begins where it did before, and never
         shrinks. Raises `ValueError` if the allocation was freed.
         """
@@ -238,9 +244,11 @@ class KVCache:
             return
         self._require_live(allocation)
         self.num_releases += 1
-        assert unread.stop <= len(lease.nodes), "pages are dropped that were not committed"
+        num_shared_pages = allocation.max_shared_tokens // self._page_size
+        is_committed = min(unread.stop, num_shared_pages) <= len(lease.nodes)
+        assert is_committed, "pages are dropped that were not committed"
         pages = range(max(unread.start, lease.gap.stop), unread.stop)
-        self._pool.give_back(allocation.duplicates(pages))
+        self._pool.give_back(allocation.private_among(pages))
         lease.drop(unread)
 
     def free(self, allocation: Allocation, tokens: Sequence[int], num_computed: int) -> None:
@@ -292,29 +300,23 @@ class KVCache:
 
     # ---- parts -----------------------------------------------------------------------------------
 
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._page_size)
+    def _max_shared_tokens(self, view: View) -> int:
+        """Return up to which length the pages of a sequence are those of any other view, too."""
+        max_keys = view.max_keys
+        return maxsize if max_keys is None or view == self._view else max_keys
 
-    def _find(self, tokens: Sequence[int], namespace: str, max_tokens: int | None = None) -> Prefix:
+    def _find(self, tokens: Sequence[int], namespace: str, view: View, limit: int) -> Prefix:
         if not tokens:
             raise ValueError("tokens must not be empty")
-        limit = len(tokens) - 1
-        limit = limit if max_tokens is None else min(limit, max_tokens)
-        return self._tree.find(tokens, namespace, limit, self._view)
-
-    def _num_first_pages(self, num_tokens: int, num_cached_tokens: int, gap: range) -> int:
-        """Return the length of a new block table."""
-        end = self._view.start(num_cached_tokens) - self._view.sinks + self.max_held_tokens
-        num_pages = self._num_pages(min(num_tokens, end))
-        # Chunks become smaller where there is no room for whole ones.
-        max_pages = len(gap) + self._pool.num_pages
-        return min(num_pages, max_pages) if self.max_tokens == maxsize else num_pages
+        return self._tree.find(tokens, namespace, min(limit, len(tokens) - 1), view)
 
     def _num_cached_tokens(self, prefix: Prefix) -> int:
         return len(prefix.path) * self._page_size + prefix.num_head_tokens
 
-    def _miss_reason(self, prefix: Prefix, num_tokens: int) -> MissReason:
+    def _miss_reason(self, prefix: Prefix, num_tokens: int, limit: int) -> MissReason:
         num_cached_tokens = self._num_cached_tokens(prefix)
+        if num_cached_tokens == self._tree.most_reusable(limit + 1):
+            return MissReason.LIMITED
         if num_cached_tokens == self._tree.most_reusable(num_tokens):
             return MissReason.COMPLETE
         if num_cached_tokens == 0:
@@ -322,9 +324,9 @@ class KVCache:
         is_end = prefix.is_cut or (prefix.path and not prefix.path[-1].children)
         return MissReason.ENDED if is_end else MissReason.DIVERGED
 
-    def _next_page(self, prefix: Prefix, tokens: Sequence[int]) -> NextPage | None:
+    def _next_page(self, prefix: Prefix, tokens: Sequence[int], limit: int) -> NextPage | None:
         index = len(prefix.path)
-        if prefix.root is None or (index + 1) * self._page_size > len(tokens):
+        if prefix.root is None or (index + 1) * self._page_size > min(len(tokens), limit):
             return None
         end = prefix.path[-1] if prefix.path else prefix.root
         return NextPage(end, self._tree.key(tokens, index))

@@ -47,6 +47,7 @@ class RadixTree:
         #: Pages in the tree, and those of them which a lease reads.
         self.num_pages = 0
         self.num_read = 0
+        self._num_nodes = 0
         self._roots: dict[str, Node] = {}
         self._queue = EvictionQueue(policy)
         self._now = 0
@@ -60,6 +61,11 @@ class RadixTree:
         ancestors, so below an unleased node all is unleased, and evicting leaves gets at the rest.
         """
         return self.num_pages - self.num_read
+
+    @property
+    def num_husks(self) -> int:
+        """Nodes without a page."""
+        return self._num_nodes - self.num_pages
 
     # ---- queries ---------------------------------------------------------------------------------
 
@@ -139,6 +145,7 @@ class RadixTree:
         """Enter a page below a held node; to be held before anything is evicted."""
         node = Node(parent.namespace, key, NO_PAGE, parent, parent.depth + 1)
         parent.add(node)
+        self._num_nodes += 1
         self.fill(node, page_id)
         return node
 
@@ -214,6 +221,7 @@ class RadixTree:
             self._queue.discard(node)
             nodes.extend(node.children)
         page_ids = [node.page_id for node in nodes if node.page_id != NO_PAGE]
+        self._num_nodes -= len(nodes) - 1
         self._unlink(top)
         self.num_pages -= len(page_ids)
         return page_ids
@@ -223,6 +231,7 @@ class RadixTree:
         assert parent is not None, "a root is not a page"
         parent.remove(node)
         node.parent = None
+        self._num_nodes -= 1
         self._settle(parent)
 
     def _settle(self, node: Node) -> None:
@@ -253,6 +262,7 @@ class RadixTree:
             assert root.leases > 0 or bool(root.children), f"namespace {namespace!r} is empty"
         num_read = sum(node.readers > 0 for node in nodes)
         assert self.num_pages == len(pages), f"{len(pages)} pages, {self.num_pages} counted"
+        assert self._num_nodes == len(nodes), f"{len(nodes)} nodes, {self._num_nodes} counted"
         assert self.num_read == num_read, f"{num_read} read, {self.num_read} counted"
         self._queue.check(filter(is_evictable, nodes))
 

@@ -16,6 +16,20 @@ class View:
     #: None: all keys.
     window: int | None = None
 
+    @property
+    def max_keys(self) -> int | None:
+        """Keys that a query reads at most; None: without bound.
+
+        The queries at as many first positions read all keys before them.
+        """
+        return None if self.window is None else self.sinks + self.window
+
+    def within(self, model: View) -> View:
+        """Return what a request of this view reads in a model of the other one."""
+        if self.window is None or (model.window is not None and model.window <= self.window):
+            return model
+        return self
+
     def start(self, position: int) -> int:
         """Return the first position behind the sinks that the query at `position` reads."""
         return self.sinks if self.window is None else max(self.sinks, position - self.window + 1)

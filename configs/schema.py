@@ -17,6 +17,7 @@ from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from configs.kv_cache import KVCacheDtype, check_skipped_layers, our_kv_cache_dtype
+from configs.kv_policy import KVPolicy, parse_kv_policy
 from configs.sizes import parse_size_bytes
 from configs.speculation import Drafting, DraftTokens, Speculation, drafting_of_vllm
 
@@ -164,6 +165,24 @@ class CacheSection(Section):
     page_size: int | None = Field(
         default=None, ge=1, le=1024, description="tokens a page; default: the backend's own"
     )
+    kv_policy: str = Field(
+        default="full",
+        description="keys that a token reads, where a request does not say: full, window:4096 (the"
+        " newest) or sinks:4+1020 (the first 4 and the newest 1020)",
+    )
+
+    @property
+    def policy(self) -> KVPolicy:
+        """The default of requests. Raises `ValueError` where `kv_policy` is wrong."""
+        return parse_kv_policy(self.kv_policy)
+
+    @model_validator(mode="after")
+    def _policy_is_known(self) -> Self:
+        try:
+            _ = self.policy
+        except ValueError as error:
+            raise ValueError(f"kv_policy: {error}") from error
+        return self
 
     @model_validator(mode="before")
     @classmethod

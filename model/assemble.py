@@ -14,12 +14,13 @@ import torch
 
 from cache.view import FULL_VIEW, View
 from configs.kv_cache import SLIDING_WINDOW
+from configs.kv_policy import KVPolicy
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from configs.sizes import format_size
-from model.architectures.transformer import ServedDecoder
+from model.architectures.transformer import ServedDecoder, Transformer
 from model.attention.interface import AttentionSpec, BackendOffer
 from model.attention.registry import choose_backend
-from model.cpu.decoder import fastest_decoder
+from model.cpu.decoder import CpuDecoder, fastest_decoder
 from model.cpu.library import CpuLibrary, load_cpu_library
 from model.cpu.ops import CpuOps
 from model.cpu.quota import num_usable_cores, quota_cores
@@ -126,9 +127,11 @@ def assemble(
         attention, info = offer.build(spec, pool), info_of(plan)
         info = draft.described(info) if draft else info
         max_num_seqs = config.scheduler.max_num_seqs
+        fastest = fastest_decoder(decoder, attention, where.library)
+        viewed = fastest if isinstance(fastest, Transformer | CpuDecoder) else None
         runner = TorchRunner(
             info=info,
-            decoder=fastest_decoder(decoder, attention, where.library),
+            decoder=fastest,
             attention=attention,
             pool=pool,
             sampler=Sampler(max_num_seqs, info.vocab_size, info.eos_token_ids, where.device),
@@ -136,7 +139,9 @@ def assemble(
             # Float32 products by oneDNN depend on the number of threads in their last bits.
             team=Team(threads.number) if threads.may_shrink and decoder.format != "none" else None,
             draft_model=draft.build(plan, max_num_seqs, where.library) if draft else None,
+            viewed=None if info.why_no_views else viewed,
         )
+    _require_served(config.cache.policy, runner.info)
     _warm_up(runner)
     if cache is not None:
         cache.save_in_background()
@@ -362,7 +367,32 @@ def _info(
         view=_view(spec),
         kv_factor=_kv_factor(spec, plan),
         notes=tuple(notes),
+        why_no_views=_why_no_views(decoder, offer),
     )
+
+
+def _why_no_views(decoder: ServedDecoder, offer: BackendOffer) -> str:
+    """Return why requests cannot have views of their own; empty where they can."""
+    if not offer.reads_views:
+        return f"attention backend {offer.name} reads all keys"
+    if decoder.device.type != "cpu":
+        return f"on {decoder.device.type} all keys are read"
+    if not isinstance(decoder, Transformer):
+        return "the model is computed by transformers"
+    return "latent attention reads all keys" if decoder.arch.latent else ""
+
+
+def _require_served(policy: KVPolicy, info: ModelInfo) -> None:
+    """Raise `ValueError` where the model cannot serve the default of `kv_policy`."""
+    if policy.type == "full":
+        return
+    if info.why_no_views:
+        raise ValueError(f"kv_policy: {policy} is not served: {info.why_no_views}")
+    if policy.sinks + policy.window > info.max_model_len:
+        raise ValueError(
+            f"kv_policy: {policy} holds {policy.sinks + policy.window} tokens, more than the "
+            f"{info.max_model_len} that a sequence may have"
+        )
 
 
 def _warm_up(runner: TorchRunner) -> None:

@@ -49,6 +49,7 @@ class DraftParts:
         return replace(
             info,
             draft_model=self.name,
+            why_no_views=info.why_no_views or "the draft model reads all keys",
             weights_bytes=info.weights_bytes + weights_bytes,
             notes=(*info.notes, note),
         )

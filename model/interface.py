@@ -24,6 +24,9 @@ GUESSED_TOKEN = -2
 
 MAX_TOP_LOGPROBS = 20
 
+#: The most tokens of a sequence whose view is bounded, prompt and answer together.
+MAX_BOUNDED_LEN = 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -294,6 +297,20 @@ class ModelInfo:
     device_bytes: tuple[tuple[str, int], ...] = ()
     #: Decisions an operator should know: "compiled CPU op not available: no g++; using torch".
     notes: tuple[str, ...] = ()
+    #: Why no request can have a view of its own; empty where it can.
+    why_no_views: str = ""
+
+    def max_len(self, view: View) -> int:
+        """Return the most tokens of a request of this view, prompt and answer together.
+
+        No query of a bounded view is further from a key than the model's context, so only the
+        keys that it reads have to fit.
+        """
+        view = view.within(self.view)
+        max_keys = view.max_keys
+        if view == self.view or max_keys is None or max_keys > self.max_model_len:
+            return self.max_model_len
+        return MAX_BOUNDED_LEN
 
 
 class InFlightStep(Protocol):

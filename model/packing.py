@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention.interface import AttentionBatch
+from cache.view import FULL_VIEW, View
+from model.attention.interface import AttentionBatch, RowViews
 from model.interface import PENDING_TOKEN, StepInput
+
+_NO_WINDOW = 2**31 - 1
 
 
 class BlockTables:
@@ -32,10 +35,17 @@ class BlockTables:
         for slot, pages in zip(slots, page_ids, strict=True):
             known = self._num_pages[slot]
             if known != len(pages):
+                if len(pages) > self._pages.shape[1]:
+                    self._widen(len(pages))
                 self._pages[slot, known : len(pages)] = pages[known:]
                 self._num_pages[slot] = len(pages)
         table: np.ndarray = self._pages[np.asarray(slots), :width]
         return table
+
+    def _widen(self, num_pages: int) -> None:
+        """Make room for a sequence longer than `max_model_len`, which a bounded view allows."""
+        missing = max(num_pages, 2 * self._pages.shape[1]) - self._pages.shape[1]
+        self._pages = np.pad(self._pages, ((0, 0), (0, missing)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,43 @@ def drawn_rows(step: StepInput) -> DrawnRows:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedViews:
+    """See `RowViews`."""
+
+    sinks: np.ndarray
+    windows: np.ndarray
+    sink_positions: np.ndarray
+
+    def on_cpu(self) -> RowViews:
+        """Return them as tensors."""
+        return RowViews(
+            torch.from_numpy(self.sinks),
+            torch.from_numpy(self.windows),
+            torch.from_numpy(self.sink_positions),
+            has_sinks=bool(self.sinks.any()),
+        )
+
+
+def packed_views(
+    views: dict[int, View], rows: np.ndarray, positions: np.ndarray, ends: np.ndarray
+) -> PackedViews | None:
+    """Return the views of a step's rows, or None where they hide no key in it.
+
+    `views`: by row. `rows` and `positions` are those of the tokens, `ends` the lengths of rows.
+    """
+    sinks = np.zeros(len(ends), np.int32)
+    windows = np.full(len(ends), _NO_WINDOW, np.int32)
+    for row, view in views.items():
+        if view.max_keys is not None and view.max_keys < ends[row]:
+            sinks[row], windows[row] = view.sinks, view.window
+    if (windows == _NO_WINDOW).all():
+        return None
+    last = (sinks.astype(np.int64) + windows - 1)[rows]
+    is_moved = (sinks[rows] > 0) & (positions > last)
+    return PackedViews(sinks, windows, np.where(is_moved, last, -1))
+
+
+@dataclass(frozen=True, slots=True)
 class PackedStep:
     """A step on the host."""
 
@@ -86,6 +133,8 @@ class PackedStep:
     pending_from: np.ndarray
     max_query_len: int
     max_seq_len: int
+    #: Of rows whose own views hide keys; None where there are none.
+    views: PackedViews | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -149,6 +198,7 @@ class PackedStep:
             kv_slots=kv_slots,
             max_query_len=self.max_query_len,
             max_seq_len=self.max_seq_len,
+            views=None if self.views is None else self.views.on_cpu(),
         )
         return DeviceStep(token_ids, batch, sampled, pending, pending_from)
 
@@ -186,17 +236,22 @@ class Packer:
     def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
         self._page_size = page_size
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // page_size))
+        #: By slot, of those that have one of their own.
+        self._views: dict[int, View] = {}
         #: By slot, which of the last step's samples is its newest token.
         self._sample_of_slot: dict[int, int] = {}
 
     def forget(self, slot: int) -> None:
         """Let the slot begin anew: another sequence has it now."""
         self._tables.forget(slot)
+        self._views.pop(slot, None)
 
     def pack(self, step: StepInput) -> PackedStep:
         """Lay out the next step. Raises `ValueError` for a step that cannot be computed here."""
         for start in step.started:
             self.forget(start.slot)
+            if start.view != FULL_VIEW:
+                self._views[start.slot] = start.view
         page_size, slots = self._page_size, step.slots
         if step.dropped:
             raise ValueError("rows whose sequences dropped keys cannot be computed")
@@ -218,6 +273,10 @@ class Packer:
             pending_rows = rows[pending].tolist()
             pending_from = np.asarray([self._sample_of_slot[slots[row]] for row in pending_rows])
         sampled = self._pack_samples(step, query_starts)
+        views: dict[int, View] = {}
+        if self._views:
+            own = self._views
+            views = {row: own[slot] for row, slot in enumerate(slots) if slot in own}
         return PackedStep(
             token_ids=token_ids,
             positions=positions,
@@ -230,6 +289,7 @@ class Packer:
             pending_from=pending_from,
             max_query_len=int(counts.max()),
             max_seq_len=max_seq_len,
+            views=packed_views(views, rows, positions, ends) if views else None,
         )
 
     def _pack_samples(self, step: StepInput, query_starts: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cache.view import FULL_VIEW
-from model.architectures.transformer import Decoder
+from model.architectures.transformer import Decoder, ViewedDecoder
 from model.attention.interface import AttentionBackend
 from model.cpu.team import Team
 from model.cuda.graphs import DecodeGraphs
@@ -75,8 +75,12 @@ class TorchRunner:
         max_steps_in_flight: int = 1,
         team: Team | None = None,
         draft_model: DraftModel | None = None,
+        viewed: ViewedDecoder | None = None,
     ) -> None:
-        """`team`: on a CPU, adapts the number of threads to the cores that others leave free."""
+        """`team`: on a CPU, adapts the number of threads to the cores that others leave free.
+
+        `viewed`: the same decoder, where requests may have views of their own.
+        """
         self._info = info
         self._decoder = decoder
         self._attention = attention
@@ -88,6 +92,7 @@ class TorchRunner:
         self._max_steps_in_flight = max_steps_in_flight
         self._team = team
         self._draft_model = draft_model
+        self._viewed = viewed
         self._packer = Packer(max_num_seqs, info.max_model_len, info.page_size)
         #: The samples of the step before, if any.
         self._newest: SampledTokens | None = None
@@ -115,8 +120,9 @@ class TorchRunner:
             step, guesses = self._draft_model.complete(step)
         packed = self._packer.pack(step)
         for start in step.started:
-            if start.view != FULL_VIEW:
-                raise ValueError(f"a request cannot have a view of its own, got {start.view}")
+            if start.view != FULL_VIEW and self._viewed is None:
+                message = f"a request cannot have a view of its own: {self._info.why_no_views}"
+                raise ValueError(message)
             self._sampler.start(start)
         self._pool.reach(max(pages[-1] for pages in step.page_ids))
         self._pool.move_pages(step.moves)
@@ -129,7 +135,8 @@ class TorchRunner:
 
     def _compute(self, packed: PackedStep, newest: SampledTokens | None) -> tuple[Tensor, Tensor]:
         """Return the hidden states of all tokens, and which of them are sampled after."""
-        graphs = self._graphs
+        # Graphs are recorded for rows without views of their own.
+        graphs = self._graphs if packed.views is None else None
         padded = graphs.pad(packed) if graphs is not None else None
         step = (padded or packed).on(self._device)
         if len(packed.pending):
@@ -139,7 +146,11 @@ class TorchRunner:
         if graphs is not None and padded is not None:
             return graphs.run(step), step.sampled
         self._attention.plan(step.batch)
-        positions = step.batch.positions
+        positions, views = step.batch.positions, step.batch.views
+        if views is not None:
+            assert self._viewed is not None, "see launch"
+            hidden = self._viewed.forward(step.token_ids, positions, self._attention, views)
+            return hidden, step.sampled
         return self._decoder.forward(step.token_ids, positions, self._attention), step.sampled
 
     def _sample(self, step: StepInput, hidden: Tensor, sampled: Tensor) -> SampledTokens:

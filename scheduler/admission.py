@@ -6,8 +6,11 @@ Knows nothing of how the scheduler runs the admitted requests.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from sys import maxsize
 
+from cache.bounds import Bounds
 from configs.schema import SchedulerSection
+from model.interface import ModelInfo
 from scheduler.messages import Rejected, RejectKind, Submit
 from scheduler.queue import WaitingQueue
 from scheduler.sequence import Sequence
@@ -22,6 +25,8 @@ class Room:
     page_size: int
     #: Tokens whose pages one sequence holds at a time, at most.
     max_held_tokens: int
+    #: The same of the new request, whose view may be narrower than the model's.
+    max_new_tokens: int = maxsize
 
     def is_enough(self, num_sequences: int, num_tokens: int) -> bool:
         """Return whether so many sequences with so many tokens could start, and go on for a page.
@@ -35,16 +40,23 @@ class Room:
         return num_sequences <= self.num_free_slots and max_pages <= self.num_free_pages
 
 
-def why_never(submit: Submit, max_model_len: int) -> Rejected | None:
+def max_len(submit: Submit, info: ModelInfo, bounds: Bounds) -> int:
+    """Return the most tokens that a request may have, prompt and answer together."""
+    view = submit.request.view.within(info.view)
+    # The newest token of a sequence needs no place: its keys are never read.
+    return min(info.max_len(view), bounds.max_tokens(view) + 1)
+
+
+def why_never(submit: Submit, max_len_tokens: int) -> Rejected | None:
     """Return the refusal of a request that can never run."""
     num_tokens = submit.num_tokens
     request_id, invalid = submit.request_id, RejectKind.INVALID
     if not submit.request.prompt_token_ids:
         return Rejected(request_id, invalid, "the prompt has no tokens", "prompt")
-    if num_tokens >= max_model_len:
+    if num_tokens >= max_len_tokens:
         message = (
             f"the prompt has {num_tokens} tokens, which leaves no room for an answer: "
-            f"at most {max_model_len} tokens fit, prompt and answer together"
+            f"at most {max_len_tokens} tokens fit, prompt and answer together"
         )
         return Rejected(request_id, invalid, message, "prompt")
     return None
@@ -67,7 +79,8 @@ def why_not_now(
     if max_queue is None:
         max_queue = config.max_queue
     num_tokens = len(submit.request.prompt_token_ids)
-    if submit.is_resumed or room.is_enough(num_waiting + 1, num_waiting_tokens + num_tokens):
+    num_held_tokens = num_waiting_tokens + min(num_tokens, room.max_new_tokens)
+    if submit.is_resumed or room.is_enough(num_waiting + 1, num_held_tokens):
         return None
     message = ""
     if num_waiting >= max_queue:

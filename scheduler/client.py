@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
+from cache.view import FULL_VIEW, View
 from model.interface import ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
 from scheduler.messages import FinishReason, GenerateRequest, RejectKind, Started, TokenOutput
 from scheduler.stats import EngineStats, SchedulerStats
 
 #: All types of the interface, so that callers import them from one place.
 __all__ = [
+    "FULL_VIEW",
     "EngineClient",
     "EngineError",
     "EngineFaultError",
@@ -30,6 +32,7 @@ __all__ = [
     "Started",
     "TokenLogprobs",
     "TokenOutput",
+    "View",
     "Vocabulary",
 ]
 

@@ -6,7 +6,6 @@ Knows nothing of how steps are planned, nor of why a sequence ends.
 from __future__ import annotations
 
 from cache.kv_cache import KVCache
-from cache.view import View
 from model.interface import StepOutput
 from scheduler.messages import StepResult
 from scheduler.plan import StepPlan
@@ -37,14 +36,12 @@ def land_drafts(
     return landed
 
 
-def advance(
-    plan: StepPlan, token_ids: list[list[int]], cache: KVCache, view: View, page_size: int
-) -> None:
+def advance(plan: StepPlan, token_ids: list[list[int]], cache: KVCache) -> None:
     """Count the keys that a step completed, and commit and drop pages accordingly.
 
     The keys of drafts that were not accepted do not count: the next step writes over them.
     """
-    step = plan.step
+    step, page_size = plan.step, cache.bounds.page_size
     # A row without a token computes its last one again, which samples the next.
     again = set[int]()
     if not all(token_ids):
@@ -61,9 +58,9 @@ def advance(
         completed = sequence.num_completed = before + num_new
         if completed // page_size != before // page_size:
             cache.commit(allocation, sequence.token_ids, completed)
-        if view.window is not None:
+        if sequence.view.window is not None:
             # No query comes before this one, not even if the last token is computed again.
-            cache.drop(allocation, view.unread_pages(completed, page_size))
+            cache.drop(allocation, sequence.view.unread_pages(completed, page_size))
 
 
 def note_scores(plan: StepPlan, output: StepOutput, outcome: StepResult) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
+from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, SamplingParams, TokenLogprobs, Vocabulary
 from scheduler.stats import EngineStats
@@ -62,6 +63,8 @@ class GenerateRequest:
     prediction_token_ids: tuple[int, ...] = ()
     #: Whether drafts may be verified for it. They change its speed alone.
     may_speculate: bool = True
+    #: The keys that its queries read, at most those in the model's own view.
+    view: View = FULL_VIEW
 
 
 @dataclass(frozen=True, slots=True)

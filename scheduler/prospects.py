@@ -33,7 +33,9 @@ class Prospects:
             return True
         if self.is_blocked(sequence):
             return False
-        match = self._cache.match(sequence.token_ids, sequence.request.namespace)
+        match = self._cache.match(
+            sequence.token_ids, sequence.request.namespace, sequence.own_view
+        )
         sequence.next_page = match.next_page
         return match.in_flight
 
@@ -57,6 +59,8 @@ class Prospects:
         if sequence is None or sequence.allocation is not None or not self.is_blocked(sequence):
             return
         tokens, namespace = sequence.token_ids, sequence.request.namespace
-        assert not self._cache.match(tokens, namespace).in_flight, "its next page is in flight"
-        allocation = self._cache.admit(tokens, namespace, num_running)
+        view = sequence.own_view
+        is_in_flight = self._cache.match(tokens, namespace, view).in_flight
+        assert not is_in_flight, "its next page is in flight"
+        allocation = self._cache.admit(tokens, namespace, num_running, view=view)
         assert allocation is None, "there is room for a sequence that counts as blocked"

@@ -13,7 +13,7 @@ from itertools import islice
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.interface import PENDING_TOKEN, Constraint, ModelInfo, StepOutput
-from scheduler.admission import Room, displaced, place_for, why_never
+from scheduler.admission import Room, displaced, max_len, place_for, why_never
 from scheduler.drafters.draft import Drafter
 from scheduler.landing import advance, land_drafts, note_scores
 from scheduler.messages import FinishReason, Rejected, RejectKind, StepResult, Submit
@@ -44,11 +44,7 @@ class Scheduler:
     ) -> None:
         self._cache = cache
         self._config = config
-        self._page_size = info.page_size
-        self._view = info.view
-        # The newest token of a sequence needs no place: its keys are never read.
-        self._max_model_len = min(info.max_model_len, cache.max_tokens + 1)
-        self._eos_token_ids = info.eos_token_ids
+        self._info = info
         self._pacing = Pacing(config.max_decode_slowdown)
         self._speculation = Speculation(
             drafter,
@@ -101,9 +97,10 @@ class Scheduler:
         sequence = Sequence(
             submit,
             arrival=self._num_arrivals,
-            eos_token_ids=self._eos_token_ids,
-            max_model_len=self._max_model_len,
+            eos_token_ids=self._info.eos_token_ids,
+            max_model_len=max_len(submit, self._info, self._cache.bounds),
             constraint=constraint,
+            model_view=self._info.view,
         )
         self._num_arrivals += 1
         self._table.add(sequence)
@@ -113,10 +110,15 @@ class Scheduler:
         if submit.request_id in self._table.requests:
             message = f"request id {submit.request_id} is in use"
             return Rejected(submit.request_id, RejectKind.INVALID, message, "request_id")
-        free_pages = self._cache.available_pages - len(self._running)
-        num_held = self._cache.max_held_tokens
-        room = Room(len(self._table.free_slots), free_pages, self._page_size, num_held)
-        never = why_never(submit, self._max_model_len)
+        view, bounds = self._info.view, self._cache.bounds
+        room = Room(
+            num_free_slots=len(self._table.free_slots),
+            num_free_pages=self._cache.available_pages - len(self._running),
+            page_size=bounds.page_size,
+            max_held_tokens=bounds.max_held_tokens(view),
+            max_new_tokens=bounds.max_held_tokens(submit.request.view.within(view)),
+        )
+        never = why_never(submit, max_len(submit, self._info, bounds))
         probe = None if self._suspects.probe in self._running else self._suspects.probe
         return never or place_for(submit, self._waiting, room, self._config, probe)
 
@@ -179,7 +181,7 @@ class Scheduler:
         return replace(plan, num_prompt_tokens=count)
 
     def _plan_decodes(self, plan: StepPlan) -> None:
-        running, page_size = self._running, self._page_size
+        running, page_size = self._running, self._info.page_size
         row = 0
         while row < len(running):
             sequence = running[row]
@@ -297,7 +299,7 @@ class Scheduler:
         if plan.drafts:
             landed = land_drafts(plan, output.token_ids, self._waiting)
             self._speculation.verify(plan, output, landed, outcome)
-        advance(plan, landed, self._cache, self._view, self._page_size)
+        advance(plan, landed, self._cache)
         note_scores(plan, output, outcome)
         return landed
 

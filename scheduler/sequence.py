@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from cache.allocation import Allocation
 from cache.pending_pages import NextPage
+from cache.view import FULL_VIEW, View
 from model.interface import PENDING_TOKEN, Constraint, SlotStart
 from scheduler.messages import FinishReason, Submit
 
@@ -63,6 +64,7 @@ class Sequence:
         "num_rollbacks",
         "num_scored",
         "num_to_score",
+        "own_view",
         "params",
         "request",
         "request_id",
@@ -72,6 +74,7 @@ class Sequence:
         "stop_ids",
         "token_ids",
         "trusts_cache",
+        "view",
     )
 
     def __init__(
@@ -82,6 +85,7 @@ class Sequence:
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
         constraint: Constraint | None = None,
+        model_view: View = FULL_VIEW,
     ) -> None:
         self.request = request = submit.request
         params = request.params
@@ -102,6 +106,9 @@ class Sequence:
         self.num_to_score = 0 if params.prompt_logprobs is None else self.num_prompt - 1
         self.num_scored = submit.num_scored
         self.params = params
+        #: The keys that its queries read; and the same, if it is not the model's own view.
+        self.view = request.view.within(model_view)
+        self.own_view = FULL_VIEW if self.view == model_view else self.view
         #: Order of submission: with the priority, the order of precedence.
         self.arrival = arrival
         self.stop_ids = frozenset(params.stop_token_ids) | (
@@ -169,7 +176,12 @@ class Sequence:
         """Return all the runner must store of it."""
         tokens, num_prompt = self.token_ids, self.num_prompt
         return SlotStart(
-            self.slot, self.params, tokens[:num_prompt], tokens[num_prompt:], self.constraint
+            self.slot,
+            self.params,
+            tokens[:num_prompt],
+            tokens[num_prompt:],
+            self.constraint,
+            self.own_view,
         )
 
     def land(self, position: int, token_ids: list[int]) -> list[int]:

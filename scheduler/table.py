@@ -45,6 +45,7 @@ class SequenceTable:
             sequence.request.namespace,
             reserve_pages,
             sequence.max_cached_tokens,
+            sequence.own_view,
         )
         if allocation is None:
             return None

@@ -5,7 +5,7 @@ Imports nothing of ours.
 
 from __future__ import annotations
 
-from typing import NotRequired
+from typing import Literal, NotRequired
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
@@ -86,6 +86,19 @@ class SpeculationReport(Document):
     accepted: int
 
 
+class KVReport(Document):
+    """The view that the answer was generated under, of all choices together.
+
+    At the end, `held_tokens` were in view and `dropped_tokens` were not.
+    """
+
+    policy: Literal["window", "sinks"]
+    window: int
+    sinks: int
+    held_tokens: int
+    dropped_tokens: int
+
+
 class Octavo(Document):
     """Details that OpenAI's API has no fields for."""
 
@@ -93,6 +106,8 @@ class Octavo(Document):
     timings: Timings
     cache: CacheReport
     speculation: NotRequired[SpeculationReport]
+    #: Where the view was bounded.
+    kv: NotRequired[KVReport]
 
 
 class Report(Document):

@@ -156,8 +156,8 @@ WINDOW_BUGS = [
     ),
     Bug(
         "a prompt longer than the pool counts as too long",
-        SCHEDULER,
-        "cache.max_tokens + 1",
+        REFUSAL,
+        "bounds.max_tokens(view) + 1",
         "info.num_pages * info.page_size + 1",
     ),
     Bug(

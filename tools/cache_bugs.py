@@ -153,7 +153,7 @@ CACHE_BUGS = [
     Bug(
         "a duplicate page that is dropped leaks",
         KV,
-        "self._pool.give_back(allocation.duplicates(pages))",
+        "self._pool.give_back(allocation.private_among(pages))",
         "pass",
     ),
     Bug(

@@ -37,6 +37,23 @@ def cos_sin_table(
     return table if factor == 1 else table.mul_(factor)
 
 
+def cos_sin_rows(
+    spec: RopeSpec, table: Tensor, positions: Tensor, frequency_factors: Tensor | None = None
+) -> Tensor:
+    """Return the rows of these positions, some of which may be behind the end of their table.
+
+    Those are computed in float64: a float32 has too few digits for the angle of a late position.
+    """
+    frequencies = inverse_frequencies(spec, len(table)).double()
+    if frequency_factors is not None:
+        frequencies = frequencies / frequency_factors
+    angles = positions[:, None].double() * frequencies
+    rows = torch.cat((angles.cos(), angles.sin()), dim=1).mul_(attention_factor(spec)).float()
+    is_held = positions < len(table)
+    rows[is_held] = table[positions[is_held]]
+    return rows
+
+
 def inverse_frequencies(spec: RopeSpec, max_positions: int = 0) -> Tensor:
     """Return float32 `[rotary_dim / 2]`: radians a position, the fastest first.
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.architectures.arch import Activation, ArchSpec, DecoderShape, LayerSpec, NormPlace
-from model.architectures.rope import cos_sin_table
-from model.attention.interface import AttentionBackend, AttentionSpec
+from model.architectures.rope import cos_sin_rows, cos_sin_table
+from model.attention.interface import AttentionBackend, AttentionSpec, RowViews
 from model.kv.format import KVFormat
 from model.ops import Ops
 from model.weights.linear import Format, Linear
@@ -35,6 +35,19 @@ class Decoder(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 `[rows, vocab]` for rows of the result of `forward`."""
+
+
+class ViewedDecoder(Decoder, Protocol):
+    """A decoder for rows with views of their own, which `BackendOffer.reads_views` allows."""
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: AttentionBackend,
+        views: RowViews | None = None,
+    ) -> Tensor:
+        """See `Decoder`. Under `views`, positions may be behind those that are held."""
 
 
 class ServedDecoder(Decoder, Protocol):
@@ -188,13 +201,34 @@ class Transformer:
             device=self.device,
         )
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """See `Decoder`."""
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a table of angles, and the rows of these positions in it."""
+        if int(positions.max()) < len(self.cos_sin):
+            return self.cos_sin, positions
+        factors = self.weights.rope_factors
+        rows = cos_sin_rows(self.arch.rope, self.cos_sin, positions, factors)
+        return rows, torch.arange(len(positions))
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: AttentionBackend,
+        views: RowViews | None = None,
+    ) -> Tensor:
+        """See `Decoder` and `ViewedDecoder`."""
+        cos_sin, rows = (self.cos_sin, positions) if views is None else self.angles(positions)
 
         def attend(index: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             q, k, v = self.qkv(layer, x, self._ops)
-            self._ops.apply_rope(q, k, positions, self.cos_sin)
-            return layer.o(attention.attend(index, q, k, v))
+            sink_q = None
+            if views is not None and views.has_sinks:
+                sink_q = q.clone()
+                # A position towards the sinks is always held. There are no keys to rotate.
+                at = views.sink_positions.clamp(min=0)
+                self._ops.apply_rope(sink_q, sink_q[:, :0], at, self.cos_sin)
+            self._ops.apply_rope(q, k, rows, cos_sin)
+            return layer.o(attention.attend(index, q, k, v, sink_q))
 
         return self.run_layers(token_ids, self._ops, attend)
 

@@ -90,16 +90,21 @@ class CpuAttention:
             batch.seq_lens.shape[0],
             batch.kv_slots.shape[0],
             torch.get_num_threads(),
+            None if batch.views is None else batch.views.sinks.data_ptr(),
+            None if batch.views is None else batch.views.windows.data_ptr(),
         )
         if reason is not None:
             raise ValueError(reason.decode())
         # The library reads the tensors in place.
         self._batch = batch
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sink_q: Tensor | None = None
+    ) -> Tensor:
         """See `AttentionBackend`."""
         tokens = q.shape[0]
         assert self._batch is not None, "attend before plan"
+        assert sink_q is not None or not self._batch.has_sinks, "queries towards sinks are missing"
         assert tokens == len(self._batch.kv_slots), "other tokens than were planned"
         assert q.dtype == k.dtype == v.dtype == self._spec.dtype, "not the dtype of the spec"
         if self._spec.latent_dim:
@@ -114,6 +119,7 @@ class CpuAttention:
             *strided(k),
             *strided(v),
             out.data_ptr(),
+            *((None, 0, 0) if sink_q is None else strided(sink_q)),
         )
         if self._spec.latent_dim:
             heads = out.unflatten(1, (self._spec.num_heads, -1))
@@ -150,4 +156,5 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
         build=partial(CpuAttention, library=library),
         formats=tuple(KV_FORMATS.values()),
         reads_mixed_layers=True,
+        reads_views=True,
     )

@@ -85,6 +85,29 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RowViews:
+    """The views that rows have beside the model's own, as in `cache.view.View`.
+
+    The query at `t` reads the key at `s <= t` if `s < sinks` or `t - s < window`. From
+    `t = sinks + window` on, when a view hides keys, it meets the sinks as if it stood at
+    `sinks + window - 1`, as in StreamingLLM (arXiv:2309.17453). There windows of the layer count
+    from this position, too.
+    """
+
+    #: int32 `[rows]` each; of rows without a view 0 and the largest int.
+    sinks: Tensor
+    windows: Tensor
+    #: int64 `[tokens]`: the position towards the sinks; -1 for queries that meet all keys alike.
+    sink_positions: Tensor
+    #: Whether any query has a position towards sinks.
+    has_sinks: bool
+
+    def max_keys(self, row: int) -> int:
+        """Return how many first positions of a row have queries that read all keys before them."""
+        return int(self.sinks[row]) + int(self.windows[row])
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """The rows of one step: tokens whose keys are stored, then attend to the stored keys.
 
@@ -112,6 +135,13 @@ class AttentionBatch:
     kv_slots: Tensor
     max_query_len: int
     max_seq_len: int
+    #: None: all rows have the model's own view.
+    views: RowViews | None = None
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether `attend` needs queries towards sinks."""
+        return self.views is not None and self.views.has_sinks
 
     def first_keys(self, window: int) -> Tensor:
         """Return `[rows]`, int32: the first stored index that a row's queries see in a window."""
@@ -127,12 +157,15 @@ class AttentionBackend(Protocol):
     def plan(self, batch: AttentionBatch) -> None:
         """Set the rows that every `attend` until the next `plan` is for."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sink_q: Tensor | None = None
+    ) -> Tensor:
         """Write k and v to their pages, then attend.
 
         q is `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]` (rotated already;
         any strides with a contiguous last dimension). With a latent layout v is the first
         `value_dim` elements of k. Returns `[tokens, heads * value_dim]`.
+        `sink_q`: q rotated to `RowViews.sink_positions`; needed if `AttentionBatch.has_sinks`.
         """
 
 
@@ -164,8 +197,11 @@ class PagedAttention(ABC):
         """Return the pages of a layer."""
         return self._pool.pages(layer)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `AttentionBackend`."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sink_q: Tensor | None = None
+    ) -> Tensor:
+        """See `AttentionBackend`. No row has a view of its own: see `BackendOffer.reads_views`."""
+        assert sink_q is None, "rows have views of their own"
         self.store(layer, k, v)
         return self.read(layer, q)
 
@@ -193,6 +229,8 @@ class BackendOffer:
     reads_mixed_layers: bool = False
     #: Decisions an operator should know, one line each.
     notes: tuple[str, ...] = ()
+    #: Whether rows may have views of their own.
+    reads_views: bool = False
 
     def why_not(self, spec: AttentionSpec) -> str:
         """Return why this backend cannot serve the model's pages; empty where it can."""

@@ -30,7 +30,9 @@ class ReferenceAttention:
         """See `AttentionBackend`."""
         self._batch = batch
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sink_q: Tensor | None = None
+    ) -> Tensor:
         """See `AttentionBackend`."""
         batch = self._batch
         assert batch is not None, "attend before plan"
@@ -40,6 +42,11 @@ class ReferenceAttention:
         starts, ends = batch.query_starts.tolist(), batch.seq_lens.tolist()
         for row, num_keys in enumerate(ends):
             mine = slice(starts[row], starts[row + 1])
+            if batch.views is not None and batch.views.max_keys(row) < num_keys:
+                out[mine] = self._attend_in_view(
+                    row, layer, q[mine], None if sink_q is None else sink_q[mine]
+                )
+                continue
             slots = self._slots(
                 batch.block_table[row], num_keys, starts[row + 1] - starts[row], layer
             )
@@ -56,23 +63,61 @@ class ReferenceAttention:
 
     def _attend_row(self, q: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
         """Attend the last of `[keys, kv_heads, head_dim]`; returns `[queries, heads, value_dim]`."""
-        spec = self._spec
-        group = spec.num_heads // spec.num_kv_heads
-        wide_keys = keys.to(self._dtype).repeat_interleave(group, dim=1)
-        wide_values = values.to(self._dtype).repeat_interleave(group, dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q.to(self._dtype), wide_keys) * spec.scale
         key_at = torch.arange(len(keys), device=q.device)
         back = key_at[len(keys) - len(q) :, None] - key_at
-        window = spec.windows[layer]
+        window = self._spec.windows[layer]
         hidden = (back < 0) if window is None else (back < 0) | (back >= window)
+        return self._weighted(self._scores(q, keys), hidden, values, layer).to(q.dtype)
+
+    def _attend_in_view(self, row: int, layer: int, q: Tensor, sink_q: Tensor | None) -> Tensor:
+        """Attend a row that has a view of its own; returns `[queries, heads, head_dim]`.
+
+        Only the keys that a query of the row reads are loaded.
+        """
+        batch, page_size = self._batch, self._pool.layout.page_size
+        assert batch is not None, "attend before plan"
+        assert batch.views is not None, "see attend"
+        num_keys = int(batch.seq_lens[row])
+        sinks, window = int(batch.views.sinks[row]), int(batch.views.windows[row])
+        layer_window = self._spec.windows[layer] or num_keys
+        nearest = min(window, layer_window)
+        query_at = torch.arange(num_keys - len(q), num_keys, device=q.device)[:, None]
+        oldest = max(num_keys - len(q) - nearest + 1, 0)
+        key_at = torch.arange(num_keys, device=q.device)
+        key_at = key_at[(key_at < sinks) | (key_at >= oldest)]
+        slots = batch.block_table[row, key_at // page_size].long() * page_size + key_at % page_size
+        keys, values = self._pool.load(layer, slots)
+        is_sink = key_at < sinks
+        # The position of each query towards the sinks.
+        sink_at = query_at.clamp(max=sinks + window - 1)
+        back = torch.where(is_sink, sink_at, query_at) - key_at
+        limit = torch.where(is_sink, layer_window, nearest)
+        scores = self._scores(q, keys)
+        if sink_q is not None:
+            is_moved = is_sink & (sink_at < query_at)
+            scores = torch.where(is_moved, self._scores(sink_q, keys), scores)
+        hidden = (back < 0) | (back >= limit)
+        return self._weighted(scores, hidden, values, layer).to(q.dtype)
+
+    def _scores(self, q: Tensor, keys: Tensor) -> Tensor:
+        """Return `[heads, queries, keys]`."""
+        group = self._spec.num_heads // self._spec.num_kv_heads
+        wide_keys = keys.to(self._dtype).repeat_interleave(group, dim=1)
+        return torch.einsum("qhd,khd->hqk", q.to(self._dtype), wide_keys) * self._spec.scale
+
+    def _weighted(self, scores: Tensor, hidden: Tensor, values: Tensor, layer: int) -> Tensor:
+        """Return the sums of values, weighted by the softmax of the scores that are not hidden."""
+        spec = self._spec
+        group = spec.num_heads // spec.num_kv_heads
+        wide_values = values.to(self._dtype).repeat_interleave(group, dim=1)
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
         scores = scores.masked_fill(hidden, -torch.inf)
         if spec.sinks is not None:
-            sink = spec.sinks[layer].to(self._dtype)[:, None, None].expand(-1, len(q), 1)
+            sink = spec.sinks[layer].to(self._dtype)[:, None, None].expand(-1, scores.shape[1], 1)
             scores = torch.cat((scores, sink), dim=-1)
-        weights = torch.softmax(scores, dim=-1)[..., : len(keys)]
-        return torch.einsum("hqk,khd->qhd", weights, wide_values).to(q.dtype)
+        weights = torch.softmax(scores, dim=-1)[..., : len(values)]
+        return torch.einsum("hqk,khd->qhd", weights, wide_values)
 
 
 def offer(spec: AttentionSpec) -> BackendOffer:
@@ -85,4 +130,5 @@ def offer(spec: AttentionSpec) -> BackendOffer:
         ReferenceAttention,
         formats=tuple(KV_FORMATS.values()),
         reads_mixed_layers=True,
+        reads_views=True,
     )

@@ -28,6 +28,24 @@ class _Group:
     slots: Tensor
     #: `[rows, queries, keys]`: how many tokens back a key lies; negative past the query.
     back: Tensor
+    #: Of a row with a view of its own.
+    view: _RowView | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _RowView:
+    """The view of the only row in a group, whose first keys are its sinks."""
+
+    num_sinks: int
+    window: int
+    #: `[queries, 1]`: which queries meet the sinks with a rotation of their own.
+    is_moved: Tensor
+
+    def seen(self, back: Tensor, layer_window: int | None) -> Tensor:
+        """Return which keys the queries read in a layer."""
+        seen = back >= 0
+        seen[..., self.num_sinks :] &= back[..., self.num_sinks :] < self.window
+        return seen if layer_window is None else seen & (back < layer_window)
 
 
 class TorchAttention:
@@ -46,11 +64,15 @@ class TorchAttention:
         self._kv_slots = batch.kv_slots
         starts = batch.query_starts.tolist()
         counts = [end - start for start, end in pairwise(starts)]
-        decodes = [row for row, count in enumerate(counts) if count == 1]
-        rows_of_groups = [[row] for row, count in enumerate(counts) if count > 1]
+        bounded = bounded_rows(batch)
+        decodes = [row for row, count in enumerate(counts) if count == 1 and row not in bounded]
+        rows_of_groups = [
+            [row] for row, count in enumerate(counts) if count > 1 and row not in bounded
+        ]
         if decodes:
             rows_of_groups.append(decodes)
         self._groups = [self._group(batch, rows, counts[rows[0]]) for rows in rows_of_groups]
+        self._groups += [self._bounded_group(batch, row, counts[row]) for row in bounded]
 
     def _group(self, batch: AttentionBatch, rows: list[int], num_queries: int) -> _Group:
         device, page_size = batch.seq_lens.device, self._pool.layout.page_size
@@ -70,32 +92,67 @@ class TorchAttention:
             back=query_at[:, :, None] - key_at,
         )
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _bounded_group(self, batch: AttentionBatch, row: int, num_queries: int) -> _Group:
+        """Return the group of one row with a view of its own, without the keys that it hides."""
+        assert batch.views is not None, "see bounded_rows"
+        page_size, num_keys = self._pool.layout.page_size, int(batch.seq_lens[row])
+        first = int(batch.query_starts[row])
+        sinks, window = int(batch.views.sinks[row]), int(batch.views.windows[row])
+        query_at = torch.arange(num_keys - num_queries, num_keys)[:, None]
+        key_at = torch.arange(num_keys)
+        key_at = key_at[(key_at < sinks) | (key_at > num_keys - num_queries - window)]
+        sink_at = query_at.clamp(max=sinks + window - 1)
+        at = torch.where(key_at < sinks, sink_at, query_at)
+        pages = batch.block_table[row, key_at // page_size].long()
+        return _Group(
+            tokens=torch.arange(first, first + num_queries),
+            slots=pages * page_size + key_at % page_size,
+            back=(at - key_at)[None],
+            view=_RowView(sinks, window, sink_at < query_at),
+        )
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sink_q: Tensor | None = None
+    ) -> Tensor:
         """See `AttentionBackend`."""
         assert self._kv_slots is not None, "attend before plan"
         self._pool.store(layer, self._kv_slots, k, v)
         shape = len(q), self._spec.num_heads, self._spec.value_dim
         out = torch.empty(shape, dtype=q.dtype, device=q.device)
         for group in self._groups:
-            out.index_copy_(0, group.tokens, self._attend_group(group, layer, q))
+            out.index_copy_(0, group.tokens, self._attend_group(group, layer, q, sink_q))
         return out.flatten(1)
 
-    def _attend_group(self, group: _Group, layer: int, q: Tensor) -> Tensor:
-        """Return `[rows * queries, heads, value_dim]`."""
+    def _packed(self, group: _Group, q: Tensor) -> Tensor:
+        """Return `[rows, kv_heads, heads_each * queries, head_dim]`.
+
+        The query heads of a KV head become further queries of it, so that no key is repeated.
+        """
         spec = self._spec
-        rows, num_queries, num_keys = group.back.shape
+        rows, num_queries, _ = group.back.shape
         heads_each = spec.num_heads // spec.num_kv_heads
-        # The query heads of a KV head become further queries of it, so that no key is repeated.
-        packed = (
+        return (
             q.index_select(0, group.tokens)
             .view(rows, num_queries, spec.num_kv_heads, heads_each, spec.head_dim)
             .permute(0, 2, 3, 1, 4)
             .reshape(rows, spec.num_kv_heads, heads_each * num_queries, spec.head_dim)
         )
-        seen = group.back >= 0
+
+    def _attend_group(
+        self, group: _Group, layer: int, q: Tensor, sink_q: Tensor | None
+    ) -> Tensor:
+        """Return `[rows * queries, heads, head_dim]`."""
+        spec = self._spec
+        rows, num_queries, num_keys = group.back.shape
+        heads_each = spec.num_heads // spec.num_kv_heads
+        packed = self._packed(group, q)
         window = spec.windows[layer]
-        if window is not None:
-            seen &= group.back < window
+        if group.view is not None:
+            seen = group.view.seen(group.back, window)
+        else:
+            seen = group.back >= 0
+            if window is not None:
+                seen &= group.back < window
         # `[rows, kv_heads, keys, head_dim]`. Of a latent layout keys are values, too, since torch's fused
         # function takes none that are narrower: the rest of the result is left out.
         planes = [
@@ -104,8 +161,18 @@ class TorchAttention:
         ]
         keys, values = planes[0], planes[-1]
         mask = seen.repeat(1, heads_each, 1).unsqueeze(1)
-        if spec.beyond_softmax:
-            attended = self._spelled_out(layer, packed, keys, values, mask)
+        moved = None
+        if group.view is not None and group.view.num_sinks:
+            assert sink_q is not None, "queries towards sinks are missing"
+            moved = self._packed(group, sink_q)
+        if spec.beyond_softmax or moved is not None:
+            scores = self._scores(packed, keys)
+            if moved is not None and group.view is not None:
+                sinks = slice(group.view.num_sinks)
+                is_moved = group.view.is_moved.repeat(heads_each, 1)
+                to_sinks = self._scores(moved, keys[:, :, sinks])
+                scores[..., sinks] = torch.where(is_moved, to_sinks, scores[..., sinks])
+            attended = self._spelled_out(layer, scores, values, mask).to(q.dtype)
         else:
             attended = functional.scaled_dot_product_attention(
                 packed, keys, values, attn_mask=mask, scale=spec.scale
@@ -116,31 +183,46 @@ class TorchAttention:
             .reshape(rows * num_queries, spec.num_heads, spec.value_dim)
         )
 
-    def _spelled_out(
-        self, layer: int, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor
-    ) -> Tensor:
-        """Attend `[rows, kv_heads, heads_each * queries, head_dim]`, with caps and sinks.
+    def _scores(self, q: Tensor, keys: Tensor) -> Tensor:
+        """Return `[rows, kv_heads, heads_each * queries, keys]`, in float32."""
+        return (q.float() @ keys.float().mT).mul_(self._spec.scale)
 
-        torch's own function has neither, so all scores are in memory, in float32.
+    def _spelled_out(self, layer: int, scores: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        """Attend with caps, sinks and queries that depend on the key.
+
+        torch's own function has none of them, so all scores are in memory, in float32.
         """
         spec = self._spec
-        scores = (q.float() @ keys.float().mT).mul_(spec.scale)
         if spec.softcap is not None:
             scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
         scores.masked_fill_(~seen, -torch.inf)
         if spec.sinks is not None:
             heads_each = spec.num_heads // spec.num_kv_heads
             sinks = spec.sinks[layer].view(spec.num_kv_heads, heads_each)
-            sinks = sinks.repeat_interleave(q.shape[2] // heads_each, dim=1)
-            sinks = sinks[None, :, :, None].expand(len(q), -1, -1, 1)
+            sinks = sinks.repeat_interleave(scores.shape[2] // heads_each, dim=1)
+            sinks = sinks[None, :, :, None].expand(len(scores), -1, -1, 1)
             scores = torch.cat((scores, sinks), dim=-1)
-        weights = scores.softmax(-1)[..., : keys.shape[2]]
-        return (weights @ values.float()).to(q.dtype)
+        weights = scores.softmax(-1)[..., : values.shape[2]]
+        return weights @ values.float()
+
+
+def bounded_rows(batch: AttentionBatch) -> list[int]:
+    """Return the rows whose views hide keys."""
+    if batch.views is None:
+        return []
+    ends = enumerate(batch.seq_lens.tolist())
+    return [row for row, end in ends if batch.views.max_keys(row) < end]
 
 
 def offer(spec: AttentionSpec) -> BackendOffer:
     """Offer it for any model on any device."""
     del spec
     return BackendOffer(
-        "torch", 1, 16, TorchAttention, formats=tuple(KV_FORMATS.values()), reads_mixed_layers=True
+        "torch",
+        1,
+        16,
+        TorchAttention,
+        formats=tuple(KV_FORMATS.values()),
+        reads_mixed_layers=True,
+        reads_views=True,
     )

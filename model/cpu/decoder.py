@@ -21,7 +21,7 @@ from model.architectures.transformer import (
     Transformer,
 )
 from model.attention.cpu import CpuAttention
-from model.attention.interface import AttentionBackend
+from model.attention.interface import AttentionBackend, RowViews
 from model.cpu.library import CpuLibrary
 from model.weights.linear import Linear
 from model.weights.tiled_linear import TiledLinear
@@ -58,12 +58,29 @@ class CpuDecoder:
         self._forward = library.functions.octavo_decoder_forward
         weakref.finalize(self, library.functions.octavo_decoder_free, self._handle)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """See `Decoder`. Attention is the one that `why_not` accepted."""
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: AttentionBackend,
+        views: RowViews | None = None,
+    ) -> Tensor:
+        """See `ViewedDecoder`. Attention is the one that `why_not` accepted."""
         assert isinstance(attention, CpuAttention), "see why_not"
         residual = self._transformer.embed(token_ids)
-        positions = positions.contiguous()
-        self._forward(self._handle, attention.session, positions.data_ptr(), residual.data_ptr())
+        cos_sin, rows, sink_positions = None, positions, None
+        if views is not None:
+            cos_sin, rows = self._transformer.angles(positions)
+            sink_positions = views.sink_positions if views.has_sinks else None
+        rows = rows.contiguous()
+        self._forward(
+            self._handle,
+            attention.session,
+            rows.data_ptr(),
+            residual.data_ptr(),
+            None if cos_sin is None else cos_sin.data_ptr(),
+            None if sink_positions is None else sink_positions.data_ptr(),
+        )
         return residual
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -58,9 +58,12 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "octavo_attention_free": (None, (_POINTER,)),
     "octavo_attention_plan": (
         ctypes.c_char_p,
-        (*(_POINTER,) * 4, _LONG, _POINTER, _INT, _LONG, _INT),
+        (*(_POINTER,) * 4, _LONG, _POINTER, _INT, _LONG, _INT, *(_POINTER,) * 2),
     ),
-    "octavo_attention_attend": (None, (_POINTER, _INT, _INT, *_ROWS, *_ROWS, *_ROWS, _POINTER)),
+    "octavo_attention_attend": (
+        None,
+        (_POINTER, _INT, _INT, *_ROWS, *_ROWS, *_ROWS, _POINTER, *_ROWS),
+    ),
     "octavo_norm": (
         None,
         (_POINTER, _LONG, _LONG, *_MATRIX, _LONG, _POINTER, *_MATRIX, _FLOAT, *_MATRIX),
@@ -81,7 +84,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     ),
     "octavo_decoder_new": (_POINTER, (*(_POINTER,) * 2, _FLOAT, _POINTER, _LONG, _POINTER)),
     "octavo_decoder_free": (None, (_POINTER,)),
-    "octavo_decoder_forward": (None, (_POINTER,) * 4),
+    "octavo_decoder_forward": (None, (_POINTER,) * 6),
 }
 
 

@@ -83,6 +83,7 @@ def _sum_up(record: RequestRecord, records: Sequence[RequestRecord], num_tries: 
     record.output_tokens = sum(own.output_tokens for own in records)
     record.draft_tokens = sum(own.draft_tokens for own in records)
     record.accepted_draft_tokens = sum(own.accepted_draft_tokens for own in records)
+    record.dropped_tokens = sum(own.dropped_tokens for own in records)
     counts = [own.reasoning_tokens for own in records if own.reasoning_tokens is not None]
     record.reasoning_tokens = sum(counts) if counts else None
     record.queue_s = min((own.queue_s for own in records if own.queue_s is not None), default=None)

@@ -69,11 +69,15 @@ async def generate(
         # The length first: so no salt of a client's makes two keys' namespaces equal.
         key, request = record.namespace, job.requests[index]
         request = replace(request, namespace=f"{len(key)}:{key}{request.namespace}")
+        max_keys = request.view.max_keys
         async with aclosing(service.client.generate(request)) as deltas:
             async for delta in deltas:
                 _require_sound(delta)
                 chunk = output.push(delta)
                 _note(service, record, chunk)
+                if max_keys is not None:
+                    num_tokens = len(request.prompt_token_ids) + record.output_tokens
+                    record.dropped_tokens = max(0, num_tokens - max_keys)
                 if reasoning is not None:
                     record.reasoning_tokens = reasoning.count(
                         chunk.delta.token_ids, is_last=chunk.finish_reason is not None
@@ -145,6 +149,16 @@ def octavo(job: Job, record: RequestRecord, now_s: float) -> Octavo:
         report["speculation"] = {
             "offered": record.draft_tokens,
             "accepted": record.accepted_draft_tokens,
+        }
+    view = job.requests[0].view
+    if view.window is not None:
+        prompt_tokens = sum(len(request.prompt_token_ids) for request in job.requests)
+        report["kv"] = {
+            "policy": "sinks" if view.sinks else "window",
+            "window": view.window,
+            "sinks": view.sinks,
+            "held_tokens": prompt_tokens + record.output_tokens - record.dropped_tokens,
+            "dropped_tokens": record.dropped_tokens,
         }
     return report
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from model.splitmix64 import splitmix64
-from scheduler.client import GenerateRequest, SamplingParams
+from scheduler.client import FULL_VIEW, GenerateRequest, SamplingParams, View
 from server.generation.chat_prompt import chat_tokens
 from server.generation.generate import Job
 from server.generation.generation_spec import Conversation, TextPrompts, ToolSpec
@@ -56,9 +56,10 @@ async def chat_prompt(
 
 async def _chat_job(service: Service, spec: GenerationSpec, chat: Conversation) -> Job:
     warnings = list(spec.warnings)
-    must_fit = spec.fields.truncate_prompt_tokens is None
+    view = view_of(service, spec)
+    must_fit = spec.fields.truncate_prompt_tokens is None and view.window is None
     prompt, tools = await chat_prompt(service, chat, warnings, must_fit=must_fit)
-    prompt = truncated(service.client.info, spec, prompt)
+    prompt = truncated(service.client.info.max_len(view), spec, prompt)
     params = await _sampling(service, spec, [prompt], [chat.path], warnings)
     output = parser_options(service, chat, tools, prompt)
     grammar, relaxed = await chat_grammar(service, spec, chat, tools, output, prompt)
@@ -87,14 +88,15 @@ async def _predicted_tokens(service: Service, spec: GenerationSpec) -> tuple[int
 
 
 async def _text_job(service: Service, spec: GenerationSpec, texts: TextPrompts) -> Job:
-    warnings = list(spec.warnings)
+    warnings, view = list(spec.warnings), view_of(service, spec)
     encoded = await tokens_of(
         service,
         texts.prompts,
         add_special_tokens=texts.add_special_tokens,
-        must_fit=spec.fields.truncate_prompt_tokens is None,
+        must_fit=spec.fields.truncate_prompt_tokens is None and view.window is None,
     )
-    prompts = [truncated(service.client.info, spec, token_ids) for token_ids in encoded]
+    limit = service.client.info.max_len(view)
+    prompts = [truncated(limit, spec, token_ids) for token_ids in encoded]
     paths = [texts.path_of(index) for index in range(len(prompts))]
     params = await _sampling(service, spec, prompts, paths, warnings)
     grammar, relaxed = await text_grammar(service, spec)
@@ -131,14 +133,15 @@ def _max_tokens(
     service: Service, spec: GenerationSpec, num_prompt: int, path: Path, warnings: list[Warned]
 ) -> int:
     """Return the limit of generated tokens; raise `ApiError` if they do not fit."""
-    limit, code = service.client.info.max_model_len, "context_length_exceeded"
+    info = service.client.info
+    limit, code = info.max_len(view_of(service, spec)), "context_length_exceeded"
     room, known, wanted = limit - num_prompt, context_words(limit), spec.fields.max_tokens
     if room <= 0:
         raise invalid(f"{known}: {dotted(path)} has {num_prompt}", path, code)
     if wanted is None:
-        return (
-            min(DEFAULT_COMPLETION_TOKENS, room) if isinstance(spec.prompt, TextPrompts) else room
-        )
+        is_text = isinstance(spec.prompt, TextPrompts)
+        # A bounded view has room for many more, which nobody asked for.
+        return min(DEFAULT_COMPLETION_TOKENS if is_text else info.max_model_len, room)
     if wanted <= room:
         return wanted
     name = dotted(spec.max_tokens_path)
@@ -147,6 +150,25 @@ def _max_tokens(
         raise invalid(message, spec.max_tokens_path, code)
     warnings.append(warning(name, f"was cut to {room}: the context has room for no more"))
     return room
+
+
+def view_of(service: Service, spec: GenerationSpec) -> View:
+    """Return the keys that the queries of a request read. Raises `ApiError`."""
+    policy = spec.kv_policy or service.config.cache.policy
+    if policy.type == "full":
+        return FULL_VIEW
+    info = service.client.info
+    if info.why_no_views:
+        raise invalid(f"kv_policy: {policy} is not served: {info.why_no_views}", "kv_policy")
+    num_keys = policy.sinks + policy.window
+    if num_keys > info.max_model_len:
+        path = "kv_policy.window"
+        raise invalid(
+            f"{path}: {policy} reads {num_keys} tokens, more than the {info.max_model_len} that"
+            " the model's context has",
+            path,
+        )
+    return View(policy.sinks, policy.window).within(info.view)
 
 
 def _job(
@@ -164,6 +186,7 @@ def _job(
         ends.update(service.client.info.eos_token_ids)
     if first.prompt_logprobs is not None:
         require_few(spec, prompts, first.prompt_logprobs)
+    view = view_of(service, spec)
     has_usage_chunk = service.config.server.force_include_usage or spec.has_usage_chunk
     return Job(
         spec=replace(spec, warnings=tuple(warnings), has_usage_chunk=has_usage_chunk),
@@ -177,6 +200,7 @@ def _job(
                 spec.fields.priority or 0,
                 spec.fields.cache_salt or "",
                 may_speculate=spec.fields.speculation is not False,
+                view=view,
             )
             for prompt, own in zip(map(tuple, prompts), params, strict=True)
             for index in range(spec.num_tries)

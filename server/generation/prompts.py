@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from scheduler.client import EngineUnavailableError, ModelInfo
+from scheduler.client import EngineUnavailableError
 from server.generation.generation_spec import TextPrompts
 from server.generation.request_fields import GenerationSpec
 from server.http.errors import Path, dotted, invalid, shortened
@@ -49,15 +49,16 @@ async def echoes(
     return await service.work.run(decode_all, sum(map(len, prompts)))
 
 
-def truncated(info: ModelInfo, spec: GenerationSpec, token_ids: list[int]) -> list[int]:
-    """Return the end of the prompt that `truncate_prompt_tokens` keeps. Raises `ApiError`."""
+def truncated(limit: int, spec: GenerationSpec, token_ids: list[int]) -> list[int]:
+    """Return the end of the prompt that `truncate_prompt_tokens` keeps. Raises `ApiError`.
+
+    `limit`: tokens of prompt and answer together.
+    """
     num_kept = spec.fields.truncate_prompt_tokens
     if num_kept is None:
         return token_ids
     if num_kept == -1:
-        num_kept = max(
-            1, info.max_model_len - (spec.fields.max_tokens or DEFAULT_COMPLETION_TOKENS)
-        )
+        num_kept = max(1, limit - (spec.fields.max_tokens or DEFAULT_COMPLETION_TOKENS))
     if num_kept < 1:
         message = "truncate_prompt_tokens must be at least 1, or -1 for what fits"
         raise invalid(message, "truncate_prompt_tokens")

@@ -21,6 +21,7 @@ from pydantic import (
     field_validator,
 )
 
+from configs.kv_policy import DEFAULT_SINK_TOKENS, KVPolicy, PolicyType, why_not_served
 from scheduler.client import SamplingParams
 from server.generation.generation_spec import Conversation, OutputConstraint, TextPrompts
 from server.generation.params import STREAM_OPTIONS, Warned, judge
@@ -174,6 +175,34 @@ class StreamOptions(Request):
     )
 
 
+def _served_type(value: object) -> object:
+    if isinstance(value, str) and (reason := why_not_served(value)):
+        raise ValueError(reason)
+    return value
+
+
+class KVPolicyFields(Request):
+    """The keys that a query reads: `full`, the newest (`window`), or the first ones too (`sinks`)."""
+
+    type: Annotated[PolicyType, BeforeValidator(_served_type)]
+    window: int | None = optional("tokens, itself included; at least 64")
+    sinks: int | None = optional("first tokens that are always read; default 4")
+
+    def policy(self) -> KVPolicy:
+        """Return the policy. Raises `ApiError` that names the field."""
+        if self.window is None and self.type != "full":
+            path = "kv_policy.window"
+            raise invalid(f"{path} is required with type {self.type}", path)
+        sinks = self.sinks
+        if sinks is None:
+            sinks = DEFAULT_SINK_TOKENS if self.type == "sinks" else 0
+        try:
+            return KVPolicy(self.type, self.window or 0, sinks)
+        except ValueError as error:
+            name = str(error).partition(" ")[0]
+            raise invalid(f"kv_policy.{error}", f"kv_policy.{name}") from error
+
+
 class GenerateFields(Request):
     """The fields that all routes for generation have in common."""
 
@@ -207,6 +236,10 @@ class GenerateFields(Request):
     )
     speculation: bool | None = optional(
         "false: no drafts are verified for it; the answer is the same"
+    )
+    kv_policy: KVPolicyFields | None = optional(
+        "keys that the answer reads, such as {type: sinks, window: 1020, sinks: 4}; see"
+        " operations.md; default: the server's"
     )
     priority: int | None = optional("smaller goes first; default 0")
     add_special_tokens: bool | None = optional(
@@ -259,6 +292,9 @@ class GenerateFields(Request):
             if not self.stream:
                 raise invalid("stream_options needs stream to be true", "stream_options")
             warnings = warnings + judge(options.model_extra, STREAM_OPTIONS, "stream_options.")
+        policy = self.kv_policy
+        if policy is not None:
+            warnings = warnings + judge(policy.model_extra, {}, "kv_policy.")
         return GenerationSpec(
             fields=self,
             prompt=prompt,
@@ -268,6 +304,7 @@ class GenerateFields(Request):
             num_tries=self.n or 1,
             has_usage_chunk=options is not None and options.include_usage is True,
             warnings=tuple(warnings),
+            kv_policy=None if policy is None else policy.policy(),
         )
 
     def sampling(self) -> Mapping[str, Any]:
@@ -319,6 +356,8 @@ class GenerationSpec:
     has_usage_chunk: bool = False
     #: Text that the answer is expected to repeat.
     prediction: str = ""
+    #: None: the server's default.
+    kv_policy: KVPolicy | None = None
     #: Of fields without effect.
     warnings: tuple[Warned, ...] = ()
 

@@ -48,6 +48,8 @@ class RequestRecord:
     #: Tokens of drafts that were verified, and those of them that were accepted.
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
+    #: Tokens that were not in view at the end.
+    dropped_tokens: int = 0
     miss_reason: str = ""
     queue_s: float | None = None
     first_token_at_s: float | None = None

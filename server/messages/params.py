@@ -37,6 +37,7 @@ PASSED = (
     "cache_salt",
     "priority",
     "speculation",
+    "kv_policy",
     "add_special_tokens",
     "chat_template_kwargs",
 )

@@ -8,6 +8,7 @@ from cache.allocation import Allocation, MissReason
 from cache.kv_cache import KVCache
 from cache.moves import PageMove, PageRef, Tier
 from cache.node import Node
+from cache.view import FULL_VIEW
 
 
 def admitted(
@@ -222,7 +223,7 @@ def test_a_copy_whose_source_becomes_its_target_is_not_needed() -> None:
 def test_what_can_ever_fit() -> None:
     cache = KVCache(3, 4)
     admitted(cache, [1] * 12)
-    assert cache.max_tokens == 12
+    assert cache.bounds.max_tokens(FULL_VIEW) == 12
 
 
 @pytest.mark.parametrize(("num_pages", "page_size"), [(0, 4), (4, 0)])

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from cache.kv_cache import KVCache, Pin
 from cache.moves import PageMove
 from cache.node import NO_PAGE
-from cache.view import View
+from cache.view import FULL_VIEW, View
 
 #: They share bytes, but no two of them in one place are the same token.
 VOCABULARY = (3, 259)
@@ -38,6 +38,8 @@ def prompt(length: int, turn: int, pattern: int) -> list[int]:
 
 prompts = st.builds(prompt, st.integers(1, 16), st.integers(0, 12), st.integers(0, 7))
 namespaces = st.sampled_from(("", "", "", "other"))
+#: Of requests: most have that of the model.
+own_views = st.sampled_from((FULL_VIEW, FULL_VIEW, View(0, 4), View(3, 2), View(1, 5)))
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -71,16 +73,28 @@ class CacheMachine(RuleBasedStateMachine):
     # ---- what a scheduler does -------------------------------------------------------------------
 
     @precondition(lambda self: len(self.model.live) < MAX_LIVE)
-    @rule(tokens=prompts, namespace=namespaces, reserve_pages=st.sampled_from((0, 0, 0, 1, 3)))
-    def admit(self, tokens: list[int], namespace: str, reserve_pages: int = 0) -> None:
+    @rule(
+        tokens=prompts,
+        namespace=namespaces,
+        reserve_pages=st.sampled_from((0, 0, 0, 1, 3)),
+        own_view=own_views,
+    )
+    def admit(
+        self,
+        tokens: list[int],
+        namespace: str,
+        reserve_pages: int = 0,
+        own_view: View = FULL_VIEW,
+    ) -> None:
         model = self.model
+        view = own_view.within(model.view)
         del tokens[model.num_pages * model.page_size + 1 :]
-        num_reused = model.num_reusable(namespace, tokens)
-        reason = model.reason(namespace, tokens)
+        num_reused = model.num_reusable(namespace, tokens, view)
+        reason = model.reason(namespace, tokens, view)
         num_path = num_reused // model.page_size
         path = list(model.path(namespace, tokens, num_path))
-        gap = model.view.unread_pages(num_reused, model.page_size)
-        num_new = model.num_first_pages(len(tokens), num_reused) - num_path
+        gap = view.unread_pages(num_reused, model.page_size)
+        num_new = model.num_first_pages(len(tokens), num_reused, view) - num_path
         read = model.read.union(key for i, key in enumerate(path) if i not in gap)
         leased = model.leased.union(path)
         fits = num_new + reserve_pages <= model.num_pages - model.num_private - len(read)
@@ -88,7 +102,7 @@ class CacheMachine(RuleBasedStateMachine):
             model.source(namespace, tokens) if num_reused > num_path * model.page_size else None
         )
 
-        allocation = self.cache.admit(tokens, namespace, reserve_pages)
+        allocation = self.cache.admit(tokens, namespace, reserve_pages, view=own_view)
         assert (allocation is not None) == fits
         if allocation is None:
             return
@@ -101,9 +115,14 @@ class CacheMachine(RuleBasedStateMachine):
         assert allocation.num_cached_tokens == num_reused
         assert allocation.miss_reason == reason
         self.moves += allocation.moves
-        known = len(tokens)
+        max_shared = model.max_shared_tokens(view)
+        known = min(len(tokens), max_shared)
         model.live.append(
-            Live(namespace, tokens, known, allocation, num_pages, num_reused, num_path, gap)
+            Live(
+                *(namespace, tokens, known, allocation, num_pages, num_reused, num_path, gap),
+                view,
+                max_shared,
+            )
         )
 
     @precondition(lambda self: self.model.live)
@@ -147,7 +166,7 @@ class CacheMachine(RuleBasedStateMachine):
             end = min(end, seq.num_pages * self.model.page_size)
             for position in range(seq.num_computed, end):
                 page, place = self._place(seq, position)
-                self.memory[page][place] = seq.key(position + 1)
+                self.memory[page][place] = seq.written(position + 1)
             seq.num_computed = end
         for seq in self.model.live:
             self._read(seq)
@@ -163,14 +182,16 @@ class CacheMachine(RuleBasedStateMachine):
         """Drop the pages that are out of view, or all but one of them."""
         model = self.model
         seq = model.live[index % len(model.live)]
-        unread = model.view.unread_pages(seq.num_computed, model.page_size)
+        unread = seq.view.unread_pages(seq.num_computed, model.page_size)
         unread = range(unread.start, max(unread.start, unread.stop - num_kept))
-        unread = range(unread.start, min(unread.stop, seq.num_committed_pages))
+        if seq.num_committed_pages < seq.max_shared_tokens // model.page_size:
+            unread = range(unread.start, min(unread.stop, seq.num_committed_pages))
         table = list(seq.allocation.page_ids)
         self.cache.drop(seq.allocation, unread)
         assert seq.allocation.page_ids == table
         if unread.stop > seq.gap.stop:
-            path = list(model.path(seq.namespace, seq.tokens, unread.stop))
+            num_nodes = min(unread.stop, seq.num_committed_pages)
+            path = list(model.path(seq.namespace, seq.tokens, num_nodes))
             model.use(*path[max(unread.start, seq.gap.stop) :])
             seq.duplicates.difference_update(unread)
             seq.gap = unread
@@ -205,22 +226,26 @@ class CacheMachine(RuleBasedStateMachine):
         model.use(*(key for i, key in enumerate(path) if i not in seq.gap))
         model.forget_husks(model.leased)
 
-    @rule(tokens=prompts, namespace=namespaces)
-    def match(self, tokens: list[int], namespace: str) -> None:
-        match = self.cache.match(tokens, namespace)
-        assert match.num_tokens == self.model.num_reusable(namespace, tokens)
-        assert match.reason == self.model.reason(namespace, tokens)
-        assert match.in_flight == self.model.is_in_flight(namespace, tokens)
+    @rule(tokens=prompts, namespace=namespaces, own_view=own_views)
+    def match(self, tokens: list[int], namespace: str, own_view: View = FULL_VIEW) -> None:
+        match = self.cache.match(tokens, namespace, own_view)
+        view = own_view.within(self.model.view)
+        assert match.num_tokens == self.model.num_reusable(namespace, tokens, view)
+        assert match.reason == self.model.reason(namespace, tokens, view)
+        assert match.in_flight == self.model.is_in_flight(namespace, tokens, view)
 
     @precondition(lambda self: self.model.live)
     @rule(
         index=st.integers(0, MAX_LIVE - 1),
         num_tokens=st.integers(1, 16),
         rest=st.one_of(st.just([]), prompts),
+        own_view=own_views,
     )
-    def match_like_a_live_one(self, index: int, num_tokens: int, rest: list[int]) -> None:
+    def match_like_a_live_one(
+        self, index: int, num_tokens: int, rest: list[int], own_view: View
+    ) -> None:
         seq = self.model.live[index % len(self.model.live)]
-        self.match(seq.tokens[:num_tokens] + rest, seq.namespace)
+        self.match(seq.tokens[:num_tokens] + rest, seq.namespace, own_view)
 
     @precondition(lambda self: self.model.live)
     @rule(index=st.integers(0, MAX_LIVE - 1), max_tokens=st.integers(1, 9))
@@ -229,6 +254,9 @@ class CacheMachine(RuleBasedStateMachine):
         seq = model.live[index % len(model.live)]
         found = self.cache.continuation(seq.allocation, seq.tokens, max_tokens)
         known = tuple(seq.tokens)
+        if len(known) > seq.max_shared_tokens:
+            assert not found.token_ids, "cached tokens behind keys that nobody shares"
+            return
         path = known + tuple(found.token_ids)
         ahead = model.ahead(seq.namespace, known)
         assert len(found.token_ids) <= max_tokens
@@ -286,16 +314,17 @@ class CacheMachine(RuleBasedStateMachine):
         return seq.allocation.page_ids[page_index], place
 
     def _read(self, seq: Live) -> None:
-        view = self.model.view
+        view = seq.view
         first = view.start(seq.num_computed)
         for position in range(seq.num_computed):
             if view.sinks <= position < first:
                 continue
             page, place = self._place(seq, position)
-            assert self.memory[page][place] == seq.key(position + 1), f"page {page} is not ours"
+            expected = seq.written(position + 1)
+            assert self.memory[page][place] == expected, f"page {page} is not ours"
 
     def _expect_commit(self, seq: Live) -> None:
-        num_whole = seq.num_computed // self.model.page_size
+        num_whole = min(seq.num_computed, seq.max_shared_tokens) // self.model.page_size
         path = list(self.model.path(seq.namespace, seq.tokens, num_whole))
         for index, key in list(enumerate(path))[seq.num_committed_pages :]:
             entry = self.model.cached.setdefault(key, Entry(has_page=False))

@@ -35,8 +35,9 @@ def test_a_prompt_gets_pages_for_its_window_and_a_chunk() -> None:
     allocation = admitted(cache, [1] * 100)
     assert len(allocation.page_ids) == 3
     assert cache.grow(allocation, 8)
-    assert cache.max_tokens > 10**9
-    assert windowed(2, 4).max_tokens == 4
+    view = View(window=4)
+    assert cache.bounds.max_tokens(view) > 10**9
+    assert windowed(2, 4).bounds.max_tokens(view) == 4
 
 
 def test_pages_out_of_view_go_back_while_their_sequence_runs() -> None:

@@ -250,6 +250,7 @@ def _overlapped(runner: TorchRunner, max_num_seqs: int) -> TorchRunner:
         max_num_seqs=max_num_seqs,
         graphs=DecodeGraphs(decoder, attention, plan, CPU, lambda compute: compute),
         max_steps_in_flight=2,
+        viewed=decoder,
     )
 
 

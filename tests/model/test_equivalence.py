@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from scripted_drafter import ScriptedDrafter
 
 from cache.kv_cache import KVCache
+from cache.view import FULL_VIEW, View
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
 from model.attention.reference import ReferenceAttention
@@ -78,6 +79,9 @@ _FOLLOWED: tuple[dict[str, Any], ...] = (
         "bad_words": tuple(pair for pair in permutations(range(40, 56), 2) if sum(pair) % 3),
     },
 )
+
+#: Of requests; most see all keys.
+_VIEWS = (FULL_VIEW, FULL_VIEW, View(window=6), View(2, 5), View(5, 3))
 
 MakeRunner = Callable[[int], TorchRunner]
 
@@ -205,7 +209,8 @@ def _requests(draw: Any) -> list[Submit]:
             **draw(st.sampled_from([{}, {}, *_FOLLOWED])),
         )
         prompt = (*draw(st.sampled_from(stems)), *tail)
-        requests.append(Submit(request_id, GenerateRequest(prompt, params)))
+        view = draw(st.sampled_from(_VIEWS))
+        requests.append(Submit(request_id, GenerateRequest(prompt, params, view=view)))
     return requests
 
 

@@ -212,7 +212,6 @@ def test_pages_come_back_from_other_tiers(tier: Tier) -> None:
     ("given", "message"),
     [
         ({"row": RowSpan(1, 0, 6), "sample": None}, "dropped keys"),
-        ({"row": RowSpan(0, 0, 6), "started": [start(View(window=9))]}, "view of its own"),
         (
             {
                 "row": RowSpan(0, 0, 6),

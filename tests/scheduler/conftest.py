@@ -61,6 +61,7 @@ class Drive:
         priority: int = 0,
         namespace: str = "",
         may_speculate: bool = True,
+        own_view: View = FULL_VIEW,
         **submit: Any,
     ) -> Rejected | None:
         params = submit.pop("params", None) or SamplingParams(
@@ -72,7 +73,12 @@ class Drive:
             Submit(
                 request_id,
                 GenerateRequest(
-                    tuple(prompt), params, priority, namespace, may_speculate=may_speculate
+                    tuple(prompt),
+                    params,
+                    priority,
+                    namespace,
+                    may_speculate=may_speculate,
+                    view=own_view,
                 ),
                 **submit,
             )

@@ -19,6 +19,7 @@ from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
 from model.interface import (
+    MAX_BOUNDED_LEN,
     InFlightStep,
     SamplingParams,
     SlotStart,
@@ -148,6 +149,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_scored=st.integers(0, 4),
         grammar=st.sampled_from([None, None, "any"]),
         may_speculate=st.sampled_from([True, True, False]),
+        own_view=st.sampled_from([FULL_VIEW, FULL_VIEW, View(0, 4), View(2, 3)]),
     )
     def submit(
         self,
@@ -162,6 +164,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_scored: int,
         grammar: str | None,
         may_speculate: bool,
+        own_view: View,
     ) -> None:
         params = SamplingParams(
             max_tokens=max_tokens,
@@ -172,7 +175,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         submit = Submit(
             self.num_submits,
             GenerateRequest(
-                tuple(prompt), params, priority, namespace, may_speculate=may_speculate
+                tuple(prompt),
+                params,
+                priority,
+                namespace,
+                may_speculate=may_speculate,
+                view=own_view,
             ),
         )
         self.num_submits += 1
@@ -188,7 +196,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 output_token_ids=tuple(resumed),
                 num_scored=min(num_scored, max(0, len(prompt) - 1)),
             )
-        fits = bool(prompt) and len(prompt) + len(submit.output_token_ids) < self.max_len()
+        fits = bool(prompt) and len(prompt) + len(submit.output_token_ids) < self.max_len(submit)
         waiting = list(self.scheduler._waiting)
         refusals = self.scheduler.submit(submit, constraint=grammar)
         is_taken = fits and [one.request_id for one in refusals] != [submit.request_id]
@@ -209,19 +217,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt, count = submit.request.prompt_token_ids, submit.request.params.prompt_logprobs
         if count is None:
             return []
-        return [
-            fake_logprobs(prompt[:i], prompt[i], count, self.view) for i in range(1, len(prompt))
-        ]
+        view = self.view_of(submit)
+        return [fake_logprobs(prompt[:i], prompt[i], count, view) for i in range(1, len(prompt))]
 
-    def max_len(self) -> int:
-        return min(MAX_LEN, self.cache.max_tokens + 1)
+    def view_of(self, submit: Submit) -> View:
+        return submit.request.view.within(self.view)
+
+    def max_len(self, submit: Submit) -> int:
+        view = self.view_of(submit)
+        most = MAX_LEN if view == self.view else MAX_BOUNDED_LEN
+        return min(most, self.cache.bounds.max_tokens(view) + 1)
 
     def expected(self, submit: Submit) -> list[int]:
         tokens = list(submit.request.prompt_token_ids)
-        end = min(len(tokens) + submit.request.params.max_tokens, self.max_len())
+        end = min(len(tokens) + submit.request.params.max_tokens, self.max_len(submit))
         may_end = not submit.request.params.ignore_eos
         while tokens and len(tokens) < end:
-            tokens.append(fake_next_token(tokens, _VOCAB, may_end=may_end, view=self.view))
+            view = self.view_of(submit)
+            tokens.append(fake_next_token(tokens, _VOCAB, may_end=may_end, view=view))
             if tokens[-1] == FAKE_EOS_TOKEN_ID and may_end:
                 break
         return tokens[len(submit.request.prompt_token_ids) :]

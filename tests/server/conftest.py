@@ -153,11 +153,17 @@ class LiveServer:
         server: dict[str, Any],
         model: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
+        cache: dict[str, Any] | None = None,
     ) -> None:
         self.client = client
         self.text = text
         self.config = OctavoConfig.model_validate(
-            {"server": server, "model": model or {}, "scheduler": scheduler or {}}
+            {
+                "server": server,
+                "model": model or {},
+                "scheduler": scheduler or {},
+                "cache": cache or {},
+            }
         )
         self.log = io.StringIO()
         # asyncio switches Nagle's algorithm off only for a socket whose `proto` is TCP's.
@@ -273,12 +279,13 @@ def _starting(text: ModelText) -> Iterator[StartServer]:
             scheduler: dict[str, Any] | None = None,
             runner: FakeRunner | None = None,
             model: dict[str, Any] | None = None,
+            cache: dict[str, Any] | None = None,
             **section: Any,
         ) -> LiveServer:
             if client is None:
                 runner = runner or FakeRunner(vocab_size=VOCAB_SIZE)
                 client = InlineClient(runner, SchedulerSection(**(scheduler or {})), lambda: 0.0)
-            live = LiveServer(client, words or text, section, model, scheduler)
+            live = LiveServer(client, words or text, section, model, scheduler, cache)
             stack.callback(live.close)
             logs.configure("json", live.log)
             return live

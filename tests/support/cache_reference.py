@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
+from sys import maxsize
 
 from cache.allocation import Allocation, MissReason
 from cache.view import View
@@ -31,10 +32,26 @@ class Live:
     num_committed_pages: int
     #: The pages that it reads no more.
     gap: range
+    view: View
+    #: Pages behind it are of its view alone.
+    max_shared_tokens: int
     duplicates: set[int] = field(default_factory=set)
 
     def key(self, num_tokens: int) -> Key:
         return self.namespace, tuple(self.tokens[:num_tokens])
+
+    def written(self, num_tokens: int) -> Key:
+        """Return what identifies the keys and values of the last of these tokens."""
+        namespace, prefix = self.key(num_tokens)
+        is_shared = num_tokens <= self.max_shared_tokens
+        return namespace if is_shared else f"{namespace} under {self.view}", prefix
+
+    @property
+    def num_private(self) -> int:
+        """Pages outside the tree that it still has."""
+        dropped = range(max(self.gap.start, self.num_committed_pages), self.gap.stop)
+        uncommitted = self.num_pages - self.num_committed_pages
+        return uncommitted - len(dropped) + len(self.duplicates)
 
 
 @dataclass
@@ -105,29 +122,42 @@ class Reference:
                 best, most = key, num_shared(key[1], wanted)
         return best
 
-    def is_readable(self, namespace: str, tokens: list[int], num_tokens: int) -> bool:
+    def max_shared_tokens(self, view: View) -> int:
+        """Return how many tokens of a view have keys that do not depend on the view."""
+        if view == self.view or view.window is None:
+            return maxsize
+        return view.sinks + view.window
+
+    def is_readable(
+        self, namespace: str, tokens: list[int], num_tokens: int, view: View
+    ) -> bool:
         """Return whether all pages are there that the query at `num_tokens` reads."""
         keys = self.path(namespace, tokens, num_tokens // self.page_size)
-        gap = self.view.unread_pages(num_tokens, self.page_size)
+        gap = view.unread_pages(num_tokens, self.page_size)
         return all(i in gap or self.cached[key].has_page for i, key in enumerate(keys))
 
-    def reusable(self, namespace: str, tokens: list[int]) -> tuple[int, bool]:
+    def reusable(self, namespace: str, tokens: list[int], view: View) -> tuple[int, bool]:
         """Return how many tokens are reusable, and whether evicted pages make them fewer."""
+        tokens = tokens[: self.max_shared_tokens(view) + 1]
         known, source = self.known(namespace, tokens[:-1]), self.source(namespace, tokens)
         most = known if source is None else num_shared(source[1], tokens[:-1])
         lengths = [most, *range(known, 0, -self.page_size)]
-        found = next((n for n in lengths if self.is_readable(namespace, tokens, n)), 0)
+        readable = (n for n in lengths if self.is_readable(namespace, tokens, n, view))
+        found = next(readable, 0)
         return found, found < known
 
-    def num_reusable(self, namespace: str, tokens: list[int]) -> int:
-        return self.reusable(namespace, tokens)[0]
+    def num_reusable(self, namespace: str, tokens: list[int], view: View) -> int:
+        return self.reusable(namespace, tokens, view)[0]
 
-    def reason(self, namespace: str, tokens: list[int]) -> MissReason:
-        num_reused, is_cut = self.reusable(namespace, tokens)
-        most = len(tokens) - 1
-        if num_reused == (
-            most if self.can_share_heads else most // self.page_size * self.page_size
-        ):
+    def whole(self, num_tokens: int) -> int:
+        """Return how many of the first tokens of a prompt can be reused at most."""
+        return num_tokens if self.can_share_heads else num_tokens - num_tokens % self.page_size
+
+    def reason(self, namespace: str, tokens: list[int], view: View) -> MissReason:
+        num_reused, is_cut = self.reusable(namespace, tokens, view)
+        if num_reused == self.whole(self.max_shared_tokens(view)):
+            return MissReason.LIMITED
+        if num_reused == self.whole(len(tokens) - 1):
             return MissReason.COMPLETE
         if num_reused == 0:
             return MissReason.COLD
@@ -135,9 +165,10 @@ class Reference:
         goes_on = not is_cut and self.children(namespace, whole)
         return MissReason.DIVERGED if goes_on else MissReason.ENDED
 
-    def is_in_flight(self, namespace: str, tokens: list[int]) -> bool:
-        num_matched = self.num_reusable(namespace, tokens) // self.page_size
-        if (num_matched + 1) * self.page_size > len(tokens):
+    def is_in_flight(self, namespace: str, tokens: list[int], view: View) -> bool:
+        num_matched = self.num_reusable(namespace, tokens, view) // self.page_size
+        num_shared = min(len(tokens), self.max_shared_tokens(view))
+        if (num_matched + 1) * self.page_size > num_shared:
             return False
         wanted = namespace, tuple(tokens[: (num_matched + 1) * self.page_size])
         is_there = wanted in self.cached and self.cached[wanted].has_page
@@ -171,9 +202,7 @@ class Reference:
 
     @property
     def num_private(self) -> int:
-        return sum(
-            seq.num_pages - seq.num_committed_pages + len(seq.duplicates) for seq in self.live
-        )
+        return sum(seq.num_private for seq in self.live)
 
     @property
     def num_free(self) -> int:
@@ -183,16 +212,16 @@ class Reference:
     def num_available(self) -> int:
         return self.num_pages - self.num_private - len(self.read)
 
-    def num_first_pages(self, num_tokens: int, num_reused: int) -> int:
+    def num_first_pages(self, num_tokens: int, num_reused: int, view: View) -> int:
         """Return the length of a new block table."""
-        if self.view.window is None:
+        if view.window is None:
             return self.pages(num_tokens)
-        end = self.view.start(num_reused) + self.view.window + self.chunk_tokens
+        end = view.start(num_reused) + view.window + self.chunk_tokens
         wanted = self.pages(min(num_tokens, end))
         # The pages that a query reads, wherever it stands in its page.
-        if self.num_pages <= self.pages(self.view.sinks) + self.pages(self.view.window - 1):
+        if self.num_pages <= self.pages(view.sinks) + self.pages(view.window - 1):
             return wanted
-        return min(wanted, self.num_pages + len(self.view.unread_pages(num_reused, self.page_size)))
+        return min(wanted, self.num_pages + len(view.unread_pages(num_reused, self.page_size)))
 
     def use(self, *keys: Key) -> None:
         for key in keys:

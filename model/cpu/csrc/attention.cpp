@@ -5,6 +5,7 @@
 #include "attention.h"
 
 #include <cstring>
+#include <limits>
 #include <memory>
 
 #include "threads.h"
@@ -19,40 +20,87 @@ int64_t scratch_floats(const Session& s) {
   return (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
 }
 
+int64_t num_keys(const Unit& unit) {
+  return int64_t(unit.key_end - unit.key_begin) + (unit.sink_end - unit.sink_begin);
+}
+
 int64_t cost(const Unit& unit) {
   // A decode unit is bound by memory, a prefill unit by arithmetic, which costs less for each key.
   const int64_t lanes = unit.lane_end - unit.lane_begin;
-  return int64_t(unit.key_end - unit.key_begin) *
-         (lanes ? lanes : 4 * (unit.head_end - unit.head_begin));
+  return num_keys(unit) * (lanes ? lanes : 4 * (unit.head_end - unit.head_begin));
 }
 
-void add_decode(const Session& s, int32_t row, int32_t begin, int32_t end, int32_t heads_each,
-                Schedule& schedule) {
-  const int32_t first = begin / kChunkKeys, last = (end - 1) / kChunkKeys;
-  const int32_t num_partials = last - first + 1;
-  for (int32_t chunk = first; chunk <= last; ++chunk)
+// The keys [begin, end) of a row.
+struct Keys {
+  int32_t begin;
+  int32_t end;
+  int32_t num_chunks() const {
+    return begin < end ? (end - 1) / kChunkKeys - begin / kChunkKeys + 1 : 0;
+  }
+};
+
+// What some tokens of a row see in the layers of one window.
+struct Sight {
+  int32_t window;
+  Keys sinks;
+};
+
+// Tokens before this index see what the model's own view shows, those from it on less.
+int64_t first_bounded(const Session& s, int32_t row) {
+  return s.row_windows ? int64_t(s.row_sinks[row]) + s.row_windows[row]
+                       : std::numeric_limits<int64_t>::max();
+}
+
+// What the tokens from `first_bounded` on see. The layer's window counts from the position that they
+// have towards the sinks.
+Sight bounded_sight(const Session& s, int32_t row, int32_t layer_window) {
+  const int32_t sinks = s.row_sinks[row];
+  const int64_t oldest = std::max(first_bounded(s, row) - layer_window, int64_t(0));
+  return {std::min(layer_window, s.row_windows[row]),
+          {int32_t(std::min(oldest, int64_t(sinks))), sinks}};
+}
+
+void add_decode_units(const Session& s, int32_t row, Keys keys, bool are_sinks, int32_t heads_each,
+                      int32_t first_partial, Schedule& schedule) {
+  const int32_t first = keys.begin / kChunkKeys;
+  for (int32_t chunk = first; chunk < first + keys.num_chunks(); ++chunk)
     for (int32_t head = 0; head < s.common.num_kv_heads; head += heads_each) {
       Unit unit = {};
       unit.row = row;
       unit.head_begin = head;
       unit.head_end = std::min(head + heads_each, s.common.num_kv_heads);
-      unit.key_begin = std::max(begin, chunk * kChunkKeys);
-      unit.key_end = std::min(end, (chunk + 1) * kChunkKeys);
-      unit.partial = num_partials == 1 ? -1 : schedule.num_partials + chunk - first;
+      (are_sinks ? unit.sink_begin : unit.key_begin) = std::max(keys.begin, chunk * kChunkKeys);
+      (are_sinks ? unit.sink_end : unit.key_end) = std::min(keys.end, (chunk + 1) * kChunkKeys);
+      unit.window = kAllKeys;
+      unit.partial = first_partial < 0 ? -1 : first_partial + chunk - first;
       schedule.units.push_back(unit);
     }
+}
+
+void add_decode(const Session& s, int32_t row, const Sight& sight, int32_t heads_each,
+                Schedule& schedule) {
+  const int32_t end = s.common.seq_lens[row];
+  const Keys keys = {end > sight.window ? end - sight.window : 0, end};
+  const int32_t num_sink_partials = sight.sinks.num_chunks();
+  const int32_t num_partials = num_sink_partials + keys.num_chunks();
+  const int32_t first = num_partials == 1 ? -1 : schedule.num_partials;
+  add_decode_units(s, row, sight.sinks, true, heads_each, first, schedule);
+  add_decode_units(s, row, keys, false, heads_each, first < 0 ? -1 : first + num_sink_partials,
+                   schedule);
   if (num_partials == 1) return;
   schedule.merges.push_back({row, schedule.num_partials, num_partials});
   schedule.num_partials += num_partials;
 }
 
-void add_prefill(const Session& s, int32_t row, int32_t num_tokens, int32_t window,
-                 Schedule& schedule) {
+// The tokens [token_begin, token_end) of a row, counted from its first of the step.
+void add_prefill(const Session& s, int32_t row, int32_t token_begin, int32_t token_end,
+                 const Sight& sight, Schedule& schedule) {
+  const int32_t num_tokens = s.common.query_starts[row + 1] - s.common.query_starts[row];
   const int32_t first_index = s.common.seq_lens[row] - num_tokens;
-  const int32_t num_lanes = num_tokens * s.common.group;
+  const int32_t num_lanes = token_end * s.common.group;
   const int32_t lanes_each = s.unit_lanes;
   for (int32_t head = 0; head < s.common.num_kv_heads; ++head)
-    for (int32_t lane = 0; lane < num_lanes; lane += lanes_each) {
+    for (int32_t lane = token_begin * s.common.group; lane < num_lanes; lane += lanes_each) {
       Unit unit = {};
       unit.row = row;
       unit.head_begin = head;
@@ -60,11 +108,28 @@ void add_prefill(const Session& s, int32_t row, int32_t num_tokens, int32_t wind
       unit.lane_begin = lane;
       unit.lane_end = std::min(lane + lanes_each, num_lanes);
       const int32_t oldest = first_index + lane / s.common.group;
-      unit.key_begin = oldest >= window ? oldest - window + 1 : 0;
+      unit.key_begin = oldest >= sight.window ? oldest - sight.window + 1 : 0;
       unit.key_end = first_index + (unit.lane_end - 1) / s.common.group + 1;
       unit.partial = -1;
+      unit.window = sight.window;
+      unit.sink_begin = sight.sinks.begin;
+      unit.sink_end = sight.sinks.end;
       schedule.units.push_back(unit);
     }
+}
+
+void add_row(const Session& s, int32_t row, int32_t window, int32_t heads_each,
+             Schedule& schedule) {
+  const int32_t num_tokens = s.common.query_starts[row + 1] - s.common.query_starts[row];
+  const Sight whole = {window, {0, 0}};
+  const int64_t bounded = first_bounded(s, row) - (s.common.seq_lens[row] - num_tokens);
+  const auto num_whole = int32_t(std::min(std::max(bounded, int64_t(0)), int64_t(num_tokens)));
+  if (num_tokens == 1)
+    return add_decode(s, row, num_whole ? whole : bounded_sight(s, row, window), heads_each,
+                      schedule);
+  if (num_whole) add_prefill(s, row, 0, num_whole, whole, schedule);
+  if (num_whole < num_tokens)
+    add_prefill(s, row, num_whole, num_tokens, bounded_sight(s, row, window), schedule);
 }
 
 void fill(const Session& s, int32_t window, Schedule& schedule) {
@@ -77,19 +142,12 @@ void fill(const Session& s, int32_t window, Schedule& schedule) {
     num_chunks += (std::min(a.seq_lens[row], window) + kChunkKeys - 1) / kChunkKeys;
   // One unit for all heads reads memory sequentially; too few units leave threads idle.
   const int32_t heads_each = num_chunks >= 4 * s.threads ? a.num_kv_heads : 1;
-  for (int32_t row = 0; row < s.num_rows; ++row) {
-    const int32_t num_tokens = a.query_starts[row + 1] - a.query_starts[row];
-    if (num_tokens > 1) {
-      add_prefill(s, row, num_tokens, window, schedule);
-    } else if (num_tokens == 1) {
-      const int32_t end = a.seq_lens[row];
-      add_decode(s, row, end > window ? end - window : 0, end, heads_each, schedule);
-    }
-  }
+  for (int32_t row = 0; row < s.num_rows; ++row)
+    if (a.query_starts[row + 1] > a.query_starts[row]) add_row(s, row, window, heads_each, schedule);
   schedule.elements = 0;
   for (const Unit& unit : schedule.units)
-    schedule.elements += int64_t(unit.key_end - unit.key_begin) * a.head_dim * 2 *
-                         (unit.head_end - unit.head_begin) * (unit.lane_end ? 4 : 1);
+    schedule.elements += num_keys(unit) * a.head_dim * 2 * (unit.head_end - unit.head_begin) *
+                         (unit.lane_end ? 4 : 1);
   // Longest first, so that the last units are small enough to balance the threads.
   std::stable_sort(schedule.units.begin(), schedule.units.end(),
                    [](const Unit& x, const Unit& y) { return cost(x) > cost(y); });
@@ -105,6 +163,8 @@ const char* fault(const Session& s) {
     const int32_t num_tokens = a.query_starts[row + 1] - a.query_starts[row];
     if (num_tokens < 0 || a.seq_lens[row] < num_tokens)
       return "seq_lens must count the row's own tokens too";
+    if (s.row_windows && (s.row_sinks[row] < 0 || s.row_windows[row] < 1))
+      return "a row's view must have a window";
     const int64_t pages = (int64_t(a.seq_lens[row]) + a.page_size - 1) / a.page_size;
     if (pages > a.table_stride) return "block_table has too few pages for a row";
     for (int64_t i = 0; i < pages; ++i) {
@@ -197,16 +257,20 @@ Session* octavo_attention_new(const Kernels* kernels, const int64_t* planes,
 
 void octavo_attention_free(Session* session) { delete session; }
 
-// Sets the step. The caller owns the arrays and keeps them until the next plan.
+// Sets the step. The caller owns the arrays and keeps them until the next plan. See `Session` for
+// those of views.
 const char* octavo_attention_plan(Session* session, const int32_t* query_starts,
                                   const int32_t* seq_lens, const int32_t* block_table,
                                   int64_t table_stride, const int64_t* slots, int32_t num_rows,
-                                  int64_t num_tokens, int32_t threads) {
+                                  int64_t num_tokens, int32_t threads, const int32_t* row_sinks,
+                                  const int32_t* row_windows) {
   Session& s = *session;
   s.common.query_starts = query_starts;
   s.common.seq_lens = seq_lens;
   s.common.block_table = block_table;
   s.common.table_stride = table_stride;
+  s.row_sinks = row_sinks;
+  s.row_windows = row_windows;
   s.slots = slots;
   s.num_rows = num_rows;
   s.num_tokens = num_tokens;
@@ -224,16 +288,20 @@ const char* octavo_attention_plan(Session* session, const int32_t* query_starts,
   return nullptr;
 }
 
-// Strides in elements: tokens, then heads. `out` is [tokens, heads, head_dim], contiguous.
+// Strides in elements: tokens, then heads. `out` is [tokens, heads, head_dim], contiguous. `sink_q` is
+// read only where a row has sinks.
 void octavo_attention_attend(Session* session, int32_t layer, int32_t dtype, void* q,
                              int64_t q_token_stride, int64_t q_head_stride, void* k,
                              int64_t k_token_stride, int64_t k_head_stride, void* v,
-                             int64_t v_token_stride, int64_t v_head_stride, void* out) {
+                             int64_t v_token_stride, int64_t v_head_stride, void* out,
+                             void* sink_q, int64_t sink_q_token_stride,
+                             int64_t sink_q_head_stride) {
   Session& s = *session;
   const Kernels& kernels = *s.kernels;
   Attention a = attention_of(s, layer);
   const DType type = DType(dtype);
   a.q = {q, q_token_stride, q_head_stride, type};
+  a.sink_q = {sink_q, sink_q_token_stride, sink_q_head_stride, type};
   a.out = {out, int64_t(a.num_kv_heads) * a.group * a.head_dim, a.head_dim, type};
   const Write keys = key_write(s, layer, {k, k_token_stride, k_head_stride, type});
   const Write values = value_write(s, layer, {v, v_token_stride, v_head_stride, type});

@@ -41,6 +41,11 @@ struct Session {
   std::vector<float> partials;
   // A part for each thread, aligned to cache lines: see `scratch_of`.
   std::vector<float> scratch;
+  // [num_rows] each, or null where no row has a view of its own. A query at t reads the keys at s
+  // if s < sinks or t - s < window; one at t >= sinks + window meets the sinks with `sink_q`, as
+  // if it stood at sinks + window - 1.
+  const int32_t* row_sinks = nullptr;
+  const int32_t* row_windows = nullptr;
   const int64_t* slots = nullptr;
   int64_t num_tokens = 0;
   int32_t num_rows = 0;

@@ -50,10 +50,11 @@ struct HeadScales {
 
 // Writes the query of a token and head to `depth` floats, the last of them zero: with the factor of a
 // softmax in powers of two, and rotated as the keys are.
-inline void read_query(const Attention& a, int token, int head, int depth, float* to) {
-  const int64_t from = token * a.q.token_stride + head * a.q.head_stride;
+inline void read_query(const Attention& a, const octavo::Rows& rows, int token, int head, int depth,
+                       float* to) {
+  const int64_t from = token * rows.token_stride + head * rows.head_stride;
   for (int d = 0; d < depth; d += kWidth) {
-    const Vec q = d < a.head_dim ? load_some(a.q.data, a.q.dtype, from + d, kWidth) : Vec{};
+    const Vec q = d < a.head_dim ? load_some(rows.data, rows.dtype, from + d, kWidth) : Vec{};
     store(to + d, q * a.scale_log2e);
   }
   if (a.kv_dtype == kInt4) hadamard(to, a.head_dim);

@@ -6,24 +6,36 @@
 
 namespace {
 
+template <class Lanes>
+void add_keys(const Attention& a, int row, int begin, int end, Lanes& lanes) {
+  for (int first = round_down(begin, kChunkKeys); first < end; first += kChunkKeys)
+    lanes.add(Chunk(a, row, first, begin, end), false);
+}
+
 // Many tokens of one KV head.
 template <class Lanes>
 void prefill_lanes_of(const Attention& a, const Unit& unit, float* scratch) {
   Lanes lanes(a, unit.row, unit.head_begin, unit.lane_begin, unit.lane_end, scratch);
-  for (int first = round_down(unit.key_begin, kChunkKeys); first < unit.key_end;
-       first += kChunkKeys)
-    lanes.add(Chunk(a, unit.row, first, unit.key_begin, unit.key_end), false);
+  if (unit.sink_begin < unit.sink_end) {
+    lanes.load_queries(a.sink_q, octavo::kAllKeys);
+    add_keys(a, unit.row, unit.sink_begin, unit.sink_end, lanes);
+  }
+  lanes.load_queries(a.q, unit.window);
+  add_keys(a, unit.row, unit.key_begin, unit.key_end, lanes);
   lanes.finish(unit);
 }
 
 // One token: its heads are the lanes, and its keys are in one chunk.
 template <class Lanes>
 void decode_lanes_of(const Attention& a, const Unit& unit, float* scratch) {
-  const Chunk chunk(a, unit.row, round_down(unit.key_begin, kChunkKeys), unit.key_begin,
-                    unit.key_end);
+  const bool are_sinks = unit.sink_begin < unit.sink_end;
+  const int begin = are_sinks ? unit.sink_begin : unit.key_begin;
+  const Chunk chunk(a, unit.row, round_down(begin, kChunkKeys), begin,
+                    are_sinks ? unit.sink_end : unit.key_end);
   for (int head = unit.head_begin; head < unit.head_end; ++head)
     for (int lane = 0; lane < a.group; lane += Lanes::kMost) {
       Lanes lanes(a, unit.row, head, lane, smaller(lane + Lanes::kMost, a.group), scratch);
+      lanes.load_queries(are_sinks ? a.sink_q : a.q, unit.window);
       lanes.add(chunk, head + 1 < unit.head_end);
       lanes.finish(unit);
     }

@@ -85,10 +85,8 @@ class Lanes {
       : a_(a), t_(scratch, a.head_dim), first_token_(a.query_starts[row]), head_(head),
         begin_(begin), count_(end - begin), depth_(TileScratch::depth(a.head_dim)) {
     const int first_index = a.seq_lens[row] - (a.query_starts[row + 1] - first_token_);
-    for (int lane = 0; lane < count_; ++lane) {
+    for (int lane = 0; lane < count_; ++lane)
       last_keys_[lane] = first_index + (begin + lane) / a.group;
-      load_query(lane);
-    }
     const int padded = round_up(count_, kBlockLanes);
     // Unused lanes are zeros, and their results are never read.
     __builtin_memset(t_.queries + count_ * depth_, 0,
@@ -98,6 +96,12 @@ class Lanes {
       store(largest_ + lane, broadcast(kNothingSeen));
       store(total_ + lane, Vec{});
     }
+  }
+
+  // Sets the queries that meet the next chunks, and the window in which they see keys.
+  void load_queries(const octavo::Rows& q, int window) {
+    window_ = window;
+    for (int lane = 0; lane < count_; ++lane) load_query(q, lane);
     if (is_few()) transpose_block(t_.queries, depth_, depth_, transposed_queries());
   }
 
@@ -132,10 +136,10 @@ class Lanes {
   int token_of(int lane) const { return first_token_ + (begin_ + lane) / a_.group; }
   int query_head(int lane) const { return head_ * a_.group + (begin_ + lane) % a_.group; }
 
-  void load_query(int lane) {
+  void load_query(const octavo::Rows& rows, int lane) {
     alignas(64) float q[octavo::kMaxHeadDim];
     BFloat16* to = t_.queries + lane * depth_;
-    read_query(a_, token_of(lane), query_head(lane), depth_, q);
+    read_query(a_, rows, token_of(lane), query_head(lane), depth_, q);
     for (int d = 0; d < depth_; d += kWidth) store(to + d, load(q + d));
     query_sums_[lane] = is_coded(a_.kv_dtype) ? sum_of(to, depth_) : 0.0f;
   }
@@ -181,7 +185,7 @@ class Lanes {
 
   // The keys that a lane sees, counted from a chunk's first: [seen_from, seen_to).
   int seen_from(int lane, const Chunk& chunk) const {
-    return larger(last_keys_[lane] - (a_.window - 1), 0) - chunk.first;
+    return larger(last_keys_[lane] - (window_ - 1), 0) - chunk.first;
   }
   int seen_to(int lane, const Chunk& chunk) const { return last_keys_[lane] - chunk.first + 1; }
 
@@ -353,6 +357,7 @@ class Lanes {
   const Attention& a_;
   const TileScratch t_;
   const int first_token_, head_, begin_, count_, depth_;
+  int window_ = octavo::kAllKeys;
   // The last key that each lane sees: the stored index of its token.
   int last_keys_[kTileLanes];
   alignas(64) float largest_[kTileLanes];

@@ -63,9 +63,14 @@ class VectorLanes {
     for (int lane = 0; lane < count_; ++lane) {
       last_keys_[lane] = first_index + (begin + lane) / a.group;
       shares_[lane] = {kNothingSeen, 0.0f};
-      load_query(lane);
     }
     __builtin_memset(t_.totals, 0, int64_t(count_) * a.head_dim * sizeof(float));
+  }
+
+  // Sets the queries that meet the next chunks, and the window in which they see keys.
+  void load_queries(const octavo::Rows& q, int window) {
+    window_ = window;
+    for (int lane = 0; lane < count_; ++lane) load_query(q, lane);
   }
 
   // Chunks are added in their order. `is_next`: the next head of the chunk is read after it.
@@ -104,9 +109,9 @@ class VectorLanes {
   int query_head(int lane) const { return head_ * a_.group + (begin_ + lane) % a_.group; }
   Element* query(int lane) const { return (Element*)t_.queries + lane * depth_; }
 
-  void load_query(int lane) {
+  void load_query(const octavo::Rows& rows, int lane) {
     alignas(64) float q[octavo::kMaxHeadDim];
-    read_query(a_, token_of(lane), query_head(lane), depth_, q);
+    read_query(a_, rows, token_of(lane), query_head(lane), depth_, q);
     query_factors_[lane] = Operands<KV>::store_query(q, depth_, query(lane));
     if constexpr (kIsCoded)
       query_sums_[lane] = query_factors_[lane] * sum_of(query(lane), depth_);
@@ -184,7 +189,7 @@ class VectorLanes {
 
   // The keys that a lane sees, counted from a chunk's first.
   Seen seen_by(int lane, const Chunk& chunk) const {
-    const int last = last_keys_[lane], first = larger(last - (a_.window - 1), 0);
+    const int last = last_keys_[lane], first = larger(last - (window_ - 1), 0);
     return {larger(first - chunk.first, chunk.begin), smaller(last - chunk.first + 1, chunk.end)};
   }
 
@@ -235,6 +240,7 @@ class VectorLanes {
   const Attention& a_;
   const VectorScratch t_;
   const int first_token_, head_, begin_, count_, depth_;
+  int window_ = octavo::kAllKeys;
   // The last key that each lane sees: the stored index of its token.
   int last_keys_[kVectorLanes];
   Share shares_[kVectorLanes];

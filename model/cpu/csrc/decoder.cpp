@@ -44,6 +44,16 @@ struct Shape {
   int64_t rotary_dim;
 };
 
+// The rotation of a step's tokens.
+struct Angles {
+  // [tokens]: rows of `cos_sin`, or of the decoder's own table if that is null.
+  const int64_t* rows;
+  const float* cos_sin;
+  // [tokens]: the row of the decoder's own table for the queries that meet sinks, negative for the
+  // others; null where no row has sinks.
+  const int64_t* sink_positions;
+};
+
 // The input rows of a product, in the kernels' panel dtype, padded with zeros. The padding is never
 // written to.
 class Panel {
@@ -97,13 +107,14 @@ class Decoder {
         cos_sin_(cos_sin) {}
 
   // Runs the layers over the planned step; updates `residual` [tokens, hidden] in place.
-  void forward(Session& session, const int64_t* positions, float* residual) {
+  void forward(Session& session, const Angles& angles, float* residual) {
     const int64_t tokens = session.num_tokens;
     const int64_t element_bytes = kernels_.panel_dtype() == kFloat32 ? 4 : 2;
     normed_.fit(tokens, shape_.hidden, element_bytes);
     attended_.fit(tokens, shape_.num_heads * shape_.head_dim, element_bytes);
     gated_.fit(tokens, shape_.inner, element_bytes);
     qkv_.resize(tokens * qkv_width());
+    if (angles.sink_positions) sink_queries_.resize(tokens * attention_width());
     const int64_t widest = std::max({shape_.hidden, shape_.inner, attention_width()});
     split_.fit(kernels_.split_bytes(tokens, round_up(widest, kByteTileInputs)));
     const int64_t scratch = round_up(kernels_.product_scratch_floats(), 16);
@@ -115,7 +126,7 @@ class Decoder {
                     omp_get_thread_num() * scratch;
       kernels_.configure_tiles();
       for (size_t i = 0; i < layers_.size(); ++i)
-        layer(layers_[i], int32_t(i), session, positions, residual, mine);
+        layer(layers_[i], int32_t(i), session, angles, residual, mine);
       kernels_.release_tiles();
     }
   }
@@ -127,12 +138,12 @@ class Decoder {
   }
 
   // Every operation ends with a barrier, since the next one reads results of other threads.
-  void layer(const Layer& layer, int32_t index, Session& session, const int64_t* positions,
+  void layer(const Layer& layer, int32_t index, Session& session, const Angles& angles,
              float* residual, float* scratch) {
     const int64_t tokens = session.num_tokens;
     norm(layer.input_norm, residual, tokens, layer.qkv);
     multiply(normed_, tokens, layer.qkv, qkv_width(), qkv_.data(), scratch);
-    rope_and_store(layer, index, session, positions);
+    rope_and_store(layer, index, session, angles);
     attend_to(index, session);
     add_product(attended_, tokens, layer.o, residual, scratch);
     norm(layer.post_norm, residual, tokens, layer.gate_up);
@@ -207,14 +218,14 @@ class Decoder {
     });
   }
 
-  void rope_and_store(const Layer& layer, int32_t index, Session& session,
-                      const int64_t* positions) {
+  void rope_and_store(const Layer& layer, int32_t index, Session& session, const Angles& angles) {
     const int64_t width = qkv_width(), dim = shape_.head_dim;
     float* k = qkv_.data() + shape_.num_heads * dim;
     float* v = k + shape_.num_kv_heads * dim;
-    const Rope queries = {{qkv_.data(), width, dim, kFloat32}, positions, cos_sin_,
+    const float* cos_sin = angles.cos_sin ? angles.cos_sin : cos_sin_;
+    const Rope queries = {{qkv_.data(), width, dim, kFloat32}, angles.rows, cos_sin,
                           int32_t(shape_.num_heads), int32_t(shape_.rotary_dim)};
-    const Rope keys = {{k, width, dim, kFloat32}, positions, cos_sin_,
+    const Rope keys = {{k, width, dim, kFloat32}, angles.rows, cos_sin,
                        int32_t(shape_.num_kv_heads), int32_t(shape_.rotary_dim)};
     const Write key_pages = key_write(session, index, keys.x);
     const Write value_pages = value_write(session, index, {v, width, dim, kFloat32});
@@ -224,11 +235,25 @@ class Decoder {
           norm_heads(layer.q_norm, qkv_.data() + token * width, shape_.num_heads);
           norm_heads(layer.k_norm, k + token * width, shape_.num_kv_heads);
         }
+      if (angles.sink_positions) rotate_to_sinks(angles.sink_positions, begin, end);
       kernels_.rope(queries, begin, end);
       kernels_.rope(keys, begin, end);
       kernels_.write(key_pages, begin, end);
       kernels_.write(value_pages, begin, end);
     });
+  }
+
+  // Writes the queries, not rotated yet, as they meet the sinks; only those that need it.
+  void rotate_to_sinks(const int64_t* positions, int64_t begin, int64_t end) {
+    const int64_t width = attention_width();
+    const Rope rope = {{sink_queries_.data(), width, shape_.head_dim, kFloat32}, positions,
+                       cos_sin_, int32_t(shape_.num_heads), int32_t(shape_.rotary_dim)};
+    for (int64_t token = begin; token < end; ++token) {
+      if (positions[token] < 0) continue;
+      std::memcpy(sink_queries_.data() + token * width, qkv_.data() + token * qkv_width(),
+                  width * sizeof(float));
+      kernels_.rope(rope, token, token + 1);
+    }
   }
 
   void norm_heads(const float* weight, float* heads, int64_t count) {
@@ -244,6 +269,7 @@ class Decoder {
   void attend_to(int32_t index, Session& session) {
     Attention a = attention_of(session, index);
     a.q = {qkv_.data(), qkv_width(), shape_.head_dim, kFloat32};
+    a.sink_q = {sink_queries_.data(), attention_width(), shape_.head_dim, kFloat32};
     a.out = {attended_.data(), attended_.stride(), shape_.head_dim, kernels_.panel_dtype()};
     attend(session, a, scratch_of(session, omp_get_thread_num()));
 #pragma omp barrier
@@ -256,7 +282,7 @@ class Decoder {
   const float* cos_sin_;
   Panel normed_, attended_, gated_;
   SplitRows split_;
-  std::vector<float> qkv_, scratch_;
+  std::vector<float> qkv_, sink_queries_, scratch_;
 };
 
 }  // namespace
@@ -277,9 +303,10 @@ Decoder* octavo_decoder_new(const Kernels* kernels, const int64_t* shape, float 
 
 void octavo_decoder_free(Decoder* decoder) { delete decoder; }
 
+// The last two may be null: see `Angles`.
 void octavo_decoder_forward(Decoder* decoder, Session* session, const int64_t* positions,
-                            float* residual) {
-  decoder->forward(*session, positions, residual);
+                            float* residual, const float* cos_sin, const int64_t* sink_positions) {
+  decoder->forward(*session, {positions, cos_sin, sink_positions}, residual);
 }
 
 // Float32 `x` [rows, inputs] times packed weights, to `out` [rows, num_outputs].

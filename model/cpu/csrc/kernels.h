@@ -26,6 +26,8 @@ constexpr int kChunkKeys = 256;
 constexpr int kVectorLanes = 96;
 constexpr int kTileLanes = 128;
 constexpr int kMaxHeadDim = 1024;
+// A window that hides no key.
+constexpr int32_t kAllKeys = 2147483647;
 
 // Elements, not bytes, between tokens and between heads; the last dimension is contiguous.
 struct Rows {
@@ -57,12 +59,14 @@ struct Attention {
   const int32_t* seq_lens;
   const int32_t* block_table;
   int64_t table_stride;
-  // Tokens that a query sees, itself included. No key before the first query's window is read.
+  // Of the layer: see `Unit`. No key before the first query's window is read, but for sinks.
   int32_t window;
   // Factor on q·k, times log2(e): the softmax is in powers of two.
   float scale_log2e;
   // [partials, heads, head_dim + 2]: sum of weighted values, largest score, sum of weights.
   float* partials;
+  // The queries as they meet the sinks of their row's view: q, rotated to another position.
+  Rows sink_q;
 };
 
 // A unit of work for one thread. Lanes are the row's (token, head in group) pairs, flattened.
@@ -77,6 +81,11 @@ struct Unit {
   int32_t lane_end;
   // Index of a decode unit's partial result; -1: the unit is the whole row.
   int32_t partial;
+  // Tokens that a query sees, itself included, of the keys from `key_begin` on.
+  int32_t window;
+  // Keys that all lanes meet with their `sink_q`, before the others. A decode unit has either.
+  int32_t sink_begin;
+  int32_t sink_end;
 };
 
 // A row whose decode was split along its keys.

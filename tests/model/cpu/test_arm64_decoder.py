@@ -72,7 +72,7 @@ def plan(arm: EmulatedArm, session: int, scene: Scene, starts: list[int], ends: 
     fault = arm.call(
         *("octavo_attention_plan", session, counts.cumsum(0).int()),
         *(torch.tensor(ends, dtype=torch.int32), table, table.stride(0), torch.cat(slots)),
-        *(len(starts), int(counts.sum()), 2),
+        *(len(starts), int(counts.sum()), 2, 0, 0),
     )
     assert not fault
 
@@ -86,7 +86,7 @@ def attend(arm: EmulatedArm, scene: Scene, session: int, layer: int, qkv: Tensor
     firsts = (0, spec.num_heads, spec.num_heads + spec.num_kv_heads)
     parts = [(at + first * row_bytes, num_heads * dim, dim) for first in firsts]
     arguments = [number for part in parts for number in part]
-    arm.call("octavo_attention_attend", session, layer, DTYPE_CODES[dtype], *arguments, out)
+    arm.call("octavo_attention_attend", session, layer, DTYPE_CODES[dtype], *arguments, out, 0, 0, 0)
     return arm.get(out, tokens, spec.num_heads * dim, dtype=dtype)
 
 
@@ -265,7 +265,7 @@ def test_the_decoder_is_exact_and_no_cut_changes_a_bit(
             plan(arm, session, scene, [start], [end])
             residual = arm.put(x[start:end])
             positions = torch.arange(start, end)
-            arm.call("octavo_decoder_forward", decoder, session, positions, residual)
+            arm.call("octavo_decoder_forward", decoder, session, positions, residual, 0, 0)
             pieces.append(arm.get(residual, end - start, HIDDEN))
         found.append(torch.cat(pieces))
     assert torch.equal(found[1], found[0])

@@ -54,7 +54,9 @@ class Seen:
     def plan(self, batch: AttentionBatch) -> None:
         self.batches.append(batch)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sink_q: Tensor | None = None
+    ) -> Tensor:
         raise NotImplementedError
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
