@@ -5,9 +5,8 @@ Every decision made here is in `ModelInfo`, or a note in it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,14 +20,11 @@ from model.architectures.transformer import ServedDecoder, Transformer
 from model.attention.interface import AttentionSpec, BackendOffer
 from model.attention.registry import choose_backend
 from model.cpu.decoder import CpuDecoder, fastest_decoder
-from model.cpu.library import CpuLibrary, load_cpu_library
-from model.cpu.ops import CpuOps
-from model.cpu.quota import num_usable_cores, quota_cores
+from model.cpu.library import CpuLibrary
 from model.cpu.team import Team
-from model.cuda import ops as gpu_ops
 from model.cuda.assembly import GpuParts, assemble_on_gpu
-from model.cuda.coded_linear import pack_codes
 from model.cuda.ops import GpuOps
+from model.device import Device, choose_device, choose_threads
 from model.draft_assembly import DraftParts, draft_parts, draft_section
 from model.implementation import build_decoder
 from model.interface import (
@@ -43,35 +39,13 @@ from model.kv.format import KV_FORMATS, KVFormat, float_format
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.kv.pool import KVPool
 from model.kv_proof import prove_kv_format
-from model.ops import Ops, TorchOps
 from model.runner import TorchRunner
 from model.sampling.sampler import Sampler
-from model.weights.load import CodedPacker
 from model.weights.packed_cache import PackedCache
 from model.weights.source import ModelSource, octavo_home
 
 #: Below this a table of angles is not worth a line.
 _LARGE_TABLE_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class _Device:
-    device: torch.device
-    dtype: torch.dtype
-    ops: Ops
-    notes: tuple[str, ...] = ()
-    #: Computes whole layers, if there is one.
-    library: CpuLibrary | None = None
-    #: Packs the codes of quantized checkpoints, where products with these run.
-    coded: CodedPacker | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Threads:
-    number: int
-    #: Whether fewer may compute while other processes use the cores: not where they are stated.
-    may_shrink: bool
-    notes: tuple[str, ...] = ()
 
 
 def assemble(
@@ -87,9 +61,9 @@ def assemble(
     `proof_token_ids`: a text that proves a lossy format of keys and values; none: no proof.
     `draft_source`: of the draft model, if there is one.
     """
-    threads = _threads(config.model)
+    threads = choose_threads(config.model)
     torch.set_num_threads(threads.number)
-    where = _device(config.model)
+    where = choose_device(config.model)
     cache = _weights_cache(config.model)
     where = replace(where, notes=(*where.notes, *threads.notes))
     free_bytes = free_memory_bytes()
@@ -151,7 +125,7 @@ def assemble(
 def _draft_parts(
     source: ModelSource,
     config: OctavoConfig,
-    where: _Device,
+    where: Device,
     served: ServedDecoder,
     served_spec: AttentionSpec,
 ) -> DraftParts:
@@ -186,48 +160,12 @@ def _weights_cache(config: ModelSection) -> PackedCache | None:
     return PackedCache(octavo_home() / "weights", max_bytes=config.weights_cache_max_bytes)
 
 
-def _threads(config: ModelSection) -> _Threads:
-    if config.threads is not None:
-        return _Threads(config.threads, may_shrink=False)
-    num_cores, quota = len(os.sched_getaffinity(0)), quota_cores()
-    number = num_usable_cores(num_cores, quota)
-    if number == num_cores:
-        return _Threads(number, may_shrink=True)
-    note = (
-        f"{number} threads for {num_cores} cores: the control group's CPU quota is {quota:g} cores"
-    )
-    return _Threads(number, may_shrink=True, notes=(note,))
-
-
-def _device(config: ModelSection) -> _Device:
-    name = config.device
-    stated = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but torch finds no GPU here")
-    device = torch.device(name)
-    if name == "cuda":
-        dtype = stated or torch.bfloat16
-        if reason := gpu_ops.why_not():
-            note = f"fused operations are not available ({reason}); torch's are slower"
-            return _Device(device, dtype, TorchOps(), (note,))
-        coded = partial(pack_codes, dtype=dtype, device=device)
-        return _Device(device, dtype, GpuOps(), coded=coded)
-    dtype = stated or torch.float32
-    library = load_cpu_library()
-    if isinstance(library, str):
-        note = f"compiled CPU operations are not available ({library}); torch's are slower"
-        return _Device(device, dtype, TorchOps(), (note,))
-    return _Device(device, dtype, CpuOps(library), library.notes, library)
-
-
 def _attention_spec(
     config: CacheSection, decoder: ServedDecoder, library: CpuLibrary | None
 ) -> AttentionSpec:
     """Return the model's attention with the formats of its pages."""
-    exact, name = _exact_format(decoder, library), config.kv_cache_dtype
-    spec = decoder.attention_spec(exact if name == "auto" else KV_FORMATS[name])
+    exact = _exact_format(decoder, library)
+    spec = decoder.attention_spec(_kv_format(config, decoder, library))
     skipped: set[int] = set()
     for layer in config.kv_cache_dtype_skip_layers:
         if layer == SLIDING_WINDOW:
@@ -240,6 +178,14 @@ def _attention_spec(
                 f"from 0 on, got {layer}"
             )
     return replace(spec, other_formats=dict.fromkeys(sorted(skipped), exact))
+
+
+def _kv_format(
+    config: CacheSection, decoder: ServedDecoder, library: CpuLibrary | None
+) -> KVFormat:
+    """Return the format of the pages but for those of skipped layers."""
+    name = config.kv_cache_dtype
+    return _exact_format(decoder, library) if name == "auto" else KV_FORMATS[name]
 
 
 def _exact_format(decoder: ServedDecoder, library: CpuLibrary | None) -> KVFormat:
@@ -324,7 +270,7 @@ def _info(
     decoder: ServedDecoder,
     spec: AttentionSpec,
     offer: BackendOffer,
-    where: _Device,
+    where: Device,
     end_token_ids: tuple[int, ...],
     plan: PoolPlan,
 ) -> ModelInfo:

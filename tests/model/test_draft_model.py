@@ -79,7 +79,7 @@ def make_runner(make_source: MakeSource) -> Iterator[MakeRunner]:
     def make(draft: str, num_pages: int) -> TorchRunner:
         if (draft, num_pages) not in runners:
             config = _config(num_pages, _PAGE_BYTES[draft] if draft else _PAGE_BYTES["same"] // 2)
-            runner = build.make_runner(make_source(_CONFIG), config, (), drafts[draft])
+            runner = build.make_runner(make_source(_CONFIG), config, draft_source=drafts[draft])
             assert runner.info.num_pages == num_pages
             if "cpu" not in runner.info.attention_backend:
                 pytest.skip("the compiled decoder is not available here")
@@ -251,20 +251,20 @@ def test_a_draft_model_that_does_not_fit_is_refused(
 ) -> None:
     config = _config(60, _PAGE_BYTES["same"], **changes)
     with pytest.raises(ValueError, match=f"^speculation: .*{message}"):
-        build.make_runner(make_source(_CONFIG), config, (), make_source(_CONFIG | draft))
+        build.make_runner(make_source(_CONFIG), config, draft_source=make_source(_CONFIG | draft))
 
 
 def test_a_draft_model_sees_no_more_than_is_kept(make_source: MakeSource) -> None:
     windowed = make_source(_CONFIG | {"model_type": "mistral", "sliding_window": 16})
     config = _config(60, _PAGE_BYTES["same"])
     with pytest.raises(ValueError, match="reads more than the last 16 tokens"):
-        build.make_runner(windowed, config, (), make_source(_CONFIG))
+        build.make_runner(windowed, config, draft_source=make_source(_CONFIG))
 
 
 def test_a_shorter_limit_lets_it_fit(make_source: MakeSource) -> None:
     short = make_source(_CONFIG | {"max_position_embeddings": 48})
     config = _config(60, _PAGE_BYTES["same"], max_model_len=48)
-    runner = build.make_runner(make_source(_CONFIG), config, (), short)
+    runner = build.make_runner(make_source(_CONFIG), config, draft_source=short)
     assert runner.info.max_model_len == 48
     while runner.idle():
         pass

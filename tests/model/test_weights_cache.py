@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model import assemble
+from model.device import choose_device
 from model.architectures.read_arch import from_hf_config
 from model.cpu.library import load_cpu_library
 from model.weights import load
@@ -60,9 +61,9 @@ def test_a_runner_saves_its_weights_and_the_next_one_reads_them(
     library = load_cpu_library()
     if isinstance(library, str):
         pytest.skip(library)
-    device = assemble._device(ModelSection(device="cpu"))
+    device = choose_device(ModelSection(device="cpu"))
     device = dataclasses.replace(device, library=library)
-    monkeypatch.setattr(assemble, "_device", lambda _config: device)
+    monkeypatch.setattr(assemble, "choose_device", lambda _config: device)
     kept = tmp_path / "weights"
     monkeypatch.setattr(assemble, "_weights_cache", lambda _config: PackedCache(kept, min_bytes=0))
     monkeypatch.setattr(load, "time", _Later)

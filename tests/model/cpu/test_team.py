@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
-from model import assemble, build
+from model import build, device
 from model.cpu.team import Team, TeamSize, read_waits_s
 from model.interface import SamplingParams
 from scheduler.engine import Engine
@@ -227,8 +227,8 @@ def test_threads_follow_the_setting_else_the_quota_else_the_cores(
     note: str,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    monkeypatch.setattr(assemble, "quota_cores", lambda: quota)
-    found = assemble._threads(ModelSection(threads=threads))
+    monkeypatch.setattr(device, "quota_cores", lambda: quota)
+    found = device.choose_threads(ModelSection(threads=threads))
     assert found.number == expected
     assert found.may_shrink == (threads is None)
     assert "".join(found.notes) == note
