@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-KVCacheDtype = Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8", "int4"]
+KVCacheDtype = Literal[
+    "auto", "float32", "float16", "bfloat16", "int8", "fp8", "int4", "kivi4", "kivi2"
+]
 
 #: Formats of codes: they round keys and values to 8 bits or less.
-CODED_DTYPES = ("int8", "fp8", "int4")
+CODED_DTYPES = ("int8", "fp8", "int4", "kivi4", "kivi2")
 
-#: In a list of layers, those whose queries read a window.
+#: In a list of layers: the layers whose queries read a window.
 SLIDING_WINDOW = "sliding_window"
 
 _SAME = {"fp8_e4m3": "fp8"}
@@ -22,7 +24,7 @@ _NEAREST = {
     **dict.fromkeys(("fp8_e5m2", "fp8_inc", "fp8_ds_mla", "fp8_per_token_head"), "fp8"),
     **dict.fromkeys(("int8_per_token_head", "q8_0", "q5_0", "q5_1", "turboquant_k8v4"), "int8"),
     **dict.fromkeys(("int4_per_token_head", "q4_0", "q4_1", "iq4_nl"), "int4"),
-    **dict.fromkeys(("int2_per_token_head", "kivi2", "kivi4"), "int4"),
+    "int2_per_token_head": "kivi2",
     **dict.fromkeys(("nvfp4", "mxfp4", "fp4", "fp4_e2m1"), "int4"),
 }
 

@@ -148,8 +148,8 @@ class CacheSection(Section):
     )
     kv_cache_dtype: KVCacheDtype = Field(
         default="auto",
-        description="format of the keys and values; auto: floats, by the weights' format; int8,"
-        " fp8 and int4 hold more tokens in the same memory, and round",
+        description="format of the keys and values; auto: floats, by the weights' format; the"
+        " others hold more tokens in the same memory, and round",
     )
     kv_cache_dtype_skip_layers: tuple[str, ...] = Field(
         default=(),

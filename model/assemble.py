@@ -14,7 +14,7 @@ import torch
 from cache.view import FULL_VIEW, View
 from configs.kv_cache import SLIDING_WINDOW
 from configs.kv_policy import KVPolicy
-from configs.schema import CacheSection, ModelSection, OctavoConfig
+from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from configs.sizes import format_size
 from model.architectures.transformer import ServedDecoder, Transformer
 from model.attention.interface import AttentionSpec, BackendOffer
@@ -35,7 +35,8 @@ from model.interface import (
     SlotStart,
     StepInput,
 )
-from model.kv.format import KV_FORMATS, KVFormat, float_format
+from model.kv.desks import desk_tokens
+from model.kv.format import KV_FORMATS, KVFormat, KVLayout, float_format
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.kv.pool import KVPool
 from model.kv_proof import prove_kv_format
@@ -240,7 +241,7 @@ def _plan_pool(
     return plan_pool(
         stated_bytes=stated_bytes,
         free_bytes=free_bytes,
-        fixed_bytes=table_bytes,
+        fixed_bytes=table_bytes + _desk_bytes(config.scheduler, spec, layout),
         bytes_per_page=bytes_per_page,
         page_size=layout.page_size,
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -250,6 +251,18 @@ def _plan_pool(
         # On a CPU the page cache and other programs need the same memory.
         takes_all=decoder.device.type == "cuda",
     )
+
+
+def _desk_bytes(config: SchedulerSection, spec: AttentionSpec, layout: KVLayout) -> int:
+    """Return the size of the tokens that wait, in full precision, to be encoded with their page."""
+    num_layers = sum(
+        len(layers)
+        for kv_format, layers in layout.layers_by_format().items()
+        if not kv_format.can_share_heads
+    )
+    num_tokens = desk_tokens(config.max_num_seqs, config.max_num_batched_tokens, layout.page_size)
+    elements = 2 * num_layers * layout.num_kv_heads * layout.head_dim
+    return num_tokens * elements * spec.dtype.itemsize
 
 
 def _view(spec: AttentionSpec) -> View:
@@ -310,17 +323,20 @@ def _info(
         kv_cache_dtype=spec.kv_format.name,
         device=where.device.type,
         attention_backend=offer.name,
+        smallest_reusable_prefix_tokens=1 if spec.kv_format.can_share_heads else plan.page_size,
         view=_view(spec),
         kv_factor=_kv_factor(spec, plan),
         notes=tuple(notes),
-        why_no_views=_why_no_views(decoder, offer),
+        why_no_views=_why_no_views(decoder, spec, offer),
     )
 
 
-def _why_no_views(decoder: ServedDecoder, offer: BackendOffer) -> str:
+def _why_no_views(decoder: ServedDecoder, spec: AttentionSpec, offer: BackendOffer) -> str:
     """Return why requests cannot have views of their own; empty where they can."""
     if not offer.reads_views:
         return f"attention backend {offer.name} reads all keys"
+    if not spec.kv_format.can_share_heads:
+        return f"pages in {spec.kv_format.name} are read as a whole"
     if decoder.device.type != "cpu":
         return f"on {decoder.device.type} all keys are read"
     if not isinstance(decoder, Transformer):

@@ -287,6 +287,8 @@ class ModelInfo:
     kv_cache_dtype: str
     device: str
     attention_backend: str
+    #: Reused prefixes are a multiple of it: of pages where a page is encoded as a whole.
+    smallest_reusable_prefix_tokens: int = 1
     #: The view of the whole model: windowed only if each layer is.
     view: View = FULL_VIEW
     #: Tokens that the pages hold, as a multiple of those in 16 bits in the same memory.

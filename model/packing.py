@@ -133,6 +133,8 @@ class PackedStep:
     pending_from: np.ndarray
     max_query_len: int
     max_seq_len: int
+    #: Of each row, without padding.
+    slots: list[int]
     #: Of rows whose own views hide keys; None where there are none.
     views: PackedViews | None = None
 
@@ -199,6 +201,7 @@ class PackedStep:
             max_query_len=self.max_query_len,
             max_seq_len=self.max_seq_len,
             views=None if self.views is None else self.views.on_cpu(),
+            slots=tuple(self.slots),
         )
         return DeviceStep(token_ids, batch, sampled, pending, pending_from)
 
@@ -290,6 +293,7 @@ class Packer:
             max_query_len=int(counts.max()),
             max_seq_len=max_seq_len,
             views=packed_views(views, rows, positions, ends) if views else None,
+            slots=slots,
         )
 
     def _pack_samples(self, step: StepInput, query_starts: np.ndarray) -> np.ndarray:

@@ -74,6 +74,7 @@ class Engine:
             info.page_size,
             view=info.view,
             chunk_tokens=config.max_num_batched_tokens,
+            can_share_heads=info.smallest_reusable_prefix_tokens == 1,
         )
         drafting = config.drafting
         drafter = build_drafters(

@@ -135,6 +135,8 @@ class AttentionBatch:
     kv_slots: Tensor
     max_query_len: int
     max_seq_len: int
+    #: Of each row, on the host: its sequence's own index, as long as it runs.
+    slots: tuple[int, ...] = ()
     #: None: all rows have the model's own view.
     views: RowViews | None = None
 

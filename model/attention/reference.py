@@ -1,6 +1,10 @@
 """Attention by its definition, row by row in plain torch: the oracle of the other backends.
 
 Runs on any device, slowly. Knows nothing of the layout of pages: it stores and loads.
+
+Where pages are encoded as a whole, a query reads the tokens of its own page in full precision, and
+all pages before it as codes. So the form of a key depends on the positions of key and query alone,
+not on the step that computes either.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
+from model.kv.desks import Desks, OpenPages
 from model.kv.format import KV_FORMATS
 from model.kv.pool import KVPool
 
@@ -25,6 +30,8 @@ class ReferenceAttention:
         self._pool = pool
         self._dtype = softmax_dtype
         self._batch: AttentionBatch | None = None
+        self._page_size = pool.layout.page_size
+        self._desks = Desks(self._page_size)
 
     def plan(self, batch: AttentionBatch) -> None:
         """See `AttentionBackend`."""
@@ -36,10 +43,21 @@ class ReferenceAttention:
         """See `AttentionBackend`."""
         batch = self._batch
         assert batch is not None, "attend before plan"
-        self._pool.store(layer, batch.kv_slots, k, v)
         shape = len(q), self._spec.num_heads, self._spec.value_dim
         out = torch.empty(shape, dtype=q.dtype, device=q.device)
         starts, ends = batch.query_starts.tolist(), batch.seq_lens.tolist()
+        if self._pool.layout.format_of(layer).page_coding is not None:
+            for row, (slot, end) in enumerate(zip(batch.slots, ends, strict=True)):
+                mine = slice(starts[row], starts[row + 1])
+                first = end - starts[row + 1] + starts[row]
+                pages = self._desks.add(layer, slot, first, k[mine], v[mine])
+                table = batch.block_table[row].long()
+                # First: the queries of a page read the pages before it as codes.
+                whole = table[pages.first_page :][: len(pages.keys) // self._page_size]
+                self._pool.store_pages(layer, whole, pages.keys, pages.values)
+                out[mine] = self._attend_pages(q[mine], pages, table, layer)
+            return out.flatten(1)
+        self._pool.store(layer, batch.kv_slots, k, v)
         for row, num_keys in enumerate(ends):
             mine = slice(starts[row], starts[row + 1])
             if batch.views is not None and batch.views.max_keys(row) < num_keys:
@@ -58,8 +76,25 @@ class ReferenceAttention:
         window = self._spec.windows[layer] or num_keys
         oldest = max(num_keys - num_queries - window + 1, 0)
         key_at = torch.arange(num_keys, device=pages.device).clamp(min=oldest)
-        page_size = self._pool.layout.page_size
+        page_size = self._page_size
         return pages[key_at // page_size].long() * page_size + key_at % page_size
+
+    def _attend_pages(self, q: Tensor, pages: OpenPages, table: Tensor, layer: int) -> Tensor:
+        """Attend the last tokens of the open pages, the tokens of each page together."""
+        size, window = self._page_size, self._spec.windows[layer]
+        num_before, done, found = len(pages.keys) - len(q), 0, list[Tensor]()
+        while done < len(q):
+            page = (num_before + done) // size
+            end = min(len(q), (page + 1) * size - num_before)
+            own = slice(page * size, num_before + end)
+            oldest = pages.first_page * size + num_before + done - (window or 2**31) + 1
+            before = table[max(oldest, 0) // size : pages.first_page + page]
+            keys, values = self._pool.load_pages(layer, before)
+            keys = torch.cat((keys.to(self._dtype), pages.keys[own].to(self._dtype)))
+            values = torch.cat((values.to(self._dtype), pages.values[own].to(self._dtype)))
+            found.append(self._attend_row(q[done:end], keys, values, layer))
+            done = end
+        return torch.cat(found)
 
     def _attend_row(self, q: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
         """Attend the last of `[keys, kv_heads, head_dim]`; returns `[queries, heads, value_dim]`."""
@@ -122,11 +157,12 @@ class ReferenceAttention:
 
 def offer(spec: AttentionSpec) -> BackendOffer:
     """Offer it for any model on any device."""
-    del spec
+    is_by_page = not spec.kv_format.can_share_heads
     return BackendOffer(
         "reference",
         1,
-        16,
+        # The scales of a page's keys are worth it with many tokens.
+        64 if is_by_page else 16,
         ReferenceAttention,
         formats=tuple(KV_FORMATS.values()),
         reads_mixed_layers=True,

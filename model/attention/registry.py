@@ -52,6 +52,9 @@ def _best(spec: AttentionSpec) -> BackendOffer:
         if not isinstance(offer, str):
             return dataclasses.replace(offer, notes=(*notes, *offer.notes))
         notes.append(f"attention backend {name} not available: {offer}")
-    notes[-1] += "; using torch, several times slower"
-    fallback = torch_sdpa.offer(spec)
+    fallback, cost = torch_sdpa.offer(spec), "several times slower"
+    if reason := fallback.why_not(spec):
+        notes.append(f"attention backend torch not available: {reason}")
+        fallback, cost = reference.offer(spec), "a hundred times slower"
+    notes[-1] += f"; using {fallback.name}, {cost}"
     return dataclasses.replace(fallback, notes=(*fallback.notes, *notes))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
-from model.kv.format import KV_FORMATS
+from model.kv.format import CODED_FORMATS, FLOAT_FORMATS
 from model.kv.pool import KVPool
 
 
@@ -222,7 +222,7 @@ def offer(spec: AttentionSpec) -> BackendOffer:
         1,
         16,
         TorchAttention,
-        formats=tuple(KV_FORMATS.values()),
+        formats=(*FLOAT_FORMATS, *CODED_FORMATS),
         reads_mixed_layers=True,
         reads_views=True,
     )

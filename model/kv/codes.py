@@ -13,10 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: Of a plane: the shape of a page, or of a vector in it, and the dtype.
+Plane = tuple[tuple[int, ...], torch.dtype]
+
 _LARGEST_INT8 = 127
 #: Of float8_e4m3fn.
 _LARGEST_FP8 = 448
-_LARGEST_INT4 = 15
 
 
 def encode_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,25 +44,49 @@ def encode_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     Codes are of the vector after `hadamard`: a channel that is large in all vectors would else take
     the whole range. The even element of a pair has the low four bits.
     """
-    x = hadamard(x)
-    # Adding zero turns -0 into 0: which of the two a minimum is depends on the order of elements.
-    least = -bfloat16_up(-x.amin(-1)) + 0.0
-    spread = x.amax(-1) - least.float() + 0.0
-    # Both roundings widen the range, so that no code lies outside.
-    scales = bfloat16_up(spread / torch.full_like(spread, _LARGEST_INT4))
-    is_finite = spread.isfinite()
-    scales = scales.masked_fill(~is_finite, torch.nan)
-    least = least.masked_fill(~is_finite, 0.0)
-    steps = _quotients(x - least.float().unsqueeze(-1), scales)
-    codes = steps.round_().clamp_(0, _LARGEST_INT4).to(torch.uint8)
-    return codes[..., 0::2] | codes[..., 1::2] << 4, torch.stack((scales, least), -1)
+    codes, scales = encode_asymmetric(hadamard(x), 4)
+    return pack(codes, 4), scales
 
 
 def decode_int4(codes: Tensor, scales: Tensor) -> Tensor:
     """Return float32 `[..., dim]`: code times scale plus minimum, turned back by `hadamard`."""
-    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    return hadamard(decode_asymmetric(unpack(codes, 4), scales))
+
+
+def encode_asymmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return codes, a byte each, `[..., dim]`, and bfloat16 `[..., 2]`: scale and minimum."""
+    x, largest = x.float(), 2**bits - 1
+    # Adding zero turns -0 into 0: which of the two a minimum is depends on the order of elements.
+    least = -bfloat16_up(-x.amin(-1)) + 0.0
+    spread = x.amax(-1) - least.float() + 0.0
+    # Both roundings widen the range, so that no code lies outside.
+    scales = bfloat16_up(spread / torch.full_like(spread, largest))
+    is_finite = spread.isfinite()
+    scales = scales.masked_fill(~is_finite, torch.nan)
+    least = least.masked_fill(~is_finite, 0.0)
+    steps = _quotients(x - least.float().unsqueeze(-1), scales)
+    return steps.round_().clamp_(0, largest).to(torch.uint8), torch.stack((scales, least), -1)
+
+
+def decode_asymmetric(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return float32 `[..., dim]`: each code times its vector's scale plus the minimum."""
     scale, least = scales.float().unsqueeze(-2).unbind(-1)
-    return hadamard(nibbles.float() * scale + least)
+    return codes.float() * scale + least
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Put neighbouring codes into one byte, the first into its lowest bits."""
+    num_parts = 8 // bits
+    packed = codes[..., ::num_parts].clone()
+    for index in range(1, num_parts):
+        packed |= codes[..., index::num_parts] << index * bits
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Return the codes of `pack`, a byte each."""
+    parts = [packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
+    return torch.stack(parts, -1).flatten(-2)
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -76,10 +102,11 @@ def hadamard(x: Tensor) -> Tensor:
     block = dim & -dim
     y, distance = x.float(), 1
     while distance < block:
-        left, right = y.unflatten(-1, (dim // (2 * distance), 2, distance)).unbind(-2)
+        pairs = y.reshape(*x.shape[:-1], dim // (2 * distance), 2, distance)
+        left, right = pairs.unbind(-2)
         y = torch.stack((left + right, left - right), -2).flatten(-3)
         distance *= 2
-    return y * block**-0.5
+    return y * float(block) ** -0.5
 
 
 def bfloat16_up(x: Tensor) -> Tensor:

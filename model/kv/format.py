@@ -14,10 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kv.codes import decode_int4, decode_scaled, encode_fp8, encode_int4, encode_int8
-
-#: Of a plane: the shape of a page, or of a vector in it, and the dtype.
-Plane = tuple[tuple[int, ...], torch.dtype]
+from model.kv.codes import Plane, decode_int4, decode_scaled, encode_fp8, encode_int4, encode_int8
+from model.kv.page_codes import PageCoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +42,13 @@ class KVFormat:
     storage: torch.dtype
     #: None: elements are floats.
     coding: Coding | None = None
-    #: Tokens that are encoded together.
-    group_tokens: int = 1
+    #: Where the tokens of a page are encoded together.
+    page_coding: PageCoding | None = None
 
     @property
     def can_share_heads(self) -> bool:
         """Return whether the first tokens of a page keep their meaning in another page."""
-        return self.group_tokens == 1
+        return self.page_coding is None
 
     def planes(self, dim: int) -> list[Plane]:
         """Return the planes of a vector: elements, and scales where there are codes."""
@@ -85,9 +83,14 @@ CODED_FORMATS = (
     KVFormat("fp8", torch.float8_e4m3fn, Coding(encode_fp8, decode_scaled)),
     KVFormat("int4", torch.uint8, Coding(encode_int4, decode_int4, packed=2, scales_shape=(2,))),
 )
+#: By pages.
+PAGE_FORMATS = (
+    KVFormat("kivi4", torch.uint8, page_coding=PageCoding(bits=4, group=64)),
+    KVFormat("kivi2", torch.uint8, page_coding=PageCoding(bits=2, group=32)),
+)
 #: By name.
 KV_FORMATS: Mapping[str, KVFormat] = MappingProxyType(
-    {one.name: one for one in (*FLOAT_FORMATS, *CODED_FORMATS)}
+    {one.name: one for one in (*FLOAT_FORMATS, *CODED_FORMATS, *PAGE_FORMATS)}
 )
 
 
@@ -98,7 +101,8 @@ class LayerPages(NamedTuple):
     keys: Tensor
     #: As `keys`; with a latent layout the first elements of the keys.
     values: Tensor
-    #: Of the keys, then of the values, where the format has codes.
+    #: Of the keys, then of the values, where the format has codes. Of pages that are encoded as a
+    #: whole those of the keys are `[num_pages, kv_heads, head_dim, 2]`.
     scales: tuple[Tensor, ...] = ()
 
 
@@ -123,10 +127,11 @@ class KVLayout:
 
     def planes(self, layer: int) -> list[Plane]:
         """Return the shape of a page and the dtype, for each plane of a layer."""
-        tokens = self.page_size, self.num_kv_heads
+        tokens, kv_format = (self.page_size, self.num_kv_heads), self.format_of(layer)
+        if kv_format.page_coding is not None:
+            return kv_format.page_coding.planes(*tokens, self.head_dim)
         planes: list[Plane] = [
-            ((*tokens, *vector), dtype)
-            for vector, dtype in self.format_of(layer).planes(self.head_dim)
+            ((*tokens, *vector), dtype) for vector, dtype in kv_format.planes(self.head_dim)
         ]
         return planes if self.latent_dim else [plane for plane in planes for _ in range(2)]
 

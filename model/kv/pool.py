@@ -73,16 +73,38 @@ class KVPool:
             return keys, keys[..., :latent_dim]
         return kv_format.decode(*planes[0::2]), kv_format.decode(*planes[1::2])
 
+    def store_pages(self, layer: int, page_ids: Tensor, k: Tensor, v: Tensor) -> None:
+        """Encode whole pages from the first of `[tokens, kv_heads, dim]`, by `page_coding`."""
+        coding, page_size = self.layout.format_of(layer).page_coding, self.layout.page_size
+        assert coding is not None, "a format of single tokens"
+        whole = (len(page_ids), page_size, *k.shape[1:])
+        pages = [one[: len(page_ids) * page_size].reshape(whole) for one in (k, v)]
+        for plane, new in zip(self._layer_planes[layer], coding.encode(*pages), strict=True):
+            plane.index_copy_(0, page_ids, new)
+
+    def load_pages(self, layer: int, page_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values of whole pages, `[tokens, kv_heads, dim]` each."""
+        coding = self.layout.format_of(layer).page_coding
+        assert coding is not None, "a format of single tokens"
+        planes = [plane.index_select(0, page_ids) for plane in self._layer_planes[layer]]
+        keys, values = coding.decode(*planes)
+        return keys.flatten(0, 1), values.flatten(0, 1)
+
     def move_pages(self, moves: Sequence[PageMove]) -> None:
         """Copy the first tokens of pages, one move after another, in all layers.
 
         A page may be the source of one move and the target of the next. Raises `ValueError` for
-        pages of another tier.
+        pages of another tier, and for the head of a page that is encoded as a whole.
         """
+        is_whole = any(not one.can_share_heads for one in self.layout.layers_by_format())
         for move in moves:
             if (move.source.tier, move.target.tier) != (Tier.DEVICE, Tier.DEVICE):
                 raise ValueError(f"only pages on the device can be moved, got {move}")
-            source, target, head = move.source.page_id, move.target.page_id, slice(move.num_tokens)
+            if is_whole and move.num_tokens < self.layout.page_size:
+                raise ValueError(f"pages of this format have no heads of their own, got {move}")
+            source, target = move.source.page_id, move.target.page_id
+            # The scales of a whole page are not in the order of its tokens.
+            head = slice(None) if is_whole else slice(move.num_tokens)
             for plane in self._planes:
                 plane[:, target, head] = plane[:, source, head]
 

@@ -56,7 +56,7 @@ class CacheMachine(RuleBasedStateMachine):
         page_size: int,
         view: View,
         chunk_tokens: int,
-        can_share_heads: bool,  # noqa: FBT001 - Hypothesis passes it by name
+        can_share_heads: bool,
     ) -> None:
         self.cache = KVCache(
             num_pages,

@@ -8,12 +8,12 @@ import pytest
 
 from configs.kv_cache import CODED_DTYPES, KVCacheDtype, our_kv_cache_dtype
 from configs.load import ConfigError, load_config
-from model.kv.format import CODED_FORMATS, KV_FORMATS
+from model.kv.format import CODED_FORMATS, KV_FORMATS, PAGE_FORMATS
 
 
 def test_there_is_a_name_for_every_format() -> None:
     assert get_args(KVCacheDtype) == ("auto", *KV_FORMATS)
-    assert tuple(one.name for one in CODED_FORMATS) == CODED_DTYPES
+    assert tuple(one.name for one in (*CODED_FORMATS, *PAGE_FORMATS)) == CODED_DTYPES
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_name_of_the_same_format_is_taken(name: str, ours: str) -> None:
         ("int8_per_token_head", "int8"),
         ("q8_0", "int8"),
         ("q4_0", "int4"),
-        ("kivi2", "int4"),
+        ("int2_per_token_head", "kivi2"),
         ("nvfp4", "int4"),
         ("turboquant_3bit_nc", "int4"),
     ],
@@ -63,7 +63,11 @@ def test_layers_are_indices_or_those_with_a_window() -> None:
     [
         ("int8", "-1", "kv_cache_dtype_skip_layers: '-1' is neither the index of a layer nor"),
         ("int8", "first", "'first' is neither the index of a layer nor sliding_window"),
-        ("auto", "0", "skip_layers needs a kv_cache_dtype of int8, fp8, int4, got auto"),
+        (
+            "auto",
+            "0",
+            "skip_layers needs a kv_cache_dtype of int8, fp8, int4, kivi4, kivi2, got auto",
+        ),
     ],
 )
 def test_layers_without_a_meaning_are_refused(dtype: str, layer: str, problem: str) -> None:

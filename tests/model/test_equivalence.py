@@ -22,12 +22,13 @@ from scripted_drafter import ScriptedDrafter
 
 from cache.kv_cache import KVCache
 from cache.view import FULL_VIEW, View
+from configs.kv_cache import CODED_DTYPES
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
 from model.attention.reference import ReferenceAttention
 from model.cpu.library import load_cpu_library
 from model.interface import InFlightStep, SamplingParams, TokenLogprobs, Vocabulary
-from model.kv.format import CODED_FORMATS, KV_FORMATS, KVLayout
+from model.kv.format import KV_FORMATS, KVLayout
 from model.runner import TorchRunner
 from scheduler.messages import GenerateRequest, Submit
 from scheduler.plan import StepPlan
@@ -127,7 +128,8 @@ class _Engine:
         self, runner: TorchRunner, budget: int, drafter: ScriptedDrafter | None = None
     ) -> None:
         self.runner = runner
-        self.cache = KVCache(runner.info.num_pages, _PAGE_SIZE)
+        multiple = runner.info.smallest_reusable_prefix_tokens
+        self.cache = KVCache(runner.info.num_pages, _PAGE_SIZE, can_share_heads=multiple == 1)
         config = SchedulerSection(max_num_seqs=6, max_num_batched_tokens=budget)
         self.scheduler = Scheduler(self.cache, config, runner.info, drafter)
         # A drafter reads known tokens; as in the engine.
@@ -256,7 +258,7 @@ def _check_states(
     assert stats.pages_private == stats.pages_leased == 0
 
 
-@pytest.fixture(scope="module", params=[one.name for one in CODED_FORMATS])
+@pytest.fixture(scope="module", params=CODED_DTYPES)
 def make_coded_runner(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MakeRunner]:

@@ -11,7 +11,7 @@ from model.attention import flash, registry, triton_attention
 from model.attention.interface import AttentionSpec
 from model.attention.registry import BACKENDS, choose_backend
 from model.cpu.library import load_cpu_library
-from model.kv.format import CODED_FORMATS, KV_FORMATS, KVFormat
+from model.kv.format import CODED_FORMATS, KV_FORMATS, PAGE_FORMATS, KVFormat
 from model.kv.pool import KVPool
 
 SPEC = AttentionSpec(
@@ -138,6 +138,15 @@ def test_on_cuda_pages_of_codes_go_from_flash_to_triton_with_a_note(
         choose_backend("flash", coded)
 
 
+@pytest.mark.parametrize("kv_format", PAGE_FORMATS, ids=lambda one: one.name)
+def test_pages_that_are_encoded_as_a_whole_are_for_the_oracle(kv_format: KVFormat) -> None:
+    offer = choose_backend("auto", replace(SPEC, kv_format=kv_format))
+    assert (offer.name, offer.page_size(None)) == ("reference", 64)
+    assert offer.notes[-1].endswith("using reference, a hundred times slower")
+    with pytest.raises(ValueError, match=rf"attention_backend torch .*, got {kv_format.name}"):
+        choose_backend("torch", replace(SPEC, kv_format=kv_format))
+
+
 @pytest.mark.parametrize("name", ["triton", "cpu", "reference"])
 def test_pages_in_a_format_that_no_kernel_reads_are_refused(name: str) -> None:
     if isinstance(reason := BACKENDS[name](SPEC), str):
@@ -145,7 +154,7 @@ def test_pages_in_a_format_that_no_kernel_reads_are_refused(name: str) -> None:
     unknown = KVFormat("int3", torch.uint8)
     for changes in ({"kv_format": unknown}, {"other_formats": {1: unknown}}):
         with pytest.raises(ValueError, match=rf"attention_backend {name} .*bfloat16.*, got int3"):
-            choose_backend(name, replace(SPEC, **changes))  # type: ignore[arg-type] # of two types
+            choose_backend(name, replace(SPEC, **changes))
 
 
 def test_a_backend_of_one_format_refuses_mixed_layers() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, product
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.kv.codes import bfloat16_up, hadamard
 from model.kv.format import CODED_FORMATS, KV_FORMATS, KVFormat
+from model.kv.page_codes import PageCoding
 
 INT8, FP8, INT4 = (KV_FORMATS[name] for name in ("int8", "fp8", "int4"))
 _DIM = 64
@@ -47,14 +48,14 @@ def _symmetric(
     return [rounded(min(max(one, -largest), largest)) for one in steps], scale
 
 
-def _asymmetric(x: list[float]) -> tuple[list[float], float, float]:
+def _asymmetric(x: list[float], largest: int = 15) -> tuple[list[float], float, float]:
     """Encode a vector that is rotated already."""
     if not all(map(math.isfinite, x)):
         return [0.0] * len(x), math.nan, 0.0
     least = _bf16(min(x), math.floor)
-    scale = _bf16(_f32(_f32(max(x) - least) / 15), math.ceil)
+    scale = _bf16(_f32(_f32(max(x) - least) / largest), math.ceil)
     steps = [_f32(_f32(one - least) / scale) if scale else 0.0 for one in x]
-    return [float(min(max(round(one), 0), 15)) for one in steps], scale, least
+    return [float(min(max(round(one), 0), largest)) for one in steps], scale, least
 
 
 def _vectors() -> dict[str, Tensor]:
@@ -159,11 +160,41 @@ def test_no_cut_of_a_batch_changes_a_code(
             assert torch.equal(plane, torch.cat([one.view(torch.uint8) for one in halves]))
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_page_is_encoded_by_channel_and_by_token(bits: int) -> None:
+    """Codes, scales and minima of each channel of the keys, and of each group of a value."""
+    coding = PageCoding(bits, group=8)
+    pages, size, heads, dim = 2, 6, 3, 24
+    draw = torch.Generator().manual_seed(4)
+    keys, values = torch.randn(2, pages, size, heads, dim, generator=draw)
+    keys[..., 5] *= 20
+    planes = coding.encode(keys, values)
+    wanted = coding.planes(size, heads, dim)
+    assert [(tuple(one.shape[1:]), one.dtype) for one in planes] == wanted
+    read_keys, read_values = coding.decode(*planes)
+    key_scales, value_scales = planes[2:]
+    for page, head in product(range(pages), range(heads)):
+        for channel in range(dim):
+            codes, *numbers = _asymmetric(keys[page, :, head, channel].tolist(), 2**bits - 1)
+            assert key_scales[page, head, channel].tolist() == numbers
+            assert read_keys[page, :, head, channel].tolist() == _read(codes, *numbers)
+        for token, group in product(range(size), range(3)):
+            part = slice(8 * group, 8 * group + 8)
+            codes, *numbers = _asymmetric(values[page, token, head, part].tolist(), 2**bits - 1)
+            assert value_scales[page, token, head, group].tolist() == numbers
+            assert read_values[page, token, head, part].tolist() == _read(codes, *numbers)
+
+
+def _read(codes: list[float], scale: float, least: float) -> list[float]:
+    """Decode, rounded to float32 and then to bfloat16."""
+    return torch.tensor([_f32(code * scale + least) for code in codes]).bfloat16().tolist()
+
+
 @pytest.mark.parametrize("dim", [1, 2, 64, 80, 96, 128, 27])
 def test_the_rotation_is_a_hadamard_matrix_a_block_and_its_own_inverse(dim: int) -> None:
     block = math.gcd(dim, 2**10)
     signs = [[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
-    matrix = torch.block_diag(*[torch.tensor(signs) / block**0.5] * (dim // block)).double()
+    matrix = torch.kron(torch.eye(dim // block), torch.tensor(signs)).double() / block**0.5
     x = torch.randn(5, dim, generator=torch.Generator().manual_seed(1))
     rotated = hadamard(x)
     assert rotated.dtype == torch.float32

@@ -73,6 +73,18 @@ def test_codes_hold_more_tokens_in_the_same_memory(
     assert info.num_pages == 2**20 // (info.page_size * 3 * layer_bytes)
 
 
+@pytest.mark.parametrize(("asked", "layer_bytes"), [("kivi4", 42), ("kivi2", 26)])
+def test_pages_that_are_encoded_as_a_whole_are_reused_as_a_whole(
+    tmp_path: Path, asked: str, layer_bytes: int
+) -> None:
+    """Scales of a channel are for 64 tokens; a value has one for its 16 elements."""
+    info = _info(tmp_path, "none", asked)
+    assert (info.page_size, info.smallest_reusable_prefix_tokens) == (64, 64)
+    assert info.kv_bytes_per_token == 3 * layer_bytes
+    assert info.attention_backend == "reference"
+    assert any("using reference, a hundred times slower" in note for note in info.notes)
+
+
 def test_skipped_layers_keep_the_floats_of_auto(tmp_path: Path) -> None:
     info = _info(tmp_path, "none", "int8", "2", "0")
     assert info.kv_bytes_per_token == _INT8 + 2 * _FLOAT32

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -189,6 +188,23 @@ def test_layers_may_have_formats_of_their_own() -> None:
         keys, values = pool.load(layer, torch.tensor([12, 13]))
         assert torch.equal(keys, k) == torch.equal(values, v) == is_exact
         torch.testing.assert_close(keys, k, rtol=0, atol=0.02)
+
+
+def test_a_page_that_was_encoded_as_a_whole_moves_as_a_whole() -> None:
+    pool = KVPool(layout_of(KV_FORMATS["kivi4"]), PAGES, CPU)
+    held = [plane for layer in range(LAYERS) for plane in planes_of(pool.pages(layer))]
+    assert sum(plane.nbytes for plane in held) == pool.layout.bytes_per_page * PAGES
+    k, v = torch.randn(2, 2 * PAGE_SIZE, HEADS, HEAD_DIM)
+    for layer in range(LAYERS):
+        pool.store_pages(layer, torch.tensor([4, 1]), k, v)
+    pool.move_pages([move(1, 3, PAGE_SIZE)])
+    for layer in range(LAYERS):
+        loaded = pool.load_pages(layer, torch.tensor([4, 3]))
+        for found, new in zip(loaded, (k, v), strict=True):
+            torch.testing.assert_close(found.float(), new, rtol=0, atol=0.3)
+        assert torch.equal(loaded[0][PAGE_SIZE:], pool.load_pages(layer, torch.tensor([1]))[0])
+    with pytest.raises(ValueError, match="no heads of their own"):
+        pool.move_pages([move(1, 2, PAGE_SIZE - 1)])
 
 
 def test_a_latent_layout_may_have_codes() -> None:
