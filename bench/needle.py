@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from kv_variants import FULL_FORMAT, Pages, Variant, add_arguments, append, exact_decoder, variants
-from torch import Tensor
 
 from model import build
 from model.architectures.transformer import ServedDecoder
@@ -31,8 +30,8 @@ PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 #: Per cent of the text that stands before the needle, last first: the text before it is kept.
 DEPTHS = (100, 75, 50, 25, 0)
 NUM_KEYS = 10
-#: Room for the needle, the question and a key.
-_MARGIN_TOKENS = 96
+#: Texts are cut at the borders of pages: a page that is encoded as a whole has no other place.
+_PAGE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +60,11 @@ def make_needle(tokenizer: Tokenizer, rng: random.Random) -> Needle:
 
 
 def scores(decoder: ServedDecoder, text: PagedText, needle: Needle) -> list[float]:
-    """Return the log-probability of each key after the question, which is computed first."""
-    last = append(text, needle.question)[-1:]
-    asked_tokens = text.num_tokens
-    found = []
+    """Return the log-probability of each key after the question, behind the text so far."""
+    num_tokens, found = text.num_tokens, list[float]()
     for key in needle.keys:
-        text.rewind(asked_tokens)
-        hidden: Tensor = torch.cat([last, text.append(key)[:-1]])
+        text.rewind(num_tokens)
+        hidden = text.append([*needle.question, *key])[-len(key) - 1 : -1]
         logprobs = decoder.logits(hidden).log_softmax(-1)
         found.append(float(logprobs.gather(1, torch.tensor(key)[:, None]).sum()))
     return found
@@ -77,9 +74,11 @@ def by_depth(
     decoder: ServedDecoder, pages: Pages, filler: Sequence[int], needle: Needle
 ) -> Iterator[tuple[int, int, float]]:
     """Yield each depth with the rank of the key and its distance to the best other one, in nats."""
-    text = pages.text(len(filler) + _MARGIN_TOKENS)
+    asked_tokens = len(needle.question) + max(map(len, needle.keys))
+    text = pages.text(len(filler) + len(needle.sentence) + asked_tokens)
     for depth in DEPTHS:
         at = len(filler) * depth // 100
+        at -= at % _PAGE_TOKENS
         if text.num_tokens:
             text.rewind(at)
         else:
@@ -99,9 +98,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = load_text(build.resolve_source(arguments.model).path).tokenizer
     decoder = exact_decoder(arguments.model, arguments.quantization)
-    words = tokenizer.encode(
-        "\n".join(page.read_text() for page in PAGES), add_special_tokens=False
-    )
+    text = "\n".join(page.read_text() for page in PAGES)
+    words = tokenizer.encode(text, add_special_tokens=False)
     for length in arguments.lengths:
         for variant in [Variant(FULL_FORMAT), *variants(arguments)]:
             pages = Pages(decoder, variant, arguments.attention_backend)
@@ -109,8 +107,10 @@ def main() -> None:
             began_s, firsts, margins = time.perf_counter(), dict.fromkeys(reversed(DEPTHS), 0), []
             for _ in range(arguments.needles):
                 first = rng.randrange(len(words) - length)
-                filler = words[first : first + length - _MARGIN_TOKENS]
                 needle = make_needle(tokenizer, rng)
+                # The question, behind the text and the needle, begins a page, too.
+                num_filler = length - _PAGE_TOKENS - length % _PAGE_TOKENS - len(needle.sentence)
+                filler = words[first : first + num_filler]
                 for depth, rank, margin in by_depth(decoder, pages, filler, needle):
                     firsts[depth] += rank == 1
                     margins.append(margin)

@@ -3,9 +3,9 @@
 Alone: of each format of the weights, the perplexity over this project's own pages, and how often
 its likeliest token is the one that float32 wrote, over 200 greedy answers.
 
-With `--kv int8,fp8,int4`, of formats of keys and values, beside float32 weights and pages: the
-same, the KL divergence of the next token's distribution, and how often its likeliest token is the
-same. With `--view window:1024`, of that view. `bench/needle.py` has the same options.
+With `--kv int8,fp8,int4`, of formats of keys and values: the same beside float32 pages, the KL
+divergence of the next token's distribution, and how often its likeliest token is the same. With
+`--view window:1024`, of that view. `bench/needle.py` has the same options.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from model.interface import (
     StepInput,
 )
 from model.kv.desks import desk_tokens
-from model.kv.format import KV_FORMATS, KVFormat, KVLayout, float_format
+from model.kv.format import FLOAT_FORMATS, KV_FORMATS, KVFormat, KVLayout, float_format
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.kv.pool import KVPool
 from model.kv_proof import prove_kv_format
@@ -80,7 +80,7 @@ def assemble(
     )
     spec = _attention_spec(config.cache, decoder, where.library)
     offer = choose_backend(config.model.attention_backend, spec)
-    if spec.kv_format.coding is not None and proof_token_ids:
+    if spec.kv_format not in FLOAT_FORMATS and proof_token_ids:
         note = _prove(config, decoder, where.library, (spec, offer), proof_token_ids)
         where = replace(where, notes=(*where.notes, note))
     draft = None

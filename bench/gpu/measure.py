@@ -144,7 +144,9 @@ def measure_attention(report: Report) -> None:
             share = num_bytes / taken_s / limits.copy_bytes_per_s
             report.add(what, taken_s * 1e6, "us a layer", share=share)
     for kv_format, (rows, context) in product(CODED_FORMATS, case.sizes.coded):
-        with report.finding(f"decode attention, {kv_format.name} pages, {rows} x {context}") as what:
+        with report.finding(
+            f"decode attention, {kv_format.name} pages, {rows} x {context}"
+        ) as what:
             taken_s, num_bytes = attention(case, case.backends[-1], rows, context, 1, kv_format)
             share = num_bytes / taken_s / limits.copy_bytes_per_s
             report.add(what, taken_s * 1e6, "us a layer", share=share)

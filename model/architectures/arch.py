@@ -155,7 +155,7 @@ class LatentSpec:
     rank: int
     #: Elements of the vector that queries are products of; None: that is the layer's input.
     query_rank: int | None
-    #: Elements of a head's query and key that are not rotated, and of those that are.
+    #: Elements of a head's query and key without rotation, and with it.
     plain_dim: int
     rotary_dim: int
     #: Elements of a head's value.

@@ -12,6 +12,7 @@ from model.architectures import arch_hf
 from model.architectures.arch import (
     ArchError,
     ArchSpec,
+    BiasedPart,
     ConfigKeys,
     Family,
     GatedMlpSpec,
@@ -33,10 +34,8 @@ _INERT = (
 
 def _read_hf(keys: ConfigKeys) -> ArchSpec:
     keys.refuse_unless("scoring_func", "softmax")
-    # `transformers` takes no notice of these two.
-    keys.refuse_unless("norm_topk_prob", 0)
-    keys.refuse_unless("rope_interleave", 1)
-    keys.refuse_unless("mlp_bias", 0)
+    # `transformers` takes no notice of it.
+    keys.get("norm_topk_prob")
     keys.refuse_unless("topk_method", "greedy", "group_limited_greedy")
     has_groups = keys.get("topk_method") == "group_limited_greedy"
     router = RouterSpec(
@@ -52,7 +51,8 @@ def _read_hf(keys: ConfigKeys) -> ArchSpec:
         intermediate_size=stated_count(keys, "moe_intermediate_size", 1407),
         num_shared=stated_count(keys, "n_shared_experts", 2),
     )
-    return read_latent(keys, mixture, max_positions=2048, num_dense_layers=0)
+    biases: frozenset[BiasedPart] = frozenset({"mlp"} if keys.flag("mlp_bias") else ())
+    return read_latent(keys, mixture, max_positions=2048, num_dense_layers=0, biases=biases)
 
 
 def read_latent(
@@ -63,6 +63,7 @@ def read_latent(
     num_dense_layers: int,
     num_kv_heads: int | None = None,
     is_interleaved: bool = True,
+    biases: frozenset[BiasedPart] = frozenset(),
 ) -> ArchSpec:
     """Read attention and layers, the later ones with this mixture.
 
@@ -77,7 +78,7 @@ def read_latent(
         is_interleaved=is_interleaved,
     )
     head_dim = latent.plain_dim + latent.rotary_dim
-    # `transformers` computes these two, whatever the file has.
+    # `transformers` computes these two, and does not read them.
     keys.refuse_unless("head_dim", latent.rotary_dim)
     keys.refuse_unless("qk_head_dim", head_dim)
     keys.refuse_unless("attention_bias", 0)
@@ -89,6 +90,7 @@ def read_latent(
         max_positions=max_positions,
         num_kv_heads=num_kv_heads,
         head_dim=latent.rotary_dim,
+        biases=biases,
     )
     if arch.num_kv_heads != arch.num_heads:
         raise ArchError(
@@ -141,26 +143,35 @@ def layer_tensors(arch: ArchSpec, layer: LayerSpec) -> Iterator[TensorSpec]:
     yield _tensor("self_attn.o_proj.weight", "o", hidden, heads * latent.value_dim)
     yield _tensor("input_layernorm.weight", "attention_input", hidden)
     yield _tensor("post_attention_layernorm.weight", "mlp_input", hidden)
+    has_biases = "mlp" in layer.biases
     if isinstance(layer.mlp, GatedMlpSpec):
-        yield from _gated_mlp("mlp", "", hidden, layer.mlp.intermediate_size)
+        yield from _gated_mlp("mlp", "", hidden, layer.mlp.intermediate_size, has_biases=has_biases)
     else:
-        yield from _mixture(layer.mlp, hidden)
+        yield from _mixture(layer.mlp, hidden, has_biases=has_biases)
 
 
-def _mixture(mixture: MixtureSpec, hidden: int) -> Iterator[TensorSpec]:
+def _mixture(mixture: MixtureSpec, hidden: int, *, has_biases: bool) -> Iterator[TensorSpec]:
     router, inner = mixture.router, mixture.intermediate_size
     yield _tensor("mlp.gate.weight", "router", router.num_experts, hidden)
     if router.has_bias:
         yield _tensor("mlp.gate.e_score_correction_bias", "router_bias", router.num_experts)
-    yield from _gated_mlp("mlp.shared_experts", "", hidden, inner * mixture.num_shared)
+    shared = inner * mixture.num_shared
+    yield from _gated_mlp("mlp.shared_experts", "", hidden, shared, has_biases=has_biases)
     for expert in range(router.num_experts):
         yield from _gated_mlp(f"mlp.experts.{expert}", f"experts.{expert}.", hidden, inner)
 
 
-def _gated_mlp(name: str, target: str, hidden: int, inner: int) -> Iterator[TensorSpec]:
-    yield _tensor(f"{name}.gate_proj.weight", f"{target}gate_up", inner, hidden)
-    yield _tensor(f"{name}.up_proj.weight", f"{target}gate_up", inner, hidden)
-    yield _tensor(f"{name}.down_proj.weight", f"{target}down", hidden, inner)
+def _gated_mlp(
+    name: str, target: str, hidden: int, inner: int, *, has_biases: bool = False
+) -> Iterator[TensorSpec]:
+    for part, product, shape in (
+        ("gate_proj", "gate_up", (inner, hidden)),
+        ("up_proj", "gate_up", (inner, hidden)),
+        ("down_proj", "down", (hidden, inner)),
+    ):
+        yield _tensor(f"{name}.{part}.weight", target + product, *shape)
+        if has_biases:
+            yield _tensor(f"{name}.{part}.bias", target + product, shape[0])
 
 
 def _tensor(name: str, target: str, *shape: int) -> TensorSpec:

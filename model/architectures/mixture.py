@@ -18,7 +18,7 @@ class Router:
     """Chooses the experts of each token, see `RouterSpec`; all of it in float32."""
 
     def __init__(self, spec: RouterSpec, weight: Tensor, bias: Tensor | None) -> None:
-        """Keep a weight `[experts, hidden]`, and what is added to scores for the choice."""
+        """Keep a weight `[experts, hidden]`, and numbers added to scores for the choice."""
         self._spec, self._weight, self._bias = spec, weight, bias
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ class Router:
     def _is_in_best_groups(self, ranks: Tensor) -> Tensor:
         """Return `[rows, experts]`: whether an expert's group is one of the best of its row."""
         spec = self._spec
-        grouped = ranks.unflatten(1, (spec.num_groups, -1))
+        grouped = ranks.view(len(ranks), spec.num_groups, -1)
         worth = grouped.topk(spec.num_group_scores, dim=-1).values.sum(-1)
         best = worth.topk(spec.num_chosen_groups, dim=-1, sorted=False).indices
         is_best = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, best, value=True)
@@ -65,8 +65,11 @@ class Mixture:
         rows = order // chosen.shape[1]
         scales = factors.flatten()[order].unsqueeze(1)
         counts = experts.bincount(minlength=len(self._experts)).tolist()
-        parts = zip(self._experts, rows.split(counts), scales.split(counts), strict=True)
-        for expert, mine, scale in parts:
-            if len(mine):
-                out.index_add_(0, mine, expert(x.index_select(0, mine), ops).float() * scale)
+        end = 0
+        for expert, count in zip(self._experts, counts, strict=True):
+            start, end = end, end + count
+            if count:
+                mine = rows[start:end]
+                found = expert(x.index_select(0, mine), ops).float()
+                out.index_add_(0, mine, found * scales[start:end])
         return out

@@ -117,8 +117,8 @@ class LatentWeights:
 class DecoderLayer:
     """One layer's weights; q, k and v are one product.
 
-    With latent attention it gives queries, or the vector that these are products of, then what is
-    stored of a token. The norms are those of the two vectors.
+    With latent attention the product gives queries, or the vector that they are computed from, then
+    the latent vector and the rotated one. `q_norm` and `k_norm` are for the two unrotated vectors.
     """
 
     spec: LayerSpec
@@ -226,9 +226,9 @@ class Transformer:
                 sink_q = q.clone()
                 # A position towards the sinks is always held. There are no keys to rotate.
                 at = views.sink_positions.clamp(min=0)
-                self._ops.apply_rope(sink_q, sink_q[:, :0], at, self.cos_sin)
-            self._ops.apply_rope(q, k, rows, cos_sin)
-            return layer.o(attention.attend(index, q, k, v, sink_q))
+                self.rotate(sink_q, sink_q[:, :0], at, self.cos_sin)
+            self.rotate(q, k, rows, cos_sin)
+            return self.output(layer, attention.attend(index, q, k, v, sink_q))
 
         return self.run_layers(token_ids, self._ops, attend)
 
@@ -285,6 +285,14 @@ class Transformer:
         if kind == "head":
             q, k = normed(q, layer.q_norm), normed(k, layer.k_norm)
         return q, k, v
+
+    def rotate(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+        """Rotate q and k in place, see `Ops.apply_rope`."""
+        self._ops.apply_rope(q, k, positions, cos_sin)
+
+    def output(self, layer: DecoderLayer, attended: Tensor) -> Tensor:
+        """Return the attention block's output from the result of attention."""
+        return layer.o(attended)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder`."""

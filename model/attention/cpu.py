@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
 from model.cpu.library import DTYPE_CODES, PAGE_CODES, CpuLibrary, load_cpu_library, strided
-from model.kv.format import KV_FORMATS, LayerPages
+from model.kv.format import CODED_FORMATS, FLOAT_FORMATS, LayerPages
 from model.kv.pool import KVPool
 
 #: Floats in a vector of the widest instruction set.
@@ -122,7 +122,7 @@ class CpuAttention:
             *((None, 0, 0) if sink_q is None else strided(sink_q)),
         )
         if self._spec.latent_dim:
-            heads = out.unflatten(1, (self._spec.num_heads, -1))
+            heads = out.view(tokens, self._spec.num_heads, -1)
             return heads[..., : self._spec.latent_dim].flatten(1)
         return out
 
@@ -137,7 +137,7 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
     """Offer this backend, or return in one line why it cannot serve the model here."""
     if spec.device.type != "cpu":
         return f"the model is on {spec.device.type}, not on the CPU"
-    if reason := spec.beyond_softmax:
+    if reason := spec.beyond_softmax or _why_not_codes(spec):
         return reason
     if spec.head_dim % _HEAD_DIM_MULTIPLE or spec.head_dim > _MAX_HEAD_DIM:
         return (
@@ -154,7 +154,12 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
         page_multiple=1,
         default_page_size=16,
         build=partial(CpuAttention, library=library),
-        formats=tuple(KV_FORMATS.values()),
+        formats=(*FLOAT_FORMATS, *CODED_FORMATS),
         reads_mixed_layers=True,
         reads_views=True,
     )
+
+
+def _why_not_codes(spec: AttentionSpec) -> str:
+    is_coded = spec.latent_dim and spec.kv_format.coding
+    return "codes of latent vectors are read by torch alone" if is_coded else ""

@@ -97,7 +97,7 @@ class ReferenceAttention:
         return torch.cat(found)
 
     def _attend_row(self, q: Tensor, keys: Tensor, values: Tensor, layer: int) -> Tensor:
-        """Attend the last of `[keys, kv_heads, head_dim]`; returns `[queries, heads, value_dim]`."""
+        """Attend the last of `[keys, kv_heads, head_dim]`: `[queries, heads, value_dim]`."""
         key_at = torch.arange(len(keys), device=q.device)
         back = key_at[len(keys) - len(q) :, None] - key_at
         window = self._spec.windows[layer]

@@ -123,6 +123,14 @@ class TorchAttention:
             out.index_copy_(0, group.tokens, self._attend_group(group, layer, q, sink_q))
         return out.flatten(1)
 
+    def _num_kv_heads(self, num_queries: int) -> int:
+        """Return among how many KV heads the query heads of a row are divided.
+
+        Those of a latent chunk read the keys by strides: their mask would be as large as the scores.
+        """
+        is_chunk_of_latents = self._spec.latent_dim is not None and num_queries > 1
+        return self._spec.num_heads if is_chunk_of_latents else self._spec.num_kv_heads
+
     def _packed(self, group: _Group, q: Tensor) -> Tensor:
         """Return `[rows, kv_heads, heads_each * queries, head_dim]`.
 
@@ -130,12 +138,13 @@ class TorchAttention:
         """
         spec = self._spec
         rows, num_queries, _ = group.back.shape
-        heads_each = spec.num_heads // spec.num_kv_heads
+        kv_heads = self._num_kv_heads(num_queries)
+        heads_each = spec.num_heads // kv_heads
         return (
             q.index_select(0, group.tokens)
-            .view(rows, num_queries, spec.num_kv_heads, heads_each, spec.head_dim)
+            .view(rows, num_queries, kv_heads, heads_each, spec.head_dim)
             .permute(0, 2, 3, 1, 4)
-            .reshape(rows, spec.num_kv_heads, heads_each * num_queries, spec.head_dim)
+            .reshape(rows, kv_heads, heads_each * num_queries, spec.head_dim)
         )
 
     def _attend_group(
@@ -144,7 +153,8 @@ class TorchAttention:
         """Return `[rows * queries, heads, head_dim]`."""
         spec = self._spec
         rows, num_queries, num_keys = group.back.shape
-        heads_each = spec.num_heads // spec.num_kv_heads
+        kv_heads = self._num_kv_heads(num_queries)
+        heads_each = spec.num_heads // kv_heads
         packed = self._packed(group, q)
         window = spec.windows[layer]
         if group.view is not None:
@@ -153,13 +163,13 @@ class TorchAttention:
             seen = group.back >= 0
             if window is not None:
                 seen &= group.back < window
-        # `[rows, kv_heads, keys, head_dim]`. Of a latent layout keys are values, too, since torch's fused
-        # function takes none that are narrower: the rest of the result is left out.
+        # `[rows, kv_heads, keys, head_dim]`. Whole keys are the values of a latent layout: torch
+        # has no fused function of narrower ones. The rest of the result is left out.
         planes = [
             loaded.to(q.dtype).view(rows, num_keys, *loaded.shape[1:]).transpose(1, 2)
             for loaded in self._pool.load(layer, group.slots)[: 1 if spec.latent_dim else 2]
         ]
-        keys, values = planes[0], planes[-1]
+        keys, values = (one.expand(-1, kv_heads, -1, -1) for one in (planes[0], planes[-1]))
         mask = seen.repeat(1, heads_each, 1).unsqueeze(1)
         moved = None
         if group.view is not None and group.view.num_sinks:
@@ -178,7 +188,7 @@ class TorchAttention:
                 packed, keys, values, attn_mask=mask, scale=spec.scale
             )
         return (
-            attended.view(rows, spec.num_kv_heads, heads_each, num_queries, spec.head_dim)
+            attended.view(rows, kv_heads, heads_each, num_queries, spec.head_dim)
             .permute(0, 3, 1, 2, 4)[..., : spec.value_dim]
             .reshape(rows * num_queries, spec.num_heads, spec.value_dim)
         )

@@ -31,7 +31,7 @@ _TILE = 64
 #: Queries of a prompt that a program takes at a time, at most.
 _MAX_QUERIES = 128
 #: Pairs of a query and a head that a program of a decode takes at a time. `tl.dot` takes no fewer
-#: than 16 rows; from 64 on a Hopper multiplies by other instructions, whose sums have another order.
+#: than 16 rows. From 64 on a Hopper multiplies by other instructions: sums have another order.
 _MIN_LANES, _MAX_LANES = 16, 32
 #: Programs a multiprocessor should have to choose from, so that loads overlap.
 _PROGRAMS_EACH = 4
@@ -56,22 +56,23 @@ def num_splits(num_programs: int, num_processors: int, max_seq_len: int) -> int:
 class TritonAttention(PagedAttention):
     """See `PagedAttention`.
 
-    A row of at most `FEW_QUERIES` queries goes through the decode kernel, a longer one through that of
-    prompts: its number of queries alone decides. In the decode kernel the result of a query is the
-    same to the bit for any number of queries in its row, if the number of splits is: that depends on
-    the number of rows and the length of the longest. Between the kernels, and between numbers of
-    splits, results differ by rounding.
+    A row of at most `FEW_QUERIES` queries goes through the decode kernel, a longer one through that
+    of prompts: its number of queries alone decides. With 16-bit dtypes the decode kernel gives a
+    query the same bits for any number of queries in its row, if the number of splits is the same,
+    which depends on the number of rows and the length of the longest. Between the kernels, and
+    between numbers of splits, results differ by rounding; so do the rotated queries of "int4", a
+    product of torch, between numbers of tokens.
     """
 
     name = "triton"
 
     def __init__(self, spec: AttentionSpec, pool: KVPool) -> None:
         # Not at the top of the file: a machine without triton can still load the registry.
-        from model.attention import triton_codes, triton_kernels  # noqa: PLC0415 - see above
+        from model.attention import triton_code_kernels, triton_kernels  # noqa: PLC0415 - see above
 
         super().__init__(spec, pool)
         self._kernels = triton_kernels
-        self._store_kernel = triton_codes.store_kernel
+        self._store_kernel = triton_code_kernels.store_kernel
         #: Turns queries to meet the rotated keys of "int4", and its results back.
         self._rotation = hadamard(torch.eye(spec.head_dim)).to(spec.device, spec.dtype)
         self._scratch: tuple[Tensor, Tensor] | None = None

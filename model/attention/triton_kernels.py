@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from model.attention.triton_codes import load_scales, load_tile
+from model.attention.triton_code_kernels import load_scales, load_tile
 
 #: The addresses of a step's arrays and the width of its table change from step to step. By default
 #: Triton would compile for each alignment and each kind of width, while requests wait.
@@ -61,8 +61,8 @@ def _fold(
 ):
     """Add one tile of a head's keys to an online softmax (arXiv:2205.14135).
 
-    Scales multiply sums of products with codes, or the weights of values. `shift` is the weighted sum
-    of the minima of "int4", which each of a value's elements has; `q_sum` meets those of keys.
+    Scales multiply sums of products with codes, or the weights of values. `shift` is the weighted
+    sum of the minima of "int4", which all elements of a value have; `q_sum` meets those of keys.
     """
     PARTS: tl.constexpr = 2 if KIND == "int4" else 1
     elements_at = head * (HEAD_DIM // PARTS)
@@ -71,7 +71,14 @@ def _fold(
         keys_ptr + elements_at, slots, slot_stride, is_key, HEAD_DIM, DIM_BLOCK, KIND, DOT_DTYPE
     )
     v = load_tile(
-        values_ptr + elements_at, slots, slot_stride, is_key, HEAD_DIM, DIM_BLOCK, KIND, WEIGHT_DTYPE
+        values_ptr + elements_at,
+        slots,
+        slot_stride,
+        is_key,
+        HEAD_DIM,
+        DIM_BLOCK,
+        KIND,
+        WEIGHT_DTYPE,
     )
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if KIND != "floats":

@@ -12,7 +12,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from model.architectures.arch import PRE_NORMS, GatedMlpSpec, LayerSpec
+from model.architectures.arch import PRE_NORMS, GatedMlpSpec, LayerSpec, MixtureSpec
 from model.architectures.transformer import (
     Decoder,
     DecoderLayer,
@@ -101,9 +101,9 @@ def why_not(transformer: Transformer, attention: AttentionBackend) -> str:
     """Return why the compiled decoder cannot serve a model; empty where it can."""
     if not isinstance(attention, CpuAttention):
         return f"attention backend {attention.name} is not the compiled one"
-    if transformer.arch.latent is not None:
-        return "attention is latent"
     specs = transformer.arch.layers
+    if transformer.arch.latent or any(isinstance(spec.mlp, MixtureSpec) for spec in specs):
+        return "attention is latent, or layers have experts"
     if reason := next(filter(None, map(_why_not_layer, specs)), ""):
         return reason
     if len({spec.mlp.intermediate_size for spec in specs}) > 1:
@@ -115,12 +115,11 @@ def why_not(transformer: Transformer, attention: AttentionBackend) -> str:
 
 
 def _why_not_layer(spec: LayerSpec) -> str:
+    assert isinstance(spec.mlp, GatedMlpSpec), "see why_not"
     if spec.norms != PRE_NORMS:
         return "norms are not those before attention and MLP"
     if spec.qk_norm == "all_heads":
         return "q and k have norms over all heads"
-    if not isinstance(spec.mlp, GatedMlpSpec):
-        return "layers have experts"
     if spec.mlp.activation != "silu":
         return f"activation {spec.mlp.activation} is not silu"
     if spec.residual_multiplier != 1:

@@ -17,7 +17,7 @@ from configs.sizes import format_size
 from model.architectures.transformer import Decoder, ServedDecoder, Transformer
 from model.attention.interface import AttentionSpec, BackendOffer, PagedAttention
 from model.cuda.decoder import GpuDecoder
-from model.cuda.graphs import DecodeGraphs, GraphPlan, GraphSize, recorded_sizes, record_on_cuda
+from model.cuda.graphs import DecodeGraphs, GraphPlan, GraphSize, record_on_cuda, recorded_sizes
 from model.cuda.ops import GpuOps
 from model.interface import ModelInfo, SamplingParams, ScoredSpan, SlotStart, StepInput
 from model.kv.memory_plan import DeviceUse, PoolPlan
@@ -79,8 +79,8 @@ def assemble_on_gpu(parts: GpuParts, plan_of: Callable[[int], PoolPlan]) -> Torc
 def graph_sizes(config: SchedulerSection) -> tuple[GraphSize, ...]:
     """Return the steps to record.
 
-    Those with drafts only where drafts are made: recorded later, a graph would halt all streams while
-    kernels compile, and take memory that pages have by then. They double the time of recording.
+    Those with drafts only where drafts are made: they double the time of recording. A graph that
+    is recorded later would halt all streams while kernels compile, and take memory that is pages.
     """
     return recorded_sizes(config.max_num_seqs, has_drafts=config.drafting.speculation != "none")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from model.attention.triton_codes import from_float8
+from model.attention.triton_code_kernels import from_float8
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -1,8 +1,8 @@
 """The decoder's layers on CUDA: the arithmetic of `Transformer.forward` in fewer passes.
 
-Rotation writes keys and values straight to pages of floats, so attention has only to read. Codes are
-of the rotated keys as they are rounded, so they are written after it. Knows nothing of how pages are
-read (`PagedAttention`) or of the kernels (`GpuOps`).
+Rotation writes keys and values straight to pages of floats, so attention has only to read. Codes
+are of the rotated keys as they are rounded, so they are written after it. Knows nothing of how
+pages are read (`PagedAttention`) or of the kernels (`GpuOps`).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def recorded_sizes(max_num_seqs: int, *, has_drafts: bool) -> tuple[GraphSize, .
 
 
 def decode_sizes(max_num_seqs: int) -> tuple[GraphSize, ...]:
-    """Return the sizes of recorded decodes without drafts, ascending; the last has `max_num_seqs` rows.
+    """Return the sizes of recorded decodes without drafts, ascending, up to `max_num_seqs` rows.
 
     Above 64 rows a fifth at most is padding; below, a step mostly reads weights, and further rows
     cost next to nothing.
@@ -90,8 +90,8 @@ class DecodeGraphs:
     """Recorded decodes: they compute hidden states by replay.
 
     A step is padded to the smallest size that has its tokens and its rows, none of which has more
-    than `FEW_QUERIES` tokens. The tokens of each row are an input of the graph, and the host's numbers
-    are the largest: any attention backend can be recorded that reads no tensor on the host.
+    than `FEW_QUERIES` tokens. The tokens of each row are an input of the graph, and the host's
+    numbers are the largest: any attention backend serves that reads no tensor on the host.
     """
 
     def __init__(

@@ -10,6 +10,8 @@ A vector with an element that is not finite has a scale of NaN: only the rows th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ Plane = tuple[tuple[int, ...], torch.dtype]
 _LARGEST_INT8 = 127
 #: Of float8_e4m3fn.
 _LARGEST_FP8 = 448
+#: Latent elements that share a scale.
+_LATENT_GROUP = 128
 
 
 def encode_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +40,29 @@ def encode_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 def decode_scaled(codes: Tensor, scales: Tensor) -> Tensor:
     """Return float32 `[..., dim]`: each code times its vector's scale."""
     return codes.float() * scales.float().unsqueeze(-1)
+
+
+def encode_latent(x: Tensor, latent_dim: int) -> tuple[Tensor, Tensor]:
+    """Return int8 codes `[..., latent_dim]` of the first elements, and bfloat16 beside them.
+
+    These are the scales of groups of codes, then the elements that have no codes.
+    """
+    groups = x[..., :latent_dim].reshape(*x.shape[:-1], num_latent_scales(latent_dim), -1)
+    codes, scales = encode_int8(groups)
+    return codes.flatten(-2), torch.cat((scales, x[..., latent_dim:].bfloat16()), -1)
+
+
+def decode_latent(codes: Tensor, beside: Tensor, latent_dim: int) -> Tensor:
+    """Return float32 `[..., dim]` from both results of `encode_latent`."""
+    num_scales = num_latent_scales(latent_dim)
+    groups = codes.reshape(*codes.shape[:-1], num_scales, -1)
+    latent = decode_scaled(groups, beside[..., :num_scales])
+    return torch.cat((latent.flatten(-2), beside[..., num_scales:].float()), -1)
+
+
+def num_latent_scales(latent_dim: int) -> int:
+    """Return the scales of a latent vector: one to 128 codes, or to a divisor of it."""
+    return latent_dim // math.gcd(latent_dim, _LATENT_GROUP)
 
 
 def encode_int4(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.kv.codes import Plane, decode_int4, decode_scaled, encode_fp8, encode_int4, encode_int8
+from model.kv.codes import (
+    Plane,
+    decode_int4,
+    decode_latent,
+    decode_scaled,
+    encode_fp8,
+    encode_int4,
+    encode_int8,
+    encode_latent,
+    num_latent_scales,
+)
 from model.kv.page_codes import PageCoding
 
 
@@ -30,6 +41,8 @@ class Coding:
     packed: int = 1
     #: bfloat16 numbers of a vector, behind each other: `()` is one, without a dimension of its own.
     scales_shape: tuple[int, ...] = ()
+    #: Last elements of a vector without codes: they are bfloat16, behind the scales.
+    num_floats: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +72,7 @@ class KVFormat:
                 f"kv_cache_dtype {self.name} needs heads of a multiple of {self.coding.packed} "
                 f"elements, got {dim}"
             )
-        codes = (dim // self.coding.packed,), self.storage
+        codes = ((dim - self.coding.num_floats) // self.coding.packed,), self.storage
         return [codes, (self.coding.scales_shape, torch.bfloat16)]
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -94,6 +107,29 @@ KV_FORMATS: Mapping[str, KVFormat] = MappingProxyType(
 )
 
 
+@cache
+def _latent_format(kv_format: KVFormat, latent_dim: int, dim: int) -> KVFormat:
+    """Return a format for latent vectors with a rotated one behind them, `dim` elements in all.
+
+    Codes are of the latent elements alone. The others are few, and lose most by rounding.
+    """
+    if kv_format in FLOAT_FORMATS:
+        return kv_format
+    if kv_format.name != "int8":
+        raise ValueError(
+            f"kv_cache_dtype {kv_format.name} is not supported with latent attention; "
+            "the nearest is int8"
+        )
+    num_floats = dim - latent_dim
+    coding = Coding(
+        partial(encode_latent, latent_dim=latent_dim),
+        partial(decode_latent, latent_dim=latent_dim),
+        scales_shape=(num_latent_scales(latent_dim) + num_floats,),
+        num_floats=num_floats,
+    )
+    return replace(kv_format, coding=coding)
+
+
 class LayerPages(NamedTuple):
     """The planes of one layer, each `[num_pages, page_size, kv_heads, ...]`."""
 
@@ -123,7 +159,10 @@ class KVLayout:
 
     def format_of(self, layer: int) -> KVFormat:
         """Return the format of a layer's pages."""
-        return self.other_formats.get(layer, self.format)
+        kv_format = self.other_formats.get(layer, self.format)
+        if self.latent_dim is None:
+            return kv_format
+        return _latent_format(kv_format, self.latent_dim, self.head_dim)
 
     def planes(self, layer: int) -> list[Plane]:
         """Return the shape of a page and the dtype, for each plane of a layer."""

@@ -61,7 +61,7 @@ def _latent(
     kv_up = reader.kept(f"{index}.kv_up", dtype)
     return LatentWeights(
         q_up=reader.linear(f"{index}.q_up", reader.fmt) if has_q_up else None,
-        kv_up=kv_up.unflatten(0, (reader.arch.num_heads, -1)),
+        kv_up=kv_up.view(reader.arch.num_heads, -1, latent.rank),
     )
 
 

@@ -31,6 +31,8 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 MIXED = ((1, 1), (1, 700), (40, 40), (37, 300), (1, 17), (2, 130), (1, 256), (1, 257))
 #: As MIXED, for interpreted kernels: a hundred times slower than the slowest of the others.
 SMALL = ((1, 1), (1, 130), (17, 17), (18, 70), (1, 64), (2, 66))
+#: As SMALL, where they write codes, too.
+CODED_SMALL = ((1, 70), (9, 40), (3, 66))
 #: Relative to the largest value of the result.
 TOLERANCE = {F32: 1e-5, F16: 2e-3, BF16: 1.6e-2}
 #: Where operands enter as bfloat16, and sums are float32.
@@ -197,9 +199,12 @@ def test_activations_of_half_precision(build: Build, dtype: torch.dtype) -> None
 @pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (80, 1), (128, 48)])
 def test_codes(name: str, kv_format: KVFormat, head_dim: int, page_size: int) -> None:
     build = BACKENDS[name]
+    if is_slow(build) and (CODED_FORMATS.index(kv_format) - head_dim // 32) % 3:
+        pytest.skip("another format has this size")
     scene = make_scene(
-        mixed(build),
+        CODED_SMALL if is_slow(build) else MIXED,
         head_dim=head_dim,
+        num_kv_heads=1 if is_slow(build) else 3,
         page_size=page_size,
         kv_format=kv_format,
         windows=(None, 9) if is_slow(build) else (None, 100),
@@ -211,8 +216,9 @@ def test_codes(name: str, kv_format: KVFormat, head_dim: int, page_size: int) ->
 @pytest.mark.parametrize("kv_format", CODED_FORMATS, ids=lambda one: one.name)
 def test_no_code_behind_the_window_is_read(name: str, kv_format: KVFormat) -> None:
     build = BACKENDS[name]
-    rows = ((1, 130), (18, 70), (2, 66), (1, 9)) if is_slow(build) else (*MIXED, (64, 600))
-    scene = make_scene(rows, kv_format=kv_format, windows=(9, 40))
+    rows = CODED_SMALL if is_slow(build) else (*MIXED, (64, 600))
+    heads = 1 if is_slow(build) else 3
+    scene = make_scene(rows, num_kv_heads=heads, kv_format=kv_format, windows=(9, 40))
     poison_behind_window(scene, 1)
     check(build, scene)
 

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_scenes import Scene, make_scene
 from torch import Tensor
 
+from attention_scenes import Scene, make_scene
 from model.attention import triton_attention
 from model.attention.interface import FEW_QUERIES
 from model.attention.triton_attention import TritonAttention
+from model.kv.format import KV_FORMATS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: A border between tiles of 64 keys is among the last queries, and the window of some begins there.
@@ -45,14 +46,15 @@ def read(scene: Scene, rows: list[tuple[int, int]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("page_size", "heads", "head_dim", "window", "splits"),
+    ("page_size", "heads", "head_dim", "window", "splits", "kv_format"),
     [
-        (16, (2, 3), 32, None, 4),
-        (64, (1, 1), 32, WINDOW, 2),
-        (1, (1, 8), 64, None, 2),
-        (48, (1, 4), 80, WINDOW, 1),
+        (16, (1, 3), 32, None, 4, "float32"),
+        (64, (1, 1), 32, WINDOW, 2, "int8"),
+        (1, (1, 8), 64, None, 2, "float16"),
+        (48, (1, 4), 80, WINDOW, 1, "fp8"),
         # More pairs of a query and a head than one program takes.
-        (256, (1, 12), 32, 3, 2),
+        (256, (1, 12), 32, 3, 1, "float32"),
+        (16, (2, 1), 32, WINDOW, 4, "float32"),
     ],
 )
 def test_a_query_has_the_same_bits_in_every_row(
@@ -61,10 +63,11 @@ def test_a_query_has_the_same_bits_in_every_row(
     head_dim: int,
     window: int | None,
     splits: int,
+    kv_format: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The interpreter multiplies by BLAS, whose sums depend on the number of rows. On a GPU they do not:
-    # see `test_kernels_compile.py`.
+    # The interpreter multiplies by BLAS, whose sums depend on the number of rows. On a GPU they do
+    # not: see `test_kernels_compile.py`.
     monkeypatch.setattr(triton_attention, "_MIN_LANES", triton_attention._MAX_LANES)
     monkeypatch.setattr(triton_attention, "num_splits", lambda *_: splits)
     scene = make_scene(
@@ -73,6 +76,7 @@ def test_a_query_has_the_same_bits_in_every_row(
         num_kv_heads=heads[0],
         group=heads[1],
         page_size=page_size,
+        kv_format=KV_FORMATS[kv_format],
         windows=(window,),
     ).on(DEVICE)
     _, k, v = scene.parts
@@ -87,7 +91,7 @@ def test_a_query_has_the_same_bits_in_every_row(
 
 def test_rows_without_a_query_and_tokens_of_no_row_change_no_other() -> None:
     """As `DecodeGraphs` pads steps."""
-    scene = make_scene(((3, 70), (1, 9)), windows=(None,)).on(DEVICE)
+    scene = make_scene(((3, 70), (1, 9)), num_kv_heads=1).on(DEVICE)
     q, k, v = scene.parts
     scene.pool.store(0, scene.batch.kv_slots, k, v)
     results = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from typing import Any
 
@@ -16,7 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model.attention import triton_codes, triton_kernels
+from model.attention import triton_code_kernels, triton_kernels
 from model.cuda import coded_kernels
 from model.cuda import kernels as gpu_kernels
 
@@ -69,6 +70,8 @@ OTHER_POINTERS: dict[str, str] = {
     "seq_lens_ptr": INT32,
     "query_starts_ptr": INT32,
 }
+#: Divisions of any kind, fused products and sums, and operations that flush small numbers to zero.
+ROUNDING = r"\b(?:div|fma)[a-z0-9.]*f32|\b[a-z0-9.]+\.ftz[a-z0-9.]*"
 #: Kernel, its constants, how it is launched.
 VARIANTS: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
     (triton_kernels.decode_kernel, DECODE | {"PAGE_SIZE": 16, "NUM_SPLITS": 1}, {"num_stages": 3}),
@@ -98,7 +101,11 @@ VARIANTS: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
                 PROMPT | {"PAGE_SIZE": 16, "KIND": kind},
                 {"num_warps": 8, "num_stages": 2},
             ),
-            (triton_codes.store_kernel, STORE | {"KIND": kind}, {"num_warps": 1}),
+            (
+                triton_code_kernels.store_kernel,
+                STORE | {"KIND": kind},
+                {"num_warps": 1, "enable_fp_fusion": False},
+            ),
         )
     ),
     (gpu_kernels.rms_norm_kernel, NORM | {"ADDS": True}, {"num_warps": 8}),
@@ -166,6 +173,10 @@ def main() -> None:
                 "shared_bytes": found.metadata.shared,
                 "num_warps": found.metadata.num_warps,
                 "specialized": specialized(kernel),
+                # The instructions of matrix products, and the warps' shares of a result.
+                "products": sorted(set(re.findall(r"nvidia_mma<\{[^}]*\}>", found.asm["ttgir"]))),
+                # Those that round otherwise than a float32 operation does by itself.
+                "rounding": sorted(set(re.findall(ROUNDING, found.asm["ptx"]))),
             }
             print(json.dumps(line))  # noqa: T201 - its only purpose
 

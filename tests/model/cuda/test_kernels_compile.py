@@ -43,7 +43,19 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
     for line in found:
         # Compiled once: not anew, amid requests, for a step whose arrays begin elsewhere.
         assert OF_A_STEP.isdisjoint(line["specialized"])
-        written = {"rope_kernel": "q_ptr", "store_kernel": "keys_ptr"}.get(line["kernel"], "out_ptr")
+        written = {"rope_kernel": "q_ptr", "store_kernel": "keys_ptr"}.get(
+            line["kernel"], "out_ptr"
+        )
         assert written in line["specialized"]
         assert line["cubin_bytes"] > 0
         assert line["shared_bytes"] <= MAX_SHARED_BYTES[line["capability"]]
+    # Codes are the bytes that torch computes: every operation rounds to nearest, by itself.
+    stores = [line["rounding"] for line in found if line["kernel"] == "store_kernel"]
+    assert stores == [["div.rn.f32"]] * 3 * len(MAX_SHARED_BYTES)
+    # A query's sums have one order, with few lanes of a program and with many: a draft changes no
+    # bit. Float32 has no such instructions.
+    decodes = [line for line in found if line["kernel"] == "decode_kernel" and line["products"]]
+    for capability in MAX_SHARED_BYTES:
+        products = [line["products"] for line in decodes if line["capability"] == capability]
+        assert len(products) > 4
+        assert all(one == products[0] for one in products)

@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.kv.codes import bfloat16_up, hadamard
+from model.kv.codes import (
+    bfloat16_up,
+    decode_latent,
+    decode_scaled,
+    encode_int8,
+    encode_latent,
+    hadamard,
+)
 from model.kv.format import CODED_FORMATS, KV_FORMATS, KVFormat
 from model.kv.page_codes import PageCoding
 
@@ -207,3 +214,22 @@ def test_scales_are_rounded_up() -> None:
     up = [1.0, 1.0078125, 1.0078125, -1.0, -1.0, 0.0]
     assert bfloat16_up(x)[:6].tolist() == up
     assert (bfloat16_up(x).double() >= x.double()).all()
+
+
+@settings(max_examples=10)
+@given(vectors=st.integers(1, 3), latent_dim=st.sampled_from([8, 96, 512]), seed=st.integers(0, 9))
+def test_a_latent_vector_has_a_scale_to_128_elements_and_a_rotated_part_in_16_bits(
+    vectors: int, latent_dim: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    magnitudes = torch.logspace(-3, 3, vectors)[:, None]
+    x = magnitudes * torch.randn(vectors, latent_dim + 6, generator=generator)
+    codes, beside = encode_latent(x, latent_dim)
+    found = decode_latent(codes, beside, latent_dim)
+    assert torch.equal(found[:, latent_dim:], x[:, latent_dim:].bfloat16().float())
+    group = {8: 8, 96: 32, 512: 128}[latent_dim]
+    assert beside.shape == (vectors, latent_dim // group + 6)
+    for first in range(0, latent_dim, group):
+        part = slice(first, first + group)
+        expected = decode_scaled(*encode_int8(x[:, part]))
+        assert torch.equal(found[:, part], expected)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,18 +209,28 @@ def test_a_page_that_was_encoded_as_a_whole_moves_as_a_whole() -> None:
         pool.move_pages([move(1, 2, PAGE_SIZE - 1)])
 
 
-def test_a_latent_layout_may_have_codes() -> None:
-    layout = KVLayout(LAYERS, 1, HEAD_DIM, PAGE_SIZE, KV_FORMATS["int8"], latent_dim=6)
-    pool = KVPool(layout, PAGES, CPU)
-    assert layout.bytes_per_page == LAYERS * PAGE_SIZE * (HEAD_DIM + 2)
-    k = torch.randn(2, 1, HEAD_DIM)
-    pool.store(2, torch.tensor([4, 5]), k, k[..., :6])
-    keys, values = pool.load(2, torch.tensor([4, 5]))
-    torch.testing.assert_close(keys, k, rtol=0, atol=0.02)
-    assert torch.equal(values, keys[..., :6])
-
-
 def test_two_codes_a_byte_need_an_even_head() -> None:
     layout = KVLayout(LAYERS, HEADS, 27, PAGE_SIZE, KV_FORMATS["int4"])
     with pytest.raises(ValueError, match="int4 needs heads of a multiple of 2 elements, got 27"):
         _ = layout.bytes_per_page
+
+
+def test_codes_of_latent_vectors_leave_the_rotated_part_in_16_bits() -> None:
+    int8 = KV_FORMATS["int8"]
+    layout = KVLayout(LAYERS, 1, 576, PAGE_SIZE, int8, latent_dim=512)
+    assert layout.bytes_per_page == LAYERS * PAGE_SIZE * (512 + 4 * 2 + 64 * 2)
+    pool = KVPool(layout, PAGES, CPU)
+    k = torch.randn(3, 1, 576)
+    # A number that is not finite is a matter of its own row.
+    k[2, 0, 7] = torch.inf
+    pool.store(2, torch.tensor([4, 5, 6]), k, k[..., :512])
+    pool.move_pages([move(1, 3, 3)])
+    keys, values = pool.load(2, torch.tensor([12, 13, 14]))
+    assert torch.equal(values[:2], keys[:2, :, :512])
+    assert torch.equal(keys[:2, :, 512:], k[:2, :, 512:].bfloat16().float())
+    error = (keys[:2] - k[:2]).abs().max() / k[:2].abs().max()
+    assert 0 < error < 0.01
+    assert keys[2].isnan().any()
+    for name in ("fp8", "int4"):
+        with pytest.raises(ValueError, match=f"kv_cache_dtype {name} .* the nearest is int8"):
+            replace(layout, format=KV_FORMATS[name]).planes(0)
