@@ -1,8 +1,8 @@
 """Bounded sequences on the real model: `python bench/long_streams.py [--policy sinks:4+1020]`.
 
-Prints the time of a step while streams grow far beyond their window in a pool that holds little
-more, and the perplexity of a text by position: under the policy, under its window alone, and with
-all keys. Times are CPU time of one thread, so other programs disturb them less. Asserts nothing.
+Prints the perplexity of a text by position: with all keys, under the policy, and under a window
+alone. Then streams grow far beyond their window, in a pool that holds little more; prints the time
+of a step by their length. Times are CPU time of one thread, so other programs disturb them less.
 """
 
 # ruff: noqa: T201 - printing is all a benchmark is for

@@ -90,9 +90,7 @@ class KVCache:
         """Pages that can be allocated now: free and evictable ones."""
         return self._pool.num_free + self._tree.num_evictable
 
-    def match(
-        self, tokens: Sequence[int], namespace: str = "", view: View = FULL_VIEW
-    ) -> Match:
+    def match(self, tokens: Sequence[int], namespace: str = "", view: View = FULL_VIEW) -> Match:
         """Look up a prompt of a view. Changes nothing, recency included. O(tokens reused)."""
         view = view.within(self._view)
         limit = self._max_shared_tokens(view)
@@ -235,9 +233,9 @@ class KVCache:
     def drop(self, allocation: Allocation, unread: range) -> None:
         """Give back pages that no later query of the sequence reads, by index in its block table.
 
-        Those to be shared were committed. Private ones go back to the pool; cached ones stay cached, and may be
-        evicted unless other allocations read them. `unread` begins where it did before, and never
-        shrinks. Raises `ValueError` if the allocation was freed.
+        Those to be shared were committed. Private ones go back to the pool; cached ones stay
+        cached, and may be evicted unless other allocations read them. `unread` begins where it did
+        before, and never shrinks. Raises `ValueError` if the allocation was freed.
         """
         lease = allocation.lease
         if unread.stop <= lease.gap.stop:

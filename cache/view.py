@@ -25,7 +25,7 @@ class View:
         return None if self.window is None else self.sinks + self.window
 
     def within(self, model: View) -> View:
-        """Return what a request of this view reads in a model of the other one."""
+        """Return the effective view of a request with this one in a model with the other."""
         if self.window is None or (model.window is not None and model.window <= self.window):
             return model
         return self

@@ -16,7 +16,9 @@ MIN_WINDOW_TOKENS = 64
 #: As in StreamingLLM (arXiv:2309.17453).
 DEFAULT_SINK_TOKENS = 4
 
-_WRITTEN = re.compile(r"full|window:(?P<window>\d{1,9})|sinks:(?P<sinks>\d{1,9})\+(?P<rest>\d{1,9})")
+_WRITTEN = re.compile(
+    r"full|window:(?P<window>\d{1,9})|sinks:(?P<sinks>\d{1,9})\+(?P<rest>\d{1,9})"
+)
 #: Kinds of other servers or papers.
 _NOT_SERVED = {
     "morph": "MorphKV drops keys by their scores",

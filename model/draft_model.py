@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from cache.view import FULL_VIEW
 from model.architectures.transformer import Decoder
 from model.attention.interface import AttentionBackend
 from model.interface import GUESSED_TOKEN, StepInput
@@ -65,9 +66,12 @@ class DraftModel:
         """Return the step with the guesses in their places, and these by row.
 
         After it the draft model's pages hold the keys of all tokens of the step, except for those
-        at a sequence's end that it computes later.
+        at a sequence's end that it computes later. Raises `ValueError` for a view of a request:
+        pages out of it may belong to others.
         """
         for start in step.started:
+            if start.view != FULL_VIEW:
+                raise ValueError(f"a draft model cannot follow the view of a request: {start.view}")
             self._packer.forget(start.slot)
             self._missing.pop(start.slot, None)
         self._pool.reach(max(pages[-1] for pages in step.page_ids))

@@ -105,7 +105,7 @@ def packed_views(
     sinks = np.zeros(len(ends), np.int32)
     windows = np.full(len(ends), _NO_WINDOW, np.int32)
     for row, view in views.items():
-        if view.max_keys is not None and view.max_keys < ends[row]:
+        if view.window is not None and view.sinks + view.window < ends[row]:
             sinks[row], windows[row] = view.sinks, view.window
     if (windows == _NO_WINDOW).all():
         return None
@@ -239,7 +239,7 @@ class Packer:
     def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
         self._page_size = page_size
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // page_size))
-        #: By slot, of those that have one of their own.
+        #: By slot, views of requests; there are none of other slots.
         self._views: dict[int, View] = {}
         #: By slot, which of the last step's samples is its newest token.
         self._sample_of_slot: dict[int, int] = {}

@@ -33,9 +33,7 @@ class Prospects:
             return True
         if self.is_blocked(sequence):
             return False
-        match = self._cache.match(
-            sequence.token_ids, sequence.request.namespace, sequence.own_view
-        )
+        match = self._cache.match(sequence.token_ids, sequence.request.namespace, sequence.own_view)
         sequence.next_page = match.next_page
         return match.in_flight
 

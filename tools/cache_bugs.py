@@ -151,6 +151,18 @@ CACHE_BUGS = [
         "",
     ),
     Bug(
+        "pages that depend on the view of a request are shared",
+        KV,
+        "num_whole_pages = min(num_computed, allocation.max_shared_tokens) // self._page_size",
+        "num_whole_pages = num_computed // self._page_size",
+    ),
+    Bug(
+        "a request reads pages that its view would have computed otherwise",
+        KV,
+        "        limit = max_shared_tokens\n",
+        "        limit = maxsize\n",
+    ),
+    Bug(
         "a duplicate page that is dropped leaks",
         KV,
         "self._pool.give_back(allocation.private_among(pages))",

@@ -47,7 +47,7 @@ class ViewedDecoder(Decoder, Protocol):
         attention: AttentionBackend,
         views: RowViews | None = None,
     ) -> Tensor:
-        """See `Decoder`. Under `views`, positions may be behind those that are held."""
+        """See `Decoder`. Under `views`, positions may exceed the held ones."""
 
 
 class ServedDecoder(Decoder, Protocol):

@@ -147,9 +147,7 @@ class TorchAttention:
             .reshape(rows, kv_heads, heads_each * num_queries, spec.head_dim)
         )
 
-    def _attend_group(
-        self, group: _Group, layer: int, q: Tensor, sink_q: Tensor | None
-    ) -> Tensor:
+    def _attend_group(self, group: _Group, layer: int, q: Tensor, sink_q: Tensor | None) -> Tensor:
         """Return `[rows * queries, heads, head_dim]`."""
         spec = self._spec
         rows, num_queries, num_keys = group.back.shape

@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 MASK_TIMEOUT_S = 0.001
 #: After one mask that took longer, a slot is served by the slow worker.
 _SLOW_S = 0.004
+#: Of the slow worker, beside the threads that compute tokens: see `lower_priority`.
+_SLOW_NICENESS = 10
 #: More tokens than this to replay (at 2 µs each) are for the slow worker.
 _MAX_REPLAYED_TOKENS = 500
 
@@ -133,7 +135,9 @@ class Matchers:
         self._slots: dict[int, _SlotMatcher] = {}
         self._finished = threading.Condition()
         self._quick = ThreadPoolExecutor(1, "masks")
-        self._slow = ThreadPoolExecutor(1, "slow masks", initializer=lower_priority)
+        self._slow = ThreadPoolExecutor(
+            1, "slow masks", initializer=lower_priority, initargs=(_SLOW_NICENESS,)
+        )
 
     def start(self, slot: int, grammar: CompiledGrammar, output_token_ids: Sequence[int]) -> None:
         """Match a sequence against a grammar from the end of its output on."""

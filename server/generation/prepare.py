@@ -140,7 +140,7 @@ def _max_tokens(
         raise invalid(f"{known}: {dotted(path)} has {num_prompt}", path, code)
     if wanted is None:
         is_text = isinstance(spec.prompt, TextPrompts)
-        # A bounded view has room for many more, which nobody asked for.
+        # A bounded view has room for many more, but an answer may never end by itself.
         return min(DEFAULT_COMPLETION_TOKENS if is_text else info.max_model_len, room)
     if wanted <= room:
         return wanted

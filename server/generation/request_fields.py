@@ -182,7 +182,7 @@ def _served_type(value: object) -> object:
 
 
 class KVPolicyFields(Request):
-    """The keys that a query reads: `full`, the newest (`window`), or the first ones too (`sinks`)."""
+    """The keys that a query reads: all, the newest, or the newest and the first (sinks)."""
 
     type: Annotated[PolicyType, BeforeValidator(_served_type)]
     window: int | None = optional("tokens, itself included; at least 64")

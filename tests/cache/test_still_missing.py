@@ -44,6 +44,20 @@ def test_under_a_window_no_page_is_surely_missing() -> None:
     assert not cache.is_still_missing(cache.match([1, 2, 3, 4, 5]).next_page)
 
 
+def test_beside_husks_no_page_is_surely_missing() -> None:
+    """A page before the missing one may be a husk by now, and be computed again."""
+    cache, tokens = KVCache(8, 2), [1, 2, 3, 4, 5, 6]
+    bounded = cache.admit(tokens, view=View(window=4))
+    assert bounded is not None
+    cache.commit(bounded, tokens, 6)
+    page = cache.match([*tokens[:4], 9, 9, 9]).next_page
+    assert cache.is_still_missing(page)
+    cache.drop(bounded, range(1))
+    assert cache.reset() == 1
+    assert not cache.is_still_missing(page)
+    cache.check()
+
+
 def test_each_way_to_more_pages_is_counted() -> None:
     cache = KVCache(8, 2)
     first, second = admitted(cache, [1, 2, 3]), admitted(cache, [4, 5, 6])

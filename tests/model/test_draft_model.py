@@ -15,9 +15,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from cache.view import View
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.interface import SamplingParams
+from model.interface import SamplingParams, SlotStart, StepInput
 from model.runner import TorchRunner
 from model.weights.source import ModelSource
 from scheduler.drafters.choice import BestDrafter
@@ -269,3 +270,11 @@ def test_a_shorter_limit_lets_it_fit(make_source: MakeSource) -> None:
     while runner.idle():
         pass
     runner.close()
+
+
+def test_a_view_of_a_request_is_refused(make_runner: MakeRunner) -> None:
+    """The draft model reads all keys, and pages out of view may belong to others."""
+    start = SlotStart(0, SamplingParams(1), [3], view=View(window=8))
+    step = StepInput([3], [0], [1], [0], [[0]], [0], started=[start])
+    with pytest.raises(ValueError, match="a draft model cannot follow the view"):
+        make_runner("other", 60).launch(step)

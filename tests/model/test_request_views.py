@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from steps import step_of
 
 from cache.kv_cache import KVCache
 from cache.view import FULL_VIEW, View
@@ -19,7 +20,6 @@ from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart, Toke
 from model.runner import TorchRunner
 from scheduler.messages import GenerateRequest, Submit
 from scheduler.scheduler import Scheduler
-from steps import step_of
 
 _PAGE_SIZE, _CHUNK = 4, 16
 _CONFIG = {
@@ -44,9 +44,7 @@ Make = Callable[..., TorchRunner]
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     runners: dict[tuple[str, str, int], TorchRunner] = {}
 
-    def make(
-        backend: str, num_pages: int, quantization: str = "none", **cache: Any
-    ) -> TorchRunner:
+    def make(backend: str, num_pages: int, quantization: str = "none", **cache: Any) -> TorchRunner:
         key = (backend, quantization, num_pages)
         if cache or key not in runners:
             path: Path = tmp_path_factory.mktemp("tiny") / "config.json"
@@ -117,9 +115,7 @@ def numbers(logprobs: list[TokenLogprobs]) -> list[float]:
 
 @pytest.mark.parametrize("view", _VIEWS, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
-def test_a_small_pool_gives_the_tokens_of_a_large_one(
-    make: Make, backend: str, view: View
-) -> None:
+def test_a_small_pool_gives_the_tokens_of_a_large_one(make: Make, backend: str, view: View) -> None:
     small, large = make(backend, 16), make(backend, 128)
     assert small.info.max_model_len == large.info.max_model_len == 64
     [expected], _, _ = serve(large, [request_of(view)], budget=64)

@@ -44,7 +44,7 @@ def run(drive: Any) -> int:
         if plan is None:
             continue
         drive.apply(plan)
-        # Whatever is read from now on was written by a later step.
+        # All pages that are read from now on were written by a later step, or are held.
         drive.runner.pages.forget(drive.cache._pool.free_ids)
         if number % 50 == 0:
             drive.scheduler.check()
@@ -154,7 +154,9 @@ def test_the_longest_sequence_depends_on_the_view(
 ) -> None:
     drive = drive_of(make_drive, 10 if "161" in message else 64)
     refused = drive.submit(0, text(num_prompt), own_view=view)
-    assert (refused.message if refused else "").endswith(message and f"{message}, prompt and answer together")
+    assert (refused.message if refused else "").endswith(
+        message and f"{message}, prompt and answer together"
+    )
     assert bool(refused) == bool(message)
 
 

@@ -1,4 +1,4 @@
-"""The draft model of `--speculation draft:MODEL`: found, and refused where its tokens are others."""
+"""The draft model of `--speculation draft:MODEL`, found, and refused where its tokens differ."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from model.fake import fake_output
-from scheduler.client import FULL_VIEW, View
+from scheduler.client import FULL_VIEW, FinishReason, TokenOutput, View
 
 SINKS = {"type": "sinks", "window": 64, "sinks": 4}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -142,7 +142,7 @@ def test_a_model_without_views_says_why(
 
 
 def test_a_narrower_window_of_the_model_is_what_counts(
-    start_server: Any, scripted_client: Callable[..., Any]
+    scripted_client: Callable[..., Any],
 ) -> None:
     client = scripted_client(None)
     assert client.info.max_len(View(4, 64)) > 10**6
@@ -156,8 +156,7 @@ def test_an_answer_without_a_limit_has_that_of_the_context(
 ) -> None:
     async def silent(_: object, request: Any) -> Any:
         limits.append(request.params.max_tokens)
-        raise RuntimeError("enough")
-        yield
+        yield TokenOutput((72,), finish_reason=FinishReason.STOP)
 
     limits: list[int] = []
     live = start_server(scripted_client(silent))

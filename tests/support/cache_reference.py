@@ -41,7 +41,7 @@ class Live:
         return self.namespace, tuple(self.tokens[:num_tokens])
 
     def written(self, num_tokens: int) -> Key:
-        """Return what identifies the keys and values of the last of these tokens."""
+        """Return the name of the keys and values of the last of these tokens."""
         namespace, prefix = self.key(num_tokens)
         is_shared = num_tokens <= self.max_shared_tokens
         return namespace if is_shared else f"{namespace} under {self.view}", prefix
@@ -128,9 +128,7 @@ class Reference:
             return maxsize
         return view.sinks + view.window
 
-    def is_readable(
-        self, namespace: str, tokens: list[int], num_tokens: int, view: View
-    ) -> bool:
+    def is_readable(self, namespace: str, tokens: list[int], num_tokens: int, view: View) -> bool:
         """Return whether all pages are there that the query at `num_tokens` reads."""
         keys = self.path(namespace, tokens, num_tokens // self.page_size)
         gap = view.unread_pages(num_tokens, self.page_size)

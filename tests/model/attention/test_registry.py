@@ -92,6 +92,13 @@ def test_an_offer_builds_what_it_is_named_for(name: str) -> None:
     assert offer.name in BACKENDS
 
 
+@pytest.mark.parametrize(
+    ("name", "reads_views"), [("reference", True), ("torch", True), ("triton", False)]
+)
+def test_an_offer_states_whether_rows_may_have_views(name: str, reads_views: bool) -> None:
+    assert choose_backend(name, SPEC).reads_views is reads_views
+
+
 def test_a_page_size_is_a_multiple_of_what_the_backend_asks_for() -> None:
     offer = replace(choose_backend("reference", SPEC), page_multiple=16, default_page_size=64)
     assert offer.page_size(None) == 64

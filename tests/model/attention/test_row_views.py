@@ -1,4 +1,4 @@
-"""Rows with views of their own: the read rule, both rotations, and what must not be read."""
+"""Rows with views of their own: the read rule, both rotations, and keys that are not read."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def with_views(batch: AttentionBatch, views: tuple[View, ...]) -> AttentionBatch
 
 
 def hidden(view: View, layer_window: int | None, queries: Tensor, num_keys: int) -> Tensor:
-    """Return `[queries, keys]`, the read rule: a layer's window counts from where a query stands."""
+    """Return `[queries, keys]`: a layer's window counts from the position towards the key."""
     key, window = torch.arange(num_keys), layer_window or 2**31
     query = queries[:, None]
     bound = view.max_keys or 2**31
@@ -177,11 +177,9 @@ def test_rows_without_a_view_change_by_no_bit(name: str) -> None:
 @pytest.mark.parametrize("view", [View(4, 60), View(300, 40), View(0, 70)], ids=str)
 @pytest.mark.parametrize("kv_dtype", [F32, BF16], ids=str)
 def test_no_cut_of_a_text_changes_a_bit(isa: str, view: View, kv_dtype: torch.dtype) -> None:
-    """In one piece, token by token, and in pieces that begin or end where the view begins to hide."""
+    """In one piece, token by token, and in pieces around the first token with hidden keys."""
     length, bounds = 420, view.max_keys or 0
-    scene = make_scene(
-        ((length, length),), head_dim=32, num_kv_heads=2, group=3, kv_dtype=kv_dtype
-    )
+    scene = make_scene(((length, length),), head_dim=32, num_kv_heads=2, group=3, kv_dtype=kv_dtype)
     sink_q = torch.randn(scene.parts[0].shape, generator=torch.Generator().manual_seed(3))
     backend = cpu(isa)(scene.spec, scene.pool)
     found = []
@@ -199,8 +197,8 @@ def test_no_cut_of_a_text_changes_a_bit(isa: str, view: View, kv_dtype: torch.dt
                 max_seq_len=end,
             )
             backend.plan(with_views(batch, (view,)))
-            parts = [part[start:end] for part in scene.parts]
-            pieces.append(backend.attend(0, *parts, sink_q[start:end]))
+            q, k, v, moved = (part[start:end] for part in (*scene.parts, sink_q))
+            pieces.append(backend.attend(0, q, k, v, moved))
         found.append(torch.cat(pieces))
     for pieces_of_text in found[1:]:
         assert torch.equal(pieces_of_text, found[0])

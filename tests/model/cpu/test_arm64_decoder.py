@@ -86,7 +86,9 @@ def attend(arm: EmulatedArm, scene: Scene, session: int, layer: int, qkv: Tensor
     firsts = (0, spec.num_heads, spec.num_heads + spec.num_kv_heads)
     parts = [(at + first * row_bytes, num_heads * dim, dim) for first in firsts]
     arguments = [number for part in parts for number in part]
-    arm.call("octavo_attention_attend", session, layer, DTYPE_CODES[dtype], *arguments, out, 0, 0, 0)
+    arm.call(
+        "octavo_attention_attend", session, layer, DTYPE_CODES[dtype], *arguments, out, 0, 0, 0
+    )
     return arm.get(out, tokens, spec.num_heads * dim, dtype=dtype)
 
 

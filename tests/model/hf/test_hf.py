@@ -220,6 +220,7 @@ def test_tokens_and_logits_are_those_of_transformers(checkpoint: Any, session: A
     theirs = {"model_impl": "transformers"}
     roomy = Engine(make_runner(checkpoint.source, 80, **theirs))
     assert any("computed by transformers" in note for note in roomy.runner.info.notes)
+    assert roomy.runner.info.why_no_views == "the model is computed by transformers"
     assert roomy.run(_PROMPTS) == expected, "cold, in chunks of seven, side by side"
     assert roomy.run(_PROMPTS) == expected, "warm"
     assert roomy.stats().prefix_hits_tokens_total > len(_STEM)
