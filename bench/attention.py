@@ -1,8 +1,8 @@
 """Prints microseconds a layer of attention takes on this CPU, against torch's dense attention.
 
 Not a test: `python bench/attention.py [--isa avx2] [--layers 30] [--formats bfloat16 int8 int4]`.
-With several layers each finds its pages where a real step would: outside the nearest caches. Formats
-of the pages take turns, call by call. One thread is measured by its CPU time.
+With several layers each finds its pages where a real step would: outside the nearest caches.
+Formats of the pages take turns, call by call. One thread is measured by its CPU time.
 """
 
 # ruff: noqa: T201 - tables are printed

@@ -61,7 +61,7 @@ def choose_threads(config: ModelSection) -> Threads:
 
 
 def choose_device(config: ModelSection) -> Device:
-    """Return the stated device, or a GPU if there is one. Raises `ValueError` naming the setting."""
+    """Return the stated device, or a GPU if there is one; `ValueError` naming the setting."""
     name = config.device
     stated = None if config.dtype == "auto" else getattr(torch, config.dtype)
     if name == "auto":

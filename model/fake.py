@@ -127,6 +127,8 @@ class FakeRunner:
     num_pages: int = 64
     #: Of the model: a request's own view takes its place.
     view: View = FULL_VIEW
+    #: See `ModelInfo`.
+    smallest_reusable_prefix_tokens: int = 1
     #: Steps so far, and tokens computed in them, recomputed ones included.
     num_steps: int = 0
     num_tokens: int = 0
@@ -172,6 +174,7 @@ class FakeRunner:
             kv_cache_dtype="int",
             device="none",
             attention_backend="fake",
+            smallest_reusable_prefix_tokens=self.smallest_reusable_prefix_tokens,
             view=self.view,
             draft_model="fake" if self.guess_period else "",
         )

@@ -48,6 +48,7 @@ class PagedText:
                 kv_slots=positions,
                 max_query_len=count,
                 max_seq_len=end,
+                slots=(0,),
             )
         )
         self.num_tokens = end

@@ -183,7 +183,7 @@ def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[M
         {state: count * page_bytes for state, count in pages.items()},
         "state",
     )
-    capacity_tokens = cache.pages_total * info.page_size if info else 0
+    capacity_tokens = info.num_pages * info.page_size if info else 0
     yield from page.gauge(
         "kv_tokens_capacity", "tokens that fit at one time", {(): capacity_tokens}
     )

@@ -64,11 +64,11 @@ async def _metrics(target: Target) -> dict[str, float]:
     }
 
 
-async def _request(target: Target, arguments: Any, seed: int) -> bool:
+async def _request(target: Target, model: str, arguments: Any, seed: int) -> bool:
     """Send one request; return whether its answer came whole."""
     rng = random.Random(seed)
     body = {
-        "model": arguments.model,
+        "model": model,
         "prompt": rng.choices(_TOKEN_IDS, k=arguments.tokens - arguments.output_tokens),
         "max_tokens": arguments.output_tokens,
         "temperature": 0,
@@ -87,12 +87,16 @@ async def _measure(arguments: Any, kv_format: str) -> None:
     )
     log = Path(tempfile.gettempdir()) / f"octavo-capacity-{kv_format}.log"
     async with started(kv_format, command, "", log, _START_TIMEOUT_S) as server:
+        [model] = await server.target.models()
         watched = Watched()
         polling = asyncio.create_task(watched.poll(server.target))
         began_s = time.perf_counter()
         finished = sum(
             await asyncio.gather(
-                *(_request(server.target, arguments, seed) for seed in range(arguments.requests))
+                *(
+                    _request(server.target, model, arguments, seed)
+                    for seed in range(arguments.requests)
+                )
             )
         )
         taken_s = time.perf_counter() - began_s

@@ -129,8 +129,8 @@ class CpuAttention:
 
 def _addresses(pages: LayerPages) -> list[int]:
     """Return the addresses of a layer's planes; 0 for scales where there are none."""
-    planes = (pages.keys, pages.values, *(pages.scales or (None, None)))
-    return [0 if plane is None else plane.data_ptr() for plane in planes]
+    scales = [one.data_ptr() for one in pages.scales] or [0, 0]
+    return [pages.keys.data_ptr(), pages.values.data_ptr(), *scales]
 
 
 def offer(spec: AttentionSpec) -> BackendOffer | str:

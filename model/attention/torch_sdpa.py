@@ -126,7 +126,7 @@ class TorchAttention:
     def _num_kv_heads(self, num_queries: int) -> int:
         """Return among how many KV heads the query heads of a row are divided.
 
-        Those of a latent chunk read the keys by strides: their mask would be as large as the scores.
+        Those of a latent chunk read keys by strides: their mask would be as large as the scores.
         """
         is_chunk_of_latents = self._spec.latent_dim is not None and num_queries > 1
         return self._spec.num_heads if is_chunk_of_latents else self._spec.num_kv_heads

@@ -22,7 +22,7 @@ from model.attention.interface import (
 from model.cuda.ops import power_of_two, why_not_ampere
 from model.extras import why_missing
 from model.kv.codes import hadamard
-from model.kv.format import KV_FORMATS
+from model.kv.format import CODED_FORMATS, FLOAT_FORMATS
 from model.kv.pool import KVPool
 
 _MAX_HEAD_DIM = 256
@@ -57,10 +57,10 @@ class TritonAttention(PagedAttention):
     """See `PagedAttention`.
 
     A row of at most `FEW_QUERIES` queries goes through the decode kernel, a longer one through that
-    of prompts: its number of queries alone decides. With 16-bit dtypes the decode kernel gives a
-    query the same bits for any number of queries in its row, if the number of splits is the same,
-    which depends on the number of rows and the length of the longest. Between the kernels, and
-    between numbers of splits, results differ by rounding; so do the rotated queries of "int4", a
+    of prompts: its number of queries alone decides. With 16-bit dtypes and as many splits, the
+    decode kernel gives a query the same bits for any number of queries in its row. The number of
+    splits depends on the number of rows and the length of the longest. Between the kernels, and
+    between numbers of splits, results differ by rounding. So do the rotated queries of "int4", a
     product of torch, between numbers of tokens.
     """
 
@@ -244,7 +244,7 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
         return reason
     if spec.head_dim > _MAX_HEAD_DIM:
         return f"head_dim must be at most {_MAX_HEAD_DIM}, got {spec.head_dim}"
-    formats = tuple(KV_FORMATS.values())
+    formats = (*FLOAT_FORMATS, *CODED_FORMATS)
     return BackendOffer(
         TritonAttention.name, 1, 16, TritonAttention, formats=formats, reads_mixed_layers=True
     )

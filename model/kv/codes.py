@@ -133,7 +133,8 @@ def hadamard(x: Tensor) -> Tensor:
         left, right = pairs.unbind(-2)
         y = torch.stack((left + right, left - right), -2).flatten(-3)
         distance *= 2
-    return y * float(block) ** -0.5
+    factor: float = block**-0.5
+    return y * factor
 
 
 def bfloat16_up(x: Tensor) -> Tensor:

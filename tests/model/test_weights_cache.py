@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from model import assemble
-from model.device import choose_device
 from model.architectures.read_arch import from_hf_config
 from model.cpu.library import load_cpu_library
+from model.device import choose_device
 from model.weights import load
 from model.weights.dummy import DummyWeights
 from model.weights.packed_cache import PackedCache

@@ -27,27 +27,22 @@ struct HeadScales {
   }
 
  private:
-  static float wide(uint32_t bits) { return bit_cast<float>(bits << 16); }
+  static float wide(uint16_t bits) { return bit_cast<float>(uint32_t(bits) << 16); }
 
   static void load_side(const Attention& a, const Chunk& chunk, int head, const uint16_t* plane,
                         float* scales, float* minimums) {
-    const int from = round_down(chunk.begin, kWidth);
     if (a.kv_dtype == kInt4) {
       for (int key = chunk.begin; key < chunk.end; ++key) {
         const uint16_t* at = plane + 2 * (chunk.vectors[key] + head);
         scales[key] = wide(at[0]);
-        minimums[key] = wide(at[1]);
+        minimums[key] = wide(at[1]) + kMiddleCode * scales[key];
       }
-      for (int key = from; key < chunk.end; key += kWidth)
-        store(minimums + key, load(minimums + key) + load(scales + key) * float(kMiddleCode));
       return;
     }
-    for (int key = chunk.begin; key < chunk.end; ++key)
-      scales[key] = wide(plane[chunk.vectors[key] + head]);
-    if (a.kv_dtype != kFloat8) return;
     // 8-bit floats are loaded as 2^-8 of their values.
-    for (int key = from; key < chunk.end; key += kWidth)
-      store(scales + key, load(scales + key) * 256.0f);
+    const float factor = a.kv_dtype == kFloat8 ? 256.0f : 1.0f;
+    for (int key = chunk.begin; key < chunk.end; ++key)
+      scales[key] = wide(plane[chunk.vectors[key] + head]) * factor;
   }
 };
 
@@ -111,20 +106,15 @@ inline void unpack_rows(const uint8_t* pages, const int64_t* offsets, int begin,
 
 // ---- softmax -----------------------------------------------------------------------------------
 
-// Replaces products of a query with codes by scores, hides those out of view, and returns the largest.
-// `factor` is the query's own.
-inline float largest_scaled(float* scores, int from, int to, Seen seen, const HeadScales& scales,
-                            float factor, float query_sum) {
-  Vec top = broadcast(kNothingSeen);
+// Replaces products of a query with codes by scores. `factor` is the query's own.
+inline void scale_scores(float* scores, int from, int to, const HeadScales& scales, float factor,
+                         float query_sum) {
   for (int key = from; key < to; key += kWidth) {
-    Vec score = load(scores + key) * (load(scales.keys + key) * factor);
-    if (scales.has_minimums)
-      score = multiply_add(load(scales.key_minimums + key), broadcast(query_sum), score);
-    store(scores + key, score);
-    if (key < seen.begin || key + kWidth > seen.end) hide(scores, key, seen);
-    top = max(load(scores + key), top);
+    const Vec scaled = load(scores + key) * (load(scales.keys + key) * factor);
+    store(scores + key, scales.has_minimums
+                            ? multiply_add(load(scales.key_minimums + key), broadcast(query_sum), scaled)
+                            : scaled);
   }
-  return largest_of(top);
 }
 
 // Returns `product` where the weight is not zero: a key out of view may have a scale of NaN.

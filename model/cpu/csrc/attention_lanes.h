@@ -281,8 +281,8 @@ class Lanes {
     for (int i = 0; i < block.count; ++i) {
       const int lane = block.lane + i;
       float* scores = t_.scores + i * kScoresStride;
-      largest[i] = largest_scaled(scores, from, to, seen_by(lane, chunk, block), scales_, 1.0f,
-                                  query_sums_[lane]);
+      scale_scores(scores, from, to, scales_, 1.0f, query_sums_[lane]);
+      largest[i] = largest_score(scores, from, to, seen_by(lane, chunk, block));
       weighed[i] = weigh_scaled<Operands<BFloat16>>(scores, from, to, largest[i], scales_);
       total[i] = weighed[i].total;
     }

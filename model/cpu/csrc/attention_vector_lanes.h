@@ -199,12 +199,9 @@ class VectorLanes {
     const int from = round_down(block.begin, kWidth), to = round_up(block.end, kWidth);
     for (int i = 0; i < count; ++i) {
       float* scores = t_.scores + i * kScoresStride;
-      const Seen seen = seen_by(lane + i, chunk);
       if constexpr (kIsCoded)
-        parts[i].largest = largest_scaled(scores, from, to, seen, scales_,
-                                          query_factors_[lane + i], query_sums_[lane + i]);
-      else
-        parts[i].largest = largest_score(scores, from, to, seen);
+        scale_scores(scores, from, to, scales_, query_factors_[lane + i], query_sums_[lane + i]);
+      parts[i].largest = largest_score(scores, from, to, seen_by(lane + i, chunk));
     }
     // A loop of its own, so that no iteration waits for the maximum it uses.
     for (int i = 0; i < count; ++i) {

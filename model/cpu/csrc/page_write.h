@@ -63,15 +63,6 @@ inline void store_bytes(uint8_t* to, WordVec words) {
   __builtin_memcpy(to, &bytes, sizeof(bytes));
 }
 
-// Numbers up to 15, two a byte.
-inline void store_pairs(uint8_t* to, Vec steps) {
-  typedef uint64_t Pairs __attribute__((vector_size(kWidth * 4)));
-  typedef uint8_t Bytes __attribute__((vector_size(kWidth / 2)));
-  const Pairs pairs = bit_cast<Pairs>(__builtin_convertvector(steps, IntVec));
-  const Bytes bytes = __builtin_convertvector(pairs | pairs >> 28, Bytes);
-  __builtin_memcpy(to, &bytes, sizeof(bytes));
-}
-
 // int8 and fp8: steps of a scale, on both sides of zero. Returns the scale's bits.
 template <DType kCode>
 inline uint16_t encode_symmetric(const float* x, int64_t dim, uint8_t* to) {
@@ -94,20 +85,15 @@ inline uint16_t encode_symmetric(const float* x, int64_t dim, uint8_t* to) {
   return scale.bits;
 }
 
-// int4: steps of a scale from a minimum on, of the rotated vector, which `x` becomes.
-// Writes the scale and the minimum.
+// int4: steps of a scale from a minimum on, of the rotated vector, which `x` becomes. Writes the
+// scale and the minimum.
 inline void encode_int4(float* x, int64_t dim, uint8_t* to, uint16_t* scales) {
   hadamard(x, int(dim));
   const bool is_any_lost = !is_finite(largest_magnitude(x, dim));
-  Vec low = load(x), high = low;
-  for (int64_t d = kWidth; d < dim; d += kWidth) {
-    low = min(low, load(x + d));
-    high = max(high, load(x + d));
-  }
-  float least = low[0], most = high[0];
-  for (int i = 1; i < kWidth; ++i) {
-    least = low[i] < least ? low[i] : least;
-    most = high[i] > most ? high[i] : most;
+  float least = x[0], most = x[0];
+  for (int64_t d = 1; d < dim; ++d) {
+    least = x[d] < least ? x[d] : least;
+    most = x[d] > most ? x[d] : most;
   }
   // Both roundings widen the range, so that no code lies outside. Adding zeros turns -0 into 0.
   const float minimum = -rounded_up(-least).value + 0.0f;
@@ -122,8 +108,9 @@ inline void encode_int4(float* x, int64_t dim, uint8_t* to, uint16_t* scales) {
   const float divisor = scale.value > 0 ? scale.value : __builtin_inff();
   for (int64_t d = 0; d < dim; d += kWidth) {
     const Vec steps = rounded((load(x + d) - minimum) / divisor);
-    store_pairs(to + d / 2, max(Vec{}, min(broadcast(15.0f), steps)));
+    store(x + d, max(Vec{}, min(broadcast(15.0f), steps)));
   }
+  for (int64_t d = 0; d < dim; d += 2) to[d / 2] = uint8_t(int(x[d]) | int(x[d + 1]) << 4);
 }
 
 // Encodes the vector of a token and head, the `vector`-th of the plane.

@@ -279,7 +279,7 @@ def test_pages_are_floats_or_int8(tmp_path: Path) -> None:
     assert (rounded.kv_cache_dtype, rounded.attention_backend) == ("int8", "torch")
     assert any("codes of latent vectors" in note for note in rounded.notes)
     assert info("int8", "1").kv_bytes_per_token == 2 * (32 + 2 + 2 * 16) + (32 + 16) * 4
-    for name in ("fp8", "int4"):
+    for name in ("fp8", "int4", "kivi2"):
         with pytest.raises(ValueError, match=f"kv_cache_dtype {name} .* the nearest is int8"):
             info(name)
 

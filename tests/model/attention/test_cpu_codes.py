@@ -1,4 +1,4 @@
-"""Pages of codes on every instruction set: the bytes that are written, and what harms which token."""
+"""Pages of codes on every instruction set: the bytes that are written, and the reach of a NaN."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ def vectors(dim: int) -> Tensor:
     sizes = 10.0 ** torch.arange(-44, 38, 3)
     large_channel, nan, infinite = normal(4), normal(2), normal(3)
     large_channel[:, 3] *= 20
-    nan[:, 5], infinite[0, 0], infinite[1, -1], infinite[2, 7:9] = torch.nan, torch.inf, -torch.inf, 3e38
+    nan[:, 5], infinite[0, 0], infinite[1, -1], infinite[2, 7:9] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+        3e38,
+    )
     infinite[2, 8] = -torch.inf
     # Ties between two codes, at a scale of one.
     halves = torch.arange(dim).float() - dim // 2 + 0.5
@@ -64,7 +69,9 @@ def attend(library: CpuLibrary, scene: Scene, qkv: Tensor) -> Tensor:
 
 @FORMATS
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"), [(64, torch.float32), (80, torch.float32), (128, torch.bfloat16)], ids=str
+    ("head_dim", "dtype"),
+    [(64, torch.float32), (80, torch.float32), (128, torch.bfloat16)],
+    ids=str,
 )
 def test_codes_and_scales_are_those_of_the_definition(
     library: CpuLibrary, kv_format: KVFormat, head_dim: int, dtype: torch.dtype
@@ -72,7 +79,12 @@ def test_codes_and_scales_are_those_of_the_definition(
     rows = vectors(head_dim).to(dtype)
     count = len(rows)
     scene = make_scene(
-        ((count, count),), head_dim=head_dim, num_kv_heads=1, group=1, dtype=dtype, kv_format=kv_format
+        ((count, count),),
+        head_dim=head_dim,
+        num_kv_heads=1,
+        group=1,
+        dtype=dtype,
+        kv_format=kv_format,
     )
     keys, values = rows[:, None], rows.flip(0)[:, None]
     attend(library, scene, torch.cat([torch.ones_like(keys), keys, values], 1))

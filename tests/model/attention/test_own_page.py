@@ -36,7 +36,7 @@ class Text:
         keys, values = (one.flatten(0, 1).float() for one in coding.decode(*coding.encode(*pages)))
         for start in range(0, LENGTH, PAGE_SIZE):
             own = slice(start, start + PAGE_SIZE)
-            read = (torch.cat((a[:start], b[own])) for a, b in ((keys, self.k), (values, self.v)))
+            read = torch.cat((keys[:start], self.k[own])), torch.cat((values[:start], self.v[own]))
             rows.append(dense(self.q[own], *read, DIM**-0.5, window))
         return torch.cat(rows).flatten(1)
 

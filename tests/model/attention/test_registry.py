@@ -132,6 +132,7 @@ def test_on_cuda_pages_of_codes_go_from_flash_to_triton_with_a_note(
     spec = replace(SPEC, dtype=torch.bfloat16, kv_format=KV_FORMATS["bfloat16"])
     flash_offer = flash._offer(spec, "FlashAttention-3", 16, 64, lambda call: call.q)
     triton_offer = triton_attention.offer(spec)
+    assert not isinstance(triton_offer, str)
     offers = {"flash": lambda _: flash_offer, "triton": lambda _: triton_offer}
     monkeypatch.setattr(registry, "BACKENDS", offers)
     cuda = torch.device("cuda")
@@ -143,6 +144,8 @@ def test_on_cuda_pages_of_codes_go_from_flash_to_triton_with_a_note(
     assert offer.notes == (f"attention backend flash not available: {reason}",)
     with pytest.raises(ValueError, match=f"attention_backend flash is not available: {reason}"):
         choose_backend("flash", coded)
+    # Pages that are encoded as a whole are for neither.
+    assert triton_offer.why_not(replace(spec, kv_format=PAGE_FORMATS[0])).endswith("got kivi4")
 
 
 @pytest.mark.parametrize("kv_format", PAGE_FORMATS, ids=lambda one: one.name)

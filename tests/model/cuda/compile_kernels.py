@@ -97,16 +97,16 @@ VARIANTS: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
                 {"num_stages": 3},
             ),
             (
-                triton_kernels.prompt_kernel,
-                PROMPT | {"PAGE_SIZE": 16, "KIND": kind},
-                {"num_warps": 8, "num_stages": 2},
-            ),
-            (
                 triton_code_kernels.store_kernel,
                 STORE | {"KIND": kind},
                 {"num_warps": 1, "enable_fp_fusion": False},
             ),
         )
+    ),
+    (
+        triton_kernels.prompt_kernel,
+        PROMPT | {"PAGE_SIZE": 16, "KIND": "int4"},
+        {"num_warps": 8, "num_stages": 2},
     ),
     (gpu_kernels.rms_norm_kernel, NORM | {"ADDS": True}, {"num_warps": 8}),
     (gpu_kernels.rms_norm_kernel, NORM | {"ADDS": False}, {"num_warps": 8}),
@@ -175,7 +175,7 @@ def main() -> None:
                 "specialized": specialized(kernel),
                 # The instructions of matrix products, and the warps' shares of a result.
                 "products": sorted(set(re.findall(r"nvidia_mma<\{[^}]*\}>", found.asm["ttgir"]))),
-                # Those that round otherwise than a float32 operation does by itself.
+                # The operations that may round otherwise than a float32 operation by itself.
                 "rounding": sorted(set(re.findall(ROUNDING, found.asm["ptx"]))),
             }
             print(json.dumps(line))  # noqa: T201 - its only purpose

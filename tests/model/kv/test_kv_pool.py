@@ -231,6 +231,6 @@ def test_codes_of_latent_vectors_leave_the_rotated_part_in_16_bits() -> None:
     error = (keys[:2] - k[:2]).abs().max() / k[:2].abs().max()
     assert 0 < error < 0.01
     assert keys[2].isnan().any()
-    for name in ("fp8", "int4"):
+    for name in ("fp8", "int4", "kivi4"):
         with pytest.raises(ValueError, match=f"kv_cache_dtype {name} .* the nearest is int8"):
             replace(layout, format=KV_FORMATS[name]).planes(0)

@@ -137,7 +137,8 @@ def test_a_format_beyond_the_bound_is_refused(smollm2_file: Path, prose: tuple[i
 
 
 @pytest.mark.parametrize(
-    ("kv_cache_dtype", "proves"), [("float16", False), ("auto", False), ("fp8", True)]
+    ("kv_cache_dtype", "proves"),
+    [("float16", False), ("auto", False), ("fp8", True), ("kivi4", True)],
 )
 def test_only_lossy_formats_are_proved(tiny: Path, kv_cache_dtype: str, proves: bool) -> None:
     # Longer than the model's context, and with tokens that the model does not have.
