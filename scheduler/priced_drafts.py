@@ -15,7 +15,7 @@ from scheduler.plan import StepPlan
 from scheduler.sequence import Sequence
 
 #: Drafts that do not seem to pay are tried in this share of the time, at most.
-_TRIAL_SHARE = 0.02
+_TRIAL_SHARE = 0.005
 #: Tries that may be saved up.
 _MAX_TRIALS = 4
 #: The first tokens, whose price is not known.

@@ -60,7 +60,7 @@ class TritonAttention(PagedAttention):
     of prompts: its number of queries alone decides. With 16-bit dtypes and as many splits, the
     decode kernel gives a query the same bits for any number of queries in its row. The number of
     splits depends on the number of rows and the length of the longest. Between the kernels, and
-    between numbers of splits, results differ by rounding. So do the rotated queries of "int4", a
+    between numbers of splits, results differ by rounding. So do rotated queries, a
     product of torch, between numbers of tokens.
     """
 
@@ -73,7 +73,7 @@ class TritonAttention(PagedAttention):
         super().__init__(spec, pool)
         self._kernels = triton_kernels
         self._store_kernel = triton_code_kernels.store_kernel
-        #: Turns queries to meet the rotated keys of "int4", and its results back.
+        #: Turns queries to meet the rotated keys of codes, and results back.
         self._rotation = hadamard(torch.eye(spec.head_dim)).to(spec.device, spec.dtype)
         self._scratch: tuple[Tensor, Tensor] | None = None
         self._num_splits = self._queries = 1
@@ -107,7 +107,8 @@ class TritonAttention(PagedAttention):
     def read(self, layer: int, q: Tensor) -> Tensor:
         """See `PagedAttention`."""
         batch, spec = self._batch, self._spec
-        is_rotated = self._kind(layer) == "int4"
+        coding = self._pool.layout.format_of(layer).coding
+        is_rotated = coding is not None and coding.is_rotated
         if is_rotated:
             q = q @ self._rotation
         out = torch.empty(len(q), spec.num_heads * spec.head_dim, dtype=q.dtype, device=q.device)

@@ -97,13 +97,15 @@ def _store_vector(
     x = tl.load(x_ptr + dims, mask=is_dim, other=0.0).to(tl.float32)
     is_finite = _is_finite(x)
     x = tl.where(is_finite, x, 0.0)
-    if KIND == "int4":
+    if KIND != "fp8":
         x = _hadamard(x, DIM_BLOCK, STAGES, FACTOR)
+        is_finite = is_finite & _is_finite(x)
+        x = tl.where(is_finite, x, 0.0)
+    if KIND == "int4":
         lowest = tl.min(tl.where(is_dim, x, float("inf")), 0)
         highest = tl.max(tl.where(is_dim, x, -float("inf")), 0)
         least = -_bfloat16_up(-lowest) + 0.0
         spread = highest - least
-        is_finite = is_finite & _is_finite(x)
         is_finite = is_finite & ((spread.to(tl.int32, bitcast=True) & _EXPONENT) != _EXPONENT)
         least = tl.where(is_finite, least, 0.0)
         scale = tl.where(is_finite, _bfloat16_up(tl.div_rn(spread, 15.0)), 0.0)

@@ -26,9 +26,17 @@ _LATENT_GROUP = 128
 
 
 def encode_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes `[..., dim]` and bfloat16 scales `[...]` of `[..., dim]`."""
-    steps, scales = _symmetric(x, _LARGEST_INT8)
-    return steps.round_().to(torch.int8), scales
+    """Return int8 codes `[..., dim]` and bfloat16 scales `[...]` of `[..., dim]`.
+
+    Codes are of the vector after `hadamard`: a channel that is large in all vectors would else make
+    the steps of the others coarse.
+    """
+    return _int8(hadamard(x))
+
+
+def decode_int8(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return float32 `[..., dim]`: each code times its vector's scale, turned back by `hadamard`."""
+    return hadamard(decode_scaled(codes, scales))
 
 
 def encode_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,10 +53,10 @@ def decode_scaled(codes: Tensor, scales: Tensor) -> Tensor:
 def encode_latent(x: Tensor, latent_dim: int) -> tuple[Tensor, Tensor]:
     """Return int8 codes `[..., latent_dim]` of the first elements, and bfloat16 beside them.
 
-    These are the scales of groups of codes, then the elements that have no codes.
+    These are the scales of groups of codes, then the elements that have no codes. Nothing is rotated.
     """
     groups = x[..., :latent_dim].reshape(*x.shape[:-1], num_latent_scales(latent_dim), -1)
-    codes, scales = encode_int8(groups)
+    codes, scales = _int8(groups)
     return codes.flatten(-2), torch.cat((scales, x[..., latent_dim:].bfloat16()), -1)
 
 
@@ -68,8 +76,7 @@ def num_latent_scales(latent_dim: int) -> int:
 def encode_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return two codes a byte, uint8 `[..., dim / 2]`, and bfloat16 `[..., 2]`: scale and minimum.
 
-    Codes are of the vector after `hadamard`: a channel that is large in all vectors would else take
-    the whole range. The even element of a pair has the low four bits.
+    Codes are of the vector after `hadamard`, as in `encode_int8`. The even element of a pair has the low four bits.
     """
     codes, scales = encode_asymmetric(hadamard(x), 4)
     return pack(codes, 4), scales
@@ -142,6 +149,11 @@ def bfloat16_up(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     # Cutting off the lower bits of a negative number is up already.
     return (torch.where(bits < 0, bits, bits + 0xFFFF) & ~0xFFFF).view(torch.float32).bfloat16()
+
+
+def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    steps, scales = _symmetric(x, _LARGEST_INT8)
+    return steps.round_().to(torch.int8), scales
 
 
 def _symmetric(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from model.kv.codes import (
     Plane,
     decode_int4,
+    decode_int8,
     decode_latent,
     decode_scaled,
     encode_fp8,
@@ -37,6 +38,8 @@ class Coding:
     encode: Callable[[Tensor], tuple[Tensor, Tensor]]
     #: From codes and scales to float32.
     decode: Callable[[Tensor, Tensor], Tensor]
+    #: Whether codes are of vectors after `hadamard`: attention to codes rotates its queries and results.
+    is_rotated: bool = False
     #: Elements that an element of the plane of codes holds.
     packed: int = 1
     #: bfloat16 numbers of a vector, behind each other: `()` is one, without a dimension of its own.
@@ -92,9 +95,13 @@ def float_format(dtype: torch.dtype) -> KVFormat:
 FLOAT_FORMATS = tuple(map(float_format, (torch.float32, torch.float16, torch.bfloat16)))
 #: One or two scales for each token and head, from its own elements: no calibration.
 CODED_FORMATS = (
-    KVFormat("int8", torch.int8, Coding(encode_int8, decode_scaled)),
+    KVFormat("int8", torch.int8, Coding(encode_int8, decode_int8, is_rotated=True)),
     KVFormat("fp8", torch.float8_e4m3fn, Coding(encode_fp8, decode_scaled)),
-    KVFormat("int4", torch.uint8, Coding(encode_int4, decode_int4, packed=2, scales_shape=(2,))),
+    KVFormat(
+        "int4",
+        torch.uint8,
+        Coding(encode_int4, decode_int4, is_rotated=True, packed=2, scales_shape=(2,)),
+    ),
 )
 #: By pages.
 PAGE_FORMATS = (

@@ -57,7 +57,7 @@ inline void read_query(const Attention& a, const octavo::Rows& rows, int token, 
     const Vec q = d < a.head_dim ? load_some(rows.data, rows.dtype, from + d, kWidth) : Vec{};
     store(to + d, q * a.scale_log2e);
   }
-  if (a.kv_dtype == kInt4) hadamard(to, a.head_dim);
+  if (is_rotated(a.kv_dtype)) hadamard(to, a.head_dim);
 }
 
 // The sum of a query as it enters the products.

@@ -141,7 +141,7 @@ inline void add_part(Share& share, float* totals, Share part, const float* sums,
 inline void store_head(const Attention& a, int token, int head, const float* sums, float total) {
   const int64_t to = token * a.out.token_stride + head * a.out.head_stride;
   alignas(64) float turned_back[octavo::kMaxHeadDim];
-  if (a.kv_dtype == kInt4) {
+  if (is_rotated(a.kv_dtype)) {
     __builtin_memcpy(turned_back, sums, a.head_dim * sizeof(float));
     hadamard(turned_back, a.head_dim);
     sums = turned_back;

@@ -1,9 +1,12 @@
-// The orthonormal Hadamard transform, its own inverse, that pages in four bits have been rotated by.
+// The orthonormal Hadamard transform, its own inverse, that vectors of codes are rotated by: see `is_rotated`.
 #pragma once
 
 #include "simd.h"
 
 namespace {
+
+// Whether the codes of such pages are of rotated vectors.
+inline bool is_rotated(octavo::DType kv_dtype) { return kv_dtype == kInt8 || kv_dtype == kInt4; }
 
 // Vector whose lane i is x's lane i ^ distance.
 template <int kDistance>

@@ -85,10 +85,8 @@ inline uint16_t encode_symmetric(const float* x, int64_t dim, uint8_t* to) {
   return scale.bits;
 }
 
-// int4: steps of a scale from a minimum on, of the rotated vector, which `x` becomes. Writes the
-// scale and the minimum.
+// int4: steps of a scale from a minimum on, which `x` becomes. Writes the scale and the minimum.
 inline void encode_int4(float* x, int64_t dim, uint8_t* to, uint16_t* scales) {
-  hadamard(x, int(dim));
   const bool is_any_lost = !is_finite(largest_magnitude(x, dim));
   float least = x[0], most = x[0];
   for (int64_t d = 1; d < dim; ++d) {
@@ -118,6 +116,7 @@ inline void encode(const Write& w, float* x, int64_t vector) {
   const int64_t dim = w.head_dim;
   uint8_t* codes = (uint8_t*)w.to;
   uint16_t* scales = (uint16_t*)w.scales;
+  if (is_rotated(w.to_dtype)) hadamard(x, int(dim));
   if (w.to_dtype == kInt8)
     scales[vector] = encode_symmetric<kInt8>(x, dim, codes + vector * dim);
   else if (w.to_dtype == kFloat8)
