@@ -26,8 +26,8 @@ from model.interface import SamplingParams, TokenLogprobs
 from scheduler.engine import Engine
 from scheduler.messages import GenerateRequest, Prepared, Submit
 from server.text.load import load_text
+from server.text.prose import PROSE
 
-TEXT = Path(__file__).with_name("prose.txt")
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 CHUNK_TOKENS = 128
 
@@ -117,7 +117,7 @@ def main() -> None:
     policy = parse_kv_policy(asked.policy)
     view = View(policy.sinks, policy.window)
     tokenizer = load_text(build.resolve_source(asked.model).path).tokenizer
-    text = TEXT.read_text() + "\n".join(page.read_text() for page in PAGES)
+    text = PROSE + "\n".join(page.read_text() for page in PAGES)
     words = tokenizer.encode(text, add_special_tokens=False)[: max(asked.text_tokens, 1000)]
     views = {
         "full": FULL_VIEW,

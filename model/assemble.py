@@ -339,9 +339,7 @@ def _why_no_views(decoder: ServedDecoder, spec: AttentionSpec, offer: BackendOff
         return f"pages in {spec.kv_format.name} are read as a whole"
     if decoder.device.type != "cpu":
         return f"on {decoder.device.type} all keys are read"
-    if not isinstance(decoder, Transformer):
-        return "the model is computed by transformers"
-    return "latent attention reads all keys" if decoder.arch.latent else ""
+    return "" if isinstance(decoder, Transformer) else "the model is computed by transformers"
 
 
 def _require_served(policy: KVPolicy, info: ModelInfo) -> None:

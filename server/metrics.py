@@ -72,6 +72,7 @@ class Metrics(Collector):
         self._histograms = {name: Histogram(of[1]) for name, of in HISTOGRAMS.items()}
         self._inter_token = self._histograms["inter_token_latency_seconds"]
         self._prompt_tokens = 0
+        self._kv_dropped_tokens = 0
         self._generation_tokens = 0
         self._finished = dict.fromkeys(FINISHED_REASONS, 0)
         self._responses = dict.fromkeys(STATUSES, 0)
@@ -111,6 +112,7 @@ class Metrics(Collector):
     def on_finished(self, record: RequestRecord, now_s: float, request: GenerateRequest) -> None:
         """Count the end of a request that the engine had: one answer to one prompt."""
         self._finished[record.finish_reason] += 1
+        self._kv_dropped_tokens += record.dropped_tokens
         num_tokens = record.output_tokens
         seen: dict[str, float | None] = {
             "e2e_request_latency_seconds": now_s - record.arrived_at_s,
@@ -225,6 +227,11 @@ class Metrics(Collector):
         yield from page.counter("prompt_tokens", "of admitted requests", {(): self._prompt_tokens})
         yield from page.counter(
             "generation_tokens", "sent to clients", {(): self._generation_tokens}
+        )
+        yield from page.counter(
+            "kv_dropped_tokens",
+            "out of view at the end of bounded sequences",
+            {(): self._kv_dropped_tokens},
         )
         yield from page.counter(
             "request_success",

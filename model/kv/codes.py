@@ -35,7 +35,7 @@ def encode_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_int8(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return float32 `[..., dim]`: each code times its vector's scale, turned back by `hadamard`."""
+    """Return float32 `[..., dim]`: code times scale, turned back by `hadamard`."""
     return hadamard(decode_scaled(codes, scales))
 
 
@@ -53,7 +53,8 @@ def decode_scaled(codes: Tensor, scales: Tensor) -> Tensor:
 def encode_latent(x: Tensor, latent_dim: int) -> tuple[Tensor, Tensor]:
     """Return int8 codes `[..., latent_dim]` of the first elements, and bfloat16 beside them.
 
-    These are the scales of groups of codes, then the elements that have no codes. Nothing is rotated.
+    These are the scales of groups of codes, then the elements that have no codes. No codes are of
+    rotated vectors.
     """
     groups = x[..., :latent_dim].reshape(*x.shape[:-1], num_latent_scales(latent_dim), -1)
     codes, scales = _int8(groups)
@@ -76,7 +77,8 @@ def num_latent_scales(latent_dim: int) -> int:
 def encode_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return two codes a byte, uint8 `[..., dim / 2]`, and bfloat16 `[..., 2]`: scale and minimum.
 
-    Codes are of the vector after `hadamard`, as in `encode_int8`. The even element of a pair has the low four bits.
+    Codes are of the vector after `hadamard`, as in `encode_int8`. The even element of a pair has
+    the low four bits.
     """
     codes, scales = encode_asymmetric(hadamard(x), 4)
     return pack(codes, 4), scales

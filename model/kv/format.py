@@ -38,7 +38,7 @@ class Coding:
     encode: Callable[[Tensor], tuple[Tensor, Tensor]]
     #: From codes and scales to float32.
     decode: Callable[[Tensor, Tensor], Tensor]
-    #: Whether codes are of vectors after `hadamard`: attention to codes rotates its queries and results.
+    #: Whether codes are of vectors after `hadamard`: kernels rotate queries and results, too.
     is_rotated: bool = False
     #: Elements that an element of the plane of codes holds.
     packed: int = 1

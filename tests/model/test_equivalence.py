@@ -10,6 +10,7 @@ import json
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
@@ -221,6 +222,8 @@ def _check_states(
     draft_period: int,
 ) -> None:
     roomy = make_runner(60)
+    if roomy.info.why_no_views:
+        requests = [replace(one, request=replace(one.request, view=FULL_VIEW)) for one in requests]
     alone: dict[int, list[int]] = {}
     scores: dict[int, list[tuple[int, Any]]] = {}
     for request in requests:

@@ -73,10 +73,12 @@ def test_a_prompt_beyond_the_context_is_answered_under_a_bounded_view_alone(shar
 
 def test_a_short_text_drops_nothing_and_choices_are_summed_up(shared: Any) -> None:
     fields: dict[str, Any] = {"prompt": [9] * 10, "max_tokens": 60, "ignore_eos": True}
+    before = shared.metric("octavo_kv_dropped_tokens_total")
     kv = shared.post(TEXT, **fields, n=2, kv_policy=SINKS).json()["octavo"]["kv"]
     assert (kv["held_tokens"], kv["dropped_tokens"]) == (2 * 68, 2 * 2)
     kv = shared.post(TEXT, **fields | {"max_tokens": 3}, kv_policy=SINKS).json()["octavo"]["kv"]
     assert (kv["held_tokens"], kv["dropped_tokens"]) == (13, 0)
+    assert shared.metric("octavo_kv_dropped_tokens_total") - before == 2 * 2
 
 
 @pytest.mark.parametrize("policy", [None, {"type": "full"}])

@@ -68,15 +68,31 @@ inline void restore_order_of_pairs(float* sums, int head_dim) {
 }
 #endif
 
-#if defined(__AVX512BF16__)
-// Pairs of bfloat16: two dimensions of a key, or one dimension of two keys' values.
-template <>
-struct Operands<BFloat16> {
+#if defined(OCTAVO_BF16_PAIRS)
+// Queries and weights that enter products as bfloat16.
+struct BFloat16Elements {
   typedef BFloat16 Element;
-  typedef __m512i Operand;
   typedef Vec Sum;
   static constexpr bool kIsRounded = true;
   static constexpr bool kIsWidened = false;
+
+  static float store_query(const float* from, int depth, Element* to) {
+    for (int d = 0; d < depth; d += kWidth) store(to + d, load(from + d));
+    return 1.0f;
+  }
+  static float store_weights(float* weights, int from, int to, IntVec) {
+    for (int key = from; key < to; key += kWidth)
+      store((Element*)weights + key, load(weights + key));
+    return 1.0f;
+  }
+};
+#endif
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16: two dimensions of a key, or one dimension of two keys' values.
+template <>
+struct Operands<BFloat16> : BFloat16Elements {
+  typedef __m512i Operand;
   static constexpr int kDims = 2 * kWidth;
   static constexpr int kKeys = 2;
 
@@ -105,15 +121,6 @@ struct Operands<BFloat16> {
     return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), (__m512bh)x, (__m512bh)y));
   }
   static void restore_order(float* sums, int head_dim) { restore_order_of_pairs(sums, head_dim); }
-  static float store_query(const float* from, int depth, Element* to) {
-    for (int d = 0; d < depth; d += kWidth) store(to + d, load(from + d));
-    return 1.0f;
-  }
-  static float store_weights(float* weights, int from, int to, IntVec) {
-    for (int key = from; key < to; key += kWidth)
-      store((Element*)weights + key, load(weights + key));
-    return 1.0f;
-  }
 
  private:
   static __m256i half(const BFloat16* at) { return _mm256_loadu_si256((const __m256i*)at); }
@@ -150,12 +157,8 @@ struct Operands<Float8> : Operands<BFloat16> {
 #elif defined(OCTAVO_NEON_BF16)
 // The same by 128 bits.
 template <>
-struct Operands<BFloat16> {
-  typedef BFloat16 Element;
+struct Operands<BFloat16> : BFloat16Elements {
   typedef bfloat16x8_t Operand;
-  typedef Vec Sum;
-  static constexpr bool kIsRounded = true;
-  static constexpr bool kIsWidened = false;
   static constexpr int kDims = 2 * kWidth;
   static constexpr int kKeys = 2;
 

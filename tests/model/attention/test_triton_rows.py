@@ -51,7 +51,7 @@ def read(scene: Scene, rows: list[tuple[int, int]]) -> list[Tensor]:
     ("page_size", "heads", "head_dim", "window", "splits", "kv_format"),
     [
         (16, (1, 3), 32, None, 4, "float32"),
-        (64, (1, 1), 32, WINDOW, 2, "int8"),
+        (64, (1, 1), 32, WINDOW, 2, "fp8"),
         (1, (1, 8), 64, None, 2, "float16"),
         (48, (1, 4), 80, WINDOW, 1, "fp8"),
         # More pairs of a query and a head than one program takes.
