@@ -83,7 +83,7 @@ def test_every_field_can_be_typed_and_loaded() -> None:
             if known.choices
             else {"size": "1MiB", "number": "2.5"}.get(known.kind, "7")
         )
-        value = "*" if known.name == "cors_origins" else value
+        value = {"cors_origins": "*", "kv_policy": "window:64"}.get(known.name, value)
         flag = [] if known.name == "model" else [known.flag]
         argv += flag if known.kind == "bool" else [*flag, value]
     flags = parse(argv).flags

@@ -86,6 +86,7 @@ for file in sorted(m.files("octavo")):
     done = installed.run("-c", code)
     assert done.stderr == ""
     assert done.stdout.split("\n") == [
+        "model.attention.triton_code_kernels triton",
         "model.attention.triton_kernels triton",
         "model.cuda.coded_kernels triton",
         "model.cuda.kernels triton",

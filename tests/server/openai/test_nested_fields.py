@@ -30,6 +30,7 @@ _CUSTOM = {
         "format": {"type": "grammar", "grammar": {"syntax": "regex", "definition": "a"}},
     },
 }
+_POLICY = {"type": "sinks", "window": 64, "sinks": 4}
 #: Bodies that hold an object of each kind.
 _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
     "/v1/chat/completions": (
@@ -61,7 +62,11 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
                     "json_schema": {"name": "n", "schema": _SCHEMA},
                 },
             },
-            {"messages": [_USER], "structured_outputs": {"choice": ["a"]}},
+            {
+                "messages": [_USER],
+                "structured_outputs": {"choice": ["a"]},
+                "kv_policy": _POLICY,
+            },
             {
                 "messages": [_USER],
                 "tools": [_CUSTOM],
@@ -77,7 +82,14 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
     ),
     "/v1/completions": (
         CompletionRequest,
-        [{"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}],
+        [
+            {
+                "prompt": "x",
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "kv_policy": _POLICY,
+            }
+        ],
     ),
     "/v1/responses": (
         ResponsesRequest,
@@ -105,7 +117,7 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
                 "stream": True,
                 "stream_options": {"include_usage": True},
             },
-            {"input": "x", "text": {"format": {"type": "text"}}},
+            {"input": "x", "text": {"format": {"type": "text"}}, "kv_policy": _POLICY},
             {
                 "input": [
                     {"type": "custom_tool_call", "call_id": "1", "name": "c", "input": "x"},
@@ -161,6 +173,7 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
                 "thinking": {"type": "enabled", "budget_tokens": 1024},
                 "output_config": {"effort": "low"},
                 "metadata": {"user_id": "u"},
+                "kv_policy": _POLICY,
             }
         ],
     ),
