@@ -113,3 +113,13 @@ def test_sinks_are_read_for_ever() -> None:
     cache.check()
     assert cache.reset() == 2
     assert cache.match(tokens).num_tokens == 8
+
+
+def test_a_sequence_beyond_its_shared_tokens_has_no_cached_continuation() -> None:
+    """What is cached behind them was computed with other keys in view."""
+    cache, tokens = KVCache(16, 2), list(range(12))
+    served(cache, tokens)
+    bounded = cache.admit(tokens[:4], view=View(window=6))
+    assert bounded is not None
+    assert cache.continuation(bounded, tokens[:6], 4).token_ids == [6, 7, 8, 9]
+    assert cache.continuation(bounded, tokens[:8], 4).token_ids == []

@@ -47,6 +47,16 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
+def test_a_forgotten_sequence_leaves_no_trace_of_its_own_text(name: str) -> None:
+    """A sequence with its id, but another text, is drafted as by a new drafter."""
+    drafter, fresh = DRAFTERS[name](), DRAFTERS[name]()
+    drafter.propose(sequence_of([1, 2, 3, 4, 1, 2, 3]), 4)
+    drafter.forget(sequence_of([1, 2, 3, 4, 1, 2, 3]))
+    after = [5, 6, 7, 8, 5, 6, 7]
+    assert drafter.propose(sequence_of(after), 4) == fresh.propose(sequence_of(after), 4)
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
 @given(st.data())
 @settings(max_examples=30)
 def test_a_draft_is_a_function_of_the_tokens_and_within_its_limits(
