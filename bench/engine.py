@@ -89,7 +89,9 @@ def main() -> None:
     args = _arguments()
     config = OctavoConfig(
         model=ModelSection(model=args.model, quantization=args.quantization, threads=args.threads),
-        scheduler=SchedulerSection(max_num_seqs=max(args.rows), max_num_batched_tokens=8192),
+        scheduler=SchedulerSection(
+            max_num_seqs=max(args.rows), max_num_batched_tokens=8192, speculation="none"
+        ),
     )
     bench = Bench(config)
     print(bench.about)

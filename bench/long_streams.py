@@ -43,7 +43,9 @@ def _engine(model: str, num_pool_tokens: int, num_streams: int) -> tuple[Engine,
         model=ModelSection(model=model, threads=1),
         cache=CacheSection(kv_cache_memory=num_pool_tokens * bytes_per_token),
         scheduler=SchedulerSection(
-            max_num_seqs=num_streams, max_num_batched_tokens=max(CHUNK_TOKENS, num_streams)
+            max_num_seqs=num_streams,
+            max_num_batched_tokens=max(CHUNK_TOKENS, num_streams),
+            speculation="none",
         ),
     )
     runner = build.make_runner(build.resolve_source(model), config)

@@ -217,11 +217,12 @@ class SchedulerSection(Section):
     max_queue_tokens: int = Field(
         default=4_194_304, ge=1, description="tokens of waiting requests at most, then 429"
     )
-    speculation: Speculation = Field(
-        default="none",
+    speculation: Speculation | None = Field(
+        default=None,
         description="guess tokens ahead and verify them together, which changes no token; auto:"
         " from cached prefixes and past outputs; suffix: past outputs; ngram: the request alone;"
-        " draft:MODEL: as auto, and a smaller model where these have no guess (on a CPU)",
+        " draft:MODEL: as auto, and a smaller model where these have no guess (on a CPU);"
+        " by default auto on a CPU, none on a GPU",
     )
     speculative_tokens: DraftTokens = Field(
         default=16, description="tokens of one draft at most; fewer where they do not pay"

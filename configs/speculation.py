@@ -27,7 +27,8 @@ Speculation = Annotated[
 class Drafting(NamedTuple):
     """The drafts of a server."""
 
-    speculation: str
+    #: None: by the device.
+    speculation: str | None
     #: Of one draft, at most.
     max_tokens: int
     #: Of an n-gram's match, at least and at most.
@@ -37,8 +38,15 @@ class Drafting(NamedTuple):
     @property
     def draft_model(self) -> str | None:
         """The folder, file or hub id of the draft model, if there is one."""
-        name = self.speculation.removeprefix(_DRAFT_PREFIX)
-        return name if name != self.speculation else None
+        kind = self.speculation or ""
+        return kind.removeprefix(_DRAFT_PREFIX) if kind.startswith(_DRAFT_PREFIX) else None
+
+    def kind(self, device: str) -> str:
+        """Return the value of `speculation` on a device.
+
+        On a GPU steps overlap, but not where there are drafts, and neither was measured yet.
+        """
+        return self.speculation or ("auto" if device == "cpu" else "none")
 
 
 class _VllmConfig(BaseModel):

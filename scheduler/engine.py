@@ -78,7 +78,7 @@ class Engine:
         )
         drafting = config.drafting
         drafter = build_drafters(
-            drafting.speculation,
+            drafting.kind(info.device),
             self._cache,
             further=[GrammarDrafter(runner.forced_tokens)],
             lookup_min_tokens=drafting.lookup_min_tokens,

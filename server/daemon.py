@@ -180,7 +180,8 @@ async def _run(
     _on_signals(_stop, stop)
     stopping = asyncio.create_task(stop.wait())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    _announce(client.info, tokenizer, _url(listener, is_encrypted=server.config.ssl is not None))
+    url = _url(listener, is_encrypted=server.config.ssl is not None)
+    _announce(client.info, config, tokenizer, url)
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not lost.is_set():
         hint = "press Ctrl-C again to stop at once"
@@ -272,7 +273,7 @@ def _url(listener: socket.socket, *, is_encrypted: bool) -> str:
     return f"{'https' if is_encrypted else 'http'}://{shown}:{port}"
 
 
-def _announce(info: ModelInfo, tokenizer: Tokenizer, url: str) -> None:
+def _announce(info: ModelInfo, config: OctavoConfig, tokenizer: Tokenizer, url: str) -> None:
     """Log once, in one line, that it is ready, with the sizes."""
     for note in (*info.notes, *row_notes(tokenizer, info.vocab_size)):
         _log.info("note", extra=fields(note=note))
@@ -296,5 +297,6 @@ def _announce(info: ModelInfo, tokenizer: Tokenizer, url: str) -> None:
             tokens=num_tokens,
             max_model_len=info.max_model_len,
             full_length_requests=num_tokens // info.max_model_len,
+            speculation=config.scheduler.drafting.kind(info.device),
         ),
     )

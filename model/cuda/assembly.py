@@ -82,7 +82,7 @@ def graph_sizes(config: SchedulerSection) -> tuple[GraphSize, ...]:
     Those with drafts only where drafts are made: they double the time of recording. A graph that
     is recorded later would halt all streams while kernels compile, and take memory that is pages.
     """
-    return recorded_sizes(config.max_num_seqs, has_drafts=config.drafting.speculation != "none")
+    return recorded_sizes(config.max_num_seqs, has_drafts=config.drafting.kind("cuda") != "none")
 
 
 def _runner(parts: GpuParts, info: ModelInfo, sizes: tuple[GraphSize, ...]) -> TorchRunner:

@@ -64,7 +64,8 @@ async def _chat_job(service: Service, spec: GenerationSpec, chat: Conversation) 
     output = parser_options(service, chat, tools, prompt)
     grammar, relaxed = await chat_grammar(service, spec, chat, tools, output, prompt)
     predicted = await _predicted_tokens(service, spec)
-    if predicted and service.config.scheduler.drafting.speculation == "none":
+    drafts = service.config.scheduler.drafting.kind(service.client.info.device)
+    if predicted and drafts == "none":
         warnings.append(ignored("prediction", "this server makes no drafts (--speculation)"))
     elif predicted and spec.fields.speculation is False:
         warnings.append(ignored("prediction", "speculation is false"))

@@ -9,8 +9,20 @@ from configs.schema import SchedulerSection
 from configs.speculation import Drafting
 
 
-def test_there_are_no_drafts_by_default() -> None:
-    assert SchedulerSection().drafting == Drafting("none", 16)
+@pytest.mark.parametrize(
+    ("stated", "on_cpu", "on_cuda"),
+    [
+        ({}, "auto", "none"),
+        ({"speculation": "none"}, "none", "none"),
+        ({"speculation": "suffix"}, "suffix", "suffix"),
+    ],
+)
+def test_the_default_depends_on_the_device(
+    stated: dict[str, str], on_cpu: str, on_cuda: str
+) -> None:
+    drafting = SchedulerSection.model_validate(stated).drafting
+    assert (drafting.kind("cpu"), drafting.kind("cuda")) == (on_cpu, on_cuda)
+    assert (drafting.max_tokens, drafting.draft_model) == (16, None)
 
 
 def test_our_own_names() -> None:
