@@ -6,27 +6,12 @@ Knows nothing of how pages are found, handed out or evicted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import pairwise
 
 from cache.lease import Lease
+from cache.misses import Misses
 from cache.moves import PageMove
 from cache.pending_pages import NextPage
-
-
-class MissReason(StrEnum):
-    """Why no more of a prompt was reused."""
-
-    #: Everything possible was reused: the last token is always computed, for its logits.
-    COMPLETE = "complete"
-    #: Nothing with this beginning is cached in this namespace.
-    COLD = "cold"
-    #: The cached pages continue with other tokens.
-    DIVERGED = "diverged"
-    #: The cached pages end here: the rest was never cached, or was evicted.
-    ENDED = "ended"
-    #: The request limits the reuse.
-    LIMITED = "limited"
 
 
 @dataclass(slots=True, eq=False)
@@ -41,14 +26,16 @@ class Allocation:
     moves: list[PageMove]
     #: Leading tokens that are there already, copies included.
     num_cached_tokens: int
-    miss_reason: MissReason
+    #: Of the other tokens.
+    misses: Misses
     #: This and the fields below are the cache's own. `lease.nodes[i]` holds the same tokens as
     #: `page_ids[i]`, but is another page where two sequences computed the same. The pages in
     #: `lease.gap` were dropped.
     lease: Lease
     #: Shared tokens known when it was admitted: it is foreseeable which pages it will enter.
     num_known_tokens: int
-    #: Pages that end behind it depend on the view of their sequence, and are never committed.
+    #: Pages that end behind it are never committed: they depend on the view of their sequence, or
+    #: it is not to be stored.
     max_shared_tokens: int
     pending_page: NextPage | None = None
 

@@ -22,28 +22,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from sys import maxsize
 
-from cache.allocation import Allocation, MissReason
+from cache.allocation import Allocation
 from cache.bounds import Bounds
 from cache.continuation import Continuation, continuation
+from cache.ghosts import Cause
 from cache.lease import Lease
 from cache.match import Match
+from cache.misses import Misses
 from cache.moves import PageMove, PageRef, Tier
 from cache.node import NO_PAGE, Node
 from cache.pages import PagePool
 from cache.pending_pages import NextPage, PendingPages
+from cache.pins import PinEnd
 from cache.policy import EvictionPolicy, lru
-from cache.radix import Prefix, RadixTree
+from cache.radix import RadixTree
+from cache.reuse import Reuse, Search
 from cache.stats import CacheStats
 from cache.view import FULL_VIEW, View
-
-
-class Pin:
-    """A soft pin on cached pages, from `pin` to `unpin`. Compared by identity."""
-
-    def __init__(self, nodes: list[Node]) -> None:
-        self.nodes = nodes
 
 
 class KVCache:
@@ -63,19 +59,27 @@ class KVCache:
         view: View = FULL_VIEW,
         chunk_tokens: int = 1,
         can_share_heads: bool = True,
+        pin_share: float = 1.0,
     ) -> None:
         """`view`: of the model. `chunk_tokens`: how many a step may compute of one, at most.
 
         `can_share_heads`: whether the first tokens of a page can be reused without the rest.
+        `pin_share`: of all pages, how many may be pinned.
         """
         self._view = view
         self.bounds = Bounds(num_pages, page_size, chunk_tokens)
         self._pool = PagePool(num_pages)
-        self._tree = RadixTree(page_size, policy, can_share_heads=can_share_heads)
+        self._tree = RadixTree(
+            page_size,
+            policy,
+            can_share_heads=can_share_heads,
+            max_pinned_pages=int(pin_share * num_pages),
+        )
+        self.search = Search(self._tree, view, view)
+        self.pins = self._tree.pins
         self._page_size = page_size
         # Dicts, not sets: iteration is ordered.
         self._live: dict[Allocation, None] = {}
-        self._pins: dict[Pin, None] = {}
         self._pending_pages = PendingPages()
         #: Times after which more pages may have been available than before.
         self.num_releases = 0
@@ -92,12 +96,23 @@ class KVCache:
 
     def match(self, tokens: Sequence[int], namespace: str = "", view: View = FULL_VIEW) -> Match:
         """Look up a prompt of a view. Changes nothing, recency included. O(tokens reused)."""
-        view = view.within(self._view)
-        limit = self._max_shared_tokens(view)
-        prefix = self._find(tokens, namespace, view, limit)
-        reason = self._miss_reason(prefix, len(tokens), limit)
-        page = self._next_page(prefix, tokens, limit)
-        return Match(self._num_cached_tokens(prefix), reason, self.is_in_flight(page), page)
+        reuse = self.search.reuse(tokens, namespace, view)
+        page = self.search.next_page(reuse, tokens)
+        return Match(reuse.num_tokens, self.is_in_flight(page), page)
+
+    def explain(
+        self,
+        tokens: Sequence[int],
+        namespace: str = "",
+        max_cached_tokens: int | None = None,
+        view: View = FULL_VIEW,
+    ) -> Misses:
+        """Look up why a prompt is not reused as a whole; arguments as in `admit`.
+
+        Changes nothing, recency included. O(tokens).
+        """
+        reuse = self.search.reuse(tokens, namespace, view, max_cached_tokens)
+        return self._misses(reuse, tokens, namespace)
 
     def is_in_flight(self, page: NextPage | None) -> bool:
         """Return whether a live allocation is computing a page, as in `Match`. O(1)."""
@@ -130,6 +145,10 @@ class KVCache:
         rest = tokens[len(nodes) * self._page_size :]
         return continuation(allocation.lease.end, rest, self._page_size, max_tokens)
 
+    def set_time(self, now_s: float) -> None:
+        """Set the time of the next evictions; see `Misses.eviction`."""
+        self._tree.ghosts.now_s = now_s
+
     def stats(self) -> CacheStats:
         """Take a snapshot. O(1)."""
         total, free, cached = self._pool.num_pages, self._pool.num_free, self._tree.num_pages
@@ -143,6 +162,7 @@ class KVCache:
             evicted_pages_total=self._num_evicted_pages,
             copied_pages_total=self._num_copied_pages,
             duplicate_pages_total=self._num_duplicate_pages,
+            pins=self.pins.stats(),
         )
 
     # ---- the life of an allocation ---------------------------------------------------------------
@@ -154,39 +174,37 @@ class KVCache:
         reserve_pages: int = 0,
         max_cached_tokens: int | None = None,
         view: View = FULL_VIEW,
+        max_stored_tokens: int = maxsize,
     ) -> Allocation | None:
         """Give a sequence pages for all of `tokens`, the longest cached beginning reused.
 
         Under a window, which `view` or the model has: only for the tokens in view and a chunk.
-        At most `max_cached_tokens` are reused, if given. Also asks for `reserve_pages` more to be
-        available afterwards; None, and nothing changed, where there are not enough. Raises
-        `ValueError` for no tokens.
+        At most `max_cached_tokens` are reused, if given, and pages of at most `max_stored_tokens`
+        entered. Also asks for `reserve_pages` more to be available afterwards; None, and nothing
+        changed, where there are not enough. Raises `ValueError` for no tokens.
         """
-        view = view.within(self._view)
-        max_shared_tokens = self._max_shared_tokens(view)
-        limit = max_shared_tokens
-        limit = limit if max_cached_tokens is None else min(limit, max_cached_tokens)
-        prefix = self._find(tokens, namespace, view, limit)
-        path, num_cached_tokens = prefix.path, self._num_cached_tokens(prefix)
-        gap = view.unread_pages(num_cached_tokens, self._page_size)
-        num_new_pages = self.bounds.first_pages(view, len(tokens), num_cached_tokens, gap)
+        reuse = self.search.reuse(tokens, namespace, view, max_cached_tokens)
+        prefix, gap, path = reuse.prefix, reuse.gap, reuse.prefix.path
+        num_new_pages = self.bounds.first_pages(reuse.view, len(tokens), reuse.num_tokens, gap)
         num_new_pages -= len(path)
         # The pages that it is about to read cannot be evicted for it.
-        num_unread = sum(not n.readers for n in path[: gap.start] + path[gap.stop :])
-        if num_new_pages + reserve_pages > self.available_pages - num_unread:
+        if num_new_pages + reserve_pages > self.available_pages - reuse.num_unread:
             return None
-        reason = self._miss_reason(prefix, len(tokens), limit)
+        misses = self._misses(reuse, tokens, namespace)
         lease = Lease(self._tree, prefix.root or self._tree.root(namespace), path, gap)
         page_ids = [0 if index in gap else node.page_id for index, node in enumerate(path)]
         source_page = NO_PAGE
         if prefix.source is not None:
             source_page = prefix.source.page_id
             self._tree.touch(prefix.source)
+        self.pins.note_used([*path, *filter(None, [prefix.source])])
         page_ids += self._take_pages(num_new_pages)
         moves = self._moves(source_page, page_ids, len(path), prefix.num_head_tokens)
-        num_known_tokens = min(len(tokens), max_shared_tokens)
+        max_entered = min(reuse.max_shared_tokens, max_stored_tokens)
+        num_entered = max(len(path) * self._page_size, max_entered)
+        num_known = min(len(tokens), num_entered)
         allocation = Allocation(
-            page_ids, moves, num_cached_tokens, reason, lease, num_known_tokens, max_shared_tokens
+            page_ids, moves, reuse.num_tokens, misses, lease, num_known, num_entered
         )
         self._live[allocation] = None
         self._move_pending_page(allocation, tokens)
@@ -272,62 +290,30 @@ class KVCache:
 
     # ---- pins and reset --------------------------------------------------------------------------
 
-    def pin(self, tokens: Sequence[int], namespace: str = "") -> Pin:
-        """Make the cached whole pages of `tokens` the last to be evicted, until `unpin`.
+    def covering(self, tokens: Sequence[int], namespace: str = "") -> list[Node]:
+        """List the cached pages of `tokens`, for `pins`, whose last may begin with the last tokens.
 
-        Soft: they still are when nothing else can be. Pages cached later are not covered.
+        Changes nothing. O(tokens).
         """
-        pin = Pin(self._tree.find(tokens, namespace, len(tokens), self._view).path)
-        self._pins[pin] = None
-        self._tree.pin(pin.nodes, +1)
-        return pin
-
-    def unpin(self, pin: Pin) -> None:
-        """Take a pin away. Raises `ValueError` the second time."""
-        if pin not in self._pins:
-            raise ValueError("this pin was taken away before")
-        del self._pins[pin]
-        self._tree.pin(pin.nodes, -1)
+        found = self._tree.find(tokens, namespace, len(tokens), self._view)
+        num_left = len(tokens) - len(found.path) * self._page_size
+        if found.source is None or found.num_head_tokens < num_left:
+            return found.path
+        return [*found.path, found.source]
 
     def reset(self) -> int:
         """Forget every cached page that no allocation holds, pinned ones too; return how many."""
         self.num_releases += 1
+        self.pins.end_all(PinEnd.REMOVED)
         num_pages = self._tree.num_evictable
-        self._pool.give_back(self._tree.evict() for _ in range(num_pages))
+        self._pool.give_back(self._tree.evict(Cause.RESET) for _ in range(num_pages))
         return num_pages
 
     # ---- parts -----------------------------------------------------------------------------------
 
-    def _max_shared_tokens(self, view: View) -> int:
-        """Return up to which length the pages of a sequence are those of any other view, too."""
-        max_keys = view.max_keys
-        return maxsize if max_keys is None or view == self._view else max_keys
-
-    def _find(self, tokens: Sequence[int], namespace: str, view: View, limit: int) -> Prefix:
-        if not tokens:
-            raise ValueError("tokens must not be empty")
-        return self._tree.find(tokens, namespace, min(limit, len(tokens) - 1), view)
-
-    def _num_cached_tokens(self, prefix: Prefix) -> int:
-        return len(prefix.path) * self._page_size + prefix.num_head_tokens
-
-    def _miss_reason(self, prefix: Prefix, num_tokens: int, limit: int) -> MissReason:
-        num_cached_tokens = self._num_cached_tokens(prefix)
-        if num_cached_tokens == self._tree.most_reusable(limit + 1):
-            return MissReason.LIMITED
-        if num_cached_tokens == self._tree.most_reusable(num_tokens):
-            return MissReason.COMPLETE
-        if num_cached_tokens == 0:
-            return MissReason.COLD
-        is_end = prefix.is_cut or (prefix.path and not prefix.path[-1].children)
-        return MissReason.ENDED if is_end else MissReason.DIVERGED
-
-    def _next_page(self, prefix: Prefix, tokens: Sequence[int], limit: int) -> NextPage | None:
-        index = len(prefix.path)
-        if prefix.root is None or (index + 1) * self._page_size > min(len(tokens), limit):
-            return None
-        end = prefix.path[-1] if prefix.path else prefix.root
-        return NextPage(end, self._tree.key(tokens, index))
+    def _misses(self, reuse: Reuse, tokens: Sequence[int], namespace: str) -> Misses:
+        is_in_flight = self.is_in_flight(self.search.next_page(reuse, tokens))
+        return self.search.misses(reuse, tokens, namespace, is_in_flight=is_in_flight)
 
     def _take_pages(self, num_pages: int) -> list[int]:
         num_missing_pages = max(0, num_pages - self._pool.num_free)
@@ -391,8 +377,6 @@ class KVCache:
         leases = Counter(allocation.lease.root for allocation in live)
         held = {root: root.leases for root in self._tree.roots() if root.leases}
         assert leases == held, "leases differ from the roots' counts"
-        pins = Counter(node for pin in self._pins for node in pin.nodes)
-        assert all(pins[n] == n.pins for n in nodes), "pins differ from the counts"
         self._pending_pages.check(a.pending_page for a in live if a.pending_page is not None)
         for allocation in live:
             allocation.check(self._page_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cache.allocation import MissReason
 from cache.pending_pages import NextPage
 
 
@@ -14,7 +13,6 @@ class Match:
 
     #: Leading tokens that need not be computed: at most all but the last.
     num_tokens: int
-    reason: MissReason
     #: A live allocation is computing `next_page`. Waiting for its `commit` (or `free`) avoids
     #: computing the page twice.
     in_flight: bool

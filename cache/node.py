@@ -26,6 +26,8 @@ class Node:
     parent: Node | None
     #: Pages from the root on: 1 for the first page of a prompt.
     depth: int
+    #: Names the page with all before it: see `next_chain`.
+    chain: int = 0
     #: Sorted, and parallel to `children`. One sorted list answers both "this very page?" and "who
     #: shares the longest head?", and for few children is as fast as a dict.
     keys: list[bytes] = field(default_factory=list)
@@ -34,12 +36,21 @@ class Node:
     leases: int = 0
     #: Those of them whose view covers the page; while there are any, the page is not evicted.
     readers: int = 0
-    #: Soft pins: a pinned node is evicted only when nothing else is left to evict.
-    pins: int = 0
-    #: The tree's logical time of the last use.
+    #: Of its soft pins (`cache/pins.py`), 0 without any. Nodes of a lower rank are evicted first.
+    pin_rank: int = 0
+    #: Whether its last pin ended while the page was cached.
+    has_lapsed: bool = False
+    #: The tree's logical time of the last use: it advances by one with each use of a page.
     last_used: int = 0
+    #: How often the page was used, by the sequence that computed it and by others.
+    num_uses: int = 0
     #: Which entry of the eviction queue is this node's; 0 for none.
     ticket: int = 0
+
+    def use(self, now: int) -> None:
+        """Count one more use, at a logical time."""
+        self.last_used = now
+        self.num_uses += 1
 
     def child(self, key: bytes) -> Node | None:
         """Get the child that holds exactly this page of tokens. O(log children)."""

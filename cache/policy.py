@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
-from typing import Any, Protocol, TypeAlias
+from math import log2
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from cache.node import Node
 
@@ -29,8 +30,52 @@ def lru(node: Node) -> int:
     return node.last_used
 
 
+def lfu(node: Node) -> tuple[int, int]:
+    """Order by number of uses; of equally many by the last one."""
+    return node.num_uses, node.last_used
+
+
+class CostAware:
+    """Order by uses x price of the page, of which half is lost in each half-life without use.
+
+    The price is that of the page's tokens: attention makes deeper ones cost more. All pages have
+    equally many bytes. As a logarithm this does not depend on the time of the comparison:
+    `log2(uses * price) - age / half-life`, times the half-life, and with the present left out.
+    """
+
+    def __init__(self, half_life_uses: float, pages_of_double_price: float) -> None:
+        """`half_life_uses`: uses of any pages, which are the tree's clock.
+
+        `pages_of_double_price`: at this depth attention costs as much as all else.
+        """
+        self._half_life_uses = half_life_uses
+        self._pages_of_double_price = pages_of_double_price
+
+    def __call__(self, node: Node) -> float:
+        """Return the sort key of a page."""
+        price = 1.0 + node.depth / self._pages_of_double_price
+        return node.last_used + self._half_life_uses * log2(max(1, node.num_uses) * price)
+
+
+#: Half-lives of `CostAware` in a pool of one page: the pool's pages are used once in one of them.
+_POOLS_A_HALF_LIFE = 0.5
+#: Depth in tokens at which attention costs as much as all else, in models of a billion weights.
+_TOKENS_OF_DOUBLE_PRICE = 8_192
+PolicyName: TypeAlias = Literal["lru", "lfu", "cost"]
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+
+
+def policy_of(name: PolicyName, num_pages: int, page_size: int) -> EvictionPolicy:
+    """Return the policy of that name for a pool."""
+    if name == "lru":
+        return lru
+    if name == "lfu":
+        return lfu
+    return CostAware(_POOLS_A_HALF_LIFE * num_pages, _TOKENS_OF_DOUBLE_PRICE / page_size)
+
+
 class EvictionQueue:
-    """The evictable nodes in the policy's order, soft-pinned ones last. O(log n) each operation.
+    """The evictable nodes by rank of their pins, then by policy. O(log n) each operation.
 
     A heap that skips dead entries. It is rebuilt when more than half of it is dead, so garbage is
     bounded at O(1) amortised cost.
@@ -39,7 +84,7 @@ class EvictionQueue:
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
         # The ticket is unique, so that nodes themselves are never compared.
-        self._heap: list[tuple[bool, SupportsLessThan, int, Node]] = []
+        self._heap: list[tuple[int, SupportsLessThan, int, Node]] = []
         self._num_dead = 0
         self._last_ticket = 0
 
@@ -48,7 +93,7 @@ class EvictionQueue:
         self.discard(node)
         self._last_ticket += 1
         node.ticket = self._last_ticket
-        heappush(self._heap, (node.pins > 0, self._policy(node), node.ticket, node))
+        heappush(self._heap, (node.pin_rank, self._policy(node), node.ticket, node))
 
     def discard(self, node: Node) -> None:
         """Make a node not evictable. Nothing happens to one that is not here."""
@@ -76,14 +121,14 @@ class EvictionQueue:
     def check(self, evictable: Iterable[Node]) -> None:
         """Assert that exactly the evictable nodes are here, in order, and garbage is bounded."""
         live = {
-            node.ticket: (pinned, key)
-            for pinned, key, ticket, node in self._heap
+            node.ticket: (rank, key)
+            for rank, key, ticket, node in self._heap
             if node.ticket == ticket
         }
         nodes = list(evictable)
         for node in nodes:
             assert node.ticket in live, f"page {node.page_id} is evictable but not in the queue"
-            place = (node.pins > 0, self._policy(node))
+            place = (node.pin_rank, self._policy(node))
             assert live[node.ticket] == place, f"page {node.page_id} is queued under an old key"
         assert len(live) == len(nodes), "the queue holds nodes that are not evictable"
         dead = len(self._heap) - len(live)

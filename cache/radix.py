@@ -10,9 +10,12 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from struct import Struct, pack
+from sys import maxsize
 from typing import NamedTuple
 
+from cache.ghosts import Cause, Ghosts, first_chain, next_chain
 from cache.node import NO_PAGE, Node
+from cache.pins import PinEnd, Pins
 from cache.policy import EvictionPolicy, EvictionQueue
 from cache.view import View
 
@@ -29,15 +32,22 @@ class Prefix(NamedTuple):
     #: A child of the path's end whose first `num_head_tokens` tokens go on as the prompt does.
     source: Node | None
     num_head_tokens: int
-    #: More of the prompt is known, but pages that it would read were evicted.
-    is_cut: bool = False
+    #: The nodes of the prompt's whole pages, and the further tokens of a page behind them. They are
+    #: more than the above where pages that the prompt would read were evicted.
+    known: list[Node]
+    num_known_head_tokens: int
 
 
 class RadixTree:
     """Cached pages by the tokens they hold, a root for each namespace. Token ids are < 2^32."""
 
     def __init__(
-        self, page_size: int, policy: EvictionPolicy, *, can_share_heads: bool = True
+        self,
+        page_size: int,
+        policy: EvictionPolicy,
+        *,
+        can_share_heads: bool = True,
+        max_pinned_pages: int = maxsize,
     ) -> None:
         """`can_share_heads`: whether the first tokens of a page can be reused without the rest."""
         if page_size < 1:
@@ -50,8 +60,11 @@ class RadixTree:
         self._num_nodes = 0
         self._roots: dict[str, Node] = {}
         self._queue = EvictionQueue(policy)
+        self.pins = Pins(self._queue, max_pinned_pages)
         self._now = 0
         self._page = Struct(f">{page_size}I")
+        #: The evicted pages.
+        self.ghosts = Ghosts()
 
     @property
     def num_evictable(self) -> int:
@@ -69,10 +82,9 @@ class RadixTree:
 
     # ---- queries ---------------------------------------------------------------------------------
 
-    def most_reusable(self, num_tokens: int) -> int:
-        """Return how much of a prompt can be reused at most: its last token is always computed."""
-        most = num_tokens - 1
-        return most if self._can_share_heads else most - most % self.page_size
+    def num_floor_tokens(self, node: Node, head: Sequence[int]) -> int:
+        """Count the first tokens of `head` in a page below a node that need the whole page."""
+        return 0 if self._can_share_heads else _longest_head(node, head)[1]
 
     def key(self, tokens: Sequence[int], page_index: int) -> bytes:
         """Pack one whole page of `tokens` into a node's key. O(page_size)."""
@@ -87,7 +99,7 @@ class RadixTree:
         """
         root = self._roots.get(namespace)
         if root is None:
-            return Prefix(None, [], None, 0)
+            return Prefix(None, [], None, 0, [], 0)
         node, size, page = root, self.page_size, self._page.pack
         path, husks = list[Node](), list[int]()
         for start in range(0, limit - size + 1, size):
@@ -109,8 +121,8 @@ class RadixTree:
             if end <= num_tokens and (first < view.sinks or end > view.start(num_tokens)):
                 num_tokens = first
         if num_tokens < start:
-            return Prefix(root, path[: num_tokens // size], None, 0, is_cut=True)
-        return Prefix(root, path, source, num_head_tokens)
+            return Prefix(root, path[: num_tokens // size], None, 0, path, num_head_tokens)
+        return Prefix(root, path, source, num_head_tokens, path, num_head_tokens)
 
     def has(self, node: Node) -> bool:
         """Return whether a node, which was in the tree, was not unlinked since. O(1).
@@ -138,12 +150,15 @@ class RadixTree:
         """Get a namespace's root, made if need be; to be held before anything is evicted."""
         root = self._roots.get(namespace)
         if root is None:
-            root = self._roots[namespace] = Node(namespace, b"", NO_PAGE, None, 0)
+            root = self._roots[namespace] = Node(
+                namespace, b"", NO_PAGE, None, 0, first_chain(namespace)
+            )
         return root
 
     def insert(self, parent: Node, key: bytes, page_id: int) -> Node:
         """Enter a page below a held node; to be held before anything is evicted."""
-        node = Node(parent.namespace, key, NO_PAGE, parent, parent.depth + 1)
+        chain = next_chain(parent.chain, key)
+        node = Node(parent.namespace, key, NO_PAGE, parent, parent.depth + 1, chain)
         parent.add(node)
         self._num_nodes += 1
         self.fill(node, page_id)
@@ -153,6 +168,7 @@ class RadixTree:
         """Give a husk a page; to be held before anything is evicted."""
         node.page_id = page_id
         self.num_pages += 1
+        self.ghosts.discard(node.chain)
 
     def hold(self, read: Sequence[Node], unread: Sequence[Node]) -> None:
         """Count one more lease on nodes of one downward path, of which it reads some.
@@ -172,7 +188,7 @@ class RadixTree:
         """Count one reader less on nodes, used until now; the leases on them remain."""
         for node in nodes:
             self._now += 1
-            node.last_used = self._now
+            node.use(self._now)
             node.readers -= 1
             if not node.readers:
                 self.num_read -= 1
@@ -190,21 +206,20 @@ class RadixTree:
     def touch(self, node: Node) -> None:
         """Make a node the most recently used one."""
         self._now += 1
-        node.last_used = self._now
+        node.use(self._now)
         self._settle(node)
 
-    def pin(self, nodes: Sequence[Node], difference: int) -> None:
-        """Count one soft pin more (+1) or less (-1) on nodes; some may be evicted by now."""
-        for node in nodes:
-            node.pins += difference
-            if node.ticket:
-                self._queue.push(node)
-
-    def evict(self) -> int:
+    def evict(self, cause: Cause = Cause.ROOM) -> int:
         """Take away the page that goes first, and return it. The caller knows there is one."""
         node = self._queue.pop()
+        if cause is Cause.ROOM and node.has_lapsed and not node.pin_rank:
+            cause = Cause.PIN_LAPSED
+        self.ghosts.add(node.chain, cause)
+        node.has_lapsed = False
         page_id, node.page_id = node.page_id, NO_PAGE
         self.num_pages -= 1
+        if node.pin_rank:
+            self.pins.end_at(node, PinEnd.EVICTED)
         self._settle(node)
         return page_id
 
@@ -219,8 +234,12 @@ class RadixTree:
         nodes = [top]
         for node in nodes:
             self._queue.discard(node)
+            self.pins.end_at(node, PinEnd.EVICTED)
             nodes.extend(node.children)
-        page_ids = [node.page_id for node in nodes if node.page_id != NO_PAGE]
+        evicted = [node for node in nodes if node.page_id != NO_PAGE]
+        for node in evicted:
+            self.ghosts.add(node.chain, Cause.FAULT)
+        page_ids = [node.page_id for node in evicted]
         self._num_nodes -= len(nodes) - 1
         self._unlink(top)
         self.num_pages -= len(page_ids)
@@ -265,6 +284,7 @@ class RadixTree:
         assert self._num_nodes == len(nodes), f"{len(nodes)} nodes, {self._num_nodes} counted"
         assert self.num_read == num_read, f"{num_read} read, {self.num_read} counted"
         self._queue.check(filter(is_evictable, nodes))
+        self.pins.check()
 
     def _check_node(self, node: Node) -> None:
         name = f"the node of page {node.page_id}"
@@ -278,6 +298,7 @@ class RadixTree:
             assert child.parent is node, f"{name}: a child knows another parent"
             assert child.depth == node.depth + 1, f"{name}: a child knows another depth"
             assert child.namespace == node.namespace, f"{name}: a child of another namespace"
+            assert child.chain == next_chain(node.chain, child.key), f"{name}: a wrong chain"
             num_tokens = len(child.key) // TOKEN_BYTES
             assert num_tokens == self.page_size, f"{name}: a child of {num_tokens} tokens"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from cache.pins import PinStats
+
 
 class CacheStats(NamedTuple):
     """One moment of the cache. Counters (`*_total`) only grow.
@@ -20,3 +22,4 @@ class CacheStats(NamedTuple):
     copied_pages_total: int = 0
     #: Pages committed while the tree had the same: computed side by side, or for a last token.
     duplicate_pages_total: int = 0
+    pins: PinStats = PinStats()

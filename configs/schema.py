@@ -58,6 +58,7 @@ ReasoningParser = Literal[
 ]
 #: As in a browser's Origin header; one with a path, such as a lone slash, would never match.
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
+PolicyName = Literal["lru", "lfu", "cost"]
 Quantization = Literal["auto", "none", "fp16", "bf16", "int8", "int4", "own"]
 
 
@@ -217,6 +218,18 @@ class SchedulerSection(Section):
     max_queue_tokens: int = Field(
         default=4_194_304, ge=1, description="tokens of waiting requests at most, then 429"
     )
+    cache_policy: PolicyName = Field(
+        default="lru",
+        description="which unpinned cached page is evicted first: lru: least recently used; lfu:"
+        " least often used; cost: both, times the price of its tokens",
+    )
+    cache_pin_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of the pages that requests may pin (cache_control and the like); where"
+        " more are asked for, the key with the most loses its oldest pins",
+    )
     speculation: Speculation | None = Field(
         default=None,
         description="guess tokens ahead and verify them together, which changes no token; auto:"
@@ -308,7 +321,8 @@ class ServerSection(Section):
         default=False, description="tell the usage in every stream, asked for or not"
     )
     dev_endpoints: bool = Field(
-        default=False, description="serve POST /reset_prefix_cache, for benchmarks and tests"
+        default=False,
+        description="serve POST /reset_prefix_cache and /admin/cache/reset, pin and unpin",
     )
     send_timeout_s: float = Field(
         default=60.0,

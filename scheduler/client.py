@@ -9,22 +9,43 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
+from cache.pins import LIFETIMES_S, PinEnd, PrefixPin
 from cache.view import FULL_VIEW, View
 from model.interface import ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
-from scheduler.messages import FinishReason, GenerateRequest, RejectKind, Started, TokenOutput
+from scheduler.cache_story import CacheStory
+from scheduler.messages import (
+    CacheCommand,
+    ExplainPrefix,
+    FinishReason,
+    GenerateRequest,
+    Pinned,
+    PinPrefix,
+    RejectKind,
+    Started,
+    TokenOutput,
+    UnpinPrefix,
+)
 from scheduler.stats import EngineStats, SchedulerStats
 
 #: All types of the interface, so that callers import them from one place.
 __all__ = [
     "FULL_VIEW",
+    "LIFETIMES_S",
+    "CacheCommand",
+    "CacheStory",
     "EngineClient",
     "EngineError",
     "EngineFaultError",
     "EngineStats",
     "EngineUnavailableError",
+    "ExplainPrefix",
     "FinishReason",
     "GenerateRequest",
     "ModelInfo",
+    "PinEnd",
+    "PinPrefix",
+    "Pinned",
+    "PrefixPin",
     "RejectKind",
     "RequestRefusedError",
     "SamplingParams",
@@ -32,6 +53,7 @@ __all__ = [
     "Started",
     "TokenLogprobs",
     "TokenOutput",
+    "UnpinPrefix",
     "View",
     "Vocabulary",
 ]
@@ -88,6 +110,18 @@ class EngineClient(Protocol):
 
     async def reset_cache(self) -> int:
         """Forget every cached page that no sequence uses; return how many there were.
+
+        Raises `EngineUnavailableError`.
+        """
+
+    async def change_cache(self, command: CacheCommand) -> int:
+        """Pin or unpin the cached pages of a prompt; return the answer (see the commands).
+
+        Raises `EngineUnavailableError`.
+        """
+
+    async def explain_cache(self, command: ExplainPrefix) -> CacheStory:
+        """Return what would be reused of a prompt now, and why no more. Changes nothing.
 
         Raises `EngineUnavailableError`.
         """

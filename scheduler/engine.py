@@ -12,13 +12,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from cache.kv_cache import KVCache
+from cache.policy import policy_of
 from configs.schema import SchedulerSection
 from model.interface import Constraint, InFlightStep, ModelRunner
+from scheduler.cache_story import story_of
 from scheduler.drafters.choice import build_drafters
 from scheduler.drafters.grammar import GrammarDrafter
 from scheduler.messages import (
     Begun,
+    CacheAnswer,
+    CacheCommand,
     Cancel,
+    ExplainPrefix,
+    PinPrefix,
     Prepared,
     Rejected,
     RejectKind,
@@ -27,7 +33,9 @@ from scheduler.messages import (
     Started,
     StepResult,
     Submit,
+    UnpinPrefix,
 )
+from scheduler.pin_deadlines import PinDeadlines
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
 from scheduler.stats import EngineStats
@@ -72,10 +80,13 @@ class Engine:
         self._cache = KVCache(
             info.num_pages,
             info.page_size,
+            policy_of(config.cache_policy, info.num_pages, info.page_size),
             view=info.view,
             chunk_tokens=config.max_num_batched_tokens,
             can_share_heads=info.smallest_reusable_prefix_tokens == 1,
+            pin_share=config.cache_pin_share,
         )
+        self._pins = PinDeadlines(self._cache)
         drafting = config.drafting
         drafter = build_drafters(
             drafting.kind(info.device),
@@ -102,7 +113,7 @@ class Engine:
         """Whether `step` has work or news."""
         return self._has_news or self._scheduler.has_work or bool(self._launched)
 
-    def handle(self, message: Submit | Cancel | SetVocabulary | ResetCache | Prepared) -> None:
+    def handle(self, message: Submit | Cancel | SetVocabulary | CacheCommand | Prepared) -> None:
         """Take in one message; refusals are in the result of the next step."""
         if isinstance(message, SetVocabulary):
             self._runner.set_vocabulary(message.vocabulary)
@@ -110,6 +121,7 @@ class Engine:
         self._has_news = True
         if isinstance(message, Submit):
             self._arrived_s[message.request_id] = self._clock_s()
+            self._pins.expect(message.request_id, message.request)
             grammar = message.request.params.grammar
             if grammar is None:
                 self._submit(message)
@@ -119,12 +131,22 @@ class Engine:
             # It may have been cancelled meanwhile.
             if found := self._preparing.pop(message.request_id, None):
                 self._submit_prepared(*found)
-        elif isinstance(message, ResetCache):
-            self._news.reset_pages.append(self._cache.reset())
+        elif isinstance(message, ResetCache | ExplainPrefix | PinPrefix | UnpinPrefix):
+            self._news.cache_answers.append(self._answer(message))
         else:
+            self._pins.forget(message.request_id)
             self._arrived_s.pop(message.request_id, None)
             if self._preparing.pop(message.request_id, None) is None:
                 self._scheduler.cancel(message.request_id)
+
+    def _answer(self, command: CacheCommand) -> CacheAnswer:
+        now_s = self._clock_s()
+        if isinstance(command, ResetCache):
+            self._cache.set_time(now_s)
+            return self._cache.reset()
+        if isinstance(command, ExplainPrefix):
+            return story_of(self._cache.explain(command.token_ids, command.namespace), now_s)
+        return self._pins.answer(command, now_s)
 
     def _prepare(self, submit: Submit, grammar: str) -> None:
         self._announce(Begun((submit.request_id,)))
@@ -148,6 +170,7 @@ class Engine:
         except Exception as fault:  # noqa: BLE001 - a bug that is to harm this request alone
             _log.exception("the grammar of request %d failed", submit.request_id)
             self._arrived_s.pop(submit.request_id, None)
+            self._pins.forget(submit.request_id)
             message = f"the grammar failed: {type(fault).__name__}"
             self._news.failed.append((submit.request_id, message))
         else:
@@ -159,6 +182,7 @@ class Engine:
 
     def _reject(self, rejected: Rejected) -> None:
         self._arrived_s.pop(rejected.request_id, None)
+        self._pins.forget(rejected.request_id)
         self._news.rejected.append(rejected)
 
     def idle(self) -> bool:
@@ -171,6 +195,9 @@ class Engine:
         The requests of a step that raises run again one at a time. Only a request whose step raises
         again ends with an error. Raises `ModelFaultError` if the model computes nothing.
         """
+        now_s = self._clock_s()
+        self._cache.set_time(now_s)
+        self._pins.advance(now_s)
         while len(self._launched) < self._max_steps_in_flight:
             plan = self._scheduler.plan()
             if plan is None or not self._launch(plan):
@@ -193,8 +220,13 @@ class Engine:
     def _launch(self, plan: StepPlan) -> bool:
         began_s = self._clock_s()
         begun = tuple(
-            Started(id_, began_s - self._arrived_s.pop(id_), num_cached, why)
-            for id_, num_cached, why in plan.started
+            Started(
+                id_,
+                began_s - self._arrived_s.pop(id_),
+                misses.num_reused_tokens,
+                story_of(misses, began_s),
+            )
+            for id_, misses in plan.started
         )
         if begun:
             self._news.started.extend(begun)
@@ -217,6 +249,7 @@ class Engine:
         # A step that was launched early began when the one before it was over.
         began_s, self._completed_s = max(launched.began_s, self._completed_s), self._clock_s()
         result = self._scheduler.apply(plan, output, self._completed_s - began_s)
+        self._pins.land(result, self._completed_s)
         return self._report(result, plan.num_tokens)
 
     def _fail(self, plan: StepPlan, fault: Exception) -> None:
@@ -233,7 +266,7 @@ class Engine:
             started=news.started,
             rejected=news.rejected,
             failed=[*news.failed, *result.failed],
-            reset_pages=news.reset_pages,
+            cache_answers=news.cache_answers,
             num_step_tokens=num_step_tokens,
         )
 
@@ -244,6 +277,7 @@ class Engine:
     def check(self) -> None:
         """Assert every invariant below."""
         self._scheduler.check()
+        self._pins.check()
         is_bounded = len(self._arrived_s) <= self.stats().num_waiting
         assert is_bounded, "the arrival time of a request that is gone"
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+from cache.pins import PrefixPin
 from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, SamplingParams, TokenLogprobs, Vocabulary
+from scheduler.cache_story import NO_STORY, CacheStory
 from scheduler.stats import EngineStats
 
 
@@ -65,6 +67,11 @@ class GenerateRequest:
     may_speculate: bool = True
     #: The keys that its queries read, at most those in the model's own view.
     view: View = FULL_VIEW
+    #: Beginnings of the prompt to be kept, the shortest first, and whose quota they count in.
+    pins: tuple[PrefixPin, ...] = ()
+    owner: str = ""
+    #: Of prompt and answer, the tokens that may stay cached; None: all of them.
+    store_up_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,39 @@ class SetVocabulary:
 
 @dataclass(frozen=True, slots=True)
 class ResetCache:
-    """Forget every cached page that no sequence uses; `StepResult.reset_pages` answers."""
+    """Forget every cached page that no sequence uses; `StepResult.cache_answers` answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinPrefix:
+    """Pin the cached pages of a prompt; the answer is how many they are, 0 where it is refused."""
+
+    token_ids: tuple[int, ...]
+    namespace: str
+    owner: str
+    lifetime: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinPrefix:
+    """End the pins that end within the pages of a prompt; the answer is how many."""
+
+    token_ids: tuple[int, ...]
+    namespace: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainPrefix:
+    """Look up the reuse of a prompt; the answer is a `CacheStory`. Changes nothing."""
+
+    token_ids: tuple[int, ...]
+    namespace: str
+
+
+#: Are answered in their order.
+CacheCommand: TypeAlias = ResetCache | PinPrefix | UnpinPrefix | ExplainPrefix
+#: A number, or the story of an `ExplainPrefix`.
+CacheAnswer: TypeAlias = int | CacheStory
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +161,7 @@ class Prepared:
     request_id: int
 
 
-ToEngine: TypeAlias = Build | Submit | Cancel | SetVocabulary | Ping | ResetCache | Shutdown
+ToEngine: TypeAlias = Build | Submit | Cancel | SetVocabulary | Ping | CacheCommand | Shutdown
 
 
 # ---- engine to API -------------------------------------------------------------------------------
@@ -146,8 +185,17 @@ class Started:
     request_id: int
     queue_s: float
     cached_tokens: int
-    #: The reason why no more was reused: see `cache.MissReason`.
-    miss_reason: str
+    story: CacheStory = NO_STORY
+
+
+class Pinned(NamedTuple):
+    """The effect of a request's pins. Sent once, when its prompt is computed."""
+
+    request_id: int
+    #: Pins that were not set: more would have been pinned than may be.
+    num_refused: int
+    #: Older pins that ended for them.
+    num_displaced: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +228,11 @@ class StepResult:
     failed: list[tuple[int, str]] = field(default_factory=list)
     #: (request id, draft tokens that were verified, those of them that were accepted).
     drafts: list[tuple[int, int, int]] = field(default_factory=list)
-    #: Pages that each `ResetCache` freed.
-    reset_pages: list[int] = field(default_factory=list)
+    #: Pages that each `ResetCache` freed, pins that each `PinPrefix` or `UnpinPrefix` changed, or the
+    #: story of an `ExplainPrefix`.
+    cache_answers: list[CacheAnswer] = field(default_factory=list)
+    #: Of the prompts that were computed: which of their pins hold, and the pins ended for them.
+    pinned: list[Pinned] = field(default_factory=list)
     #: Tokens the step computed, prompt and decode together; 0 without a step.
     num_step_tokens: int = 0
 
@@ -212,6 +263,8 @@ class TokenOutput:
     #: Tokens of drafts that were verified, and those of them that were accepted.
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
+    #: Of a request with pins, once.
+    pinned: Pinned | None = None
 
 
 @dataclass(frozen=True, slots=True)

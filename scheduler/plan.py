@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cache.misses import Misses
 from model.interface import PENDING_TOKEN, SampleSpan, ScoredSpan, StepInput
 from scheduler.drafters.draft import Draft
 from scheduler.sequence import Sequence
@@ -21,8 +22,8 @@ class StepPlan:
     sequences: list[Sequence]
     #: Each `[rows]`: the sequence's rollbacks when the step was planned.
     rollbacks: list[int]
-    #: Requests that left the queue for the first time: (request id, cached tokens, miss reason).
-    started: list[tuple[int, int, str]]
+    #: Requests that left the queue for the first time, and the tokens that they could not reuse.
+    started: list[tuple[int, Misses]]
     num_decodes: int
     num_prompt_tokens: int
     #: By row.

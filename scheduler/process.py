@@ -14,13 +14,16 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, Vocabulary
+from scheduler.cache_story import CacheStory
 from scheduler.client import EngineUnavailableError, GenerateRequest, TokenOutput
 from scheduler.engine_process import Death, EngineProcess, EngineStartError, SpawnedProcess
 from scheduler.isolation import Isolation
 from scheduler.messages import (
     Begun,
     Build,
+    CacheCommand,
     Cancel,
+    ExplainPrefix,
     FromEngine,
     Ping,
     ResetCache,
@@ -129,9 +132,19 @@ class ProcessClient:
 
     async def reset_cache(self) -> int:
         """See `EngineClient`."""
+        return await self.change_cache(ResetCache())
+
+    async def change_cache(self, command: CacheCommand) -> int:
+        """See `EngineClient`."""
         if not self._is_serving:
             raise EngineUnavailableError("the engine is not running", self._start_left_s())
-        return await self._streams.reset_cache(self._send)
+        return await self._streams.change_cache(command, self._send)
+
+    async def explain_cache(self, command: ExplainPrefix) -> CacheStory:
+        """See `EngineClient`."""
+        if not self._is_serving:
+            raise EngineUnavailableError("the engine is not running", self._start_left_s())
+        return await self._streams.explain_cache(command, self._send)
 
     def _start_left_s(self) -> float | None:
         """Guess when an engine in the making will be ready: as long after its start as the last.
@@ -142,7 +155,7 @@ class ProcessClient:
             return None
         return abs(self._start_took_s - (time.monotonic() - self._start_began_s))
 
-    def _send(self, message: Submit | Cancel | SetVocabulary | ResetCache | Ping) -> None:
+    def _send(self, message: Submit | Cancel | SetVocabulary | CacheCommand | Ping) -> None:
         # The next engine gets all open requests again.
         if self._is_serving and self._engine is not None:
             self._engine.send(message)
@@ -194,7 +207,7 @@ class ProcessClient:
             self._is_serving = False
             self._watchdog.stop()
             self._isolation.end()
-            self._streams.fail_resets("the engine ended before it had reset its cache")
+            self._streams.fail_commands("the engine ended before it had changed its cache")
             self._is_lost.set()
 
     async def _supervise(self) -> None:

@@ -16,6 +16,7 @@ from model.interface import PENDING_TOKEN, Constraint, ModelInfo, StepOutput
 from scheduler.admission import Room, displaced, max_len, place_for, why_never
 from scheduler.drafters.draft import Drafter
 from scheduler.landing import advance, land_drafts, note_scores
+from scheduler.lookups import Lookups
 from scheduler.messages import FinishReason, Rejected, RejectKind, StepResult, Submit
 from scheduler.pacing import Pacing
 from scheduler.plan import StepPlan, add_row, new_plan
@@ -61,8 +62,7 @@ class Scheduler:
         #: Steps that were planned and neither applied nor failed.
         self._num_under_way = 0
         self._num_arrivals = 0
-        self._prefix_queries_tokens = 0
-        self._prefix_hits_tokens = 0
+        self._lookups = Lookups()
         self._prompt_tokens_computed = 0
         self._num_late_rows = 0
         self._num_faulty_rows = 0
@@ -248,10 +248,9 @@ class Scheduler:
         plan.step.moves.extend(allocation.moves)
         if not sequence.is_started:
             sequence.is_started = True
-            num_cached = allocation.num_cached_tokens
-            self._prefix_queries_tokens += len(sequence.token_ids)
-            self._prefix_hits_tokens += num_cached
-            plan.started.append((sequence.request_id, num_cached, allocation.miss_reason))
+            misses, num_tokens = allocation.misses, len(sequence.token_ids)
+            self._lookups.add(num_tokens, misses, self._pacing.token_s)
+            plan.started.append((sequence.request_id, misses))
         return True
 
     # ---- results ---------------------------------------------------------------------------------
@@ -380,14 +379,15 @@ class Scheduler:
             num_waiting=len(self._waiting),
             num_waiting_tokens=self._waiting.num_tokens,
             lowest_waiting_priority=self._waiting.lowest_priority,
-            prefix_queries_tokens_total=self._prefix_queries_tokens,
-            prefix_hits_tokens_total=self._prefix_hits_tokens,
+            prefix_queries_tokens_total=self._lookups.num_queried_tokens,
+            prefix_hits_tokens_total=self._lookups.num_reused_tokens,
             prompt_tokens_computed_total=self._prompt_tokens_computed,
             preemptions_total=self._table.num_preemptions,
             late_rows_total=self._num_late_rows,
             faulty_rows_total=self._num_faulty_rows,
             steps_total=self._num_steps,
             speculation=self._speculation.stats(),
+            misses=self._lookups.stats(),
         )
 
     def check(self) -> None:

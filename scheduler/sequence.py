@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from enum import StrEnum
+from sys import maxsize
 
 from cache.allocation import Allocation
 from cache.pending_pages import NextPage
@@ -56,6 +57,7 @@ class Sequence:
         "is_drafted",
         "is_started",
         "max_len_tokens",
+        "max_stored_tokens",
         "min_len_tokens",
         "next_page",
         "num_completed",
@@ -116,6 +118,8 @@ class Sequence:
         )
         self.min_len_tokens = self.num_prompt + params.min_tokens
         self.max_len_tokens = min(self.num_prompt + params.max_tokens, max_model_len)
+        #: How many of its tokens may stay cached.
+        self.max_stored_tokens = maxsize if request.store_up_to is None else request.store_up_to
         self.allocation: Allocation | None = None
         #: While it waits: the first page that it cannot reuse, when it was last looked up.
         self.next_page: NextPage | None = None

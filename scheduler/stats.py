@@ -50,6 +50,17 @@ class DraftCounts:
         return SpeculationStats(drafters, tuple(self._by_position))
 
 
+class MissStats(NamedTuple):
+    """Tokens of prompts that were not reused so far, each prompt counted at its first admission."""
+
+    #: (reason, number of tokens).
+    missed_tokens_total: tuple[tuple[str, int], ...] = ()
+    #: Tokens whose pages were evicted for lack of room: a larger pool would still have them.
+    ghost_tokens_total: int = 0
+    #: The time to compute these again, by the measured price of a token.
+    ghost_us_total: int = 0
+
+
 class SchedulerStats(NamedTuple):
     """A snapshot of the scheduler. Counters (`*_total`) only grow within one process."""
 
@@ -68,6 +79,7 @@ class SchedulerStats(NamedTuple):
     faulty_rows_total: int = 0
     steps_total: int = 0
     speculation: SpeculationStats = SpeculationStats()
+    misses: MissStats = MissStats()
 
 
 class EngineStats(NamedTuple):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count, repeat
 
 from model.interface import TokenLogprobs
+from scheduler.cache_story import CacheStory
 from scheduler.client import (
     EngineError,
     EngineFaultError,
@@ -22,10 +23,13 @@ from scheduler.client import (
 )
 from scheduler.messages import (
     Begun,
+    CacheAnswer,
+    CacheCommand,
     Cancel,
+    ExplainPrefix,
     FinishReason,
     GenerateRequest,
-    ResetCache,
+    Pinned,
     Started,
     StepResult,
     Submit,
@@ -76,6 +80,7 @@ class Stream:
     _draft_tokens: int = 0
     _accepted_draft_tokens: int = 0
     _started: Started | None = None
+    _pinned: Pinned | None = None
     _finish_reason: FinishReason | None = None
     _error: EngineError | None = None
     _wakes: asyncio.Event = field(default_factory=asyncio.Event)
@@ -118,6 +123,10 @@ class Stream:
         if not self.sent_token_ids:
             self._started = started
 
+    def pin(self, pinned: Pinned) -> None:
+        """Note the effect of the request's pins; that in the newest engine counts."""
+        self._pinned = pinned
+
     def finish(self, reason: FinishReason) -> None:
         """End after the unread output."""
         self._finish_reason = reason
@@ -144,8 +153,10 @@ class Stream:
             tuple(self._prompt_logprobs),
             self._draft_tokens,
             self._accepted_draft_tokens,
+            self._pinned,
         )
         self._draft_tokens = self._accepted_draft_tokens = 0
+        self._pinned = None
         self._prompt_logprobs.clear()
         self._token_ids.clear()
         self._logprobs.clear()
@@ -154,12 +165,12 @@ class Stream:
 
 
 class Streams:
-    """All open streams of one client, its waiting cache resets, and the newest stats."""
+    """All open streams of one client, its waiting cache commands, and the newest stats."""
 
     def __init__(self) -> None:
         self._ids = count()
         self._open: dict[int, Stream] = {}
-        self._resets: deque[asyncio.Future[int]] = deque()
+        self._commands: deque[asyncio.Future[CacheAnswer]] = deque()
         self._end: tuple[type[EngineError], str] | None = None
         self._observers: list[Callable[[int], None]] = []
         self.engine_stats = EngineStats()
@@ -193,11 +204,28 @@ class Streams:
                 stream.has_left = True
                 send(Cancel(stream.request_id))
 
-    async def reset_cache(self, send: Callable[[ResetCache], None]) -> int:
-        """Send a reset and return the number of freed pages. Raises `EngineUnavailableError`."""
-        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._resets.append(answer)
-        send(ResetCache())
+    async def change_cache(
+        self, command: CacheCommand, send: Callable[[CacheCommand], None]
+    ) -> int:
+        """Send a command and return its answer, a number. Raises `EngineUnavailableError`."""
+        number = await self._answer(command, send)
+        assert isinstance(number, int), "the answer to another command"
+        return number
+
+    async def explain_cache(
+        self, command: ExplainPrefix, send: Callable[[CacheCommand], None]
+    ) -> CacheStory:
+        """Send a question about a prompt. Raises `EngineUnavailableError`."""
+        story = await self._answer(command, send)
+        assert isinstance(story, CacheStory), "the answer to another command"
+        return story
+
+    async def _answer(
+        self, command: CacheCommand, send: Callable[[CacheCommand], None]
+    ) -> CacheAnswer:
+        answer: asyncio.Future[CacheAnswer] = asyncio.get_running_loop().create_future()
+        self._commands.append(answer)
+        send(command)
         return await answer
 
     def get(self, request_id: int) -> Stream:
@@ -232,10 +260,13 @@ class Streams:
                 streams[request_id].add_scores(scores)
         self._dispatch_tokens(result)
         self._dispatch_ends(result)
-        for num_pages in result.reset_pages[: len(self._resets)]:
+        for pinned in result.pinned:
+            if pinned.request_id in streams:
+                streams[pinned.request_id].pin(pinned)
+        for answer in result.cache_answers[: len(self._commands)]:
             # A caller that left cancelled it.
             with suppress(asyncio.InvalidStateError):
-                self._resets.popleft().set_result(num_pages)
+                self._commands.popleft().set_result(answer)
         if result.num_step_tokens:
             for observe in self._observers:
                 observe(result.num_step_tokens)
@@ -270,18 +301,18 @@ class Streams:
         streams = [stream for stream in self._open.values() if not stream.is_over]
         return sorted(streams, key=lambda stream: stream.arrival)
 
-    def fail_resets(self, message: str) -> None:
-        """End all waiting cache resets with an error."""
-        while self._resets:
+    def fail_commands(self, message: str) -> None:
+        """End all waiting cache commands with an error."""
+        while self._commands:
             with suppress(asyncio.InvalidStateError):
-                self._resets.popleft().set_exception(EngineUnavailableError(message))
+                self._commands.popleft().set_exception(EngineUnavailableError(message))
 
     def close(self, kind: type[EngineError], message: str) -> None:
-        """End every open stream and cache reset, and every later stream, with an error."""
+        """End every open stream and cache command, and every later stream, with an error."""
         self._end = self._end or (kind, message)
         for stream in self.unfinished():
             stream.fail(kind(message))
-        self.fail_resets(message)
+        self.fail_commands(message)
 
     def check(self) -> None:
         """Assert that streams are stored under their own ids."""

@@ -46,6 +46,7 @@ class SequenceTable:
             reserve_pages,
             sequence.max_cached_tokens,
             sequence.own_view,
+            sequence.max_stored_tokens,
         )
         if allocation is None:
             return None

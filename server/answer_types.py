@@ -35,6 +35,8 @@ class PromptTokensDetails(Document):
     """Of the prompt's tokens."""
 
     cached_tokens: int
+    #: Computed, and before a breakpoint; of requests that ask for prompt caching.
+    cache_write_tokens: NotRequired[int]
 
 
 class CompletionTokensDetails(Document):
@@ -72,11 +74,52 @@ class Timings(Document):
     decode_tokens_per_s: float | None
 
 
+class Divergence(Document):
+    """The first token of a prompt that differs from the cached ones, and the prompt around it."""
+
+    token: int
+    #: Of the field that has the token.
+    path: str
+    before: str
+    after: str
+
+
+class Evicted(Document):
+    """The eviction of the first page that is missing."""
+
+    #: room, pin_lapsed, reset or fault.
+    cause: str
+    age_s: float
+
+
+class Comparison(Document):
+    """The request beside an earlier one, which it names."""
+
+    #: Whether it is still known, and of the same API key.
+    is_found: bool
+    #: The first changed part: tools, system, messages, or the name of a setting. Null: none.
+    changed: str | None
+    #: Of the part, where it is in the body.
+    path: str | None
+    #: Tokens that both begin with, in steps of 16.
+    reusable_tokens: int
+    #: Tokens of the earlier prompt that could have been reused, had the part not changed.
+    missed_tokens: int
+
+
 class CacheReport(Document):
     """How much of the prompt was reused, and why not more."""
 
     reused_tokens: int
+    #: Of the first token that was not reused.
     miss_reason: str | None
+    #: By reason. With the reused ones they are all tokens of the prompt but its last.
+    missed_tokens: dict[str, int]
+    #: Of a single prompt.
+    diverged_at: NotRequired[Divergence]
+    evicted: NotRequired[Evicted]
+    #: Of requests that name an earlier one.
+    compared: NotRequired[Comparison]
 
 
 class SpeculationReport(Document):

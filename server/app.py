@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import NoReturn
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Match, Route
@@ -17,6 +17,7 @@ from configs.schema import OctavoConfig
 from scheduler.client import EngineClient
 from server.answer_types import ErrorBody
 from server.docs_page import docs_routes
+from server.generation.fingerprints import Fingerprints
 from server.generation.retry_after import QueueReservations
 from server.generation.sampling import makers_sampling
 from server.http.auth import PROBE_PATHS, AuthMiddleware
@@ -31,6 +32,7 @@ from server.messages.routes import DOCUMENTED as MESSAGES_DOCUMENTED
 from server.messages.routes import ERROR_FORMS, message_routes
 from server.metrics import Metrics
 from server.openai import response_models, schemas
+from server.openai.cache_routes import cache_routes
 from server.openai.routes import generation_routes, model_routes
 from server.openapi import DocumentedApp
 from server.probes import probe_routes
@@ -63,6 +65,12 @@ _DOCUMENTED = (
     response_models.Health,
     response_models.Version,
     response_models.CacheReset,
+    response_models.PrefixPinned,
+    response_models.PrefixUnpinned,
+    response_models.CacheExplained,
+    schemas.PinRequest,
+    schemas.UnpinRequest,
+    schemas.ExplainRequest,
     ErrorBody,
     *MESSAGES_DOCUMENTED,
     ResponsesRequest,
@@ -118,16 +126,21 @@ def create_app(  # noqa: PLR0913 - every part that the caller may hold too
         ttl_s=config.server.responses_ttl_s,
     )
     _show_store(metrics, store, clock)
+    fingerprints = Fingerprints(
+        max_count=config.server.responses_max_count, ttl_s=config.server.responses_ttl_s
+    )
     metrics.add_counter("log_lines_dropped", "log lines that nobody read", num_lines_dropped)
     app = DocumentedApp(version, _DOCUMENTED)
-    routers = (
+    routers: tuple[APIRouter, ...] = (
         generation_routes(service),
-        message_routes(service),
-        response_routes(service, store),
+        message_routes(service, fingerprints),
+        response_routes(service, store, fingerprints),
         model_routes(service),
         probe_routes(service, version),
         docs_routes(),
     )
+    if config.server.dev_endpoints:
+        routers = (*routers, cache_routes(service))
     for router in routers:
         app.include_router(router)
     routes = [*app.routes, *(route for router in routers for route in router.routes)]

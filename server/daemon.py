@@ -293,6 +293,7 @@ def _announce(info: ModelInfo, config: OctavoConfig, tokenizer: Tokenizer, url: 
             kv_bytes_per_token=info.kv_bytes_per_token,
             kv_factor=round(info.kv_factor, 2),
             pages=info.num_pages,
+            smallest_reusable_prefix=info.smallest_reusable_prefix_tokens,
             page_size=info.page_size,
             tokens=num_tokens,
             max_model_len=info.max_model_len,

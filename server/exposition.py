@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 
-from scheduler.client import EngineStats, ModelInfo
+from scheduler.client import LIFETIMES_S, EngineStats, ModelInfo
 from server.memory import descendants, resident_bytes
 
 #: By the values of the labels.
@@ -183,6 +183,12 @@ def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[M
         {state: count * page_bytes for state, count in pages.items()},
         "state",
     )
+    pinned: dict[tuple[str, ...], float] = {
+        (lifetime,): count for lifetime, count in zip(LIFETIMES_S, cache.pins.pages, strict=True)
+    }
+    yield from page.gauge(
+        "kv_pinned_pages", "cached pages with pins, by the longest lifetime", pinned, "lifetime"
+    )
     capacity_tokens = info.num_pages * info.page_size if info else 0
     yield from page.gauge(
         "kv_tokens_capacity", "tokens that fit at one time", {(): capacity_tokens}
@@ -194,6 +200,12 @@ def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[M
             {(info.kv_cache_dtype,): info.kv_bytes_per_token},
             "format",
         )
+    smallest_tokens = info.smallest_reusable_prefix_tokens if info else 0
+    yield from page.gauge(
+        "smallest_reusable_prefix_tokens",
+        "tokens in a page of whole pages, else 1: prefixes are reused in multiples of it",
+        {(): smallest_tokens},
+    )
     weights_bytes = info.weights_bytes if info else 0
     yield from page.gauge("model_weights_bytes", "the model's weights", {(): weights_bytes})
     if info and info.device_bytes:

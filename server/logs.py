@@ -90,6 +90,7 @@ def log_request(record: RequestRecord, now_s: float, *, is_probe: bool) -> None:
             param=error and error.param,
             reason=error and error.log_reason,
             key=record.key_name or None,
+            cache_key=record.cache_key or None,
             client=record.client,
         ),
     )

@@ -16,8 +16,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from scheduler.client import EngineClient, EngineUnavailableError, GenerateRequest
-from scheduler.stats import SpeculationStats
+from scheduler.cache_story import MISS_REASONS
+from scheduler.client import EngineClient, EngineUnavailableError, GenerateRequest, PinEnd
+from scheduler.stats import MissStats, SpeculationStats
 from server.exposition import HISTOGRAMS, Histogram, Page, VllmPage, gauges
 from server.http.context import RequestRecord
 
@@ -78,6 +79,9 @@ class Metrics(Collector):
         self._responses = dict.fromkeys(STATUSES, 0)
         self._rejected = dict.fromkeys(REJECTED_REASONS, 0)
         self._engine_counts = {field: GrowingCount() for _, field, _ in _ENGINE_COUNTERS}
+        self._missed_tokens = {reason: GrowingCount() for reason in MISS_REASONS}
+        self._ghost_tokens, self._ghost_us = GrowingCount(), GrowingCount()
+        self._pin_counts = [GrowingCount() for _ in PinEnd]
         #: By metric and the value of its label.
         self._draft_counts = defaultdict[tuple[str, str], GrowingCount](GrowingCount)
         self._own_gauges: list[tuple[str, str, Callable[[], float]]] = []
@@ -173,11 +177,20 @@ class Metrics(Collector):
         engine_counts = {
             field: counts.read(counted[field]) for field, counts in self._engine_counts.items()
         }
+        ended_pins: dict[tuple[str, ...], int] = {
+            (why,): count.read(value)
+            for why, count, value in zip(
+                PinEnd, self._pin_counts, stats.cache.pins.ended_total, strict=True
+            )
+        }
         drafts = self._read_drafts(stats.scheduler.speculation)
+        misses = self._read_misses(stats.scheduler.misses)
         for kind in self._pages:
             page = kind(self._model_name())
             yield from self._counters(page, engine_counts)
+            yield from page.counter("cache_pins_ended", "pins by their end", ended_pins, "cause")
             yield from self._drafts(page, drafts)
+            yield from _misses(page, misses)
             yield from gauges(page, stats, info)
             for name, text, read in self._own_gauges:
                 yield from page.gauge(name, text, {(): read()})
@@ -203,6 +216,15 @@ class Metrics(Collector):
             name: {(of,): self._draft_counts[name, of].read(count) for of, count in counts.items()}
             for name, counts in read.items()
         }
+
+    def _read_misses(self, stats: MissStats) -> MissStats:
+        """Return the counts of all engines so far."""
+        missed = dict(stats.missed_tokens_total)
+        return MissStats(
+            tuple((name, of.read(missed.get(name, 0))) for name, of in self._missed_tokens.items()),
+            self._ghost_tokens.read(stats.ghost_tokens_total),
+            self._ghost_us.read(stats.ghost_us_total),
+        )
 
     def _drafts(
         self, page: Page, counts: dict[str, dict[tuple[str, ...], int]]
@@ -251,3 +273,22 @@ class Metrics(Collector):
             {(code,): count for code, count in self._rejected.items()},
             "reason",
         )
+
+
+def _misses(page: Page, stats: MissStats) -> Iterator[Metric]:
+    yield from page.counter(
+        "prefix_cache_missed_tokens",
+        "prompt tokens not reused, by reason; the last of each prompt is not counted",
+        {(reason,): count for reason, count in stats.missed_tokens_total},
+        "reason",
+    )
+    yield from page.counter(
+        "prefix_cache_ghost_hits",
+        "prompt tokens evicted for lack of room: a larger pool would have had them",
+        {(): stats.ghost_tokens_total},
+    )
+    yield from page.counter(
+        "prefix_cache_ghost_seconds",
+        "estimated time to compute these tokens again",
+        {(): stats.ghost_us_total / 1e6},
+    )

@@ -73,8 +73,11 @@ differences:
 - `max_tokens` above the room in the context is cut, with a warning; an answer that reaches
   the context's end has the `stop_reason` `model_context_window_exceeded`.
 - `usage`: `cache_read_input_tokens` were found in the cache; `cache_creation_input_tokens` were
-  computed and are in it from then on, in whole pages; `input_tokens` are the few behind the last
-  whole page. Together they are the prompt.
+  computed up to the last `cache_control`, by lifetime in `cache_creation`; `input_tokens` are the
+  rest. Together they are the prompt. Without a `cache_control` all whole pages count as created.
+- `max_tokens` 0 caches the prompt and writes nothing: `content` is empty, the `stop_reason`
+  `max_tokens`. As at Anthropic it is refused with `stream`, with `thinking` enabled, with
+  `output_config.format` and with a forced tool.
 - A call's input is streamed as it is written, in `input_json_delta`s. If the limit cuts a call,
   `octavo.left_out.cut_tool_call` is there, and a whole answer's `input` holds the complete members.
 - Errors are `{"type": "error", "error": {...}, "request_id": ...}`, with `param` and `code` in
@@ -102,6 +105,9 @@ Made from `server/responses/schemas.py` and `server/responses/params.py`.
   used for a day, or the server restarts ([operations](operations.md)). One that failed, or whose
   client left, is not stored. A deleted one may have been gone on from: that keeps its text.
 - `input_items` are those of the whole conversation.
+- `usage.input_tokens_details.cache_write_tokens` are the computed tokens before the last breakpoint
+  where the request has caching options, else all computed ones. With
+  `prompt_cache_options.prewarm` the response is `completed` without output.
 
 | parameter | | |
 |---|---|---|

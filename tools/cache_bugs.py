@@ -135,8 +135,8 @@ CACHE_BUGS = [
     Bug(
         "pins do not matter",
         POLICY,
-        "heappush(self._heap, (node.pins > 0, self._policy(node), node.ticket, node))",
-        "heappush(self._heap, (False, self._policy(node), node.ticket, node))",
+        "heappush(self._heap, (node.pin_rank, self._policy(node), node.ticket, node))",
+        "heappush(self._heap, (0, self._policy(node), node.ticket, node))",
     ),
     Bug(
         "the queue serves a dead entry",

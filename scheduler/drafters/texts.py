@@ -68,7 +68,9 @@ class PastOutputs:
         return index
 
     def add(self, sequence: Sequence) -> None:
-        """Add the output of a sequence that has ended."""
+        """Add the output of a sequence that has ended, unless it is not to be stored."""
+        if sequence.request.store_up_to is not None:
+            return
         output = sequence.token_ids[sequence.num_prompt :]
         if output and output[-1] == PENDING_TOKEN:
             output.pop()

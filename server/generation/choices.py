@@ -9,7 +9,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
+from scheduler.cache_story import summed_story
 from server.generation.generate import Job, generate
+from server.generation.generation_spec import Conversation
 from server.generation.merge_streams import merge_streams
 from server.generation.output import OutputChunk
 from server.http.context import RequestRecord
@@ -26,6 +28,8 @@ async def generate_choices(
     """
     record.model = service.model_name
     record.prompt_tokens = sum(map(len, job.prompts))
+    if isinstance(job.spec.prompt, Conversation):
+        record.cache_key = job.spec.prompt.caching.key
     if len(job.requests) == 1:
         try:
             async with aclosing(generate(service, job, 0, record)) as chunks:
@@ -79,7 +83,10 @@ def _sum_up(record: RequestRecord, records: Sequence[RequestRecord], num_tries: 
         _leader(records[first : first + num_tries]) for first in range(0, len(records), num_tries)
     ]
     record.cached_tokens = sum(own.cached_tokens for own in leaders)
-    record.miss_reason = leaders[0].miss_reason
+    record.story = summed_story([own.story for own in leaders])
+    record.written_tokens = leaders[0].written_tokens
+    record.num_refused_pins = max(own.num_refused_pins for own in records)
+    record.num_displaced_pins = max(own.num_displaced_pins for own in records)
     record.output_tokens = sum(own.output_tokens for own in records)
     record.draft_tokens = sum(own.draft_tokens for own in records)
     record.accepted_draft_tokens = sum(own.accepted_draft_tokens for own in records)

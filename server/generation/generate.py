@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 
 from scheduler.client import (
     EngineError,
@@ -17,15 +18,22 @@ from scheduler.client import (
     RequestRefusedError,
     TokenOutput,
 )
-from server.answer_types import CompletionTokensDetails, Octavo, Usage
+from server.answer_types import CacheReport, CompletionTokensDetails, Octavo, Usage
+from server.generation.cache_report import cache_report
+from server.generation.caching import Caching, pin_warnings
+from server.generation.generation_spec import TextPrompts
 from server.generation.output import OutputChunk, OutputOptions, OutputText
+from server.generation.prompt_places import Render, path_at
 from server.generation.reasoning import ReasoningCounter
 from server.generation.request_fields import GenerationSpec
 from server.generation.tooling import ParserOptions
 from server.http.context import RequestRecord
-from server.http.errors import ApiError, from_engine, unavailable
+from server.http.errors import ApiError, Path, from_engine, unavailable
 from server.logs import milliseconds
 from server.service import Service
+
+#: Of a longer prompt the message that diverged is not searched for: it takes milliseconds.
+_MAX_PLACED_TOKENS = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,10 @@ class Job:
     echoes: tuple[str, ...] = ()
     #: None: the output is plain text.
     parser_options: ParserOptions | None = None
+    #: None: the request has no fields for it.
+    caching: Caching | None = None
+    #: Of a chat, to find the message that a place in its prompt belongs to.
+    render: Render | None = None
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
@@ -66,15 +78,15 @@ async def generate(
     output, reasoning = OutputText(service.text.tokenizer, job.output), _reasoning(service, job)
     record.finish_reason = "abort"
     try:
-        # The length first: so no salt of a client's makes two keys' namespaces equal.
         key, request = record.namespace, job.requests[index]
-        request = replace(request, namespace=f"{len(key)}:{key}{request.namespace}")
+        namespace = namespace_of(key, request.namespace)
+        request = replace(request, namespace=namespace, owner=record.owner)
         max_keys = request.view.max_keys
         async with aclosing(service.client.generate(request)) as deltas:
             async for delta in deltas:
                 _require_sound(delta)
                 chunk = output.push(delta)
-                _note(service, record, chunk)
+                _note(service, job, record, chunk)
                 if max_keys is not None:
                     num_tokens = len(request.prompt_token_ids) + record.output_tokens
                     record.dropped_tokens = max(0, num_tokens - max_keys)
@@ -102,6 +114,14 @@ async def generate(
             service.metrics.on_finished(record, service.clock.monotonic_s(), job.requests[index])
 
 
+def namespace_of(key: str, salt: str) -> str:
+    """Return the namespace of an API key's namespace and a salt.
+
+    The length first: so no salt of a client's makes two keys' namespaces equal.
+    """
+    return f"{len(key)}:{key}{salt}"
+
+
 def _reasoning(service: Service, job: Job) -> ReasoningCounter | None:
     """Return a counter of reasoning tokens; None: the model does not reason."""
     syntax = None if job.parser_options is None else job.parser_options.syntax
@@ -120,6 +140,9 @@ def usage(record: RequestRecord) -> Usage:
         "total_tokens": record.prompt_tokens + record.output_tokens,
         "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
     }
+    if record.written_tokens is not None:
+        written_tokens = sum(record.written_tokens.values())
+        report["prompt_tokens_details"]["cache_write_tokens"] = written_tokens
     details: CompletionTokensDetails = {}
     if record.reasoning_tokens is not None:
         details["reasoning_tokens"] = record.reasoning_tokens
@@ -132,18 +155,18 @@ def usage(record: RequestRecord) -> Usage:
     return report
 
 
-def octavo(job: Job, record: RequestRecord, now_s: float) -> Octavo:
+def octavo(service: Service, job: Job, record: RequestRecord, now_s: float) -> Octavo:
     """Return our own object of the response: warnings, timings and cache hits."""
     decode_s, num_decoded = record.decode_s, record.output_tokens - len(job.requests)
     report: Octavo = {
-        "warnings": list(job.spec.warnings),
+        "warnings": [*job.spec.warnings, *pin_warnings(job.caching, record)],
         "timings": {
             "queue_ms": milliseconds(record.queue_s),
             "ttft_ms": milliseconds(record.ttft_s),
             "total_ms": milliseconds(now_s - record.arrived_at_s) or 0.0,
             "decode_tokens_per_s": round(num_decoded / decode_s, 2) if decode_s else None,
         },
-        "cache": {"reused_tokens": record.cached_tokens, "miss_reason": record.miss_reason or None},
+        "cache": _cache(service, job, record),
     }
     if record.draft_tokens:
         report["speculation"] = {
@@ -175,14 +198,19 @@ def _require_reason(record: RequestRecord) -> None:
         raise EngineFaultError("the engine's stream ended without a reason")
 
 
-def _note(service: Service, record: RequestRecord, chunk: OutputChunk) -> None:
+def _note(service: Service, job: Job, record: RequestRecord, chunk: OutputChunk) -> None:
     started = chunk.delta.started
     if started is not None:
         record.queue_s = started.queue_s
         record.cached_tokens = started.cached_tokens
-        record.miss_reason = started.miss_reason
+        record.story = started.story
+        if job.caching is not None:
+            record.written_tokens = job.caching.written_tokens(started.cached_tokens)
         service.metrics.on_started(record)
         service.reservations.note_started()
+    if pinned := chunk.delta.pinned:
+        record.num_refused_pins = pinned.num_refused
+        record.num_displaced_pins = pinned.num_displaced
     if num_tokens := len(chunk.delta.token_ids):
         now_s = service.clock.monotonic_s()
         last_s = record.last_token_at_s
@@ -198,3 +226,26 @@ def _note(service: Service, record: RequestRecord, chunk: OutputChunk) -> None:
     if chunk.finish_reason is not None:
         record.finish_reason = chunk.finish_reason
         record.stop_text = chunk.stop_text
+
+
+def _cache(service: Service, job: Job, record: RequestRecord) -> CacheReport:
+    """Return the report of the first prompt's reuse, and of the comparison with another request."""
+    prompt, tokenizer = job.requests[0].prompt_token_ids, service.text.tokenizer
+    report = cache_report(tokenizer, record.story, prompt, partial(_path_at, service, job))
+    report["reused_tokens"] = record.cached_tokens
+    if record.queue_s is None:
+        report["miss_reason"] = None
+    if record.comparison is not None:
+        report["compared"] = record.comparison
+    return report
+
+
+def _path_at(service: Service, job: Job, token: int) -> Path:
+    """Return the field that has a token of the first prompt."""
+    asked, prompt = job.spec.prompt, job.requests[0].prompt_token_ids
+    if isinstance(asked, TextPrompts):
+        return asked.path_of(0)
+    if job.render is None or len(prompt) > _MAX_PLACED_TOKENS:
+        return asked.path
+    decode = partial(service.text.tokenizer.decode, skip_special_tokens=False)
+    return path_at(asked, job.render, decode(prompt), len(decode(prompt[:token])))

@@ -58,6 +58,38 @@ class ToolUse:
     is_named: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Breakpoint:
+    """The end of a block: the prompt up to there is to be kept for a lifetime.
+
+    By default the block is the end of the last message's content.
+    """
+
+    #: Of the field that asks for it.
+    path: Path
+    #: A name in `LIFETIMES_S`.
+    lifetime: str
+    #: Index of the message, and of the part of its content, or of one of its calls.
+    message: int = -1
+    part: int = -1
+    call: int | None = None
+    #: Name of the tool, where the block is a tool.
+    tool: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CachingWish:
+    """The part of a request about the cache, before the prompt has tokens."""
+
+    breakpoints: tuple[Breakpoint, ...] = ()
+    #: Nothing behind the last breakpoint may stay cached.
+    is_explicit: bool = False
+    #: The prompt is computed and cached, and no answer written.
+    is_prewarming: bool = False
+    #: A label for the log line.
+    key: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """Input of the model's chat template; None: the default of the template."""
@@ -77,6 +109,7 @@ class Conversation:
     #: The answer goes on with the last message.
     continues_last: bool = False
     add_special_tokens: bool = False
+    caching: CachingWish = CachingWish()
     #: Of the request: a measure of the time to render.
     num_bytes: int
 

@@ -62,8 +62,6 @@ _COMMON = {
     "store": warned("nothing is stored here", _FALSE),
     "service_tier": warned("there is one tier", "auto", "default"),
     "safety_identifier": warned("is not used"),
-    "prompt_cache_key": warned("equal prefixes are shared without it; cache_salt keeps apart"),
-    "prompt_cache_retention": warned("prefixes are kept as long as there is room"),
     "request_id": warned("send the header X-Request-Id instead"),
 }
 CHAT = {
@@ -83,6 +81,8 @@ COMPLETION = {
     **_COMMON,
     "suffix": refused("", because="is not supported: text cannot be inserted"),
     "prompt_embeds": refused(),
+    "prompt_cache_key": warned("equal prefixes are shared without it; cache_salt keeps apart"),
+    "prompt_cache_retention": warned("it is a field of chats and responses"),
 }
 TOKENIZE = {
     **{name: known for name, known in CHAT.items() if known.is_refused},

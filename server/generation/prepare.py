@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from model.splitmix64 import splitmix64
 from scheduler.client import FULL_VIEW, GenerateRequest, SamplingParams, View
-from server.generation.chat_prompt import chat_tokens
+from server.generation.caching import caching_of
+from server.generation.chat_prompt import ChatPrompt, chat_tokens
 from server.generation.generate import Job
 from server.generation.generation_spec import Conversation, TextPrompts, ToolSpec
 from server.generation.output import OutputOptions
@@ -44,7 +45,7 @@ async def generation_job(service: Service, spec: GenerationSpec) -> Job:
 
 async def chat_prompt(
     service: Service, chat: Conversation, warnings: list[Warned], *, must_fit: bool = False
-) -> tuple[list[int], list[ToolSpec]]:
+) -> tuple[ChatPrompt, list[ToolSpec]]:
     """Return a chat's prompt, however long, and the callable tools. Raises `ApiError`.
 
     `warnings`: gets those of fields without effect on the prompt; `must_fit`: see `chat_tokens`.
@@ -58,8 +59,9 @@ async def _chat_job(service: Service, spec: GenerationSpec, chat: Conversation) 
     warnings = list(spec.warnings)
     view = view_of(service, spec)
     must_fit = spec.fields.truncate_prompt_tokens is None and view.window is None
-    prompt, tools = await chat_prompt(service, chat, warnings, must_fit=must_fit)
-    prompt = truncated(service.client.info.max_len(view), spec, prompt)
+    (whole, ends, render), tools = await chat_prompt(service, chat, warnings, must_fit=must_fit)
+    prompt = truncated(service.client.info.max_len(view), spec, whole)
+    caching = caching_of(chat.caching, ends, len(whole) - len(prompt), warnings)
     params = await _sampling(service, spec, [prompt], [chat.path], warnings)
     output = parser_options(service, chat, tools, prompt)
     grammar, relaxed = await chat_grammar(service, spec, chat, tools, output, prompt)
@@ -73,9 +75,11 @@ async def _chat_job(service: Service, spec: GenerationSpec, chat: Conversation) 
     if predicted:
         requests = (replace(one, prediction_token_ids=predicted) for one in job.requests)
         job = replace(job, requests=tuple(requests))
+    if caching is not None:
+        job = replace(job, caching=caching, requests=tuple(map(caching.applied_to, job.requests)))
     if output is not None and output.syntax.has_special_marks:
         job = replace(job, output=replace(job.output, skip_special_tokens=False))
-    return replace(job, parser_options=output)
+    return replace(job, parser_options=output, render=render)
 
 
 async def _predicted_tokens(service: Service, spec: GenerationSpec) -> tuple[int, ...]:

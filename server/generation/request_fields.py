@@ -159,6 +159,7 @@ BadWords = Annotated[
     Field(max_length=MAX_BAD_WORDS, fail_fast=True),
 ]
 Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+Salt = Annotated[str, Field(min_length=1)]
 
 
 def optional(description: str) -> Any:  # noqa: ANN401 - as pydantic's `Field`
@@ -231,7 +232,7 @@ class GenerateFields(Request):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    cache_salt: Annotated[str, Field(min_length=1)] | None = optional(
+    cache_salt: Salt | None = optional(
         "prefixes are shared by equal salts only, in the key's namespace"
     )
     speculation: bool | None = optional(
@@ -360,6 +361,11 @@ class GenerationSpec:
     kv_policy: KVPolicy | None = None
     #: Of fields without effect.
     warnings: tuple[Warned, ...] = ()
+
+    @property
+    def is_prewarming(self) -> bool:
+        """Whether the prompt is computed and cached, and no answer written."""
+        return isinstance(self.prompt, Conversation) and self.prompt.caching.is_prewarming
 
     @property
     def is_echoed(self) -> bool:

@@ -166,7 +166,7 @@ class GenerationResponse(Response):
 
     def _report(self, job: Job, record: RequestRecord) -> Report:
         now_s = self._service.clock.monotonic_s()
-        return {"usage": usage(record), "octavo": octavo(job, record, now_s)}
+        return {"usage": usage(record), "octavo": octavo(self._service, job, record, now_s)}
 
 
 def _num_score_chars(chunks: Iterable[OutputChunk]) -> int:

@@ -31,7 +31,7 @@ def sampling_of(
     require_tokens(stop_token_ids, vocab_size, ("stop_token_ids",))
     require_tokens(allowed or (), vocab_size, ("allowed_token_ids",))
     name, min_tokens = dotted(spec.max_tokens_path), given.get("min_tokens", 0)
-    least_tokens = 0 if spec.is_echoed else 1
+    least_tokens = 0 if spec.is_echoed or spec.is_prewarming else 1
     if max_tokens < least_tokens:
         message = f"{name} must be at least {least_tokens}, got {max_tokens}"
         raise invalid(message, spec.max_tokens_path)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope
 
+from scheduler.cache_story import NO_STORY, CacheStory
+from server.answer_types import Comparison
 from server.http.errors import ApiError, ClientGoneError, unavailable
 
 SCOPE_KEY = "octavo.request"
@@ -42,6 +44,13 @@ class RequestRecord:
     model: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    #: Before breakpoints and not cached, by lifetime; None: the request asks for no caching.
+    written_tokens: Mapping[str, int] | None = None
+    #: Pins that were not set, and older ones that ended for those of the request.
+    num_refused_pins: int = 0
+    num_displaced_pins: int = 0
+    #: The request's own label, for the log line.
+    cache_key: str = ""
     output_tokens: int = 0
     #: Those of them that are reasoning; None: the model does not reason.
     reasoning_tokens: int | None = None
@@ -50,7 +59,7 @@ class RequestRecord:
     accepted_draft_tokens: int = 0
     #: Tokens that were not in view at the end.
     dropped_tokens: int = 0
-    miss_reason: str = ""
+    story: CacheStory = NO_STORY
     queue_s: float | None = None
     first_token_at_s: float | None = None
     last_token_at_s: float | None = None
@@ -66,6 +75,8 @@ class RequestRecord:
     namespace: str = ""
     #: The same for a request that comes again: of client and body.
     whose: int = 0
+    #: With the earlier request that it names.
+    comparison: Comparison | None = None
     #: The answer, where it is an error.
     error: ApiError | None = None
 

@@ -13,6 +13,7 @@ from server.generation.output import FinishWord, OutputChunk
 from server.http.context import RequestRecord
 from server.http.errors import ApiError, ErrorForm
 from server.messages.blocks import Blocks, summed
+from server.messages.diagnostics import diagnostics_of
 from server.messages.response_models import (
     MessageAnswer,
     MessageEnd,
@@ -39,6 +40,11 @@ ERROR_TYPES = {
     500: "api_error",
     503: "overloaded_error",
 }
+
+
+def message_id(record: RequestRecord) -> str:
+    """Return the id of the answer to a request."""
+    return f"msg_{record.request_id}"
 
 
 class MessagesErrors(ErrorForm):
@@ -84,7 +90,7 @@ class MessagesFormat:
         self._page_size = service.client.info.page_size
         self._is_cut = asked.max_tokens > job.requests[0].params.max_tokens
         self._empty: MessageAnswer = {
-            "id": f"msg_{record.request_id}",
+            "id": message_id(record),
             "type": "message",
             "role": "assistant",
             "model": service.model_name,
@@ -93,6 +99,8 @@ class MessagesFormat:
             "stop_sequence": None,
             "usage": self._usage(),
         }
+        if asked.diagnostics is not None:
+            self._empty["diagnostics"] = diagnostics_of(record.comparison)
 
     def opening(self) -> bytes:
         """See `AnswerFormat`."""
@@ -144,15 +152,22 @@ class MessagesFormat:
     def _usage(self) -> MessageUsage:
         """Return Anthropic's `usage`: its three kinds of input tokens are the prompt together.
 
-        Whole pages enter the cache as soon as they are computed. So this request put all tokens
-        there that it did not read from the cache, except those in the last, partly filled page.
+        Whole pages enter the cache as soon as they are computed. So a request without breakpoints
+        put all tokens there that it did not read from the cache, except those in the last, partly
+        filled page.
         """
-        record = self._record
-        in_whole_pages = record.prompt_tokens // self._page_size * self._page_size
-        created = max(0, in_whole_pages - record.cached_tokens)
+        record, written = self._record, self._record.written_tokens
+        if written is None:
+            in_whole_pages = record.prompt_tokens // self._page_size * self._page_size
+            written = {"5m": max(0, in_whole_pages - record.cached_tokens), "1h": 0}
+        created = written["5m"] + written["1h"]
         return {
             "input_tokens": record.prompt_tokens - record.cached_tokens - created,
             "cache_creation_input_tokens": created,
+            "cache_creation": {
+                "ephemeral_5m_input_tokens": written["5m"],
+                "ephemeral_1h_input_tokens": written["1h"],
+            },
             "cache_read_input_tokens": record.cached_tokens,
             "output_tokens": record.output_tokens,
         }

@@ -10,12 +10,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from server.generation.generation_spec import PromptMessage
+from server.generation.generation_spec import Breakpoint, PromptMessage
 from server.generation.params import Warned, ignored
 from server.generation.prompt_messages import REASONING, content_of, require_limits, text_part
 from server.http.errors import Path, dotted, invalid
+from server.messages.caching import lifetime_of
 from server.messages.schemas import (
     Block,
+    CacheControl,
     RedactedThinkingBlock,
     TextBlock,
     ThinkingBlock,
@@ -41,6 +43,8 @@ class TurnReader:
         #: By message: where it is in the request.
         self._paths: list[Path] = []
         self.warnings: list[Warned] = []
+        #: Of all blocks that can have a `cache_control`.
+        self.blocks: list[Breakpoint] = []
         #: Names of the tools that were called, by the call's id: some templates show them.
         self._tool_names: dict[str, str] = {}
 
@@ -48,6 +52,8 @@ class TurnReader:
         """Begin with a system prompt."""
         content = [text_part(block.text) for block in blocks]
         self._append("system", ("system",), content=content)
+        for index, block in enumerate(blocks):
+            self._note(block.cache_control, ("system", index), part=index)
 
     def add(self, turn: Turn, path: Path) -> None:
         """Add a turn. Raises `ApiError` for a block out of place."""
@@ -84,12 +90,20 @@ class TurnReader:
     def _add_block(self, role: str, block: Block, path: Path, at: Path) -> None:
         match block:
             case TextBlock():
-                self._open(role, path).setdefault("content", []).append(text_part(block.text))
+                parts = self._open(role, path).setdefault("content", [])
+                parts.append(text_part(block.text))
+                self._note(block.cache_control, at, part=len(parts) - 1)
             case ToolUseBlock():
                 self._tool_names[block.id] = block.name
-                self._open(role, path).setdefault("tool_calls", []).append(_call(block))
+                calls = self._open(role, path).setdefault("tool_calls", [])
+                calls.append(_call(block))
+                self._note(block.cache_control, at, call=len(calls) - 1)
             case ToolResultBlock():
                 self._append_result(block, path)
+                first = 1 if block.is_error else 0
+                for index, part in enumerate(block.content or ()):
+                    self._note(part.cache_control, (*at, "content", index), part=first + index)
+                self._note(block.cache_control, at)
             case ThinkingBlock():
                 self._open(role, path).setdefault(REASONING, []).append(block.thinking)
             case RedactedThinkingBlock():
@@ -106,6 +120,14 @@ class TurnReader:
             content=mark + [text_part(part.text) for part in block.content or ()],
             **({} if name is None else {"name": name}),
         )
+
+    def _note(
+        self, control: CacheControl | None, at: Path, *, part: int = -1, call: int | None = None
+    ) -> None:
+        """Note a block of the last message."""
+        index = len(self._messages) - 1
+        path = (*at, "cache_control")
+        self.blocks.append(Breakpoint(path, lifetime_of(control), index, part, call))
 
     def _open(self, role: str, path: Path) -> dict[str, Any]:
         """Return the message that a block of `role` belongs to: the last one if it is its own."""

@@ -48,7 +48,6 @@ MESSAGES = {
     "context_management": warned("the conversation is taken as it is sent", {}),
     "service_tier": warned("there is one tier", "auto", "standard_only"),
     "speed": warned("there is one speed", "standard"),
-    "diagnostics": warned("see octavo.cache in the answer"),
     "inference_geo": warned("there is one place"),
     "user_profile_id": warned("it does not distinguish callers"),
     "workspace_id": warned("there are no workspaces"),

@@ -54,15 +54,23 @@ WrittenBlock = Annotated[
 ]
 
 
+class CacheCreation(Document):
+    """The tokens of `cache_creation_input_tokens` by the lifetime of their breakpoint."""
+
+    ephemeral_5m_input_tokens: int
+    ephemeral_1h_input_tokens: int
+
+
 class MessageUsage(Document):
     """Tokens: the prompt's are the sum of the first three.
 
-    Read: found in the cache. Creation: computed, and whole pages of the cache from then on. Input:
-    computed, in the last page, which the prompt does not fill.
+    Read: found in the cache. Creation: computed, before the last breakpoint; of a request without
+    one, computed into whole pages of the cache. Input: the others.
     """
 
     input_tokens: int
     cache_creation_input_tokens: int
+    cache_creation: CacheCreation
     cache_read_input_tokens: int
     output_tokens: int
 
@@ -76,6 +84,30 @@ class ReasoningReport(LeftOutReport):
 
 class MessageReport(ReasoningReport, Octavo):
     """Details that Anthropic's API has no fields for."""
+
+
+CacheMissType = Literal[
+    "model_changed",
+    "system_changed",
+    "tools_changed",
+    "messages_changed",
+    "previous_message_not_found",
+    "unavailable",
+]
+
+
+class CacheMissReason(Document):
+    """The part of a request that differs from the earlier one."""
+
+    type: CacheMissType
+    #: Tokens that could have been reused otherwise; only of the types `*_changed`.
+    cache_missed_input_tokens: NotRequired[int]
+
+
+class Diagnostics(Document):
+    """Why the prompt of an earlier message could not be reused."""
+
+    cache_miss_reason: CacheMissReason
 
 
 class MessageEnd(Document):
@@ -96,6 +128,8 @@ class MessageAnswer(Document):
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
+    #: Of requests with `diagnostics`; null: nothing differs, or there was nothing to compare.
+    diagnostics: NotRequired[Diagnostics | None]
     octavo: NotRequired[MessageReport]
 
 

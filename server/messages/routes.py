@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.generation.diagnosis import compared_job
+from server.generation.fingerprints import Fingerprints
+from server.generation.generation_spec import CachingWish
 from server.generation.params import summed_up
 from server.generation.prepare import chat_prompt
 from server.generation.request_fields import parse
@@ -14,7 +20,8 @@ from server.generation.respond import (
     read_body,
     read_generation,
 )
-from server.messages.answer_format import MessagesErrors, MessagesFormat
+from server.http.context import RequestContext
+from server.messages.answer_format import MessagesErrors, MessagesFormat, message_id
 from server.messages.response_models import (
     MessageAnswer,
     MessageEvent,
@@ -41,7 +48,7 @@ DOCUMENTED = (
 )
 
 
-def message_routes(service: Service) -> APIRouter:
+def message_routes(service: Service, fingerprints: Fingerprints) -> APIRouter:
     """Return the messages, and the counting of their tokens."""
     router = APIRouter()
     limit_bytes = service.config.server.max_request_bytes
@@ -54,6 +61,17 @@ def message_routes(service: Service) -> APIRouter:
     )
     async def create_message(request: Request) -> Response:
         asked, prepare = await read_generation(service, request, MessagesRequest, message_spec)
+        if asked.diagnostics is not None:
+            record = RequestContext.of(request.scope).record
+            prepare = partial(
+                compared_job,
+                service,
+                fingerprints,
+                record,
+                prepare,
+                answer_id=message_id(record),
+                previous_id=asked.diagnostics.previous_message_id,
+            )
         return GenerationResponse(
             service, prepare, lambda job, record, _: MessagesFormat(service, job, record, asked)
         )
@@ -79,5 +97,5 @@ async def _token_count(service: Service, asked: CountTokensRequest) -> TokenCoun
     chat, warnings = await service.work.run(
         lambda _: conversation_of(asked, template), asked.num_bytes
     )
-    prompt, _ = await chat_prompt(service, chat, warnings)
-    return {"input_tokens": len(prompt), "octavo": {"warnings": summed_up(warnings)}}
+    prompt, _ = await chat_prompt(service, replace(chat, caching=CachingWish()), warnings)
+    return {"input_tokens": len(prompt.token_ids), "octavo": {"warnings": summed_up(warnings)}}

@@ -68,7 +68,7 @@ def _as_custom(value: object) -> object:
 
 
 class CacheControl(Request):
-    """The end of a prefix to keep. The server keeps every prefix."""
+    """The end of a beginning of the prompt that is to be kept."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
@@ -223,7 +223,7 @@ class CountTokensRequest(Request):
     thinking: ThinkingConfig | None = optional("default: as the model's template has it")
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = optional(
-        "here and in blocks; all prefixes are kept as room allows"
+        "of the last block; 4 in all, with those in tools and blocks; see operations.md"
     )
 
     @classmethod
@@ -233,17 +233,28 @@ class CountTokensRequest(Request):
         return (*location[:4], *location[5:]) if is_in_block else location
 
 
+class DiagnosticsInput(Request):
+    """A comparison with an earlier request."""
+
+    previous_message_id: Annotated[str, Field(max_length=256)] | None = None
+
+
 class MessagesRequest(CountTokensRequest):
     """Body of `POST /v1/messages`."""
 
-    max_tokens: Annotated[int, Field(ge=1)] = Field(
-        description="required; what the context has no room for is cut, and warned of"
+    max_tokens: Annotated[int, Field(ge=0)] = Field(
+        description="required; what the context has no room for is cut, and warned of;"
+        " 0: the prompt is cached, and no answer written"
     )
     temperature: Annotated[float, Field(ge=0, le=1)] | None = optional("0 to 1; default 1")
     top_p: float | None = optional("above 0, at most 1; default 1")
     top_k: int | None = optional("-1, 0 and null: no limit")
     stop_sequences: StopSequences | None = None
     stream: bool | None = None
+    diagnostics: DiagnosticsInput | None = optional(
+        "names an earlier message: the answer has the part that changed since, and the server keeps"
+        " digests of this request, never text"
+    )
     metadata: RequestMetadata | None = optional(
         "its `user_id` is warned of: it does not distinguish callers"
     )

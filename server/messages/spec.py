@@ -12,6 +12,7 @@ from server.generation.generation_spec import Conversation, OutputConstraint, To
 from server.generation.params import CHAT, Warned, ignored, judge, summed_up
 from server.generation.prompt_messages import unread_reasoning
 from server.generation.request_fields import GenerationSpec
+from server.messages.caching import caching_wish, require_prewarming
 from server.messages.conversation import TurnReader
 from server.messages.params import shared_fields, without_effect
 from server.messages.schemas import CountTokensRequest, InputTool, InputToolChoice, MessagesRequest
@@ -29,6 +30,8 @@ EFFORT_VARIABLE = "reasoning_effort"
 def message_spec(request: MessagesRequest, template: ChatTemplate | None) -> GenerationSpec:
     """Return the spec of a request to a model with that template. Raises `ApiError`."""
     chat, warnings = conversation_of(request, template)
+    if chat.caching.is_prewarming:
+        require_prewarming(request)
     user_id = None if request.metadata is None else request.metadata.user_id
     about_user = judge({"user_id": user_id}, {"user_id": CHAT["user"]}, "metadata.")
     unread = unread_reasoning(chat.messages, template)
@@ -77,6 +80,7 @@ def conversation_of(
         variables=variables,
         continues_last=reader.continues_last(),
         add_special_tokens=fields.add_special_tokens is True,
+        caching=caching_wish(request, reader.blocks),
         num_bytes=request.num_bytes,
     )
     return chat, [*warnings, *reader.warnings]

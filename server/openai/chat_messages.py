@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from server.generation.caching import PromptCacheBreakpoint
 from server.generation.generation_spec import PromptMessage
 from server.generation.prompt_messages import MAX_PARTS, content_of, require_kind, text_part
 from server.generation.request_fields import optional
@@ -33,6 +34,9 @@ class ContentPart(BaseModel):
     type: Annotated[Literal["text", "refusal"], BeforeValidator(_as_kind)]
     text: str | None = None
     refusal: str | None = None
+    prompt_cache_breakpoint: PromptCacheBreakpoint | None = optional(
+        "the prompt up to here is kept; see operations.md"
+    )
 
     @model_validator(mode="after")
     def _has_words(self) -> Self:

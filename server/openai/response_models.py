@@ -12,6 +12,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from server.answer_types import (
+    CacheReport,
     CompletionLogprobs,
     Document,
     LeftOut,
@@ -243,9 +244,28 @@ class TokenizerInfo(TypedDict):
 
 
 class CacheReset(Document):
-    """Answer of `POST /reset_prefix_cache`."""
+    """Answer of `POST /admin/cache/reset` and of `POST /reset_prefix_cache`."""
 
     freed_pages: int
+
+
+class PrefixPinned(Reported):
+    """Answer of `POST /admin/cache/pin`."""
+
+    #: 0: nothing of the prefix is cached, or more would be pinned than may be.
+    pinned_pages: int
+
+
+class PrefixUnpinned(Reported):
+    """Answer of `POST /admin/cache/unpin`."""
+
+    ended_pins: int
+
+
+class CacheExplained(Reported, CacheReport):
+    """Answer of `POST /admin/cache/explain`: the reuse of a request that came now."""
+
+    prompt_tokens: int
 
 
 class Detokenized(Reported):

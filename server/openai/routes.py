@@ -129,7 +129,7 @@ def model_routes(service: Service) -> APIRouter:
         async def detokenized() -> response_models.Detokenized:
             text = await token_text(service, asked.tokens)
             warnings = [*asked.notes, *params.judge(asked.model_extra, {})]
-            return {"prompt": text, "content": text, **_report(warnings)}
+            return {"prompt": text, "content": text, **report(warnings)}
 
         return PreparedResponse(detokenized)
 
@@ -137,11 +137,7 @@ def model_routes(service: Service) -> APIRouter:
 
 
 async def _tokenized(service: Service, asked: schemas.TokenizeRequest) -> response_models.Tokenized:
-    warnings = [*asked.notes, *params.judge(asked.model_extra, params.TOKENIZE)]
-    warnings += await service.work.run(
-        lambda _: unread_fields(asked, service.text.template), asked.num_bytes
-    )
-    token_ids = await _tokens_of(service, asked)
+    token_ids, warnings = await prompt_tokens(service, asked)
     answer: response_models.Tokenized = {
         "tokens": token_ids,
         "count": len(token_ids),
@@ -152,22 +148,33 @@ async def _tokenized(service: Service, asked: schemas.TokenizeRequest) -> respon
         answer["token_strs"] = await service.work.run(
             lambda _: [*map(text_of, token_ids)], len(token_ids)
         )
-    return {**answer, **_report(warnings)}
+    return {**answer, **report(warnings)}
 
 
-def _report(warnings: list[Warned]) -> response_models.Reported:
+def report(warnings: list[Warned]) -> response_models.Reported:
     """Return the part of an answer for warnings, if there are any."""
     return {"octavo": {"warnings": warnings}} if warnings else {}
 
 
-async def _tokens_of(service: Service, asked: schemas.TokenizeRequest) -> list[int]:
+async def prompt_tokens(
+    service: Service, asked: schemas.PromptRequest
+) -> tuple[list[int], list[Warned]]:
+    """Return the tokens of a prompt, with warnings of fields without effect. Raises `ApiError`."""
+    warnings = [*asked.notes, *params.judge(asked.model_extra, params.TOKENIZE)]
+    warnings += await service.work.run(
+        lambda _: unread_fields(asked, service.text.template), asked.num_bytes
+    )
+    return await _tokens_of(service, asked), warnings
+
+
+async def _tokens_of(service: Service, asked: schemas.PromptRequest) -> list[int]:
     service.require_model(asked.model)
     prompt = asked.content if asked.prompt is None else asked.prompt
     if [asked.prompt, asked.content, asked.messages].count(None) != 2:
         raise invalid("one of prompt, content and messages must be given", "prompt")
     if asked.messages is not None:
         chat = await service.work.run(lambda _: conversation_of(asked), asked.num_bytes)
-        return await chat_tokens(service, chat, chat.tools, [])
+        return (await chat_tokens(service, chat, chat.tools, [])).token_ids
     assert prompt is not None
     adds = asked.add_special_tokens is not False
     [token_ids] = await tokens_of(service, [prompt], add_special_tokens=adds)

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from server.generation.caching import CachingFields
 from server.generation.prompt_messages import MAX_MESSAGES
 from server.generation.request_fields import (
     MAX_CHOICES_IN_ALL,
@@ -16,6 +17,7 @@ from server.generation.request_fields import (
     Effort,
     GenerateFields,
     Request,
+    Salt,
     TemplateVariables,
     optional,
 )
@@ -49,7 +51,7 @@ Prompts = Annotated[
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class ChatRequest(GenerateFields):
+class ChatRequest(CachingFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Messages
@@ -92,8 +94,8 @@ class CompletionRequest(GenerateFields):
     )
 
 
-class TokenizeRequest(Request):
-    """Body of `POST /tokenize`: either `prompt` or `messages`."""
+class PromptRequest(Request):
+    """A prompt alone: either `prompt` or `messages`."""
 
     model: str | None = None
     prompt: str | None = None
@@ -104,7 +106,33 @@ class TokenizeRequest(Request):
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
     tools: Tools | None = None
+
+
+class TokenizeRequest(PromptRequest):
+    """Body of `POST /tokenize`: either `prompt` or `messages`."""
+
     return_token_strs: bool | None = None
+
+
+class UnpinRequest(PromptRequest):
+    """Body of `POST /admin/cache/unpin`: a beginning of prompts, as `prompt` or `messages`."""
+
+    add_generation_prompt: bool | None = optional("default false")
+    cache_salt: Salt | None = optional("that of the requests that have it")
+
+
+class PinRequest(UnpinRequest):
+    """Body of `POST /admin/cache/pin`."""
+
+    ttl: Literal["5m", "30m", "1h", "12h", "24h"] | None = optional(
+        "how long it is kept without use; default 24h"
+    )
+
+
+class ExplainRequest(PromptRequest):
+    """Body of `POST /admin/cache/explain`: a prompt, as `prompt` or `messages`."""
+
+    cache_salt: Salt | None = optional("that of the request to explain")
 
 
 class DetokenizeRequest(Request):

@@ -11,12 +11,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from server.generation.generation_spec import Conversation, TextPrompts, ToolUse
+from server.generation.caching import PromptCacheBreakpoint, openai_caching
+from server.generation.generation_spec import Breakpoint, Conversation, TextPrompts, ToolUse
 from server.generation.params import (
     CHAT,
     COMPLETION,
     Unsupported,
     Warned,
+    ignored,
     judge,
     nested,
     summed_up,
@@ -26,7 +28,7 @@ from server.generation.prompt_messages import NOT_SHOWN, REASONING, source_of
 from server.generation.request_fields import MAX_CHOICES_IN_ALL, GenerationSpec
 from server.http.errors import invalid
 from server.openai.chat_messages import ContentPart, Message
-from server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest
+from server.openai.schemas import ChatRequest, CompletionRequest, PromptRequest
 from server.text.template import ChatTemplate
 from server.tools.schemas import AllowedToolsChoice, CalledFunctionInput, ToolCallInput, ToolChoice
 
@@ -39,7 +41,6 @@ _TABLES: Mapping[type[BaseModel], Mapping[str, Unsupported]] = {
         "name": warned("the model's template does not use names"),
     },
     ContentPart: {
-        "prompt_cache_breakpoint": warned("every prefix is kept as long as there is room"),
         "annotations": warned("there is nothing to annotate", []),
     },
 }
@@ -56,8 +57,18 @@ def chat_spec(request: ChatRequest, template: ChatTemplate | None) -> Generation
             raise invalid("max_tokens and max_completion_tokens disagree", "max_tokens")
         max_tokens, name = request.max_completion_tokens, "max_completion_tokens"
     warnings += unread_fields(request, template)
+    options = request.prompt_cache_options
+    if options is not None and options.prewarm:
+        path = "prompt_cache_options.prewarm"
+        raise invalid(f"{path} is not supported here, as by OpenAI: see /v1/responses", path)
+    if options is not None and options.comparison_response_id is not None:
+        path = "prompt_cache_options.comparison_response_id"
+        warnings.append(ignored(path, "responses of /v1/responses alone are compared"))
+    caching, about_cache = openai_caching(request, _marked(request))
+    warnings += about_cache
     chat = replace(
         conversation_of(request),
+        caching=caching,
         tool_use=_tool_use(request.tool_choice),
         has_parallel_calls=request.parallel_tool_calls,
         has_reasoning=request.include_reasoning is not False,
@@ -72,7 +83,17 @@ def chat_spec(request: ChatRequest, template: ChatTemplate | None) -> Generation
     )
 
 
-def conversation_of(request: ChatRequest | TokenizeRequest) -> Conversation:
+def _marked(request: ChatRequest) -> list[tuple[Breakpoint, PromptCacheBreakpoint]]:
+    """Return the breakpoints in content, in their order."""
+    return [
+        (Breakpoint(("messages", index, "content", part), "", index, part), one)
+        for index, message in enumerate(request.messages)
+        for part, content in enumerate(message.content or ())
+        if (one := content.prompt_cache_breakpoint) is not None
+    ]
+
+
+def conversation_of(request: ChatRequest | PromptRequest) -> Conversation:
     """Return the input of the chat template."""
     return Conversation(
         messages=[
@@ -129,7 +150,7 @@ def _num_tries(request: CompletionRequest) -> int:
 
 
 def unread_fields(
-    request: ChatRequest | TokenizeRequest, template: ChatTemplate | None
+    request: ChatRequest | PromptRequest, template: ChatTemplate | None
 ) -> list[Warned]:
     """Return a warning for each field without effect, once for each kind of object.
 
@@ -152,7 +173,7 @@ def unread_fields(
     return summed_up(warnings)
 
 
-def _parts(request: ChatRequest | TokenizeRequest) -> Iterator[tuple[str, BaseModel]]:
+def _parts(request: ChatRequest | PromptRequest) -> Iterator[tuple[str, BaseModel]]:
     for index, message in enumerate(request.messages or ()):
         yield from nested(message, f"messages.{index}")
     for index, tool in enumerate(request.tools or ()):

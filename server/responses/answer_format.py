@@ -24,10 +24,12 @@ from server.generation.prompt_logprobs import logprobs_entry
 from server.http import sse
 from server.http.context import RequestRecord
 from server.http.errors import ApiError
+from server.responses.diagnostics import diagnostics_of
 from server.responses.logprobs import TextTokens
 from server.responses.output import OutputItems
 from server.responses.response_models import (
     EventFields,
+    InputTokensDetails,
     ResponseBody,
     ResponseEvent,
     ResponseOctavo,
@@ -62,6 +64,9 @@ class ResponsesFormat:
         self._record = record
         self._session = session
         self._shell = session.shell(job)
+        if record.comparison is not None:
+            num_prompt = len(job.prompts[0])
+            self._shell["prompt_cache_diagnostics"] = diagnostics_of(record.comparison, num_prompt)
         self._num_events = 0
         options = job.parser_options
         self._output = OutputItems(session.key, call_ids(service.chance, options))
@@ -99,7 +104,7 @@ class ResponsesFormat:
         """See `AnswerFormat`."""
         events = self._finish(finish_reason)
         response = self._finished(finish_reason, report)
-        is_cut = finish_reason == "length"
+        is_cut = self._is_cut(finish_reason)
         ended: EventFields = {
             "type": "response.incomplete" if is_cut else "response.completed",
             "response": response,
@@ -128,9 +133,14 @@ class ResponsesFormat:
     def _finish(self, finish_reason: FinishWord) -> list[EventFields]:
         events = self._events(self._parser.finish())
         events += self._rest_of_logprobs()
-        if not self._output.items():
+        if not self._output.items() and not self._job.spec.is_prewarming:
             events += self._output.text("", [])
-        return events + self._output.end("incomplete" if finish_reason == "length" else "completed")
+        return events + self._output.end(
+            "incomplete" if self._is_cut(finish_reason) else "completed"
+        )
+
+    def _is_cut(self, finish_reason: FinishWord) -> bool:
+        return finish_reason == "length" and not self._job.spec.is_prewarming
 
     def _events(self, parsed: Sequence[Event]) -> list[EventFields]:
         events: list[EventFields] = []
@@ -165,7 +175,7 @@ class ResponsesFormat:
 
     def _finished(self, finish_reason: FinishWord, report: StreamReport) -> ResponseBody:
         """Return the whole response, and store it."""
-        is_cut = finish_reason == "length"
+        is_cut = self._is_cut(finish_reason)
         more: LeftOutReport = {"left_out": self._parser.left_out} if self._parser.left_out else {}
         octavo: ResponseOctavo = {**report["octavo"], **more}
         shell: ResponseShell = {
@@ -182,13 +192,22 @@ class ResponsesFormat:
     def _usage(self, usage: Usage) -> ResponseUsage:
         num_prompt, num_output = usage["prompt_tokens"], usage["completion_tokens"]
         num_cached = usage["prompt_tokens_details"]["cached_tokens"]
+        details: InputTokensDetails = {
+            "cached_tokens": num_cached,
+            # Computed tokens are in the cache from then on.
+            "cache_write_tokens": num_prompt - num_cached,
+        }
+        if (written := self._record.written_tokens) is not None:
+            details["cache_write_tokens"] = sum(written.values())
+            # OpenAI has no other lifetimes here.
+            if not written["24h"]:
+                details["cache_write_tokens_details"] = {
+                    "ttl_30m_tokens": written["30m"],
+                    "ttl_12h_tokens": written["12h"],
+                }
         return {
             "input_tokens": num_prompt,
-            "input_tokens_details": {
-                "cached_tokens": num_cached,
-                # Computed tokens are in the cache from then on.
-                "cache_write_tokens": num_prompt - num_cached,
-            },
+            "input_tokens_details": details,
             "output_tokens": num_output,
             "output_tokens_details": {"reasoning_tokens": self._record.reasoning_tokens or 0},
             "total_tokens": num_prompt + num_output,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from server.generation.caching import PromptCacheBreakpoint
 from server.generation.prompt_messages import MAX_MESSAGES, MAX_PARTS, require_kind
 from server.generation.request_fields import Request, optional
 from server.responses.response_models import Status
@@ -42,12 +43,17 @@ class ItemPart(_Typed):
     refusal: str | None = None
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    prompt_cache_breakpoint: PromptCacheBreakpoint | None = optional(
+        "of input_text: the prompt up to here is kept; see operations.md"
+    )
 
     @model_validator(mode="after")
     def _has_words(self) -> Self:
         name = "refusal" if self.type == "refusal" else "text"
         if getattr(self, name) is None:
             raise ValueError(f"a part of the type {self.type} needs {name}")
+        if self.prompt_cache_breakpoint is not None and self.type != "input_text":
+            raise ValueError(f"a part of the type {self.type} has no prompt_cache_breakpoint")
         return self
 
     @property
@@ -83,6 +89,13 @@ class MessageItem(Request):
     content: Content
     id: Name | None = None
     status: Status | None = None
+
+    @model_validator(mode="after")
+    def _has_parts_in_the_prompt(self) -> Self:
+        marked = any(part.prompt_cache_breakpoint is not None for part in self.content)
+        if marked and self.role == "assistant":
+            raise ValueError("a message of the assistant has no prompt_cache_breakpoint")
+        return self
 
 
 class FunctionCallItem(Request):

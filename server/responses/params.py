@@ -31,7 +31,6 @@ _OWN = {
     "add_generation_prompt": refused(True),  # noqa: FBT003 - a value, not a switch
     "continue_final_message": refused(_FALSE),
     "max_tool_calls": warned("it counts calls of built-in tools, and there are none"),
-    "prompt_cache_options": warned("prefixes are kept as long as there is room", {}),
     "client_metadata": warned("is not used", {}),
     "access_programs": warned("there are none", {}),
     "image": warned("there are no pictures", {}),

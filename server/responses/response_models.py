@@ -120,11 +120,22 @@ class ToolResult(Document):
 OutputItem = OutputMessage | ReasoningOutput | FunctionCallOutput | CustomCallOutput
 
 
+class CacheWriteDetails(Document):
+    """The tokens before breakpoints, by their lifetime."""
+
+    ttl_30m_tokens: int
+    ttl_12h_tokens: int
+
+
 class InputTokensDetails(Document):
-    """Of the input's tokens: those found in the cache, and those computed into it."""
+    """Of the input's tokens: those found in the cache, and those computed into it.
+
+    Written are those before the last breakpoint; without caching options, all that were computed.
+    """
 
     cached_tokens: int
     cache_write_tokens: int
+    cache_write_tokens_details: NotRequired[CacheWriteDetails]
 
 
 class OutputTokensDetails(Document):
@@ -160,6 +171,28 @@ class ResponseOctavo(LeftOutReport, Octavo):
     """Details that OpenAI's API has no fields for."""
 
 
+class CacheOptions(Document):
+    """The settings of the request for the prompt cache."""
+
+    mode: Literal["implicit", "explicit"]
+    ttl: Literal["30m", "12h"]
+
+
+CacheMissReason = Literal[
+    "model_changed", "tools_changed", "input_changed", "reasoning_effort_changed"
+]
+
+
+class CacheDiagnostics(Document):
+    """The part of the request that changed since the response it names; see operations.md."""
+
+    type: Literal["cache_hit", "cache_miss", "comparison_response_not_found", "unavailable"]
+    #: The rest only of a miss. Missed are all tokens behind the first change.
+    reason: NotRequired[CacheMissReason]
+    cache_missed_tokens: NotRequired[int]
+    comparison_reusable_tokens: NotRequired[int]
+
+
 class ReasoningSettings(Document):
     """The settings of the request."""
 
@@ -183,6 +216,11 @@ class ResponseShell(Document):
     model: str
     parallel_tool_calls: bool
     previous_response_id: str | None
+    prompt_cache_key: str | None
+    prompt_cache_options: CacheOptions | None
+    #: Of requests that name an earlier response.
+    prompt_cache_diagnostics: NotRequired[CacheDiagnostics]
+    prompt_cache_retention: Literal["in_memory", "24h"] | None
     reasoning: ReasoningSettings
     store: bool
     temperature: float

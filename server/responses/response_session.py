@@ -16,7 +16,7 @@ from server.http.errors import invalid
 from server.http.work import Check
 from server.responses.conversation import Conversation, Reference, no_such_item, read_conversation
 from server.responses.items import ItemReference
-from server.responses.response_models import OutputItem, ResponseShell
+from server.responses.response_models import CacheOptions, OutputItem, ResponseShell
 from server.responses.schemas import ResponsesRequest
 from server.responses.spec import own_warnings, response_spec
 from server.responses.store import ResponseStore, Turn
@@ -92,6 +92,9 @@ class ResponseSession:
             "model": self._service.model_name,
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": request.previous_response_id,
+            "prompt_cache_key": request.prompt_cache_key,
+            "prompt_cache_options": _cache_options(request),
+            "prompt_cache_retention": request.prompt_cache_retention,
             "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
             "store": self._is_kept,
             "temperature": sampling.temperature,
@@ -182,6 +185,13 @@ class ResponseSession:
 def response_id(key: str) -> str:
     """Return the name of the response with this key."""
     return f"resp_{key}"
+
+
+def _cache_options(request: ResponsesRequest) -> CacheOptions | None:
+    options = request.prompt_cache_options
+    if options is None:
+        return None
+    return {"mode": options.mode or "implicit", "ttl": options.ttl or "30m"}
 
 
 def _json_of(asked: BaseModel) -> dict[str, Any]:

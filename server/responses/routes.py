@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.generation.diagnosis import compared_job
+from server.generation.fingerprints import Fingerprints
 from server.generation.request_fields import parse
 from server.generation.respond import GenerationResponse, JsonResponse, read_work
 from server.http.context import RequestContext
@@ -16,7 +19,7 @@ from server.http.errors import ApiError, invalid, shortened
 from server.openapi import answers, body_of, generation_answers
 from server.responses import response_models
 from server.responses.answer_format import ResponsesFormat
-from server.responses.response_session import ResponseSession
+from server.responses.response_session import ResponseSession, response_id
 from server.responses.schemas import ResponsesRequest
 from server.responses.store import ResponseStore, Stored
 from server.service import Service
@@ -26,7 +29,9 @@ _DEFAULT_LIMIT = 20
 _MAX_LIMIT = 100
 
 
-def response_routes(service: Service, store: ResponseStore) -> APIRouter:
+def response_routes(
+    service: Service, store: ResponseStore, fingerprints: Fingerprints
+) -> APIRouter:
     """Return the routes that generate responses and read or delete stored ones."""
     router = APIRouter()
 
@@ -40,9 +45,19 @@ def response_routes(service: Service, store: ResponseStore) -> APIRouter:
         body = await read_work(service, request)
         asked = await parse(ResponsesRequest, body, service.work)
         session = ResponseSession(service, store, _owner(request), asked)
+        options = asked.prompt_cache_options
+        prepare = partial(
+            compared_job,
+            service,
+            fingerprints,
+            RequestContext.of(request.scope).record,
+            session.prepare,
+            answer_id=response_id(session.key),
+            previous_id=None if options is None else options.comparison_response_id,
+        )
         return GenerationResponse(
             service,
-            session.prepare,
+            prepare,
             lambda job, record, _: ResponsesFormat(service, job, record, session),
         )
 

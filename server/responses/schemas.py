@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo, field_validator
 
+from server.generation.caching import CachingFields
 from server.generation.request_fields import (
     Effort,
-    GenerateFields,
     Request,
     StreamOptions,
     TemplateVariables,
@@ -70,7 +70,7 @@ Metadata = Annotated[
 ]
 
 
-class ResponsesRequest(GenerateFields):
+class ResponsesRequest(CachingFields):
     """Body of `POST /v1/responses`."""
 
     input: Items

@@ -7,11 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from server.generation import params
-from server.generation.generation_spec import Conversation, OutputConstraint, PromptMessage
+from server.generation.caching import PromptCacheBreakpoint, openai_caching
+from server.generation.generation_spec import (
+    Breakpoint,
+    Conversation,
+    OutputConstraint,
+    PromptMessage,
+)
 from server.generation.params import Warned
 from server.generation.prompt_messages import unread_reasoning
 from server.generation.request_fields import GenerationSpec, Request
 from server.http.errors import invalid
+from server.responses.items import ItemPart
 from server.responses.params import INCLUDABLE, LOGPROBS, REASONING, RESPONSES
 from server.responses.schemas import ResponsesRequest
 from server.responses.tools import callable_tools, tool_use, tool_warnings
@@ -31,6 +38,7 @@ def response_spec(
     `warnings`: those known so far.
     """
     tools = callable_tools(request.tools or ())
+    caching, about_cache = openai_caching(request, _marked(request, messages))
     verbosity = None if request.text is None else request.text.verbosity
     about_text = params.judge({"verbosity": verbosity}, params.CHAT, "text.")
     chat = Conversation(
@@ -44,10 +52,12 @@ def response_spec(
         effort_path=("reasoning", "effort"),
         has_reasoning=request.include_reasoning is not False,
         add_special_tokens=request.add_special_tokens is True,
+        caching=caching,
         num_bytes=num_bytes,
     )
-    warnings = [*warnings, *about_text, *unread_reasoning(messages, template)]
-    named: dict[str, Any] = {"max_tokens": request.max_output_tokens}
+    warnings = [*warnings, *about_text, *about_cache, *unread_reasoning(messages, template)]
+    max_tokens = 0 if caching.is_prewarming else request.max_output_tokens
+    named: dict[str, Any] = {"max_tokens": max_tokens}
     if request.truncation == "auto" and request.truncate_prompt_tokens is None:
         named["truncate_prompt_tokens"] = -1
     fields = request.model_copy(update=named)
@@ -60,6 +70,23 @@ def response_spec(
         # The usage is always sent, at the end.
         has_usage_chunk=True,
     )
+
+
+def _marked(
+    request: ResponsesRequest, messages: Sequence[PromptMessage]
+) -> list[tuple[Breakpoint, PromptCacheBreakpoint]]:
+    """Return the breakpoints in the request's own items, in their order.
+
+    An item of texts is one message, and its parts are the parts of the content.
+    """
+    indices = {message.path: index for index, message in enumerate(messages)}
+    return [
+        (Breakpoint(("input", at, name, part), "", indices["input", at], part), one)
+        for at, item in enumerate(request.input)
+        for name in ("content", "output")
+        for part, text in enumerate(getattr(item, name, None) or ())
+        if isinstance(text, ItemPart) and (one := text.prompt_cache_breakpoint) is not None
+    ]
 
 
 def _constraint(request: ResponsesRequest) -> OutputConstraint | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cache.allocation import Allocation, MissReason
+from cache.allocation import Allocation
 from cache.kv_cache import KVCache
+from cache.misses import MissReason
 from cache.moves import PageMove, PageRef, Tier
 from cache.node import Node
 from cache.view import FULL_VIEW
@@ -37,7 +38,7 @@ def copy(source: int, target: int, num_tokens: int) -> PageMove:
 
 def test_an_unknown_prompt_is_cold() -> None:
     match = KVCache(8, 4).match([1, 2, 3])
-    assert (match.num_tokens, match.reason, match.in_flight) == (0, MissReason.COLD, False)
+    assert (match.num_tokens, match.in_flight) == (0, False)
 
 
 def test_reuse_is_exact_to_the_token() -> None:
@@ -53,27 +54,27 @@ def test_the_last_token_is_always_computed() -> None:
     for num_tokens in range(1, 9):
         match = cache.match([1, 2, 3, 4, 5, 6, 7, 8][:num_tokens])
         assert match.num_tokens == num_tokens - 1
-        assert match.reason is MissReason.COMPLETE
+        assert cache.explain([1, 2, 3, 4, 5, 6, 7, 8][:num_tokens]).reason is MissReason.COMPLETE
 
 
 def test_a_prompt_that_goes_on_differently_has_diverged() -> None:
     cache = KVCache(8, 2)
     served(cache, [1, 2, 3, 4])
-    assert cache.match([1, 2, 9, 9]).reason is MissReason.DIVERGED
-    assert cache.match([1, 2, 3, 9, 9]).reason is MissReason.DIVERGED
-    assert cache.match([1, 9, 9, 9]).reason is MissReason.DIVERGED
+    assert cache.explain([1, 2, 9, 9]).reason is MissReason.DIVERGED
+    assert cache.explain([1, 2, 3, 9, 9]).reason is MissReason.DIVERGED
+    assert cache.explain([1, 9, 9, 9]).reason is MissReason.DIVERGED
 
 
 def test_a_prompt_longer_than_what_is_cached_says_that_it_ended() -> None:
     cache = KVCache(8, 2)
     served(cache, [1, 2, 3, 4])
-    assert cache.match([1, 2, 3, 4, 5, 6]).reason is MissReason.ENDED
+    assert cache.explain([1, 2, 3, 4, 5, 6]).reason is MissReason.NEVER
 
 
 def test_namespaces_share_nothing() -> None:
     cache = KVCache(8, 2)
     served(cache, [1, 2, 3, 4], "mine")
-    assert cache.match([1, 2, 3, 4], "theirs").reason is MissReason.COLD
+    assert cache.explain([1, 2, 3, 4], "theirs").reason is MissReason.NEVER
     assert cache.match([1, 2, 3, 4], "mine").num_tokens == 3
 
 
@@ -167,7 +168,7 @@ def test_a_cached_beginning_is_shared_and_the_head_of_a_page_is_copied() -> None
     assert allocation.page_ids[1] not in old
     assert allocation.moves == [copy(old[1], allocation.page_ids[1], 2)]
     assert allocation.num_cached_tokens == 6
-    assert allocation.miss_reason is MissReason.COMPLETE
+    assert allocation.misses.reason is MissReason.COMPLETE
 
 
 def test_a_shared_page_is_never_written_not_even_for_the_last_token() -> None:
@@ -351,21 +352,6 @@ def test_another_policy_is_another_key() -> None:
     for tokens in ([1, 1], [2, 2], [3, 3]):
         served(cache, tokens)
     assert [cache.match([n, n, 9]).num_tokens for n in (1, 2, 3)] == [2, 0, 2]
-
-
-def test_pinned_pages_go_last_but_go() -> None:
-    cache = KVCache(3, 2)
-    served(cache, [1, 1, 2, 2])
-    pin = cache.pin([1, 1, 2, 2, 3])
-    served(cache, [5, 5])
-    served(cache, [6, 6])
-    assert cache.match([1, 1, 2, 2, 3]).num_tokens == 4
-    served(cache, [7, 7, 7, 7])
-    assert cache.match([1, 1, 2, 2, 3]).num_tokens == 2
-    cache.unpin(pin)
-    cache.check()
-    with pytest.raises(ValueError, match="pin"):
-        cache.unpin(pin)
 
 
 def test_a_reset_forgets_all_that_nobody_holds() -> None:

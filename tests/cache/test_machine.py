@@ -7,7 +7,7 @@ block table. The model also predicts every match, admission and eviction.
 
 from __future__ import annotations
 
-from cache_reference import Entry, Key, Live, Reference
+from cache_reference import Entry, Key, Live, PinnedPath, Reference
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -18,9 +18,11 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cache.kv_cache import KVCache, Pin
+from cache.ghosts import Cause
+from cache.kv_cache import KVCache
 from cache.moves import PageMove
 from cache.node import NO_PAGE
+from cache.pins import RANKS, Pin, PinEnd
 from cache.view import FULL_VIEW, View
 
 #: They share bytes, but no two of them in one place are the same token.
@@ -64,11 +66,13 @@ class CacheMachine(RuleBasedStateMachine):
             view=view,
             chunk_tokens=chunk_tokens,
             can_share_heads=can_share_heads,
+            # Husks count too: no quota.
+            pin_share=100.0,
         )
         self.model = Reference(num_pages, page_size, view, chunk_tokens, can_share_heads)
         self.memory: list[list[Written]] = [[None] * page_size for _ in range(num_pages)]
         self.moves: list[PageMove] = []
-        self.pins: list[tuple[Pin, list[Entry]]] = []
+        self.pins: list[tuple[Pin, PinnedPath]] = []
 
     # ---- what a scheduler does -------------------------------------------------------------------
 
@@ -90,7 +94,7 @@ class CacheMachine(RuleBasedStateMachine):
         view = own_view.within(model.view)
         del tokens[model.num_pages * model.page_size + 1 :]
         num_reused = model.num_reusable(namespace, tokens, view)
-        reason = model.reason(namespace, tokens, view)
+        misses = model.misses(namespace, tokens, view)
         num_path = num_reused // model.page_size
         path = list(model.path(namespace, tokens, num_path))
         gap = view.unread_pages(num_reused, model.page_size)
@@ -113,7 +117,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert num_pages == num_path + num_new
         assert num_pages * model.page_size > num_reused, "no place for the next token"
         assert allocation.num_cached_tokens == num_reused
-        assert allocation.miss_reason == reason
+        assert allocation.misses == misses
         self.moves += allocation.moves
         max_shared = model.max_shared_tokens(view)
         known = min(len(tokens), max_shared)
@@ -216,7 +220,10 @@ class CacheMachine(RuleBasedStateMachine):
         top = next((key for key in path if key in model.cached and key not in model.leased), None)
         for owner, prefix in list(model.cached):
             if top is not None and owner == top[0] and prefix[: len(top[1])] == top[1]:
-                model.num_evicted_pages += model.cached.pop((owner, prefix)).has_page
+                model.num_evicted_pages += model.cached[owner, prefix].has_page
+                model.evict((owner, prefix), Cause.FAULT)
+                del model.cached[owner, prefix]
+        model.end_pins_of_lost_pages()
         model.forget_husks(model.leased)
 
     def _expect_release(self, seq: Live) -> None:
@@ -231,7 +238,10 @@ class CacheMachine(RuleBasedStateMachine):
         match = self.cache.match(tokens, namespace, own_view)
         view = own_view.within(self.model.view)
         assert match.num_tokens == self.model.num_reusable(namespace, tokens, view)
-        assert match.reason == self.model.reason(namespace, tokens, view)
+        misses = self.cache.explain(tokens, namespace, view=own_view)
+        assert misses == self.model.misses(namespace, tokens, view)
+        num_missed = sum(count for _, count in misses.parts)
+        assert misses.num_reused_tokens + num_missed == len(tokens) - 1
         assert match.in_flight == self.model.is_in_flight(namespace, tokens, view)
 
     @precondition(lambda self: self.model.live)
@@ -280,32 +290,48 @@ class CacheMachine(RuleBasedStateMachine):
 
     # ---- what an operator does -------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.pins) < 2)
-    @rule(tokens=prompts, namespace=namespaces)
-    def pin(self, tokens: list[int], namespace: str) -> None:
-        pin = self.cache.pin(tokens, namespace)
-        path = self.model.path(namespace, tokens, len(tokens) // self.model.page_size)
-        entries = [self.model.cached[key] for key in path if key in self.model.cached]
-        for entry in entries:
-            entry.pins += 1
-        self.pins.append((pin, entries))
+    @precondition(lambda self: len(self.model.pins) < 3)
+    @rule(
+        tokens=prompts,
+        namespace=namespaces,
+        owner=st.sampled_from(("a", "b")),
+        lifetime=st.sampled_from(("5m", "1h")),
+    )
+    def pin(self, tokens: list[int], namespace: str, owner: str, lifetime: str) -> None:
+        pin, num_ended = self.cache.pins.add(
+            self.cache.covering(tokens, namespace), owner, lifetime
+        )
+        keys = self.model.covering(namespace, tokens)
+        assert num_ended == 0
+        assert (pin is not None) == bool(keys)
+        pinned = PinnedPath(keys, owner, RANKS[lifetime])
+        if pin is not None and pinned not in self.model.pins:
+            self.model.pins.append(pinned)
+            self.pins.append((pin, pinned))
 
-    @precondition(lambda self: self.pins)
+    @precondition(lambda self: self.model.pins)
     @rule()
     def unpin(self) -> None:
-        pin, entries = self.pins.pop(0)
-        self.cache.unpin(pin)
-        for entry in entries:
-            entry.pins -= 1
+        pinned = self.model.pins[0]
+        self.model.end(pinned)
+        [pin] = [pin for pin, of in self.pins if of == pinned and pin.is_live]
+        self.cache.pins.end(pin, PinEnd.REMOVED)
 
     @precondition(lambda self: self.cache.stats().pages_free == 0)
     @rule()
     def reset(self) -> None:
         self.cache.reset()
+        for pinned in [*self.model.pins]:
+            self.model.end(pinned)
         read = self.model.read
-        for key, entry in self.model.cached.items():
-            entry.has_page = key in read
+        for key in self.model.cached.keys() - read:
+            self.model.evict(key, Cause.RESET)
         self.model.forget_husks(self.model.leased)
+
+    @rule()
+    def pass_time(self) -> None:
+        self.model.now_s += 1.0
+        self.cache.set_time(self.model.now_s)
 
     # ---- what must hold --------------------------------------------------------------------------
 
@@ -331,12 +357,14 @@ class CacheMachine(RuleBasedStateMachine):
             if entry.has_page:
                 seq.duplicates.add(index)
             entry.has_page = True
+            self.model.ghosts.pop(key, None)
         seq.num_committed_pages = max(seq.num_committed_pages, num_whole)
 
     @invariant()
     def pages_are_where_the_model_says(self) -> None:
         self.cache.check()
         stats, model = self.cache.stats(), self.model
+        assert len(self.cache.pins) == len(model.pins)
         assert stats.pages_total == model.num_pages
         assert stats.pages_free == model.num_free
         assert stats.pages_private == model.num_private

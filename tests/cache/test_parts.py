@@ -172,10 +172,6 @@ def miscount_leased_pages(cache: KVCache) -> None:
     cache._tree.num_read -= 1
 
 
-def miscount_pins(cache: KVCache) -> None:
-    next(node for node in cache._tree.nodes() if node.leases).pins += 1
-
-
 def hide_a_leaf(cache: KVCache) -> None:
     cache._tree._queue.pop()
 
@@ -238,7 +234,6 @@ def forget_a_frontier(cache: KVCache) -> None:
         miscount_root_leases,
         miscount_pages,
         miscount_leased_pages,
-        miscount_pins,
         hide_a_leaf,
         queue_a_leased_node,
         age_a_leaf,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cache.allocation import Allocation, MissReason
+from cache.allocation import Allocation
 from cache.kv_cache import KVCache
+from cache.misses import MissReason
 from cache.view import View
 
 
@@ -84,7 +85,7 @@ def test_a_prefix_is_found_without_its_pages_out_of_view() -> None:
     # The first page made room. The last three are all that a query at 8 or at 7 reads.
     assert cache.match([*tokens, 5]).num_tokens == 8
     assert cache.match([0, 1, 2, 3, 7]).num_tokens == 4
-    assert cache.match([0, 1, 2, 7]).reason is MissReason.COLD, "the first page is in view there"
+    assert cache.explain([0, 1, 2, 7]).reason is MissReason.EVICTED, "its first page is in view"
     again = admitted(cache, [*tokens, 5])
     assert again.page_ids[3] == allocation.page_ids[3]
 
@@ -100,7 +101,7 @@ def test_a_page_computed_again_takes_its_old_place() -> None:
     assert cache.match([0, 1, 2]).num_tokens == 0
     served(cache, [0, 1])
     assert cache.match([0, 1, 2]).num_tokens == 2
-    assert cache.match([0, 1, 2, 3, 9]).reason is MissReason.ENDED, "its next page is still gone"
+    assert cache.explain([0, 1, 2, 3, 9]).reason is MissReason.EVICTED, "the next page is gone"
 
 
 def test_sinks_are_read_for_ever() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cache.kv_cache import KVCache
+from cache.misses import MissReason
 from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
@@ -106,6 +107,10 @@ class Drive:
             self.drafts.append((request_id, num_offered, num_accepted))
         self.finished.update(outcome.finished)
         self.failed.update(outcome.failed)
+
+    def started(self, plan: StepPlan) -> list[tuple[int, int, MissReason]]:
+        """List the requests that a plan started: id, reused tokens, why no more."""
+        return [(id_, misses.num_reused_tokens, misses.reason) for id_, misses in plan.started]
 
     def run(self, max_steps: int = 2000) -> None:
         for _ in range(max_steps):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cache.allocation import MissReason
+from cache.misses import MissReason
 from cache.view import FULL_VIEW, View
 from model.fake import fake_output
 
@@ -76,13 +76,13 @@ def test_prompts_of_all_views_share_what_no_view_hides(make_drive: MakeDrive) ->
         drive.submit(number, prompt, max_tokens=3, own_view=view)
         plan = drive.step()
         reused = {0: 0, 1: 256, 2: 256, 3: 64}[number]
-        reason = MissReason.LIMITED if number else MissReason.COLD
-        assert plan.started == [(number, reused, reason)]
+        reason = MissReason.VIEW if number else MissReason.NEVER
+        assert drive.started(plan) == [(number, reused, reason)]
         run(drive)
         assert drive.outputs[number] == fake_output(prompt, 3, view=view)
     again = text(600, end=9)
     drive.submit(9, again, max_tokens=3)
-    assert drive.step().started == [(9, 592, MissReason.ENDED)], "all whole pages are there"
+    assert drive.started(drive.step()) == [(9, 592, MissReason.NEVER)], "all whole pages are there"
     run(drive)
     assert drive.outputs[9] == fake_output(again, 3)
 
@@ -93,7 +93,7 @@ def test_a_bounded_request_leaves_its_first_tokens_to_all(make_drive: MakeDrive)
     drive.submit(0, prompt, max_tokens=3, own_view=SINKS)
     run(drive)
     drive.submit(1, prompt, max_tokens=3)
-    assert drive.step().started == [(1, 256, MissReason.ENDED)]
+    assert drive.started(drive.step()) == [(1, 256, MissReason.NEVER)]
     run(drive)
     assert drive.outputs[1] == fake_output(prompt, 3)
 
@@ -134,7 +134,7 @@ def test_a_view_of_the_model_that_is_narrower_counts(make_drive: MakeDrive) -> N
     assert drive.outputs[0] == fake_output(prompt, 4, view=own)
     narrower = View(2, 20)
     drive.submit(1, prompt, max_tokens=4, own_view=narrower)
-    assert drive.step().started == [(1, narrower.max_keys, MissReason.LIMITED)]
+    assert drive.started(drive.step()) == [(1, narrower.max_keys, MissReason.VIEW)]
     run(drive)
     assert drive.outputs[1] == fake_output(prompt, 4, view=narrower)
 

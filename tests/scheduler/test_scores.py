@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cache.allocation import MissReason
+from cache.misses import MissReason
 from model.fake import fake_logprobs
 from model.interface import SamplingParams, TokenLogprobs
 from scheduler.messages import FinishReason
@@ -49,11 +49,11 @@ def test_what_is_cached_is_computed_again_and_cached_for_others(make_drive: Make
         drive.run()
     assert drive.scores[0] == drive.scores[1] == expected(prompt)
     assert drive.scores[2] == []
-    started = [one for plan in drive.plans for one in plan.started]
+    started = [one for plan in drive.plans for one in drive.started(plan)]
     assert [(cached, why) for _, cached, why in started] == [
         (0, MissReason.LIMITED),
         (0, MissReason.LIMITED),
-        (28, MissReason.ENDED),
+        (28, MissReason.NEVER),
     ]
 
 

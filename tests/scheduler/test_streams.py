@@ -13,6 +13,7 @@ from scheduler.client import (
 )
 from scheduler.messages import (
     Begun,
+    CacheCommand,
     Cancel,
     FinishReason,
     Rejected,
@@ -39,7 +40,7 @@ def test_news_of_requests_nobody_reads_is_dropped() -> None:
             token_ids=[1],
             logprobs=[TokenLogprobs(1, 0.0, 1)],
             prompt_logprobs=[(5, (TokenLogprobs(1, 0.0, 1),))],
-            started=[Started(5, 0.0, 0, "cold")],
+            started=[Started(5, 0.0, 0)],
             rejected=[Rejected(6, RejectKind.BUSY, "full")],
             finished=[(7, FinishReason.STOP)],
             drafts=[(5, 3, 1)],
@@ -109,21 +110,21 @@ def test_a_refusal_is_raised_and_a_reader_who_leaves_cancels() -> None:
 
 def test_resets_are_answered_in_order_and_a_lost_engine_ends_the_rest() -> None:
     async def test() -> None:
-        streams, sent = Streams(), list[ResetCache]()
+        streams, sent = Streams(), list[CacheCommand]()
         first, left, third, last = (
-            asyncio.create_task(streams.reset_cache(sent.append)) for _ in range(4)
+            asyncio.create_task(streams.change_cache(ResetCache(), sent.append)) for _ in range(4)
         )
         await asyncio.sleep(0)
         assert len(sent) == 4
         left.cancel()
         await asyncio.sleep(0)
-        streams.dispatch(StepResult(reset_pages=[3, 2]))
-        streams.dispatch(StepResult(reset_pages=[1]))
+        streams.dispatch(StepResult(cache_answers=[3, 2]))
+        streams.dispatch(StepResult(cache_answers=[1]))
         assert (await first, await third) == (3, 1)
-        streams.fail_resets("the engine died")
+        streams.fail_commands("the engine died")
         with pytest.raises(EngineUnavailableError, match="died"):
             await last
         # An answer that no caller waits for any more.
-        streams.dispatch(StepResult(reset_pages=[9]))
+        streams.dispatch(StepResult(cache_answers=[9]))
 
     asyncio.run(test())

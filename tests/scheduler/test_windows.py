@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cache.allocation import Allocation, MissReason
+from cache.allocation import Allocation
+from cache.misses import MissReason
 from cache.view import View
 from model.fake import fake_output
 
@@ -67,7 +68,7 @@ def test_pages_behind_the_window_are_given_back(
         drive.submit(1, prompt, max_tokens=1)
         plan = drive.step()
         assert plan is not None
-        assert plan.started == [(1, num_prompt - 1, MissReason.COMPLETE)]
+        assert drive.started(plan) == [(1, num_prompt - 1, MissReason.COMPLETE)]
         assert drive.outputs[1] == drive.outputs[0][:1]
 
 

@@ -29,9 +29,12 @@ from plain_http import NO_AUTHORITIES
 from configs.schema import OctavoConfig, SchedulerSection
 from model.fake import FakeRunner
 from scheduler.client import (
+    CacheCommand,
+    CacheStory,
     EngineClient,
     EngineStats,
     EngineUnavailableError,
+    ExplainPrefix,
     FinishReason,
     GenerateRequest,
     ModelInfo,
@@ -64,6 +67,7 @@ class ScriptedClient:
         self.is_alive = True
         self.engine_stats = EngineStats()
         self.requests: list[GenerateRequest] = []
+        self.commands: list[CacheCommand] = []
         self.observers: list[Callable[[int], None]] = []
         #: Set from the server's loop; tests wait for them in their own thread.
         self.was_asked = threading.Event()
@@ -87,6 +91,14 @@ class ScriptedClient:
     async def reset_cache(self) -> int:
         return self.engine_stats.cache.pages_cached
 
+    async def change_cache(self, command: CacheCommand) -> int:
+        self.commands.append(command)
+        return 7
+
+    async def explain_cache(self, command: ExplainPrefix) -> CacheStory:
+        self.commands.append(command)
+        return CacheStory()
+
     def stats(self) -> EngineStats:
         return self.engine_stats
 
@@ -106,6 +118,14 @@ class AbsentClient(ScriptedClient):
         self.is_alive = False
 
     async def reset_cache(self) -> int:
+        raise EngineUnavailableError("the model is still being loaded")
+
+    async def change_cache(self, command: CacheCommand) -> int:
+        del command
+        raise EngineUnavailableError("the model is still being loaded")
+
+    async def explain_cache(self, command: ExplainPrefix) -> CacheStory:
+        del command
         raise EngineUnavailableError("the model is still being loaded")
 
     def __getattr__(self, name: str) -> Any:
@@ -359,7 +379,7 @@ def _script(outputs: Sequence[str], width: int, reason: FinishReason, cached_tok
 
     async def speak(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         token_ids = tuple((left.pop(0) if len(left) > 1 else left[0]).encode())
-        started: Started | None = Started(0, 0.0, cached_tokens, "cold")
+        started: Started | None = Started(0, 0.0, cached_tokens)
         for start in range(0, len(token_ids), width):
             some = token_ids[start : start + width]
             logprobs: tuple[TokenLogprobs, ...] = ()

@@ -56,7 +56,7 @@ class _Script:
         has_tools = "<tool_call>" in prompt
         is_calling = has_tools and num_results < len(self._calls)
         said = self._calls[num_results] if is_calling else _ANSWER
-        yield TokenOutput(tuple(said.encode()), (), Started(0, 0.0, 0, "cold"))
+        yield TokenOutput(tuple(said.encode()), (), Started(0, 0.0, 0))
         yield TokenOutput(started=None, finish_reason=FinishReason.STOP)
 
 

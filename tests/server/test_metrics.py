@@ -32,6 +32,10 @@ SERIES = [
     "kv_cache_usage_perc",
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",
+    'prefix_cache_missed_tokens_total{reason="evicted"}',
+    "prefix_cache_ghost_hits_total",
+    "prefix_cache_ghost_seconds_total",
+    "smallest_reusable_prefix_tokens",
     "prompt_tokens_total",
     "generation_tokens_total",
     "num_preemptions_total",
@@ -217,7 +221,7 @@ def test_requests_are_counted(live: Any) -> None:
 def test_the_engines_snapshot_is_shown(scripted: Callable[..., Any]) -> None:
     async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
-        yield TokenOutput(started=Started(1, 0.25, 0, ""), finish_reason=FinishReason.STOP)
+        yield TokenOutput(started=Started(1, 0.25, 0), finish_reason=FinishReason.STOP)
 
     live = scripted(script)
     live.client.engine_stats = EngineStats(

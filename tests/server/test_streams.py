@@ -22,7 +22,7 @@ from scheduler.client import (
 )
 from waiting import TIMEOUT_S
 
-STARTED = Started(1, 0.0, 0, "")
+STARTED = Started(1, 0.0, 0)
 
 
 async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import groupby, takewhile
 from sys import maxsize
 
-from cache.allocation import Allocation, MissReason
+from cache.allocation import Allocation
+from cache.ghosts import Cause, Eviction
+from cache.misses import Misses, MissReason
 from cache.view import View
 
 Key = tuple[str, tuple[int, ...]]
@@ -16,9 +18,17 @@ Key = tuple[str, tuple[int, ...]]
 @dataclass
 class Entry:
     last_used: int = 0
-    pins: int = 0
     #: Else a husk, which is there for the sake of its children and leases.
     has_page: bool = True
+    #: Whether its last pin ended before it was evicted.
+    has_lapsed: bool = False
+
+
+@dataclass(frozen=True)
+class PinnedPath:
+    keys: tuple[Key, ...]
+    owner: str
+    rank: int
 
 
 @dataclass(eq=False)
@@ -65,8 +75,12 @@ class Reference:
     can_share_heads: bool = True
     cached: dict[Key, Entry] = field(default_factory=dict)
     live: list[Live] = field(default_factory=list)
+    pins: list[PinnedPath] = field(default_factory=list)
     now: int = 0
     num_evicted_pages: int = 0
+    now_s: float = 0.0
+    #: Evicted pages that are not cached again.
+    ghosts: dict[Key, Eviction] = field(default_factory=dict)
 
     def pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -110,9 +124,10 @@ class Reference:
 
     def source(self, namespace: str, tokens: list[int]) -> Key | None:
         """Return the neighbour, of the two around the place of the rest, that shares more."""
-        if not self.can_share_heads:
-            return None
-        wanted = tokens[:-1]
+        return self.neighbour(namespace, tokens[:-1]) if self.can_share_heads else None
+
+    def neighbour(self, namespace: str, wanted: list[int]) -> Key | None:
+        """Return the same, whether or not a part of a page is reusable."""
         known = self.known(namespace, wanted)
         children = self.children(namespace, wanted[:known])
         place = sum(key < (namespace, tuple(wanted)) for key in children)
@@ -151,17 +166,16 @@ class Reference:
         """Return how many of the first tokens of a prompt can be reused at most."""
         return num_tokens if self.can_share_heads else num_tokens - num_tokens % self.page_size
 
-    def reason(self, namespace: str, tokens: list[int], view: View) -> MissReason:
-        num_reused, is_cut = self.reusable(namespace, tokens, view)
-        if num_reused == self.whole(self.max_shared_tokens(view)):
-            return MissReason.LIMITED
-        if num_reused == self.whole(len(tokens) - 1):
-            return MissReason.COMPLETE
-        if num_reused == 0:
-            return MissReason.COLD
-        whole = tokens[: num_reused // self.page_size * self.page_size]
-        goes_on = not is_cut and self.children(namespace, whole)
-        return MissReason.DIVERGED if goes_on else MissReason.ENDED
+    def misses(self, namespace: str, tokens: list[int], view: View) -> Misses:
+        """Return the reasons, found token by token."""
+        rest = _Rest(self, namespace, tokens, view)
+        reasons = [rest.reason(place) for place in range(rest.num_reused, len(tokens) - 1)]
+        parts = tuple((reason, len(list(run))) for reason, run in groupby(reasons))
+        diverged_at = None
+        if MissReason.DIVERGED in reasons:
+            diverged_at = rest.num_reused + reasons.index(MissReason.DIVERGED)
+        eviction = rest.eviction() if MissReason.EVICTED in reasons else None
+        return Misses(rest.num_reused, parts, diverged_at, eviction)
 
     def is_in_flight(self, namespace: str, tokens: list[int], view: View) -> bool:
         num_matched = self.num_reusable(namespace, tokens, view) // self.page_size
@@ -221,6 +235,31 @@ class Reference:
             return wanted
         return min(wanted, self.num_pages + len(view.unread_pages(num_reused, self.page_size)))
 
+    def covering(self, namespace: str, tokens: list[int]) -> tuple[Key, ...]:
+        """Return the pages of a prompt, of which the last may begin with the last tokens."""
+        goes_on = [*tokens, tokens[-1]]
+        found = self.num_reusable(namespace, goes_on, self.view)
+        path = tuple(self.path(namespace, tokens, found // self.page_size))
+        source = self.source(namespace, goes_on)
+        has_head = found == len(tokens) and found % self.page_size and source is not None
+        return (*path, source) if has_head and source is not None else path
+
+    def rank(self, key: Key) -> int:
+        return max((pin.rank for pin in self.pins if key in pin.keys), default=0)
+
+    def end_pins_of_lost_pages(self) -> None:
+        """End the pins whose last page is no more in the cache."""
+        for pin in [*self.pins]:
+            last = self.cached.get(pin.keys[-1])
+            if last is None or not last.has_page:
+                self.end(pin, lapses=False)
+
+    def end(self, pin: PinnedPath, *, lapses: bool = True) -> None:
+        self.pins.remove(pin)
+        for key in pin.keys:
+            if key in self.cached:
+                self.cached[key].has_lapsed = lapses
+
     def use(self, *keys: Key) -> None:
         for key in keys:
             self.now += 1
@@ -237,9 +276,19 @@ class Reference:
                 for key, entry in self.cached.items()
                 if entry.has_page and key not in read | parents
             ]
-            self.cached[min(candidates, key=self._place)].has_page = False
+            self.evict(min(candidates, key=self._place), Cause.ROOM)
             self.num_evicted_pages += 1
+            self.end_pins_of_lost_pages()
             self.forget_husks(leased)
+
+    def evict(self, key: Key, cause: Cause) -> None:
+        entry = self.cached[key]
+        if not entry.has_page:
+            return
+        if cause is Cause.ROOM and entry.has_lapsed and not self.rank(key):
+            cause = Cause.PIN_LAPSED
+        entry.has_page = entry.has_lapsed = False
+        self.ghosts[key] = Eviction(cause, self.now_s)
 
     def forget_husks(self, leased: set[Key]) -> None:
         while bare := [
@@ -250,9 +299,60 @@ class Reference:
             for key in bare:
                 del self.cached[key]
 
-    def _place(self, key: Key) -> tuple[bool, int]:
-        return self.cached[key].pins > 0, self.cached[key].last_used
+    def _place(self, key: Key) -> tuple[int, int]:
+        return self.rank(key), self.cached[key].last_used
 
 
 def num_shared(a: tuple[int, ...], b: list[int]) -> int:
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
+
+
+class _Rest:
+    """The tokens of a prompt that are not reused."""
+
+    def __init__(self, model: Reference, namespace: str, tokens: list[int], view: View) -> None:
+        self.size = model.page_size
+        self.model = model
+        self.num_reused = model.num_reusable(namespace, tokens, view)
+        self.limit = model.max_shared_tokens(view)
+        self.first_page = self.num_reused // self.size
+        self.is_in_flight = model.is_in_flight(namespace, tokens, view)
+        wanted = tokens[:-1][: self.limit]
+        self.num_known = model.known(namespace, wanted)
+        self.keys = list(model.path(namespace, tokens[: self.limit + 1], len(tokens) // self.size))
+        beside = model.neighbour(namespace, wanted)
+        self.end_of_head = self.num_known if beside is None else num_shared(beside[1], wanted)
+        self.goes_on = bool(model.children(namespace, wanted[: self.num_known]))
+
+    def was_cached(self, page: int) -> bool:
+        if page < self.num_known // self.size or (self.is_in_flight and page == self.first_page):
+            return True
+        is_whole = page < len(self.keys) and len(self.keys[page][1]) == (page + 1) * self.size
+        return is_whole and self.keys[page] in self.model.ghosts
+
+    @property
+    def num_lost(self) -> int:
+        page = self.first_page
+        while self.was_cached(page):
+            page += 1
+        return page * self.size
+
+    def reason(self, place: int) -> MissReason:
+        if place >= self.limit:
+            return MissReason.VIEW
+        if self.is_in_flight and place // self.size == self.first_page:
+            return MissReason.IN_FLIGHT
+        if place < self.num_lost:
+            return MissReason.EVICTED
+        if self.num_lost > self.num_known:
+            return MissReason.NEVER
+        if place < self.end_of_head:
+            # Reused, but for a page before it.
+            return MissReason.EVICTED if self.model.can_share_heads else MissReason.PAGE
+        has_begun = self.end_of_head > 0
+        return MissReason.DIVERGED if self.goes_on and has_begun else MissReason.NEVER
+
+    def eviction(self) -> Eviction | None:
+        pages = range(self.first_page, self.num_lost // self.size)
+        ghosts = (self.model.ghosts.get(self.keys[page]) for page in pages)
+        return next(filter(None, ghosts), None)

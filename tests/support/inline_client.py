@@ -12,9 +12,18 @@ from collections.abc import AsyncGenerator, Callable
 
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, Vocabulary
+from scheduler.cache_story import CacheStory
 from scheduler.client import EngineFaultError, EngineUnavailableError, GenerateRequest, TokenOutput
 from scheduler.engine import Engine
-from scheduler.messages import Cancel, Prepared, ResetCache, SetVocabulary, Submit
+from scheduler.messages import (
+    CacheCommand,
+    Cancel,
+    ExplainPrefix,
+    Prepared,
+    ResetCache,
+    SetVocabulary,
+    Submit,
+)
 from scheduler.stats import EngineStats
 from scheduler.streams import Streams
 
@@ -66,11 +75,21 @@ class InlineClient:
 
     async def reset_cache(self) -> int:
         """See `EngineClient`."""
+        return await self.change_cache(ResetCache())
+
+    async def change_cache(self, command: CacheCommand) -> int:
+        """See `EngineClient`."""
         if not self.is_alive:
             raise EngineUnavailableError("the engine is not running")
-        return await self._streams.reset_cache(self._send)
+        return await self._streams.change_cache(command, self._send)
 
-    def _send(self, message: Submit | Cancel | SetVocabulary | ResetCache | Prepared) -> None:
+    async def explain_cache(self, command: ExplainPrefix) -> CacheStory:
+        """See `EngineClient`."""
+        if not self.is_alive:
+            raise EngineUnavailableError("the engine is not running")
+        return await self._streams.explain_cache(command, self._send)
+
+    def _send(self, message: Submit | Cancel | SetVocabulary | CacheCommand | Prepared) -> None:
         self._engine.handle(message)
         self._wakes.set()
 

@@ -124,7 +124,7 @@ def test_several_prompts_are_answered_in_order(live: Any, api: openai.OpenAI) ->
 def test_each_choice_has_a_seed_of_its_own(scripted: Callable[..., Any]) -> None:
     async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
-        yield TokenOutput(finish_reason=FinishReason.STOP, started=Started(1, 0.0, 0, ""))
+        yield TokenOutput(finish_reason=FinishReason.STOP, started=Started(1, 0.0, 0))
 
     live = scripted(script)
     for body in ({"n": 1, "seed": 7}, {"n": 4, "seed": 7}, {"n": 2, "seed": 7}, {"n": 2}):
@@ -144,7 +144,7 @@ def test_choices_are_told_as_they_come(scripted: Callable[..., Any]) -> None:
     async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
         index = len(client.requests) - 1
-        yield TokenOutput((65 + index,), started=Started(index, 0.0, 0, ""))
+        yield TokenOutput((65 + index,), started=Started(index, 0.0, 0))
         for _ in range(index):
             await asyncio.sleep(0)
             yield TokenOutput((65 + index,))
@@ -172,7 +172,7 @@ def test_the_likeliest_of_many_are_given(scripted: Callable[..., Any]) -> None:
     async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.params.logprobs == 0
         index = len(client.requests) - 1
-        yield TokenOutput(started=Started(index, 0.0, 0, ""))
+        yield TokenOutput(started=Started(index, 0.0, 0))
         for logprob in logprobs[index]:
             yield TokenOutput((65 + index,), (TokenLogprobs(65 + index, logprob, 1),))
         yield TokenOutput(finish_reason=FinishReason.LENGTH)
@@ -189,7 +189,7 @@ def test_the_likeliest_of_many_are_given(scripted: Callable[..., Any]) -> None:
 async def _endless(client: Any, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     del request
     try:
-        yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
+        yield TokenOutput((72,), started=Started(1, 0.0, 0))
         if len(client.requests) == 4:
             client.is_full.set()
         await asyncio.Event().wait()
@@ -231,7 +231,7 @@ def test_an_error_in_one_ends_all(
         try:
             if is_last:
                 raise fault
-            yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
+            yield TokenOutput((72,), started=Started(1, 0.0, 0))
             await asyncio.Event().wait()
         finally:
             client.num_closed += 1
@@ -250,7 +250,7 @@ def test_an_error_after_the_first_byte_is_one_event(scripted: Callable[..., Any]
     async def script(client: Any, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
         number = len(client.requests)
-        yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
+        yield TokenOutput((72,), started=Started(1, 0.0, 0))
         if number == 2:
             raise EngineFaultError("a step failed")
         await asyncio.Event().wait()

@@ -25,7 +25,7 @@ LONG: dict[str, Any] = {"max_tokens": 900_000, "ignore_eos": True}
 async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     """Yield one token, then nothing for ever."""
     del request
-    yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
+    yield TokenOutput((72,), started=Started(1, 0.0, 0))
     await asyncio.Event().wait()
 
 
@@ -166,7 +166,7 @@ def test_the_time_begins_with_the_request_not_with_its_turn(scripted: Callable[.
 
     async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
-        yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
+        yield TokenOutput((72,), started=Started(1, 0.0, 0))
         while True:
             await asyncio.sleep(0)
             yield TokenOutput((72,))

@@ -219,7 +219,7 @@ def test_openais_client_passes_them_over(scripted: Callable[..., Any], num_befor
 
     async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         del request
-        started: Started | None = Started(1, 0.0, 0, "")
+        started: Started | None = Started(1, 0.0, 0)
         for index in range(4):
             if index == num_before:
                 await asyncio.to_thread(listening.has_heard.wait, TIMEOUT_S)

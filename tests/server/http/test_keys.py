@@ -45,7 +45,7 @@ def bearer(secret: str) -> dict[str, str]:
 
 async def endless(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     """Yield one token, then nothing for ever; a prompt of one byte is answered at once."""
-    yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
+    yield TokenOutput((72,), started=Started(1, 0.0, 0))
     if len(request.prompt_token_ids) == 1:
         yield TokenOutput(finish_reason=FinishReason.STOP)
     await asyncio.Event().wait()

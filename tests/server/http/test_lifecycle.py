@@ -28,7 +28,7 @@ class Held:
     ) -> AsyncGenerator[TokenOutput, None]:
         del request
         self._release = asyncio.Event()
-        yield TokenOutput((72,), started=Started(1, 0.0, 0, ""))
+        yield TokenOutput((72,), started=Started(1, 0.0, 0))
         self.has_begun.set()
         await self._release.wait()
         yield TokenOutput((105,), finish_reason=FinishReason.LENGTH)

@@ -64,7 +64,7 @@ def said(role: str, *blocks: Any) -> dict[str, Any]:
         ({"system": [IMAGE]}, "system.0"),
         ({"system": 3}, "system"),
         ({"max_tokens": None}, "max_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 2, "min_tokens": 3}, "min_tokens"),
         ({"temperature": 1.5}, "temperature"),
         ({"temperature": "1"}, "temperature"),

@@ -139,7 +139,7 @@ def test_logprobs_have_openais_shape(scripted: Callable[..., Any], num_top: int 
         yield TokenOutput(
             (72, 105),
             (TokenLogprobs(72, -0.1, 1, top), TokenLogprobs(105, -0.2, 1, top)),
-            Started(1, 0.0, 0, ""),
+            Started(1, 0.0, 0),
             FinishReason.LENGTH,
         )
 
@@ -179,7 +179,7 @@ def test_streamed_logprobs_are_the_whole_ones(api: openai.OpenAI) -> None:
 
 async def give_nothing(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
     del request
-    yield TokenOutput(finish_reason=FinishReason.STOP, started=Started(1, 0.0, 0, ""))
+    yield TokenOutput(finish_reason=FinishReason.STOP, started=Started(1, 0.0, 0))
 
 
 def test_every_parameter_reaches_the_engine(scripted: Callable[..., Any]) -> None:

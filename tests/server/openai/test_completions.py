@@ -101,9 +101,7 @@ def test_a_wrong_prompt_is_refused(
 def test_logprobs_have_openais_shape(scripted: Callable[..., Any]) -> None:
     async def script(_: object, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
         assert request.params.logprobs == 1
-        yield TokenOutput(
-            (72,), (TokenLogprobs(72, -1.0, 2, ((73, -0.5),)),), Started(1, 0.0, 0, "")
-        )
+        yield TokenOutput((72,), (TokenLogprobs(72, -1.0, 2, ((73, -0.5),)),), Started(1, 0.0, 0))
         yield TokenOutput((299,), (TokenLogprobs(299, -0.5, 1, ((299, -0.5),)),))
         yield TokenOutput((33,), (TokenLogprobs(33, float("-inf"), 9, ((73, -0.5),)),))
         yield TokenOutput(finish_reason=FinishReason.LENGTH)

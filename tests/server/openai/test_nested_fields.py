@@ -20,7 +20,12 @@ from server.openai.schemas import (
 from server.responses.schemas import ResponsesRequest
 
 _TEMPLATE = "{% if tools %}<tool_call>{% endif %}{% for m in messages %}{{ m.role }}{% endfor %}"
-_USER = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+_MARK = {"mode": "explicit", "ttl": "30m"}
+_USER = {
+    "role": "user",
+    "content": [{"type": "text", "text": "x", "prompt_cache_breakpoint": _MARK}],
+}
+_CACHE = {"mode": "explicit", "ttl": "30m", "prewarm": False}
 _CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 _SCHEMA = {"type": "object", "properties": {}}
 _CUSTOM = {
@@ -50,6 +55,7 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
                 "tool_choice": {"type": "function", "function": {"name": "f"}},
                 "stream_options": {"include_usage": True},
                 "stream": True,
+                "prompt_cache_options": _CACHE,
             },
             {
                 "messages": [_USER],
@@ -96,7 +102,12 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
         [
             {
                 "input": [
-                    {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "input_text", "text": "x", "prompt_cache_breakpoint": _MARK}
+                        ],
+                    },
                     {
                         "type": "reasoning",
                         "id": "r",
@@ -114,6 +125,7 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
                 "tool_choice": {"type": "function", "name": "f"},
                 "reasoning": {"effort": "low"},
                 "text": {"verbosity": "low"},
+                "prompt_cache_options": _CACHE,
                 "stream": True,
                 "stream_options": {"include_usage": True},
             },
@@ -148,7 +160,7 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
                     {"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}},
                 ],
                 "messages": [
-                    _USER,
+                    {"role": "user", "content": [{"type": "text", "text": "x"}]},
                     {
                         "role": "assistant",
                         "content": [
@@ -173,6 +185,7 @@ _BODIES: dict[str, tuple[type[Request], list[dict[str, Any]]]] = {
                 "thinking": {"type": "enabled", "budget_tokens": 1024},
                 "output_config": {"effort": "low"},
                 "metadata": {"user_id": "u"},
+                "diagnostics": {"previous_message_id": "msg_1"},
                 "kv_policy": _POLICY,
             }
         ],
