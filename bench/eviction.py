@@ -13,7 +13,7 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,8 +22,8 @@ from cache.kv_cache import KVCache
 from cache.policy import POLICIES, CostAware, EvictionPolicy, policy_of
 
 PAGE_TOKENS = 16
-#: Keys before a token at which attention costs as much as all else.
-_TOKENS_OF_DOUBLE_PRICE = 8_192
+#: Keys before a token at which attention costs as much as all else, in an 8B model.
+_TOKENS_OF_DOUBLE_PRICE = 32_768
 _ANSWER_TOKENS = 128
 
 #: A prompt with its answer, and the length of the prompt alone.
@@ -64,6 +64,18 @@ def tenants(chance: random.Random) -> Iterator[Request]:
         yield with_answer(texts, system + texts.new(chance.randint(40, 300)))
 
 
+def drift(chance: random.Random) -> Iterator[Request]:
+    """Yield the same, but every 100 requests the most popular tenant leaves and a new one comes."""
+    texts, names = Texts(chance), list(range(60))
+    weights = [1 / (rank + 1) for rank in range(60)]
+    for number in count():
+        if number % 100 == 99:
+            names = [*names[1:20], max(names) + 1, *names[20:]]
+        [tenant] = chance.choices(names, weights)
+        system = texts.named(f"system {tenant}", 500 + 40 * (tenant % 60))
+        yield with_answer(texts, system + texts.new(chance.randint(40, 300)))
+
+
 def agents(chance: random.Random) -> Iterator[Request]:
     """Yield the turns of 40 conversations at a time, behind one of 4 lists of tools.
 
@@ -94,13 +106,19 @@ def scan(chance: random.Random) -> Iterator[Request]:
 
 
 def mixed(chance: random.Random) -> Iterator[Request]:
-    """Yield the requests of all three in turn."""
+    """Yield requests of tenants, agents and scans."""
     sources = [tenants(chance), agents(chance), scan(chance)]
     while True:
         yield next(chance.choice(sources))
 
 
-TRAFFIC: dict[str, Traffic] = {"tenants": tenants, "agents": agents, "scan": scan, "mixed": mixed}
+TRAFFIC: dict[str, Traffic] = {
+    "tenants": tenants,
+    "drift": drift,
+    "agents": agents,
+    "scan": scan,
+    "mixed": mixed,
+}
 
 
 def price(start: int, stop: int) -> float:
@@ -132,12 +150,13 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=2_000)
     parser.add_argument("--requests", type=int, default=1_500)
     parser.add_argument("--half-lives", default="", help="of cost, in pools, such as 0.25,1,4")
+    parser.add_argument("--double-price", type=int, default=32_768, help="of these, the depth")
     args = parser.parse_args()
     policies: dict[str, EvictionPolicy] = {
         name: policy_of(name, args.pages, PAGE_TOKENS) for name in POLICIES
     }
     for text in filter(None, args.half_lives.split(",")):
-        half_life, depth = float(text) * args.pages, _TOKENS_OF_DOUBLE_PRICE / PAGE_TOKENS
+        half_life, depth = float(text) * args.pages, args.double_price / PAGE_TOKENS
         policies[f"cost {text}"] = CostAware(half_life, depth)
     print(f"{args.pages} pages of {PAGE_TOKENS} tokens, {args.requests} requests of each traffic")
     print("policy".ljust(10), *(name.ljust(15) for name in TRAFFIC), "(tokens / work)")

@@ -5,13 +5,14 @@ Knows nothing of how pages are found, handed out or evicted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from cache.lease import Lease
 from cache.misses import Misses
 from cache.moves import PageMove
 from cache.pending_pages import NextPage
+from cache.view import FULL_VIEW, View
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +23,7 @@ class Allocation:
     #: the entries of pages that it reads no more are of any page, and a prompt's table may have to
     #: grow before all of it is computed.
     page_ids: list[int]
-    #: To be done before the sequence's first step; none or one.
+    #: To be done before the sequence's first step; none or one of each group of pages.
     moves: list[PageMove]
     #: Leading tokens that are there already, copies included.
     num_cached_tokens: int
@@ -37,7 +38,19 @@ class Allocation:
     #: Pages that end behind it are never committed: they depend on the view of their sequence, or
     #: it is not to be stored.
     max_shared_tokens: int
+    #: Of the queries of the sequence, in these pages.
+    view: View = FULL_VIEW
     pending_page: NextPage | None = None
+    #: The pages of the same sequence for the windowed layers, where these have pages of their own.
+    windowed: Allocation | None = None
+    #: The block table with the fewest pages: it bounds the tokens that have a place.
+    shortest_page_ids: list[int] = field(init=False)
+    #: Whether pages go out of view while the sequence runs.
+    drops_pages: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shortest_page_ids = self.page_ids
+        self.drops_pages = self.view.window is not None
 
     def private_pages(self) -> list[int]:
         """List the pages outside the tree: the uncommitted ones and the duplicates."""

@@ -20,8 +20,8 @@ tokens whose step was launched before the copies of any later admission are.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from sys import maxsize
 
 from cache.allocation import Allocation
 from cache.bounds import Bounds
@@ -30,11 +30,12 @@ from cache.ghosts import Cause
 from cache.lease import Lease
 from cache.match import Match
 from cache.misses import Misses
-from cache.moves import PageMove, PageRef, Tier
+from cache.moves import PageMove, head_copy
 from cache.node import NO_PAGE, Node
 from cache.pages import PagePool
 from cache.pending_pages import NextPage, PendingPages
 from cache.pins import PinEnd
+from cache.placement import check_placement
 from cache.policy import EvictionPolicy, lru
 from cache.radix import RadixTree
 from cache.reuse import Reuse, Search
@@ -60,22 +61,26 @@ class KVCache:
         chunk_tokens: int = 1,
         can_share_heads: bool = True,
         pin_share: float = 1.0,
+        model_view: View | None = None,
     ) -> None:
         """`view`: of the model. `chunk_tokens`: how many a step may compute of one, at most.
 
         `can_share_heads`: whether the first tokens of a page can be reused without the rest.
-        `pin_share`: of all pages, how many may be pinned.
+        `pin_share`: of all pages, how many may be pinned. `model_view`: where `view` is that of
+        some layers alone (`cache/groups.py`).
         """
-        self._view = view
+        self.view = view
+        model_view = view if model_view is None else model_view
         self.bounds = Bounds(num_pages, page_size, chunk_tokens)
         self._pool = PagePool(num_pages)
         self._tree = RadixTree(
             page_size,
             policy,
             can_share_heads=can_share_heads,
+            evicts_inside=model_view != view,
             max_pinned_pages=int(pin_share * num_pages),
         )
-        self.search = Search(self._tree, view, view)
+        self.search = Search(self._tree, view, model_view)
         self.pins = self._tree.pins
         self._page_size = page_size
         # Dicts, not sets: iteration is ordered.
@@ -93,6 +98,11 @@ class KVCache:
     def available_pages(self) -> int:
         """Pages that can be allocated now: free and evictable ones."""
         return self._pool.num_free + self._tree.num_evictable
+
+    @property
+    def groups(self) -> tuple[KVCache, ...]:
+        """The groups of pages of which each sequence has a part."""
+        return (self,)
 
     def match(self, tokens: Sequence[int], namespace: str = "", view: View = FULL_VIEW) -> Match:
         """Look up a prompt of a view. Changes nothing, recency included. O(tokens reused)."""
@@ -112,7 +122,7 @@ class KVCache:
         Changes nothing, recency included. O(tokens).
         """
         reuse = self.search.reuse(tokens, namespace, view, max_cached_tokens)
-        return self._misses(reuse, tokens, namespace)
+        return self.misses(reuse, tokens, namespace)
 
     def is_in_flight(self, page: NextPage | None) -> bool:
         """Return whether a live allocation is computing a page, as in `Match`. O(1)."""
@@ -125,7 +135,7 @@ class KVCache:
 
         Where that is so and `num_releases` is as before, a prompt that found no room finds none.
         """
-        if page is None or self._view.window is not None or not self._tree.has(page.end):
+        if page is None or self.view.window is not None or not self._tree.has(page.end):
             return False
         # Of those before the page, one may have become a husk, which is being computed again.
         if self._tree.num_husks:
@@ -184,13 +194,32 @@ class KVCache:
         changed, where there are not enough. Raises `ValueError` for no tokens.
         """
         reuse = self.search.reuse(tokens, namespace, view, max_cached_tokens)
-        prefix, gap, path = reuse.prefix, reuse.gap, reuse.prefix.path
-        num_new_pages = self.bounds.first_pages(reuse.view, len(tokens), reuse.num_tokens, gap)
-        num_new_pages -= len(path)
-        # The pages that it is about to read cannot be evicted for it.
-        if num_new_pages + reserve_pages > self.available_pages - reuse.num_unread:
+        if not self.has_room(reuse, len(tokens), reserve_pages):
             return None
-        misses = self._misses(reuse, tokens, namespace)
+        misses = self.misses(reuse, tokens, namespace)
+        return self.start(reuse, tokens, namespace, misses, max_stored_tokens)
+
+    def has_room(self, reuse: Reuse, num_tokens: int, reserve_pages: int) -> bool:
+        """Return whether a sequence can start so, with `reserve_pages` left over."""
+        # The pages that it is about to read cannot be evicted for it.
+        num_left = self.available_pages - reuse.num_unread
+        return self._num_new_pages(reuse, num_tokens) + reserve_pages <= num_left
+
+    def _num_new_pages(self, reuse: Reuse, num_tokens: int) -> int:
+        num_pages = self.bounds.first_pages(reuse.view, num_tokens, reuse.num_tokens, reuse.gap)
+        return num_pages - len(reuse.prefix.path)
+
+    def start(
+        self,
+        reuse: Reuse,
+        tokens: Sequence[int],
+        namespace: str,
+        misses: Misses,
+        max_stored_tokens: int,
+    ) -> Allocation:
+        """Give a sequence its first pages, as `admit` does where it `has_room`."""
+        prefix, gap, path = reuse.prefix, reuse.gap, reuse.prefix.path
+        num_new_pages, moves = self._num_new_pages(reuse, len(tokens)), list[PageMove]()
         lease = Lease(self._tree, prefix.root or self._tree.root(namespace), path, gap)
         page_ids = [0 if index in gap else node.page_id for index, node in enumerate(path)]
         source_page = NO_PAGE
@@ -199,16 +228,26 @@ class KVCache:
             self._tree.touch(prefix.source)
         self.pins.note_used([*path, *filter(None, [prefix.source])])
         page_ids += self._take_pages(num_new_pages)
-        moves = self._moves(source_page, page_ids, len(path), prefix.num_head_tokens)
+        if source_page != NO_PAGE:
+            moves = head_copy(source_page, page_ids[len(path)], prefix.num_head_tokens)
+            self._num_copied_pages += len(moves)
         max_entered = min(reuse.max_shared_tokens, max_stored_tokens)
         num_entered = max(len(path) * self._page_size, max_entered)
         num_known = min(len(tokens), num_entered)
         allocation = Allocation(
-            page_ids, moves, reuse.num_tokens, misses, lease, num_known, num_entered
+            page_ids, moves, reuse.num_tokens, misses, lease, num_known, num_entered, reuse.view
         )
         self._live[allocation] = None
         self._move_pending_page(allocation, tokens)
         return allocation
+
+    def can_grow(self, allocation: Allocation, num_tokens: int, reserve_pages: int = 0) -> bool:
+        """Return whether `grow` can make room for `num_tokens` tokens.
+
+        If it needs pages for it, `reserve_pages` more must be available afterwards.
+        """
+        num_new_pages = self.bounds.pages(num_tokens) - len(allocation.page_ids)
+        return num_new_pages <= 0 or num_new_pages + reserve_pages <= self.available_pages
 
     def grow(self, allocation: Allocation, num_tokens: int) -> bool:
         """Append pages until `num_tokens` tokens fit; False, and nothing changed, if they cannot.
@@ -247,6 +286,10 @@ class KVCache:
                 self._num_duplicate_pages += 1
             allocation.lease.extend(node)
         self._move_pending_page(allocation, tokens)
+
+    def drop_unread(self, allocation: Allocation, num_computed: int) -> None:
+        """Give back the pages that no query behind `num_computed` tokens reads; see `drop`."""
+        self.drop(allocation, allocation.view.unread_pages(num_computed, self._page_size))
 
     def drop(self, allocation: Allocation, unread: range) -> None:
         """Give back pages that no later query of the sequence reads, by index in its block table.
@@ -295,7 +338,7 @@ class KVCache:
 
         Changes nothing. O(tokens).
         """
-        found = self._tree.find(tokens, namespace, len(tokens), self._view)
+        found = self._tree.find(tokens, namespace, len(tokens), self.view)
         num_left = len(tokens) - len(found.path) * self._page_size
         if found.source is None or found.num_head_tokens < num_left:
             return found.path
@@ -311,7 +354,8 @@ class KVCache:
 
     # ---- parts -----------------------------------------------------------------------------------
 
-    def _misses(self, reuse: Reuse, tokens: Sequence[int], namespace: str) -> Misses:
+    def misses(self, reuse: Reuse, tokens: Sequence[int], namespace: str) -> Misses:
+        """Return why no more of a prompt is reused."""
         is_in_flight = self.is_in_flight(self.search.next_page(reuse, tokens))
         return self.search.misses(reuse, tokens, namespace, is_in_flight=is_in_flight)
 
@@ -320,17 +364,6 @@ class KVCache:
         self._pool.give_back(self._tree.evict() for _ in range(num_missing_pages))
         self._num_evicted_pages += num_missing_pages
         return self._pool.take(num_pages)
-
-    def _moves(
-        self, source: int, page_ids: list[int], index: int, num_tokens: int
-    ) -> list[PageMove]:
-        # Where they are the same, it was evicted a moment ago and handed out again in the very
-        # place: its head is there.
-        if source in {NO_PAGE, page_ids[index]}:
-            return []
-        self._num_copied_pages += 1
-        target = PageRef(Tier.DEVICE, page_ids[index])
-        return [PageMove(PageRef(Tier.DEVICE, source), target, num_tokens)]
 
     def _require_live(self, allocation: Allocation) -> None:
         if allocation not in self._live:
@@ -359,24 +392,8 @@ class KVCache:
 
     def check(self) -> None:
         """Assert that every page is in exactly one place and every count is true. O(pages)."""
-        self._pool.check()
-        self._tree.check()
-        nodes = list(self._tree.nodes())
         live = list(self._live)
-        private = [page_id for allocation in live for page_id in allocation.private_pages()]
-        cached = [node.page_id for node in nodes if node.page_id != NO_PAGE]
-        places = sorted([*self._pool.free_ids, *private, *cached])
-        assert places == list(range(self._pool.num_pages)), (
-            f"not every page is in exactly one place: free {self._pool.free_ids}, "
-            f"private {private}, cached {cached}"
-        )
-        leases = Counter(node for allocation in live for node in allocation.lease.nodes)
-        assert leases == {n: n.leases for n in nodes if n.leases}, "leases differ from the counts"
-        readers = Counter(node for allocation in live for node in allocation.lease.read)
-        assert readers == {n: n.readers for n in nodes if n.readers}, "readers differ"
-        leases = Counter(allocation.lease.root for allocation in live)
-        held = {root: root.leases for root in self._tree.roots() if root.leases}
-        assert leases == held, "leases differ from the roots' counts"
+        check_placement(self._pool, self._tree, live)
         self._pending_pages.check(a.pending_page for a in live if a.pending_page is not None)
         for allocation in live:
             allocation.check(self._page_size)

@@ -33,3 +33,15 @@ class PageMove:
     source: PageRef
     target: PageRef
     num_tokens: int
+    #: Whether both are pages of the windowed layers, where these have pages of their own.
+    is_windowed: bool = False
+
+
+def head_copy(source: int, target: int, num_tokens: int) -> list[PageMove]:
+    """Return the move of a page's head on the device, none where the pages are the same.
+
+    Then the source was evicted a moment ago and handed out again in the very place.
+    """
+    if source == target:
+        return []
+    return [PageMove(PageRef(Tier.DEVICE, source), PageRef(Tier.DEVICE, target), num_tokens)]

@@ -57,10 +57,11 @@ class CostAware:
         return node.last_used + self._half_life_uses * log2(max(1, node.num_uses) * price)
 
 
-#: Half-lives of `CostAware` in a pool of one page: the pool's pages are used once in one of them.
-_POOLS_A_HALF_LIFE = 0.5
-#: Depth in tokens at which attention costs as much as all else, in models of a billion weights.
-_TOKENS_OF_DOUBLE_PRICE = 8_192
+#: By `bench/eviction.py`: in one half-life as many pages are used as this many pools have.
+_POOLS_A_HALF_LIFE = 8
+#: Depth in tokens at which attention costs as much as all else, in a model of 8 billion weights. A
+#: steeper price would favour the deep pages of documents that are read once.
+_TOKENS_OF_DOUBLE_PRICE = 32_768
 PolicyName: TypeAlias = Literal["lru", "lfu", "cost"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 

@@ -47,13 +47,19 @@ class RadixTree:
         policy: EvictionPolicy,
         *,
         can_share_heads: bool = True,
+        evicts_inside: bool = False,
         max_pinned_pages: int = maxsize,
     ) -> None:
-        """`can_share_heads`: whether the first tokens of a page can be reused without the rest."""
+        """`can_share_heads`: whether the first tokens of a page can be reused without the rest.
+
+        `evicts_inside`: whether unread pages may go before those behind them. Under a window the
+        last pages of a path are worth most, and worthless one without the other.
+        """
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         self.page_size = page_size
         self._can_share_heads = can_share_heads
+        self._evicts_inside = evicts_inside
         #: Pages in the tree, and those of them which a lease reads.
         self.num_pages = 0
         self.num_read = 0
@@ -192,7 +198,7 @@ class RadixTree:
             node.readers -= 1
             if not node.readers:
                 self.num_read -= 1
-                if node.leases or not node.children:
+                if node.leases or not node.children or self._evicts_inside:
                     self._settle(node)
 
     def release(self, root: Node, read: Sequence[Node], unread: Sequence[Node]) -> None:
@@ -255,7 +261,7 @@ class RadixTree:
 
     def _settle(self, node: Node) -> None:
         """Queue a node or not, or take it out of the tree, as its page and its holders want it."""
-        if is_evictable(node):
+        if self._is_evictable(node):
             self._queue.push(node)
             return
         self._queue.discard(node)
@@ -265,6 +271,12 @@ class RadixTree:
             else:
                 # A client may send a million salts: a namespace is deleted with its last page.
                 self._roots.pop(node.namespace, None)
+
+    def _is_evictable(self, node: Node) -> bool:
+        """Return whether a page may go now: unread, and a leaf or out of view of all its leases."""
+        if node.page_id == NO_PAGE or node.readers:
+            return False
+        return node.leases > 0 or not node.children or self._evicts_inside
 
     # ---- invariants ------------------------------------------------------------------------------
 
@@ -283,7 +295,7 @@ class RadixTree:
         assert self.num_pages == len(pages), f"{len(pages)} pages, {self.num_pages} counted"
         assert self._num_nodes == len(nodes), f"{len(nodes)} nodes, {self._num_nodes} counted"
         assert self.num_read == num_read, f"{num_read} read, {self.num_read} counted"
-        self._queue.check(filter(is_evictable, nodes))
+        self._queue.check(filter(self._is_evictable, nodes))
         self.pins.check()
 
     def _check_node(self, node: Node) -> None:
@@ -301,12 +313,6 @@ class RadixTree:
             assert child.chain == next_chain(node.chain, child.key), f"{name}: a wrong chain"
             num_tokens = len(child.key) // TOKEN_BYTES
             assert num_tokens == self.page_size, f"{name}: a child of {num_tokens} tokens"
-
-
-def is_evictable(node: Node) -> bool:
-    """Return whether a page may go now: unread, and a leaf or out of view of all its leases."""
-    is_unread = node.page_id != NO_PAGE and not node.readers
-    return is_unread and (node.leases > 0 or not node.children)
 
 
 def _longest_head(node: Node, head: Sequence[int]) -> tuple[Node | None, int]:

@@ -45,6 +45,12 @@ class Search:
         self._view = view
         self._model_view = model_view
 
+    def own_view(self, view: View) -> View:
+        """Return which of these pages' keys the queries of a request with a view read."""
+        if self._view == self._model_view:
+            return view.within(self._view)
+        return view.narrowed(self._view)
+
     def reuse(
         self,
         tokens: Sequence[int],
@@ -61,7 +67,7 @@ class Search:
         page_size, max_shared_tokens = self._tree.page_size, self._max_shared_tokens(view)
         limit = max_shared_tokens
         limit = limit if max_cached_tokens is None else min(limit, max_cached_tokens)
-        view = view.within(self._view)
+        view = self.own_view(view)
         prefix = self._tree.find(tokens, namespace, min(limit, len(tokens) - 1), view)
         num_tokens = len(prefix.path) * page_size + prefix.num_head_tokens
         gap = view.unread_pages(num_tokens, page_size)

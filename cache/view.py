@@ -30,6 +30,15 @@ class View:
             return model
         return self
 
+    def narrowed(self, layers: View) -> View:
+        """Return the view whose keys a request's queries may load in layers with a window.
+
+        Other layers of the model have none. Kernels may load sinks that the window hides.
+        """
+        if self.window is None or layers.window is None:
+            return self.within(layers)
+        return View(self.sinks, min(self.window, layers.window))
+
     def start(self, position: int) -> int:
         """Return the first position behind the sinks that the query at `position` reads."""
         return self.sinks if self.window is None else max(self.sinks, position - self.window + 1)

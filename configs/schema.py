@@ -219,7 +219,7 @@ class SchedulerSection(Section):
         default=4_194_304, ge=1, description="tokens of waiting requests at most, then 429"
     )
     cache_policy: PolicyName = Field(
-        default="lru",
+        default="cost",
         description="which unpinned cached page is evicted first: lru: least recently used; lfu:"
         " least often used; cost: both, times the price of its tokens",
     )

@@ -17,6 +17,7 @@ from configs.kv_policy import KVPolicy
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from configs.sizes import format_size
 from model.architectures.transformer import ServedDecoder, Transformer
+from model.attention.groups import build_parts
 from model.attention.interface import AttentionSpec, BackendOffer
 from model.attention.registry import choose_backend
 from model.cpu.decoder import CpuDecoder, fastest_decoder
@@ -26,6 +27,7 @@ from model.cuda.assembly import GpuParts, assemble_on_gpu
 from model.cuda.ops import GpuOps
 from model.device import Device, choose_device, choose_threads
 from model.draft_assembly import DraftParts, draft_parts, draft_section
+from model.group_plan import group_note, group_sizes, windowed_pages
 from model.implementation import build_decoder
 from model.interface import (
     GUESSED_TOKEN,
@@ -38,7 +40,6 @@ from model.interface import (
 from model.kv.desks import desk_tokens
 from model.kv.format import FLOAT_FORMATS, KV_FORMATS, KVFormat, KVLayout, float_format
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
-from model.kv.pool import KVPool
 from model.kv_proof import prove_kv_format
 from model.runner import TorchRunner
 from model.sampling.sampler import Sampler
@@ -98,8 +99,10 @@ def assemble(
         free_bytes = min(free_memory_bytes(), max(free_bytes - weights_bytes, 0))
         plan = plan_of(free_bytes)
         decoder.hold_positions(plan.max_model_len)
-        pool = KVPool(spec.layout(plan.page_size), plan.num_pages, where.device)
-        attention, info = offer.build(spec, pool), info_of(plan)
+        info = info_of(plan)
+        num_windowed = info.windowed.num_pages if info.windowed else None
+        sizes = plan.page_size, plan.num_pages, num_windowed
+        attention, pool, windowed_pool = build_parts(offer, spec, *sizes, where.device)
         info = draft.described(info) if draft else info
         max_num_seqs = config.scheduler.max_num_seqs
         fastest = fastest_decoder(decoder, attention, where.library)
@@ -109,6 +112,7 @@ def assemble(
             decoder=fastest,
             attention=attention,
             pool=pool,
+            windowed_pool=windowed_pool,
             sampler=Sampler(max_num_seqs, info.vocab_size, info.eos_token_ids, where.device),
             max_num_seqs=max_num_seqs,
             # Float32 products by oneDNN depend on the number of threads in their last bits.
@@ -229,20 +233,22 @@ def _plan_pool(
 ) -> PoolPlan:
     arch, stated_bytes = decoder.arch, config.cache.kv_cache_memory
     layout = spec.layout(offer.page_size(config.cache.page_size))
+    longest = config.model.max_model_len or arch.max_positions
+    # The angles of a draft model are few beside the pages, its positions those of the served model.
+    draft_bytes = draft.bytes_per_page(layout.page_size) if draft else 0
+    groups = group_sizes(config, spec, layout.page_size, longest, draft_bytes)
     table_bytes = angles_bytes(
         decoder.bytes_per_position,
-        config.model.max_model_len or arch.max_positions,
-        (stated_bytes or free_bytes) * layout.page_size // layout.bytes_per_page,
+        longest,
+        (stated_bytes or free_bytes)
+        * layout.page_size
+        // (groups.full_bytes if groups else layout.bytes_per_page),
     )
-    bytes_per_page = layout.bytes_per_page
-    if draft is not None:
-        # Its angles are few beside the pages, and its positions those of the served model.
-        bytes_per_page += draft.bytes_per_page(layout.page_size)
     return plan_pool(
         stated_bytes=stated_bytes,
         free_bytes=free_bytes,
         fixed_bytes=table_bytes + _desk_bytes(config.scheduler, spec, layout),
-        bytes_per_page=bytes_per_page,
+        bytes_per_page=layout.bytes_per_page + draft_bytes,
         page_size=layout.page_size,
         max_num_seqs=config.scheduler.max_num_seqs,
         stated_max_model_len=config.model.max_model_len,
@@ -250,6 +256,7 @@ def _plan_pool(
         view=_view(spec),
         # On a CPU the page cache and other programs need the same memory.
         takes_all=decoder.device.type == "cuda",
+        groups=groups,
     )
 
 
@@ -307,6 +314,8 @@ def _info(
         notes.append(f"keys and values in {kept} in layers {layers}")
     elif config.cache.kv_cache_dtype_skip_layers:
         notes.append(f"no layer has a window: all keys and values are in {spec.kv_format.name}")
+    if note := group_note(spec, plan):
+        notes.append(note)
     if unknown := ", ".join(arch.unknown_keys):
         notes.append(f"keys of the model's config that were not understood: {unknown}")
     return ModelInfo(
@@ -325,6 +334,7 @@ def _info(
         attention_backend=offer.name,
         smallest_reusable_prefix_tokens=1 if spec.kv_format.can_share_heads else plan.page_size,
         view=_view(spec),
+        windowed=windowed_pages(plan),
         kv_factor=_kv_factor(spec, plan),
         notes=tuple(notes),
         why_no_views=_why_no_views(decoder, spec, offer),
@@ -360,13 +370,15 @@ def _warm_up(runner: TorchRunner) -> None:
     params = SamplingParams(max_tokens=1, temperature=0.0)
     num_tokens = min(2, runner.info.max_model_len)
     has_guess = bool(runner.info.draft_model)
+    tables = [list(range(-(-num_tokens // runner.info.page_size)))]
     runner.launch(
         StepInput(
             token_ids=[0, GUESSED_TOKEN] if has_guess else [0] * num_tokens,
             positions=[0],
             counts=[num_tokens],
             slots=[0],
-            page_ids=[list(range(-(-num_tokens // runner.info.page_size)))],
+            page_ids=tables,
+            windowed_page_ids=tables if runner.info.windowed else [],
             sample_rows=[0],
             started=[SlotStart(0, params, [0] * num_tokens)],
             spans={0: SampleSpan(0, 0, num_tokens)} if has_guess else {},

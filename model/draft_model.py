@@ -74,8 +74,8 @@ class DraftModel:
                 raise ValueError(f"a draft model cannot follow the view of a request: {start.view}")
             self._packer.forget(start.slot)
             self._missing.pop(start.slot, None)
-        self._pool.reach(max(pages[-1] for pages in step.page_ids))
-        self._pool.move_pages(step.moves)
+        # Its layers read all keys: they are of that group of pages.
+        self._pool.take_step(step.page_ids, [one for one in step.moves if not one.is_windowed])
         rows = self._rows(step)
         due = rows
         while due := [row for row in due if row.lacks_guess or row.completes_page(self._page_size)]:

@@ -41,6 +41,7 @@ from model.interface import (
     StepOutput,
     TokenLogprobs,
     Vocabulary,
+    WindowedPages,
 )
 
 FAKE_EOS_TOKEN_ID = 0
@@ -127,7 +128,8 @@ class FakeRunner:
     num_pages: int = 64
     #: Of the model: a request's own view takes its place.
     view: View = FULL_VIEW
-    #: See `ModelInfo`.
+    #: See `ModelInfo`. Keys are in both groups of pages.
+    windowed: WindowedPages | None = None
     smallest_reusable_prefix_tokens: int = 1
     #: Steps so far, and tokens computed in them, recomputed ones included.
     num_steps: int = 0
@@ -152,9 +154,11 @@ class FakeRunner:
     _grammars: Grammars = field(default_factory=Grammars)
     _matchers: Matchers = field(init=False)
     pages: FakePages = field(init=False)
+    windowed_pages: FakePages = field(init=False)
 
     def __post_init__(self) -> None:
         self.pages = FakePages(self.page_size)
+        self.windowed_pages = FakePages(self.page_size)
         self._matchers = Matchers(self.vocab_size)
 
     @property
@@ -176,6 +180,7 @@ class FakeRunner:
             attention_backend="fake",
             smallest_reusable_prefix_tokens=self.smallest_reusable_prefix_tokens,
             view=self.view,
+            windowed=self.windowed,
             draft_model="fake" if self.guess_period else "",
         )
 
@@ -189,7 +194,7 @@ class FakeRunner:
         for start in step.started:
             self._start(start)
         for move in step.moves:
-            self.pages.move(move)
+            (self.windowed_pages if move.is_windowed else self.pages).move(move)
         token_ids, digests, first = list[list[int]](), list[list[int]](), 0
         guesses = dict[int, list[int]]()
         for row, span in enumerate(step.rows):
@@ -202,6 +207,7 @@ class FakeRunner:
             if num_guesses:
                 guesses[row] = tokens[-num_guesses:]
             first += span.count
+        self._compute_windowed(step)
         faults = self._faults_of(step)
         if FaultKind.LAUNCH in faults.values():
             raise RuntimeError("a row of this step was told to fail")
@@ -321,6 +327,15 @@ class FakeRunner:
             digests.append(digest)
         return digests
 
+    def _compute_windowed(self, step: StepInput) -> None:
+        """Write the keys of all rows to the pages of windowed layers, too, after reading these."""
+        view = self.windowed.view if self.windowed else FULL_VIEW
+        for row, table in enumerate(step.windowed_page_ids):
+            slot, span = self._slots[step.slots[row]], step.rows[row]
+            if self.is_strict:
+                self.windowed_pages.check(table, slot, span.position, view)
+            self.windowed_pages.copy_row(table, self.pages, step.page_ids[row], span)
+
     def _guess(self, digest: int, position: int) -> int:
         assert self.guess_period, "a guess without a draft model"
         right = _choose(digest, self.vocab_size, may_end=False)
@@ -375,5 +390,6 @@ class FakeRunner:
     def close(self) -> None:
         """See `ModelRunner`."""
         self.pages.clear()
+        self.windowed_pages.clear()
         self._grammars.close()
         self._matchers.close()

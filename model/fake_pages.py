@@ -72,11 +72,12 @@ class FakeSlot:
         if self.known[position : position + 1] != [(token_id, digest)]:
             self.known[position:] = [(token_id, digest)]
 
-    def in_view(self, position: int) -> Iterator[int]:
-        """Yield the positions before `position` that a query there reads."""
-        sinks = min(self.view.sinks, position)
+    def in_view(self, position: int, view: View | None = None) -> Iterator[int]:
+        """Yield the positions before `position` that a query there reads, in its view or `view`."""
+        view = view or self.view
+        sinks = min(view.sinks, position)
         yield from range(sinks)
-        yield from range(max(self.view.start(position), sinks + self.num_dropped), position)
+        yield from range(max(view.start(position), sinks + self.num_dropped), position)
 
 
 class FakePages:
@@ -111,6 +112,18 @@ class FakePages:
         for index, entry in enumerate(entries):
             self.write(pages, index, entry)
         slot.num_dropped = span.position - span.stored
+
+    def check(self, page_ids: list[int], slot: FakeSlot, position: int, view: View) -> None:
+        """Assert that the keys are there which the query at `position` reads in such layers."""
+        for seen in slot.in_view(position, slot.view.within(view)):
+            assert self.read(page_ids, seen) == slot.known[seen], "a page was overwritten"
+
+    def copy_row(
+        self, page_ids: list[int], source: FakePages, source_page_ids: list[int], span: RowSpan
+    ) -> None:
+        """Store the entries of a row's tokens, as they are in other pages."""
+        for index in range(span.position, span.position + span.count):
+            self.write(page_ids, index, source.read(source_page_ids, index))
 
     def forget(self, page_ids: Iterable[int]) -> None:
         """Forget the contents of pages, so that reading them fails."""

@@ -207,8 +207,7 @@ class StepInput:
     slots: list[int]
     #: The block table of each row. Append-only while a slot keeps its sequence, and borrowed: the
     #: scheduler goes on appending to these very lists after `launch` has returned. Entries of
-    #: pages without a key in view are any valid page: nothing may be read there. Groups of layers
-    #: with pages of their own would follow one another, `[groups * rows]`; there is one today.
+    #: pages without a key in view are any valid page: nothing may be read there.
     page_ids: list[list[int]]
     #: The rows that sample, ascending: each after its last token.
     sample_rows: list[int]
@@ -219,6 +218,9 @@ class StepInput:
     dropped: dict[int, int] = field(default_factory=dict)
     #: By index in `sample_rows`: spans that are not the row's last token alone.
     spans: dict[int, SampleSpan] = field(default_factory=dict)
+    #: With `ModelInfo.windowed` the block table of each row in the pages of the windowed layers, as
+    #: `page_ids`; else empty.
+    windowed_page_ids: list[list[int]] = field(default_factory=list)
 
     @property
     def rows(self) -> list[RowSpan]:
@@ -269,6 +271,16 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowedPages:
+    """The pages of the windowed layers of a model whose other layers read all keys."""
+
+    num_pages: int
+    kv_bytes_per_token: int
+    #: The widest of these layers.
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Properties of a built model, constant from start to end."""
 
@@ -278,7 +290,9 @@ class ModelInfo:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     page_size: int
+    #: With `windowed`, of the layers that read all keys.
     num_pages: int
+    #: In all layers.
     kv_bytes_per_token: int
     weights_bytes: int
     #: Of the activations, the weights, the keys and values, for display.
@@ -291,6 +305,8 @@ class ModelInfo:
     smallest_reusable_prefix_tokens: int = 1
     #: The view of the whole model: windowed only if each layer is.
     view: View = FULL_VIEW
+    #: None: all layers have the same pages.
+    windowed: WindowedPages | None = None
     #: Tokens that the pages hold, as a multiple of those in 16 bits in the same memory.
     kv_factor: float = 1.0
     #: The name of the draft model; empty where there is none.
@@ -301,6 +317,29 @@ class ModelInfo:
     notes: tuple[str, ...] = ()
     #: Why no request can have a view of its own; empty where it can.
     why_no_views: str = ""
+
+    @property
+    def full_length_requests(self) -> int:
+        """Requests of `max_model_len` tokens whose keys and values fit at one time."""
+        num_requests = self.num_pages * self.page_size // self.max_model_len
+        if self.windowed is None:
+            return num_requests
+        num_read_pages = self.windowed.view.num_pages(self.page_size) or 1
+        return min(num_requests, self.windowed.num_pages // num_read_pages)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all pages."""
+        own = self.page_bytes * self.num_pages
+        if self.windowed is None:
+            return own
+        return own + self.windowed.kv_bytes_per_token * self.page_size * self.windowed.num_pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one of the `num_pages` pages."""
+        others = self.windowed.kv_bytes_per_token if self.windowed else 0
+        return (self.kv_bytes_per_token - others) * self.page_size
 
     def max_len(self, view: View) -> int:
         """Return the most tokens of a request of this view, prompt and answer together.

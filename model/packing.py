@@ -6,7 +6,9 @@ takes two copies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -114,6 +116,32 @@ def packed_views(
     return PackedViews(sinks, windows, np.where(is_moved, last, -1))
 
 
+class PackedTable(NamedTuple):
+    """The places of a step in one group of pages."""
+
+    #: int64 `[tokens]`.
+    kv_slots: np.ndarray
+    #: int32 `[rows, pages of the longest]`.
+    block_table: np.ndarray
+
+    @classmethod
+    def of(
+        cls, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, page_size: int
+    ) -> PackedTable:
+        """Find the places of tokens; `rows` and `positions` are theirs."""
+        kv_slots = table[rows, positions // page_size].astype(np.int64) * page_size
+        kv_slots += positions % page_size
+        return cls(kv_slots, table)
+
+    def padded(
+        self, num_tokens: int, num_rows: int, scratch_page: int, page_size: int
+    ) -> PackedTable:
+        """Add so many tokens and rows, which write to `scratch_page` and read it alone."""
+        slots = np.full(num_tokens, scratch_page * page_size, np.int64)
+        table = np.pad(self.block_table, ((0, num_rows), (0, 0)), constant_values=scratch_page)
+        return PackedTable(np.concatenate([self.kv_slots, slots]), table)
+
+
 @dataclass(frozen=True, slots=True)
 class PackedStep:
     """A step on the host."""
@@ -121,11 +149,11 @@ class PackedStep:
     #: int64 `[tokens]` each.
     token_ids: np.ndarray
     positions: np.ndarray
-    kv_slots: np.ndarray
-    #: int32 `[rows + 1]`, `[rows]`, `[rows, pages of the longest]`.
+    #: int32 `[rows + 1]`, `[rows]`.
     query_starts: np.ndarray
     seq_lens: np.ndarray
-    block_table: np.ndarray
+    #: One, or two: that of the windowed layers is the second.
+    tables: list[PackedTable]
     #: int64: after which tokens one is drawn.
     sampled: np.ndarray
     #: int64: which tokens are not known yet, and which of the step in flight before sampled them.
@@ -154,55 +182,65 @@ class PackedStep:
         return self.max_query_len == 1
 
     def padded(
-        self, num_tokens: int, num_rows: int, scratch_page: int, page_size: int
+        self, num_tokens: int, num_rows: int, scratch_pages: Sequence[int], page_size: int
     ) -> PackedStep:
         """Add rows of one token, while there are tokens, then rows of none, then tokens of no row.
 
-        All of them write to `scratch_page` and read it alone.
+        All of them write to the scratch page of each group and read it alone.
         """
         missing, missing_rows = num_tokens - self.num_tokens, num_rows - self.num_rows
         assert missing >= 0, f"{self.num_tokens} tokens for a place of {num_tokens}"
         assert missing_rows >= 0, f"{self.num_rows} rows for a place of {num_rows}"
         zeros = np.zeros(missing, np.int64)
         starts = self.num_tokens + np.arange(1, missing_rows + 1, dtype=np.int32)
-        table = np.pad(self.block_table, ((0, missing_rows), (0, 0)), constant_values=scratch_page)
         return replace(
             self,
             token_ids=np.concatenate([self.token_ids, zeros]),
             positions=np.concatenate([self.positions, zeros]),
-            kv_slots=np.concatenate([self.kv_slots, zeros + scratch_page * page_size]),
             query_starts=np.concatenate([self.query_starts, np.minimum(starts, num_tokens)]),
             seq_lens=np.concatenate([self.seq_lens, np.ones(missing_rows, np.int32)]),
-            block_table=table,
+            tables=[
+                table.padded(missing, missing_rows, scratch_page, page_size)
+                for table, scratch_page in zip(self.tables, scratch_pages, strict=True)
+            ],
         )
 
     def on(self, device: torch.device) -> DeviceStep:
         """Bring it to the device, without waiting for it."""
-        token_ids, positions, kv_slots, sampled, pending, pending_from = _together(
+        token_ids, positions, sampled, pending, pending_from, *kv_slots = _together(
             (
                 self.token_ids,
                 self.positions,
-                self.kv_slots,
                 self.sampled,
                 self.pending,
                 self.pending_from,
+                *(table.kv_slots for table in self.tables),
             ),
             device,
         )
-        starts, lens, table = _together(
-            (self.query_starts, self.seq_lens, self.block_table.ravel()), device
+        starts, lens, *tables = _together(
+            (
+                self.query_starts,
+                self.seq_lens,
+                *(table.block_table.ravel() for table in self.tables),
+            ),
+            device,
         )
+        shape = self.tables[0].block_table.shape
         batch = AttentionBatch(
             query_starts=starts,
             seq_lens=lens,
-            block_table=table.view(self.block_table.shape),
+            block_table=tables[0].view(shape),
             positions=positions,
-            kv_slots=kv_slots,
+            kv_slots=kv_slots[0],
             max_query_len=self.max_query_len,
             max_seq_len=self.max_seq_len,
             views=None if self.views is None else self.views.on_cpu(),
             slots=tuple(self.slots),
         )
+        if len(tables) > 1:
+            windowed = replace(batch, block_table=tables[1].view(shape), kv_slots=kv_slots[1])
+            batch = replace(batch, windowed=windowed)
         return DeviceStep(token_ids, batch, sampled, pending, pending_from)
 
 
@@ -236,9 +274,14 @@ def _together(arrays: tuple[np.ndarray, ...], device: torch.device) -> tuple[Ten
 class Packer:
     """Turns steps into arrays. Stores block tables, and the samples of the step before."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, page_size: int, num_groups: int = 1
+    ) -> None:
         self._page_size = page_size
-        self._tables = BlockTables(max_num_seqs, -(-max_model_len // page_size))
+        #: One, or two with that of the windowed layers.
+        self._tables = [
+            BlockTables(max_num_seqs, -(-max_model_len // page_size)) for _ in range(num_groups)
+        ]
         #: By slot, views of requests; there are none of other slots.
         self._views: dict[int, View] = {}
         #: By slot, which of the last step's samples is its newest token.
@@ -246,7 +289,8 @@ class Packer:
 
     def forget(self, slot: int) -> None:
         """Let the slot begin anew: another sequence has it now."""
-        self._tables.forget(slot)
+        for tables in self._tables:
+            tables.forget(slot)
         self._views.pop(slot, None)
 
     def pack(self, step: StepInput) -> PackedStep:
@@ -266,9 +310,13 @@ class Packer:
         rows = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(query_starts[-1]) - query_starts[rows] + firsts[rows]
         max_seq_len = int(ends.max())
-        table = self._tables.gather(slots, step.page_ids, -(-max_seq_len // page_size))
-        kv_slots = table[rows, positions // page_size].astype(np.int64) * page_size
-        kv_slots += positions % page_size
+        width = -(-max_seq_len // page_size)
+        tables = [
+            PackedTable.of(known.gather(slots, page_ids, width), rows, positions, page_size)
+            for known, page_ids in zip(
+                self._tables, (step.page_ids, step.windowed_page_ids), strict=False
+            )
+        ]
         token_ids = np.fromiter(step.token_ids, np.int64, len(step.token_ids))
         pending = pending_from = np.flatnonzero(token_ids == PENDING_TOKEN)
         if len(pending):
@@ -283,10 +331,9 @@ class Packer:
         return PackedStep(
             token_ids=token_ids,
             positions=positions,
-            kv_slots=kv_slots,
             query_starts=query_starts,
             seq_lens=ends.astype(np.int32),
-            block_table=table,
+            tables=tables,
             sampled=sampled,
             pending=pending,
             pending_from=pending_from,

@@ -71,13 +71,16 @@ class TorchRunner:
         pool: KVPool,
         sampler: Sampler,
         max_num_seqs: int,
+        windowed_pool: KVPool | None = None,
         graphs: DecodeGraphs | None = None,
         max_steps_in_flight: int = 1,
         team: Team | None = None,
         draft_model: DraftModel | None = None,
         viewed: ViewedDecoder | None = None,
     ) -> None:
-        """`team`: on a CPU, adapts the number of threads to the cores that others leave free.
+        """`windowed_pool`: of the windowed layers, where these have pages of their own.
+
+        `team`: on a CPU, adapts the number of threads to the cores that others leave free.
 
         `viewed`: the same decoder, where requests may have views of their own.
         """
@@ -93,7 +96,9 @@ class TorchRunner:
         self._team = team
         self._draft_model = draft_model
         self._viewed = viewed
-        self._packer = Packer(max_num_seqs, info.max_model_len, info.page_size)
+        self._windowed_pool = windowed_pool
+        num_groups = 1 if windowed_pool is None else 2
+        self._packer = Packer(max_num_seqs, info.max_model_len, info.page_size, num_groups)
         #: The samples of the step before, if any.
         self._newest: SampledTokens | None = None
 
@@ -124,8 +129,10 @@ class TorchRunner:
                 message = f"a request cannot have a view of its own: {self._info.why_no_views}"
                 raise ValueError(message)
             self._sampler.start(start)
-        self._pool.reach(max(pages[-1] for pages in step.page_ids))
-        self._pool.move_pages(step.moves)
+        self._pool.take_step(step.page_ids, [one for one in step.moves if not one.is_windowed])
+        if self._windowed_pool is not None:
+            moves = [one for one in step.moves if one.is_windowed]
+            self._windowed_pool.take_step(step.windowed_page_ids, moves)
         hidden, sampled = self._compute(packed, newest)
         scores = self._score(step, hidden)
         self._newest = self._sample(step, hidden, sampled) if step.sample_rows else None
@@ -177,7 +184,7 @@ class TorchRunner:
 
     def idle(self) -> bool:
         """See `ModelRunner`."""
-        if self._pool.idle():
+        if self._pool.idle() or (self._windowed_pool is not None and self._windowed_pool.idle()):
             return True
         return self._draft_model is not None and self._draft_model.idle()
 

@@ -5,10 +5,11 @@ Knows nothing of how the scheduler runs the admitted requests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from sys import maxsize
 
-from cache.bounds import Bounds
+from cache.kv_cache import KVCache
+from cache.view import View
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo
 from scheduler.messages import Rejected, RejectKind, Submit
@@ -27,6 +28,8 @@ class Room:
     max_held_tokens: int
     #: The same of the new request, whose view may be narrower than the model's.
     max_new_tokens: int = maxsize
+    #: Of the windowed layers, where these have pages of their own.
+    windowed: Room | None = None
 
     def is_enough(self, num_sequences: int, num_tokens: int) -> bool:
         """Return whether so many sequences with so many tokens could start, and go on for a page.
@@ -37,14 +40,36 @@ class Room:
         max_pages = (num_tokens + num_sequences * (self.page_size - 1)) // self.page_size
         # Each that is admitted keeps one page free for each that runs (see `Scheduler._admit`).
         max_pages += num_sequences - 1
-        return num_sequences <= self.num_free_slots and max_pages <= self.num_free_pages
+        is_enough = num_sequences <= self.num_free_slots and max_pages <= self.num_free_pages
+        if self.windowed is None or not is_enough:
+            return is_enough
+        return self.windowed.is_enough(num_sequences, num_tokens)
 
 
-def max_len(submit: Submit, info: ModelInfo, bounds: Bounds) -> int:
+def room_in(cache: KVCache, view: View, num_free_slots: int, num_running: int) -> Room:
+    """Return the room for a new request of a view."""
+    *others, room = (
+        Room(
+            num_free_slots,
+            # Each that runs may need one more.
+            group.available_pages - num_running,
+            group.bounds.page_size,
+            group.bounds.max_held_tokens(group.view),
+            group.bounds.max_held_tokens(group.search.own_view(view)),
+        )
+        for group in cache.groups
+    )
+    for other in others:
+        room = replace(other, windowed=room)
+    return room
+
+
+def max_len(submit: Submit, info: ModelInfo, cache: KVCache) -> int:
     """Return the most tokens that a request may have, prompt and answer together."""
-    view = submit.request.view.within(info.view)
+    view = submit.request.view
+    longest = min(one.bounds.max_tokens(one.search.own_view(view)) for one in cache.groups)
     # The newest token of a sequence needs no place: its keys are never read.
-    return min(info.max_len(view), bounds.max_tokens(view) + 1)
+    return min(info.max_len(view.within(info.view)), longest + 1)
 
 
 def why_never(submit: Submit, max_len_tokens: int) -> Rejected | None:

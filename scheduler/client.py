@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from cache.pins import LIFETIMES_S, PinEnd, PrefixPin
+from cache.stats import CacheStats
 from cache.view import FULL_VIEW, View
 from model.interface import ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
 from scheduler.cache_story import CacheStory
@@ -32,6 +33,7 @@ __all__ = [
     "FULL_VIEW",
     "LIFETIMES_S",
     "CacheCommand",
+    "CacheStats",
     "CacheStory",
     "EngineClient",
     "EngineError",

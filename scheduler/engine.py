@@ -11,11 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from cache.kv_cache import KVCache
-from cache.policy import policy_of
 from configs.schema import SchedulerSection
 from model.interface import Constraint, InFlightStep, ModelRunner
 from scheduler.cache_story import story_of
+from scheduler.caches import build_cache
 from scheduler.drafters.choice import build_drafters
 from scheduler.drafters.grammar import GrammarDrafter
 from scheduler.messages import (
@@ -77,15 +76,7 @@ class Engine:
         self._post = post
         self._announce = announce
         self._is_debug = config.debug
-        self._cache = KVCache(
-            info.num_pages,
-            info.page_size,
-            policy_of(config.cache_policy, info.num_pages, info.page_size),
-            view=info.view,
-            chunk_tokens=config.max_num_batched_tokens,
-            can_share_heads=info.smallest_reusable_prefix_tokens == 1,
-            pin_share=config.cache_pin_share,
-        )
+        self._cache = build_cache(info, config)
         self._pins = PinDeadlines(self._cache)
         drafting = config.drafting
         drafter = build_drafters(

@@ -58,9 +58,9 @@ def advance(plan: StepPlan, token_ids: list[list[int]], cache: KVCache) -> None:
         completed = sequence.num_completed = before + num_new
         if completed // page_size != before // page_size:
             cache.commit(allocation, sequence.token_ids, completed)
-        if sequence.view.window is not None:
+        if allocation.drops_pages:
             # No query comes before this one, not even if the last token is computed again.
-            cache.drop(allocation, sequence.view.unread_pages(completed, page_size))
+            cache.drop_unread(allocation, completed)
 
 
 def note_scores(plan: StepPlan, output: StepOutput, outcome: StepResult) -> None:

@@ -228,8 +228,8 @@ class StepResult:
     failed: list[tuple[int, str]] = field(default_factory=list)
     #: (request id, draft tokens that were verified, those of them that were accepted).
     drafts: list[tuple[int, int, int]] = field(default_factory=list)
-    #: Pages that each `ResetCache` freed, pins that each `PinPrefix` or `UnpinPrefix` changed, or the
-    #: story of an `ExplainPrefix`.
+    #: Pages that each `ResetCache` freed, pages or pins that each `PinPrefix` or `UnpinPrefix`
+    #: changed, or the story of an `ExplainPrefix`.
     cache_answers: list[CacheAnswer] = field(default_factory=list)
     #: Of the prompts that were computed: which of their pins hold, and the pins ended for them.
     pinned: list[Pinned] = field(default_factory=list)

@@ -96,5 +96,7 @@ def add_row(plan: StepPlan, sequence: Sequence, count: int) -> None:
     step.counts.append(count)
     step.slots.append(sequence.slot)
     step.page_ids.append(allocation.page_ids)
+    if allocation.windowed is not None:
+        step.windowed_page_ids.append(allocation.windowed.page_ids)
     plan.sequences.append(sequence)
     plan.rollbacks.append(sequence.num_rollbacks)

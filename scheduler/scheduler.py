@@ -13,7 +13,7 @@ from itertools import islice
 from cache.kv_cache import KVCache
 from configs.schema import SchedulerSection
 from model.interface import PENDING_TOKEN, Constraint, ModelInfo, StepOutput
-from scheduler.admission import Room, displaced, max_len, place_for, why_never
+from scheduler.admission import displaced, max_len, place_for, room_in, why_never
 from scheduler.drafters.draft import Drafter
 from scheduler.landing import advance, land_drafts, note_scores
 from scheduler.lookups import Lookups
@@ -98,7 +98,7 @@ class Scheduler:
             submit,
             arrival=self._num_arrivals,
             eos_token_ids=self._info.eos_token_ids,
-            max_model_len=max_len(submit, self._info, self._cache.bounds),
+            max_model_len=max_len(submit, self._info, self._cache),
             constraint=constraint,
             model_view=self._info.view,
         )
@@ -110,15 +110,9 @@ class Scheduler:
         if submit.request_id in self._table.requests:
             message = f"request id {submit.request_id} is in use"
             return Rejected(submit.request_id, RejectKind.INVALID, message, "request_id")
-        view, bounds = self._info.view, self._cache.bounds
-        room = Room(
-            num_free_slots=len(self._table.free_slots),
-            num_free_pages=self._cache.available_pages - len(self._running),
-            page_size=bounds.page_size,
-            max_held_tokens=bounds.max_held_tokens(view),
-            max_new_tokens=bounds.max_held_tokens(submit.request.view.within(view)),
-        )
-        never = why_never(submit, max_len(submit, self._info, bounds))
+        num_free_slots, num_running = len(self._table.free_slots), len(self._running)
+        room = room_in(self._cache, submit.request.view, num_free_slots, num_running)
+        never = why_never(submit, max_len(submit, self._info, self._cache))
         probe = None if self._suspects.probe in self._running else self._suspects.probe
         return never or place_for(submit, self._waiting, room, self._config, probe)
 
@@ -189,7 +183,7 @@ class Scheduler:
             assert allocation is not None, "a running sequence without pages"
             is_decode = len(sequence.token_ids) - sequence.num_computed == 1
             if not (is_decode and sequence.awaits_token):
-                has_room = sequence.num_computed < len(allocation.page_ids) * page_size
+                has_room = sequence.num_computed < len(allocation.shortest_page_ids) * page_size
                 if (has_room or self._table.go_on(sequence)) and is_decode:
                     add_row(plan, sequence, 1)
             # Another stands in its place where it had to be preempted itself.

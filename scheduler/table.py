@@ -103,7 +103,7 @@ class SequenceTable:
         count = min(len(sequence.token_ids) - end, budget_tokens)
         if self._cache.grow(allocation, end + count):
             return count
-        return len(allocation.page_ids) * self._page_size - end
+        return len(allocation.shortest_page_ids) * self._page_size - end
 
     def draft_room(self, sequence: Sequence, num_tokens: int) -> int:
         """Return for how many tokens of a draft there is room, at most `num_tokens`.
@@ -112,12 +112,9 @@ class SequenceTable:
         """
         allocation, end = sequence.allocation, sequence.num_computed
         assert allocation is not None, "a running sequence without pages"
-        num_held = len(allocation.page_ids) * self._page_size - end
-        num_new_pages = -(-(num_tokens - num_held) // self._page_size)
-        if num_new_pages > 0:
-            if num_new_pages + len(self.running) > self._cache.available_pages:
-                return num_held
-            self._cache.grow(allocation, end + num_tokens)
+        if not self._cache.can_grow(allocation, end + num_tokens, len(self.running)):
+            return len(allocation.shortest_page_ids) * self._page_size - end
+        self._cache.grow(allocation, end + num_tokens)
         return num_tokens
 
     def preempt(self, sequence: Sequence) -> None:
@@ -182,7 +179,7 @@ class SequenceTable:
         assert live == sorted(self.requests), "a request is neither running nor waiting"
         for sequence in running:
             assert sequence.allocation is not None, "a running sequence without pages"
-            held = len(sequence.allocation.page_ids) * self._page_size
+            held = len(sequence.allocation.shortest_page_ids) * self._page_size
             assert sequence.num_computed <= held, "computed more than its pages hold"
             cached = sequence.allocation.num_cached_tokens
             assert cached <= sequence.num_completed, "shared pages would be written again"

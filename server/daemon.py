@@ -277,8 +277,6 @@ def _announce(info: ModelInfo, config: OctavoConfig, tokenizer: Tokenizer, url: 
     """Log once, in one line, that it is ready, with the sizes."""
     for note in (*info.notes, *row_notes(tokenizer, info.vocab_size)):
         _log.info("note", extra=fields(note=note))
-    num_tokens = info.num_pages * info.page_size
-    kv_bytes = num_tokens * info.kv_bytes_per_token
     _log.info(
         "ready",
         extra=fields(
@@ -288,16 +286,16 @@ def _announce(info: ModelInfo, config: OctavoConfig, tokenizer: Tokenizer, url: 
             weights=format_size(info.weights_bytes),
             quantization=info.quantization,
             attention=info.attention_backend,
-            kv_cache=format_size(kv_bytes),
+            kv_cache=format_size(info.kv_bytes),
             kv_cache_dtype=info.kv_cache_dtype,
             kv_bytes_per_token=info.kv_bytes_per_token,
             kv_factor=round(info.kv_factor, 2),
             pages=info.num_pages,
             smallest_reusable_prefix=info.smallest_reusable_prefix_tokens,
             page_size=info.page_size,
-            tokens=num_tokens,
+            tokens=info.num_pages * info.page_size,
             max_model_len=info.max_model_len,
-            full_length_requests=num_tokens // info.max_model_len,
+            full_length_requests=info.full_length_requests,
             speculation=config.scheduler.drafting.kind(info.device),
         ),
     )

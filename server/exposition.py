@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 
-from scheduler.client import LIFETIMES_S, EngineStats, ModelInfo
+from scheduler.client import LIFETIMES_S, CacheStats, EngineStats, ModelInfo
 from server.memory import descendants, resident_bytes
 
 #: By the values of the labels.
@@ -159,30 +159,44 @@ class VllmPage(Page):
         yield family
 
 
-def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[Metric]:
-    """Yield the gauges of one moment; `info` of None: the engine has not started."""
-    cache, steps = stats.cache, stats.scheduler
-    pages: dict[tuple[str, ...], float] = {
+def _pages(cache: CacheStats) -> dict[tuple[str, ...], float]:
+    """Return the pages by their state."""
+    return {
         ("free",): cache.pages_free,
         ("private",): cache.pages_private,
         ("cached",): cache.pages_cached,
         ("leased",): cache.pages_leased,
     }
-    page_bytes = info.page_size * info.kv_bytes_per_token if info else 0
-    used = (cache.pages_private + cache.pages_leased) / max(1, cache.pages_total)
+
+
+def _kv_bytes(cache: CacheStats, info: ModelInfo | None) -> dict[tuple[str, ...], float]:
+    """Return the bytes of the pages by their state; those of two groups differ in size."""
+    pages = _pages(cache)
+    page_bytes = info.page_bytes if info else 0
+    windowed = info.windowed if info else None
+    if info is None or windowed is None or cache.windowed is None:
+        return {state: count * page_bytes for state, count in pages.items()}
+    windowed_page_bytes = windowed.kv_bytes_per_token * info.page_size
+    parts = _pages(cache.windowed)
+    return {
+        state: (count - parts[state]) * page_bytes + parts[state] * windowed_page_bytes
+        for state, count in pages.items()
+    }
+
+
+def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[Metric]:
+    """Yield the gauges of one moment; `info` of None: the engine has not started."""
+    cache, steps = stats.cache, stats.scheduler
     pid = os.getpid()
     yield from page.gauge("num_requests_running", "in the batch", {(): steps.num_running})
     yield from page.gauge("num_requests_waiting", "in the queue", {(): stats.num_waiting})
     num_tokens = steps.num_waiting_tokens
     yield from page.gauge("num_tokens_waiting", "tokens of those in the queue", {(): num_tokens})
+    used = cache.used_share
     yield from page.gauge("kv_cache_usage_perc", "pages in use by requests, 0 to 1", {(): used})
+    pages, kv_bytes = _pages(cache), _kv_bytes(cache, info)
     yield from page.gauge("kv_cache_pages", "leased pages are cached ones too", pages, "state")
-    yield from page.gauge(
-        "kv_cache_bytes",
-        "the same in bytes",
-        {state: count * page_bytes for state, count in pages.items()},
-        "state",
-    )
+    yield from page.gauge("kv_cache_bytes", "the same in bytes", kv_bytes, "state")
     pinned: dict[tuple[str, ...], float] = {
         (lifetime,): count for lifetime, count in zip(LIFETIMES_S, cache.pins.pages, strict=True)
     }

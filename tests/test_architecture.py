@@ -43,7 +43,8 @@ ROOMS = {
     "model.attention": {"model.cpu.library", "model.cuda.ops", "model.extras", "model.kv"},
     "model.cpu": {"model.architectures", "model.attention", "model.ops", "model.weights"},
     "model.cuda": {"model.architectures", "model.attention", "model.extras", "model.interface"}
-    | {"model.kv", "model.ops", "model.packing", "model.runner", "model.sampling"}
+    | {"model.group_plan", "model.kv", "model.ops", "model.packing", "model.runner"}
+    | {"model.sampling"}
     | {"model.weights.checkpoints"},
     "model.sampling": {"model.grammar", "model.interface", "model.packing", "model.splitmix64"},
     "model.hf": {"model.architectures", "model.attention", "model.formats", "model.kv"}

@@ -123,8 +123,8 @@ SCHEDULER_BUGS = [
     Bug(
         "what a late token reads when it is computed again is dropped",
         LANDING,
-        "view.unread_pages(completed, page_size)",
-        "view.unread_pages(sequence.num_computed, page_size)",
+        "cache.drop_unread(allocation, completed)",
+        "cache.drop_unread(allocation, sequence.num_computed)",
     ),
 ]
 
@@ -139,7 +139,7 @@ WINDOW_BUGS = [
     Bug(
         "nothing is dropped",
         LANDING,
-        "cache.drop(allocation, view.unread_pages(completed, page_size))",
+        "cache.drop_unread(allocation, completed)",
         "pass",
     ),
     Bug(
@@ -151,14 +151,15 @@ WINDOW_BUGS = [
     Bug(
         "a chunk outgrows its table",
         TABLE,
-        "        return len(allocation.page_ids) * self._page_size - end\n",
-        "        return count\n",
+        "            return count\n"
+        "        return len(allocation.shortest_page_ids) * self._page_size - end\n",
+        "            return count\n        return count\n",
     ),
     Bug(
         "a prompt longer than the pool counts as too long",
         REFUSAL,
-        "bounds.max_tokens(view) + 1",
-        "info.num_pages * info.page_size + 1",
+        "longest + 1)",
+        "info.num_pages * info.page_size + 1)",
     ),
     Bug(
         "a request that fits under its window finds no room",
@@ -288,8 +289,8 @@ SPECULATION_BUGS = [
     Bug(
         "drafts take the last pages",
         TABLE,
-        "num_new_pages + len(self.running) > self._cache.available_pages",
-        "num_new_pages > self._cache.available_pages",
+        "end + num_tokens, len(self.running))",
+        "end + num_tokens)",
     ),
     Bug(
         "a draft is longer than the rest of the answer",

@@ -6,6 +6,7 @@ from tools.bugs import Bug
 
 KV, RADIX, POLICY = "cache/kv_cache.py", "cache/radix.py", "cache/policy.py"
 ALLOCATION, LEASE = "cache/allocation.py", "cache/lease.py"
+GROUPS, MOVES, REUSE = "cache/groups.py", "cache/moves.py", "cache/reuse.py"
 
 CACHE_BUGS = [
     Bug(
@@ -25,33 +26,33 @@ CACHE_BUGS = [
     Bug("a duplicate page leaks", ALLOCATION, "return duplicates + self", "return self"),
     Bug(
         "the copy is a token short",
-        KV,
-        "PageMove(PageRef(Tier.DEVICE, source), target, num_tokens)",
-        "PageMove(PageRef(Tier.DEVICE, source), target, num_tokens - 1)",
+        MOVES,
+        "PageRef(Tier.DEVICE, target), num_tokens)",
+        "PageRef(Tier.DEVICE, target), num_tokens - 1)",
     ),
     Bug(
         "the copy goes to the wrong page",
         KV,
-        "target = PageRef(Tier.DEVICE, page_ids[index])",
-        "target = PageRef(Tier.DEVICE, page_ids[-1])",
+        "head_copy(source_page, page_ids[len(path)], ",
+        "head_copy(source_page, page_ids[-1], ",
     ),
     Bug(
         "the last token is not computed",
-        KV,
-        "        limit = len(tokens) - 1\n",
-        "        limit = len(tokens)\n",
+        REUSE,
+        "min(limit, len(tokens) - 1)",
+        "min(limit, len(tokens))",
     ),
     Bug(
         "pages about to be leased count as evictable",
         KV,
-        "self.available_pages - num_unread:",
-        "self.available_pages:",
+        "self.available_pages - reuse.num_unread\n",
+        "self.available_pages\n",
     ),
     Bug(
         "pages leased already are subtracted again",
-        KV,
-        "sum(not n.readers for n in",
-        "sum(True for n in",
+        REUSE,
+        "sum(not node.readers for node in",
+        "sum(True for node in",
     ),
     Bug(
         "a page not quite full is committed",
@@ -74,8 +75,8 @@ CACHE_BUGS = [
     Bug(
         "the reserve is forgotten",
         KV,
-        "num_new_pages + reserve_pages > self",
-        "num_new_pages > self",
+        "self._num_new_pages(reuse, num_tokens) + reserve_pages <=",
+        "self._num_new_pages(reuse, num_tokens) <=",
     ),
     Bug(
         "growth takes more than there is",
@@ -205,5 +206,52 @@ CACHE_BUGS = [
         KV,
         "num_pages = self._num_pages(min(num_tokens, end))",
         "num_pages = self._num_pages(num_tokens)",
+    ),
+]
+
+#: About a second group of pages for windowed layers.
+GROUP_BUGS = [
+    Bug(
+        "a sequence is taken in without room in the windowed group",
+        GROUPS,
+        "if not other.has_room(windowed, num_tokens, reserve_pages):",
+        "if False:",
+    ),
+    Bug(
+        "the groups differ in the reused tokens",
+        GROUPS,
+        "while windowed.num_tokens != full.num_tokens:",
+        "while False:",
+    ),
+    Bug(
+        "windowed pages are copied in the other group",
+        GROUPS,
+        "is_windowed=True",
+        "is_windowed=False",
+    ),
+    Bug(
+        "windowed pages are kept behind the window",
+        GROUPS,
+        "self.windowed.drop_unread(_part(allocation), num_computed)",
+        "pass",
+    ),
+    Bug(
+        "windowed pages behind a request's view are shared",
+        GROUPS,
+        "            model_view=FULL_VIEW,\n",
+        "",
+    ),
+    Bug("a window's pages go before older ones", KV, "evicts_inside=model_view != view", ""),
+    Bug(
+        "a table outgrows the other",
+        GROUPS,
+        "min(part.page_ids, allocation.page_ids, key=len)",
+        "allocation.page_ids",
+    ),
+    Bug(
+        "pages under computation in the windowed group are computed twice",
+        GROUPS,
+        " or self.windowed.is_in_flight(page)",
+        "",
     ),
 ]

@@ -27,7 +27,7 @@ from tools.bugs import (
     WINDOW_BUGS,
     Bug,
 )
-from tools.cache_bugs import CACHE_BUGS
+from tools.cache_bugs import CACHE_BUGS, GROUP_BUGS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 300
@@ -49,6 +49,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "cache": Suite("tests/cache/test_machine.py", CACHE_BUGS),
+    "groups": Suite("tests/cache/test_groups.py", GROUP_BUGS),
     "scheduler": Suite("tests/scheduler/test_machine.py", SCHEDULER_BUGS),
     "overlap": Suite("tests/scheduler/test_overlap.py", OVERLAP_BUGS),
     "windows": Suite("tests/scheduler/test_windows.py", WINDOW_BUGS),

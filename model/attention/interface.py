@@ -6,8 +6,8 @@ A backend owns neither the pages (`model/kv/pool.py`) nor their meaning (`cache/
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -58,6 +58,20 @@ class AttentionSpec:
             self.kv_format,
             self.latent_dim,
             self.other_formats,
+        )
+
+    def of_layers(self, layers: Sequence[int]) -> AttentionSpec:
+        """Return the same of some layers alone, which are then numbered from 0 on."""
+        return replace(
+            self,
+            num_layers=len(layers),
+            windows=tuple(self.windows[layer] for layer in layers),
+            sinks=None if self.sinks is None else tuple(self.sinks[layer] for layer in layers),
+            other_formats={
+                index: self.other_formats[layer]
+                for index, layer in enumerate(layers)
+                if layer in self.other_formats
+            },
         )
 
     @property
@@ -139,6 +153,9 @@ class AttentionBatch:
     slots: tuple[int, ...] = ()
     #: None: all rows have the model's own view.
     views: RowViews | None = None
+    #: The same rows in the pages of the windowed layers, where these have pages of their own: with
+    #: another `block_table` and other `kv_slots`.
+    windowed: AttentionBatch | None = None
 
     @property
     def has_sinks(self) -> bool:

@@ -100,7 +100,9 @@ class TorchAttention:
         sinks, window = int(batch.views.sinks[row]), int(batch.views.windows[row])
         query_at = torch.arange(num_keys - num_queries, num_keys)[:, None]
         key_at = torch.arange(num_keys)
-        key_at = key_at[(key_at < sinks) | (key_at > num_keys - num_queries - window)]
+        # The sinks are there in any layer; behind the widest window keys may be NaN.
+        nearest = min(window, self._spec.widest_window or window)
+        key_at = key_at[(key_at < sinks) | (key_at > num_keys - num_queries - nearest)]
         sink_at = query_at.clamp(max=sinks + window - 1)
         at = torch.where(key_at < sinks, sink_at, query_at)
         pages = batch.block_table[row, key_at // page_size].long()

@@ -21,6 +21,7 @@ from model.architectures.transformer import (
     Transformer,
 )
 from model.attention.cpu import CpuAttention
+from model.attention.groups import GroupedAttention, part_of
 from model.attention.interface import AttentionBackend, RowViews
 from model.cpu.library import CpuLibrary
 from model.weights.linear import Linear
@@ -66,7 +67,8 @@ class CpuDecoder:
         views: RowViews | None = None,
     ) -> Tensor:
         """See `ViewedDecoder`. Attention is the one that `why_not` accepted."""
-        assert isinstance(attention, CpuAttention), "see why_not"
+        one = attention.full if isinstance(attention, GroupedAttention) else attention
+        assert isinstance(one, CpuAttention), "see why_not"
         residual = self._transformer.embed(token_ids)
         cos_sin, rows, sink_positions = None, positions, None
         if views is not None:
@@ -75,7 +77,7 @@ class CpuDecoder:
         rows = rows.contiguous()
         self._forward(
             self._handle,
-            attention.session,
+            one.session,
             rows.data_ptr(),
             residual.data_ptr(),
             None if cos_sin is None else cos_sin.data_ptr(),
@@ -93,13 +95,31 @@ def fastest_decoder(
 ) -> Decoder:
     """Return the compiled decoder where it can serve the model, else the decoder itself."""
     if library and isinstance(decoder, Transformer) and not why_not(decoder, attention):
+        if isinstance(attention, GroupedAttention):
+            _join(attention, library)
         return CpuDecoder(decoder, library)
     return decoder
 
 
+def _join(attention: GroupedAttention, library: CpuLibrary) -> None:
+    """Let the decoder find the pages of all layers by the session of those without a window."""
+    sessions, layers = list[int](), list[int]()
+    for part, index in attention.parts:
+        assert isinstance(part, CpuAttention), "see why_not"
+        sessions.append(part.session)
+        layers.append(index)
+    assert isinstance(attention.full, CpuAttention), "see why_not"
+    library.functions.octavo_attention_join(
+        attention.full.session,
+        (ctypes.c_int64 * len(sessions))(*sessions),
+        (ctypes.c_int32 * len(layers))(*layers),
+        len(layers),
+    )
+
+
 def why_not(transformer: Transformer, attention: AttentionBackend) -> str:
     """Return why the compiled decoder cannot serve a model; empty where it can."""
-    if not isinstance(attention, CpuAttention):
+    if not isinstance(part_of(attention, 0)[0], CpuAttention):
         return f"attention backend {attention.name} is not the compiled one"
     specs = transformer.arch.layers
     if transformer.arch.latent or any(isinstance(spec.mlp, MixtureSpec) for spec in specs):

@@ -56,6 +56,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "octavo_kernels": (_POINTER, (ctypes.c_char_p,)),
     "octavo_attention_new": (_POINTER, (*(_POINTER,) * 4, _INT, _LONG, *(_INT,) * 4, _FLOAT)),
     "octavo_attention_free": (None, (_POINTER,)),
+    "octavo_attention_join": (None, (*(_POINTER,) * 3, _INT)),
     "octavo_attention_plan": (
         ctypes.c_char_p,
         (*(_POINTER,) * 4, _LONG, _POINTER, _INT, _LONG, _INT, *(_POINTER,) * 2),

@@ -15,13 +15,14 @@ import torch
 from configs.schema import OctavoConfig, SchedulerSection
 from configs.sizes import format_size
 from model.architectures.transformer import Decoder, ServedDecoder, Transformer
+from model.attention.groups import build_parts, part_of
 from model.attention.interface import AttentionSpec, BackendOffer, PagedAttention
 from model.cuda.decoder import GpuDecoder
 from model.cuda.graphs import DecodeGraphs, GraphPlan, GraphSize, record_on_cuda, recorded_sizes
 from model.cuda.ops import GpuOps
+from model.group_plan import group_sizes
 from model.interface import ModelInfo, SamplingParams, ScoredSpan, SlotStart, StepInput
-from model.kv.memory_plan import DeviceUse, PoolPlan
-from model.kv.pool import KVPool
+from model.kv.memory_plan import DeviceUse, PoolPlan, WindowedPool
 from model.runner import SCORED_TOKENS, TorchRunner
 from model.sampling.sampler import Sampler
 
@@ -90,17 +91,20 @@ def _runner(parts: GpuParts, info: ModelInfo, sizes: tuple[GraphSize, ...]) -> T
     served, config = parts.decoder, parts.config
     device = served.device
     # One more page than the scheduler has: the rows that pad a recorded step write there.
-    pool = KVPool(parts.spec.layout(info.page_size), info.num_pages + 1, device)
-    attention = parts.offer.build(parts.spec, pool)
+    scratch_pages = [info.num_pages, *([info.windowed.num_pages] if info.windowed else ())]
+    num_windowed = info.windowed.num_pages + 1 if info.windowed else None
+    sizes_of_pages = info.page_size, info.num_pages + 1, num_windowed
+    built = build_parts(parts.offer, parts.spec, *sizes_of_pages, device)
+    attention = built.attention
     decoder: Decoder = served
     # Layers of transformers stay as they are, and may do things that cannot be recorded.
-    if isinstance(served, Transformer) and isinstance(attention, PagedAttention):
+    if isinstance(served, Transformer) and isinstance(part_of(attention, 0)[0], PagedAttention):
         decoder = GpuDecoder(served, parts.ops) if parts.ops else served
     else:
         sizes = ()
     graphs = None
     if sizes:
-        plan = GraphPlan(sizes, info.max_model_len, info.page_size, scratch_page=info.num_pages)
+        plan = GraphPlan(sizes, info.max_model_len, info.page_size, tuple(scratch_pages))
         with torch.inference_mode():
             graphs = DecodeGraphs(decoder, attention, plan, device, record_on_cuda(device))
     max_num_seqs = config.scheduler.max_num_seqs
@@ -108,7 +112,8 @@ def _runner(parts: GpuParts, info: ModelInfo, sizes: tuple[GraphSize, ...]) -> T
         info=info,
         decoder=decoder,
         attention=attention,
-        pool=pool,
+        pool=built.pool,
+        windowed_pool=built.windowed_pool,
         sampler=Sampler(max_num_seqs, info.vocab_size, info.eos_token_ids, device),
         max_num_seqs=max_num_seqs,
         graphs=graphs,
@@ -122,7 +127,9 @@ def _measure(parts: GpuParts) -> DeviceUse:
     arch = parts.decoder.arch
     page_size = parts.offer.page_size(config.cache.page_size)
     max_len = config.model.max_model_len or arch.max_positions
-    info = parts.info_of(PoolPlan(2, page_size, 0, max_len))
+    groups = group_sizes(config, parts.spec, page_size, max_len)
+    windowed = WindowedPool(2, 0, groups.view) if groups else None
+    info = parts.info_of(PoolPlan(2, page_size, 0, max_len, windowed=windowed))
     max_num_seqs = config.scheduler.max_num_seqs
     sizes = graph_sizes(parts.config.scheduler)
 
@@ -140,6 +147,7 @@ def _measure(parts: GpuParts) -> DeviceUse:
         max_len,
         page_size,
         _COSTLIEST[0],
+        has_windowed=groups is not None,
     )
     dry_run(runner, step)
     after_step = free_bytes()
@@ -180,6 +188,8 @@ def largest_step(
     max_model_len: int,
     page_size: int,
     params: SamplingParams,
+    *,
+    has_windowed: bool = False,
 ) -> StepInput:
     """Return the step that takes most memory: as many tokens as allowed, and every row samples.
 
@@ -193,12 +203,14 @@ def largest_step(
         left -= counts[-1]
     tokens = sum(counts)
     rows = list(range(num_rows))
+    tables = [[0] * -(-count // page_size) for count in counts]
     return StepInput(
         token_ids=[0] * tokens,
         positions=[0] * num_rows,
         counts=counts,
         slots=rows,
-        page_ids=[[0] * -(-count // page_size) for count in counts],
+        page_ids=tables,
+        windowed_page_ids=tables if has_windowed else [],
         sample_rows=rows,
         scored=[ScoredSpan(0, 0, [0] * min(counts[0], SCORED_TOKENS))],
         started=[SlotStart(row, params, [0] * counts[row]) for row in rows],

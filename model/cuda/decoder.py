@@ -10,12 +10,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from model.architectures.transformer import DecoderLayer, Transformer
+from model.attention.groups import part_of
 from model.attention.interface import AttentionBackend, PagedAttention
 from model.cuda.ops import GpuOps
 
 
 class GpuDecoder:
-    """See `Decoder`; attention is a `PagedAttention`."""
+    """See `Decoder`; attention is a `PagedAttention`, or one for each group of layers."""
 
     def __init__(self, transformer: Transformer, ops: GpuOps) -> None:
         self._transformer = transformer
@@ -23,17 +24,22 @@ class GpuDecoder:
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """See `Decoder`."""
-        assert isinstance(attention, PagedAttention), "see assemble_on_gpu"
-        paged = attention
         return self._transformer.run_layers(
             token_ids,
             self._ops,
-            lambda index, layer, x: self._attend(index, layer, x, positions, paged),
+            lambda index, layer, x: self._attend(index, layer, x, positions, attention),
         )
 
     def _attend(
-        self, index: int, layer: DecoderLayer, x: Tensor, positions: Tensor, paged: PagedAttention
+        self,
+        index: int,
+        layer: DecoderLayer,
+        x: Tensor,
+        positions: Tensor,
+        attention: AttentionBackend,
     ) -> Tensor:
+        paged, index = part_of(attention, index)
+        assert isinstance(paged, PagedAttention), "see assemble_on_gpu"
         q, k, v = self._transformer.qkv(layer, x, self._ops)
         cos_sin, (keys, values, scales) = self._transformer.cos_sin, paged.pages(index)
         if scales:

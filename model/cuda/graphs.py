@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple, TypeAlias
 
@@ -82,8 +82,8 @@ class GraphPlan:
     #: Longest sequence, in tokens.
     max_model_len: int
     page_size: int
-    #: A page that no sequence has.
-    scratch_page: int
+    #: Of each group, a page that no sequence has: one, or two with that of the windowed layers.
+    scratch_pages: tuple[int, ...]
 
 
 class DecodeGraphs:
@@ -107,14 +107,18 @@ class DecodeGraphs:
         self._plan = plan
         max_rows = max(size.rows for size in plan.sizes)
         max_tokens = max(size.tokens for size in plan.sizes)
-        #: Token ids, positions and slots in the pool.
-        self._numbers = torch.zeros(3, max_tokens, dtype=torch.int64, device=device)
+        #: Token ids, positions and slots in each pool.
+        num_groups = len(plan.scratch_pages)
+        self._numbers = torch.zeros(2 + num_groups, max_tokens, dtype=torch.int64, device=device)
         self._decode_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._draft_starts = self._decode_starts.clone()
         self._seq_lens = torch.ones(max_rows, dtype=torch.int32, device=device)
         shape = max_rows, -(-plan.max_model_len // plan.page_size)
-        self._table = torch.full(shape, plan.scratch_page, dtype=torch.int32, device=device)
-        self._numbers[2] = plan.scratch_page * plan.page_size
+        self._tables = [
+            torch.full(shape, page, dtype=torch.int32, device=device) for page in plan.scratch_pages
+        ]
+        for slots, page in zip(self._numbers[2:], plan.scratch_pages, strict=True):
+            slots.fill_(page * plan.page_size)
         began_s = time.perf_counter()
         # The largest first: the others fit into its memory.
         self._replay = {size: record(self._computation(size)) for size in reversed(plan.sizes)}
@@ -122,17 +126,20 @@ class DecodeGraphs:
         _log.info("%d graphs recorded in %.1f s", len(self._replay), taken_s)
 
     def _computation(self, size: GraphSize) -> Callable[[], Tensor]:
-        token_ids, positions, kv_slots = self._numbers[:, : size.tokens]
+        token_ids, positions, *kv_slots = self._numbers[:, : size.tokens]
         starts = self._draft_starts if size.has_drafts else self._decode_starts
         batch = AttentionBatch(
             query_starts=starts[: size.rows + 1],
             seq_lens=self._seq_lens[: size.rows],
-            block_table=self._table[: size.rows],
+            block_table=self._tables[0][: size.rows],
             positions=positions,
-            kv_slots=kv_slots,
+            kv_slots=kv_slots[0],
             max_query_len=FEW_QUERIES if size.has_drafts else 1,
             max_seq_len=self._plan.max_model_len,
         )
+        if len(kv_slots) > 1:
+            table = self._tables[1][: size.rows]
+            batch = replace(batch, windowed=replace(batch, block_table=table, kv_slots=kv_slots[1]))
 
         def compute() -> Tensor:
             # Recorded too: a plan may compute tensors from the batch's.
@@ -155,18 +162,19 @@ class DecodeGraphs:
         ]
         if not fitting:
             return None
-        return packed.padded(*min(fitting), self._plan.scratch_page, self._plan.page_size)
+        return packed.padded(*min(fitting), self._plan.scratch_pages, self._plan.page_size)
 
     def run(self, step: DeviceStep) -> Tensor:
         """Return float32 `[tokens, hidden]`, good until the next run."""
         batch = step.batch
         (tokens,), (rows, width) = step.token_ids.shape, batch.block_table.shape
-        for target, source in zip(
-            self._numbers, (step.token_ids, batch.positions, batch.kv_slots), strict=True
-        ):
+        batches = [batch] if batch.windowed is None else [batch, batch.windowed]
+        sources = step.token_ids, batch.positions, *(one.kv_slots for one in batches)
+        for target, source in zip(self._numbers, sources, strict=True):
             target[:tokens].copy_(source)
         self._seq_lens[:rows].copy_(batch.seq_lens)
-        self._table[:rows, :width].copy_(batch.block_table)
+        for table, one in zip(self._tables, batches, strict=True):
+            table[:rows, :width].copy_(one.block_table)
         size = GraphSize(tokens, rows)
         if size.has_drafts:
             self._draft_starts[: rows + 1].copy_(batch.query_starts)

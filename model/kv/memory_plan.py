@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cache.view import FULL_VIEW, View
 from configs.sizes import format_size
+from model.kv.group_split import GroupSizes
 
 #: By default: at most this share of the free memory, and at most this many bytes. On a CPU the page
 #: cache and other programs need the same memory.
@@ -32,14 +33,26 @@ class MemoryPlanError(ValueError, MemoryError):
 
 
 @dataclass(frozen=True, slots=True)
+class WindowedPool:
+    """The pool of the windowed layers, where these have pages of their own."""
+
+    num_pages: int
+    bytes_per_page: int
+    #: The widest of these layers.
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
 class PoolPlan:
     """The pool that was decided on."""
 
     num_pages: int
     page_size: int
+    #: Of the tokens of a page in all layers.
     bytes_per_page: int
     max_model_len: int
     notes: tuple[str, ...] = ()
+    windowed: WindowedPool | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -49,7 +62,11 @@ class PoolPlan:
     @property
     def total_bytes(self) -> int:
         """Return the bytes of all pages."""
-        return self.num_pages * self.bytes_per_page
+        if self.windowed is None:
+            return self.num_pages * self.bytes_per_page
+        windowed_bytes = self.windowed.bytes_per_page
+        own_bytes = self.bytes_per_page - windowed_bytes
+        return self.num_pages * own_bytes + self.windowed.num_pages * windowed_bytes
 
 
 def free_memory_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
@@ -84,12 +101,14 @@ def plan_pool(  # noqa: PLR0913 - settings and sizes, by keyword
     model_max_len: int,
     view: View = FULL_VIEW,
     takes_all: bool = False,
+    groups: GroupSizes | None = None,
 ) -> PoolPlan:
     """Decide how many pages there are and how long a sequence may be.
 
     `fixed_bytes` are needed beside the pages. A stated amount is used as it is, in whole pages. The
     default is the need of all sequences at their longest, within half of the free memory; with
-    `takes_all`, all of the free memory. Raises `MemoryPlanError`.
+    `takes_all`, all of the free memory. `groups`: where windowed layers have pages of their own.
+    Raises `MemoryPlanError`.
     """
     if stated_max_model_len is not None and stated_max_model_len > model_max_len:
         raise MemoryPlanError(
@@ -101,6 +120,7 @@ def plan_pool(  # noqa: PLR0913 - settings and sizes, by keyword
         amount = free_bytes
     elif stated_bytes is None:
         everything = max_num_seqs * -(-wanted_len // page_size) * bytes_per_page
+        everything = groups.wanted_bytes() if groups else everything
         amount = min(everything, int(free_bytes * _SHARE_OF_FREE), _MAX_DEFAULT_BYTES)
     elif stated_bytes > free_bytes:
         raise MemoryPlanError(
@@ -117,6 +137,10 @@ def plan_pool(  # noqa: PLR0913 - settings and sizes, by keyword
             f"({format_size(bytes_per_page)} each); raise --kv-cache-memory"
         )
     plan = PoolPlan(num_pages, page_size, bytes_per_page, wanted_len)
+    if groups is not None:
+        num_pages, num_windowed_pages = groups.split(amount, stated_max_model_len)
+        pool = WindowedPool(num_windowed_pages, groups.windowed_bytes, groups.view)
+        plan = replace(plan, num_pages=num_pages, windowed=pool)
     num_read_pages = view.num_pages(page_size)
     if num_read_pages is not None and num_read_pages <= num_pages:
         return plan

@@ -108,10 +108,11 @@ class KVPool:
             for plane in self._planes:
                 plane[:, target, head] = plane[:, source, head]
 
-    def reach(self, page: int) -> None:
-        """Mark a page as used: the memory of the pages after it is then requested ahead."""
+    def take_step(self, tables: Sequence[Sequence[int]], moves: Sequence[PageMove]) -> None:
+        """Do a step's moves. The memory of the pages after those in use is requested ahead."""
         if self._prefault is not None:
-            self._prefault.reach(page)
+            self._prefault.reach(max(page_ids[-1] for page_ids in tables))
+        self.move_pages(moves)
 
     def idle(self) -> bool:
         """Request a little of that memory; return whether there is more to request."""

@@ -1,8 +1,8 @@
 """Finds how many tokens of a prompt lie before a breakpoint: the end of a block in a request.
 
 A template may write a block anywhere. So the conversation is rendered again with something else
-behind the block: the prompt up to the block is the beginning that both texts share. Knows nothing of what
-breakpoints are for.
+behind the block: the prompt up to the block is the beginning that both texts share. Knows nothing
+of the use of breakpoints.
 """
 
 from __future__ import annotations

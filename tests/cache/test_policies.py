@@ -33,7 +33,7 @@ def test_only_without_half_lives_a_page_lives_by_its_past(
     name: PolicyName, expected: list[int]
 ) -> None:
     cache = KVCache(2, 2, policy_of(name, 2, 2))
-    for first in (1, 1, 1, 1, *range(10, 40)):
+    for first in (1, 1, 1, 1, *range(10, 80)):
         served(cache, first)
     assert kept(cache, 1) == expected
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from configs.schema import ModelSection
 from model.architectures.transformer import ServedDecoder, Transformer
+from model.attention import torch_sdpa
+from model.attention.groups import build_parts
 from model.attention.interface import AttentionBatch
 from model.attention.reference import ReferenceAttention
-from model.attention.torch_sdpa import TorchAttention
 from model.cpu.library import CpuLibrary
 from model.cuda.graphs import DecodeGraphs, GraphPlan, GraphSize
 from model.implementation import build_decoder
@@ -228,10 +229,14 @@ class Session:
 def _overlapped(runner: TorchRunner, max_num_seqs: int) -> TorchRunner:
     """Return a runner with two steps in flight, and decodes padded and replayed, as on CUDA."""
     info, layout = runner.info, runner._pool.layout
-    pool = KVPool(layout, info.num_pages + 1, CPU)
+    scratch_pages = [info.num_pages, *([info.windowed.num_pages] if info.windowed else [])]
     decoder = runner._decoder
     assert isinstance(decoder, Transformer)
-    attention = TorchAttention(decoder.attention_spec(layout.format), pool)
+    spec, page_size = decoder.attention_spec(layout.format), layout.page_size
+    num_windowed = info.windowed.num_pages + 1 if info.windowed else None
+    attention, pool, windowed_pool = build_parts(
+        torch_sdpa.offer(spec), spec, page_size, info.num_pages + 1, num_windowed, CPU
+    )
     decodes = (1, 3, 4, 32)[: 3 + (max_num_seqs > 6)]
     # Some steps with drafts and ends of prompts have more tokens or rows.
     sizes = sorted((*((rows, rows) for rows in decodes), (5, 1), (9, 3), (16, 4)))
@@ -239,13 +244,14 @@ def _overlapped(runner: TorchRunner, max_num_seqs: int) -> TorchRunner:
         tuple(GraphSize(*size) for size in sizes),
         info.max_model_len,
         layout.page_size,
-        scratch_page=info.num_pages,
+        scratch_pages=tuple(scratch_pages),
     )
     return TorchRunner(
         info=info,
         decoder=decoder,
         attention=attention,
         pool=pool,
+        windowed_pool=windowed_pool,
         sampler=runner._sampler,
         max_num_seqs=max_num_seqs,
         graphs=DecodeGraphs(decoder, attention, plan, CPU, lambda compute: compute),

@@ -20,9 +20,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from latent_runners import latent_runners
-from scripted_drafter import ScriptedDrafter
+from mixed_runners import mixed_runners
+from scripted_drafter import ScriptedDrafter, knowing_drafter
 
-from cache.kv_cache import KVCache
 from cache.view import FULL_VIEW, View
 from configs.kv_cache import CODED_DTYPES
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
@@ -32,6 +32,7 @@ from model.cpu.library import load_cpu_library
 from model.interface import InFlightStep, SamplingParams, TokenLogprobs, Vocabulary
 from model.kv.format import KV_FORMATS, KVLayout
 from model.runner import TorchRunner
+from scheduler.caches import build_cache
 from scheduler.messages import GenerateRequest, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
@@ -109,9 +110,8 @@ class _Engine:
         self, runner: TorchRunner, budget: int, drafter: ScriptedDrafter | None = None
     ) -> None:
         self.runner = runner
-        multiple = runner.info.smallest_reusable_prefix_tokens
-        self.cache = KVCache(runner.info.num_pages, _PAGE_SIZE, can_share_heads=multiple == 1)
         config = SchedulerSection(max_num_seqs=6, max_num_batched_tokens=budget)
+        self.cache = build_cache(runner.info, config)
         self.scheduler = Scheduler(self.cache, config, runner.info, drafter)
         # A drafter reads known tokens; as in the engine.
         self.max_in_flight = runner.max_steps_in_flight if drafter is None else 1
@@ -156,21 +156,6 @@ class _Engine:
             ]
             for request_id, scores in self.scores.items()
         }
-
-
-def _drafter(requests: list[Submit], outputs: dict[int, list[int]], period: int) -> ScriptedDrafter:
-    """Return a drafter that knows the outputs; each token at a multiple of `period` is wrong."""
-    texts = [[*r.request.prompt_token_ids, *outputs[r.request_id]] for r in requests]
-
-    def guess(token_ids: list[int], max_tokens: int) -> list[int]:
-        known = len(token_ids)
-        text = next(text for text in texts if text[:known] == token_ids)
-        return [
-            255 - token_id if position % period == 0 else token_id
-            for position, token_id in enumerate(text[known : known + max_tokens], known)
-        ]
-
-    return ScriptedDrafter(guess)
 
 
 @st.composite
@@ -234,7 +219,7 @@ def _check_states(
     for state in ("cold", "warm"):
         assert engine.run(requests) == alone, state
         assert engine.told() == scores, state
-    engine = _Engine(make_runner(num_pages), budget, _drafter(requests, alone, draft_period))
+    engine = _Engine(make_runner(num_pages), budget, knowing_drafter(requests, alone, draft_period))
     assert engine.run(requests) == alone, "with drafts"
     assert engine.told() == scores, "with drafts"
     stats = engine.cache.stats()
@@ -308,10 +293,26 @@ def test_pages_of_codes_change_no_token_in_any_state(
     _check_states(make_coded_runner, requests, budget, num_pages, draft_period)
 
 
-@pytest.fixture(scope="module")
-def make_latent_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeRunner]:
-    """Runners of a model with one plane of pages, whose rows meet in its experts."""
-    yield from latent_runners(tmp_path_factory.mktemp("latent"), _PAGE_SIZE, _VOCABULARY)
+@pytest.fixture(scope="module", params=["latent", "cpu", "torch", "overlapped"])
+def make_other_runner(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    overlapped: Callable[[TorchRunner, int], TorchRunner],
+) -> Iterator[MakeRunner]:
+    """Runners of a model with one plane of pages, whose rows meet in its experts.
+
+    The others are of a model whose windowed layers have pages of their own.
+    """
+    folder = tmp_path_factory.mktemp("other")
+    if request.param == "latent":
+        yield from latent_runners(folder, _PAGE_SIZE, _VOCABULARY)
+        return
+    is_overlapped = request.param == "overlapped"
+    yield from mixed_runners(
+        *(folder, _PAGE_SIZE, _VOCABULARY),
+        backend="torch" if is_overlapped else request.param,
+        overlapped=overlapped if is_overlapped else None,
+    )
 
 
 @settings(max_examples=8)
@@ -321,14 +322,14 @@ def make_latent_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mak
     num_pages=st.sampled_from([9, 12, 60]),
     draft_period=st.sampled_from([1, 3, 1000]),
 )
-def test_latent_pages_and_experts_change_no_token_in_any_state(
-    make_latent_runner: MakeRunner,
+def test_latent_pages_experts_and_groups_of_pages_change_no_token_in_any_state(
+    make_other_runner: MakeRunner,
     requests: list[Submit],
     budget: int,
     num_pages: int,
     draft_period: int,
 ) -> None:
-    _check_states(make_latent_runner, requests, budget, num_pages, draft_period)
+    _check_states(make_other_runner, requests, budget, num_pages, draft_period)
 
 
 def test_the_property_is_about_something(make_runner: MakeRunner) -> None:
@@ -336,22 +337,22 @@ def test_the_property_is_about_something(make_runner: MakeRunner) -> None:
     _check_runs(make_runner)
 
 
-def test_so_is_that_of_latent_pages(make_latent_runner: MakeRunner) -> None:
-    _check_runs(make_latent_runner)
+def test_so_is_that_of_latent_pages_and_groups(make_other_runner: MakeRunner) -> None:
+    _check_runs(make_other_runner)
 
 
 def _check_runs(make_runner: MakeRunner) -> None:
     params = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
     stem = tuple(range(40, 50))
     requests = [Submit(i, GenerateRequest((*stem, 100 + i), params)) for i in range(6)]
-    engine = _Engine(make_runner(9), budget=6)
+    engine = _Engine(make_runner(10), budget=6)
     tokens = engine.run(requests)
     stats = engine.scheduler.stats()
     assert stats.preemptions_total > 0
     assert engine.cache.stats().copied_pages_total > 0
     assert stats.prefix_hits_tokens_total > 0
     assert len(set(map(tuple, tokens.values()))) > 1
-    engine = _Engine(make_runner(60), 64, _drafter(requests, tokens, 5))
+    engine = _Engine(make_runner(60), 64, knowing_drafter(requests, tokens, 5))
     assert engine.run(requests) == tokens
     [drafts] = engine.scheduler.stats().speculation.drafters
     assert 0 < drafts.accepted_tokens_total < drafts.offered_tokens_total
@@ -386,7 +387,7 @@ def test_drafts_change_no_bit_of_the_compiled_decoder(
     engine = _Engine(runner, 64)
     outputs = engine.run(requests)
     for period in (2, 3, 1000):
-        drafted = _Engine(runner, 64, _drafter(requests, outputs, period))
+        drafted = _Engine(runner, 64, knowing_drafter(requests, outputs, period))
         assert drafted.run(requests) == outputs
         assert drafted.logprobs == engine.logprobs
         [drafts] = drafted.scheduler.stats().speculation.drafters

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from cache.kv_cache import KVCache
 from cache.misses import MissReason
 from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
-from model.interface import SamplingParams, TokenLogprobs
+from model.interface import SamplingParams, TokenLogprobs, WindowedPages
+from scheduler.caches import build_cache
 from scheduler.drafters.draft import Drafter
 from scheduler.messages import FinishReason, GenerateRequest, Rejected, Submit
 from scheduler.plan import StepPlan
@@ -31,6 +31,7 @@ class Drive:
         max_model_len: int = 256,
         drafter: Drafter | None = None,
         guess_period: int = 0,
+        windowed: WindowedPages | None = None,
         **config: Any,
     ) -> None:
         self.runner = FakeRunner(
@@ -39,10 +40,10 @@ class Drive:
             view=view,
             max_model_len=max_model_len,
             guess_period=guess_period,
+            windowed=windowed,
         )
         section = SchedulerSection(**{"max_num_seqs": 8, "max_num_batched_tokens": 32} | config)
-        budget = section.max_num_batched_tokens
-        self.cache = KVCache(num_pages, page_size, view=view, chunk_tokens=budget)
+        self.cache = build_cache(self.runner.info, section)
         self.scheduler = Scheduler(self.cache, section, self.runner.info, drafter)
         self.outputs: dict[int, list[int]] = {}
         self.scores: dict[int, list[TokenLogprobs]] = {}

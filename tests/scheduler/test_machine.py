@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from scripted_drafter import ScriptedDrafter
 
-from cache.kv_cache import KVCache
+from cache.groups import GroupedCache
 from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
@@ -25,7 +25,9 @@ from model.interface import (
     SlotStart,
     StepOutput,
     TokenLogprobs,
+    WindowedPages,
 )
+from scheduler.caches import build_cache
 from scheduler.messages import FinishReason, GenerateRequest, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
@@ -76,7 +78,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_steps_in_flight: int,
         max_queue: int = 1024,
         view: View = FULL_VIEW,
+        num_windowed_pages: int = 0,
     ) -> None:
+        windowed = None
+        if num_windowed_pages and view.window is not None:
+            windowed = WindowedPages(num_windowed_pages, 4, View(window=view.window))
+            view = FULL_VIEW
         self.view = view
         self.in_flight: deque[tuple[StepPlan, InFlightStep]] = deque()
         self.runner = Hesitant(
@@ -86,17 +93,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             page_size=page_size,
             max_steps_in_flight=max_steps_in_flight,
             view=view,
+            windowed=windowed,
             guess_period=3 if self.drafts == "guessed" else 0,
         )
         budget = max(budget, max_num_seqs)
-        self.cache = KVCache(num_pages, page_size, view=view, chunk_tokens=budget)
+        section = SchedulerSection(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_queue=max_queue,
+        )
+        self.cache = build_cache(self.runner.info, section)
         self.scheduler = Scheduler(
             self.cache,
-            SchedulerSection(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=budget,
-                max_queue=max_queue,
-            ),
+            section,
             self.runner.info,
             ScriptedDrafter(self.guess, is_too_long=True),
         )
@@ -111,6 +120,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_queue=st.sampled_from([0, 1, 3, 1024]),
         view=st.builds(View, st.sampled_from([0, 0, 2]), st.sampled_from([None, 1, 3, 5, 8])),
         drafts=st.sampled_from(["right", "mixed", "wrong", "guessed", "none"]),
+        num_windowed_pages=st.sampled_from([0, 0, 2, 4, 8]),
     )
     def rebuild(
         self,
@@ -123,9 +133,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_queue: int,
         view: View,
         drafts: str,
+        num_windowed_pages: int,
     ) -> None:
         self.drafts = drafts
-        self.build(num_pages, page_size, max_num_seqs, budget, max_steps_in_flight, max_queue, view)
+        sizes = num_pages, page_size, max_num_seqs, budget, max_steps_in_flight, max_queue
+        self.build(*sizes, view, num_windowed_pages)
 
     def guess(self, token_ids: list[int], max_tokens: int) -> list[int]:
         """Return more tokens than may be used: the right ones, wrong ones or some of both."""
@@ -226,7 +238,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def max_len(self, submit: Submit) -> int:
         view = self.view_of(submit)
         most = MAX_LEN if view == self.view else MAX_BOUNDED_LEN
-        return min(most, self.cache.bounds.max_tokens(view) + 1)
+        own = [(one.bounds, one.search.own_view(view)) for one in self.cache.groups]
+        return min(most, *(bounds.max_tokens(view) + 1 for bounds, view in own))
 
     def expected(self, submit: Submit) -> list[int]:
         tokens = list(submit.request.prompt_token_ids)
@@ -344,6 +357,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check()
         # All pages that are read from now on were written by a step launched after this.
         self.runner.pages.forget(self.cache._pool.free_ids)
+        if isinstance(self.cache, GroupedCache):
+            self.runner.windowed_pages.forget(self.cache.windowed._pool.free_ids)
         assert self.scheduler.has_work == bool(self.submits)
 
     def teardown(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from scheduler.drafters.draft import Draft
+from scheduler.messages import Submit
 from scheduler.sequence import Sequence
 
 
@@ -44,3 +45,20 @@ class ScriptedDrafter:
     def forget(self, sequence: Sequence) -> None:
         assert sequence not in self.forgotten, "forgotten twice"
         self.forgotten.append(sequence)
+
+
+def knowing_drafter(
+    requests: list[Submit], outputs: dict[int, list[int]], period: int
+) -> ScriptedDrafter:
+    """Return a drafter that knows the outputs; each token at a multiple of `period` is wrong."""
+    texts = [[*r.request.prompt_token_ids, *outputs[r.request_id]] for r in requests]
+
+    def guess(token_ids: list[int], max_tokens: int) -> list[int]:
+        known = len(token_ids)
+        text = next(text for text in texts if text[:known] == token_ids)
+        return [
+            255 - token_id if position % period == 0 else token_id
+            for position, token_id in enumerate(text[known : known + max_tokens], known)
+        ]
+
+    return ScriptedDrafter(guess)

@@ -186,6 +186,10 @@ float* scratch_of(Session& s, int64_t thread) {
   return reinterpret_cast<float*>((start + line - 1) / line * line) + thread * scratch_floats(s);
 }
 
+Place place_of(Session& s, int32_t layer) {
+  return s.places.empty() ? Place{&s, layer} : s.places[layer];
+}
+
 Attention attention_of(const Session& s, int32_t layer) {
   Attention a = s.common;
   const LayerPages& pages = s.pages[layer];
@@ -256,6 +260,14 @@ Session* octavo_attention_new(const Kernels* kernels, const int64_t* planes,
 }
 
 void octavo_attention_free(Session* session) { delete session; }
+
+// Lets a decoder find the pages of all layers by one session: layer i of the model is `layers[i]` in
+// `sessions[i]`, which outlive it. A step is planned in each of them.
+void octavo_attention_join(Session* session, Session* const* sessions, const int32_t* layers,
+                           int32_t num_layers) {
+  session->places.clear();
+  for (int32_t i = 0; i < num_layers; ++i) session->places.push_back({sessions[i], layers[i]});
+}
 
 // Sets the step. The caller owns the arrays and keeps them until the next plan. See `Session` for
 // those of views.

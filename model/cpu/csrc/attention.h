@@ -26,6 +26,14 @@ struct LayerPages {
   void* value_scales;
 };
 
+struct Session;
+
+// A layer's number in the session that has its pages.
+struct Place {
+  Session* session;
+  int32_t layer;
+};
+
 // Attention over one pool for one model; see `CpuAttention` in model/attention/cpu.py.
 struct Session {
   const Kernels* kernels;
@@ -50,6 +58,8 @@ struct Session {
   int64_t num_tokens = 0;
   int32_t num_rows = 0;
   int threads = 1;
+  // Of each layer of the model, where windowed layers have a pool of their own; else empty.
+  std::vector<Place> places;
 };
 
 // Runs a layer's units on the threads of the enclosing parallel region. Does not end with a barrier.
@@ -57,6 +67,9 @@ void attend(Session& session, const Attention& attention, float* scratch);
 
 // Returns the scratch memory of one thread.
 float* scratch_of(Session& session, int64_t thread);
+
+// Returns where the pages of a layer of the model are.
+Place place_of(Session& session, int32_t layer);
 
 // Returns a layer's attention, without queries and output.
 Attention attention_of(const Session& session, int32_t layer);

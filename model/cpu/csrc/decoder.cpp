@@ -143,8 +143,9 @@ class Decoder {
     const int64_t tokens = session.num_tokens;
     norm(layer.input_norm, residual, tokens, layer.qkv);
     multiply(normed_, tokens, layer.qkv, qkv_width(), qkv_.data(), scratch);
-    rope_and_store(layer, index, session, angles);
-    attend_to(index, session);
+    const Place place = place_of(session, index);
+    rope_and_store(layer, place.layer, *place.session, angles);
+    attend_to(place.layer, *place.session);
     add_product(attended_, tokens, layer.o, residual, scratch);
     norm(layer.post_norm, residual, tokens, layer.gate_up);
     gate(layer.gate_up, tokens, scratch);

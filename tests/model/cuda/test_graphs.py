@@ -106,7 +106,7 @@ def graphs_of(
     seen: Seen, record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 ) -> DecodeGraphs:
     sizes = ((1, 1), (4, 1), (2, 2), (4, 4), (8, 4))
-    plan = GraphPlan(tuple(GraphSize(*size) for size in sizes), 16, PAGE_SIZE, SCRATCH)
+    plan = GraphPlan(tuple(GraphSize(*size) for size in sizes), 16, PAGE_SIZE, (SCRATCH,))
     return DecodeGraphs(seen, seen, plan, CPU, record)
 
 
@@ -252,5 +252,5 @@ def test_both_arrays_come_apart_on_the_device_as_they_were_put_together() -> Non
     assert batch.kv_slots.tolist() == [4, 8, 9, 10]
     assert batch.seq_lens.tolist() == [5, 3]
     assert batch.query_starts.tolist() == [0, 1, 4]
-    assert np.array_equal(batch.block_table.numpy(), packed.block_table)
+    assert np.array_equal(batch.block_table.numpy(), packed.tables[0].block_table)
     assert there.pending.tolist() == there.pending_from.tolist() == []

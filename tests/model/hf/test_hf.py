@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cache.kv_cache import KVCache
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from configs.sizes import format_size
 from model.assemble import assemble
@@ -23,6 +22,7 @@ from model.interface import SamplingParams
 from model.kv.format import KV_FORMATS
 from model.runner import TorchRunner
 from model.weights.source import ModelSource
+from scheduler.caches import build_cache
 from scheduler.messages import GenerateRequest, Submit
 from scheduler.scheduler import Scheduler
 from scheduler.stats import SchedulerStats
@@ -189,8 +189,7 @@ class Engine:
     def __init__(self, runner: TorchRunner) -> None:
         self.runner = runner
         config = SchedulerSection(max_num_seqs=6, max_num_batched_tokens=7)
-        info, chunk_tokens = runner.info, config.max_num_batched_tokens
-        self.cache = KVCache(info.num_pages, _PAGE_SIZE, view=info.view, chunk_tokens=chunk_tokens)
+        self.cache = build_cache(runner.info, config)
         self.scheduler = Scheduler(self.cache, config, runner.info)
 
     def run(self, prompts: tuple[tuple[int, ...], ...]) -> list[list[int]]:

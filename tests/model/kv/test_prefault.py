@@ -71,5 +71,5 @@ def test_a_pool_uses_its_idle_moments() -> None:
     assert pool.idle()
     while pool.idle():
         pass
-    pool.reach(63)
+    pool.take_step([[63]], [])
     assert not pool.idle()

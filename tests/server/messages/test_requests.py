@@ -255,9 +255,9 @@ def test_values_that_ask_for_nothing_are_no_trouble(saying: Saying) -> None:
         "cache_control": cache,
         "system": [text("a", cache_control=cache)],
         "messages": [
-            turn("user", text("a", cache_control=cache, citations=None)),
+            turn("user", text("a", cache_control=None, citations=None)),
             turn("assistant", used),
-            turn("user", result("c1", content=[text("b", cache_control=cache)])),
+            turn("user", result("c1", content=[text("b", cache_control=None)])),
         ],
         "tools": [TOOL | {"type": "custom", "cache_control": cache, "defer_loading": False}],
         "container": None,
