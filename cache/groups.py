@@ -66,6 +66,7 @@ class GroupedCache(KVCache):
             view=windowed_view,
             chunk_tokens=chunk_tokens,
             can_share_heads=can_share_heads,
+            pin_share=pin_share,
             # Their contents depend on the view of the other layers, too.
             model_view=FULL_VIEW,
         )

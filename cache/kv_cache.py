@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from sys import maxsize
 
 from cache.allocation import Allocation
+from cache.arrivals import Arrivals
 from cache.bounds import Bounds
 from cache.continuation import Continuation, continuation
 from cache.ghosts import Cause
@@ -86,11 +87,11 @@ class KVCache:
         # Dicts, not sets: iteration is ordered.
         self._live: dict[Allocation, None] = {}
         self._pending_pages = PendingPages()
+        self.arrivals = Arrivals(self._tree, lambda: self.available_pages, self._take_pages)
         #: Times after which more pages may have been available than before.
         self.num_releases = 0
         self._num_evicted_pages = 0
-        self._num_copied_pages = 0
-        self._num_duplicate_pages = 0
+        self._num_copied_pages = self._num_duplicate_pages = 0
 
     # ---- queries ---------------------------------------------------------------------------------
 

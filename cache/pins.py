@@ -49,9 +49,11 @@ class PrefixPin(NamedTuple):
 class Pin:
     """One pinned path, from a page of the first tokens to `last`. Compared by identity."""
 
-    __slots__ = ("is_live", "last", "lifetime", "owner")
+    __slots__ = ("is_live", "last", "lifetime", "owner", "pins")
 
-    def __init__(self, last: Node, owner: str, lifetime: str) -> None:
+    def __init__(self, pins: Pins, last: Node, owner: str, lifetime: str) -> None:
+        #: All pins of the same pages.
+        self.pins = pins
         self.last = last
         #: The pages of one owner count together.
         self.owner = owner
@@ -123,7 +125,7 @@ class Pins:
         if pin is not None:
             self._renew(pin)
             return pin, 0
-        pin = at[owner, RANKS[lifetime]] = Pin(path[-1], owner, lifetime)
+        pin = at[owner, RANKS[lifetime]] = Pin(self, path[-1], owner, lifetime)
         self._of.setdefault(owner, {})[pin] = None
         self._count(pin, +1)
         num_ended = 0

@@ -17,6 +17,7 @@ from annotated_types import Ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from configs.kv_cache import KVCacheDtype, check_skipped_layers, our_kv_cache_dtype
+from configs.kv_disk import DiskSettings
 from configs.kv_policy import KVPolicy, parse_kv_policy
 from configs.sizes import parse_size_bytes
 from configs.speculation import Drafting, DraftTokens, Speculation, drafting_of_vllm
@@ -141,7 +142,7 @@ class ModelSection(Section):
     )
 
 
-class CacheSection(Section):
+class CacheSection(Section, DiskSettings):
     """How much memory the keys and values get, and how they lie there."""
 
     kv_cache_memory: Annotated[int, Ge(1), _PARSED, _SIZE] | None = Field(

@@ -41,6 +41,7 @@ from model.kv.desks import desk_tokens
 from model.kv.format import FLOAT_FORMATS, KV_FORMATS, KVFormat, KVLayout, float_format
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.kv_proof import prove_kv_format
+from model.page_digest import model_files, page_digest, require_storable
 from model.runner import TorchRunner
 from model.sampling.sampler import Sampler
 from model.weights.packed_cache import PackedCache
@@ -69,6 +70,7 @@ def assemble(
     cache = _weights_cache(config.model)
     where = replace(where, notes=(*where.notes, *threads.notes))
     free_bytes = free_memory_bytes()
+    files = model_files(source) if config.cache.kv_disk_path is not None else None
     decoder = build_decoder(
         source,
         config.model,
@@ -80,6 +82,12 @@ def assemble(
         cache=cache,
     )
     spec = _attention_spec(config.cache, decoder, where.library)
+    if files is not None:
+        require_storable(
+            where.device.type,
+            has_windows=any(spec.windows),
+            has_draft_model=draft_source is not None,
+        )
     offer = choose_backend(config.model.attention_backend, spec)
     if spec.kv_format not in FLOAT_FORMATS and proof_token_ids:
         note = _prove(config, decoder, where.library, (spec, offer), proof_token_ids)
@@ -104,6 +112,10 @@ def assemble(
         sizes = plan.page_size, plan.num_pages, num_windowed
         attention, pool, windowed_pool = build_parts(offer, spec, *sizes, where.device)
         info = draft.described(info) if draft else info
+        if files is not None:
+            isa = where.library.isa if where.library else ""
+            digest = page_digest(files, config, info, pool.layout, isa)
+            info = replace(info, record_bytes=pool.layout.bytes_per_page, page_digest=digest)
         max_num_seqs = config.scheduler.max_num_seqs
         fastest = fastest_decoder(decoder, attention, where.library)
         viewed = fastest if isinstance(fastest, Transformer | CpuDecoder) else None

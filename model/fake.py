@@ -182,6 +182,8 @@ class FakeRunner:
             view=self.view,
             windowed=self.windowed,
             draft_model="fake" if self.guess_period else "",
+            record_bytes=8 * self.page_size,
+            page_digest="fa" * 32,
         )
 
     def launch(self, step: StepInput) -> _FakeInFlightStep:
@@ -374,6 +376,14 @@ class FakeRunner:
     def idle(self) -> bool:
         """See `ModelRunner`. Nothing here gets better by itself."""
         return False
+
+    def read_page(self, page_id: int) -> bytes:
+        """See `ModelRunner`."""
+        return self.pages.contents(page_id)
+
+    def write_page(self, page_id: int, contents: memoryview) -> None:
+        """See `ModelRunner`."""
+        self.pages.fill(page_id, contents)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""

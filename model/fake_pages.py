@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from struct import Struct
 
 from cache.moves import PageMove, PageRef, Tier
 from cache.view import View
@@ -17,6 +18,7 @@ from model.interface import RowSpan, SamplingParams
 Entry = tuple[int, int]
 
 EMPTY = 0xFFFF
+_ENTRY = Struct("<II")
 #: Stands in pages whose keys and values are not finite.
 NAN_TOKEN_ID = 2**32 - 1
 
@@ -124,6 +126,15 @@ class FakePages:
         """Store the entries of a row's tokens, as they are in other pages."""
         for index in range(span.position, span.position + span.count):
             self.write(page_ids, index, source.read(source_page_ids, index))
+
+    def contents(self, page_id: int) -> bytes:
+        """Return the entries of a whole page as bytes."""
+        held = self._pages[PageRef(Tier.DEVICE, page_id)]
+        return b"".join(_ENTRY.pack(*held[offset]) for offset in range(self._page_size))
+
+    def fill(self, page_id: int, contents: memoryview) -> None:
+        """Replace the entries of a page by a result of `contents`."""
+        self._pages[PageRef(Tier.DEVICE, page_id)] = dict(enumerate(_ENTRY.iter_unpack(contents)))
 
     def forget(self, page_ids: Iterable[int]) -> None:
         """Forget the contents of pages, so that reading them fails."""

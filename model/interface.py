@@ -317,6 +317,10 @@ class ModelInfo:
     notes: tuple[str, ...] = ()
     #: Why no request can have a view of its own; empty where it can.
     why_no_views: str = ""
+    #: The size of a page's contents, and a digest of all that they depend on besides tokens; empty
+    #: where pages cannot be read and written.
+    record_bytes: int = 0
+    page_digest: str = ""
 
     @property
     def full_length_requests(self) -> int:
@@ -380,6 +384,12 @@ class ModelRunner(Protocol):
 
     def idle(self) -> bool:
         """Run background work for some milliseconds; return whether more of it is left."""
+
+    def read_page(self, page_id: int) -> bytes | memoryview:
+        """Return the contents of a page in all layers, as the steps launched so far leave it."""
+
+    def write_page(self, page_id: int, contents: memoryview) -> None:
+        """Replace the contents of a page. The steps launched so far do not see it."""
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Set the tokens' bytes; needed once, before the first grammar."""

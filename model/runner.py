@@ -188,6 +188,16 @@ class TorchRunner:
             return True
         return self._draft_model is not None and self._draft_model.idle()
 
+    @torch.inference_mode()
+    def read_page(self, page_id: int) -> memoryview:
+        """See `ModelRunner`."""
+        return self._pool.read_page(page_id)
+
+    @torch.inference_mode()
+    def write_page(self, page_id: int, contents: memoryview) -> None:
+        """See `ModelRunner`."""
+        self._pool.write_page(page_id, contents)
+
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""
         self._grammars.set_vocabulary(vocabulary)

@@ -123,7 +123,7 @@ class EngineClient(Protocol):
         """
 
     async def explain_cache(self, command: ExplainPrefix) -> CacheStory:
-        """Return what would be reused of a prompt now, and why no more. Changes nothing.
+        """Look up the reuse of a prompt and the reasons of the rest; change nothing.
 
         Raises `EngineUnavailableError`.
         """

@@ -71,22 +71,22 @@ class Engine:
         `announce`: called with requests before the first work on them, which may crash the process.
         """
         info = runner.info
-        self._runner = runner
+        self.runner = runner
         self._clock_s = clock_s
         self._post = post
         self._announce = announce
         self._is_debug = config.debug
-        self._cache = build_cache(info, config)
-        self._pins = PinDeadlines(self._cache)
+        self.cache = build_cache(info, config)
+        self._pins = PinDeadlines(self.cache)
         drafting = config.drafting
         drafter = build_drafters(
             drafting.kind(info.device),
-            self._cache,
+            self.cache,
             further=[GrammarDrafter(runner.forced_tokens)],
             lookup_min_tokens=drafting.lookup_min_tokens,
             lookup_max_tokens=drafting.lookup_max_tokens,
         )
-        self._scheduler = Scheduler(self._cache, config, info, drafter)
+        self._scheduler = Scheduler(self.cache, config, info, drafter)
         #: Requests whose grammars are being made ready.
         self._preparing: dict[int, tuple[Submit, Future[Constraint]]] = {}
         #: When each request that waits for its first admission arrived.
@@ -104,10 +104,15 @@ class Engine:
         """Whether `step` has work or news."""
         return self._has_news or self._scheduler.has_work or bool(self._launched)
 
+    @property
+    def prompt_token_s(self) -> float | None:
+        """Return the time that a further token of a prompt takes; None: not measured yet."""
+        return self._scheduler.pacing.token_s
+
     def handle(self, message: Submit | Cancel | SetVocabulary | CacheCommand | Prepared) -> None:
         """Take in one message; refusals are in the result of the next step."""
         if isinstance(message, SetVocabulary):
-            self._runner.set_vocabulary(message.vocabulary)
+            self.runner.set_vocabulary(message.vocabulary)
             return
         self._has_news = True
         if isinstance(message, Submit):
@@ -133,16 +138,16 @@ class Engine:
     def _answer(self, command: CacheCommand) -> CacheAnswer:
         now_s = self._clock_s()
         if isinstance(command, ResetCache):
-            self._cache.set_time(now_s)
-            return self._cache.reset()
+            self.cache.set_time(now_s)
+            return self.cache.reset()
         if isinstance(command, ExplainPrefix):
-            return story_of(self._cache.explain(command.token_ids, command.namespace), now_s)
+            return story_of(self.cache.explain(command.token_ids, command.namespace), now_s)
         return self._pins.answer(command, now_s)
 
     def _prepare(self, submit: Submit, grammar: str) -> None:
         self._announce(Begun((submit.request_id,)))
         try:
-            preparation = self._runner.prepare(grammar)
+            preparation = self.runner.prepare(grammar)
         except Exception as fault:  # noqa: BLE001 - reported like a later one
             preparation = Future()
             preparation.set_exception(fault)
@@ -178,7 +183,7 @@ class Engine:
 
     def idle(self) -> bool:
         """Use some milliseconds without work; return whether further ones would be of use."""
-        return self._runner.idle()
+        return self.runner.idle()
 
     def step(self) -> StepResult:
         """Launch steps, wait for the oldest one if there is any, and return all news.
@@ -187,7 +192,7 @@ class Engine:
         again ends with an error. Raises `ModelFaultError` if the model computes nothing.
         """
         now_s = self._clock_s()
-        self._cache.set_time(now_s)
+        self.cache.set_time(now_s)
         self._pins.advance(now_s)
         while len(self._launched) < self._max_steps_in_flight:
             plan = self._scheduler.plan()
@@ -206,7 +211,7 @@ class Engine:
         two steps under way their sequences would be in every other step, and the batch would run in
         two halves.
         """
-        return 1 if self._scheduler.awaits_tokens else self._runner.max_steps_in_flight
+        return 1 if self._scheduler.awaits_tokens else self.runner.max_steps_in_flight
 
     def _launch(self, plan: StepPlan) -> bool:
         began_s = self._clock_s()
@@ -223,7 +228,7 @@ class Engine:
             self._news.started.extend(begun)
             self._announce(Begun(tuple(one.request_id for one in begun)))
         try:
-            in_flight_step = self._runner.launch(plan.step)
+            in_flight_step = self.runner.launch(plan.step)
         except Exception as fault:  # noqa: BLE001 - a fault of one request or of the model
             self._fail(plan, fault)
             return False
@@ -263,7 +268,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return a snapshot of scheduler and cache together."""
-        return EngineStats(self._scheduler.stats(), self._cache.stats(), len(self._preparing))
+        return EngineStats(self._scheduler.stats(), self.cache.stats(), len(self._preparing))
 
     def check(self) -> None:
         """Assert every invariant below."""
@@ -274,4 +279,4 @@ class Engine:
 
     def close(self) -> None:
         """Release the memory of the model."""
-        self._runner.close()
+        self.runner.close()

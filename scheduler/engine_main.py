@@ -18,13 +18,25 @@ from multiprocessing.connection import Connection
 from typing import TypeAlias
 
 from scheduler.engine import Engine
-from scheduler.messages import Build, Failed, Ping, Pong, Prepared, Ready, Shutdown, ToEngine
+from scheduler.messages import (
+    Build,
+    Failed,
+    Loaded,
+    Ping,
+    Pong,
+    Prepared,
+    Ready,
+    Shutdown,
+    ToEngine,
+)
 from scheduler.shortage import is_shortage
+from scheduler.tier.open_tier import open_tier
+from scheduler.tier.tiered_engine import TieredEngine
 
 _log = logging.getLogger(__name__)
 
 #: Messages of the API and of the engine's threads, and the error that ended the pipe.
-Inbox: TypeAlias = queue.SimpleQueue[ToEngine | Prepared | Exception]
+Inbox: TypeAlias = queue.SimpleQueue[ToEngine | Prepared | Loaded | Exception]
 
 
 def engine_main(pipe: Connection, preload: Callable[[], None] | None = None) -> None:
@@ -75,7 +87,10 @@ def _run(pipe: Connection) -> None:
     if build.prepare is not None:
         build.prepare()
     runner = build.make_runner()
+    engine: Engine | TieredEngine
     engine = Engine(runner, build.config, time.monotonic, inbox.put, pipe.send)
+    if build.disk is not None:
+        engine = open_tier(engine, build.disk, inbox.put)
     is_built.set()
     # Objects made so far stay to the end: collections need not walk them between two tokens.
     gc.collect()
@@ -85,7 +100,7 @@ def _run(pipe: Connection) -> None:
     engine.close()
 
 
-def _serve(engine: Engine, pipe: Connection, inbox: Inbox) -> None:
+def _serve(engine: Engine | TieredEngine, pipe: Connection, inbox: Inbox) -> None:
     while True:
         # With nothing to do, sleep until a message comes; else only read waiting ones.
         is_idle = not engine.has_work
@@ -100,6 +115,9 @@ def _serve(engine: Engine, pipe: Connection, inbox: Inbox) -> None:
                 raise message
             if isinstance(message, Ping):
                 pipe.send(Pong())
+            elif isinstance(message, Loaded):
+                assert isinstance(engine, TieredEngine), "no pages are loaded without a disk tier"
+                engine.handle(message)
             else:
                 assert not isinstance(message, Build), "an engine is built once"
                 engine.handle(message)

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 from cache.pins import PrefixPin
 from cache.view import FULL_VIEW, View
+from configs.kv_disk import KVDisk
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, SamplingParams, TokenLogprobs, Vocabulary
 from scheduler.cache_story import NO_STORY, CacheStory
@@ -43,12 +44,13 @@ class RejectKind(StrEnum):
 class Build:
     """The first message: what to serve. Both functions are pickled and called in the engine.
 
-    `prepare` is called first, such as to give log lines their format.
+    `prepare` is called first, such as to give log lines their format. `disk`: of the disk tier.
     """
 
     make_runner: Callable[[], ModelRunner]
     config: SchedulerSection
     prepare: Callable[[], None] | None = None
+    disk: KVDisk | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,13 @@ CacheAnswer: TypeAlias = int | CacheStory
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A grammar is compiled or refused. Posted by the compiling thread, so no polling is needed."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Pages for a request were read, or its time to wait for them is over. Posted by threads."""
 
     request_id: int
 

@@ -6,6 +6,7 @@ Is given the time, and has no clock. Knows nothing of steps.
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
+from itertools import product
 
 from cache.kv_cache import KVCache
 from cache.pins import LIFETIMES_S, Pin, PinEnd
@@ -39,15 +40,16 @@ class PinDeadlines:
 
     def advance(self, now_s: float) -> None:
         """Renew the pins used since the last call, and end the expired ones."""
-        for pin in self._cache.pins.take_used():
-            self._extend(pin, now_s)
+        for group in self._cache.groups:
+            for pin in group.pins.take_used():
+                self._extend(pin, now_s)
         while self._heap and self._heap[0][0] <= now_s:
             _, _, pin = heappop(self._heap)
             deadline_s = self._deadlines_s.pop(pin)
             if pin.is_live and deadline_s > now_s:
                 self._push(pin, deadline_s)
             elif pin.is_live:
-                self._cache.pins.end(pin, PinEnd.EXPIRED)
+                pin.pins.end(pin, PinEnd.EXPIRED)
 
     def land(self, result: StepResult, now_s: float) -> None:
         """Set the pins of the prompts that a step completed, and report them in its result."""
@@ -62,21 +64,24 @@ class PinDeadlines:
 
     def answer(self, command: PinPrefix | UnpinPrefix, now_s: float) -> int:
         """Run an operator's command; return the number of pinned pages, or of ended pins."""
-        path = self._cache.covering(command.token_ids, command.namespace)
-        if isinstance(command, UnpinPrefix):
-            return sum(self._cache.pins.end_at(node, PinEnd.REMOVED) for node in path)
-        pin, _ = self._cache.pins.add(path, command.owner, command.lifetime)
-        if pin is None:
-            return 0
-        self._extend(pin, now_s)
-        return len(path)
+        num_changed = 0
+        for group in self._cache.groups:
+            path = group.covering(command.token_ids, command.namespace)
+            if isinstance(command, UnpinPrefix):
+                num_changed += sum(group.pins.end_at(node, PinEnd.REMOVED) for node in path)
+                continue
+            pin, _ = group.pins.add(path, command.owner, command.lifetime)
+            if pin is not None:
+                self._extend(pin, now_s)
+                num_changed += len(path)
+        return num_changed
 
     def _pin_prompt(self, request_id: int, request: GenerateRequest, now_s: float) -> Pinned:
         num_refused = num_displaced = 0
-        for num_tokens, lifetime in request.pins:
+        for (num_tokens, lifetime), group in product(request.pins, self._cache.groups):
             tokens = request.prompt_token_ids[:num_tokens]
-            path = self._cache.covering(tokens, request.namespace)
-            pin, num_ended = self._cache.pins.add(path, request.owner, lifetime)
+            path = group.covering(tokens, request.namespace)
+            pin, num_ended = group.pins.add(path, request.owner, lifetime)
             num_displaced += num_ended
             if pin is not None:
                 self._extend(pin, now_s)
@@ -93,8 +98,12 @@ class PinDeadlines:
         else:
             self._push(pin, deadline_s)
 
+    @property
+    def _num_pins(self) -> int:
+        return sum(len(group.pins) for group in self._cache.groups)
+
     def _push(self, pin: Pin, deadline_s: float) -> None:
-        if len(self._heap) > max(_MIN_ENTRIES, 2 * len(self._cache.pins)):
+        if len(self._heap) > max(_MIN_ENTRIES, 2 * self._num_pins):
             self._deadlines_s = {pin: at for pin, at in self._deadlines_s.items() if pin.is_live}
             self._heap = [entry for entry in self._heap if entry[2].is_live]
             heapify(self._heap)
@@ -108,4 +117,5 @@ class PinDeadlines:
         assert len(entries) == len(self._heap), "a pin has two entries"
         assert entries.keys() == self._deadlines_s.keys(), "an entry without a deadline"
         assert all(at <= self._deadlines_s[pin] for pin, at in entries.items()), "an entry is late"
-        assert all(pin in entries for pin in self._cache.pins), "a pin has no deadline"
+        pins = [pin for group in self._cache.groups for pin in group.pins]
+        assert all(pin in entries for pin in pins), "a pin has no deadline"

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
+from configs.kv_disk import KVDisk
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo, ModelRunner, Vocabulary
 from scheduler.cache_story import CacheStory
@@ -61,16 +62,17 @@ class ProcessClient:
         config: SchedulerSection,
         *,
         prepare: Callable[[], None] | None = None,
+        disk: KVDisk | None = None,
         spawned: SpawnedProcess | None = None,
         stop_timeout_s: float = _STOP_TIMEOUT_S,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """`stop_timeout_s`: how long an engine may take to end before it is killed.
 
-        `prepare` is called first in each engine's process (see `Build`). `spawned`: the process of
-        the first engine, if it runs already.
+        `prepare` is called first in each engine's process (see `Build`). `disk`: its disk tier.
+        `spawned`: the process of the first engine, if it runs already.
         """
-        self._build = Build(make_runner, config, prepare)
+        self._build = Build(make_runner, config, prepare, disk)
         self._spawned = spawned
         self._config = config
         self._stop_timeout_s = stop_timeout_s

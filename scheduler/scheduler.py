@@ -46,11 +46,11 @@ class Scheduler:
         self._cache = cache
         self._config = config
         self._info = info
-        self._pacing = Pacing(config.max_decode_slowdown)
+        self.pacing = Pacing(config.max_decode_slowdown)
         self._speculation = Speculation(
             drafter,
             config.drafting.max_tokens,
-            self._pacing,
+            self.pacing,
             has_draft_model=bool(info.draft_model),
         )
         self._table = SequenceTable(cache, config.max_num_seqs, info.page_size)
@@ -148,7 +148,7 @@ class Scheduler:
         num_prompts = len(self._running) - num_decodes
         if not self._is_blocked:
             num_prompts += min(len(self._table.free_slots), len(self._waiting))
-        left = budget = self._pacing.prompt_tokens(
+        left = budget = self.pacing.prompt_tokens(
             budget, num_decodes=num_decodes, num_prompts=num_prompts
         )
         left = self._plan_prompts(plan, left)
@@ -243,7 +243,7 @@ class Scheduler:
         if not sequence.is_started:
             sequence.is_started = True
             misses, num_tokens = allocation.misses, len(sequence.token_ids)
-            self._lookups.add(num_tokens, misses, self._pacing.token_s)
+            self._lookups.add(num_tokens, misses, self.pacing.token_s)
             plan.started.append((sequence.request_id, misses))
         return True
 
@@ -255,7 +255,7 @@ class Scheduler:
         self._num_under_way -= 1
         self._prompt_tokens_computed += plan.num_prompt_tokens
         if elapsed_s and not self._suspects:
-            self._pacing.observe(
+            self.pacing.observe(
                 elapsed_s,
                 num_decodes=plan.num_decodes,
                 num_prompt_tokens=plan.num_prompt_tokens,
@@ -387,7 +387,7 @@ class Scheduler:
     def check(self) -> None:
         """Assert every invariant, the cache's too."""
         self._cache.check()
-        self._pacing.check()
+        self.pacing.check()
         self._suspects.check()
         self._table.check()
         self._prospects.check(len(self._running))

@@ -82,15 +82,34 @@ class SchedulerStats(NamedTuple):
     misses: MissStats = MissStats()
 
 
+class TierStats(NamedTuple):
+    """A snapshot of the disk tier; all zero where there is none."""
+
+    disk_bytes: int = 0
+    disk_pages: int = 0
+    disk_stored_pages_total: int = 0
+    disk_loaded_pages_total: int = 0
+    #: Pages on the disk that were computed all the same, since that is faster.
+    disk_refused_pages_total: int = 0
+    disk_evicted_pages_total: int = 0
+    disk_corrupt_pages_total: int = 0
+    #: Pages that could not be stored, or were evicted before.
+    disk_dropped_pages_total: int = 0
+    #: Loads that were given up, since computing would have taken less time by then.
+    disk_late_loads_total: int = 0
+    disk_load_seconds_total: float = 0.0
+
+
 class EngineStats(NamedTuple):
     """A snapshot of the engine."""
 
     scheduler: SchedulerStats = SchedulerStats()
     cache: CacheStats = CacheStats()
-    #: Requests that wait for their grammar to be compiled.
+    #: Requests that wait for their grammar to be compiled, or for pages from the disk.
     num_preparing: int = 0
+    tier: TierStats = TierStats()
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a grammar or in the queue."""
+        """Requests that wait for a grammar, for pages or in the queue."""
         return self.scheduler.num_waiting + self.num_preparing

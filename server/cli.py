@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, NoReturn, cast
 from configs.fields import ENV_PREFIX, POSITIONAL, ConfigField, config_fields, sections
 from configs.load import RESERVED_VARIABLES, config_file, presets
 from server import __version__
+from server.cache_command import CACHE_ACTIONS, CacheAction
 
 _METAVARS = {
     "bool": "",
@@ -33,13 +34,15 @@ _WRONG_CHOICE = re.compile(r"invalid choice: '([^']+)' \(choose from (.+)\)")
 class CommandLine(NamedTuple):
     """A parsed command line."""
 
-    command: Literal["serve", "version", "export"]
+    command: Literal["serve", "version", "export", "cache"]
     #: Field name to value, if given: for `configs.load.load_config`.
     flags: dict[str, object]
     #: `--config`, a preset's name resolved to its file.
     config: Path | None
-    #: Where `tokenizer export` writes.
+    #: Where `tokenizer export` writes, or the one that `cache` reads.
     folder: Path | None = None
+    #: Of `cache`.
+    action: CacheAction | None = None
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
@@ -56,10 +59,12 @@ def parse(argv: Sequence[str]) -> CommandLine:
         parser.error("a COMMAND is needed")
     if parsed["command"] == "help":
         parser.parse_args([*parsed["words"], "--help"])
-    command = cast("Literal['serve', 'version', 'export']", parsed.pop("command"))
+    command = cast("Literal['serve', 'version', 'export', 'cache']", parsed.pop("command"))
     config, folder = parsed.pop("config", None), parsed.pop("folder", None)
+    action = parsed.pop("action", None)
     flags = {name: value for name, value in parsed.items() if value is not None}
-    return CommandLine(command, flags, None if config is None else config_file(config), folder)
+    file = None if config is None else config_file(config)
+    return CommandLine(command, flags, file, folder, action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     shown = commands.add_parser("help", help="print this, or a command's help", allow_abbrev=False)
     shown.add_argument("words", nargs="*", metavar="COMMAND")
     _add_tokenizer(commands)
+    _add_cache(commands)
     serve = commands.add_parser(
         "serve",
         help="serve a model over HTTP",
@@ -130,6 +136,17 @@ def _add_tokenizer(commands: argparse._SubParsersAction[_Parser]) -> None:
     export.add_argument(
         POSITIONAL, nargs="?", metavar="MODEL", help=_help(config_fields()[POSITIONAL])
     )
+
+
+def _add_cache(commands: argparse._SubParsersAction[_Parser]) -> None:
+    cache = commands.add_parser(
+        "cache", help="inspect the pages on a disk (--kv-disk-path)", allow_abbrev=False
+    )
+    actions = cache.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action, text in CACHE_ACTIONS.items():
+        one = actions.add_parser(action, help=text, description=text, allow_abbrev=False)
+        one.set_defaults(command="cache")
+        one.add_argument("folder", metavar="DIR", type=Path, help="that of --kv-disk-path")
 
 
 def _add_field(group: argparse._ArgumentGroup, known: ConfigField) -> None:

@@ -19,6 +19,7 @@ from model import build
 from scheduler.client import EngineUnavailableError
 from scheduler.engine_process import spawn
 from server import __version__, cli
+from server.cache_command import run_cache
 from server.generation.relay import Relay
 from server.logs import LOGGER_NAME, configure, fields
 from server.start_errors import StartError, UsageError
@@ -35,6 +36,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     if command.command == "version":
         print(f"octavo {__version__}")  # noqa: T201 - the answer to a command
         return 0
+    if command.action is not None and command.folder is not None:
+        return run_cache(command.action, command.folder)
     try:
         config = load_config(command.flags, os.environ, command.config)
     except ConfigError as error:

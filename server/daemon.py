@@ -92,7 +92,9 @@ async def _serve(
         draft_source,
     )
     prepare = partial(configure, config.server.log_format)
-    client = ProcessClient(make_runner, config.scheduler, prepare=prepare, spawned=spawned)
+    client = ProcessClient(
+        make_runner, config.scheduler, prepare=prepare, disk=config.cache.disk, spawned=spawned
+    )
     lifecycle, grammars = Lifecycle(), GrammarService()
     app = create_app(
         config,

@@ -197,6 +197,10 @@ def gauges(page: Page, stats: EngineStats, info: ModelInfo | None) -> Iterator[M
     pages, kv_bytes = _pages(cache), _kv_bytes(cache, info)
     yield from page.gauge("kv_cache_pages", "leased pages are cached ones too", pages, "state")
     yield from page.gauge("kv_cache_bytes", "the same in bytes", kv_bytes, "state")
+    yield from page.gauge("kv_disk_pages", "pages on the disk", {(): stats.tier.disk_pages})
+    yield from page.gauge(
+        "kv_disk_bytes", "of pages on the disk, other models' too", {(): stats.tier.disk_bytes}
+    )
     pinned: dict[tuple[str, ...], float] = {
         (lifetime,): count for lifetime, count in zip(LIFETIMES_S, cache.pins.pages, strict=True)
     }

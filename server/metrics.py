@@ -36,6 +36,14 @@ _ENGINE_COUNTERS = (
     ("num_preemptions", "preemptions_total", "sequences put back into the queue"),
     ("evicted_pages", "evicted_pages_total", "cached pages given up"),
     ("copied_pages", "copied_pages_total", "pages copied to share a part of them"),
+    ("kv_disk_stored_pages", "disk_stored_pages_total", "pages stored on the disk"),
+    ("kv_disk_loaded_pages", "disk_loaded_pages_total", "pages read from the disk for requests"),
+    ("kv_disk_refused_pages", "disk_refused_pages_total", "on the disk, but faster to compute"),
+    ("kv_disk_evicted_pages", "disk_evicted_pages_total", "removed from the disk to make room"),
+    ("kv_disk_corrupt_pages", "disk_corrupt_pages_total", "damaged on the disk, and computed"),
+    ("kv_disk_dropped_pages", "disk_dropped_pages_total", "not stored: evicted, or a failed write"),
+    ("kv_disk_late_loads", "disk_late_loads_total", "loads given up at their deadline"),
+    ("kv_disk_load_seconds", "disk_load_seconds_total", "that requests waited for the disk"),
     ("late_rows", "late_rows_total", "rows computed again: their grammar was not ready in time"),
     ("faulty_rows", "faulty_rows_total", "rows taken back: their step failed, or was not finite"),
     ("steps", "steps_total", "steps of the engine"),
@@ -52,10 +60,10 @@ class GrowingCount:
     __slots__ = ("_before", "_last")
 
     def __init__(self) -> None:
-        self._before = 0
-        self._last = 0
+        self._before = 0.0
+        self._last = 0.0
 
-    def read(self, value: int) -> int:
+    def read(self, value: float) -> float:
         """Return the count over all processes, of which the newest has counted `value`."""
         if value < self._last:
             self._before += self._last
@@ -173,11 +181,11 @@ class Metrics(Collector):
             info = self._client.info
         except EngineUnavailableError:
             info = None
-        counted = stats.scheduler._asdict() | stats.cache._asdict()
+        counted = stats.scheduler._asdict() | stats.cache._asdict() | stats.tier._asdict()
         engine_counts = {
             field: counts.read(counted[field]) for field, counts in self._engine_counts.items()
         }
-        ended_pins: dict[tuple[str, ...], int] = {
+        ended_pins: dict[tuple[str, ...], float] = {
             (why,): count.read(value)
             for why, count, value in zip(
                 PinEnd, self._pin_counts, stats.cache.pins.ended_total, strict=True
@@ -197,7 +205,7 @@ class Metrics(Collector):
             for name, histogram in self._histograms.items():
                 yield from page.histogram(name, HISTOGRAMS[name][0], histogram)
 
-    def _read_drafts(self, stats: SpeculationStats) -> dict[str, dict[tuple[str, ...], int]]:
+    def _read_drafts(self, stats: SpeculationStats) -> dict[str, dict[tuple[str, ...], float]]:
         """Return by metric the counts of all engines so far, by drafter or place in the draft."""
         read: dict[str, dict[str, int]] = {
             "num_draft_tokens": dict.fromkeys(_DRAFTERS, 0),
@@ -221,27 +229,30 @@ class Metrics(Collector):
         """Return the counts of all engines so far."""
         missed = dict(stats.missed_tokens_total)
         return MissStats(
-            tuple((name, of.read(missed.get(name, 0))) for name, of in self._missed_tokens.items()),
-            self._ghost_tokens.read(stats.ghost_tokens_total),
-            self._ghost_us.read(stats.ghost_us_total),
+            tuple(
+                (name, int(of.read(missed.get(name, 0))))
+                for name, of in self._missed_tokens.items()
+            ),
+            int(self._ghost_tokens.read(stats.ghost_tokens_total)),
+            int(self._ghost_us.read(stats.ghost_us_total)),
         )
 
     def _drafts(
-        self, page: Page, counts: dict[str, dict[tuple[str, ...], int]]
+        self, page: Page, counts: dict[str, dict[tuple[str, ...], float]]
     ) -> Iterator[Metric]:
         for name, text, label in (
             ("num_draft_tokens", "tokens of drafts that were verified", "drafter"),
             ("num_accepted_tokens", "tokens of drafts that were accepted", "drafter"),
             ("num_accepted_tokens_per_pos", "the same by their place in the draft", "position"),
         ):
-            values: dict[tuple[str, ...], int] = counts[name]
+            values: dict[tuple[str, ...], float] = counts[name]
             labels = [label]
             if label == "drafter" and isinstance(page, VllmPage):
                 # vLLM has one drafter.
                 values, labels = {(): sum(values.values())}, []
             yield from page.counter(f"spec_decode_{name}", text, values, *labels)
 
-    def _counters(self, page: Page, engine_counts: dict[str, int]) -> Iterator[Metric]:
+    def _counters(self, page: Page, engine_counts: dict[str, float]) -> Iterator[Metric]:
         for name, field, text in _ENGINE_COUNTERS:
             yield from page.counter(name, text, {(): engine_counts[field]})
         for name, text, read in self._own_counters:

@@ -50,6 +50,7 @@ ROOMS = {
     "model.hf": {"model.architectures", "model.attention", "model.formats", "model.kv"}
     | {"model.weights"},
     "scheduler.drafters": {"scheduler.sequence"},
+    "scheduler.tier": {"scheduler.engine", "scheduler.messages", "scheduler.stats"},
     "server.text": set[str](),
     "server.http": {"server.answer_types", "server.logs", "server.metrics", "server.service"},
     "server.tools": {"server.generation.generation_spec", "server.http.errors", "server.text"}
@@ -83,6 +84,7 @@ WORLDLY = {
     for name in (
         *("engine", "engine_main", "engine_process", "process", "channel"),
         *("client", "streams", "watchdog"),
+        *("tier/folder", "tier/segment", "tier/store", "tier/threads", "tier/open_tier"),
     )
 }
 

@@ -37,6 +37,24 @@ CACHE_BUGS = [
         "head_copy(source_page, page_ids[-1], ",
     ),
     Bug(
+        "a page that is cached again stays a ghost",
+        RADIX,
+        "        self.ghosts.discard(node.chain)\n",
+        "",
+    ),
+    Bug(
+        "another namespace has the same ghosts",
+        "cache/ghosts.py",
+        "return hash((0, namespace))",
+        "return 0",
+    ),
+    Bug(
+        "pages behind an evicted one are not lost with it",
+        "cache/misses.py",
+        "num_pages * size + num_heads, MissReason.EVICTED",
+        "num_pages * size, MissReason.EVICTED",
+    ),
+    Bug(
         "the last token is not computed",
         REUSE,
         "min(limit, len(tokens) - 1)",

@@ -180,6 +180,12 @@ class Timed:
     def idle(self) -> bool:
         return self.runner.idle()
 
+    def read_page(self, page_id: int) -> bytes | memoryview:
+        return self.runner.read_page(page_id)
+
+    def write_page(self, page_id: int, contents: memoryview) -> None:
+        self.runner.write_page(page_id, contents)
+
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         self.runner.set_vocabulary(vocabulary)
 

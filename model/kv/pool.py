@@ -110,13 +110,38 @@ class KVPool:
 
     def take_step(self, tables: Sequence[Sequence[int]], moves: Sequence[PageMove]) -> None:
         """Do a step's moves. The memory of the pages after those in use is requested ahead."""
-        if self._prefault is not None:
-            self._prefault.reach(max(page_ids[-1] for page_ids in tables))
+        self.reach(max(page_ids[-1] for page_ids in tables))
         self.move_pages(moves)
+
+    def read_page(self, page: int) -> memoryview:
+        """Return the contents of a page, plane after plane, as `bytes_per_page` bytes."""
+        parts = [_bytes_of(plane[:, page]) for plane in self._planes]
+        return torch.cat(parts).cpu().numpy().data
+
+    def write_page(self, page: int, contents: memoryview) -> None:
+        """Replace the contents of a page by a result of `read_page`."""
+        self.reach(page)
+        rest = torch.frombuffer(contents, dtype=torch.uint8)
+        for plane in self._planes:
+            target = plane[:, page]
+            num_bytes = target.numel() * target.itemsize
+            # A copy, since a view of another dtype needs an aligned start.
+            part, rest = rest[:num_bytes].clone(), rest[num_bytes:]
+            target.copy_(part.view(target.dtype).view(target.shape))
+        assert not len(rest), "the contents of a page of another layout"
+
+    def reach(self, page: int) -> None:
+        """Mark a page as used: the memory of the pages after it is then requested ahead."""
+        if self._prefault is not None:
+            self._prefault.reach(page)
 
     def idle(self) -> bool:
         """Request a little of that memory; return whether there is more to request."""
         return self._prefault is not None and self._prefault.step()
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    return x.contiguous().flatten().view(torch.uint8)
 
 
 def _indexable(x: Tensor) -> Tensor:

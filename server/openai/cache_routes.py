@@ -86,7 +86,7 @@ def cache_routes(service: Service) -> APIRouter:
 
     @router.post(
         "/explain",
-        summary="What would be reused of a prompt now, and why no more",
+        summary="The reuse of a prompt that came now, and why no more",
         openapi_extra=body_of(ExplainRequest),
         responses=answers(CacheExplained, *_STATUSES),
     )

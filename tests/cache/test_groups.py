@@ -13,6 +13,7 @@ from cache.allocation import Allocation
 from cache.groups import GroupedCache
 from cache.misses import MissReason
 from cache.moves import PageMove
+from cache.pins import PinEnd
 from cache.view import FULL_VIEW, View
 
 WINDOW, CHUNK, PAGE_SIZE = 8, 4, 2
@@ -190,6 +191,20 @@ def test_a_requests_view_shares_nothing_behind_it_in_either_group() -> None:
     narrow = serve(cache, TEXT, View(2, 4))
     assert narrow.num_cached_tokens == 6
     assert held(cache) == (0, 0)
+
+
+def test_a_pin_in_each_group_keeps_a_prefix() -> None:
+    cache = grouped(64, 40)
+    serve(cache, TEXT)
+    pins = [group.pins.add(group.covering(TEXT), "", "5m")[0] for group in cache.groups]
+    for token in (1, 2):
+        serve(cache, [token] * 30)
+    # Else the pages before its window would have gone.
+    assert cache.match([*TEXT[:20], 1]).num_tokens == 20
+    for pin in pins:
+        assert pin is not None
+        pin.pins.end(pin, PinEnd.EXPIRED)
+    cache.check()
 
 
 def test_reset_continuation_and_times_are_of_both_groups() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cache.allocation import Allocation
 from cache.ghosts import Cause, Eviction, Ghosts, first_chain, next_chain
@@ -223,3 +225,24 @@ def test_ghosts_are_bounded_and_the_oldest_go() -> None:
     for name in (names[13], names[19], names[0]):
         ghosts.discard(name)
         assert ghosts.get(name) is None
+
+
+@settings(max_examples=60)
+@given(
+    turns=st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=7), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_an_edit_is_found_at_its_token(turns: list[list[int]], data: st.DataObject) -> None:
+    cache = KVCache(16, 4)
+    prompt = [token for turn in turns for token in (0, *turn)]
+    served(cache, prompt)
+    place = data.draw(st.integers(0, len(prompt) - 1))
+    edited = [*prompt[:place], 9, *prompt[place + 1 :]]
+    num_whole, last = len(prompt) // 4 * 4, len(prompt) - 1
+    num_reused = min(place, num_whole, last)
+    misses = cache.explain(edited)
+    assert misses.num_reused_tokens == num_reused
+    is_seen = 0 < place < min(num_whole, last)
+    assert misses.diverged_at == (place if is_seen else None)
+    if num_reused < last:
+        assert misses.parts == ((Diverged if is_seen else Never, last - num_reused),)

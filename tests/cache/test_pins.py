@@ -263,7 +263,7 @@ def move_a_pin(cache: KVCache) -> None:
 
 def leave_a_pin_behind(cache: KVCache) -> None:
     node = _a_page(cache)
-    cache.pins._at[node]["", 2] = Pin(node, "", "30m")
+    cache.pins._at[node]["", 2] = Pin(cache.pins, node, "", "30m")
 
 
 @pytest.mark.parametrize(

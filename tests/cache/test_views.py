@@ -117,7 +117,7 @@ def test_sinks_are_read_for_ever() -> None:
 
 
 def test_a_sequence_beyond_its_shared_tokens_has_no_cached_continuation() -> None:
-    """What is cached behind them was computed with other keys in view."""
+    """The pages behind them were computed with other keys in view."""
     cache, tokens = KVCache(16, 2), list(range(12))
     served(cache, tokens)
     bounded = cache.admit(tokens[:4], view=View(window=6))

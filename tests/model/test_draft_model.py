@@ -131,7 +131,7 @@ class _Served:
 
     def check_keys(self) -> None:
         """Assert that both pools hold the same in all cached pages."""
-        free = set(self.engine._cache._pool.free_ids)
+        free = set(self.engine.cache._pool.free_ids)
         cached = [page for page in range(self._runner.info.num_pages) if page not in free]
         assert cached, "nothing is cached"
         draft_model = self._runner._draft_model

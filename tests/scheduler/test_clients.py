@@ -17,9 +17,11 @@ from configs.schema import SchedulerSection
 from model.fake import FakeRunner, Fault, FaultKind, fake_logprobs, fake_output
 from model.interface import ModelRunner, SamplingParams
 from scheduler.client import (
+    CacheStory,
     EngineClient,
     EngineFaultError,
     EngineUnavailableError,
+    ExplainPrefix,
     GenerateRequest,
     RejectKind,
     RequestRefusedError,
@@ -259,6 +261,31 @@ def test_a_reset_forgets_what_nobody_uses_and_says_how_much(make_client: MakeCli
             await _until(lambda: client.stats().cache.pages_cached == 0)
             again = [delta async for delta in client.generate(_request(prompt, 1))]
             assert [d.started.cached_tokens for d in again if d.started] == [0]
+
+    _run(test)
+
+
+def test_a_prompt_is_explained_as_it_is_then_served(make_client: MakeClient) -> None:
+    async def test() -> None:
+        async with _running(make_client(FakeRunner, _CONFIG)) as client:
+            page_size = client.info.page_size
+            prompt = tuple(range(2 * page_size + 1))
+            never = CacheStory(0, (("never", 2 * page_size),))
+            for _ in range(2):
+                assert await client.explain_cache(ExplainPrefix(prompt, "")) == never
+            await _collect(client, _request(prompt, 1))
+            both = ExplainPrefix(prompt, ""), ExplainPrefix((*prompt[:-2], 99, 99), "")
+            found = await asyncio.gather(*map(client.explain_cache, both))
+            at = 2 * page_size - 1
+            assert found == [CacheStory(at + 1), CacheStory(at, (("diverged", 1),), at)]
+
+    _run(test)
+
+
+def test_an_engine_that_is_not_there_explains_nothing(make_client: MakeClient) -> None:
+    async def test() -> None:
+        with pytest.raises(EngineUnavailableError):
+            await make_client(FakeRunner, _CONFIG).explain_cache(ExplainPrefix((1, 2), ""))
 
     _run(test)
 

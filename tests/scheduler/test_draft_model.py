@@ -69,7 +69,7 @@ def test_a_text_comes_before_the_model(make_drive: MakeDrive) -> None:
     drive.submit(1, PROMPTS[2], max_tokens=30)
     for _ in range(2):
         drive.step(DECODE_S)
-    drive.scheduler._pacing.observe(DECODE_S, num_decodes=2, num_prompt_tokens=0)
+    drive.scheduler.pacing.observe(DECODE_S, num_decodes=2, num_prompt_tokens=0)
     names = set()
     while drive.scheduler.has_work:
         plan = drive.step(DECODE_S)

@@ -334,6 +334,6 @@ def test_a_step_is_not_timed_while_it_waits_for_the_one_before_it() -> None:
     told.submit(0, (1, 2, 3), max_tokens=6)
     told.run()
     # Launched at one tick, the step before over at the next, over itself two ticks later.
-    decode_s = told.engine._scheduler._pacing.decode_s
+    decode_s = told.engine._scheduler.pacing.decode_s
     assert decode_s is not None
     assert decode_s <= 2.0

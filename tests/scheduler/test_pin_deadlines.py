@@ -154,8 +154,8 @@ def test_under_pressure_what_expired_goes_first() -> None:
     drive.serve(*range(20, 32), pins=pin(12, "5m"))
     drive.now_s = 300
     drive.serve(*range(40, 60), pins=pin(20, "5m"))
-    assert drive.engine._cache.match([*PROMPT, 99]).num_tokens < 12
-    assert drive.engine._cache.match([*range(20, 32), 99]).num_tokens == 12
+    assert drive.engine.cache.match([*PROMPT, 99]).num_tokens < 12
+    assert drive.engine.cache.match([*range(20, 32), 99]).num_tokens == 12
 
 
 def test_too_many_pins_end_the_oldest_and_the_answer_reports_it() -> None:
@@ -242,6 +242,7 @@ def test_an_operator_pins_and_unpins_a_prefix() -> None:
         drive.engine.handle(command)
         [number] = drive.engine.step().cache_answers
         drive.engine.check()
+        assert isinstance(number, int)
         return number
 
     pinned = PinPrefix(PROMPT, "", "operator", "1h")
@@ -268,8 +269,8 @@ def test_a_used_pin_that_has_ended_stays_ended() -> None:
     drive.serve(*PROMPT, pins=pin(12))
     drive.submit(*PROMPT, 50)
     drive.engine.step()
-    [held] = drive.engine._cache.pins
-    drive.engine._cache.pins.end(held, PinEnd.REMOVED)
+    [held] = drive.engine.cache.pins
+    drive.engine.cache.pins.end(held, PinEnd.REMOVED)
     drive.steps()
     drive.wait(1_000)
     assert drive.ended == {"removed": 1}

@@ -32,6 +32,13 @@ def test_a_tokenizer_is_exported_to_a_folder() -> None:
     assert parse(["tokenizer", "export", "out", "m.gguf"]).flags == {"model": "m.gguf"}
 
 
+@pytest.mark.parametrize("action", ["ls", "stats", "verify", "clear"])
+def test_a_store_of_pages_is_inspected(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = parse(["cache", action, "there"])
+    assert (parsed.command, parsed.action, parsed.folder) == ("cache", action, Path("there"))
+    assert "the following arguments are required: DIR" in said(["cache", action], capsys, code=2)
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
@@ -112,6 +119,7 @@ def test_top_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
         "version",
         "help",
         "tokenizer",
+        "cache",
         "serve",
     ]
 

@@ -13,6 +13,14 @@ from cache.misses import Misses, MissReason
 from cache.view import View
 
 Key = tuple[str, tuple[int, ...]]
+#: They share bytes, but no two of them in one place are the same token.
+VOCABULARY = (3, 259)
+
+
+def prompt(length: int, turn: int, pattern: int) -> list[int]:
+    """Return a beginning that all share and, from `turn` on, one of a few ways to go on."""
+    bits = [0 if place < turn else pattern >> (place - turn) % 3 & 1 for place in range(length)]
+    return [VOCABULARY[bit] for bit in bits]
 
 
 @dataclass
@@ -170,6 +178,7 @@ class Reference:
         """Return the reasons, found token by token."""
         rest = _Rest(self, namespace, tokens, view)
         reasons = [rest.reason(place) for place in range(rest.num_reused, len(tokens) - 1)]
+        # One for each token but the last: so reused and missed tokens sum up to the prompt.
         parts = tuple((reason, len(list(run))) for reason, run in groupby(reasons))
         diverged_at = None
         if MissReason.DIVERGED in reasons:

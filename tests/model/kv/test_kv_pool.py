@@ -55,6 +55,33 @@ def test_pages_of_other_tiers_are_refused() -> None:
             pool.move_pages([PageMove(*refs, 1)])
 
 
+@pytest.mark.parametrize(
+    ("name", "latent_dim"),
+    [*((name, None) for name in KV_FORMATS), ("bfloat16", 4), ("int8", 4)],
+)
+def test_the_contents_of_a_page_are_read_and_written_as_a_whole(
+    name: str, latent_dim: int | None
+) -> None:
+    kv_format, head_dim, page_size = KV_FORMATS[name], 64, 32
+    # The last layer has planes of another dtype, which begin anywhere.
+    other = {} if latent_dim else {LAYERS - 1: float_format(torch.float32)}
+    layout = KVLayout(LAYERS, 3, head_dim, page_size, kv_format, latent_dim, other)
+    pools = [KVPool(layout, 3, CPU) for _ in range(2)]
+    for plane in (plane for pool in pools for plane in pool._planes):
+        plane.view(torch.uint8).random_(generator=torch.Generator().manual_seed(plane.data_ptr()))
+    contents = pools[0].read_page(2)
+    assert len(contents) == layout.bytes_per_page
+    before = [[plane[:, page].clone() for page in (0, 2)] for plane in pools[1]._planes]
+    pools[1].write_page(1, memoryview(bytearray(contents)))
+    assert pools[1].read_page(1) == contents
+    for plane, source, others in zip(pools[1]._planes, pools[0]._planes, before, strict=True):
+        assert torch.equal(plane[:, 1].view(torch.uint8), source[:, 2].view(torch.uint8))
+        for page, kept in zip((0, 2), others, strict=True):
+            assert torch.equal(plane[:, page].view(torch.uint8), kept.view(torch.uint8))
+    with pytest.raises(AssertionError, match="another layout"):
+        pools[1].write_page(1, memoryview(bytearray(len(contents) + 1)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_only_the_head_of_a_page_is_copied_in_every_layer(dtype: torch.dtype) -> None:
     pool = make_pool(dtype)

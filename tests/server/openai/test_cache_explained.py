@@ -1,10 +1,18 @@
-"""`POST /admin/cache/explain`: what would be reused now, and why no more."""
+"""`POST /admin/cache/explain`: the reuse of a prompt that came now, and why no more."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 EXPLAIN = "/admin/cache/explain"
+
+
+@pytest.fixture
+def live(start_server: Callable[..., Any]) -> Any:
+    return start_server(dev_endpoints=True)
 
 
 def test_what_it_says_is_what_happens_then(live: Any) -> None:
@@ -47,7 +55,11 @@ def test_a_message_of_a_chat_is_named_where_it_diverges(live: Any) -> None:
     assert place["after"].startswith("NSWER")
 
 
-def test_wrong_prompts_are_refused_by_name(live: Any, absent: Any) -> None:
+def test_wrong_prompts_are_refused_by_name(
+    live: Any, start_server: Callable[..., Any], absent: Any
+) -> None:
     assert live.post(EXPLAIN).json()["error"]["param"] == "prompt"
     assert live.post(EXPLAIN, prompt="").json()["error"]["param"] == "prompt"
-    assert absent.post(EXPLAIN, prompt="x").status_code == 503
+    assert absent.post(EXPLAIN, prompt="x").status_code == 404, "without the flag"
+    without_engine = start_server(type(absent.client)(), dev_endpoints=True)
+    assert without_engine.post(EXPLAIN, prompt="x").status_code == 503
