@@ -88,7 +88,9 @@ def assemble(
             has_windows=any(spec.windows),
             has_draft_model=draft_source is not None,
         )
-    offer = choose_backend(config.model.attention_backend, spec)
+    offer = choose_backend(
+        config.model.attention_backend, spec, needs_views=config.cache.policy.type != "full"
+    )
     if spec.kv_format not in FLOAT_FORMATS and proof_token_ids:
         note = _prove(config, decoder, where.library, (spec, offer), proof_token_ids)
         where = replace(where, notes=(*where.notes, note))
@@ -356,11 +358,10 @@ def _info(
 def _why_no_views(decoder: ServedDecoder, spec: AttentionSpec, offer: BackendOffer) -> str:
     """Return why requests cannot have views of their own; empty where they can."""
     if not offer.reads_views:
-        return f"attention backend {offer.name} reads all keys"
+        hint = " (--attention-backend triton reads views)" if offer.name == "flash" else ""
+        return f"attention backend {offer.name} reads all keys{hint}"
     if not spec.kv_format.can_share_heads:
         return f"pages in {spec.kv_format.name} are read as a whole"
-    if decoder.device.type != "cpu":
-        return f"on {decoder.device.type} all keys are read"
     return "" if isinstance(decoder, Transformer) else "the model is computed by transformers"
 
 

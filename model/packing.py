@@ -18,7 +18,8 @@ from cache.view import FULL_VIEW, View
 from model.attention.interface import AttentionBatch, RowViews
 from model.interface import PENDING_TOKEN, StepInput
 
-_NO_WINDOW = 2**31 - 1
+#: In `RowViews.windows`.
+NO_WINDOW = 2**31 - 1
 
 
 class BlockTables:
@@ -87,14 +88,21 @@ class PackedViews:
     windows: np.ndarray
     sink_positions: np.ndarray
 
-    def on_cpu(self) -> RowViews:
-        """Return them as tensors."""
-        return RowViews(
-            torch.from_numpy(self.sinks),
-            torch.from_numpy(self.windows),
-            torch.from_numpy(self.sink_positions),
-            has_sinks=bool(self.sinks.any()),
+    def padded(self, num_tokens: int, num_rows: int) -> PackedViews:
+        """Add rows and tokens without views."""
+        rows = (0, num_rows - len(self.sinks))
+        tokens = (0, num_tokens - len(self.sink_positions))
+        return PackedViews(
+            np.pad(self.sinks, rows),
+            np.pad(self.windows, rows, constant_values=NO_WINDOW),
+            np.pad(self.sink_positions, tokens, constant_values=-1),
         )
+
+    def on(self, device: torch.device) -> RowViews:
+        """Bring them to the device, without waiting for it."""
+        sinks, windows = _together((self.sinks, self.windows), device)
+        (sink_positions,) = _together((self.sink_positions,), device)
+        return RowViews(sinks, windows, sink_positions, has_sinks=bool(self.sinks.any()))
 
 
 def packed_views(
@@ -105,11 +113,11 @@ def packed_views(
     `views`: by row. `rows` and `positions` are those of the tokens, `ends` the lengths of rows.
     """
     sinks = np.zeros(len(ends), np.int32)
-    windows = np.full(len(ends), _NO_WINDOW, np.int32)
+    windows = np.full(len(ends), NO_WINDOW, np.int32)
     for row, view in views.items():
         if view.window is not None and view.sinks + view.window < ends[row]:
             sinks[row], windows[row] = view.sinks, view.window
-    if (windows == _NO_WINDOW).all():
+    if (windows == NO_WINDOW).all():
         return None
     last = (sinks.astype(np.int64) + windows - 1)[rows]
     is_moved = (sinks[rows] > 0) & (positions > last)
@@ -203,6 +211,7 @@ class PackedStep:
                 table.padded(missing, missing_rows, scratch_page, page_size)
                 for table, scratch_page in zip(self.tables, scratch_pages, strict=True)
             ],
+            views=None if self.views is None else self.views.padded(num_tokens, num_rows),
         )
 
     def on(self, device: torch.device) -> DeviceStep:
@@ -235,7 +244,7 @@ class PackedStep:
             kv_slots=kv_slots[0],
             max_query_len=self.max_query_len,
             max_seq_len=self.max_seq_len,
-            views=None if self.views is None else self.views.on_cpu(),
+            views=None if self.views is None else self.views.on(device),
             slots=tuple(self.slots),
         )
         if len(tables) > 1:

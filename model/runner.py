@@ -142,16 +142,14 @@ class TorchRunner:
 
     def _compute(self, packed: PackedStep, newest: SampledTokens | None) -> tuple[Tensor, Tensor]:
         """Return the hidden states of all tokens, and which of them are sampled after."""
-        # Graphs are recorded for rows without views of their own.
-        graphs = self._graphs if packed.views is None else None
-        padded = graphs.pad(packed) if graphs is not None else None
+        padded = self._graphs.pad(packed) if self._graphs is not None else None
         step = (padded or packed).on(self._device)
         if len(packed.pending):
             assert newest is not None, "a token is pending that no step samples"
             tokens = newest.tokens[step.pending_from]
             step.token_ids.index_copy_(0, step.pending, tokens)
-        if graphs is not None and padded is not None:
-            return graphs.run(step), step.sampled
+        if self._graphs is not None and padded is not None:
+            return self._graphs.run(step), step.sampled
         self._attention.plan(step.batch)
         positions, views = step.batch.positions, step.batch.views
         if views is not None:

@@ -33,7 +33,7 @@ from model.architectures.transformer import Transformer
 from model.attention import flash
 from model.attention.interface import AttentionBatch
 from model.cuda.decoder import GpuDecoder
-from model.cuda.ops import GpuOps
+from model.cuda.ops import GpuOps, SinkQueries
 from model.kv.format import float_format
 from model.kv.pool import KVPool
 from model.ops import TorchOps
@@ -66,8 +66,10 @@ class FusedOps(TorchOps):
         positions: Tensor,
         cos_sin: Tensor,
         pages: tuple[Tensor, Tensor, Tensor],
+        sinks: SinkQueries | None = None,
     ) -> None:
         """See `GpuOps`."""
+        assert sinks is None, "FlashAttention reads all keys"
         self.apply_rope(q, k, positions, cos_sin)
         for cache, new in zip(pages[:2], (k, v), strict=True):
             cache.flatten(0, 1).index_copy_(0, pages[2], new)

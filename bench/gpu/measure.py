@@ -32,7 +32,13 @@ from cases import Case, Limits, case_of, seconds
 
 from configs.schema import ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.attention.interface import FEW_QUERIES, AttentionBatch, AttentionSpec, PagedAttention
+from model.attention.interface import (
+    FEW_QUERIES,
+    AttentionBatch,
+    AttentionSpec,
+    PagedAttention,
+    RowViews,
+)
 from model.attention.registry import choose_backend
 from model.interface import (
     Constraint,
@@ -46,6 +52,7 @@ from model.interface import (
 )
 from model.kv.format import CODED_FORMATS, KVFormat, KVLayout, float_format
 from model.kv.pool import KVPool
+from model.packing import NO_WINDOW
 from scheduler.engine import Engine
 from scheduler.messages import GenerateRequest, Submit
 
@@ -85,8 +92,13 @@ def attention(
     context: int,
     queries: int,
     kv_format: KVFormat | None = None,
+    *,
+    has_views: bool = False,
 ) -> tuple[float, int]:
-    """Time a backend over layers too many for the cache to hold: (seconds, bytes it must read)."""
+    """Time a backend over layers too many for the cache to hold: (seconds, bytes it must read).
+
+    `has_views`: as in a recorded step, whose rows may have views and have none here.
+    """
     device, dtype = case.device, case.dtype
     heads, kv_heads, head_dim = case.heads
     stored = kv_format or float_format(dtype)
@@ -111,6 +123,7 @@ def attention(
         kv_slots=slots.flatten(),
         max_query_len=queries,
         max_seq_len=context,
+        views=plain_views(positions.flatten(), rows) if has_views else None,
     )
     backend: Any = offer.build(spec, pool)
     q, k = (
@@ -118,16 +131,26 @@ def attention(
         for each_heads in (heads, kv_heads)
     )
 
+    sink_q = q if has_views else None
+
     def compute() -> Tensor:
         backend.plan(batch)
         found = q
         for layer in range(layers):
             # Where it can, without the write of the step's own keys.
             read = isinstance(backend, PagedAttention)
-            found = backend.read(layer, q) if read else backend.attend(layer, q, k, k)
+            rest = (sink_q,) if read else (k, k, sink_q)
+            found = (backend.read if read else backend.attend)(layer, q, *rest)
         return found
 
     return seconds(device, case.record()(compute)) / layers, num_bytes
+
+
+def plain_views(positions: Tensor, num_rows: int) -> RowViews:
+    """Return the views of rows that have none of their own."""
+    sinks = torch.zeros(num_rows, dtype=torch.int32, device=positions.device)
+    windows = torch.full_like(sinks, NO_WINDOW)
+    return RowViews(sinks, windows, torch.full_like(positions, -1), has_sinks=True)
 
 
 def measure_attention(report: Report) -> None:
@@ -141,6 +164,13 @@ def measure_attention(report: Report) -> None:
     for name, (rows, context) in product(case.backends, case.sizes.drafts):
         with report.finding(f"draft attention, {name}, {rows} x {context}, 8 queries") as what:
             taken_s, num_bytes = attention(case, name, rows, context, FEW_QUERIES)
+            share = num_bytes / taken_s / limits.copy_bytes_per_s
+            report.add(what, taken_s * 1e6, "us a layer", share=share)
+    for rows, context in case.sizes.decodes:
+        with report.finding(f"decode attention with views as inputs, {rows} x {context}") as what:
+            taken_s, num_bytes = attention(
+                case, case.backends[-1], rows, context, 1, has_views=True
+            )
             share = num_bytes / taken_s / limits.copy_bytes_per_s
             report.add(what, taken_s * 1e6, "us a layer", share=share)
     for kv_format, (rows, context) in product(CODED_FORMATS, case.sizes.coded):

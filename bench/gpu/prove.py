@@ -18,146 +18,47 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cases import REHEARSAL, Case, case_of
+from scenes import BF16, Scene, close
 
-from configs.schema import ModelSection, OctavoConfig, SchedulerSection
+from cache.view import View
+from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.attention.interface import FEW_QUERIES, AttentionBackend, AttentionBatch, AttentionSpec
-from model.attention.reference import ReferenceAttention
+from model.attention.interface import FEW_QUERIES
 from model.attention.registry import choose_backend
 from model.cuda.coded_linear import pack_codes
 from model.cuda.ops import GpuOps
 from model.interface import SamplingParams
-from model.kv.format import CODED_FORMATS, KVFormat, float_format
-from model.kv.pool import KVPool
+from model.kv.format import CODED_FORMATS, KV_FORMATS
 from model.ops import Ops, TorchOps
 from model.weights.checkpoints.coded_matrix import CodedMatrix
 from scheduler.engine import Engine
 from scheduler.messages import GenerateRequest, Submit
 
-CPU = torch.device("cpu")
-BF16 = torch.bfloat16
-#: Relative to the largest value, for bfloat16 operands.
-TOLERANCE = 2e-2
 DECODES = ((1, 1), (1, 64), (1, 65), (1, 1000), (1, 5003))
 #: Rows of a token and its draft.
 DRAFTS = ((8, 8), (3, 64), (1, 65), (5, 1000), (8, 5003))
 MIXED = ((1, 300), (1, 17), (200, 200), (129, 700), (2, 64))
+#: Of rows: both kernels meet the first position in view, and a tile with the last sinks in it.
+VIEWS = (View(4, 60), View(70, 630), View(0, 64))
+#: In whose pages the bits of rows are compared.
+ROW_FORMATS = ("bfloat16", "int8", "int4")
+#: Of the whole engine: settings of the pages, and of drafts.
+RUNS: tuple[tuple[str, dict[str, str], str], ...] = (
+    ("floats", {}, "none"),
+    ("with drafts", {}, "auto"),
+    ("in view", {"kv_policy": "sinks:4+64"}, "none"),
+    ("int8 pages in view", {"kv_cache_dtype": "int8", "kv_policy": "sinks:4+64"}, "none"),
+)
 #: The model whose tokens are compared.
 TINY = REHEARSAL.path
-
-
-class Scene:
-    """A pool with a past, and a step over it, on two devices."""
-
-    def __init__(
-        self,
-        rows: tuple[tuple[int, int], ...],
-        head_dim: int,
-        page_size: int,
-        window: int | None = None,
-        kv_format: KVFormat | None = None,
-    ) -> None:
-        """`kv_format`: of the pages; None: the floats of queries."""
-        generator = torch.Generator().manual_seed(0)
-        self.heads, self.kv_heads, self.head_dim = 8, 2, head_dim
-        self.window, self.page_size, self.kv_format = window, page_size, kv_format
-        needs = [-(-end // page_size) for _, end in rows]
-        pages = torch.randperm(sum(needs) + 1, generator=generator).int()
-        table = torch.full((len(rows), max(needs)), int(pages[-1]), dtype=torch.int32)
-        slots, done = [], 0
-        for row, (count, end) in enumerate(rows):
-            table[row, : needs[row]] = pages[done : done + needs[row]]
-            done += needs[row]
-            at = torch.arange(end - count, end)
-            slots.append(table[row, at // page_size].long() * page_size + at % page_size)
-        self.past = torch.randn(
-            2, len(pages), page_size, self.kv_heads, head_dim, generator=generator
-        ).to(BF16)
-        self.kv_slots = torch.cat(slots)
-        self.qkv = torch.randn(len(self.kv_slots), 12, head_dim, generator=generator).to(BF16)
-        starts = torch.tensor([0, *(count for count, _ in rows)]).cumsum(0).int()
-        lens = torch.tensor([end for _, end in rows]).int()
-        longest = max(count for count, _ in rows), max(end for _, end in rows)
-        positions = torch.cat([torch.arange(end - count, end) for count, end in rows])
-        self.parts = starts, lens, table, positions, longest
-
-    @cached_property
-    def wanted(self) -> tuple[Tensor, list[Tensor]]:
-        """Return the expected result, in float64 on the CPU, and the bytes of the pages."""
-        spec, pool, batch = self.on(CPU, torch.float64)
-        backend = ReferenceAttention(spec, pool, torch.float64)
-        backend.plan(batch)
-        return backend.attend(0, *self.split(CPU, torch.float64)), stored_bytes(pool)
-
-    def found(
-        self, name: str, case: Case, *, is_recorded: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the result of a backend, as float64 on the CPU, and the bytes of the pages."""
-        spec, pool, batch = self.on(case.device, BF16)
-        backend: AttentionBackend = choose_backend(name, spec).build(spec, pool)
-        q, k, v = self.split(case.device, BF16)
-
-        def compute() -> Tensor:
-            backend.plan(batch)
-            return backend.attend(0, q, k, v)
-
-        if is_recorded:
-            replay = case.record()(compute)
-            replay().zero_()
-            return replay().cpu().double(), stored_bytes(pool)
-        return compute().cpu().double(), stored_bytes(pool)
-
-    def split(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the step's queries, keys and values."""
-        q, k, v = self.qkv.to(device, dtype).split((8, 2, 2), dim=1)  # type: ignore[no-untyped-call] # torch's
-        return q, k, v
-
-    def on(
-        self, device: torch.device, dtype: torch.dtype
-    ) -> tuple[AttentionSpec, KVPool, AttentionBatch]:
-        """Return the model, the pages with the past, and the step, on a device."""
-        scale, windows = self.head_dim**-0.5, (self.window,)
-        heads = self.heads, self.kv_heads, self.head_dim
-        stored = self.kv_format or float_format(dtype)
-        spec = AttentionSpec(1, *heads, scale, windows, dtype, stored, device)
-        pool = KVPool(spec.layout(self.page_size), self.past.shape[1], device)
-        slots = torch.arange(pool.num_pages * self.page_size, device=device)
-        pool.store(0, slots, *self.past.flatten(1, 2).to(device))
-        starts, lens, table, positions, longest = self.parts
-        batch = AttentionBatch(
-            query_starts=starts.to(device),
-            seq_lens=lens.to(device),
-            block_table=table.to(device),
-            positions=positions.to(device),
-            kv_slots=self.kv_slots.to(device),
-            max_query_len=longest[0],
-            max_seq_len=longest[1],
-        )
-        return spec, pool, batch
-
-
-def stored_bytes(pool: KVPool) -> list[Tensor]:
-    """Return the bytes of codes and scales, on the CPU."""
-    keys, values, scales = pool.pages(0)
-    return [plane.cpu().view(torch.uint8) for plane in (keys, values, *scales)]
-
-
-def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> str:
-    """Describe the error relative to the largest value; raise if it is too large."""
-    error = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
-    # Written so that NaN fails.
-    if not error < tolerance:
-        raise AssertionError(f"off by {error:.2g}")
-    return f"off by {error:.2g}"
 
 
 def attention_checks(case: Case) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -195,10 +96,30 @@ def format_checks(case: Case) -> Iterator[tuple[str, Callable[[], str]]]:
         yield f"pages of {kv_format.name} {kind}", check
 
 
-def check_rows(case: Case) -> str:
+def view_checks(case: Case) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield checks of rows with views of their own, over floats and codes."""
+    kinds = (("draft", DRAFTS), ("mixed", MIXED))
+    formats = (None, *CODED_FORMATS)
+    for kv_format, view, (kind, rows) in itertools.product(formats, VIEWS, kinds):
+        scene = Scene(rows, 128, 16, kv_format=kv_format, view=view)
+
+        def check(scene: Scene = scene, kind: str = kind) -> str:
+            name, wanted = case.backends[-1], scene.wanted[0]
+            result = close(scene.found(name, case)[0], wanted)
+            if kind == "mixed":
+                return result
+            replayed, _ = scene.found(name, case, is_recorded=True)
+            return f"{result}; replayed {close(replayed, wanted)}"
+
+        format_name = kv_format.name if kv_format else "floats"
+        yield f"view {view.sinks}+{view.window} {format_name} {kind}", check
+
+
+def check_rows(case: Case, format_name: str) -> str:
     """Check that in Triton's kernels a query has the same bits alone and in a row of several."""
     num_rows, end = 8, 5003
-    scene = Scene(((FEW_QUERIES, end),) * num_rows, 128, 16, None)
+    kv_format = KV_FORMATS[format_name]
+    scene = Scene(((FEW_QUERIES, end),) * num_rows, 128, 16, kv_format=kv_format)
     spec, pool, batch = scene.on(case.device, BF16)
     backend = choose_backend(case.backends[-1], spec).build(spec, pool)
     q, k, v = scene.split(case.device, BF16)
@@ -275,7 +196,9 @@ def check_codes(case: Case) -> str:
     return ", ".join(results)
 
 
-def tokens_of(device: str, backend: str, speculation: str = "none") -> list[list[int]]:
+def tokens_of(
+    device: str, backend: str, speculation: str = "none", **cache: str
+) -> list[list[int]]:
     """Return the answers of a small model in float32 to concurrent requests.
 
     The clock advances at each reading, so that the steps do not depend on the machine's load.
@@ -289,6 +212,7 @@ def tokens_of(device: str, backend: str, speculation: str = "none") -> list[list
                 "attention_backend": backend,
             }
         ),
+        cache=CacheSection.model_validate(cache),
         scheduler=SchedulerSection.model_validate(
             {
                 "max_num_seqs": 9,
@@ -300,6 +224,8 @@ def tokens_of(device: str, backend: str, speculation: str = "none") -> list[list
     )
     runner = build.make_runner(build.resolve_source(f"dummy:{TINY}"), config)
     ticks = itertools.count(1.0)
+    policy = config.cache.policy
+    view = View(policy.sinks, policy.window or None)
     engine = Engine(runner, config.scheduler, lambda: next(ticks), lambda _: None)
     tokens: list[list[int]] = [[] for _ in range(9)]
     for number in range(9):
@@ -313,7 +239,7 @@ def tokens_of(device: str, backend: str, speculation: str = "none") -> list[list
             ignore_eos=True,
         )
         prompt = tuple(3 + (7 * number + at) % 500 for at in range(1 + 12 * number))
-        engine.handle(Submit(number, GenerateRequest(prompt, params)))
+        engine.handle(Submit(number, GenerateRequest(prompt, params, view=view)))
     while engine.has_work:
         result = engine.step()
         for number, token in zip(result.request_ids, result.token_ids, strict=True):
@@ -327,14 +253,17 @@ def check_tokens(case: Case) -> str:
     """Check that graphs, padding, overlap, drafts and sampling give the tokens of a CPU."""
     # In float32, which the last of them can do.
     device, backend = case.device.type, case.backends[-1]
-    wanted, found = tokens_of("cpu", "reference"), tokens_of(device, backend)
-    if found != tokens_of(device, backend):
+    if tokens_of(device, backend) != tokens_of(device, backend):
         raise AssertionError("a second run gives other tokens")
-    results = []
-    for name, tokens in (("", found), ("with drafts ", tokens_of(device, backend, "auto"))):
+    results, wanted = [], list[list[int]]()
+    for name, cache, speculation in RUNS:
+        # Drafts change no token.
+        if speculation == "none":
+            wanted = tokens_of("cpu", "reference", **cache)
+        tokens = tokens_of(device, backend, speculation, **cache)
         same = sum(a == b for a, b in zip(wanted, tokens, strict=True))
         firsts = sum(a[0] == b[0] for a, b in zip(wanted, tokens, strict=True))
-        results.append(f"{name}{same} of 9 requests alike")
+        results.append(f"{name}: {same} of 9 requests alike")
         # Sums in another order may turn a near tie: a mistake would turn nearly all.
         if firsts < 8 or same < 7:
             raise AssertionError(f"{results[-1]}, {firsts} of their first tokens")
@@ -350,7 +279,8 @@ def main() -> int:
     checks: list[tuple[str, Callable[[], str]]] = [
         *attention_checks(case),
         *format_checks(case),
-        ("rows", partial(check_rows, case)),
+        *view_checks(case),
+        *((f"rows {name}", partial(check_rows, case, name)) for name in ROW_FORMATS),
         ("operations", partial(check_ops, case)),
         ("codes", partial(check_codes, case)),
         ("tokens", partial(check_tokens, case)),

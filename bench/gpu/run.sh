@@ -53,7 +53,7 @@ python3 -c 'import flash_attn_interface; print("FlashAttention-3 loads")' ||
 if [[ $device == cpu ]]; then
     echo "a rehearsal: CUDA graphs, FlashAttention and Triton are not run (torch stands in for them);"
     echo "Triton's kernels are compiled, and FlashAttention-3 is called with tensors without memory"
-    part kernels 100 python3 tests/model/cuda/compile_kernels.py 90
+    part kernels 100 python3 tests/model/cuda/compile_kernels.py --all 90
     part dtypes 60 python3 $here/dtypes.py
 fi
 

@@ -37,21 +37,26 @@ def cos_sin_table(
     return table if factor == 1 else table.mul_(factor)
 
 
-def cos_sin_rows(
-    spec: RopeSpec, table: Tensor, positions: Tensor, frequency_factors: Tensor | None = None
+def late_frequencies(
+    spec: RopeSpec, num_held: int, frequency_factors: Tensor | None = None
 ) -> Tensor:
+    """Return float64 `[rotary_dim / 2]`: radians a position, behind a table of `num_held`.
+
+    A float32 has too few digits for the angle of a late position.
+    """
+    frequencies = inverse_frequencies(spec, num_held).double()
+    return frequencies if frequency_factors is None else frequencies / frequency_factors
+
+
+def cos_sin_rows(spec: RopeSpec, table: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
     """Return the rows of these positions, some of which may be behind the end of their table.
 
-    Those are computed in float64: a float32 has too few digits for the angle of a late position.
+    `frequencies` are those of `late_frequencies`. On a GPU this does not wait for the device.
     """
-    frequencies = inverse_frequencies(spec, len(table)).double()
-    if frequency_factors is not None:
-        frequencies = frequencies / frequency_factors
     angles = positions[:, None].double() * frequencies
-    rows = torch.cat((angles.cos(), angles.sin()), dim=1).mul_(attention_factor(spec)).float()
-    is_held = positions < len(table)
-    rows[is_held] = table[positions[is_held]]
-    return rows
+    late = torch.cat((angles.cos(), angles.sin()), dim=1).mul_(attention_factor(spec)).float()
+    held = table[positions.clamp(max=len(table) - 1)]
+    return torch.where((positions < len(table))[:, None], held, late)
 
 
 def inverse_frequencies(spec: RopeSpec, max_positions: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.architectures.arch import Activation, ArchSpec, DecoderShape, LayerSpec, NormPlace
-from model.architectures.rope import cos_sin_rows, cos_sin_table
+from model.architectures.rope import cos_sin_rows, cos_sin_table, late_frequencies
 from model.attention.interface import AttentionBackend, AttentionSpec, RowViews
 from model.kv.format import KVFormat
 from model.ops import Ops
@@ -170,11 +170,13 @@ class Transformer:
         self.bytes_per_position = 4 * arch.rope.rotary_dim
         self._ops = ops
         self._cos_sin: Tensor | None = None
+        self._late_frequencies: Tensor | None = None
 
     def hold_positions(self, max_positions: int) -> None:
         """See `ServedDecoder`."""
-        table = cos_sin_table(self.arch.rope, max_positions, self.weights.rope_factors)
-        self._cos_sin = table.to(self.device)
+        rope, factors = self.arch.rope, self.weights.rope_factors
+        self._cos_sin = cos_sin_table(rope, max_positions, factors).to(self.device)
+        self._late_frequencies = late_frequencies(rope, max_positions, factors).to(self.device)
 
     @property
     def cos_sin(self) -> Tensor:
@@ -205,9 +207,13 @@ class Transformer:
         """Return a table of angles, and the rows of these positions in it."""
         if int(positions.max()) < len(self.cos_sin):
             return self.cos_sin, positions
-        factors = self.weights.rope_factors
-        rows = cos_sin_rows(self.arch.rope, self.cos_sin, positions, factors)
-        return rows, torch.arange(len(positions))
+        return self.late_angles(positions), torch.arange(len(positions), device=self.device)
+
+    def late_angles(self, positions: Tensor) -> Tensor:
+        """Return the angles of these positions, some of which may be behind the held ones."""
+        table, frequencies = self.cos_sin, self._late_frequencies
+        assert frequencies is not None, "see hold_positions"
+        return cos_sin_rows(self.arch.rope, table, positions, frequencies)
 
     def forward(
         self,

@@ -88,8 +88,9 @@ class FlashAttention(PagedAttention):
         self._cu_seqlens_k = torch.zeros_like(batch.query_starts)
         torch.cumsum(batch.seq_lens, 0, out=self._cu_seqlens_k[1:])
 
-    def read(self, layer: int, q: Tensor) -> Tensor:
-        """See `PagedAttention`."""
+    def read(self, layer: int, q: Tensor, sink_q: Tensor | None = None) -> Tensor:
+        """See `PagedAttention`. No row has a view of its own: see `BackendOffer.reads_views`."""
+        assert sink_q is None, "rows have views of their own"
         assert self._cu_seqlens_k is not None, "attend before plan"
         keys, values, _ = self.pages(layer)
         scale, window = self._spec.scale, self._spec.windows[layer]

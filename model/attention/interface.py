@@ -219,18 +219,30 @@ class PagedAttention(ABC):
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sink_q: Tensor | None = None
     ) -> Tensor:
-        """See `AttentionBackend`. No row has a view of its own: see `BackendOffer.reads_views`."""
-        assert sink_q is None, "rows have views of their own"
+        """See `AttentionBackend`."""
         self.store(layer, k, v)
-        return self.read(layer, q)
+        return self.read(layer, q, sink_q)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write k and v, as of `attend`, to their pages."""
+        """Write k and v, as of `attend`, to their pages.
+
+        In pages of floats a value that is not finite becomes zero, and its key NaN. Of keys
+        that a query does not see kernels mask the scores. But they multiply values by a weight of
+        zero, and NaN there would harm earlier queries of its row.
+        """
+        kv_format = self._pool.layout.format_of(layer)
+        if kv_format.coding is None:
+            v = v.to(kv_format.storage)
+            is_lost = ~v.isfinite().all(-1, keepdim=True)
+            k, v = k.masked_fill(is_lost, torch.nan), v.masked_fill(is_lost, 0.0)
         self._pool.store(layer, self.kv_slots, k, v)
 
     @abstractmethod
-    def read(self, layer: int, q: Tensor) -> Tensor:
-        """Attend to keys and values that are stored, the step's own included."""
+    def read(self, layer: int, q: Tensor, sink_q: Tensor | None = None) -> Tensor:
+        """Attend to keys and values that are stored, the step's own included.
+
+        `sink_q`: as of `attend`; only if `BackendOffer.reads_views`.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,10 @@ class ReferenceAttention:
         wide_values = values.to(self._dtype).repeat_interleave(group, dim=1)
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        # A weight of zero would keep the NaN of a value that a query does not see.
+        is_lost = ~wide_values.isfinite().all(-1)
+        wide_values = wide_values.masked_fill(is_lost[..., None], 0.0)
+        scores = scores.masked_fill(is_lost.T[:, None], torch.nan)
         scores = scores.masked_fill(hidden, -torch.inf)
         if spec.sinks is not None:
             sink = spec.sinks[layer].to(self._dtype)[:, None, None].expand(-1, scores.shape[1], 1)
@@ -166,5 +170,6 @@ def offer(spec: AttentionSpec) -> BackendOffer:
         ReferenceAttention,
         formats=tuple(KV_FORMATS.values()),
         reads_mixed_layers=True,
-        reads_views=True,
+        # Never run elsewhere.
+        reads_views=spec.device.type == "cpu",
     )

@@ -24,31 +24,36 @@ BACKENDS: Mapping[str, Callable[[AttentionSpec], BackendOffer | str]] = MappingP
 )
 
 
-def choose_backend(name: str, spec: AttentionSpec) -> BackendOffer:
+def choose_backend(name: str, spec: AttentionSpec, *, needs_views: bool = False) -> BackendOffer:
     """Return an offer that can serve `spec`: `offer.page_size()`, then a pool, then `build()`.
 
-    Raises ValueError, with the reason, if the requested backend cannot.
+    `needs_views`: whether rows have views of their own by default. Then auto leaves out backends
+    that read all keys. Raises ValueError, with the reason, if the requested backend cannot.
     """
     if name == "auto":
-        return _best(spec)
+        return _best(spec, needs_views=needs_views)
     if name not in BACKENDS:
         raise ValueError(f"attention_backend must be auto or one of {', '.join(BACKENDS)}")
-    offer = _offer(name, spec)
+    offer = _offer(name, spec, needs_views=needs_views)
     if isinstance(offer, str):
         message = f"attention_backend {name} is not available: {offer}"
         raise ValueError(message)  # noqa: TRY004 - the setting is at fault, not a type
     return offer
 
 
-def _offer(name: str, spec: AttentionSpec) -> BackendOffer | str:
+def _offer(name: str, spec: AttentionSpec, *, needs_views: bool) -> BackendOffer | str:
     offer = BACKENDS[name](spec)
-    return offer if isinstance(offer, str) else offer.why_not(spec) or offer
+    if isinstance(offer, str):
+        return offer
+    if needs_views and not offer.reads_views:
+        return "it reads all keys, and kv_policy hides some"
+    return offer.why_not(spec) or offer
 
 
-def _best(spec: AttentionSpec) -> BackendOffer:
+def _best(spec: AttentionSpec, *, needs_views: bool) -> BackendOffer:
     notes: list[str] = []
     for name in ("flash", "triton") if spec.device.type == "cuda" else ("cpu",):
-        offer = _offer(name, spec)
+        offer = _offer(name, spec, needs_views=needs_views)
         if not isinstance(offer, str):
             return dataclasses.replace(offer, notes=(*notes, *offer.notes))
         notes.append(f"attention backend {name} not available: {offer}")

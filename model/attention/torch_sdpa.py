@@ -175,13 +175,17 @@ class TorchAttention:
         if group.view is not None and group.view.num_sinks:
             assert sink_q is not None, "queries towards sinks are missing"
             moved = self._packed(group, sink_q)
-        if spec.beyond_softmax or moved is not None:
+        # A single query sees its newest key, and torch adds masks to scores, which keeps NaN.
+        is_finite = num_queries == 1 or all(bool(one.isfinite().all()) for one in planes)
+        if spec.beyond_softmax or moved is not None or not is_finite:
             scores = self._scores(packed, keys)
             if moved is not None and group.view is not None:
                 sinks = slice(group.view.num_sinks)
                 is_moved = group.view.is_moved.repeat(heads_each, 1)
                 to_sinks = self._scores(moved, keys[:, :, sinks])
                 scores[..., sinks] = torch.where(is_moved, to_sinks, scores[..., sinks])
+            if not is_finite:
+                values = _contain(scores, values)
             attended = self._spelled_out(layer, scores, values, mask).to(q.dtype)
         else:
             attended = functional.scaled_dot_product_attention(
@@ -216,6 +220,16 @@ class TorchAttention:
         return weights @ values.float()
 
 
+def _contain(scores: Tensor, values: Tensor) -> Tensor:
+    """Return finite values, and mark the scores of others, which a mask hides from queries.
+
+    A weight of zero would keep a NaN.
+    """
+    is_lost = ~values.isfinite().all(-1)
+    scores.masked_fill_(is_lost.unsqueeze(2), torch.nan)
+    return values.masked_fill(is_lost.unsqueeze(3), 0.0)
+
+
 def bounded_rows(batch: AttentionBatch) -> list[int]:
     """Return the rows whose views hide keys."""
     if batch.views is None:
@@ -226,7 +240,6 @@ def bounded_rows(batch: AttentionBatch) -> list[int]:
 
 def offer(spec: AttentionSpec) -> BackendOffer:
     """Offer it for any model on any device."""
-    del spec
     return BackendOffer(
         "torch",
         1,
@@ -234,5 +247,6 @@ def offer(spec: AttentionSpec) -> BackendOffer:
         TorchAttention,
         formats=(*FLOAT_FORMATS, *CODED_FORMATS),
         reads_mixed_layers=True,
-        reads_views=True,
+        # Never run elsewhere.
+        reads_views=spec.device.type == "cpu",
     )

@@ -21,7 +21,6 @@ from model.attention.interface import (
 )
 from model.cuda.ops import power_of_two, why_not_ampere
 from model.extras import why_missing
-from model.kv.codes import hadamard
 from model.kv.format import CODED_FORMATS, FLOAT_FORMATS
 from model.kv.pool import KVPool
 
@@ -36,6 +35,8 @@ _MIN_LANES, _MAX_LANES = 16, 32
 #: Programs a multiprocessor should have to choose from, so that loads overlap.
 _PROGRAMS_EACH = 4
 _MAX_SPLITS = 64
+#: Heads that a program rotates.
+_HEADS_EACH = 8
 #: Larger than any sequence, and than any sum of it with one still an int32.
 _NO_WINDOW = 2**30
 #: Of the multiprocessors where there is no GPU to ask: enough for the interpreter to split.
@@ -60,8 +61,7 @@ class TritonAttention(PagedAttention):
     of prompts: its number of queries alone decides. With 16-bit dtypes and as many splits, the
     decode kernel gives a query the same bits for any number of queries in its row. The number of
     splits depends on the number of rows and the length of the longest. Between the kernels, and
-    between numbers of splits, results differ by rounding. So do rotated queries, a
-    product of torch, between numbers of tokens.
+    between numbers of splits, results differ by rounding.
     """
 
     name = "triton"
@@ -72,9 +72,16 @@ class TritonAttention(PagedAttention):
 
         super().__init__(spec, pool)
         self._kernels = triton_kernels
-        self._store_kernel = triton_code_kernels.store_kernel
-        #: Turns queries to meet the rotated keys of codes, and results back.
-        self._rotation = hadamard(torch.eye(spec.head_dim)).to(spec.device, spec.dtype)
+        self._code_kernels = triton_code_kernels
+        # The same blocks as in `hadamard`.
+        block = spec.head_dim & -spec.head_dim
+        #: Constants of the kernels that rotate.
+        self._rotation = {
+            "HEAD_DIM": spec.head_dim,
+            "DIM_BLOCK": power_of_two(spec.head_dim),
+            "STAGES": block.bit_length() - 1,
+            "FACTOR": block**-0.5,
+        }
         self._scratch: tuple[Tensor, Tensor] | None = None
         self._num_splits = self._queries = 1
         is_cuda = spec.device.type == "cuda"
@@ -104,21 +111,42 @@ class TritonAttention(PagedAttention):
             partial = torch.empty(*shape, spec.head_dim, device=spec.device)
             self._scratch = partial, torch.empty(shape, device=spec.device)
 
-    def read(self, layer: int, q: Tensor) -> Tensor:
+    def read(self, layer: int, q: Tensor, sink_q: Tensor | None = None) -> Tensor:
         """See `PagedAttention`."""
         batch, spec = self._batch, self._spec
+        assert sink_q is not None or not batch.has_sinks, "queries towards sinks are missing"
         coding = self._pool.layout.format_of(layer).coding
         is_rotated = coding is not None and coding.is_rotated
         if is_rotated:
-            q = q @ self._rotation
+            q, sink_q = self._rotated(q), None if sink_q is None else self._rotated(sink_q)
         out = torch.empty(len(q), spec.num_heads * spec.head_dim, dtype=q.dtype, device=q.device)
+        queries = q, q if sink_q is None else sink_q.contiguous()
         has_prompts = batch.max_query_len > FEW_QUERIES
         if has_prompts:
-            self._read_prompts(layer, q, batch, out)
+            self._read_prompts(layer, queries, batch, out)
         # Each kernel skips the other's rows: the host does not have the rows' lengths.
         if not has_prompts or len(batch.seq_lens) > 1:
-            self._read_decodes(layer, q, batch, out)
-        return (out.view_as(q) @ self._rotation).flatten(1) if is_rotated else out
+            self._read_decodes(layer, queries, batch, out)
+        return self._rotated(out.view_as(q)).flatten(1) if is_rotated else out
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """Return queries that meet the rotated keys of codes, or results turned back.
+
+        `[tokens, heads, head_dim]` as `hadamard` defines it: no vector depends on another.
+        """
+        tokens, heads, _ = x.shape
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self._code_kernels.rotate_kernel[(tokens, -(-heads // _HEADS_EACH))](
+            x,
+            out,
+            x.stride(0),
+            x.stride(1),
+            NUM_HEADS=heads,
+            HEADS_EACH=_HEADS_EACH,
+            num_warps=1,
+            **self._rotation,
+        )
+        return out
 
     def _kind(self, layer: int) -> str:
         """Return the kind of a layer's pages, as the kernels name it."""
@@ -131,10 +159,8 @@ class TritonAttention(PagedAttention):
         if kind == "floats":
             super().store(layer, k, v)
             return
-        tokens, heads, head_dim = k.shape
-        # The same blocks as in `hadamard`.
-        block = head_dim & -head_dim
-        self._store_kernel[(tokens, heads, 2)](
+        tokens, heads, _ = k.shape
+        self._code_kernels.store_kernel[(tokens, heads, 2)](
             k,
             v,
             self.kv_slots,
@@ -143,14 +169,11 @@ class TritonAttention(PagedAttention):
             k.stride(1),
             v.stride(0),
             v.stride(1),
-            HEAD_DIM=head_dim,
-            DIM_BLOCK=power_of_two(head_dim),
             KIND=kind,
-            STAGES=block.bit_length() - 1,
-            FACTOR=block**-0.5,
             num_warps=1,
             # A fused product and sum rounds once where the definition rounds twice.
             enable_fp_fusion=False,
+            **self._rotation,
         )
 
     def _planes(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -164,11 +187,14 @@ class TritonAttention(PagedAttention):
 
     def _shared_arguments(self, layer: int, q: Tensor) -> tuple[object, ...]:
         """Return the arguments from `table_ptr` to `table_stride`, which both kernels take."""
-        batch, spec = self._batch, self._spec
+        batch, spec, views = self._batch, self._spec, self._batch.views
         return (
             batch.block_table,
             batch.seq_lens,
             batch.query_starts,
+            # Not read where there are no views.
+            batch.seq_lens if views is None else views.sinks,
+            batch.seq_lens if views is None else views.windows,
             spec.scale * math.log2(math.e),
             spec.windows[layer] or _NO_WINDOW,
             q.stride(0),
@@ -191,9 +217,12 @@ class TritonAttention(PagedAttention):
             "KIND": kind,
             "DOT_DTYPE": _triton_dtype(self._dot_dtype),
             "WEIGHT_DTYPE": _triton_dtype(torch.bfloat16 if is_narrow else self._dot_dtype),
+            "HAS_VIEWS": self._batch.views is not None,
         }
 
-    def _read_decodes(self, layer: int, q: Tensor, batch: AttentionBatch, out: Tensor) -> None:
+    def _read_decodes(
+        self, layer: int, queries: tuple[Tensor, Tensor], batch: AttentionBatch, out: Tensor
+    ) -> None:
         spec, kernels, rows = self._spec, self._kernels, len(batch.seq_lens)
         group = spec.num_heads // spec.num_kv_heads
         lanes = min(max(power_of_two(self._queries * group), _MIN_LANES), _MAX_LANES)
@@ -203,12 +232,12 @@ class TritonAttention(PagedAttention):
         shape = {"QUERIES": self._queries, "NUM_SPLITS": self._num_splits}
         constants = self._shared_constants(layer)
         kernels.decode_kernel[(rows, spec.num_kv_heads * blocks, self._num_splits)](
-            q,
+            *queries,
             *self._planes(layer),
             out,
             partial,
             lse,
-            *self._shared_arguments(layer, q),
+            *self._shared_arguments(layer, queries[0]),
             LANES=lanes,
             num_warps=4,
             num_stages=self._num_stages,
@@ -220,15 +249,17 @@ class TritonAttention(PagedAttention):
             dims = {name: constants[name] for name in ("HEAD_DIM", "DIM_BLOCK")}
             kernels.combine_kernel[grid](partial, lse, out, batch.query_starts, **shape, **dims)
 
-    def _read_prompts(self, layer: int, q: Tensor, batch: AttentionBatch, out: Tensor) -> None:
+    def _read_prompts(
+        self, layer: int, queries: tuple[Tensor, Tensor], batch: AttentionBatch, out: Tensor
+    ) -> None:
         spec = self._spec
         tile = min(max(power_of_two(batch.max_query_len), _MIN_LANES), _MAX_QUERIES)
         grid = -(-batch.max_query_len // tile), spec.num_heads, len(batch.seq_lens)
         self._kernels.prompt_kernel[grid](
-            q,
+            *queries,
             *self._planes(layer),
             out,
-            *self._shared_arguments(layer, q),
+            *self._shared_arguments(layer, queries[0]),
             FEW_QUERIES=FEW_QUERIES,
             QUERY_TILE=tile,
             **self._shared_constants(layer),
@@ -247,7 +278,13 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
         return f"head_dim must be at most {_MAX_HEAD_DIM}, got {spec.head_dim}"
     formats = (*FLOAT_FORMATS, *CODED_FORMATS)
     return BackendOffer(
-        TritonAttention.name, 1, 16, TritonAttention, formats=formats, reads_mixed_layers=True
+        TritonAttention.name,
+        1,
+        16,
+        TritonAttention,
+        formats=formats,
+        reads_mixed_layers=True,
+        reads_views=True,
     )
 
 

@@ -1,8 +1,10 @@
 """Codes of keys and values in Triton: encoding vectors into pages, reading tiles. Needs triton.
 
 Encoding writes the bytes that `model/kv/codes.py` defines, so it repeats its operations in their
-order, in float32; no product may be fused with a sum. Numbers of bfloat16 are int16 here, by their
-bits. A KIND of pages is "floats" or the name of a format with codes. Knows nothing of torch.
+order, in float32; no product may be fused with a sum. Rotation too has the bits of its definition:
+the sums of a product of matrices may depend on the number of vectors. Numbers of bfloat16 are int16
+here, by their bits. A KIND of pages is "floats" or the name of a format with codes. Knows nothing
+of torch.
 """
 
 from __future__ import annotations
@@ -63,14 +65,14 @@ def _steps(x, scale):
 
 
 @triton.jit
-def _hadamard(x, DIM_BLOCK: tl.constexpr, STAGES: tl.constexpr, FACTOR: tl.constexpr):
-    """Return a vector times an orthonormal Hadamard matrix of 2**STAGES rows, block by block."""
+def _hadamard(x, LENGTH: tl.constexpr, STAGES: tl.constexpr, FACTOR: tl.constexpr):
+    """Return `[LENGTH]` times an orthonormal Hadamard matrix of 2**STAGES rows, block by block."""
     for stage in tl.static_range(STAGES):
         # Elements 2**stage apart become sum and difference.
-        pairs = tl.reshape(x, (DIM_BLOCK // (2 << stage), 2, 1 << stage))
+        pairs = tl.reshape(x, (LENGTH // (2 << stage), 2, 1 << stage))
         left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
         turned = tl.permute(tl.join(left + right, left - right), (0, 2, 1))
-        x = tl.reshape(turned, (DIM_BLOCK,))
+        x = tl.reshape(turned, (LENGTH,))
     return x * FACTOR
 
 
@@ -178,6 +180,37 @@ def store_kernel(
             STAGES,
             FACTOR,
         )
+
+
+@triton.jit
+def rotate_kernel(
+    x_ptr,
+    out_ptr,
+    x_token_stride,
+    x_head_stride,
+    NUM_HEADS: tl.constexpr,
+    HEADS_EACH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """Write `[tokens, NUM_HEADS, HEAD_DIM]` after `_hadamard` to other memory, contiguous.
+
+    Grid: tokens, blocks of `HEADS_EACH` heads.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS_EACH + tl.arange(0, HEADS_EACH)
+    dims = tl.arange(0, DIM_BLOCK)
+    mask = (heads < NUM_HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    x_at = token * x_token_stride + heads[:, None] * x_head_stride + dims[None, :]
+    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+    # No block of the matrix reaches into the next head.
+    LENGTH: tl.constexpr = HEADS_EACH * DIM_BLOCK
+    turned = _hadamard(tl.reshape(x, (LENGTH,)), LENGTH, STAGES, FACTOR)
+    turned = tl.reshape(turned, (HEADS_EACH, DIM_BLOCK)).to(out_ptr.dtype.element_ty)
+    out_at = (token * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out_ptr + out_at, turned, mask=mask)
 
 
 @triton.jit

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cache.view import View
 from configs.schema import OctavoConfig, SchedulerSection
 from configs.sizes import format_size
-from model.architectures.transformer import Decoder, ServedDecoder, Transformer
+from model.architectures.transformer import Decoder, ServedDecoder, Transformer, ViewedDecoder
 from model.attention.groups import build_parts, part_of
 from model.attention.interface import AttentionSpec, BackendOffer, PagedAttention
 from model.cuda.decoder import GpuDecoder
@@ -97,16 +98,19 @@ def _runner(parts: GpuParts, info: ModelInfo, sizes: tuple[GraphSize, ...]) -> T
     built = build_parts(parts.offer, parts.spec, *sizes_of_pages, device)
     attention = built.attention
     decoder: Decoder = served
+    viewed: ViewedDecoder | None = None
     # Layers of transformers stay as they are, and may do things that cannot be recorded.
     if isinstance(served, Transformer) and isinstance(part_of(attention, 0)[0], PagedAttention):
-        decoder = GpuDecoder(served, parts.ops) if parts.ops else served
+        fused = GpuDecoder(served, parts.ops) if parts.ops else served
+        decoder, viewed = fused, None if info.why_no_views else fused
     else:
         sizes = ()
     graphs = None
     if sizes:
         plan = GraphPlan(sizes, info.max_model_len, info.page_size, tuple(scratch_pages))
         with torch.inference_mode():
-            graphs = DecodeGraphs(decoder, attention, plan, device, record_on_cuda(device))
+            record = record_on_cuda(device)
+            graphs = DecodeGraphs(decoder, attention, plan, device, record, viewed)
     max_num_seqs = config.scheduler.max_num_seqs
     return TorchRunner(
         info=info,
@@ -118,6 +122,7 @@ def _runner(parts: GpuParts, info: ModelInfo, sizes: tuple[GraphSize, ...]) -> T
         max_num_seqs=max_num_seqs,
         graphs=graphs,
         max_steps_in_flight=_MAX_STEPS_IN_FLIGHT,
+        viewed=viewed,
     )
 
 
@@ -150,6 +155,8 @@ def _measure(parts: GpuParts) -> DeviceUse:
         has_windowed=groups is not None,
     )
     dry_run(runner, step)
+    if not info.why_no_views:
+        dry_run(runner, viewed_step(step))
     after_step = free_bytes()
     # All graphs share the memory of the largest; each takes some of its own.
     first = _runner(parts, info, sizes[-1:])
@@ -180,6 +187,12 @@ def dry_run(runner: TorchRunner, step: StepInput) -> None:
         ]
         for in_flight_step in in_flight_steps:
             in_flight_step.wait()
+
+
+def viewed_step(step: StepInput) -> StepInput:
+    """Return a step in whose rows some keys are hidden, as far as they have three tokens."""
+    view = View(sinks=1, window=1)
+    return replace(step, started=[replace(start, view=view) for start in step.started])
 
 
 def largest_step(

@@ -7,48 +7,81 @@ pages are read (`PagedAttention`) or of the kernels (`GpuOps`).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from model.architectures.transformer import DecoderLayer, Transformer
 from model.attention.groups import part_of
-from model.attention.interface import AttentionBackend, PagedAttention
-from model.cuda.ops import GpuOps
+from model.attention.interface import AttentionBackend, PagedAttention, RowViews
+from model.cuda.ops import GpuOps, SinkQueries
+
+
+class _Rotation(NamedTuple):
+    """The positions of a step's tokens, as rows of a table of angles."""
+
+    rows: Tensor
+    cos_sin: Tensor
+    #: Positions towards sinks, and the table that has them; None: no row has sinks.
+    to_sinks: tuple[Tensor, Tensor] | None = None
 
 
 class GpuDecoder:
-    """See `Decoder`; attention is a `PagedAttention`, or one for each group of layers."""
+    """See `ViewedDecoder`; attention is a `PagedAttention`, or one for each group of layers.
+
+    Nothing here waits for the device.
+    """
 
     def __init__(self, transformer: Transformer, ops: GpuOps) -> None:
         self._transformer = transformer
         self._ops = ops
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """See `Decoder`."""
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: AttentionBackend,
+        views: RowViews | None = None,
+    ) -> Tensor:
+        """See `ViewedDecoder`."""
+        rotation = self._rotation(positions, views)
         return self._transformer.run_layers(
             token_ids,
             self._ops,
-            lambda index, layer, x: self._attend(index, layer, x, positions, attention),
+            lambda index, layer, x: self._attend(index, layer, x, rotation, attention),
         )
+
+    def _rotation(self, positions: Tensor, views: RowViews | None) -> _Rotation:
+        held = self._transformer.cos_sin
+        if views is None:
+            return _Rotation(positions, held)
+        # A table of this step alone, since its positions may be behind the held ones.
+        angles = self._transformer.late_angles(positions)
+        rows = torch.arange(len(positions), device=positions.device)
+        return _Rotation(rows, angles, (views.sink_positions, held) if views.has_sinks else None)
 
     def _attend(
         self,
         index: int,
         layer: DecoderLayer,
         x: Tensor,
-        positions: Tensor,
+        rotation: _Rotation,
         attention: AttentionBackend,
     ) -> Tensor:
         paged, index = part_of(attention, index)
         assert isinstance(paged, PagedAttention), "see assemble_on_gpu"
         q, k, v = self._transformer.qkv(layer, x, self._ops)
-        cos_sin, (keys, values, scales) = self._transformer.cos_sin, paged.pages(index)
+        rows, cos_sin, to_sinks = rotation
+        sinks = None
+        if to_sinks is not None:
+            sinks = SinkQueries(torch.empty(q.shape, dtype=q.dtype, device=q.device), *to_sinks)
+        keys, values, scales = paged.pages(index)
+        pages = None if scales else (keys, values, paged.kv_slots)
+        self._ops.rope_and_store(q, k, v, rows, cos_sin, pages, sinks)
         if scales:
-            self._ops.apply_rope(q, k, positions, cos_sin)
             paged.store(index, k, v)
-        else:
-            pages = keys, values, paged.kv_slots
-            self._ops.rope_and_store(q, k, v, positions, cos_sin, pages)
-        return layer.o(paged.read(index, q))
+        return layer.o(paged.read(index, q, None if sinks is None else sinks.q))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder`."""

@@ -17,9 +17,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from model.architectures.transformer import Decoder
-from model.attention.interface import FEW_QUERIES, AttentionBackend, AttentionBatch
-from model.packing import DeviceStep, PackedStep
+from model.architectures.transformer import Decoder, ViewedDecoder
+from model.attention.interface import FEW_QUERIES, AttentionBackend, AttentionBatch, RowViews
+from model.interface import MAX_BOUNDED_LEN
+from model.packing import NO_WINDOW, DeviceStep, PackedStep
 
 _log = logging.getLogger(__name__)
 
@@ -86,12 +87,40 @@ class GraphPlan:
     scratch_pages: tuple[int, ...]
 
 
+class _RecordedViews:
+    """The views of a recorded step's rows, in the memory that replays read."""
+
+    def __init__(self, max_rows: int, max_tokens: int, device: torch.device) -> None:
+        self._sinks = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._windows = torch.full_like(self._sinks, NO_WINDOW)
+        self._sink_positions = torch.full((max_tokens,), -1, dtype=torch.int64, device=device)
+        self._are_plain = True
+
+    def of(self, size: GraphSize) -> RowViews:
+        """Return those of a size."""
+        rows = self._sinks[: size.rows], self._windows[: size.rows]
+        return RowViews(*rows, self._sink_positions[: size.tokens], has_sinks=True)
+
+    def copy(self, views: RowViews | None) -> None:
+        """Copy the views of a step; None: all rows have the model's own."""
+        if views is not None:
+            self._sinks[: len(views.sinks)].copy_(views.sinks)
+            self._windows[: len(views.windows)].copy_(views.windows)
+            self._sink_positions[: len(views.sink_positions)].copy_(views.sink_positions)
+        elif not self._are_plain:
+            self._sinks.zero_()
+            self._windows.fill_(NO_WINDOW)
+            self._sink_positions.fill_(-1)
+        self._are_plain = views is None
+
+
 class DecodeGraphs:
     """Recorded decodes: they compute hidden states by replay.
 
     A step is padded to the smallest size that has its tokens and its rows, none of which has more
     than `FEW_QUERIES` tokens. The tokens of each row are an input of the graph, and the host's
-    numbers are the largest: any attention backend serves that reads no tensor on the host.
+    numbers are the largest: any attention backend serves that reads no tensor on the host. Views
+    of rows are inputs, too, where a decoder for them is given: else `pad` refuses such steps.
     """
 
     def __init__(
@@ -101,8 +130,11 @@ class DecodeGraphs:
         plan: GraphPlan,
         device: torch.device,
         record: Record,
+        viewed: ViewedDecoder | None = None,
     ) -> None:
+        """Record all steps. `viewed`: the decoder, where requests may have views of their own."""
         self._decoder = decoder
+        self._viewed = viewed
         self._attention = attention
         self._plan = plan
         max_rows = max(size.rows for size in plan.sizes)
@@ -113,12 +145,15 @@ class DecodeGraphs:
         self._decode_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._draft_starts = self._decode_starts.clone()
         self._seq_lens = torch.ones(max_rows, dtype=torch.int32, device=device)
-        shape = max_rows, -(-plan.max_model_len // plan.page_size)
+        # Under a bounded view a text may be longer than the model's context.
+        longest = MAX_BOUNDED_LEN if viewed else plan.max_model_len
+        shape = max_rows, -(-longest // plan.page_size)
         self._tables = [
             torch.full(shape, page, dtype=torch.int32, device=device) for page in plan.scratch_pages
         ]
         for slots, page in zip(self._numbers[2:], plan.scratch_pages, strict=True):
             slots.fill_(page * plan.page_size)
+        self._views = _RecordedViews(max_rows, max_tokens, device)
         began_s = time.perf_counter()
         # The largest first: the others fit into its memory.
         self._replay = {size: record(self._computation(size)) for size in reversed(plan.sizes)}
@@ -136,6 +171,7 @@ class DecodeGraphs:
             kv_slots=kv_slots[0],
             max_query_len=FEW_QUERIES if size.has_drafts else 1,
             max_seq_len=self._plan.max_model_len,
+            views=None if self._viewed is None else self._views.of(size),
         )
         if len(kv_slots) > 1:
             table = self._tables[1][: size.rows]
@@ -144,13 +180,17 @@ class DecodeGraphs:
         def compute() -> Tensor:
             # Recorded too: a plan may compute tensors from the batch's.
             self._attention.plan(batch)
-            return self._decoder.forward(token_ids, positions, self._attention)
+            if self._viewed is None:
+                return self._decoder.forward(token_ids, positions, self._attention)
+            return self._viewed.forward(token_ids, positions, self._attention, batch.views)
 
         return compute
 
     def pad(self, packed: PackedStep) -> PackedStep | None:
         """Return the step as `run` takes it, or None where it was not recorded."""
         if packed.max_query_len > FEW_QUERIES:
+            return None
+        if packed.views is not None and self._viewed is None:
             return None
         has_drafts = not packed.is_decode
         fitting = [
@@ -172,6 +212,7 @@ class DecodeGraphs:
         sources = step.token_ids, batch.positions, *(one.kv_slots for one in batches)
         for target, source in zip(self._numbers, sources, strict=True):
             target[:tokens].copy_(source)
+        self._views.copy(batch.views)
         self._seq_lens[:rows].copy_(batch.seq_lens)
         for table, one in zip(self._tables, batches, strict=True):
             table[:rows, :width].copy_(one.block_table)

@@ -6,6 +6,8 @@ and sm_90; docs/performance.md has the status on GPUs. Knows nothing of weights 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,16 @@ from model.extras import why_missing
 _HEADS_EACH = 8
 #: Gates one program takes.
 _GATES = 1024
+
+
+class SinkQueries(NamedTuple):
+    """A second rotation of some queries: see `RowViews`."""
+
+    #: `[tokens, heads, head_dim]`, contiguous: the results. Others are not written.
+    q: Tensor
+    #: int64 `[tokens]`, rows of `cos_sin`; negative where there is no second rotation.
+    positions: Tensor
+    cos_sin: Tensor
 
 
 class GpuOps:
@@ -84,24 +96,29 @@ class GpuOps:
         positions: Tensor,
         cos_sin: Tensor,
         pages: tuple[Tensor, Tensor, Tensor] | None,
+        sinks: SinkQueries | None = None,
     ) -> None:
         """Rotate q in place; store k, rotated, and v in their pages, without changing either.
 
         `pages` are a layer's keys, its values (`[pages, page_size, kv_heads, head_dim]`) and each
         token's slot in them. None: rotate k in place, too, and do not use v.
+        `sinks`: rotate some queries a second time, too.
         """
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads, half = k.shape[1], cos_sin.shape[1] // 2
         # Without pages the kernel does not use these: any tensors serve as placeholders.
         keys, values, slots = (k, k, positions) if pages is None else pages
-        kv_blocks = -(-num_kv_heads // _HEADS_EACH)
-        num_blocks = -(-num_heads // _HEADS_EACH) + kv_blocks * (1 if pages is None else 2)
+        sink_q, sink_at, sink_cos_sin = sinks or (q, positions, cos_sin)
+        num_blocks = -(-num_heads // _HEADS_EACH) + -(-num_kv_heads // _HEADS_EACH)
         self._kernels.rope_kernel[(num_tokens, num_blocks)](
             q,
             k,
             v,
             positions,
             cos_sin,
+            sink_q,
+            sink_at,
+            sink_cos_sin,
             slots,
             keys,
             values,
@@ -120,6 +137,7 @@ class GpuOps:
             HALF_BLOCK=power_of_two(half),
             HEADS_EACH=_HEADS_EACH,
             STORES=pages is not None,
+            HAS_SINKS=sinks is not None,
             num_warps=2,
         )
 

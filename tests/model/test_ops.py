@@ -12,7 +12,7 @@ from torch import Tensor
 from model.cpu.instruction_sets import ISAS
 from model.cpu.library import load_cpu_library
 from model.cpu.ops import CpuOps
-from model.cuda.ops import GpuOps
+from model.cuda.ops import GpuOps, SinkQueries
 from model.ops import Ops, TorchOps
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -172,3 +172,33 @@ def test_rotation_fused_with_the_write_to_pages(
         assert_close(flat[slots], new.double(), dtype)
         rest = torch.ones(len(flat), dtype=torch.bool).index_fill(0, slots, value=False)
         assert flat[rest].isnan().all(), "wrote elsewhere"
+
+
+def test_a_value_that_is_not_finite_is_stored_as_zero_with_a_key_that_is_not() -> None:
+    """As `PagedAttention.store` does it: a weight of zero would keep NaN."""
+    qkv = random(4, 4, 32)
+    q, k, v = qkv[:, :1], qkv[:, 1:2], qkv[:, 2:3]
+    v[1, 0, 31], v[2, 0, 0] = torch.nan, -torch.inf
+    keys, values = torch.zeros(2, 1, 4, 1, 32)
+    cos_sin, at = random(4, 16, seed=1), torch.arange(4)
+    GpuOps().rope_and_store(q, k, v, at, cos_sin, (keys, values, at))
+    is_lost = torch.tensor([False, True, True, False])
+    assert keys[0].isnan().any(-1).flatten().tolist() == is_lost.tolist()
+    wanted = v[:, 0].masked_fill(is_lost[:, None], 0.0)
+    assert torch.equal(values[0, :, 0], wanted)
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(32, 32), (24, 16)])
+def test_some_queries_are_rotated_a_second_time(head_dim: int, rotary_dim: int) -> None:
+    qkv = random(4, 13, head_dim)
+    q, k, v = qkv[:, :11], qkv[:, 11:12], qkv[:, 12:]
+    cos_sin, held = random(4, rotary_dim, seed=1), random(8, rotary_dim, seed=2)
+    own, to_sinks = torch.arange(4), torch.tensor([-1, 7, 0, -1])
+    turned, wanted = q.clone(), q[1:3].clone()
+    TorchOps().apply_rope(turned, k[:, :0], own, cos_sin)
+    TorchOps().apply_rope(wanted, k[1:3, :0], to_sinks[1:3], held)
+    sinks = SinkQueries(torch.full(q.shape, torch.nan), to_sinks, held)
+    GpuOps().rope_and_store(q, k, v, own, cos_sin, None, sinks)
+    assert_close(q, turned.double(), F32)
+    assert_close(sinks.q[1:3], wanted.double(), F32)
+    assert sinks.q[[0, 3]].isnan().all(), "rotated others"

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cache.view import FULL_VIEW, View
 from model.attention.interface import AttentionBatch, AttentionSpec
 from model.kv.format import KVFormat, LayerPages, float_format
 from model.kv.pool import KVPool
+from model.packing import packed_views
 
 CPU = torch.device("cpu")
 
@@ -50,6 +53,14 @@ def poison(pages: LayerPages, slots: Tensor | None = None) -> None:
         if plane.dtype.is_floating_point and plane.dtype.itemsize > 1:
             flat = plane.flatten(0, 1)
             flat[slice(None) if slots is None else slots] = torch.nan
+
+
+def with_views(batch: AttentionBatch, views: tuple[View, ...]) -> AttentionBatch:
+    """Return a batch whose rows have these views."""
+    rows = np.repeat(np.arange(len(views)), batch.query_starts.diff().cpu().numpy())
+    own = {row: view for row, view in enumerate(views) if view != FULL_VIEW}
+    packed = packed_views(own, rows, batch.positions.cpu().numpy(), batch.seq_lens.cpu().numpy())
+    return replace(batch, views=packed.on(batch.positions.device) if packed else None)
 
 
 @dataclass

@@ -88,6 +88,7 @@ for file in sorted(m.files("octavo")):
     assert done.stdout.split("\n") == [
         "model.attention.triton_code_kernels triton",
         "model.attention.triton_kernels triton",
+        "model.attention.triton_tile_kernels triton",
         "model.cuda.coded_kernels triton",
         "model.cuda.kernels triton",
         "",

@@ -93,10 +93,19 @@ def test_an_offer_builds_what_it_is_named_for(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reads_views"), [("reference", True), ("torch", True), ("triton", False)]
+    ("name", "device", "reads_views"),
+    [
+        ("reference", "cpu", True),
+        ("torch", "cpu", True),
+        ("torch", "cuda", False),
+        ("triton", "cpu", True),
+    ],
 )
-def test_an_offer_states_whether_rows_may_have_views(name: str, reads_views: bool) -> None:
-    assert choose_backend(name, SPEC).reads_views is reads_views
+def test_an_offer_states_whether_rows_may_have_views(
+    name: str, device: str, reads_views: bool
+) -> None:
+    spec = replace(SPEC, device=torch.device(device))
+    assert choose_backend(name, spec).reads_views is reads_views
 
 
 def test_a_page_size_is_a_multiple_of_what_the_backend_asks_for() -> None:
@@ -125,7 +134,7 @@ def test_pages_of_codes_are_for_backends_that_read_them(kv_format: KVFormat) -> 
 
 
 @pytest.mark.parametrize("kv_format", CODED_FORMATS, ids=lambda one: one.name)
-def test_on_cuda_pages_of_codes_go_from_flash_to_triton_with_a_note(
+def test_on_cuda_pages_of_codes_and_views_go_from_flash_to_triton_with_a_note(
     kv_format: KVFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With both offering themselves, as on a GPU."""
@@ -144,6 +153,14 @@ def test_on_cuda_pages_of_codes_go_from_flash_to_triton_with_a_note(
     assert offer.notes == (f"attention backend flash not available: {reason}",)
     with pytest.raises(ValueError, match=f"attention_backend flash is not available: {reason}"):
         choose_backend("flash", coded)
+    # Nor does flash read views of rows, which are the default with another kv_policy.
+    floats = replace(spec, device=cuda)
+    offer = choose_backend("auto", floats, needs_views=True)
+    assert offer.name == "triton"
+    reason = "it reads all keys, and kv_policy hides some"
+    assert offer.notes == (f"attention backend flash not available: {reason}",)
+    with pytest.raises(ValueError, match=f"attention_backend flash is not available: {reason}"):
+        choose_backend("flash", floats, needs_views=True)
     # Pages that are encoded as a whole are for neither.
     assert triton_offer.why_not(replace(spec, kv_format=PAGE_FORMATS[0])).endswith("got kivi4")
 

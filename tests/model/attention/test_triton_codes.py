@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attention_scenes import make_scene, planes_of
 from model.attention.triton_attention import TritonAttention
+from model.kv.codes import hadamard
 from model.kv.format import KV_FORMATS
 from model.kv.pool import KVPool
 
@@ -71,12 +72,19 @@ def test_codes_and_scales_are_the_bytes_of_the_definition(name: str, head_dim: i
         assert torch.equal(found, wanted)
 
 
-def test_a_later_key_that_is_not_finite_harms_no_earlier_query_of_its_row() -> None:
-    scene = make_scene(((3, 20),), num_kv_heads=1, kv_format=KV_FORMATS["int8"]).on(DEVICE)
-    backend = TritonAttention(scene.spec, scene.pool)
-    backend.plan(scene.batch)
-    q, k, v = scene.parts
-    k[2, 0, 5] = v[2, 0, 7] = torch.nan
-    found = backend.attend(0, q, k, v).isfinite()
-    assert found.all(-1).tolist() == [True, True, False]
-    assert not found[2].any()
+@pytest.mark.parametrize(("heads", "head_dim"), [((1, 3), 80), ((3, 3), 32)])
+def test_rotated_queries_have_the_bits_of_the_definition(
+    heads: tuple[int, int], head_dim: int
+) -> None:
+    """Products of matrices have other bits beside other vectors."""
+    kv_heads, group = heads
+    scene = make_scene(
+        ((2, 5), (1, 3)),
+        head_dim=head_dim,
+        num_kv_heads=kv_heads,
+        group=group,
+        kv_format=KV_FORMATS["int8"],
+    ).on(DEVICE)
+    q = scene.parts[0]
+    found = TritonAttention(scene.spec, scene.pool)._rotated(q)
+    assert torch.equal(found, hadamard(q))

@@ -12,23 +12,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_scenes import Scene, make_scene
+from attention_scenes import Scene, make_scene, with_views
+from cache.view import FULL_VIEW, View
 from model.attention import triton_attention
 from model.attention.interface import FEW_QUERIES
 from model.attention.triton_attention import TritonAttention
 from model.kv.format import KV_FORMATS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+#: Queries of a row of the other kernel.
+PROMPT = FEW_QUERIES + 1
 #: A border between tiles of 64 keys is among the last queries, and the window of some begins there.
-LENGTH, WINDOW = 260, 193
+LENGTH, WINDOW = 132, 65
 
 
-def read(scene: Scene, rows: list[tuple[int, int]]) -> list[Tensor]:
+def read(scene: Scene, rows: list[tuple[int, int]], view: View = FULL_VIEW) -> list[Tensor]:
     """Attend rows of (first, number) of the scene's queries; return the result of each row.
 
-    The scene has one row of `FEW_QUERIES` queries, whose keys are stored.
+    The scene has one row, whose keys are stored. Towards sinks stand its queries in reverse.
     """
-    end = int(scene.batch.seq_lens[0]) - FEW_QUERIES
+    end = int(scene.batch.seq_lens[0]) - len(scene.qkv)
     counts = [count for _, count in rows]
     starts = torch.tensor([0, *counts]).cumsum(0)
     batch = replace(
@@ -36,27 +39,33 @@ def read(scene: Scene, rows: list[tuple[int, int]]) -> list[Tensor]:
         query_starts=starts.int().to(DEVICE),
         seq_lens=torch.tensor([end + sum(row) for row in rows]).int().to(DEVICE),
         block_table=scene.batch.block_table.repeat(len(rows), 1),
+        positions=torch.cat([scene.batch.positions[first : first + n] for first, n in rows]),
         max_query_len=max(counts),
         max_seq_len=max(end + sum(row) for row in rows),
     )
     backend = TritonAttention(scene.spec, scene.pool)
-    backend.plan(batch)
+    backend.plan(with_views(batch, (view,) * len(rows)))
     q = scene.parts[0]
-    queries = torch.cat([q[first : first + count] for first, count in rows])
-    found = backend.read(0, queries)
+    both = (torch.cat([one[first : first + n] for first, n in rows]) for one in (q, q.flip(0)))
+    found = backend.read(0, *both)
     return [found[begin:end] for begin, end in pairwise(starts.tolist())]
 
 
 @pytest.mark.parametrize(
-    ("page_size", "heads", "head_dim", "window", "splits", "kv_format"),
+    ("page_size", "heads", "head_dim", "window", "splits", "kv_format", "view"),
     [
-        (16, (1, 3), 32, None, 4, "float32"),
-        (64, (1, 1), 32, WINDOW, 2, "fp8"),
-        (1, (1, 8), 64, None, 2, "float16"),
-        (48, (1, 4), 80, WINDOW, 1, "fp8"),
+        (16, (1, 3), 32, None, 4, "float32", FULL_VIEW),
+        (64, (1, 1), 32, WINDOW, 2, "int8", FULL_VIEW),
+        (1, (1, 8), 32, None, 2, "float16", FULL_VIEW),
+        (48, (1, 4), 80, WINDOW, 1, "fp8", FULL_VIEW),
+        (16, (1, 3), 48, None, 2, "int4", FULL_VIEW),
         # More pairs of a query and a head than one program takes.
-        (256, (1, 12), 32, 3, 1, "float32"),
-        (16, (2, 1), 32, WINDOW, 4, "float32"),
+        (256, (1, 12), 32, 3, 1, "float32", FULL_VIEW),
+        (16, (2, 1), 16, WINDOW, 2, "float32", FULL_VIEW),
+        # From a query in the middle on in view; the last sinks share a tile with other keys.
+        (16, (1, 3), 32, None, 2, "float32", View(70, 56)),
+        (16, (1, 2), 16, 50, 2, "int4", View(70, 56)),
+        (64, (1, 2), 16, None, 1, "float32", View(4, 123)),
     ],
 )
 def test_a_query_has_the_same_bits_in_every_row(
@@ -66,6 +75,7 @@ def test_a_query_has_the_same_bits_in_every_row(
     window: int | None,
     splits: int,
     kv_format: str,
+    view: View,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The interpreter multiplies by BLAS, whose sums depend on the number of rows. On a GPU they do
@@ -73,7 +83,7 @@ def test_a_query_has_the_same_bits_in_every_row(
     monkeypatch.setattr(triton_attention, "_MIN_LANES", triton_attention._MAX_LANES)
     monkeypatch.setattr(triton_attention, "num_splits", lambda *_: splits)
     scene = make_scene(
-        ((FEW_QUERIES, LENGTH),),
+        ((PROMPT, LENGTH),),
         head_dim=head_dim,
         num_kv_heads=heads[0],
         group=heads[1],
@@ -83,12 +93,18 @@ def test_a_query_has_the_same_bits_in_every_row(
     ).on(DEVICE)
     _, k, v = scene.parts
     scene.pool.store(0, scene.batch.kv_slots, k, v)
-    alone = torch.cat(read(scene, [(first, 1) for first in range(FEW_QUERIES)]))
+    alone = torch.cat([read(scene, [(first, 1)], view)[0] for first in range(FEW_QUERIES)])
     assert alone.isfinite().all()
-    # As many queries a row as the kernel is compiled for, and fewer.
-    for rows in ([(0, 2), (7, 1)], [(4, 4), (1, 3)], [(0, 8), (1, 7), (0, 6), (3, 5)]):
-        for (first, count), found in zip(rows, read(scene, rows), strict=True):
-            assert torch.equal(found, alone[first : first + count]), f"{count} queries from {first}"
+    # As many queries a row as the kernel is compiled for, and fewer; alone, and beside a prompt.
+    for rows in (
+        [(0, 2), (7, 1)],
+        [(4, 4), (1, 3)],
+        [(0, 8), (1, 7), (0, 6), (3, 5)],
+        [(5, 2), (0, PROMPT), (6, 1)],
+    ):
+        for (first, count), found in zip(rows, read(scene, rows, view), strict=True):
+            if count < PROMPT:
+                assert torch.equal(found, alone[first : first + count]), f"{count} from {first}"
 
 
 def test_rows_without_a_query_and_tokens_of_no_row_change_no_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import torch
 from steps import step_of
 from torch import Tensor
 
+from cache.view import View
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
 from model.architectures.transformer import Transformer
 from model.attention.interface import PagedAttention
 from model.attention.triton_attention import TritonAttention
-from model.cuda.assembly import dry_run, graph_sizes, largest_step
+from model.cuda.assembly import dry_run, graph_sizes, largest_step, viewed_step
 from model.cuda.decoder import GpuDecoder
+from model.cuda.graphs import DecodeGraphs, GraphPlan, GraphSize
 from model.cuda.ops import GpuOps
 from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart, StepInput
 from model.kv.format import KV_FORMATS
@@ -79,7 +82,14 @@ def test_the_largest_step_has_all_tokens_and_samples_all_rows(
 
 
 def test_the_largest_step_can_be_computed(runner: TorchRunner) -> None:
-    dry_run(runner, largest_step(40, 5, 64, 4, PARAMS))
+    step = largest_step(40, 5, 64, 4, PARAMS)
+    dry_run(runner, step)
+    # Where requests may have views, with such rows too.
+    assert runner._packer.pack(step).views is None
+    dry_run(runner, viewed_step(step))
+    views = runner._packer.pack(viewed_step(step)).views
+    assert views is not None
+    assert views.sinks.tolist() == [1, 0, 0, 0, 0]
     # Every slot has had penalties, so their counts are part of the measured memory.
     assert len(runner._sampler._counts.row_of_slot) == 5
 
@@ -200,3 +210,57 @@ def test_the_fused_decoder_stores_the_codes_of_rotated_keys(runner: TorchRunner)
         found[-1] += [plane.view(torch.uint8) for plane in (keys, values, *scales)]
     for plain, fused in zip(*found, strict=True):
         assert torch.equal(fused, plain)
+
+
+def _step(rows: list[tuple[int, int, int]], started: Sequence[SlotStart] = ()) -> StepInput:
+    """Return rows of (slot, position, tokens), each sampled after its last one."""
+    spans = [RowSpan(position, position, count) for _, position, count in rows]
+    pages = [[1, 2, 3, 4] if slot == 0 else [5, 6] for slot, _, _ in rows]
+    samples = [SampleSpan(row, span.count - 1, 1) for row, span in enumerate(spans)]
+    token_ids = [7 * (at + i) % 300 for _, at, count in rows for i in range(count)]
+    slots = [slot for slot, _, _ in rows]
+    return step_of(token_ids, spans, slots, pages, samples, started=started)
+
+
+def test_views_are_inputs_of_recorded_steps(runner: TorchRunner) -> None:
+    """Rows with and without views, drafts, and positions behind the held ones."""
+    transformer, device = runner._decoder, torch.device("cpu")
+    assert isinstance(transformer, Transformer)
+    transformer.hold_positions(10)
+    spec = transformer.attention_spec(KV_FORMATS["float32"])
+    pool = KVPool(spec.layout(4), 8, device)
+    attention, decoder = TritonAttention(spec, pool), GpuDecoder(transformer, GpuOps())
+    plan = GraphPlan((GraphSize(1, 1), GraphSize(2, 2), GraphSize(3, 2)), 64, 4, (7,))
+    graphs = DecodeGraphs(decoder, attention, plan, device, lambda compute: compute, decoder)
+    recorded = TorchRunner(
+        info=runner.info,
+        decoder=decoder,
+        attention=attention,
+        pool=pool,
+        sampler=runner._sampler,
+        max_num_seqs=5,
+        graphs=graphs,
+        viewed=decoder,
+    )
+    # The queries from position 8 on are in view.
+    view = View(2, 6)
+    prompts = _step(
+        [(0, 0, 12), (1, 0, 2)], [SlotStart(0, PARAMS, [1], view=view), SlotStart(1, PARAMS, [1])]
+    )
+    decodes = (
+        _step([(0, 12, 1), (1, 2, 1)]),
+        _step([(0, 13, 2), (1, 3, 1)]),
+        _step([(1, 4, 1)]),
+        _step([(0, 15, 1)]),
+        _step([(1, 5, 1)]),
+    )
+    for step in (prompts, *decodes):
+        results = []
+        for one in (runner, recorded):
+            packed = one._packer.pack(step)
+            assert (packed.views is not None) == (0 in step.slots)
+            assert (graphs.pad(packed) is None) == (step is prompts)
+            with torch.inference_mode():
+                hidden, sampled = one._compute(packed, None)
+                results.append(transformer.logits(hidden[sampled]))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
