@@ -29,16 +29,17 @@ from model.kv.format import KV_FORMATS, KVFormat
 from model.kv.pool import KVPool
 from model.ops import Ops, TorchOps
 
-HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 9, 3, 64, 16
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 HIDDEN, INTERMEDIATE = 576, 1536
-#: Queries of a row, keys of a row, rows.
+#: Queries of a row, keys of a row, rows. Decodes are in the middle of a page of any format: in some
+#: the last token of a page encodes it.
 CASES = (
-    (1, 256, 1),
-    (1, 4096, 1),
-    (1, 256, 8),
-    (1, 1024, 8),
-    (1, 256, 32),
-    (1, 1024, 32),
+    (1, 288, 1),
+    (1, 4128, 1),
+    (1, 288, 8),
+    (1, 1056, 8),
+    (1, 288, 32),
+    (1, 1056, 32),
     (512, 512, 1),
     (512, 4096, 1),
 )
@@ -74,17 +75,28 @@ def _format_seconds(
 ) -> list[float]:
     """Time all layers with pages in each of the formats; shape: rows, queries and keys of each."""
     rows, count, context = shape
-    num_pages = rows * -(-context // PAGE_SIZE)
-    batch = _batch(rows, count, context, num_pages)
     heads = torch.randn(rows * count, HEADS + 2 * KV_HEADS, HEAD_DIM)
-    parts = heads[:, :HEADS], heads[:, HEADS:-KV_HEADS], heads[:, -KV_HEADS:]
+    parts = _parts(heads)
     calls: list[Callable[[], object]] = []
     for name in formats:
         spec = _spec(num_layers, KV_FORMATS[name])
+        page_size = spec.kv_format.default_page_tokens
+        num_pages = rows * -(-context // page_size)
         attention = CpuAttention(spec, _pool(spec, num_pages), library)
-        attention.plan(batch)
+        table = torch.randperm(num_pages, dtype=torch.int32).view(rows, -1)
+        first = context - count
+        if (num_before := first % page_size) and not spec.kv_format.can_share_heads:
+            # The tokens before, in the same page, have to be on desks.
+            attention.plan(_batch(table, num_before, first, page_size))
+            before = torch.randn(rows * num_before, HEADS + 2 * KV_HEADS, HEAD_DIM)
+            _all_layers(attention, num_layers, _parts(before))
+        attention.plan(_batch(table, count, context, page_size))
         calls.append(partial(_all_layers, attention, num_layers, parts))
     return _shortest(calls)
+
+
+def _parts(heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return heads[:, :HEADS], heads[:, HEADS:-KV_HEADS], heads[:, -KV_HEADS:]
 
 
 def _spec(num_layers: int, kv_format: KVFormat) -> AttentionSpec:
@@ -102,26 +114,30 @@ def _spec(num_layers: int, kv_format: KVFormat) -> AttentionSpec:
 
 
 def _pool(spec: AttentionSpec, num_pages: int) -> KVPool:
-    pool = KVPool(spec.layout(PAGE_SIZE), num_pages, CPU)
-    slots = torch.arange(num_pages * PAGE_SIZE)
-    both = torch.randn(2, len(slots), KV_HEADS, HEAD_DIM)
+    page_size = spec.kv_format.default_page_tokens
+    pool = KVPool(spec.layout(page_size), num_pages, CPU)
+    both = torch.randn(2, num_pages * page_size, KV_HEADS, HEAD_DIM)
     for layer in range(spec.num_layers):
-        pool.store(layer, slots, *both)
+        if spec.kv_format.can_share_heads:
+            pool.store(layer, torch.arange(num_pages * page_size), *both)
+        else:
+            pool.store_pages(layer, torch.arange(num_pages), *both)
     return pool
 
 
-def _batch(rows: int, count: int, context: int, num_pages: int) -> AttentionBatch:
-    table = torch.randperm(num_pages, dtype=torch.int32).view(rows, -1)
+def _batch(table: torch.Tensor, count: int, context: int, page_size: int) -> AttentionBatch:
+    rows = len(table)
     positions = torch.arange(context - count, context).repeat(rows)
-    pages = table.repeat_interleave(count, 0).gather(1, positions[:, None] // PAGE_SIZE)[:, 0]
+    pages = table.repeat_interleave(count, 0).gather(1, positions[:, None] // page_size)[:, 0]
     return AttentionBatch(
         query_starts=torch.arange(rows + 1, dtype=torch.int32) * count,
         seq_lens=torch.full((rows,), context, dtype=torch.int32),
         block_table=table,
         positions=positions,
-        kv_slots=pages.long() * PAGE_SIZE + positions % PAGE_SIZE,
+        kv_slots=pages.long() * page_size + positions % page_size,
         max_query_len=count,
         max_seq_len=context,
+        slots=tuple(range(rows)),
     )
 
 

@@ -47,10 +47,7 @@ class GroupedCache(KVCache):
         can_share_heads: bool = True,
         pin_share: float = 1.0,
     ) -> None:
-        """`windowed_view`: the widest of the windowed layers; others as in `KVCache`.
-
-        Pins are of the pages of the other layers alone.
-        """
+        """`windowed_view`: the widest of the windowed layers; others as in `KVCache`."""
         super().__init__(
             num_pages,
             page_size,

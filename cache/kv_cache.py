@@ -84,8 +84,7 @@ class KVCache:
         self.search = Search(self._tree, view, model_view)
         self.pins = self._tree.pins
         self._page_size = page_size
-        # Dicts, not sets: iteration is ordered.
-        self._live: dict[Allocation, None] = {}
+        self._live: dict[Allocation, None] = {}  # Not a set: iteration is ordered.
         self._pending_pages = PendingPages()
         self.arrivals = Arrivals(self._tree, lambda: self.available_pages, self._take_pages)
         #: Times after which more pages may have been available than before.
@@ -118,10 +117,7 @@ class KVCache:
         max_cached_tokens: int | None = None,
         view: View = FULL_VIEW,
     ) -> Misses:
-        """Look up why a prompt is not reused as a whole; arguments as in `admit`.
-
-        Changes nothing, recency included. O(tokens).
-        """
+        """Look up why a prompt is not reused as a whole, as in `admit`. Changes nothing."""
         reuse = self.search.reuse(tokens, namespace, view, max_cached_tokens)
         return self.misses(reuse, tokens, namespace)
 

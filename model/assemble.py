@@ -11,10 +11,9 @@ from functools import partial
 
 import torch
 
-from cache.view import FULL_VIEW, View
 from configs.kv_cache import SLIDING_WINDOW
 from configs.kv_policy import KVPolicy
-from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
+from configs.schema import CacheSection, ModelSection, OctavoConfig
 from configs.sizes import format_size
 from model.architectures.transformer import ServedDecoder, Transformer
 from model.attention.groups import build_parts
@@ -41,7 +40,7 @@ from model.kv.desks import desk_tokens
 from model.kv.format import FLOAT_FORMATS, KV_FORMATS, KVFormat, KVLayout, float_format
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.kv_proof import prove_kv_format
-from model.page_digest import model_files, page_digest, require_storable
+from model.page_digest import model_files, require_storable, stored_pages
 from model.runner import TorchRunner
 from model.sampling.sampler import Sampler
 from model.weights.packed_cache import PackedCache
@@ -82,6 +81,7 @@ def assemble(
         cache=cache,
     )
     spec = _attention_spec(config.cache, decoder, where.library)
+    spec = replace(spec, max_draft_tokens=config.scheduler.drafting.max_tokens)
     if files is not None:
         require_storable(
             where.device.type,
@@ -116,8 +116,8 @@ def assemble(
         info = draft.described(info) if draft else info
         if files is not None:
             isa = where.library.isa if where.library else ""
-            digest = page_digest(files, config, info, pool.layout, isa)
-            info = replace(info, record_bytes=pool.layout.bytes_per_page, page_digest=digest)
+            stored = stored_pages(files, config, info, pool.layout, isa)
+            info = replace(info, stored_pages=stored)
         max_num_seqs = config.scheduler.max_num_seqs
         fastest = fastest_decoder(decoder, attention, where.library)
         viewed = fastest if isinstance(fastest, Transformer | CpuDecoder) else None
@@ -258,38 +258,35 @@ def _plan_pool(
         * layout.page_size
         // (groups.full_bytes if groups else layout.bytes_per_page),
     )
+    desk_bytes = _desk_bytes(spec, layout)
+    if draft is not None:
+        desk_bytes += _desk_bytes(draft.spec, draft.spec.layout(layout.page_size))
     return plan_pool(
         stated_bytes=stated_bytes,
         free_bytes=free_bytes,
-        fixed_bytes=table_bytes + _desk_bytes(config.scheduler, spec, layout),
+        fixed_bytes=table_bytes + desk_bytes * config.scheduler.max_num_seqs,
         bytes_per_page=layout.bytes_per_page + draft_bytes,
         page_size=layout.page_size,
         max_num_seqs=config.scheduler.max_num_seqs,
         stated_max_model_len=config.model.max_model_len,
         model_max_len=arch.max_positions,
-        view=_view(spec),
+        view=spec.view,
         # On a CPU the page cache and other programs need the same memory.
         takes_all=decoder.device.type == "cuda",
         groups=groups,
     )
 
 
-def _desk_bytes(config: SchedulerSection, spec: AttentionSpec, layout: KVLayout) -> int:
-    """Return the size of the tokens that wait, in full precision, to be encoded with their page."""
+def _desk_bytes(spec: AttentionSpec, layout: KVLayout) -> int:
+    """Return the size of a slot's tokens that wait, in float32, to be encoded with their page."""
     num_layers = sum(
         len(layers)
         for kv_format, layers in layout.layers_by_format().items()
         if not kv_format.can_share_heads
     )
-    num_tokens = desk_tokens(config.max_num_seqs, config.max_num_batched_tokens, layout.page_size)
     elements = 2 * num_layers * layout.num_kv_heads * layout.head_dim
-    return num_tokens * elements * spec.dtype.itemsize
-
-
-def _view(spec: AttentionSpec) -> View:
-    """Return the view of the whole model: without a window if a layer has none."""
-    widest = spec.widest_window
-    return FULL_VIEW if widest is None else View(window=widest)
+    num_tokens = desk_tokens(layout.page_size, spec.max_draft_tokens)
+    return num_tokens * elements * torch.float32.itemsize
 
 
 def _kv_factor(spec: AttentionSpec, plan: PoolPlan) -> float:
@@ -347,7 +344,7 @@ def _info(
         device=where.device.type,
         attention_backend=offer.name,
         smallest_reusable_prefix_tokens=1 if spec.kv_format.can_share_heads else plan.page_size,
-        view=_view(spec),
+        view=spec.view,
         windowed=windowed_pages(plan),
         kv_factor=_kv_factor(spec, plan),
         notes=tuple(notes),

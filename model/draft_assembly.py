@@ -98,6 +98,7 @@ def draft_parts(
             f"served model {expected}; they must be the same"
         )
     spec = decoder.attention_spec(kv_format_of(decoder))
+    spec = replace(spec, max_draft_tokens=served_spec.max_draft_tokens)
     window, kept = spec.widest_window, served_spec.widest_window
     if kept is not None and (window is None or window > kept):
         raise ValueError(

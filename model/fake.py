@@ -21,6 +21,7 @@ from model.fake_pages import (
     EMPTY,
     NAN_TOKEN_ID,
     Entry,
+    FakePageAccess,
     FakePages,
     FakeSlot,
     digest_of,
@@ -43,6 +44,7 @@ from model.interface import (
     Vocabulary,
     WindowedPages,
 )
+from model.stored_pages import StoredPages
 
 FAKE_EOS_TOKEN_ID = 0
 
@@ -119,7 +121,7 @@ class _FakeInFlightStep:
 
 
 @dataclass(slots=True)
-class FakeRunner:
+class FakeRunner(FakePageAccess):
     """See `ModelRunner`. Checks with every step that it reads back the very prefix it is given."""
 
     vocab_size: int = 64
@@ -182,8 +184,7 @@ class FakeRunner:
             view=self.view,
             windowed=self.windowed,
             draft_model="fake" if self.guess_period else "",
-            record_bytes=8 * self.page_size,
-            page_digest="fa" * 32,
+            stored_pages=StoredPages(8 * self.page_size, "fa" * 32),
         )
 
     def launch(self, step: StepInput) -> _FakeInFlightStep:
@@ -376,14 +377,6 @@ class FakeRunner:
     def idle(self) -> bool:
         """See `ModelRunner`. Nothing here gets better by itself."""
         return False
-
-    def read_page(self, page_id: int) -> bytes:
-        """See `ModelRunner`."""
-        return self.pages.contents(page_id)
-
-    def write_page(self, page_id: int, contents: memoryview) -> None:
-        """See `ModelRunner`."""
-        self.pages.fill(page_id, contents)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `ModelRunner`."""

@@ -148,3 +148,18 @@ class FakePages:
     def _place(self, page_ids: list[int], index: int) -> tuple[PageRef, int]:
         page_index, offset = divmod(index, self._page_size)
         return PageRef(Tier.DEVICE, page_ids[page_index]), offset
+
+
+class FakePageAccess:
+    """See `PageAccess`."""
+
+    __slots__ = ()
+    pages: FakePages
+
+    def read_page(self, page_id: int) -> bytes:
+        """See `PageAccess`."""
+        return self.pages.contents(page_id)
+
+    def write_page(self, page_id: int, contents: memoryview) -> None:
+        """See `PageAccess`."""
+        self.pages.fill(page_id, contents)

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 from cache.moves import PageMove
 from cache.view import FULL_VIEW, View
+from model.stored_pages import PageAccess, StoredPages
 
 #: In `StepInput.token_ids`: "the token which the step in flight before this one samples for this
 #: slot". It lets step n+1 be launched before the tokens of step n are known on the host.
@@ -317,10 +318,7 @@ class ModelInfo:
     notes: tuple[str, ...] = ()
     #: Why no request can have a view of its own; empty where it can.
     why_no_views: str = ""
-    #: The size of a page's contents, and a digest of all that they depend on besides tokens; empty
-    #: where pages cannot be read and written.
-    record_bytes: int = 0
-    page_digest: str = ""
+    stored_pages: StoredPages | None = None
 
     @property
     def full_length_requests(self) -> int:
@@ -365,7 +363,7 @@ class InFlightStep(Protocol):
         """Block until the step is done. Called exactly once."""
 
 
-class ModelRunner(Protocol):
+class ModelRunner(PageAccess, Protocol):
     """Turns steps into tokens. One step's `launch` may precede the `wait` of the step before."""
 
     @property
@@ -384,12 +382,6 @@ class ModelRunner(Protocol):
 
     def idle(self) -> bool:
         """Run background work for some milliseconds; return whether more of it is left."""
-
-    def read_page(self, page_id: int) -> bytes | memoryview:
-        """Return the contents of a page in all layers, as the steps launched so far leave it."""
-
-    def write_page(self, page_id: int, contents: memoryview) -> None:
-        """Replace the contents of a page. The steps launched so far do not see it."""
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Set the tokens' bytes; needed once, before the first grammar."""

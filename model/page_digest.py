@@ -17,6 +17,7 @@ from configs.schema import OctavoConfig
 from model.formats.gguf import shard_paths
 from model.interface import ModelInfo
 from model.kv.format import KVLayout
+from model.stored_pages import StoredPages
 from model.weights.file_content import FilesState, sha256_of
 from model.weights.source import ModelSource, octavo_home
 from model.weights.weight_files import safetensors_files
@@ -50,6 +51,13 @@ def model_files(source: ModelSource) -> FilesState:
         # Random weights are a function of the config.
         return FilesState.of([source.path])
     return FilesState.of([source.path / "config.json", *safetensors_files(source.path)])
+
+
+def stored_pages(
+    files: FilesState, config: OctavoConfig, info: ModelInfo, layout: KVLayout, isa: str
+) -> StoredPages:
+    """Return the properties of a model's pages for a tier; arguments as in `page_digest`."""
+    return StoredPages(layout.bytes_per_page, page_digest(files, config, info, layout, isa))
 
 
 def page_digest(

@@ -97,7 +97,7 @@ class TierStats(NamedTuple):
     disk_dropped_pages_total: int = 0
     #: Loads that were given up, since computing would have taken less time by then.
     disk_late_loads_total: int = 0
-    disk_load_seconds_total: float = 0.0
+    disk_load_us_total: int = 0
 
 
 class EngineStats(NamedTuple):

@@ -43,7 +43,7 @@ _ENGINE_COUNTERS = (
     ("kv_disk_corrupt_pages", "disk_corrupt_pages_total", "damaged on the disk, and computed"),
     ("kv_disk_dropped_pages", "disk_dropped_pages_total", "not stored: evicted, or a failed write"),
     ("kv_disk_late_loads", "disk_late_loads_total", "loads given up at their deadline"),
-    ("kv_disk_load_seconds", "disk_load_seconds_total", "that requests waited for the disk"),
+    ("kv_disk_load_us", "disk_load_us_total", "microseconds that requests waited for the disk"),
     ("late_rows", "late_rows_total", "rows computed again: their grammar was not ready in time"),
     ("faulty_rows", "faulty_rows_total", "rows taken back: their step failed, or was not finite"),
     ("steps", "steps_total", "steps of the engine"),
@@ -60,10 +60,10 @@ class GrowingCount:
     __slots__ = ("_before", "_last")
 
     def __init__(self) -> None:
-        self._before = 0.0
-        self._last = 0.0
+        self._before = 0
+        self._last = 0
 
-    def read(self, value: float) -> float:
+    def read(self, value: int) -> int:
         """Return the count over all processes, of which the newest has counted `value`."""
         if value < self._last:
             self._before += self._last
@@ -205,7 +205,7 @@ class Metrics(Collector):
             for name, histogram in self._histograms.items():
                 yield from page.histogram(name, HISTOGRAMS[name][0], histogram)
 
-    def _read_drafts(self, stats: SpeculationStats) -> dict[str, dict[tuple[str, ...], float]]:
+    def _read_drafts(self, stats: SpeculationStats) -> dict[str, dict[tuple[str, ...], int]]:
         """Return by metric the counts of all engines so far, by drafter or place in the draft."""
         read: dict[str, dict[str, int]] = {
             "num_draft_tokens": dict.fromkeys(_DRAFTERS, 0),
@@ -238,21 +238,21 @@ class Metrics(Collector):
         )
 
     def _drafts(
-        self, page: Page, counts: dict[str, dict[tuple[str, ...], float]]
+        self, page: Page, counts: dict[str, dict[tuple[str, ...], int]]
     ) -> Iterator[Metric]:
         for name, text, label in (
             ("num_draft_tokens", "tokens of drafts that were verified", "drafter"),
             ("num_accepted_tokens", "tokens of drafts that were accepted", "drafter"),
             ("num_accepted_tokens_per_pos", "the same by their place in the draft", "position"),
         ):
-            values: dict[tuple[str, ...], float] = counts[name]
+            values: dict[tuple[str, ...], int] = counts[name]
             labels = [label]
             if label == "drafter" and isinstance(page, VllmPage):
                 # vLLM has one drafter.
                 values, labels = {(): sum(values.values())}, []
             yield from page.counter(f"spec_decode_{name}", text, values, *labels)
 
-    def _counters(self, page: Page, engine_counts: dict[str, float]) -> Iterator[Metric]:
+    def _counters(self, page: Page, engine_counts: dict[str, int]) -> Iterator[Metric]:
         for name, field, text in _ENGINE_COUNTERS:
             yield from page.counter(name, text, {(): engine_counts[field]})
         for name, text, read in self._own_counters:

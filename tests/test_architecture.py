@@ -69,7 +69,7 @@ ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_in
 LIGHT_IN_MODEL = {
     f"model/{name}.py"
     for name in (
-        *("__init__", "interface", "fake", "fake_pages", "splitmix64"),
+        *("__init__", "interface", "fake", "fake_pages", "splitmix64", "stored_pages"),
         *("weights/__init__", "weights/source", "weights/hub", "weights/weight_files"),
         *("grammar/__init__", "grammar/grammars", "grammar/check", "grammar/json_patterns"),
         *("grammar/json_schema", "grammar/matchers"),

@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 
 from model.attention.interface import AttentionBatch, AttentionSpec, BackendOffer
-from model.cpu.library import DTYPE_CODES, PAGE_CODES, CpuLibrary, load_cpu_library, strided
-from model.kv.format import CODED_FORMATS, FLOAT_FORMATS, LayerPages
+from model.cpu.library import (
+    DTYPE_CODES,
+    PAGE_CODES,
+    WHOLE_PAGE_CODES,
+    CpuLibrary,
+    load_cpu_library,
+    strided,
+)
+from model.kv.desks import desk_tokens
+from model.kv.format import FLOAT_FORMATS, KV_FORMATS, KVFormat, LayerPages
 from model.kv.pool import KVPool
 
 #: Floats in a vector of the widest instruction set.
@@ -42,7 +50,7 @@ class CpuAttention:
         self._spec = spec
         self._pool = pool
         #: Queries and weights enter their products as bfloat16, or as words of 15 bits.
-        self.is_rounded = pool.layout.format.storage in _ROUNDED.get(library.isa, ())
+        self.is_rounded = _operands(pool.layout.format) in _ROUNDED.get(library.isa, ())
         self._functions = library.functions
         self._attend = library.functions.octavo_attention_attend
         self._width = spec.num_heads * spec.head_dim
@@ -50,6 +58,7 @@ class CpuAttention:
         #: For the compiled decoder, whose attention is part of its own call.
         self.session = self._new_session(library)
         self._batch: AttentionBatch | None = None
+        self._slots: Tensor | None = None
         weakref.finalize(self, library.functions.octavo_attention_free, self.session)
 
     def _new_session(self, library: CpuLibrary) -> int:
@@ -60,7 +69,7 @@ class CpuAttention:
         session: int = library.functions.octavo_attention_new(
             library.kernels,
             (ctypes.c_int64 * len(planes))(*planes),
-            numbers(*(PAGE_CODES[one.keys.dtype] for one in pages)),
+            numbers(*(page_code(layout.format_of(layer)) for layer in range(spec.num_layers))),
             numbers(*(window or _NO_WINDOW for window in spec.windows)),
             spec.num_layers,
             pool.num_pages,
@@ -69,12 +78,17 @@ class CpuAttention:
             spec.num_heads // spec.num_kv_heads,
             spec.head_dim,
             spec.scale,
+            desk_tokens(layout.page_size, spec.max_draft_tokens),
         )
         return session
 
     def plan(self, batch: AttentionBatch) -> None:
-        """See `AttentionBackend`; ValueError where a page or slot lies outside the pool."""
-        table = batch.block_table
+        """See `AttentionBackend`; ValueError where a page or slot lies outside the pool.
+
+        The same where tokens of a row's page are not on the desk of its slot.
+        """
+        table, num_rows = batch.block_table, batch.seq_lens.shape[0]
+        slots = torch.tensor(batch.slots, dtype=torch.int32)
         for tensor in (batch.query_starts, batch.seq_lens, batch.kv_slots):
             if not tensor.is_contiguous():
                 raise ValueError("the batch's tensors must be contiguous")
@@ -87,16 +101,17 @@ class CpuAttention:
             table.data_ptr(),
             table.stride(0),
             batch.kv_slots.data_ptr(),
-            batch.seq_lens.shape[0],
+            num_rows,
             batch.kv_slots.shape[0],
             torch.get_num_threads(),
             None if batch.views is None else batch.views.sinks.data_ptr(),
             None if batch.views is None else batch.views.windows.data_ptr(),
+            slots.data_ptr() if len(slots) == num_rows else None,
         )
         if reason is not None:
             raise ValueError(reason.decode())
         # The library reads the tensors in place.
-        self._batch = batch
+        self._batch, self._slots = batch, slots
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sink_q: Tensor | None = None
@@ -127,6 +142,18 @@ class CpuAttention:
         return out
 
 
+def page_code(kv_format: KVFormat) -> int:
+    """Return the `DType` of csrc/kernels.h that stands for pages of a format."""
+    if kv_format.page_coding is not None:
+        return WHOLE_PAGE_CODES[kv_format.page_coding.bits]
+    return PAGE_CODES[kv_format.storage]
+
+
+def _operands(kv_format: KVFormat) -> torch.dtype:
+    """Return the dtype of the elements that enter products."""
+    return kv_format.storage if kv_format.page_coding is None else torch.bfloat16
+
+
 def _addresses(pages: LayerPages) -> list[int]:
     """Return the addresses of a layer's planes; 0 for scales where there are none."""
     scales = [one.data_ptr() for one in pages.scales] or [0, 0]
@@ -152,14 +179,14 @@ def offer(spec: AttentionSpec) -> BackendOffer | str:
     return BackendOffer(
         name="cpu",
         page_multiple=1,
-        default_page_size=16,
+        default_page_size=spec.kv_format.default_page_tokens,
         build=partial(CpuAttention, library=library),
-        formats=(*FLOAT_FORMATS, *CODED_FORMATS),
+        formats=tuple(KV_FORMATS.values()),
         reads_mixed_layers=True,
         reads_views=True,
     )
 
 
 def _why_not_codes(spec: AttentionSpec) -> str:
-    is_coded = spec.latent_dim and spec.kv_format.coding
+    is_coded = spec.latent_dim and spec.kv_format not in FLOAT_FORMATS
     return "codes of latent vectors are read by torch alone" if is_coded else ""

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cache.view import FULL_VIEW, View
+from configs.speculation import MAX_DRAFT_TOKENS
 from model.kv.format import FLOAT_FORMATS, KVFormat, KVLayout, LayerPages
 from model.kv.pool import KVPool
 
@@ -47,6 +49,8 @@ class AttentionSpec:
     latent_dim: int | None = None
     #: Of the layers whose pages are in another format.
     other_formats: Mapping[int, KVFormat] = field(default_factory=dict)
+    #: Tokens of a row that may be rejected and computed again, at most.
+    max_draft_tokens: int = MAX_DRAFT_TOKENS
 
     def layout(self, page_size: int) -> KVLayout:
         """Return the layout of the model's pages."""
@@ -84,6 +88,12 @@ class AttentionSpec:
         """Return how many tokens back any layer sees; None: a layer sees all of them."""
         windows = [window for window in self.windows if window is not None]
         return max(windows) if len(windows) == len(self.windows) else None
+
+    @property
+    def view(self) -> View:
+        """Return the view of the whole model: without a window if a layer has none."""
+        widest = self.widest_window
+        return FULL_VIEW if widest is None else View(window=widest)
 
     @property
     def beyond_softmax(self) -> str:

@@ -31,7 +31,7 @@ class ReferenceAttention:
         self._dtype = softmax_dtype
         self._batch: AttentionBatch | None = None
         self._page_size = pool.layout.page_size
-        self._desks = Desks(self._page_size)
+        self._desks = Desks(self._page_size, spec.max_draft_tokens)
 
     def plan(self, batch: AttentionBatch) -> None:
         """See `AttentionBackend`."""
@@ -161,12 +161,10 @@ class ReferenceAttention:
 
 def offer(spec: AttentionSpec) -> BackendOffer:
     """Offer it for any model on any device."""
-    is_by_page = not spec.kv_format.can_share_heads
     return BackendOffer(
         "reference",
         1,
-        # The scales of a page's keys are worth it with many tokens.
-        64 if is_by_page else 16,
+        spec.kv_format.default_page_tokens,
         ReferenceAttention,
         formats=tuple(KV_FORMATS.values()),
         reads_mixed_layers=True,

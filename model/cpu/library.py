@@ -36,8 +36,10 @@ from model.weights.source import octavo_home
 SOURCES = Path(__file__).parent / "csrc"
 #: The `DType` of csrc/kernels.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-#: The same for pages: codes of int8, fp8, and two of int4 a byte.
+#: The same for pages of single tokens: codes of int8, fp8, and two of int4 a byte.
 PAGE_CODES = DTYPE_CODES | {torch.int8: 3, torch.float8_e4m3fn: 4, torch.uint8: 5}
+#: The same for pages that are encoded as a whole, by the bits of a code.
+WHOLE_PAGE_CODES = {4: 6, 2: 7}
 
 BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 _OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
@@ -54,12 +56,12 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "octavo_sources": (ctypes.c_char_p, ()),
     "octavo_supports": (ctypes.c_bool, (ctypes.c_char_p,)),
     "octavo_kernels": (_POINTER, (ctypes.c_char_p,)),
-    "octavo_attention_new": (_POINTER, (*(_POINTER,) * 4, _INT, _LONG, *(_INT,) * 4, _FLOAT)),
+    "octavo_attention_new": (_POINTER, (*(_POINTER,) * 4, _INT, _LONG, *(_INT,) * 4, _FLOAT, _INT)),
     "octavo_attention_free": (None, (_POINTER,)),
     "octavo_attention_join": (None, (*(_POINTER,) * 3, _INT)),
     "octavo_attention_plan": (
         ctypes.c_char_p,
-        (*(_POINTER,) * 4, _LONG, _POINTER, _INT, _LONG, _INT, *(_POINTER,) * 2),
+        (*(_POINTER,) * 4, _LONG, _POINTER, _INT, _LONG, _INT, *(_POINTER,) * 3),
     ),
     "octavo_attention_attend": (
         None,
@@ -245,7 +247,7 @@ def _compile(compiler: str, folder: Path, output: Path, isas: tuple[str, ...]) -
     flags = (*BASE_FLAGS, f'-DOCTAVO_SOURCES="{_digest_of_sources()}"', *has)
     commands = [
         [compiler, *flags, "-fopenmp", "-c", str(SOURCES / name)]
-        for name in ("octavo_cpu.cpp", "attention.cpp", "decoder.cpp", "packing.cpp")
+        for name in ("octavo_cpu.cpp", "attention.cpp", "desks.cpp", "decoder.cpp", "packing.cpp")
     ]
     for isa in isas:
         kernels = ["-c", str(SOURCES / "kernels.cpp"), f"-DOCTAVO_ISA={isa}"]

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from configs.speculation import MAX_DRAFT_TOKENS
-
 
 class OpenPages(NamedTuple):
     """Keys and values of a sequence from the beginning of a page on."""
@@ -27,11 +25,13 @@ class Desks:
     """The newest keys and values of each slot, from the beginning of a page on.
 
     A sequence that comes to a slot begins at the border of a page. Rejected drafts may put it back
-    behind a border: the pages of all tokens that may be drafts stay.
+    behind a border, and so does a newest token that is computed again since its mask was late. The
+    pages of all tokens that may come again stay, so `desk_tokens` at most.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, max_draft_tokens: int) -> None:
         self._page_size = page_size
+        self._max_draft_tokens = max_draft_tokens
         self._desks: dict[tuple[int, int], OpenPages] = {}
 
     def add(self, layer: int, slot: int, first: int, k: Tensor, v: Tensor) -> OpenPages:
@@ -39,22 +39,26 @@ class Desks:
 
         Returns them behind the tokens that precede them in the page of `first`.
         """
-        page, num_before = divmod(first, self._page_size)
-        end, num_drafts = first + len(k), min(len(k) - 1, MAX_DRAFT_TOKENS)
-        if num_before:
+        size, first_page = self._page_size, first // self._page_size
+        page, end = first_page, first + len(k)
+        if first % size:
             desk = self._desks[layer, slot]
-            start = (page - desk.first_page) * self._page_size
-            before = slice(start, start + num_before)
+            before = slice(first - desk.first_page * size)
             assert page >= desk.first_page, "the page is on no desk"
-            assert len(desk.keys[before]) == num_before, "tokens of the page are on no desk"
+            assert len(desk.keys) >= before.stop, "tokens of the page are on no desk"
             k, v = torch.cat((desk.keys[before], k)), torch.cat((desk.values[before], v))
-        first_kept = (end - num_drafts) // self._page_size
-        rest = slice((first_kept - page) * self._page_size, None)
+            first_page = desk.first_page
+        own = slice((page - first_page) * size, None)
+        first_kept = max((end - self._max_draft_tokens) // size, first_page)
+        kept = slice((first_kept - first_page) * size, None)
         # Cloned: a view would keep the whole chunk of a prompt.
-        self._desks[layer, slot] = OpenPages(first_kept, k[rest].clone(), v[rest].clone())
-        return OpenPages(page, k, v)
+        self._desks[layer, slot] = OpenPages(first_kept, k[kept].clone(), v[kept].clone())
+        return OpenPages(page, k[own], v[own])
 
 
-def desk_tokens(max_num_seqs: int, max_step_tokens: int, page_size: int) -> int:
-    """Return how many tokens are on desks at most: two pages a slot, and the largest step."""
-    return 2 * page_size * max_num_seqs + max_step_tokens
+def desk_tokens(page_size: int, max_draft_tokens: int) -> int:
+    """Return how many tokens are on the desk of a slot at most, between two steps.
+
+    These are a draft that may be rejected, and the tokens before it in the page of its first one.
+    """
+    return page_size - 1 + max_draft_tokens

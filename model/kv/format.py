@@ -66,6 +66,11 @@ class KVFormat:
         """Return whether the first tokens of a page keep their meaning in another page."""
         return self.page_coding is None
 
+    @property
+    def default_page_tokens(self) -> int:
+        """Return the tokens of a page by default: many where they share scales."""
+        return 16 if self.page_coding is None else 64
+
     def planes(self, dim: int) -> list[Plane]:
         """Return the planes of a vector: elements, and scales where there are codes."""
         if self.coding is None:

@@ -120,7 +120,8 @@ class KVPool:
 
     def write_page(self, page: int, contents: memoryview) -> None:
         """Replace the contents of a page by a result of `read_page`."""
-        self.reach(page)
+        if self._prefault is not None:
+            self._prefault.reach(page)
         rest = torch.frombuffer(contents, dtype=torch.uint8)
         for plane in self._planes:
             target = plane[:, page]

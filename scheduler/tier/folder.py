@@ -26,13 +26,12 @@ class StoreError(ValueError):
 class StoreFolder:
     """A folder of one engine's own, from its opening to `close` or the end of the process."""
 
-    def __init__(self, parent: Path, *, may_make: bool = True) -> None:
+    def __init__(self, parent: Path) -> None:
         """Lock the store in `parent`, made if need be. Raises `StoreError`."""
         self.path = parent / FOLDER_NAME
         try:
-            if may_make:
-                parent.mkdir(parents=True, exist_ok=True)
-                self.path.mkdir(mode=0o700, exist_ok=True)
+            parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
             check_owner(self.path)
             self._lock = _locked(self.path)
             self._secret = _secret(self.path / "secret")

@@ -67,6 +67,7 @@ class Loads:
         arrivals: Arrivals,
         runner: ModelRunner,
         read: Callable[[Run], None],
+        page_bytes: int,
         *,
         clock_s: Callable[[], float],
         post: Callable[[int], None],
@@ -75,7 +76,7 @@ class Loads:
         self._arrivals = arrivals
         self._runner = runner
         self._read = read
-        self._run_pages = max(1, min(_RUN_PAGES, _RUN_BYTES // runner.info.record_bytes))
+        self._run_pages = max(1, min(_RUN_PAGES, _RUN_BYTES // page_bytes))
         self._clock_s = clock_s
         self._post = post
         self._price = LoadPrice(runner.info.page_size)
@@ -110,10 +111,6 @@ class Loads:
         self._loads[prompt.request_id] = load
         self._read_more()
         return True
-
-    def has(self, request_id: int) -> bool:
-        """Return whether a request waits for a load of its own."""
-        return request_id in self._loads
 
     def advance(self, request_id: int) -> list[Prompt]:
         """Enter the pages that were read for a request; return the requests that wait no longer."""

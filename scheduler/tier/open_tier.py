@@ -23,7 +23,9 @@ def open_tier(engine: Engine, disk: KVDisk, post: Callable[[Loaded], None]) -> T
     `post`: brings a message from any thread to `handle`, in the engine's own.
     """
     info, path = engine.runner.info, disk.path.expanduser()
-    contents = Contents(bytes.fromhex(info.page_digest), info.page_size, info.record_bytes)
+    stored = info.stored_pages
+    assert stored is not None, "a model is built for the disk tier, or refuses it"
+    contents = Contents(bytes.fromhex(stored.digest), info.page_size, stored.num_bytes)
     try:
         check_is_on_disk(path)
         folder = StoreFolder(path)

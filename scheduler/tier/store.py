@@ -137,6 +137,11 @@ class DiskStore:
             self._delete_corrupt(key, place, segment.path)
         return payload
 
+    @property
+    def payload_bytes(self) -> int:
+        """The size of a page's contents."""
+        return self._contents.payload_bytes
+
     def stats(self) -> StoreStats:
         """Return a snapshot."""
         return StoreStats(

@@ -49,12 +49,13 @@ class TieredEngine:
         info = engine.runner.info
         self._max_model_len, self._page_tokens = info.max_model_len, info.page_size
         self._readers = Readers(store)
-        self._writer = Writer(store, max(2, _QUEUE_BYTES // info.record_bytes), clock_s)
+        self._writer = Writer(store, max(2, _QUEUE_BYTES // store.payload_bytes), clock_s)
         arrivals = engine.cache.arrivals
         self._loads = Loads(
             arrivals,
             engine.runner,
             self._readers.read,
+            store.payload_bytes,
             clock_s=clock_s,
             post=lambda request_id: post(Loaded(request_id)),
         )
@@ -195,7 +196,7 @@ class TieredEngine:
             disk_corrupt_pages_total=store.corrupt_pages_total,
             disk_dropped_pages_total=self._stores.num_dropped + self._writer.num_dropped,
             disk_late_loads_total=loads.late_loads_total,
-            disk_load_seconds_total=loads.load_seconds_total,
+            disk_load_us_total=int(loads.load_seconds_total * 1e6),
         )
         num_preparing = stats.num_preparing + loads.num_loading
         return stats._replace(tier=tier, num_preparing=num_preparing)
@@ -212,7 +213,8 @@ class TieredEngine:
         self._loads.close()
         self._readers.close()
         until_s = self._clock_s() + _FLUSH_S
-        while self._stores.work_idle() and self._clock_s() < until_s:
-            pass
+        has_more = True
+        while has_more and self._clock_s() < until_s:
+            has_more = self._stores.work_idle()
         self._writer.close()
         self._engine.close()

@@ -32,7 +32,7 @@ from server.http.errors import ApiError, Path, from_engine, unavailable
 from server.logs import milliseconds
 from server.service import Service
 
-#: Of a longer prompt the message that diverged is not searched for: it takes milliseconds.
+#: Behind so many tokens the message that diverged is not searched for: it takes milliseconds.
 _MAX_PLACED_TOKENS = 32_768
 
 
@@ -245,7 +245,8 @@ def _path_at(service: Service, job: Job, token: int) -> Path:
     asked, prompt = job.spec.prompt, job.requests[0].prompt_token_ids
     if isinstance(asked, TextPrompts):
         return asked.path_of(0)
-    if job.render is None or len(prompt) > _MAX_PLACED_TOKENS:
+    if job.render is None or token > _MAX_PLACED_TOKENS:
         return asked.path
-    decode = partial(service.text.tokenizer.decode, skip_special_tokens=False)
-    return path_at(asked, job.render, decode(prompt), len(decode(prompt[:token])))
+    head = service.text.tokenizer.decode(prompt[:token], skip_special_tokens=False)
+    # Its last character may be cut.
+    return path_at(asked, job.render, head.rstrip("\ufffd"))

@@ -6,8 +6,7 @@ the content of each message. Knows nothing of tokens.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from server.generation.generation_spec import Conversation
@@ -21,7 +20,6 @@ Render: TypeAlias = Callable[[list[Fields]], str]
 
 #: Private characters: the start, which has the index of the message, and the end of a content.
 _START, _FROM, _END = "\ue002", "\ue003", "\ue004"
-_MARKED = re.compile(f"{_START}([0-9]+){_FROM}(.*?){_END}", re.DOTALL)
 
 
 class _Piece(NamedTuple):
@@ -31,27 +29,36 @@ class _Piece(NamedTuple):
     message: int | None
 
 
-def path_at(chat: Conversation, render: Render, prompt: str, place: int) -> Path:
-    """Return the field that wrote the character at `place` of the prompt's text.
+def path_at(chat: Conversation, render: Render, head: str) -> Path:
+    """Return the field that wrote the first character of the prompt behind its beginning `head`.
 
     That of the whole conversation where it is unknown, or where the template wrote it.
     """
     marked = [_with_marks(index, one.fields) for index, one in enumerate(chat.messages)]
     try:
-        pieces = _pieces(without_marks(render(marked)))
+        pieces = _pieces(without_marks(render(marked)), len(marked))
     except TemplateError:
         return chat.path
     end, last = 0, -1
     for piece in pieces:
-        # A template may trim a text.
-        shown = next((t for t in _trimmed(piece.text) if prompt.startswith(t, end)), None)
+        shown = _shown(piece.text, head, end)
         if shown is None:
             return chat.path
         end += len(shown)
-        if place < end:
+        if end > len(head):
             return _path_of(chat, piece, last)
         last = last if piece.message is None else piece.message
     return chat.path
+
+
+def _shown(text: str, head: str, start: int) -> str | None:
+    """Return a piece as it stands at `start`, where `head` may end within it."""
+    rest = head[start : start + len(text)]
+    if text.startswith(rest):
+        return text
+    # A template may trim a text.
+    trimmed = (text.lstrip(), text.rstrip(), text.strip())
+    return next((one for one in trimmed if one.startswith(head[start : start + len(one)])), None)
 
 
 def _path_of(chat: Conversation, piece: _Piece, last: int) -> Path:
@@ -76,14 +83,14 @@ def _with_marks(index: int, fields: Mapping[str, Any]) -> Fields:
     return {**fields, "content": f"{start}{content or ''}{_END}"}
 
 
-def _pieces(marked: str) -> list[_Piece]:
-    pieces, end = list[_Piece](), 0
-    for found in _MARKED.finditer(marked):
-        pieces.append(_Piece(marked[end : found.start()], None))
-        pieces.append(_Piece(found[2], int(found[1])))
-        end = found.end()
-    return [*pieces, _Piece(marked[end:], None)]
-
-
-def _trimmed(text: str) -> Sequence[str]:
-    return (text, text.lstrip(), text.rstrip(), text.strip())
+def _pieces(marked: str, num_messages: int) -> list[_Piece]:
+    first, *others = marked.split(_START)
+    pieces = [_Piece(first, None)]
+    for one in others:
+        index, _, rest = one.partition(_FROM)
+        content, _, behind = rest.partition(_END)
+        # A text may have such characters of its own: then nothing is found.
+        if not index.isdecimal() or int(index) >= num_messages:
+            return []
+        pieces += [_Piece(content, int(index)), _Piece(behind, None)]
+    return pieces

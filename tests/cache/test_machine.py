@@ -7,8 +7,8 @@ block table. The model also predicts every match, admission and eviction.
 
 from __future__ import annotations
 
-from arrival_rules import VOCABULARY, ArrivalRules, Written, namespaces, prompts
-from cache_reference import Entry, Live, PinnedPath, Reference
+from arrival_rules import ArrivalRules, Written, namespaces, prompts
+from cache_reference import VOCABULARY, Entry, Live, PinnedPath, Reference
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (

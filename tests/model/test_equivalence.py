@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import hypothesis.strategies as st
 import pytest
-import torch
+from coded_runners import coded_runners
 from hypothesis import given, settings
 from latent_runners import latent_runners
 from mixed_runners import mixed_runners
@@ -27,7 +27,6 @@ from cache.view import FULL_VIEW, View
 from configs.kv_cache import CODED_DTYPES
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
-from model.attention.reference import ReferenceAttention
 from model.cpu.library import load_cpu_library
 from model.interface import InFlightStep, SamplingParams, TokenLogprobs, Vocabulary
 from model.kv.format import KV_FORMATS, KVLayout
@@ -226,54 +225,25 @@ def _check_states(
     assert stats.pages_private == stats.pages_leased == 0
 
 
-@pytest.fixture(scope="module", params=CODED_DTYPES)
+#: Formats that round, and the attention backends that read them: of the compiled one an example of
+#: codes by token, and both by page.
+_CODED = [
+    *((name, "reference") for name in CODED_DTYPES),
+    *((name, "cpu") for name in ("int8", "kivi4", "kivi2")),
+]
+
+
+@pytest.fixture(scope="module", params=_CODED, ids=" by ".join)
 def make_coded_runner(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MakeRunner]:
-    """Runners whose pages are codes, and none of whose results depends on the batch.
-
-    A last bit of a key may be a whole step of its code. So products are the compiled ones, and
-    attention is in float64, whose own last bits vanish in the result.
-    """
-    path: Path = tmp_path_factory.mktemp("coded") / "config.json"
-    path.write_text(json.dumps(_CONFIG))
-    source = build.resolve_source(f"dummy:{path}")
-    layout = KVLayout(2, 2, 16, _PAGE_SIZE, KV_FORMATS[request.param])
-    runners: dict[int, TorchRunner] = {}
-
-    def make(num_pages: int) -> TorchRunner:
-        if num_pages not in runners:
-            runner = build.make_runner(
-                source,
-                OctavoConfig(
-                    model=ModelSection(
-                        quantization="bf16",
-                        attention_backend="reference",
-                        threads=1,
-                        weights_cache="off",
-                    ),
-                    cache=CacheSection(
-                        kv_cache_memory=num_pages * layout.bytes_per_page,
-                        kv_cache_dtype=request.param,
-                        page_size=_PAGE_SIZE,
-                    ),
-                    scheduler=SchedulerSection(max_num_seqs=6, max_num_batched_tokens=64),
-                ),
-            )
-            assert (runner.info.num_pages, runner.info.kv_cache_dtype) == (num_pages, request.param)
-            reference: Any = runner._attention
-            runner._attention = ReferenceAttention(
-                reference._spec, reference._pool, softmax_dtype=torch.float64
-            )
-            runner.set_vocabulary(_VOCABULARY)
-            runners[num_pages] = runner
-        return runners[num_pages]
-
+    """Runners whose pages are codes, and none of whose results depends on the batch."""
     if isinstance(reason := load_cpu_library(), str):
         pytest.skip(reason)
-    yield make
-    for runner in runners.values():
-        runner.close()
+    path: Path = tmp_path_factory.mktemp("coded") / "config.json"
+    path.write_text(json.dumps(_CONFIG))
+    layout = KVLayout(2, 2, 16, _PAGE_SIZE, KV_FORMATS[request.param[0]])
+    yield from coded_runners(path, layout, request.param[1], _VOCABULARY)
 
 
 @settings(max_examples=5)

@@ -14,6 +14,8 @@ from configs.schema import SchedulerSection
 from model.cpu.decoder import CpuDecoder
 from model.interface import SamplingParams
 from model.runner import TorchRunner
+from scheduler.drafters.choice import BestDrafter
+from scheduler.engine import Engine
 from scheduler.messages import GenerateRequest, Submit
 from scheduler.scheduler import Scheduler
 
@@ -169,6 +171,41 @@ def test_the_compiled_decoder_finds_the_pages_of_both_groups(make: Make, quantiz
     [exact], _ = serve(make("reference", _LARGE, **settings), [request_of(_PROMPT[:30])])
     # Products of attention may round: the first tokens are far enough from each other.
     assert exact[:3] == other[:3]
+
+
+def test_a_draft_model_has_pages_of_the_layers_without_a_window(make: Make) -> None:
+    """All of its layers do, though some read a window; answers are those without drafts."""
+    prompts = [_PROMPT[:70], (*_PROMPT[:40], 7)]
+    expected = [serve(make("torch", _LARGE), [request_of(prompt)])[0][0] for prompt in prompts]
+    runner = make("torch", _SMALL * 2, has_draft=True)
+    assert runner.info.windowed is not None
+    # Its keys are in 16 bits: three layers take as much as one and a half.
+    assert runner.info.kv_bytes_per_token == 4.5 * LAYER_BYTES
+    assert runner.info.page_bytes == 2.5 * LAYER_BYTES * _PAGE_SIZE
+    section = SchedulerSection(
+        max_num_seqs=_NUM_SEQS,
+        max_num_batched_tokens=16,
+        speculation="draft:it",
+        speculative_tokens=4,
+        debug=True,
+    )
+    engine = Engine(runner, section, lambda: 0.0, lambda _: None)
+    for kind in engine._scheduler._speculation._kinds[:-1]:
+        kind.drafter = BestDrafter([])
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for _ in ("cold", "warm"):
+        for number, prompt in enumerate(prompts):
+            engine.handle(Submit(number, request_of(prompt)))
+            tokens[number].clear()
+        while engine.has_work:
+            result = engine.step()
+            assert not result.failed
+            for at, token_id in zip(result.request_ids, result.token_ids, strict=True):
+                tokens[at].append(token_id)
+        assert tokens == expected
+    [drafts] = engine.stats().scheduler.speculation.drafters
+    assert drafts.accepted_tokens_total > 0
+    assert engine.stats().cache.windowed is not None
 
 
 def test_one_group_is_enough_where_no_sequence_is_longer_than_the_window(make: Make) -> None:

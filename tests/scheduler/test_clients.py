@@ -23,8 +23,10 @@ from scheduler.client import (
     EngineUnavailableError,
     ExplainPrefix,
     GenerateRequest,
+    PinPrefix,
     RejectKind,
     RequestRefusedError,
+    UnpinPrefix,
 )
 from scheduler.process import ProcessClient
 from waiting import TIMEOUT_S
@@ -252,6 +254,8 @@ def test_a_reset_forgets_what_nobody_uses_and_says_how_much(make_client: MakeCli
             used = prompt[: 2 * page_size + 1]
             deltas = client.generate(_request(used, 200))
             assert (await anext(deltas)).started is not None
+            assert await client.change_cache(PinPrefix(prompt, "", "", "5m")) == 4
+            assert await client.change_cache(UnpinPrefix(prompt, "")) == 1
             assert await client.reset_cache() == 2, "those behind the two that are used"
             kept = [delta async for delta in deltas if delta.token_ids]
             assert kept[-1].finish_reason == "length"

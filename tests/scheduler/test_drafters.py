@@ -183,6 +183,12 @@ def test_a_past_output_is_drafted_in_its_namespace_alone() -> None:
     assert drafter.propose(asked["b"], 9) is None
 
 
+def test_an_output_that_is_not_to_be_stored_is_never_drafted() -> None:
+    past = PastOutputs(lambda: TextIndex(64, 3))
+    past.add(sequence_of([1], tuple(range(30)), namespace="private", store_up_to=0))
+    assert past.index("private") is None
+
+
 def test_past_outputs_are_bounded() -> None:
     past = PastOutputs(lambda: TextIndex(64, 3), max_namespaces=4)
     for number in range(1000):

@@ -333,7 +333,8 @@ def test_a_step_is_not_timed_while_it_waits_for_the_one_before_it() -> None:
     told = Told(Recorder())
     told.submit(0, (1, 2, 3), max_tokens=6)
     told.run()
-    # Launched at one tick, the step before over at the next, over itself two ticks later.
+    # Launched at one tick, the step before over at the next, over itself three ticks later: the
+    # engine reads the time before it plans, too.
     decode_s = told.engine._scheduler.pacing.decode_s
     assert decode_s is not None
-    assert decode_s <= 2.0
+    assert decode_s <= 3.0

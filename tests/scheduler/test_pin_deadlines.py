@@ -191,6 +191,15 @@ def test_a_request_that_ends_before_its_prompt_is_computed_pins_nothing() -> Non
     assert not drive.engine._pins._waiting
 
 
+def test_requests_without_pins_run_beside_those_with() -> None:
+    drive = Drive()
+    drive.submit(*range(1, 5), max_tokens=9)
+    drive.engine.step()
+    drive.submit(*range(20, 60), pins=pin(40))
+    assert [one for result in drive.steps() for one in result.pinned] == [Pinned(2, 0, 0)]
+    assert drive.pages == {"5m": 10}
+
+
 def test_a_failed_request_pins_nothing() -> None:
     drive = Drive()
     drive.submit(*PROMPT, pins=pin(12))
@@ -241,6 +250,7 @@ def test_an_operator_pins_and_unpins_a_prefix() -> None:
     def answer(command: PinPrefix | UnpinPrefix | ResetCache) -> int:
         drive.engine.handle(command)
         [number] = drive.engine.step().cache_answers
+        assert isinstance(number, int)
         drive.engine.check()
         assert isinstance(number, int)
         return number

@@ -16,6 +16,7 @@ from scheduler.messages import (
     CacheCommand,
     Cancel,
     FinishReason,
+    Pinned,
     Rejected,
     RejectKind,
     ResetCache,
@@ -45,6 +46,7 @@ def test_news_of_requests_nobody_reads_is_dropped() -> None:
             finished=[(7, FinishReason.STOP)],
             drafts=[(5, 3, 1)],
             failed=[(8, "a fault")],
+            pinned=[Pinned(5, 0, 1)],
         )
     )
     streams.check()
@@ -84,6 +86,21 @@ def test_tokens_that_came_before_an_error_are_read_first() -> None:
             await anext(stream)
         # It was over already: nothing is left to cancel.
         assert [type(message) for message in sent] == [Submit]
+
+    asyncio.run(test())
+
+
+def test_the_effect_of_pins_is_read_once() -> None:
+    async def test() -> None:
+        streams = Streams()
+        stream = streams.generate(_REQUEST, lambda _: None)
+        reading = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        streams.dispatch(StepResult(request_ids=[0], token_ids=[4], pinned=[Pinned(0, 1, 2)]))
+        assert (await reading).pinned == Pinned(0, 1, 2)
+        streams.dispatch(StepResult(request_ids=[0], token_ids=[4]))
+        assert (await anext(stream)).pinned is None
+        await stream.aclose()
 
     asyncio.run(test())
 

@@ -264,7 +264,7 @@ def test_a_histogram_counts_what_it_is_shown(observations: list[tuple[float, int
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1), max_size=5))
 def test_a_count_goes_on_over_restarts(lives: list[list[int]]) -> None:
     """Each life of an engine counts from 0; a scrape reads the value at that time."""
-    count, shown, finished = GrowingCount(), 0.0, 0
+    count, shown, finished = GrowingCount(), 0, 0
     for grows in lives:
         value = 0
         for growth in grows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 
-from cache_reference import Entry, Key, Reference
+from cache_reference import Entry, Key, Reference, prompt
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
@@ -12,18 +12,7 @@ from cache.kv_cache import KVCache
 from cache.moves import PageMove
 from cache.node import NO_PAGE
 
-#: They share bytes, but no two of them in one place are the same token.
-VOCABULARY = (3, 259)
-
 Written = Key | None
-
-
-def prompt(length: int, turn: int, pattern: int) -> list[int]:
-    """Return a beginning that all share and, from `turn` on, one of a few ways to go on."""
-    bits = [0 if place < turn else pattern >> (place - turn) % 3 & 1 for place in range(length)]
-    return [VOCABULARY[bit] for bit in bits]
-
-
 prompts = st.builds(prompt, st.integers(1, 16), st.integers(0, 12), st.integers(0, 7))
 namespaces = st.sampled_from(("", "", "", "other"))
 

@@ -14,10 +14,15 @@ def sequence_of(
     request_id: int = 0,
     namespace: str = "",
     prediction: tuple[int, ...] = (),
+    store_up_to: int | None = None,
 ) -> Sequence:
     params = SamplingParams(max_tokens=1000)
     request = GenerateRequest(
-        tuple(prompt), params, namespace=namespace, prediction_token_ids=prediction
+        tuple(prompt),
+        params,
+        namespace=namespace,
+        prediction_token_ids=prediction,
+        store_up_to=store_up_to,
     )
     submit = Submit(request_id, request, output)
     return Sequence(submit, arrival=0, eos_token_ids=(), max_model_len=10_000)

@@ -45,13 +45,18 @@ def mixed_runner(
     max_num_batched_tokens: int = 64,
     config: dict[str, Any] | None = None,
     quantization: str = "none",
+    has_draft: bool = False,
     **cache: Any,
 ) -> TorchRunner:
-    """Return a runner on the weights of a folder; `config` changes the model."""
+    """Return a runner on the weights of a folder; `config` changes the model.
+
+    `has_draft`: it is its own draft model.
+    """
     path = folder / "config.json"
     path.write_text(json.dumps(_CONFIG | {"max_position_embeddings": 64} | (config or {})))
+    source = build.resolve_source(f"dummy:{path}")
     return build.make_runner(
-        build.resolve_source(f"dummy:{path}"),
+        source,
         OctavoConfig(
             model=ModelSection(
                 quantization=quantization,  # type: ignore[arg-type] # parsed
@@ -64,6 +69,7 @@ def mixed_runner(
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
             ),
         ),
+        draft_source=source if has_draft else None,
     )
 
 

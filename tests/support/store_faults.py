@@ -59,6 +59,23 @@ def open_store(
     return DiskStore(StoreFolder(folder), contents, max_bytes, open_writer=open_writer)
 
 
+def fill(store: DiskStore, num_pages: int, first: int = 0, namespace: str = "") -> list[PageKey]:
+    keys = store.keys([first, *range(1, num_pages * PAGE_TOKENS)], namespace)
+    for key in keys:
+        store.put(key, contents_of(key))
+    return keys
+
+
+def held(store: DiskStore, keys: list[PageKey]) -> list[bool]:
+    found = [store.get(key) for key in keys]
+    assert all(one in (None, contents_of(key)) for one, key in zip(found, keys, strict=True))
+    return [one is not None for one in found]
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted((folder / "octavo-kv").glob("segment-*.kv"))
+
+
 class SlowWriter(SegmentWriter):
     """Writes a few bytes at a time, as a full pipe or a signal would."""
 

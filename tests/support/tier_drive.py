@@ -67,8 +67,9 @@ class TierDrive:
         self.now_s = 0.0
         section = SchedulerSection(**{"max_num_seqs": 8, "max_num_batched_tokens": 32} | config)
         self.engine = Engine(self.runner, section, lambda: self.now_s, self.inbox.put)
-        digest = bytes.fromhex(info.page_digest)
-        contents = Contents(digest, info.page_size, info.record_bytes)
+        stored = info.stored_pages
+        assert stored is not None
+        contents = Contents(bytes.fromhex(stored.digest), info.page_size, stored.num_bytes)
         self.store = GatedStore(StoreFolder(folder), contents, max_bytes)
         self.tiered = TieredEngine(self.engine, self.store, lambda: self.now_s, self.inbox.put)
         self.outputs: dict[int, list[int]] = {}

@@ -98,15 +98,22 @@ void add_prefill(const Session& s, int32_t row, int32_t token_begin, int32_t tok
   const int32_t num_tokens = s.common.query_starts[row + 1] - s.common.query_starts[row];
   const int32_t first_index = s.common.seq_lens[row] - num_tokens;
   const int32_t num_lanes = token_end * s.common.group;
-  const int32_t lanes_each = s.unit_lanes;
+  // The first lane behind the page of the token that a lane belongs to: keys of its own page have
+  // another form than those before.
+  const auto page_end = [&](int32_t lane) {
+    if (!s.desk_tokens) return num_lanes;
+    const int32_t size = s.common.page_size, index = first_index + lane / s.common.group;
+    return ((index / size + 1) * size - first_index) * s.common.group;
+  };
   for (int32_t head = 0; head < s.common.num_kv_heads; ++head)
-    for (int32_t lane = token_begin * s.common.group; lane < num_lanes; lane += lanes_each) {
+    for (int32_t lane = token_begin * s.common.group, end; lane < num_lanes; lane = end) {
+      end = std::min({lane + s.unit_lanes, num_lanes, page_end(lane)});
       Unit unit = {};
       unit.row = row;
       unit.head_begin = head;
       unit.head_end = head + 1;
       unit.lane_begin = lane;
-      unit.lane_end = std::min(lane + lanes_each, num_lanes);
+      unit.lane_end = end;
       const int32_t oldest = first_index + lane / s.common.group;
       unit.key_begin = oldest >= sight.window ? oldest - sight.window + 1 : 0;
       unit.key_end = first_index + (unit.lane_end - 1) / s.common.group + 1;
@@ -190,16 +197,18 @@ Place place_of(Session& s, int32_t layer) {
   return s.places.empty() ? Place{&s, layer} : s.places[layer];
 }
 
-Attention attention_of(const Session& s, int32_t layer) {
+Attention attention_of(Session& s, int32_t layer, Rows keys, Rows values) {
   Attention a = s.common;
-  const LayerPages& pages = s.pages[layer];
+  LayerPages& pages = s.pages[layer];
   a.keys = pages.keys;
   a.values = pages.values;
   a.key_scales = pages.key_scales;
   a.value_scales = pages.value_scales;
   a.kv_dtype = pages.dtype;
   a.window = s.windows[layer];
-  a.partials = const_cast<float*>(s.partials.data());
+  a.partials = s.partials.data();
+  a.own = {keys,          values,     pages.desk_keys.data(), pages.desk_values.data(),
+           s.desk_tokens, s.row_slots};
   return a;
 }
 
@@ -220,10 +229,14 @@ void attend(Session& s, const Attention& a, float* scratch) {
   const int64_t num_units = schedule.units.size(), num_merges = schedule.merges.size();
 #pragma omp for schedule(dynamic) nowait
   for (int64_t i = 0; i < num_units; ++i) s.kernels->attend(a, schedule.units[i], scratch);
-  if (!num_merges) return;
+  const bool has_desks = is_by_page(a.kv_dtype);
+  if (!num_merges && !has_desks) return;
 #pragma omp barrier
 #pragma omp for nowait
   for (int64_t i = 0; i < num_merges; ++i) s.kernels->merge(a, schedule.merges[i]);
+  if (!has_desks) return;
+#pragma omp for schedule(dynamic) nowait
+  for (int32_t row = 0; row < s.num_rows; ++row) fill_desk(s, a, row);
 }
 
 }  // namespace octavo
@@ -232,11 +245,12 @@ using namespace octavo;
 
 extern "C" {
 
-// `planes` is [layers, 4]: keys, values, and the scales of each, 0 where there are none.
+// `planes` is [layers, 4]: keys, values, and the scales of each, 0 where there are none. `desk_tokens`
+// are those of a slot, where a layer's pages are encoded as a whole.
 Session* octavo_attention_new(const Kernels* kernels, const int64_t* planes,
                               const int32_t* kv_dtypes, const int32_t* windows, int32_t num_layers,
                               int64_t num_pages, int32_t page_size, int32_t num_kv_heads,
-                              int32_t group, int32_t head_dim, float scale) {
+                              int32_t group, int32_t head_dim, float scale, int32_t desk_tokens) {
   auto session = std::make_unique<Session>();
   session->kernels = kernels;
   session->num_pages = num_pages;
@@ -244,7 +258,8 @@ Session* octavo_attention_new(const Kernels* kernels, const int64_t* planes,
   for (int32_t layer = 0; layer < num_layers; ++layer, planes += 4) {
     const auto plane = [&](int i) { return reinterpret_cast<void*>(planes[i]); };
     const DType dtype = DType(kv_dtypes[layer]);
-    session->pages.push_back({dtype, plane(0), plane(1), plane(2), plane(3)});
+    session->pages.push_back({dtype, plane(0), plane(1), plane(2), plane(3), {}, {}});
+    if (is_by_page(dtype)) session->desk_tokens = desk_tokens;
     session->unit_lanes = std::min(session->unit_lanes, kernels->unit_lanes(dtype));
     session->windows.push_back(windows[layer]);
     session->schedules[windows[layer]];
@@ -270,12 +285,12 @@ void octavo_attention_join(Session* session, Session* const* sessions, const int
 }
 
 // Sets the step. The caller owns the arrays and keeps them until the next plan. See `Session` for
-// those of views.
+// those of views. `row_slots` may be null where no page is encoded as a whole.
 const char* octavo_attention_plan(Session* session, const int32_t* query_starts,
                                   const int32_t* seq_lens, const int32_t* block_table,
                                   int64_t table_stride, const int64_t* slots, int32_t num_rows,
                                   int64_t num_tokens, int32_t threads, const int32_t* row_sinks,
-                                  const int32_t* row_windows) {
+                                  const int32_t* row_windows, const int32_t* row_slots) {
   Session& s = *session;
   s.common.query_starts = query_starts;
   s.common.seq_lens = seq_lens;
@@ -283,11 +298,13 @@ const char* octavo_attention_plan(Session* session, const int32_t* query_starts,
   s.common.table_stride = table_stride;
   s.row_sinks = row_sinks;
   s.row_windows = row_windows;
+  s.row_slots = row_slots;
   s.slots = slots;
   s.num_rows = num_rows;
   s.num_tokens = num_tokens;
   s.threads = threads;
   if (const char* message = fault(s)) return message;
+  if (const char* message = plan_desks(s)) return message;
   const Attention& a = s.common;
   size_t partials = 0;
   for (auto& [window, schedule] : s.schedules) {
@@ -310,18 +327,24 @@ void octavo_attention_attend(Session* session, int32_t layer, int32_t dtype, voi
                              int64_t sink_q_head_stride) {
   Session& s = *session;
   const Kernels& kernels = *s.kernels;
-  Attention a = attention_of(s, layer);
   const DType type = DType(dtype);
+  const Rows key_rows = {k, k_token_stride, k_head_stride, type};
+  const Rows value_rows = {v, v_token_stride, v_head_stride, type};
+  Attention a = attention_of(s, layer, key_rows, value_rows);
   a.q = {q, q_token_stride, q_head_stride, type};
   a.sink_q = {sink_q, sink_q_token_stride, sink_q_head_stride, type};
   a.out = {out, int64_t(a.num_kv_heads) * a.group * a.head_dim, a.head_dim, type};
-  const Write keys = key_write(s, layer, {k, k_token_stride, k_head_stride, type});
-  const Write values = value_write(s, layer, {v, v_token_stride, v_head_stride, type});
   const Schedule& schedule = s.schedules.find(a.window)->second;
-  in_parallel(s.num_tokens, 2 * a.num_kv_heads * a.head_dim, [&](int64_t begin, int64_t end) {
-    kernels.write(keys, begin, end);
-    kernels.write(values, begin, end);
-  });
+  if (is_by_page(a.kv_dtype)) {
+    in_parallel(num_page_heads(s, a), 8 * a.page_size * a.head_dim,
+                [&](int64_t begin, int64_t end) { encode_page_heads(s, a, begin, end); });
+  } else {
+    const Write keys = key_write(s, layer, key_rows), values = value_write(s, layer, value_rows);
+    in_parallel(s.num_tokens, 2 * a.num_kv_heads * a.head_dim, [&](int64_t begin, int64_t end) {
+      kernels.write(keys, begin, end);
+      kernels.write(values, begin, end);
+    });
+  }
 #pragma omp parallel num_threads(s.threads) if (schedule.elements > 2 * kGrainElements)
   {
     attend(s, a, scratch_of(s, omp_get_thread_num()));

@@ -12,26 +12,41 @@ namespace {
 // Subtracted from codes of four bits: sums of codes around zero cancel less of the minimum.
 constexpr int kMiddleCode = 8;
 
-// Of the keys of a chunk and one KV head. Those that no lane sees have any scale, NaN included.
+// Whether codes are steps from a minimum on, which products meet by the sum of their other operand.
+inline bool has_minimums(DType kv_dtype) { return kv_dtype == kInt4; }
+
+// A bfloat16 number.
+inline float wide(uint16_t bits) { return bit_cast<float>(uint32_t(bits) << 16); }
+
+// Of the keys of a chunk and one KV head. Those that no lane sees have zeros.
 struct HeadScales {
-  bool has_minimums = false;
+  bool have_minimums;
+  // Whether the scale of a value is NaN: queries before it must not meet it.
+  bool has_lost_values;
   alignas(64) float keys[kChunkKeys];
   alignas(64) float values[kChunkKeys];
   alignas(64) float key_minimums[kChunkKeys];
   alignas(64) float value_minimums[kChunkKeys];
 
   void load(const Attention& a, const Chunk& chunk, int head) {
-    has_minimums = a.kv_dtype == kInt4;
+    have_minimums = has_minimums(a.kv_dtype);
     load_side(a, chunk, head, (const uint16_t*)a.key_scales, keys, key_minimums);
     load_side(a, chunk, head, (const uint16_t*)a.value_scales, values, value_minimums);
+    IntVec lost = {};
+    for (int key = round_down(chunk.begin, kWidth); key < chunk.end; key += kWidth)
+      lost |= ::load(values + key) != ::load(values + key);
+    has_lost_values = false;
+    for (int i = 0; i < kWidth; ++i) has_lost_values |= lost[i] != 0;
   }
 
  private:
-  static float wide(uint16_t bits) { return bit_cast<float>(uint32_t(bits) << 16); }
-
   static void load_side(const Attention& a, const Chunk& chunk, int head, const uint16_t* plane,
                         float* scales, float* minimums) {
-    if (a.kv_dtype == kInt4) {
+    // Softmaxes reach beyond the keys that are seen, to whole tiles at most.
+    const int from = round_down(chunk.begin, kTileKeys), to = round_up(chunk.end, kTileKeys);
+    for (int key = from; key < to; key += kWidth)
+      store(scales + key, Vec{}), store(minimums + key, Vec{});
+    if (has_minimums(a.kv_dtype)) {
       for (int key = chunk.begin; key < chunk.end; ++key) {
         const uint16_t* at = plane + 2 * (chunk.vectors[key] + head);
         scales[key] = wide(at[0]);
@@ -48,15 +63,10 @@ struct HeadScales {
 
 // ---- operands ----------------------------------------------------------------------------------
 
-// Writes the query of a token and head to `depth` floats, the last of them zero: with the factor of a
-// softmax in powers of two, and rotated as the keys are.
-inline void read_query(const Attention& a, const octavo::Rows& rows, int token, int head, int depth,
+// Writes a query that meets codes to `depth` floats: see `query_part`. It is rotated as the keys are.
+inline void read_query(const Attention& a, const octavo::Rows& rows, int64_t from, int depth,
                        float* to) {
-  const int64_t from = token * rows.token_stride + head * rows.head_stride;
-  for (int d = 0; d < depth; d += kWidth) {
-    const Vec q = d < a.head_dim ? load_some(rows.data, rows.dtype, from + d, kWidth) : Vec{};
-    store(to + d, q * a.scale_log2e);
-  }
+  for (int d = 0; d < depth; d += kWidth) store(to + d, query_part(a, rows, from, d));
   if (is_rotated(a.kv_dtype)) hadamard(to, a.head_dim);
 }
 
@@ -65,7 +75,9 @@ template <class Element>
 inline float sum_of(const Element* query, int depth) {
   Vec total = {};
   for (int d = 0; d < depth; d += kWidth) total += load(query + d);
-  return sum(total);
+  float sums[4];
+  sum4(total, total, total, total, sums);
+  return sums[0];
 }
 
 // Codes of four bits, two a byte, as bytes around zero.
@@ -106,20 +118,28 @@ inline void unpack_rows(const uint8_t* pages, const int64_t* offsets, int begin,
 
 // ---- softmax -----------------------------------------------------------------------------------
 
-// Replaces products of a query with codes by scores. `factor` is the query's own.
-inline void scale_scores(float* scores, int from, int to, const HeadScales& scales, float factor,
-                         float query_sum) {
+// Replaces products of a query with codes by scores, hides those that the lane does not see, and
+// returns the largest of the others. `factor` is the query's own.
+inline float scale_scores(float* scores, int from, int to, Seen seen, const HeadScales& scales,
+                          float factor, float query_sum) {
+  Vec top = broadcast(kNothingSeen);
   for (int key = from; key < to; key += kWidth) {
-    const Vec scaled = load(scores + key) * (load(scales.keys + key) * factor);
-    store(scores + key, scales.has_minimums
-                            ? multiply_add(load(scales.key_minimums + key), broadcast(query_sum), scaled)
-                            : scaled);
+    Vec score = load(scores + key) * (load(scales.keys + key) * factor);
+    if (scales.have_minimums)
+      score = multiply_add(load(scales.key_minimums + key), broadcast(query_sum), score);
+    store(scores + key, score);
+    if (key < seen.begin || key + kWidth > seen.end) {
+      hide(scores, key, seen);
+      score = load(scores + key);
+    }
+    top = max(score, top);
   }
+  return largest_of(top);
 }
 
-// Returns `product` where the weight is not zero: a key out of view may have a scale of NaN.
-inline Vec where_seen(Vec weight, Vec product) {
-  return bit_cast<Vec>(bit_cast<IntVec>(product) & (weight != 0.0f));
+// Returns scales, and zero where the weight is zero: a key out of view may have a scale of NaN.
+inline Vec where_seen(Vec weight, Vec scale) {
+  return bit_cast<Vec>(bit_cast<IntVec>(scale) & (weight != 0.0f));
 }
 
 // Weights of one lane's values: their sum, what the sum of products is multiplied by, and the
@@ -130,27 +150,37 @@ struct Weighed {
   float minimum;
 };
 
-// Replaces scores by weights times the scales of values.
-template <class O>
-inline Weighed weigh_scaled(float* scores, int from, int to, float largest,
-                            const HeadScales& scales) {
+template <class O, bool kHasLostValues>
+inline Weighed weigh_by_scales(float* scores, int from, int to, float largest,
+                               const HeadScales& scales) {
   Vec total = {}, minimum = {};
   IntVec top = {};
   for (int key = from; key < to; key += kWidth) {
     const Vec x = load(scores + key) - largest;
     const Vec weight = O::kIsRounded ? exp2_coarse(x) : exp2_fine(x);
-    const Vec scaled = where_seen(weight, weight * load(scales.values + key));
+    const auto factor = [&](const float* at) {
+      return kHasLostValues ? where_seen(weight, load(at + key)) : load(at + key);
+    };
+    const Vec scaled = weight * factor(scales.values);
     total += weight;
-    if (scales.has_minimums)
-      minimum += where_seen(weight, weight * load(scales.value_minimums + key));
+    if (scales.have_minimums)
+      minimum = multiply_add(weight, factor(scales.value_minimums), minimum);
     // As integers: NaN is the largest.
-    const IntVec bits = bit_cast<IntVec>(scaled) & INT32_MAX;
+    const IntVec bits = bit_cast<IntVec>(scaled);
     top = bits > top ? bits : top;
     store(scores + key, scaled);
   }
   float sums[4];
   sum4(total, minimum, total, minimum, sums);
   return {sums[0], O::store_weights(scores, from, to, top), sums[1]};
+}
+
+// Replaces scores by weights times the scales of values.
+template <class O>
+inline Weighed weigh_scaled(float* scores, int from, int to, float largest,
+                            const HeadScales& scales) {
+  return (scales.has_lost_values ? weigh_by_scales<O, true> : weigh_by_scales<O, false>)(
+      scores, from, to, largest, scales);
 }
 
 // Makes a lane's sums of weights times codes those of weights times values.

@@ -46,10 +46,11 @@ void attend_lanes(const Attention& a, const Unit& unit, float* scratch) {
   (unit.lane_end ? prefill_lanes_of<Lanes> : decode_lanes_of<Lanes>)(a, unit, scratch);
 }
 
-// Pages in float32 are meant to be exact: bfloat16 operands would round them.
+// Pages in float32 are meant to be exact: bfloat16 operands would round them. Whole pages are read by
+// vectors alone.
 inline bool is_by_tiles([[maybe_unused]] DType kv_dtype) {
 #if defined(__AMX_BF16__)
-  return kv_dtype != kFloat32;
+  return kv_dtype != kFloat32 && !is_by_page(kv_dtype);
 #else
   return false;
 #endif
@@ -69,6 +70,8 @@ void attend_unit(const Attention& a, const Unit& unit, float* scratch) {
     // Rows of four bits are unpacked to bytes.
     case kInt8:
     case kInt4: return attend_lanes<VectorLanes<int8_t>>(a, unit, scratch);
+    case kKivi4:
+    case kKivi2: return attend_lanes<VectorLanes<WholePages>>(a, unit, scratch);
     default: return attend_lanes<VectorLanes<float>>(a, unit, scratch);
   }
 }

@@ -137,11 +137,16 @@ class Lanes {
   int query_head(int lane) const { return head_ * a_.group + (begin_ + lane) % a_.group; }
 
   void load_query(const octavo::Rows& rows, int lane) {
-    alignas(64) float q[octavo::kMaxHeadDim];
+    const int64_t from = token_of(lane) * rows.token_stride + query_head(lane) * rows.head_stride;
     BFloat16* to = t_.queries + lane * depth_;
-    read_query(a_, rows, token_of(lane), query_head(lane), depth_, q);
+    if (!is_coded(a_.kv_dtype)) {
+      for (int d = 0; d < depth_; d += kWidth) store(to + d, query_part(a_, rows, from, d));
+      return;
+    }
+    alignas(64) float q[octavo::kMaxHeadDim];
+    read_query(a_, rows, from, depth_, q);
     for (int d = 0; d < depth_; d += kWidth) store(to + d, load(q + d));
-    query_sums_[lane] = is_coded(a_.kv_dtype) ? sum_of(to, depth_) : 0.0f;
+    query_sums_[lane] = has_minimums(a_.kv_dtype) ? sum_of(to, depth_) : 0.0f;
   }
 
   template <class KV>
@@ -262,7 +267,7 @@ class Lanes {
           multiply_add(load(total_ + lane), joint.first, load(total) * joint.second));
     for (int i = 0; i < block.count; ++i) {
       float* sums = t_.sums + i * a_.head_dim;
-      if (scales_.has_minimums) complete_sums(sums, a_.head_dim, weighed[i]);
+      if (has_minimums(a_.kv_dtype)) complete_sums(sums, a_.head_dim, weighed[i]);
       add_sums(sums, broadcast(joint.first[i]), broadcast(joint.second[i]),
                t_.totals + (lane + i) * a_.head_dim);
     }
@@ -281,8 +286,8 @@ class Lanes {
     for (int i = 0; i < block.count; ++i) {
       const int lane = block.lane + i;
       float* scores = t_.scores + i * kScoresStride;
-      scale_scores(scores, from, to, scales_, 1.0f, query_sums_[lane]);
-      largest[i] = largest_score(scores, from, to, seen_by(lane, chunk, block));
+      largest[i] = scale_scores(scores, from, to, seen_by(lane, chunk, block), scales_, 1.0f,
+                                query_sums_[lane]);
       weighed[i] = weigh_scaled<Operands<BFloat16>>(scores, from, to, largest[i], scales_);
       total[i] = weighed[i].total;
     }

@@ -16,6 +16,8 @@ using octavo::kChunkKeys;
 
 constexpr int kBlockLanes = 16;
 constexpr int kBlockKeys = 16;
+// Keys that all lanes of a block meet while they are in the nearest cache.
+constexpr int kTileKeys = 32;
 // Prefetch distance in keys. The rows of one head are not adjacent, and the CPU's own prefetcher
 // reaches two thirds of the bandwidth that this reaches.
 constexpr int kKeysAhead = 16;
@@ -69,6 +71,13 @@ struct Chunk {
   }
 };
 
+// A vector of a query that enters products, `d` elements behind its first at `from`: with the factor of
+// a softmax in powers of two. Zeros behind the head.
+inline Vec query_part(const Attention& a, const octavo::Rows& rows, int64_t from, int d) {
+  const Vec q = d < a.head_dim ? load_some(rows.data, rows.dtype, from + d, kWidth) : Vec{};
+  return q * a.scale_log2e;
+}
+
 // The keys of a chunk that one lane sees, counted from the chunk's first.
 struct Seen {
   int begin;
@@ -106,6 +115,12 @@ inline Vec exp2_coarse(Vec x) {
 inline Vec exp2_fine(Vec x) {
   const Exponent e(x);
   return e.scale(exp2_of_rest(e.rest));
+}
+
+// Sets the scores of keys outside the view to minus infinity.
+inline void hide(float* scores, int key, Seen seen) {
+  for (int at = key; at < key + kWidth; ++at)
+    if (at < seen.begin || at >= seen.end) scores[at] = -__builtin_inff();
 }
 
 // Two parts of a softmax, joined: the factor of each, and the largest score of both.

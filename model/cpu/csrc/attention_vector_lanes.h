@@ -1,6 +1,7 @@
 // Attention by vectors: lanes, and their softmax over chunks of keys. See attention_vectors.h.
 #pragma once
 
+#include "attention_pages.h"
 #include "attention_words.h"
 
 namespace {
@@ -9,8 +10,6 @@ using octavo::kVectorLanes;
 
 // Lanes whose softmax is computed while a chunk's keys and values are in a near cache.
 constexpr int kLanesAtOnce = 4 * kLaneGroup;
-// Keys that all lanes of a block meet while they are in the nearest cache.
-constexpr int kTileKeys = 32;
 // From so many lanes on it pays to widen keys and values once for all of them.
 constexpr int kManyLanes = 2 * kLaneGroup;
 
@@ -29,6 +28,8 @@ struct VectorScratch {
   float* sums;
   // [lanes, head_dim]: of the chunks before.
   float* totals;
+  // Of codes alone. Not in the lanes themselves: a large frame of the stack costs those of floats.
+  HeadScales* scales;
 
   VectorScratch(float* at, int head_dim)
       : queries(at),
@@ -38,12 +39,13 @@ struct VectorScratch {
         value_codes(key_codes + kChunkKeys * head_dim),
         scores((float*)(value_codes + kChunkKeys * head_dim)),
         sums(scores + kLanesAtOnce * kScoresStride),
-        totals(sums + kLanesAtOnce * head_dim) {}
+        totals(sums + kLanesAtOnce * head_dim),
+        scales((HeadScales*)(totals + kVectorLanes * head_dim)) {}
 
   static int64_t floats(int head_dim) {
     return int64_t(kVectorLanes) * round_up(head_dim, 2 * kWidth) + kLanesAtOnce * kScoresStride +
            int64_t(2 * kChunkKeys + kLanesAtOnce + kVectorLanes) * head_dim +
-           kChunkKeys * head_dim / 2;
+           kChunkKeys * head_dim / 2 + sizeof(HeadScales) / sizeof(float);
   }
 };
 
@@ -52,12 +54,13 @@ template <class KV>
 class VectorLanes {
   typedef typename Operands<KV>::Element Element;
   static constexpr bool kIsCoded = sizeof(KV) == 1;
+  static constexpr bool kIsByPage = __is_same(KV, WholePages);
 
  public:
   static constexpr int kMost = kVectorLanes;
 
   VectorLanes(const Attention& a, int row, int head, int begin, int end, float* scratch)
-      : a_(a), t_(scratch, a.head_dim), first_token_(a.query_starts[row]), head_(head),
+      : a_(a), t_(scratch, a.head_dim), first_token_(a.query_starts[row]), row_(row), head_(head),
         begin_(begin), count_(end - begin), depth_(round_up(a.head_dim, Operands<KV>::kDims)) {
     const int first_index = a.seq_lens[row] - (a.query_starts[row + 1] - first_token_);
     for (int lane = 0; lane < count_; ++lane) {
@@ -75,22 +78,10 @@ class VectorLanes {
 
   // Chunks are added in their order. `is_next`: the next head of the chunk is read after it.
   void add(const Chunk& chunk, bool is_next) {
-    alignas(64) int64_t offsets[kChunkKeys];
-    const int first = round_down(chunk.begin, kScoreKeys), last = round_up(chunk.end, kScoreKeys);
-    for (int key = first; key < last; ++key)
-      offsets[key] = chunk.offsets[smaller(larger(key, chunk.begin), chunk.end - 1)];
-    const int64_t head_offset = int64_t(head_) * a_.head_dim;
-    HeadRows<KV> rows = {(const KV*)a_.keys + head_offset, (const KV*)a_.values + head_offset,
-                         nullptr, offsets, chunk.begin, chunk.end, true};
-    if (is_next) rows.next = rows.keys + a_.head_dim;
-    if constexpr (kIsCoded) {
-      scales_.load(a_, chunk, head_);
-      if (a_.kv_dtype == kInt4) rows = unpacked(rows, offsets, first, last);
-    }
-    if constexpr (Operands<KV>::kIsWidened)
-      if (count_ >= kManyLanes)
-        return add_rows<Operands<Element>>(chunk, widened(rows, offsets, first, last));
-    add_rows<Operands<KV>>(chunk, rows);
+    if constexpr (kIsByPage)
+      add_pages(chunk);
+    else
+      add_tokens(chunk, is_next);
   }
 
   // Writes the result, or a partial result that is merged with others later.
@@ -105,32 +96,79 @@ class VectorLanes {
   }
 
  private:
+  // Sets the offsets of a chunk's keys, those of whole steps of the products included.
+  template <class OffsetOf>
+  static void locate(const Chunk& chunk, int64_t* offsets, const OffsetOf& offset_of) {
+    const int first = round_down(chunk.begin, kScoreKeys), last = round_up(chunk.end, kScoreKeys);
+    for (int key = first; key < last; ++key)
+      offsets[key] = offset_of(smaller(larger(key, chunk.begin), chunk.end - 1));
+  }
+
+  void add_pages(const Chunk& chunk) {
+    const bool is_one_block = count_ <= kLanesAtOnce;
+    const int own_begin = round_down(last_keys_[0], a_.page_size);
+    const PageRows<Element> pages(a_, row_, head_, own_begin, chunk,
+                                  is_one_block ? kTileKeys : kChunkKeys);
+    alignas(64) int64_t offsets[kChunkKeys];
+    locate(chunk, offsets, [&](int key) { return pages.offset(key); });
+    const HeadRows<Element> rows = {(Element*)t_.keys, (Element*)t_.values, nullptr, offsets,
+                                    chunk.begin, chunk.end, false};
+    if (is_one_block)
+      return add_rows<Operands<Element>>(chunk, TiledRows<Element>(pages, rows));
+    pages.read(chunk.begin, chunk.end, false, (Element*)t_.keys);
+    pages.read(chunk.begin, chunk.end, true, (Element*)t_.values);
+    add_rows<Operands<Element>>(chunk, rows);
+  }
+
+  void add_tokens(const Chunk& chunk, bool is_next) {
+    alignas(64) int64_t offsets[kChunkKeys];
+    const int first = round_down(chunk.begin, kScoreKeys), last = round_up(chunk.end, kScoreKeys);
+    locate(chunk, offsets, [&](int key) { return chunk.offsets[key]; });
+    const bool is_packed = kIsCoded && a_.kv_dtype == kInt4;
+    const int64_t head_offset = int64_t(head_) * a_.head_dim >> is_packed;
+    HeadRows<KV> rows = {(const KV*)a_.keys + head_offset, (const KV*)a_.values + head_offset,
+                         nullptr, offsets, chunk.begin, chunk.end, true};
+    if (is_next) rows.next = rows.keys + a_.head_dim;
+    if constexpr (kIsCoded) t_.scales->load(a_, chunk, head_);
+    if constexpr (Operands<KV>::kIsWidened)
+      if (count_ >= kManyLanes)
+        return add_rows<Operands<Element>>(chunk, widened(rows, offsets, first, last));
+    if constexpr (kIsCoded)
+      if (is_packed) rows = unpacked(rows, offsets, first, last);
+    add_rows<Operands<KV>>(chunk, rows);
+  }
+
   int token_of(int lane) const { return first_token_ + (begin_ + lane) / a_.group; }
   int query_head(int lane) const { return head_ * a_.group + (begin_ + lane) % a_.group; }
   Element* query(int lane) const { return (Element*)t_.queries + lane * depth_; }
 
   void load_query(const octavo::Rows& rows, int lane) {
-    alignas(64) float q[octavo::kMaxHeadDim];
-    read_query(a_, rows, token_of(lane), query_head(lane), depth_, q);
-    query_factors_[lane] = Operands<KV>::store_query(q, depth_, query(lane));
-    if constexpr (kIsCoded)
-      query_sums_[lane] = query_factors_[lane] * sum_of(query(lane), depth_);
+    const int64_t from = token_of(lane) * rows.token_stride + query_head(lane) * rows.head_stride;
+    if constexpr (kIsCoded) {
+      alignas(64) float q[octavo::kMaxHeadDim];
+      read_query(a_, rows, from, depth_, q);
+      query_factors_[lane] = Operands<KV>::store_query(q, depth_, query(lane));
+      query_sums_[lane] =
+          has_minimums(a_.kv_dtype) ? query_factors_[lane] * sum_of(query(lane), depth_) : 0.0f;
+    } else {
+      for (int d = 0; d < depth_; d += kWidth)
+        store(query(lane) + d, query_part(a_, rows, from, d));
+    }
   }
 
   // The same rows of bytes instead of packed ones. `offsets` become those of the unpacked rows.
   HeadRows<KV> unpacked(HeadRows<KV> rows, int64_t* offsets, int begin, int end) const {
-    const int64_t head_offset = int64_t(head_) * a_.head_dim / 2;
-    const auto unpack = [&](const void* pages, int8_t* to) {
-      unpack_rows((const uint8_t*)pages + head_offset, offsets, begin, end, a_.head_dim, to);
+    const auto unpack = [&](const KV* pages, int8_t* to) {
+      unpack_rows((const uint8_t*)pages, offsets, begin, end, a_.head_dim, to);
     };
-    unpack(a_.keys, t_.key_codes);
-    unpack(a_.values, t_.value_codes);
+    unpack(rows.keys, t_.key_codes);
+    unpack(rows.values, t_.value_codes);
     for (int key = begin; key < end; ++key) offsets[key] = key * a_.head_dim;
     return {(const KV*)t_.key_codes, (const KV*)t_.value_codes, nullptr, offsets, rows.begin,
             rows.end, false};
   }
 
-  // The same rows as elements.
+  // The same rows, of bytes or packed, as elements.
   HeadRows<Element> widened(const HeadRows<KV>& rows, int64_t* offsets, int begin, int end) const {
     Element *keys = (Element*)t_.keys, *values = (Element*)t_.values;
     widen(rows.keys, offsets, begin, end, keys);
@@ -140,32 +178,44 @@ class VectorLanes {
   }
 
   void widen(const KV* pages, const int64_t* offsets, int begin, int end, Element* to) const {
+    alignas(64) int8_t bytes[octavo::kMaxHeadDim];
     for (int key = begin; key < end; ++key) {
       prefetch(pages + offsets[smaller(key + kKeysAhead, end - 1)], a_.head_dim);
+      const KV* row = pages + offsets[key];
+      if (kIsCoded && a_.kv_dtype == kInt4) {
+        unpack_row((const uint8_t*)row, a_.head_dim, bytes);
+        row = (const KV*)bytes;
+      }
       for (int d = 0; d < a_.head_dim; d += kWidth)
-        Operands<KV>::widen(pages + offsets[key] + d, to + key * a_.head_dim + d);
+        Operands<KV>::widen(row + d, to + key * a_.head_dim + d);
     }
   }
 
-  template <class O, class Page>
-  void add_rows(const Chunk& chunk, const HeadRows<Page>& rows) {
+  template <class O, class Rows>
+  void add_rows(const Chunk& chunk, const Rows& rows) {
     for (int lane = 0; lane < count_; lane += kLanesAtOnce)
       add_block<O>(chunk, rows, lane, smaller(kLanesAtOnce, count_ - lane));
   }
 
   // Adds a chunk to up to sixteen lanes.
-  template <class O, class Page>
-  void add_block(const Chunk& chunk, const HeadRows<Page>& rows, int lane, int count) {
+  template <class O, class Rows>
+  void add_block(const Chunk& chunk, const Rows& rows, int lane, int count) {
     const Seen block = {seen_by(lane, chunk).begin, seen_by(lane + count - 1, chunk).end};
     if (block.begin >= block.end) return;
-    for (int key = round_down(block.begin, kScoreKeys); key < block.end; key += kTileKeys)
-      score_tile<O>(rows, key, smaller(key + kTileKeys, block.end), lane, count);
+    for (int key = round_down(block.begin, kScoreKeys); key < block.end; key += kTileKeys) {
+      const int end = smaller(key + kTileKeys, block.end);
+      rows.bring_keys(key, end);
+      score_tile<O>(rows, key, end, lane, count);
+    }
     Share parts[kLanesAtOnce];
     Weighed weighed[kLanesAtOnce];
     softmax<O>(chunk, block, lane, count, parts, weighed);
     __builtin_memset(t_.sums, 0, int64_t(count) * a_.head_dim * sizeof(float));
-    for (int key = round_down(block.begin, O::kKeys); key < block.end; key += kTileKeys)
-      add_tile<O>(rows, key, smaller(key + kTileKeys, block.end), lane, count);
+    for (int key = round_down(block.begin, O::kKeys); key < block.end; key += kTileKeys) {
+      const int end = smaller(key + kTileKeys, block.end);
+      rows.bring_values(key, end);
+      add_tile<O>(rows, key, end, lane, count);
+    }
     for (int i = 0; i < count; ++i) {
       float* sums = t_.sums + i * a_.head_dim;
       O::restore_order(sums, a_.head_dim);
@@ -199,15 +249,18 @@ class VectorLanes {
     const int from = round_down(block.begin, kWidth), to = round_up(block.end, kWidth);
     for (int i = 0; i < count; ++i) {
       float* scores = t_.scores + i * kScoresStride;
+      const Seen seen = seen_by(lane + i, chunk);
       if constexpr (kIsCoded)
-        scale_scores(scores, from, to, scales_, query_factors_[lane + i], query_sums_[lane + i]);
-      parts[i].largest = largest_score(scores, from, to, seen_by(lane + i, chunk));
+        parts[i].largest = scale_scores(scores, from, to, seen, *t_.scales,
+                                        query_factors_[lane + i], query_sums_[lane + i]);
+      else
+        parts[i].largest = largest_score(scores, from, to, seen);
     }
     // A loop of its own, so that no iteration waits for the maximum it uses.
     for (int i = 0; i < count; ++i) {
       float* scores = t_.scores + i * kScoresStride;
       if constexpr (kIsCoded) {
-        weighed[i] = weigh_scaled<O>(scores, from, to, parts[i].largest, scales_);
+        weighed[i] = weigh_scaled<O>(scores, from, to, parts[i].largest, *t_.scales);
         parts[i].total = weighed[i].total;
       } else {
         parts[i].total = weigh<O>(scores, from, to, parts[i].largest);
@@ -239,13 +292,12 @@ class VectorLanes {
 
   const Attention& a_;
   const VectorScratch t_;
-  const int first_token_, head_, begin_, count_, depth_;
+  const int first_token_, row_, head_, begin_, count_, depth_;
   int window_ = octavo::kAllKeys;
   // The last key that each lane sees: the stored index of its token.
   int last_keys_[kVectorLanes];
   Share shares_[kVectorLanes];
   // Of codes alone.
-  HeadScales scales_;
   float query_factors_[kVectorLanes];
   float query_sums_[kVectorLanes];
 };

@@ -202,6 +202,10 @@ struct HeadRows {
   // Whether they are still in a far cache or in memory.
   bool is_far;
 
+  // Called before a tile of keys (or values) is read: see TiledRows.
+  void bring_keys(int, int) const {}
+  void bring_values(int, int) const {}
+
   // Prefetches the row some keys ahead; past the end, of the rows read `after`.
   __attribute__((always_inline)) void prefetch_ahead(const KV* pages, const KV* after, int key,
                                                      int count) const {
@@ -323,24 +327,6 @@ __attribute__((noinline)) void add_values(const HeadRows<KV>& rows, int begin, i
 }
 
 // ---- softmax -----------------------------------------------------------------------------------
-
-inline float largest_of(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(bit_cast<__m512>(v));
-#elif defined(OCTAVO_NEON)
-  return vmaxvq_f32(bit_cast<float32x4_t>(v));
-#else
-  float top = v[0];
-  for (int i = 1; i < kWidth; ++i) top = v[i] > top ? v[i] : top;
-  return top;
-#endif
-}
-
-// Sets the scores of keys outside the view to minus infinity.
-inline void hide(float* scores, int key, Seen seen) {
-  for (int at = key; at < key + kWidth; ++at)
-    if (at < seen.begin || at >= seen.end) scores[at] = -__builtin_inff();
-}
 
 // Returns the largest score that a lane sees, and hides the others from `from` to `to`.
 inline float largest_score(float* scores, int from, int to, Seen seen) {

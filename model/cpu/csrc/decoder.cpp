@@ -144,8 +144,11 @@ class Decoder {
     norm(layer.input_norm, residual, tokens, layer.qkv);
     multiply(normed_, tokens, layer.qkv, qkv_width(), qkv_.data(), scratch);
     const Place place = place_of(session, index);
-    rope_and_store(layer, place.layer, *place.session, angles);
-    attend_to(place.layer, *place.session);
+    Session& own = *place.session;
+    const Attention attention = attention_to(place.layer, own);
+    rope_and_store(layer, place.layer, own, angles, attention);
+    attend(own, attention, scratch_of(own, omp_get_thread_num()));
+#pragma omp barrier
     add_product(attended_, tokens, layer.o, residual, scratch);
     norm(layer.post_norm, residual, tokens, layer.gate_up);
     gate(layer.gate_up, tokens, scratch);
@@ -219,17 +222,18 @@ class Decoder {
     });
   }
 
-  void rope_and_store(const Layer& layer, int32_t index, Session& session, const Angles& angles) {
+  void rope_and_store(const Layer& layer, int32_t index, Session& session, const Angles& angles,
+                      const Attention& attention) {
     const int64_t width = qkv_width(), dim = shape_.head_dim;
     float* k = qkv_.data() + shape_.num_heads * dim;
-    float* v = k + shape_.num_kv_heads * dim;
     const float* cos_sin = angles.cos_sin ? angles.cos_sin : cos_sin_;
     const Rope queries = {{qkv_.data(), width, dim, kFloat32}, angles.rows, cos_sin,
                           int32_t(shape_.num_heads), int32_t(shape_.rotary_dim)};
     const Rope keys = {{k, width, dim, kFloat32}, angles.rows, cos_sin,
                        int32_t(shape_.num_kv_heads), int32_t(shape_.rotary_dim)};
-    const Write key_pages = key_write(session, index, keys.x);
-    const Write value_pages = value_write(session, index, {v, width, dim, kFloat32});
+    const Write key_pages = key_write(session, index, attention.own.keys);
+    const Write value_pages = value_write(session, index, attention.own.values);
+    const bool has_desks = is_by_page(attention.kv_dtype);
     share(session.num_tokens, [&](int64_t begin, int64_t end) {
       if (layer.q_norm)
         for (int64_t token = begin; token < end; ++token) {
@@ -239,9 +243,14 @@ class Decoder {
       if (angles.sink_positions) rotate_to_sinks(angles.sink_positions, begin, end);
       kernels_.rope(queries, begin, end);
       kernels_.rope(keys, begin, end);
+      if (has_desks) return;
       kernels_.write(key_pages, begin, end);
       kernels_.write(value_pages, begin, end);
     });
+    if (has_desks)
+      share(num_page_heads(session, attention), [&](int64_t begin, int64_t end) {
+        encode_page_heads(session, attention, begin, end);
+      });
   }
 
   // Writes the queries, not rotated yet, as they meet the sinks; only those that need it.
@@ -267,13 +276,16 @@ class Decoder {
     kernels_.norm(n, 0, count);
   }
 
-  void attend_to(int32_t index, Session& session) {
-    Attention a = attention_of(session, index);
-    a.q = {qkv_.data(), qkv_width(), shape_.head_dim, kFloat32};
-    a.sink_q = {sink_queries_.data(), attention_width(), shape_.head_dim, kFloat32};
-    a.out = {attended_.data(), attended_.stride(), shape_.head_dim, kernels_.panel_dtype()};
-    attend(session, a, scratch_of(session, omp_get_thread_num()));
-#pragma omp barrier
+  Attention attention_to(int32_t index, Session& session) {
+    const int64_t width = qkv_width(), dim = shape_.head_dim;
+    float* k = qkv_.data() + shape_.num_heads * dim;
+    float* v = k + shape_.num_kv_heads * dim;
+    Attention a =
+        attention_of(session, index, {k, width, dim, kFloat32}, {v, width, dim, kFloat32});
+    a.q = {qkv_.data(), width, dim, kFloat32};
+    a.sink_q = {sink_queries_.data(), attention_width(), dim, kFloat32};
+    a.out = {attended_.data(), attended_.stride(), dim, kernels_.panel_dtype()};
+    return a;
   }
 
   const Kernels& kernels_;

@@ -37,17 +37,40 @@ inline Vec sums_and_differences(Vec x) {
   return partners<kDistance>(x) + bit_cast<Vec>(bit_cast<IntVec>(x) ^ signs);
 }
 
+// The first stages, whose partners are in one vector.
+inline Vec transformed_within(Vec x) {
+  Vec v = sums_and_differences<2>(sums_and_differences<1>(x));
+  if constexpr (kWidth > 4) v = sums_and_differences<4>(v);
+  if constexpr (kWidth > 8) v = sums_and_differences<8>(v);
+  return v;
+}
+
+// A block of so many vectors, with all stages in registers.
+template <int kVectors>
+inline void transform_block(float* x, float factor) {
+  Vec v[kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) v[i] = transformed_within(load(x + i * kWidth));
+#pragma GCC unroll 4
+  for (int distance = 1; distance < kVectors; distance *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) {
+      if (i & distance) continue;
+      const Vec left = v[i], right = v[i + distance];
+      v[i] = left + right, v[i + distance] = left - right;
+    }
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) store(x + i * kWidth, v[i] * factor);
+}
+
 // Transforms blocks as long as the largest power of two that divides `dim`, a multiple of 16. The
 // order of operations is that of `hadamard` in model/kv/codes.py. Not inlined: the compiler must not
 // join the last product and a later sum to one rounding.
 __attribute__((noinline)) void hadamard(float* x, int dim) {
   const int block = dim & -dim;
-  for (int d = 0; d < dim; d += kWidth) {
-    Vec v = sums_and_differences<2>(sums_and_differences<1>(load(x + d)));
-    if constexpr (kWidth > 4) v = sums_and_differences<4>(v);
-    if constexpr (kWidth > 8) v = sums_and_differences<8>(v);
-    store(x + d, v);
-  }
+  const float factor = float(1.0 / __builtin_sqrt(double(block)));
+  if (dim == 64) return transform_block<64 / kWidth>(x, factor);
+  for (int d = 0; d < dim; d += kWidth) store(x + d, transformed_within(load(x + d)));
   for (int distance = kWidth; distance < block; distance *= 2)
     for (int first = 0; first < dim; first += 2 * distance)
       for (int d = first; d < first + distance; d += kWidth) {
@@ -55,7 +78,6 @@ __attribute__((noinline)) void hadamard(float* x, int dim) {
         store(x + d, left + right);
         store(x + d + distance, left - right);
       }
-  const float factor = float(1.0 / __builtin_sqrt(double(block)));
   for (int d = 0; d < dim; d += kWidth) store(x + d, load(x + d) * factor);
 }
 

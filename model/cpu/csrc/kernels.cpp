@@ -6,6 +6,7 @@
 #include "elementwise.h"
 #include "look_up.h"
 #include "packing.h"
+#include "page_encode.h"
 #include "page_write.h"
 #include "products.h"
 
@@ -22,6 +23,7 @@ const octavo::Kernels table = {
     unit_lanes,
     attend_unit,
     merge,
+    encode_page,
     write,
     norm,
     rope,

@@ -8,8 +8,8 @@
 
 namespace octavo {
 
-// model/cpu/library.py has the same numbers. The last three are of pages alone: codes, with scales in
-// planes of their own (attention_codes.h).
+// model/cpu/library.py has the same numbers. Those from kInt8 on are of pages alone: codes, with scales
+// in planes of their own (attention_codes.h).
 enum DType : int32_t {
   kFloat32 = 0,
   kFloat16 = 1,
@@ -17,7 +17,12 @@ enum DType : int32_t {
   kInt8 = 3,
   kFloat8 = 4,
   kInt4 = 5,
+  // Encoded by whole pages: attention_pages.h.
+  kKivi4 = 6,
+  kKivi2 = 7,
 };
+
+static constexpr bool is_by_page(DType dtype) { return dtype >= kKivi4; }
 
 // Keys of one chunk, and so of one decode unit. Fixed, so that a row's result depends neither on the
 // rows beside it nor on the step.
@@ -37,16 +42,31 @@ struct Rows {
   DType dtype;
 };
 
+// Where pages are encoded as a whole: keys and values in full precision, of the queries' own pages.
+struct OwnPages {
+  // Of the step's tokens.
+  Rows keys;
+  Rows values;
+  // Of the tokens before them: float32 [slots, desk_tokens, kv_heads, head_dim] each. Stored index i
+  // of a slot is at i % desk_tokens.
+  float* desk_keys;
+  float* desk_values;
+  int32_t desk_tokens;
+  // [rows]
+  const int32_t* slots;
+};
+
 // One layer's attention of one step.
 struct Attention {
   Rows q;
   Rows out;
-  // [pages, page_size, kv_heads, head_dim], contiguous; kInt4 has two dimensions a byte.
-  const void* keys;
-  const void* values;
+  // [pages, page_size, kv_heads, head_dim], contiguous; of codes as many dimensions a byte as it has.
+  void* keys;
+  void* values;
   // Where there are codes: bfloat16 [pages, page_size, kv_heads], for kInt4 [.., 2] with a minimum.
-  const void* key_scales;
-  const void* value_scales;
+  // By pages the same for keys [pages, kv_heads, head_dim, 2], for values [.., groups, 2].
+  void* key_scales;
+  void* value_scales;
   DType kv_dtype;
   int32_t head_dim;
   int32_t num_kv_heads;
@@ -67,6 +87,14 @@ struct Attention {
   float* partials;
   // The queries as they meet the sinks of their row's view: q, rotated to another position.
   Rows sink_q;
+  OwnPages own;
+};
+
+// A page of a row whose last token is in the step.
+struct WholePage {
+  int32_t row;
+  // In the row's block table.
+  int32_t index;
 };
 
 // A unit of work for one thread. Lanes are the row's (token, head in group) pairs, flattened.
@@ -218,6 +246,8 @@ struct Kernels {
   int32_t (*unit_lanes)(DType kv_dtype);
   void (*attend)(const Attention&, const Unit&, float* scratch);
   void (*merge)(const Attention&, const Merge&);
+  // Encodes one KV head of a page from the step's tokens and the desk.
+  void (*encode_page)(const Attention&, const WholePage&, int32_t head);
   // Over tokens (or rows) begin to end.
   void (*write)(const Write&, int64_t begin, int64_t end);
   void (*norm)(const Norm&, int64_t begin, int64_t end);

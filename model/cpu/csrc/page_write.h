@@ -36,8 +36,12 @@ inline float largest_magnitude(const float* x, int64_t dim) {
     const WordVec magnitude = bit_cast<WordVec>(load(x + d)) & 0x7fffffff;
     top = magnitude > top ? magnitude : top;
   }
+#if defined(__AVX512F__)
+  const uint32_t most = _mm512_reduce_max_epu32(bit_cast<__m512i>(top));
+#else
   uint32_t most = 0;
   for (int i = 0; i < kWidth; ++i) most = top[i] > most ? top[i] : most;
+#endif
   return bit_cast<float>(most);
 }
 
@@ -57,10 +61,33 @@ inline WordVec float8_of(Vec x) {
   return (magnitude < 0x1p-6f ? subnormal : normal) | (word >> 24 & 0x80);
 }
 
+// Puts codes of a byte each, a multiple of eight, into as few bits as they have: the first of a byte
+// into its lowest bits.
+template <int kBits>
+inline void pack_codes(const uint8_t* codes, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i < count; i += 8, to += kBits) {
+    uint64_t x;
+    __builtin_memcpy(&x, codes + i, sizeof(x));
+    // Of neighbours, the second comes to lie behind the first.
+    x = (x | x >> (8 - kBits)) & (kBits == 4 ? 0x00ff00ff00ff00ff : 0x000f000f000f000f);
+    x |= x >> (16 - 2 * kBits);
+    x &= kBits == 4 ? 0x0000ffff0000ffff : 0x000000ff000000ff;
+    x |= x >> (32 - 4 * kBits);
+    __builtin_memcpy(to, &x, kBits);
+  }
+}
+
 inline void store_bytes(uint8_t* to, WordVec words) {
   typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
   const Bytes bytes = __builtin_convertvector(words, Bytes);
   __builtin_memcpy(to, &bytes, sizeof(bytes));
+}
+
+// Rounds steps from a minimum on to codes of a byte each; NaN becomes 0.
+template <int kBits>
+inline void store_steps(Vec steps, uint8_t* to) {
+  const Vec bounded = min(max(steps, Vec{}), broadcast((1 << kBits) - 1));
+  store_bytes(to, bit_cast<WordVec>(__builtin_convertvector(rounded(bounded), IntVec)));
 }
 
 // int8 and fp8: steps of a scale, on both sides of zero. Returns the scale's bits.
@@ -85,30 +112,29 @@ inline uint16_t encode_symmetric(const float* x, int64_t dim, uint8_t* to) {
   return scale.bits;
 }
 
-// int4: steps of a scale from a minimum on, which `x` becomes. Writes the scale and the minimum.
-inline void encode_int4(float* x, int64_t dim, uint8_t* to, uint16_t* scales) {
+// Steps of a scale from a minimum on. Writes the scale and the minimum.
+template <int kBits>
+inline void encode_asymmetric(const float* x, int64_t dim, uint8_t* to, uint16_t* scales) {
+  constexpr float kLargest = (1 << kBits) - 1;
   const bool is_any_lost = !is_finite(largest_magnitude(x, dim));
-  float least = x[0], most = x[0];
-  for (int64_t d = 1; d < dim; ++d) {
-    least = x[d] < least ? x[d] : least;
-    most = x[d] > most ? x[d] : most;
-  }
+  Vec least = load(x), most = least;
+  for (int64_t d = kWidth; d < dim; d += kWidth)
+    least = min(load(x + d), least), most = max(load(x + d), most);
   // Both roundings widen the range, so that no code lies outside. Adding zeros turns -0 into 0.
-  const float minimum = -rounded_up(-least).value + 0.0f;
-  const float spread = most - minimum + 0.0f;
-  const Scale scale = rounded_up(spread / 15.0f);
+  const float minimum = -rounded_up(-smallest_of(least)).value + 0.0f;
+  const float spread = largest_of(most) - minimum + 0.0f;
+  const Scale scale = rounded_up(spread / kLargest);
   if (is_any_lost || !is_finite(spread)) {
     scales[0] = kNoNumber, scales[1] = 0;
-    __builtin_memset(to, 0, dim / 2);
+    __builtin_memset(to, 0, dim * kBits / 8);
     return;
   }
   scales[0] = scale.bits, scales[1] = uint16_t(bit_cast<uint32_t>(minimum) >> 16);
   const float divisor = scale.value > 0 ? scale.value : __builtin_inff();
-  for (int64_t d = 0; d < dim; d += kWidth) {
-    const Vec steps = rounded((load(x + d) - minimum) / divisor);
-    store(x + d, max(Vec{}, min(broadcast(15.0f), steps)));
-  }
-  for (int64_t d = 0; d < dim; d += 2) to[d / 2] = uint8_t(int(x[d]) | int(x[d + 1]) << 4);
+  uint8_t codes[octavo::kMaxHeadDim];
+  for (int64_t d = 0; d < dim; d += kWidth)
+    store_steps<kBits>((load(x + d) - minimum) / divisor, codes + d);
+  pack_codes<kBits>(codes, dim, to);
 }
 
 // Encodes the vector of a token and head, the `vector`-th of the plane.
@@ -122,7 +148,7 @@ inline void encode(const Write& w, float* x, int64_t vector) {
   else if (w.to_dtype == kFloat8)
     scales[vector] = encode_symmetric<kFloat8>(x, dim, codes + vector * dim);
   else
-    encode_int4(x, dim, codes + vector * dim / 2, scales + 2 * vector);
+    encode_asymmetric<4>(x, dim, codes + vector * dim / 2, scales + 2 * vector);
 }
 
 // Stores the keys (or values) of tokens begin to end in their slots.

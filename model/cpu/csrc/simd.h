@@ -38,6 +38,9 @@ using octavo::kFloat32;
 using octavo::kFloat8;
 using octavo::kInt4;
 using octavo::kInt8;
+using octavo::kKivi2;
+using octavo::kKivi4;
+using octavo::is_by_page;
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -69,8 +72,8 @@ struct Float8 {
   uint8_t bits;
 };
 
-// Whether pages of this type are codes, with scales beside them.
-constexpr bool is_coded(DType dtype) { return dtype >= kInt8; }
+// Whether pages of this type are codes of single vectors, with scales beside them.
+constexpr bool is_coded(DType dtype) { return dtype >= kInt8 && !is_by_page(dtype); }
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -109,6 +112,19 @@ inline float sum(Vec v) {
   for (int i = 0; i < kWidth; ++i) total += v[i];
   return total;
 }
+
+inline float largest_of(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(bit_cast<__m512>(v));
+#elif defined(OCTAVO_NEON)
+  return vmaxvq_f32(bit_cast<float32x4_t>(v));
+#else
+  float top = v[0];
+  for (int i = 1; i < kWidth; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+#endif
+}
+inline float smallest_of(Vec v) { return -largest_of(-v); }
 
 // ---- loads and stores with conversion ----------------------------------------------------------
 

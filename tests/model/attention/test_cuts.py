@@ -13,7 +13,7 @@ from model.attention.cpu import CpuAttention
 from model.attention.interface import AttentionBatch, AttentionSpec
 from model.cpu.instruction_sets import ISAS
 from model.cpu.library import CpuLibrary, load_cpu_library
-from model.kv.format import CODED_FORMATS, FLOAT_FORMATS, KVFormat
+from model.kv.format import CODED_FORMATS, FLOAT_FORMATS, PAGE_FORMATS, KVFormat
 from model.kv.pool import KVPool
 
 CPU = torch.device("cpu")
@@ -58,6 +58,7 @@ def attend(
                 kv_slots=slots,
                 max_query_len=end - start,
                 max_seq_len=end,
+                slots=(0,),
             )
         )
         own = qkv[start:end]
@@ -84,6 +85,7 @@ SHAPES = (
 CASES = [
     *((kv_format, *shape) for kv_format in FLOAT_FORMATS for shape in SHAPES),
     *((kv_format, *shape) for kv_format in CODED_FORMATS for shape in SHAPES[:4]),
+    *((kv_format, *shape) for kv_format in PAGE_FORMATS for shape in (SHAPES[0], *SHAPES[3:5])),
 ]
 
 

@@ -166,8 +166,12 @@ def test_on_cuda_pages_of_codes_and_views_go_from_flash_to_triton_with_a_note(
 
 
 @pytest.mark.parametrize("kv_format", PAGE_FORMATS, ids=lambda one: one.name)
-def test_pages_that_are_encoded_as_a_whole_are_for_the_oracle(kv_format: KVFormat) -> None:
-    offer = choose_backend("auto", replace(SPEC, kv_format=kv_format))
+def test_pages_that_are_encoded_as_a_whole_are_read_by_kernels(kv_format: KVFormat) -> None:
+    spec = replace(SPEC, kv_format=kv_format)
+    offer = choose_backend("auto", spec)
+    assert (offer.name, offer.page_size(None)) == ("cpu", 64)
+    # Where no kernel serves the model, torch does not read them either.
+    offer = choose_backend("auto", replace(spec, softcap=30.0))
     assert (offer.name, offer.page_size(None)) == ("reference", 64)
     assert offer.notes[-1].endswith("using reference, a hundred times slower")
     with pytest.raises(ValueError, match=rf"attention_backend torch .*, got {kv_format.name}"):

@@ -5,6 +5,7 @@ On such a CPU the tests of the neighbours run natively, on the same instruction 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,9 +25,14 @@ from exact_layers import (
 )
 from torch import Tensor
 
-from attention_scenes import Scene, dense, make_scene, planes_of
-from model.cpu.library import DTYPE_CODES, PAGE_CODES
-from model.kv.format import CODED_FORMATS, KVFormat
+from attention_scenes import Scene, dense, make_scene, planes_of, poison
+from model.attention.cpu import page_code
+from model.attention.interface import AttentionBatch
+from model.attention.reference import ReferenceAttention
+from model.cpu.library import DTYPE_CODES
+from model.kv.desks import desk_tokens
+from model.kv.format import CODED_FORMATS, PAGE_FORMATS, KVFormat
+from model.kv.pool import KVPool
 from model.weights.tiles import Tiles
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -52,10 +58,11 @@ def open_session(arm: EmulatedArm, scene: Scene) -> Pages:
     session = arm.call(
         *("octavo_attention_new", arm.kernels),
         torch.tensor([(*one, 0, 0)[:4] for one in planes]),
-        torch.tensor([PAGE_CODES[one[0].dtype] for one in layers], dtype=torch.int32),
+        torch.tensor([page_code(spec.kv_format)] * spec.num_layers, dtype=torch.int32),
         torch.tensor([window or NO_WINDOW for window in spec.windows], dtype=torch.int32),
         *(spec.num_layers, scene.pool.num_pages, layout.page_size, spec.num_kv_heads),
         *(spec.num_heads // spec.num_kv_heads, spec.head_dim, spec.scale),
+        desk_tokens(layout.page_size, spec.max_draft_tokens),
     )
     return Pages(session, planes)
 
@@ -72,7 +79,7 @@ def plan(arm: EmulatedArm, session: int, scene: Scene, starts: list[int], ends: 
     fault = arm.call(
         *("octavo_attention_plan", session, counts.cumsum(0).int()),
         *(torch.tensor(ends, dtype=torch.int32), table, table.stride(0), torch.cat(slots)),
-        *(len(starts), int(counts.sum()), 2, 0, 0),
+        *(len(starts), int(counts.sum()), 2, 0, 0, torch.arange(len(starts)).int()),
     )
     assert not fault
 
@@ -144,6 +151,34 @@ def test_attention_to_codes(arm: EmulatedArm, kv_format: KVFormat) -> None:
     for address, plane in zip(pages.planes[0], planes_of(scene.pool.pages(0)), strict=True):
         content = plane.view(torch.uint8)
         assert torch.equal(arm.get(address, *content.shape, dtype=torch.uint8), content)
+
+
+@pytest.mark.parametrize("kv_format", PAGE_FORMATS, ids=lambda one: one.name)
+def test_attention_to_whole_pages(arm: EmulatedArm, kv_format: KVFormat) -> None:
+    """A prompt in two chunks and a decode, as by the oracle, and the same bytes."""
+    length = 75
+    scene = make_scene(((length, length),), head_dim=48, num_kv_heads=2)
+    spec = replace(scene.spec, kv_format=kv_format)
+    pool = KVPool(spec.layout(16), scene.pool.num_pages, spec.device)
+    scene = replace(scene, spec=spec, pool=pool)
+    poison(pool.pages(0))
+    pages, oracle = open_session(arm, scene), ReferenceAttention(scene.spec, scene.pool)
+    for start, end in pairwise((0, 20, length - 1, length)):
+        plan(arm, pages.session, scene, [start], [end])
+        found = attend(arm, scene, pages.session, 0, scene.qkv[start:end])
+        positions = torch.arange(start, end)
+        starts, ends = torch.tensor([0, end - start]), torch.tensor([end])
+        table, longest = scene.batch.block_table, end - start
+        oracle.plan(
+            AttentionBatch(starts, ends, table, positions, positions, longest, end, slots=(0,))
+        )
+        expected = oracle.attend(0, *(part[start:end] for part in scene.parts))
+        assert error(found, expected) < (6e-3 if arm.isa == "neon_bf16" else 1e-5)
+    whole = scene.batch.block_table[0, : length // 16].long()
+    for address, plane in zip(pages.planes[0], planes_of(scene.pool.pages(0)), strict=True):
+        content = plane.view(torch.uint8)
+        kept = arm.get(address, *content.shape, dtype=torch.uint8)
+        assert torch.equal(kept[whole], content[whole])
 
 
 @pytest.mark.parametrize(("dtype", "window"), [(F32, None), (F16, 70), (BF16, None)], ids=str)

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from store_faults import open_store
 from tier_drive import TierDrive
+
+from scheduler.tier.store import DiskStore
 
 
 @pytest.fixture
@@ -24,3 +27,11 @@ def make_tier(tmp_path: Path) -> Iterator[Callable[..., TierDrive]]:
     yield make
     for one in opened[-1:]:
         one.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[DiskStore]:
+    opened = open_store(tmp_path)
+    yield opened
+    opened.check()
+    opened.close()

@@ -54,7 +54,7 @@ class Rendered:
         return self._template.render(messages, tools=self._tools or None)
 
     def path(self, place: int) -> str:
-        return ".".join(map(str, path_at(self._chat, self._render, self.prompt, place)))
+        return ".".join(map(str, path_at(self._chat, self._render, self.prompt[:place])))
 
 
 @settings(max_examples=60)
@@ -90,6 +90,14 @@ def test_tools_and_calls_have_paths_of_their_own() -> None:
 @pytest.mark.parametrize(("source", "place"), [(PICKY, 9), (CHANGING, 1), (PLAIN, 999)])
 def test_an_unknown_place_leads_to_the_conversation(source: str, place: int) -> None:
     assert Rendered(source, chat_of("x")).path(place) == "messages"
+
+
+@pytest.mark.parametrize(
+    "content", ["a\ue002b", "a\ue003b", "a\ue004b", "\ue0021", "\ue0029\ue003"]
+)
+def test_marks_in_a_content_do_no_harm(content: str) -> None:
+    rendered = Rendered(PLAIN, chat_of(content, "y"))
+    assert rendered.path(rendered.prompt.index("y")) in {"messages", "messages.1.content"}
 
 
 def test_a_system_prompt_of_its_own_field_is_that_field() -> None:

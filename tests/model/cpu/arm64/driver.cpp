@@ -20,6 +20,7 @@
 
 #include "attention.cpp"
 #include "decoder.cpp"
+#include "desks.cpp"
 #include "packing.cpp"
 
 namespace {
