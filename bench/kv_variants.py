@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
+from policy_text import PolicyText
 from torch import Tensor
 
-from cache.view import FULL_VIEW, View
+from configs.kv_policy import KVPolicy, parse_kv_policy
 from configs.schema import ModelSection
 from model import build
-from model.architectures.transformer import ServedDecoder
+from model.architectures.transformer import ServedDecoder, Transformer
 from model.attention.registry import choose_backend
 from model.cpu.library import load_cpu_library
 from model.cpu.ops import CpuOps
 from model.implementation import build_decoder
+from model.key_selection import why_not
 from model.kv.format import KV_FORMATS
 from model.kv_proof import PagedText
 from model.ops import TorchOps
@@ -32,15 +34,13 @@ FULL_FORMAT = "float32"
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A format of the pages, and the view in which they are read."""
+    """A format of the pages, and the policy of the keys in them."""
 
     kv_format: str
-    view: View = FULL_VIEW
+    policy: KVPolicy = field(default_factory=KVPolicy)
 
     def __str__(self) -> str:
-        if self.view == FULL_VIEW:
-            return self.kv_format
-        return f"{self.kv_format} window:{self.view.window}"
+        return self.kv_format if self.policy == KVPolicy() else f"{self.kv_format} {self.policy}"
 
 
 class Pages:
@@ -48,12 +48,15 @@ class Pages:
 
     def __init__(self, decoder: ServedDecoder, variant: Variant, backend: str) -> None:
         """Raises `ValueError` if the attention backend does not have the variant."""
-        spec = decoder.attention_spec(KV_FORMATS[variant.kv_format])
-        if (window := variant.view.window) is not None:
-            # To attention, a view's window is one of each layer.
-            spec = replace(spec, windows=tuple(min(own or window, window) for own in spec.windows))
-        self._decoder, self._spec = decoder, spec
-        self._offer = choose_backend(backend, spec)
+        self._decoder, self._policy = decoder, variant.policy
+        self._spec = decoder.attention_spec(KV_FORMATS[variant.kv_format])
+        self._offer = choose_backend(backend, self._spec)
+        if self._policy.type == "full":
+            return
+        if not self._offer.reads_views:
+            raise ValueError(f"attention backend {self._offer.name} reads all keys")
+        if self._policy.is_by_score and (reason := why_not(self._spec)):
+            raise ValueError(f"{self._policy}: {reason}")
 
     @property
     def bytes_per_token(self) -> int:
@@ -64,11 +67,14 @@ class Pages:
     def backend(self) -> str:
         return self._offer.name
 
-    def text(self, max_tokens: int) -> PagedText:
-        return PagedText(self._decoder, self._spec, self._offer, max_tokens)
+    def text(self, max_tokens: int) -> PagedText | PolicyText:
+        if self._policy.type == "full":
+            return PagedText(self._decoder, self._spec, self._offer, max_tokens)
+        assert isinstance(self._decoder, Transformer), "see exact_decoder"
+        return PolicyText(self._decoder, self._spec, self._offer, self._policy, max_tokens)
 
 
-def append(text: PagedText, token_ids: Sequence[int]) -> Tensor:
+def append(text: PagedText | PolicyText, token_ids: Sequence[int]) -> Tensor:
     """Compute tokens in steps of the server's size; return their hidden states."""
     starts = range(0, len(token_ids), STEP_TOKENS)
     return torch.cat([text.append(token_ids[at : at + STEP_TOKENS]) for at in starts])
@@ -92,7 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of both scripts."""
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--kv", type=_formats, metavar="FORMAT[,FORMAT]", help="formats of pages")
-    parser.add_argument("--view", type=_view, metavar="window:TOKENS", help="of all formats")
+    parser.add_argument(
+        "--view",
+        type=_policy,
+        metavar="window:W|sinks:S+W|morph:W/C",
+        help="of all formats, as --kv-policy of the server",
+    )
     parser.add_argument("--quantization", default="none", help="of the weights (none: float32)")
     parser.add_argument("--attention-backend", default="auto")
 
@@ -112,8 +123,8 @@ def _formats(text: str) -> list[str]:
     return names
 
 
-def _view(text: str) -> View:
-    kind, _, tokens = text.partition(":")
-    if kind != "window" or not tokens.isdecimal() or int(tokens) < 1:
-        raise argparse.ArgumentTypeError(f"a view is window:TOKENS, got {text!r}")
-    return View(window=int(tokens))
+def _policy(text: str) -> KVPolicy:
+    try:
+        return parse_kv_policy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

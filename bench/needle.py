@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from kv_variants import FULL_FORMAT, Pages, Variant, add_arguments, append, exact_decoder, variants
+from policy_text import PolicyText
 
 from model import build
 from model.architectures.transformer import ServedDecoder
@@ -59,7 +60,7 @@ def make_needle(tokenizer: Tokenizer, rng: random.Random) -> Needle:
     )
 
 
-def scores(decoder: ServedDecoder, text: PagedText, needle: Needle) -> list[float]:
+def scores(decoder: ServedDecoder, text: PagedText | PolicyText, needle: Needle) -> list[float]:
     """Return the log-probability of each key after the question, behind the text so far."""
     num_tokens, found = text.num_tokens, list[float]()
     for key in needle.keys:
@@ -96,6 +97,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 7168])
     parser.add_argument("--needles", type=int, default=3, help="for each length")
     arguments = parser.parse_args()
+    if arguments.view is not None and arguments.view.is_by_score:
+        parser.error("--view: texts are rewound here, which brings no dropped key back")
     tokenizer = load_text(build.resolve_source(arguments.model).path).tokenizer
     decoder = exact_decoder(arguments.model, arguments.quantization)
     text = "\n".join(page.read_text() for page in PAGES)

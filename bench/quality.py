@@ -5,7 +5,8 @@ its likeliest token is the one that float32 wrote, over 200 greedy answers.
 
 With `--kv int8,fp8,int4`, of formats of keys and values: the same beside float32 pages, the KL
 divergence of the next token's distribution, and how often its likeliest token is the same. With
-`--view window:1024`, of that view. `bench/needle.py` has the same options.
+`--view window:1024`, `sinks:4+1020` or `morph:32/1024`, under that policy: texts must then be
+longer (`--text-tokens`) than its keys. `bench/needle.py` has the same options.
 """
 
 from __future__ import annotations
@@ -164,14 +165,16 @@ def main() -> None:
     """Print a line for each format."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--texts", type=int, help=f"texts of {TEXT_TOKENS} tokens; default: all")
+    parser.add_argument("--texts", type=int, help="default: all")
+    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, help="of each text")
     parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, help="greedy answers")
     arguments = parser.parse_args()
     tokenizer = load_text(build.resolve_source(arguments.model).path).tokenizer
     words = tokenizer.encode(
         "\n".join(page.read_text() for page in PAGES), add_special_tokens=False
     )
-    texts = [words[at : at + TEXT_TOKENS] for at in range(0, len(words) - TEXT_TOKENS, TEXT_TOKENS)]
+    length = arguments.text_tokens
+    texts = [words[at : at + length] for at in range(0, len(words) - length, length)]
     stride = (len(words) - PROMPT_TOKENS) // arguments.prompts
     prompts = [words[i * stride : i * stride + PROMPT_TOKENS] for i in range(arguments.prompts)]
     texts = texts[: arguments.texts]

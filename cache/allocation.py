@@ -12,6 +12,7 @@ from cache.lease import Lease
 from cache.misses import Misses
 from cache.moves import PageMove
 from cache.pending_pages import NextPage
+from cache.radix import RadixTree
 from cache.view import FULL_VIEW, View
 
 
@@ -19,9 +20,9 @@ from cache.view import FULL_VIEW, View
 class Allocation:
     """The pages of one sequence, from `admit` to `free`."""
 
-    #: The block table: page i holds the tokens from `i * page_size` on. Append-only. Under a view
-    #: the entries of pages that it reads no more are of any page, and a prompt's table may have to
-    #: grow before all of it is computed.
+    #: The block table: page i holds the tokens from `i * page_size` on. Append-only, until `detach`
+    #: puts another list in its place. Under a view the entries of pages that it reads no more are
+    #: of any page, and a prompt's table may have to grow before all of it is computed.
     page_ids: list[int]
     #: To be done before the sequence's first step; none or one of each group of pages.
     moves: list[PageMove]
@@ -64,6 +65,19 @@ class Allocation:
         pairs = zip(self.page_ids[part], nodes[part], strict=False)
         duplicates = [page_id for page_id, node in pairs if page_id != node.page_id]
         return duplicates + self.page_ids[max(indices.start, len(nodes)) : indices.stop]
+
+    def detach(self, num_pages: int, tree: RadixTree) -> list[int]:
+        """Keep so many private pages as a new block table, and hold no page of the tree.
+
+        Returns the other private pages. The old table stays as it is.
+        """
+        private, held = self.private_pages(), self.lease
+        assert len(private) >= num_pages, "too few private pages for a store of its own"
+        self.lease = Lease(tree, held.root, [], range(0))
+        held.release()
+        self.page_ids = self.shortest_page_ids = private[:num_pages]
+        self.num_known_tokens = self.max_shared_tokens = 0
+        return private[num_pages:]
 
     def check(self, page_size: int) -> None:
         """Assert that the lease is a path, and the pending page the one behind it."""

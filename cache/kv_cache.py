@@ -71,17 +71,16 @@ class KVCache:
         some layers alone (`cache/groups.py`).
         """
         self.view = view
-        model_view = view if model_view is None else model_view
         self.bounds = Bounds(num_pages, page_size, chunk_tokens)
         self._pool = PagePool(num_pages)
         self._tree = RadixTree(
             page_size,
             policy,
             can_share_heads=can_share_heads,
-            evicts_inside=model_view != view,
+            evicts_inside=model_view not in (None, view),
             max_pinned_pages=int(pin_share * num_pages),
         )
-        self.search = Search(self._tree, view, model_view)
+        self.search = Search(self._tree, view, model_view or view)
         self.pins = self._tree.pins
         self._page_size = page_size
         self._live: dict[Allocation, None] = {}  # Not a set: iteration is ordered.
@@ -307,6 +306,13 @@ class KVCache:
         self._pool.give_back(allocation.private_among(pages))
         lease.drop(unread)
 
+    def detach(self, allocation: Allocation, num_tokens: int) -> None:
+        """Leave it private pages for so many tokens, in another block table; none is committed."""
+        self._require_live(allocation)
+        self.num_releases += 1
+        allocation.pending_page = self._pending_pages.move(allocation.pending_page, None)
+        self._pool.give_back(allocation.detach(self.bounds.pages(num_tokens), self._tree))
+
     def free(self, allocation: Allocation, tokens: Sequence[int], num_computed: int) -> None:
         """Commit the whole pages, then give everything back. Raises `ValueError` the second time.
 
@@ -335,11 +341,7 @@ class KVCache:
 
         Changes nothing. O(tokens).
         """
-        found = self._tree.find(tokens, namespace, len(tokens), self.view)
-        num_left = len(tokens) - len(found.path) * self._page_size
-        if found.source is None or found.num_head_tokens < num_left:
-            return found.path
-        return [*found.path, found.source]
+        return self._tree.find(tokens, namespace, len(tokens), self.view).covering(len(tokens))
 
     def reset(self) -> int:
         """Forget every cached page that no allocation holds, pinned ones too; return how many."""
@@ -368,22 +370,16 @@ class KVCache:
 
     def _release(self, allocation: Allocation) -> None:
         self.num_releases += 1
-        self._drop_pending_page(allocation)
+        allocation.pending_page = self._pending_pages.move(allocation.pending_page, None)
         del self._live[allocation]
         self._pool.give_back(allocation.private_pages())
         allocation.lease.release()
 
-    def _drop_pending_page(self, allocation: Allocation) -> None:
-        if allocation.pending_page is not None:
-            self._pending_pages.remove(allocation.pending_page)
-            allocation.pending_page = None
-
     def _move_pending_page(self, allocation: Allocation, tokens: Sequence[int]) -> None:
-        self._drop_pending_page(allocation)
-        index = len(allocation.lease.nodes)
+        index, page = len(allocation.lease.nodes), None
         if (index + 1) * self._page_size <= allocation.num_known_tokens:
-            allocation.pending_page = NextPage(allocation.lease.end, self._tree.key(tokens, index))
-            self._pending_pages.add(allocation.pending_page)
+            page = NextPage(allocation.lease.end, self._tree.key(tokens, index))
+        allocation.pending_page = self._pending_pages.move(allocation.pending_page, page)
 
     # ---- invariants ------------------------------------------------------------------------------
 

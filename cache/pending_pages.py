@@ -50,6 +50,14 @@ class PendingPages:
         if not self._owners[pending_page]:
             del self._owners[pending_page]
 
+    def move(self, old: NextPage | None, new: NextPage | None) -> NextPage | None:
+        """Let an allocation compute another page next, which is returned; None: no page."""
+        if old is not None:
+            self.remove(old)
+        if new is not None:
+            self.add(new)
+        return new
+
     def check(self, expected: Iterable[NextPage]) -> None:
         """Assert that these are exactly the pending pages of the live allocations."""
         assert self._owners == Counter(expected), "pending pages differ from the live allocations'"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from cache.node import Node
+from cache.node import NO_PAGE, Node
 from cache.policy import EvictionQueue
 
 #: Seconds that a pin lasts without use, by the names in requests. Of pinned pages those with the
@@ -118,6 +118,8 @@ class Pins:
 
         None where nothing of it is cached, or where it is longer than all that may be pinned.
         """
+        ends = (end for end, node in enumerate(path, 1) if node.page_id != NO_PAGE)
+        path = path[: max(ends, default=0)]
         if not path or len(path) > self._max_pages:
             return None, 0
         at = self._at.setdefault(path[-1], {})

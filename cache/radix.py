@@ -37,6 +37,13 @@ class Prefix(NamedTuple):
     known: list[Node]
     num_known_head_tokens: int
 
+    def covering(self, num_tokens: int) -> list[Node]:
+        """List the nodes of the first `num_tokens` tokens, whose last may begin with the rest."""
+        num_path_tokens = len(self.path) * len(self.path[0].key) // TOKEN_BYTES if self.path else 0
+        if self.source is None or self.num_head_tokens < num_tokens - num_path_tokens:
+            return self.path
+        return [*self.path, self.source]
+
 
 class RadixTree:
     """Cached pages by the tokens they hold, a root for each namespace. Token ids are < 2^32."""

@@ -170,7 +170,8 @@ class CacheSection(Section, DiskSettings):
     kv_policy: str = Field(
         default="full",
         description="keys that a token reads, where a request does not say: full, window:4096 (the"
-        " newest) or sinks:4+1020 (the first 4 and the newest 1020)",
+        " newest), sinks:4+1020 (the first 4 and the newest 1020) or morph:32/1024 (the newest 32,"
+        " and those they score highest, 1024 in all; h2o:32/1024: by the scores of all tokens)",
     )
 
     @property

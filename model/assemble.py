@@ -12,7 +12,6 @@ from functools import partial
 import torch
 
 from configs.kv_cache import SLIDING_WINDOW
-from configs.kv_policy import KVPolicy
 from configs.schema import CacheSection, ModelSection, OctavoConfig
 from configs.sizes import format_size
 from model.architectures.transformer import ServedDecoder, Transformer
@@ -36,13 +35,15 @@ from model.interface import (
     SlotStart,
     StepInput,
 )
-from model.kv.desks import desk_tokens
-from model.kv.format import FLOAT_FORMATS, KV_FORMATS, KVFormat, KVLayout, float_format
+from model.key_selection import KeySelections, why_not
+from model.kv.desks import desk_bytes
+from model.kv.format import FLOAT_FORMATS, KV_FORMATS, KVFormat, float_format
 from model.kv.memory_plan import PoolPlan, angles_bytes, free_memory_bytes, plan_pool
 from model.kv_proof import prove_kv_format
 from model.page_digest import model_files, require_storable, stored_pages
 from model.runner import TorchRunner
 from model.sampling.sampler import Sampler
+from model.served_policy import require_served
 from model.weights.packed_cache import PackedCache
 from model.weights.source import ModelSource, octavo_home
 
@@ -133,8 +134,9 @@ def assemble(
             team=Team(threads.number) if threads.may_shrink and decoder.format != "none" else None,
             draft_model=draft.build(plan, max_num_seqs, where.library) if draft else None,
             viewed=None if info.why_no_views else viewed,
+            selections=None if info.why_not(is_selection=True) else KeySelections(spec, pool),
         )
-    _require_served(config.cache.policy, runner.info)
+    require_served(config.cache.policy, runner.info)
     _warm_up(runner)
     if cache is not None:
         cache.save_in_background()
@@ -258,13 +260,13 @@ def _plan_pool(
         * layout.page_size
         // (groups.full_bytes if groups else layout.bytes_per_page),
     )
-    desk_bytes = _desk_bytes(spec, layout)
+    slot_bytes = desk_bytes(layout, spec.max_draft_tokens)
     if draft is not None:
-        desk_bytes += _desk_bytes(draft.spec, draft.spec.layout(layout.page_size))
+        slot_bytes += desk_bytes(draft.spec.layout(layout.page_size), spec.max_draft_tokens)
     return plan_pool(
         stated_bytes=stated_bytes,
         free_bytes=free_bytes,
-        fixed_bytes=table_bytes + desk_bytes * config.scheduler.max_num_seqs,
+        fixed_bytes=table_bytes + slot_bytes * config.scheduler.max_num_seqs,
         bytes_per_page=layout.bytes_per_page + draft_bytes,
         page_size=layout.page_size,
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -275,18 +277,6 @@ def _plan_pool(
         takes_all=decoder.device.type == "cuda",
         groups=groups,
     )
-
-
-def _desk_bytes(spec: AttentionSpec, layout: KVLayout) -> int:
-    """Return the size of a slot's tokens that wait, in float32, to be encoded with their page."""
-    num_layers = sum(
-        len(layers)
-        for kv_format, layers in layout.layers_by_format().items()
-        if not kv_format.can_share_heads
-    )
-    elements = 2 * num_layers * layout.num_kv_heads * layout.head_dim
-    num_tokens = desk_tokens(layout.page_size, spec.max_draft_tokens)
-    return num_tokens * elements * torch.float32.itemsize
 
 
 def _kv_factor(spec: AttentionSpec, plan: PoolPlan) -> float:
@@ -349,6 +339,7 @@ def _info(
         kv_factor=_kv_factor(spec, plan),
         notes=tuple(notes),
         why_no_views=_why_no_views(decoder, spec, offer),
+        why_no_selections=why_not(spec),
     )
 
 
@@ -360,19 +351,6 @@ def _why_no_views(decoder: ServedDecoder, spec: AttentionSpec, offer: BackendOff
     if not spec.kv_format.can_share_heads:
         return f"pages in {spec.kv_format.name} are read as a whole"
     return "" if isinstance(decoder, Transformer) else "the model is computed by transformers"
-
-
-def _require_served(policy: KVPolicy, info: ModelInfo) -> None:
-    """Raise `ValueError` where the model cannot serve the default of `kv_policy`."""
-    if policy.type == "full":
-        return
-    if info.why_no_views:
-        raise ValueError(f"kv_policy: {policy} is not served: {info.why_no_views}")
-    if policy.sinks + policy.window > info.max_model_len:
-        raise ValueError(
-            f"kv_policy: {policy} holds {policy.sinks + policy.window} tokens, more than the "
-            f"{info.max_model_len} that a sequence may have"
-        )
 
 
 def _warm_up(runner: TorchRunner) -> None:

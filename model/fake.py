@@ -9,7 +9,7 @@ grammar allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -17,6 +17,14 @@ from enum import StrEnum
 import numpy as np
 
 from cache.view import FULL_VIEW, View
+from model.fake_answers import (
+    FAKE_EOS_TOKEN_ID,
+    choose,
+    fake_logprobs,
+    fake_next_token,
+    fake_output,
+    score,
+)
 from model.fake_pages import (
     EMPTY,
     NAN_TOKEN_ID,
@@ -24,9 +32,9 @@ from model.fake_pages import (
     FakePageAccess,
     FakePages,
     FakeSlot,
+    Rule,
     digest_of,
     digests_of,
-    extend,
 )
 from model.grammar.grammars import CompiledGrammar, Grammars
 from model.grammar.matchers import Matchers
@@ -46,48 +54,15 @@ from model.interface import (
 )
 from model.stored_pages import StoredPages
 
-FAKE_EOS_TOKEN_ID = 0
-
-
-def fake_next_token(
-    token_ids: Sequence[int], vocab_size: int, *, may_end: bool = True, view: View = FULL_VIEW
-) -> int:
-    """Return the token a `FakeRunner` gives after these."""
-    return _choose(digests_of(token_ids, view)[-1], vocab_size, may_end=may_end)
-
-
-def fake_output(
-    prompt: Sequence[int],
-    num_tokens: int,
-    vocab_size: int = 64,
-    *,
-    may_end: bool = False,
-    view: View = FULL_VIEW,
-) -> list[int]:
-    """Return the tokens that a `FakeRunner` gives after a prompt: alone, uncached, unchunked."""
-    digests, output = digests_of(prompt, view), list[int]()
-    for _ in range(num_tokens):
-        output.append(_choose(digests[-1], vocab_size, may_end=may_end))
-        digests.append(digest_of(len(digests), output[-1], view, digests.__getitem__))
-    return output
-
-
-def fake_logprobs(
-    prefix: Sequence[int], token_id: int, num_top: int, view: View = FULL_VIEW
-) -> TokenLogprobs:
-    """Return a `FakeRunner`'s score of a prompt's token behind a prefix."""
-    return _score(digests_of(prefix, view)[-1], token_id, num_top)
-
-
-def _score(digest: int, token_id: int, num_top: int) -> TokenLogprobs:
-    logprob = -float(extend(digest, token_id) % 1009)
-    return TokenLogprobs(token_id, logprob, 1, tuple((rank, logprob) for rank in range(num_top)))
-
-
-def _choose(digest: int, vocab_size: int, *, may_end: bool) -> int:
-    if may_end and digest % 61 == 0:
-        return FAKE_EOS_TOKEN_ID
-    return 1 + digest // 61 % (vocab_size - 1)
+__all__ = [
+    "FAKE_EOS_TOKEN_ID",
+    "FakeRunner",
+    "Fault",
+    "FaultKind",
+    "fake_logprobs",
+    "fake_next_token",
+    "fake_output",
+]
 
 
 class FaultKind(StrEnum):
@@ -194,10 +169,7 @@ class FakeRunner(FakePageAccess):
         assert len(self._in_flight) < self.max_steps_in_flight, "more steps in flight than allowed"
         if number in self.faulty_steps:
             raise RuntimeError("this step was told to fail")
-        for start in step.started:
-            self._start(start)
-        for move in step.moves:
-            (self.windowed_pages if move.is_windowed else self.pages).move(move)
+        self._prepare_pages(step)
         token_ids, digests, first = list[list[int]](), list[list[int]](), 0
         guesses = dict[int, list[int]]()
         for row, span in enumerate(step.rows):
@@ -210,7 +182,8 @@ class FakeRunner(FakePageAccess):
             if num_guesses:
                 guesses[row] = tokens[-num_guesses:]
             first += span.count
-        self._compute_windowed(step)
+        view = self.windowed.view if self.windowed else FULL_VIEW
+        self.windowed_pages.take_step(step, self._slots, self.pages, view, is_strict=self.is_strict)
         faults = self._faults_of(step)
         if FaultKind.LAUNCH in faults.values():
             raise RuntimeError("a row of this step was told to fail")
@@ -285,25 +258,34 @@ class FakeRunner(FakePageAccess):
         slot, span = self._slots[step.slots[row]], step.rows[row]
         for index, token_id in enumerate(token_ids, span.stored + offset):
             _, digest = self.pages.read(step.page_ids[row], index)
-            yield _score(digest, token_id, slot.params.prompt_logprobs or 0)
+            yield score(digest, token_id, slot.params.prompt_logprobs or 0)
 
     def _start(self, start: SlotStart) -> None:
         view, known = self.view if start.view == FULL_VIEW else start.view, list[Entry]()
         if self.is_strict:
             token_ids = [*start.prompt_token_ids, *start.output_token_ids]
-            known += zip(token_ids, digests_of(token_ids, view), strict=True)
+            rule = Rule(view, start.selection, len(start.prompt_token_ids))
+            known += zip(token_ids, digests_of(token_ids, rule), strict=True)
         self._slots[start.slot] = FakeSlot(start.params, view, known)
         self._matchers.drop(start.slot)
         if start.constraint is not None:
             assert isinstance(start.constraint, CompiledGrammar), "another runner's grammar"
             self._matchers.start(start.slot, start.constraint, start.output_token_ids)
 
+    def _prepare_pages(self, step: StepInput) -> None:
+        for row in step.dropped:
+            slot, span = self._slots[step.slots[row]], step.rows[row]
+            if span.position - span.stored > slot.num_dropped:
+                self.pages.compact(slot, span, step.page_ids[row])
+        for start in step.started:
+            self._start(start)
+        for move in step.moves:
+            (self.windowed_pages if move.is_windowed else self.pages).move(move)
+
     def _compute(
         self, slot: FakeSlot, span: RowSpan, token_ids: list[int], pages: list[int]
     ) -> list[int]:
         """Write a row's keys and return their digests; fill in the guesses of the draft model."""
-        if span.position - span.stored > slot.num_dropped:
-            self.pages.compact(slot, span, pages)
         slot.page_ids, slot.num_stored = pages, span.stored + span.count
         if self.is_strict:
             for position in slot.in_view(span.position):
@@ -330,18 +312,9 @@ class FakeRunner(FakePageAccess):
             digests.append(digest)
         return digests
 
-    def _compute_windowed(self, step: StepInput) -> None:
-        """Write the keys of all rows to the pages of windowed layers, too, after reading these."""
-        view = self.windowed.view if self.windowed else FULL_VIEW
-        for row, table in enumerate(step.windowed_page_ids):
-            slot, span = self._slots[step.slots[row]], step.rows[row]
-            if self.is_strict:
-                self.windowed_pages.check(table, slot, span.position, view)
-            self.windowed_pages.copy_row(table, self.pages, step.page_ids[row], span)
-
     def _guess(self, digest: int, position: int) -> int:
         assert self.guess_period, "a guess without a draft model"
-        right = _choose(digest, self.vocab_size, may_end=False)
+        right = choose(digest, self.vocab_size, may_end=False)
         return right if position % self.guess_period else 1 + right % (self.vocab_size - 1)
 
     def _draw(
@@ -362,7 +335,7 @@ class FakeRunner(FakePageAccess):
         """Return a token, why there can be none, or None where it is not known in time."""
         if not self._matchers.holds(slot):
             may_end = not self._slots[slot].params.ignore_eos
-            return _choose(digest, self.vocab_size, may_end=may_end)
+            return choose(digest, self.vocab_size, may_end=may_end)
         [mask] = self._matchers.masks([slot])
         if mask is None:
             return None

@@ -6,13 +6,14 @@ Knows nothing of steps but the span of a row, nor of how tokens are drawn. No to
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from struct import Struct
 
 from cache.moves import PageMove, PageRef, Tier
+from cache.selection import Selection
 from cache.view import View
-from model.interface import RowSpan, SamplingParams
+from model.interface import RowSpan, SamplingParams, StepInput
 
 #: The token at a place, and the digest of the prefix it ends.
 Entry = tuple[int, int]
@@ -23,11 +24,28 @@ _ENTRY = Struct("<II")
 NAN_TOKEN_ID = 2**32 - 1
 
 
-def digests_of(token_ids: Sequence[int], view: View) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The keys that a sequence reads: a view, and a selection with the length of its prompt."""
+
+    view: View
+    selection: Selection | None = None
+    num_prompt: int = 0
+
+    def num_dropped(self, position: int) -> int:
+        """Return how many keys are gone when the token at `position` is computed."""
+        if self.selection is None:
+            return 0
+        return self.selection.num_dropped(position, self.num_prompt)
+
+
+def digests_of(token_ids: Sequence[int], rule: Rule) -> list[int]:
     """Return the digests of a text's tokens."""
     digests: list[int] = []
     for position, token_id in enumerate(token_ids):
-        digests.append(digest_of(position, token_id, view, digests.__getitem__))
+        num_dropped = rule.num_dropped(position)
+        digest = digest_of(position, token_id, rule.view, digests.__getitem__, num_dropped)
+        digests.append(digest)
     return digests
 
 
@@ -115,17 +133,28 @@ class FakePages:
             self.write(pages, index, entry)
         slot.num_dropped = span.position - span.stored
 
-    def check(self, page_ids: list[int], slot: FakeSlot, position: int, view: View) -> None:
-        """Assert that the keys are there which the query at `position` reads in such layers."""
-        for seen in slot.in_view(position, slot.view.within(view)):
-            assert self.read(page_ids, seen) == slot.known[seen], "a page was overwritten"
-
-    def copy_row(
-        self, page_ids: list[int], source: FakePages, source_page_ids: list[int], span: RowSpan
+    def take_step(
+        self,
+        step: StepInput,
+        slots: Mapping[int, FakeSlot],
+        source: FakePages,
+        view: View,
+        *,
+        is_strict: bool,
     ) -> None:
-        """Store the entries of a row's tokens, as they are in other pages."""
-        for index in range(span.position, span.position + span.count):
-            self.write(page_ids, index, source.read(source_page_ids, index))
+        """Store the keys of a step in windowed layers, too, as they are in the other pages.
+
+        `is_strict`: first read all that the rows' queries read in layers of this view.
+        """
+        for span, slot_id, page_ids, table in zip(
+            step.rows, step.slots, step.page_ids, step.windowed_page_ids, strict=False
+        ):
+            slot = slots[slot_id]
+            seen = slot.in_view(span.position, slot.view.within(view)) if is_strict else ()
+            for index in seen:
+                assert self.read(table, index) == slot.known[index], "a page was overwritten"
+            for index in range(span.position, span.position + span.count):
+                self.write(table, index, source.read(page_ids, index))
 
     def contents(self, page_id: int) -> bytes:
         """Return the entries of a whole page as bytes."""

@@ -13,8 +13,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from cache.moves import PageMove
+from cache.selection import Selection
 from cache.view import FULL_VIEW, View
+from model.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from model.stored_pages import PageAccess, StoredPages
+
+#: Parts of this interface that have modules of their own.
+__all__ = ["MAX_TOP_LOGPROBS", "SamplingParams"]
 
 #: In `StepInput.token_ids`: "the token which the step in flight before this one samples for this
 #: slot". It lets step n+1 be launched before the tokens of step n are known on the host.
@@ -23,79 +28,8 @@ PENDING_TOKEN = -1
 #: others follow one in its row. For runners with `ModelInfo.draft_model`.
 GUESSED_TOKEN = -2
 
-MAX_TOP_LOGPROBS = 20
-
 #: The most tokens of a sequence whose view is bounded, prompt and answer together.
 MAX_BOUNDED_LEN = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one request's tokens are chosen, and when it has enough of them.
-
-    Randomness is a function of `(seed, position)` alone, so the same request gives the same tokens
-    in every batch. Raises `ValueError` whose message begins with the field's name.
-    """
-
-    #: 0: nothing is sampled, the prompt alone is computed.
-    max_tokens: int
-    temperature: float = 1.0
-    #: 0 means no limit.
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    #: The only tokens allowed; None: all. They take precedence: where bans (`bad_words`, ends
-    #: before `min_tokens`) leave none of them, the bans do not apply.
-    allowed_token_ids: tuple[int, ...] | None = None
-    #: Sequences of tokens that the output must not contain.
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    seed: int = 0
-    #: None: not requested; 0: of the sampled token alone; n: also of the n likeliest.
-    logprobs: int | None = None
-    #: The same of the prompt's tokens, each after those before it; of the first there is nothing.
-    prompt_logprobs: int | None = None
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    #: The output's grammar in llguidance's format (Lark, with JSON Schemas in it); None: free.
-    #: It may end before `min_tokens`, where the grammar allows nothing else.
-    grammar: str | None = None
-
-    def __post_init__(self) -> None:
-        tops = f"between 0 and {MAX_TOP_LOGPROBS}"
-        for name, holds, allowed in (
-            ("max_tokens", self.max_tokens >= 0, "at least 0"),
-            ("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2"),
-            ("top_k", self.top_k >= 0, "0 (no limit) or more"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
-            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty <= 10.0, "above 0, at most 10"),
-            ("seed", 0 <= self.seed < 2**64, "an unsigned 64-bit number"),
-            ("logprobs", 0 <= (self.logprobs or 0) <= MAX_TOP_LOGPROBS, tops),
-            ("prompt_logprobs", 0 <= (self.prompt_logprobs or 0) <= MAX_TOP_LOGPROBS, tops),
-            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
-            (
-                "logit_bias",
-                all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias),
-                "between -100 and 100 for each token",
-            ),
-            ("allowed_token_ids", self.allowed_token_ids != (), "null or not empty"),
-            ("bad_words", all(self.bad_words), "of one token or more each"),
-        ):
-            if not holds:
-                message = f"{name} must be {allowed}, got {getattr(self, name)!r}"
-                raise ValueError(message)
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return self.temperature == 0.0 or self.top_k == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +82,8 @@ class SlotStart:
     constraint: Constraint | None = None
     #: The request's own; a model's windows are the model's.
     view: View = FULL_VIEW
+    #: Where the sequence keeps a fixed number of keys: the way to choose them.
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,13 +124,14 @@ class SampleSpan(NamedTuple):
 class StepInput:
     """One step, row by row.
 
-    The runner processes `started`, then `moves` in order, then the forward pass. A page may be the
-    source of one move and the target of a later one. The forward pass writes the rows' keys and
-    values into their pages and reads all keys in view.
+    The runner first drops keys, then processes `started`, then `moves` in order, then the forward
+    pass. A page may be the source of one move and the target of a later one. The forward pass
+    writes the rows' keys and values into their pages and reads all keys in view.
 
-    Where a row's `position - stored` has grown since its slot's last step, the runner first drops
-    all but `stored` of the slot's keys. It chooses them by the view and moves them to the front of
-    the row's pages. The block table may then be another one.
+    Where a row's `position - stored` has grown since its slot's last step, the runner drops all but
+    `stored` of the slot's keys. It chooses them by the `SlotStart.selection` and moves them to the
+    front of the row's pages. The block table is then another list. It may have pages of the old
+    one, whose other pages belong to others from this step on.
 
     Rows and samples are columns, which turn into arrays fastest; `rows` and `samples` are views.
     """
@@ -318,30 +255,13 @@ class ModelInfo:
     notes: tuple[str, ...] = ()
     #: Why no request can have a view of its own; empty where it can.
     why_no_views: str = ""
+    #: Why none can keep keys by their scores, where it can have a view.
+    why_no_selections: str = ""
     stored_pages: StoredPages | None = None
 
-    @property
-    def full_length_requests(self) -> int:
-        """Requests of `max_model_len` tokens whose keys and values fit at one time."""
-        num_requests = self.num_pages * self.page_size // self.max_model_len
-        if self.windowed is None:
-            return num_requests
-        num_read_pages = self.windowed.view.num_pages(self.page_size) or 1
-        return min(num_requests, self.windowed.num_pages // num_read_pages)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of all pages."""
-        own = self.page_bytes * self.num_pages
-        if self.windowed is None:
-            return own
-        return own + self.windowed.kv_bytes_per_token * self.page_size * self.windowed.num_pages
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one of the `num_pages` pages."""
-        others = self.windowed.kv_bytes_per_token if self.windowed else 0
-        return (self.kv_bytes_per_token - others) * self.page_size
+    def why_not(self, *, is_selection: bool) -> str:
+        """Return why no request can have a view, or a selection, of its own; empty where it can."""
+        return self.why_no_views or (self.why_no_selections if is_selection else "")
 
     def max_len(self, view: View) -> int:
         """Return the most tokens of a request of this view, prompt and answer together.

@@ -33,6 +33,12 @@ class BlockTables:
         """Let the slot begin anew: another sequence has it now."""
         self._num_pages[slot] = 0
 
+    def take(self, slot: int) -> np.ndarray:
+        """Return a slot's block table, and let it begin anew."""
+        pages = self._pages[slot, : self._num_pages[slot]].copy()
+        self.forget(slot)
+        return pages
+
     def gather(self, slots: list[int], page_ids: list[list[int]], width: int) -> np.ndarray:
         """Return `[rows, width]` page ids; past a row's end stand ids of earlier sequences."""
         for slot, pages in zip(slots, page_ids, strict=True):
@@ -136,7 +142,7 @@ class PackedTable(NamedTuple):
     def of(
         cls, table: np.ndarray, rows: np.ndarray, positions: np.ndarray, page_size: int
     ) -> PackedTable:
-        """Find the places of tokens; `rows` and `positions` are theirs."""
+        """Find the places of tokens; `rows` and `positions`, by stored keys, are theirs."""
         kv_slots = table[rows, positions // page_size].astype(np.int64) * page_size
         kv_slots += positions % page_size
         return cls(kv_slots, table)
@@ -302,26 +308,33 @@ class Packer:
             tables.forget(slot)
         self._views.pop(slot, None)
 
+    def take_table(self, slot: int) -> np.ndarray:
+        """Return a slot's block table; the next step brings it another one."""
+        return self._tables[0].take(slot)
+
     def pack(self, step: StepInput) -> PackedStep:
-        """Lay out the next step. Raises `ValueError` for a step that cannot be computed here."""
+        """Lay out the next step."""
         for start in step.started:
             self.forget(start.slot)
             if start.view != FULL_VIEW:
                 self._views[start.slot] = start.view
         page_size, slots = self._page_size, step.slots
-        if step.dropped:
-            raise ValueError("rows whose sequences dropped keys cannot be computed")
         firsts = np.fromiter(step.positions, np.int64, len(step.positions))
         counts = np.fromiter(step.counts, np.int64, len(step.counts))
+        # Of stored keys.
         ends = firsts + counts
+        for row, num_dropped in step.dropped.items():
+            ends[row] -= num_dropped
         query_starts = np.zeros(len(counts) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_starts[1:])
         rows = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(query_starts[-1]) - query_starts[rows] + firsts[rows]
         max_seq_len = int(ends.max())
         width = -(-max_seq_len // page_size)
+        # Windowed layers drop no keys by their scores.
+        stored_at = positions + (ends - counts - firsts)[rows] if step.dropped else positions
         tables = [
-            PackedTable.of(known.gather(slots, page_ids, width), rows, positions, page_size)
+            PackedTable.of(known.gather(slots, page_ids, width), rows, stored_at, page_size)
             for known, page_ids in zip(
                 self._tables, (step.page_ids, step.windowed_page_ids), strict=False
             )

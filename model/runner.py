@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cache.view import FULL_VIEW
 from model.architectures.transformer import Decoder, ViewedDecoder
-from model.attention.interface import AttentionBackend
+from model.attention.interface import AttentionBackend, QueryCopy
 from model.cpu.team import Team
 from model.cuda.graphs import DecodeGraphs
 from model.draft_model import DraftModel
@@ -25,11 +25,13 @@ from model.grammar.grammars import Grammars
 from model.interface import (
     Constraint,
     ModelInfo,
+    SlotStart,
     StepInput,
     StepOutput,
     TokenLogprobs,
     Vocabulary,
 )
+from model.key_selection import KeySelections
 from model.kv.pool import KVPool
 from model.packing import PackedStep, Packer, drawn_rows
 from model.sampling.sampled_tokens import SampledTokens, mark
@@ -77,12 +79,14 @@ class TorchRunner:
         team: Team | None = None,
         draft_model: DraftModel | None = None,
         viewed: ViewedDecoder | None = None,
+        selections: KeySelections | None = None,
     ) -> None:
         """`windowed_pool`: of the windowed layers, where these have pages of their own.
 
         `team`: on a CPU, adapts the number of threads to the cores that others leave free.
 
-        `viewed`: the same decoder, where requests may have views of their own.
+        `viewed`: the same decoder, where requests may have views of their own; `selections`: with
+        it, where they may keep keys by their scores.
         """
         self._info = info
         self._decoder = decoder
@@ -96,6 +100,7 @@ class TorchRunner:
         self._team = team
         self._draft_model = draft_model
         self._viewed = viewed
+        self._selections = selections
         self._windowed_pool = windowed_pool
         num_groups = 1 if windowed_pool is None else 2
         self._packer = Packer(max_num_seqs, info.max_model_len, info.page_size, num_groups)
@@ -123,24 +128,50 @@ class TorchRunner:
         guesses = dict[int, list[int]]()
         if self._draft_model is not None:
             step, guesses = self._draft_model.complete(step)
+        self._drop_keys(step)
         packed = self._packer.pack(step)
         for start in step.started:
-            if start.view != FULL_VIEW and self._viewed is None:
-                message = f"a request cannot have a view of its own: {self._info.why_no_views}"
-                raise ValueError(message)
+            self._require_served(start)
             self._sampler.start(start)
         self._pool.take_step(step.page_ids, [one for one in step.moves if not one.is_windowed])
         if self._windowed_pool is not None:
             moves = [one for one in step.moves if one.is_windowed]
             self._windowed_pool.take_step(step.windowed_page_ids, moves)
-        hidden, sampled = self._compute(packed, newest)
+        copy = self._selections.copy_of(step) if self._selections else None
+        hidden, sampled = self._compute(packed, newest, copy)
+        if copy is not None and self._selections is not None:
+            self._selections.note(step, copy)
         scores = self._score(step, hidden)
         self._newest = self._sample(step, hidden, sampled) if step.sample_rows else None
         if self._team is not None:
             self._team.observe(time.perf_counter() - began_s)
         return _InFlightStep(self._newest, scores, guesses, mark(self._device))
 
-    def _compute(self, packed: PackedStep, newest: SampledTokens | None) -> tuple[Tensor, Tensor]:
+    def _require_served(self, start: SlotStart) -> None:
+        if start.view != FULL_VIEW and self._viewed is None:
+            message = f"a request cannot have a view of its own: {self._info.why_no_views}"
+            raise ValueError(message)
+        if self._selections is not None:
+            self._selections.start(start.slot, start.selection)
+        elif start.selection is not None:
+            why = self._info.why_not(is_selection=True)
+            message = f"a request cannot keep keys by their scores: {why}"
+            raise ValueError(message)
+
+    def _drop_keys(self, step: StepInput) -> None:
+        """Let rows drop keys, before anything else is written to the pages of these."""
+        for row, num_dropped in step.dropped.items():
+            slot = step.slots[row]
+            if self._selections is None:
+                raise ValueError("rows whose sequences dropped keys cannot be computed")
+            if self._selections.has_to_drop(slot, num_dropped):
+                pages = torch.from_numpy(self._packer.take_table(slot)).long()
+                new_pages = torch.tensor(step.page_ids[row])
+                self._selections.drop(slot, pages, new_pages, num_dropped)
+
+    def _compute(
+        self, packed: PackedStep, newest: SampledTokens | None, copy: QueryCopy | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the hidden states of all tokens, and which of them are sampled after."""
         padded = self._graphs.pad(packed) if self._graphs is not None else None
         step = (padded or packed).on(self._device)
@@ -152,9 +183,9 @@ class TorchRunner:
             return self._graphs.run(step), step.sampled
         self._attention.plan(step.batch)
         positions, views = step.batch.positions, step.batch.views
-        if views is not None:
+        if views is not None or copy is not None:
             assert self._viewed is not None, "see launch"
-            hidden = self._viewed.forward(step.token_ids, positions, self._attention, views)
+            hidden = self._viewed.forward(step.token_ids, positions, self._attention, views, copy)
             return hidden, step.sampled
         return self._decoder.forward(step.token_ids, positions, self._attention), step.sampled
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from sys import maxsize
 
+from cache.bounds import Bounds
 from cache.kv_cache import KVCache
 from cache.view import View
 from configs.schema import SchedulerSection
 from model.interface import ModelInfo
+from scheduler.compaction import has_room, why_no_room
 from scheduler.messages import Rejected, RejectKind, Submit
 from scheduler.queue import WaitingQueue
 from scheduler.sequence import Sequence
@@ -67,12 +69,14 @@ def room_in(cache: KVCache, view: View, num_free_slots: int, num_running: int) -
 def max_len(submit: Submit, info: ModelInfo, cache: KVCache) -> int:
     """Return the most tokens that a request may have, prompt and answer together."""
     view = submit.request.view
+    if has_room(submit, cache.bounds):
+        return info.max_len(view)
     longest = min(one.bounds.max_tokens(one.search.own_view(view)) for one in cache.groups)
     # The newest token of a sequence needs no place: its keys are never read.
     return min(info.max_len(view.within(info.view)), longest + 1)
 
 
-def why_never(submit: Submit, max_len_tokens: int) -> Rejected | None:
+def why_never(submit: Submit, max_len_tokens: int, bounds: Bounds) -> Rejected | None:
     """Return the refusal of a request that can never run."""
     num_tokens = submit.num_tokens
     request_id, invalid = submit.request_id, RejectKind.INVALID
@@ -84,6 +88,8 @@ def why_never(submit: Submit, max_len_tokens: int) -> Rejected | None:
             f"at most {max_len_tokens} tokens fit, prompt and answer together"
         )
         return Rejected(request_id, invalid, message, "prompt")
+    if message := why_no_room(submit, max_len_tokens, bounds):
+        return Rejected(request_id, invalid, message, "kv_policy")
     return None
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from cache.pins import LIFETIMES_S, PinEnd, PrefixPin
+from cache.selection import Selection
 from cache.stats import CacheStats
 from cache.view import FULL_VIEW, View
 from model.interface import ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
@@ -52,6 +53,7 @@ __all__ = [
     "RequestRefusedError",
     "SamplingParams",
     "SchedulerStats",
+    "Selection",
     "Started",
     "TokenLogprobs",
     "TokenOutput",

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import NamedTuple, TypeAlias
 
 from cache.pins import PrefixPin
+from cache.selection import Selection
 from cache.view import FULL_VIEW, View
 from configs.kv_disk import KVDisk
 from configs.schema import SchedulerSection
@@ -69,6 +70,8 @@ class GenerateRequest:
     may_speculate: bool = True
     #: The keys that its queries read, at most those in the model's own view.
     view: View = FULL_VIEW
+    #: Where it keeps a fixed number of keys: the way to choose them. Its view is then the full one.
+    selection: Selection | None = None
     #: Beginnings of the prompt to be kept, the shortest first, and whose quota they count in.
     pins: tuple[PrefixPin, ...] = ()
     owner: str = ""

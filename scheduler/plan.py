@@ -92,6 +92,8 @@ def add_row(plan: StepPlan, sequence: Sequence, count: int) -> None:
         if first < last:
             targets = token_ids[first + 1 : last + 1]
             step.scored.append(ScoredSpan(len(plan.sequences), first - start, targets))
+    if sequence.num_dropped:
+        step.dropped[len(plan.sequences)] = sequence.num_dropped
     step.positions.append(start)
     step.counts.append(count)
     step.slots.append(sequence.slot)

@@ -112,7 +112,7 @@ class Scheduler:
             return Rejected(submit.request_id, RejectKind.INVALID, message, "request_id")
         num_free_slots, num_running = len(self._table.free_slots), len(self._running)
         room = room_in(self._cache, submit.request.view, num_free_slots, num_running)
-        never = why_never(submit, max_len(submit, self._info, self._cache))
+        never = why_never(submit, max_len(submit, self._info, self._cache), self._cache.bounds)
         probe = None if self._suspects.probe in self._running else self._suspects.probe
         return never or place_for(submit, self._waiting, room, self._config, probe)
 
@@ -175,15 +175,15 @@ class Scheduler:
         return replace(plan, num_prompt_tokens=count)
 
     def _plan_decodes(self, plan: StepPlan) -> None:
-        running, page_size = self._running, self._info.page_size
-        row = 0
+        running, page_size, row = self._running, self._info.page_size, 0
+        self._table.compact_decodes()
         while row < len(running):
             sequence = running[row]
             allocation = sequence.allocation
             assert allocation is not None, "a running sequence without pages"
             is_decode = len(sequence.token_ids) - sequence.num_computed == 1
             if not (is_decode and sequence.awaits_token):
-                has_room = sequence.num_computed < len(allocation.shortest_page_ids) * page_size
+                has_room = sequence.num_stored < len(allocation.shortest_page_ids) * page_size
                 if (has_room or self._table.go_on(sequence)) and is_decode:
                     add_row(plan, sequence, 1)
             # Another stands in its place where it had to be preempted itself.

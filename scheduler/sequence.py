@@ -62,6 +62,7 @@ class Sequence:
         "next_page",
         "num_completed",
         "num_computed",
+        "num_dropped",
         "num_prompt",
         "num_rollbacks",
         "num_scored",
@@ -70,6 +71,7 @@ class Sequence:
         "params",
         "request",
         "request_id",
+        "selection",
         "slot",
         "stalled_len_tokens",
         "state",
@@ -98,6 +100,8 @@ class Sequence:
         self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0
         self.num_completed = 0
+        #: Of the computed tokens, how many have no stored keys any more.
+        self.num_dropped = 0
         #: Results of steps planned before the last rollback are void.
         self.num_rollbacks = 0
         #: Whether it may read cached pages and have its own cached: not after logits that were not
@@ -118,8 +122,16 @@ class Sequence:
         )
         self.min_len_tokens = self.num_prompt + params.min_tokens
         self.max_len_tokens = min(self.num_prompt + params.max_tokens, max_model_len)
+        #: How it chooses the keys to keep; None where it never drops keys by their scores.
+        self.selection = request.selection
+        if self.selection is not None and not self.selection.is_reached(
+            self.num_prompt, self.max_len_tokens
+        ):
+            self.selection = None
         #: How many of its tokens may stay cached.
         self.max_stored_tokens = maxsize if request.store_up_to is None else request.store_up_to
+        if self.selection is not None:
+            self.max_stored_tokens = min(self.max_stored_tokens, self.num_prompt)
         self.allocation: Allocation | None = None
         #: While it waits: the first page that it cannot reuse, when it was last looked up.
         self.next_page: NextPage | None = None
@@ -149,7 +161,35 @@ class Sequence:
         """How many of its tokens may be reused from the cache; None: any number."""
         if not self.trusts_cache:
             return 0
+        if self.selection is not None:
+            limit = self.selection.max_cached_tokens(self.num_prompt)
+            return min(limit, self.num_scored) if self.num_scored < self.num_to_score else limit
         return self.num_scored if self.num_scored < self.num_to_score else None
+
+    @property
+    def num_stored(self) -> int:
+        """How many keys its pages hold, those of steps under way included."""
+        return self.num_computed - self.num_dropped
+
+    @property
+    def num_due(self) -> int:
+        """How many keys are to be gone when its next token is computed."""
+        if self.selection is None:
+            return 0
+        return self.selection.num_dropped(self.num_computed, self.num_prompt)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has to drop keys before its next token is computed."""
+        return self.num_due > self.num_dropped
+
+    def tokens_to_point(self) -> int:
+        """Return how many tokens the next step may compute: none crosses a compaction point."""
+        if self.selection is None:
+            return len(self.token_ids)
+        if self.is_full:
+            return 0
+        return self.selection.next_point(self.num_computed, self.num_prompt) - self.num_computed
 
     def move(self, to: State, why: str) -> None:
         """Change state. Raises `InvalidTransitionError` for a move the table does not have."""
@@ -165,8 +205,8 @@ class Sequence:
         """Whether it goes on, if at all, only once its newest token is known.
 
         With a grammar always, as that token may fail to come, with drafts, as their number is not
-        known, and where there is no room for more. Also where it missed a step: a step continues
-        the tokens of the one before it alone.
+        known, and where there is no room for more. Also where keys are to be dropped first, and
+        where it missed a step: a step continues the tokens of the one before it alone.
         """
         if self.token_ids[-1] != PENDING_TOKEN:
             return False
@@ -174,7 +214,7 @@ class Sequence:
         if length == self.stalled_len_tokens:
             return True
         has_to_wait = self.constraint is not None or self.is_drafted
-        return has_to_wait or length >= self.max_len_tokens
+        return has_to_wait or length >= self.max_len_tokens or self.is_full
 
     def slot_start(self) -> SlotStart:
         """Return all the runner must store of it."""
@@ -186,6 +226,7 @@ class Sequence:
             tokens[num_prompt:],
             self.constraint,
             self.own_view,
+            self.selection,
         )
 
     def land(self, position: int, token_ids: list[int]) -> list[int]:

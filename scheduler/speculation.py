@@ -120,6 +120,9 @@ class Speculation:
 
 def _may_draft(sequence: Sequence) -> bool:
     """Return whether a decode may have a draft at all."""
+    # Queries of drafts that are not accepted would count at a compaction point.
+    if sequence.selection is not None:
+        return False
     # The token of the step before must be known; that of this one is pending always.
     return sequence.request.may_speculate and sequence.token_ids[-2] != PENDING_TOKEN
 

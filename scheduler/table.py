@@ -11,6 +11,7 @@ from collections import deque
 from cache.allocation import Allocation
 from cache.kv_cache import KVCache
 from model.interface import PENDING_TOKEN
+from scheduler.compaction import compact, num_fixed_pages
 from scheduler.messages import FinishReason
 from scheduler.queue import WaitingQueue
 from scheduler.sequence import Sequence, State
@@ -40,8 +41,13 @@ class SequenceTable:
 
         `reserve_pages`: so many more must be available afterwards.
         """
+        tokens, num_fixed = sequence.token_ids, num_fixed_pages(sequence, self._page_size)
+        if num_fixed:
+            # Behind the prompt, its pages will hold the keys of other tokens.
+            tokens = tokens[: sequence.num_prompt]
+            reserve_pages += num_fixed - self._cache.bounds.pages(len(tokens))
         allocation = self._cache.admit(
-            sequence.token_ids,
+            tokens,
             sequence.request.namespace,
             reserve_pages,
             sequence.max_cached_tokens,
@@ -50,6 +56,8 @@ class SequenceTable:
         )
         if allocation is None:
             return None
+        has_all = self._cache.grow(allocation, num_fixed * self._page_size)
+        assert has_all, "pages that were reserved are gone"
         num_cached = allocation.num_cached_tokens
         sequence.move(State.RUNNING, f"admitted with {num_cached} cached tokens")
         self.waiting.remove(sequence)
@@ -62,11 +70,15 @@ class SequenceTable:
     def grow(self, sequence: Sequence) -> bool:
         """Make room for the next token, at the cost of the sequences of least precedence.
 
-        False where the sequence itself had to be preempted.
+        False where the sequence itself had to be preempted. Sequences that drop keys by their
+        scores are spared: they would have to compute all their tokens again. They have all pages
+        that they ever need, and room after the compaction that is due.
         """
         assert sequence.allocation is not None, "a running sequence without pages"
-        while not self._cache.grow(sequence.allocation, sequence.num_computed + 1):
-            victim = self.running[-1]
+        if sequence.is_full:
+            return True
+        while not self._cache.grow(sequence.allocation, sequence.num_stored + 1):
+            victim = next(one for one in reversed(self.running) if one.selection is None)
             self.preempt(victim)
             if victim is sequence:
                 return False
@@ -80,12 +92,22 @@ class SequenceTable:
         time. Called before any row of less precedence is planned.
         """
         assert sequence.allocation is not None, "a running sequence without pages"
+        if sequence.is_full:
+            return False
         if sequence.num_completed < sequence.num_computed:
-            has_room = self._cache.grow(sequence.allocation, sequence.num_computed + 1)
+            has_room = self._cache.grow(sequence.allocation, sequence.num_stored + 1)
             if not has_room:
                 sequence.stalled_len_tokens = len(sequence.token_ids)
             return has_room
         return self.grow(sequence)
+
+    def compact_decodes(self) -> None:
+        """Let the sequences that lack one token drop keys, where they have to: see `compact`."""
+        for sequence in self.running:
+            if sequence.selection is not None and (
+                len(sequence.token_ids) - sequence.num_computed == 1
+            ):
+                compact(sequence, self._cache)
 
     def take_back(self, sequence: Sequence, position: int) -> None:
         """Take back the placeholder of a token that did not come."""
@@ -97,10 +119,15 @@ class SequenceTable:
             sequence.num_computed -= 1
 
     def chunk(self, sequence: Sequence, budget_tokens: int) -> int:
-        """Return how many missing tokens the next step can compute without a preemption."""
-        allocation, end = sequence.allocation, sequence.num_computed
+        """Return how many missing tokens the next step can compute without a preemption.
+
+        If there are any, the next step has to compute them.
+        """
+        compact(sequence, self._cache)
+        allocation, end = sequence.allocation, sequence.num_stored
         assert allocation is not None, "a running sequence without pages"
-        count = min(len(sequence.token_ids) - end, budget_tokens)
+        num_missing = len(sequence.token_ids) - sequence.num_computed
+        count = min(num_missing, budget_tokens, sequence.tokens_to_point())
         if self._cache.grow(allocation, end + count):
             return count
         return len(allocation.shortest_page_ids) * self._page_size - end
@@ -160,6 +187,7 @@ class SequenceTable:
             self._cache.discard(sequence.allocation)
         sequence.allocation = None
         sequence.num_computed = sequence.num_completed = 0
+        sequence.num_dropped = 0
         self.running.remove(sequence)
         self.free_slots.append(sequence.slot)
         sequence.slot = -1
@@ -180,7 +208,13 @@ class SequenceTable:
         for sequence in running:
             assert sequence.allocation is not None, "a running sequence without pages"
             held = len(sequence.allocation.shortest_page_ids) * self._page_size
-            assert sequence.num_computed <= held, "computed more than its pages hold"
+            assert sequence.num_stored <= held, "computed more than its pages hold"
+            num_needed = num_fixed_pages(sequence, self._page_size)
+            if num_needed:
+                assert held <= num_needed * self._page_size, "it holds more than its bound"
+            if sequence.num_dropped and sequence.selection is not None:
+                most = sequence.selection.max_keys
+                assert held < most + self._page_size, "it holds more than its keys need"
             cached = sequence.allocation.num_cached_tokens
             assert cached <= sequence.num_completed, "shared pages would be written again"
             assert sequence.num_completed <= sequence.num_computed, "more came back than was sent"

@@ -130,14 +130,19 @@ class SpeculationReport(Document):
 
 
 class KVReport(Document):
-    """The view that the answer was generated under, of all choices together.
+    """The policy that the answer was generated under, and its keys, of all choices together.
 
     At the end, `held_tokens` were in view and `dropped_tokens` were not.
     """
 
-    policy: Literal["window", "sinks"]
+    policy: Literal["window", "sinks", "morph", "h2o"]
     window: int
-    sinks: int
+    #: Of `window` and `sinks`.
+    sinks: NotRequired[int]
+    #: Of `morph` and `h2o`.
+    capacity: NotRequired[int]
+    #: Of `morph`.
+    fusion: NotRequired[Literal["sum", "max"]]
     held_tokens: int
     dropped_tokens: int
 
@@ -149,7 +154,7 @@ class Octavo(Document):
     timings: Timings
     cache: CacheReport
     speculation: NotRequired[SpeculationReport]
-    #: Where the view was bounded.
+    #: Where not all keys are kept.
     kv: NotRequired[KVReport]
 
 

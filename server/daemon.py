@@ -35,6 +35,7 @@ from server.http.keys import Keyring, load_keys, reload_keys
 from server.http.lifecycle import Lifecycle
 from server.http.protocol import HttpProtocol
 from server.http.tls import Certificate
+from server.kv_sizes import full_length_requests, kv_bytes
 from server.logs import LOGGER_NAME, configure, fields, reported
 from server.memory import descendants
 from server.start_errors import StartError, UsageError
@@ -288,7 +289,7 @@ def _announce(info: ModelInfo, config: OctavoConfig, tokenizer: Tokenizer, url: 
             weights=format_size(info.weights_bytes),
             quantization=info.quantization,
             attention=info.attention_backend,
-            kv_cache=format_size(info.kv_bytes),
+            kv_cache=format_size(kv_bytes(info)),
             kv_cache_dtype=info.kv_cache_dtype,
             kv_bytes_per_token=info.kv_bytes_per_token,
             kv_factor=round(info.kv_factor, 2),
@@ -297,7 +298,7 @@ def _announce(info: ModelInfo, config: OctavoConfig, tokenizer: Tokenizer, url: 
             page_size=info.page_size,
             tokens=info.num_pages * info.page_size,
             max_model_len=info.max_model_len,
-            full_length_requests=info.full_length_requests,
+            full_length_requests=full_length_requests(info),
             speculation=config.scheduler.drafting.kind(info.device),
         ),
     )

@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import (
 )
 
 from scheduler.client import LIFETIMES_S, CacheStats, EngineStats, ModelInfo
+from server.kv_sizes import page_bytes, windowed_page_bytes
 from server.memory import descendants, resident_bytes
 
 #: By the values of the labels.
@@ -171,16 +172,12 @@ def _pages(cache: CacheStats) -> dict[tuple[str, ...], float]:
 
 def _kv_bytes(cache: CacheStats, info: ModelInfo | None) -> dict[tuple[str, ...], float]:
     """Return the bytes of the pages by their state; those of two groups differ in size."""
-    pages = _pages(cache)
-    page_bytes = info.page_bytes if info else 0
-    windowed = info.windowed if info else None
-    if info is None or windowed is None or cache.windowed is None:
-        return {state: count * page_bytes for state, count in pages.items()}
-    windowed_page_bytes = windowed.kv_bytes_per_token * info.page_size
-    parts = _pages(cache.windowed)
+    if info is None:
+        return dict.fromkeys(_pages(cache), 0.0)
+    parts = _pages(cache.windowed or CacheStats())
     return {
-        state: (count - parts[state]) * page_bytes + parts[state] * windowed_page_bytes
-        for state, count in pages.items()
+        state: (count - parts[state]) * page_bytes(info) + parts[state] * windowed_page_bytes(info)
+        for state, count in _pages(cache).items()
     }
 
 

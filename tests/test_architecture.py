@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "configs": set[str](),
     "cache": set[str](),
     "loadtest": set[str](),
-    "model": {"cache.moves", "cache.view", "configs"},
+    "model": {"cache.moves", "cache.selection", "cache.view", "configs"},
     "scheduler": {"cache", "configs", "model.interface"},
     "server": {"scheduler", "configs", "model.formats", "model.splitmix64"},
 }
@@ -69,7 +69,8 @@ ONLY_IN_MODEL = {"torch", "transformers", "triton", "flash_attn", "flash_attn_in
 LIGHT_IN_MODEL = {
     f"model/{name}.py"
     for name in (
-        *("__init__", "interface", "fake", "fake_pages", "splitmix64", "stored_pages"),
+        *("__init__", "interface", "fake", "fake_answers", "fake_pages", "sampling_params"),
+        *("splitmix64", "stored_pages"),
         *("weights/__init__", "weights/source", "weights/hub", "weights/weight_files"),
         *("grammar/__init__", "grammar/grammars", "grammar/check", "grammar/json_patterns"),
         *("grammar/json_schema", "grammar/matchers"),

@@ -14,7 +14,7 @@ class Bug(NamedTuple):
     new: str
 
 
-VIEW = "cache/view.py"
+VIEW, SELECTION = "cache/view.py", "cache/selection.py"
 SCHEDULER, SEQUENCE = "scheduler/scheduler.py", "scheduler/sequence.py"
 TABLE, SUSPECTS = "scheduler/table.py", "scheduler/suspects.py"
 REFUSAL = "scheduler/admission.py"
@@ -69,20 +69,20 @@ SCHEDULER_BUGS = [
     Bug(
         "the oldest is preempted",
         TABLE,
-        "            victim = self.running[-1]\n",
-        "            victim = self.running[0]\n",
+        "next(one for one in reversed(self.running)",
+        "next(one for one in self.running",
     ),
     Bug(
         "a chunk may be longer than what is left of the budget",
         TABLE,
-        "count = min(len(sequence.token_ids) - end, budget_tokens)\n",
-        "count = len(sequence.token_ids) - end\n",
+        "min(num_missing, budget_tokens, ",
+        "min(num_missing, ",
     ),
     Bug(
         "a prompt that can never fit is let into the queue",
         REFUSAL,
-        "    if num_tokens >= max_model_len:\n",
-        "    if num_tokens > max_model_len:\n",
+        "    if num_tokens >= max_len_tokens:\n",
+        "    if num_tokens > max_len_tokens:\n",
     ),
     Bug(
         "a request ends a token late",
@@ -268,6 +268,46 @@ FAULT_BUGS = [
         SCHEDULER,
         "if probe := self._suspects.drop(sequence):",
         "if (probe := self._suspects.drop(sequence)) and False:",
+    ),
+]
+
+#: About sequences that drop keys by their scores.
+COMPACTION_BUGS = [
+    Bug(
+        "a row crosses a compaction point",
+        TABLE,
+        "min(num_missing, budget_tokens, sequence.tokens_to_point())",
+        "min(num_missing, budget_tokens)",
+    ),
+    Bug(
+        "a sequence that would lose its keys is preempted",
+        TABLE,
+        "next(one for one in reversed(self.running) if one.selection is None)",
+        "self.running[-1]",
+    ),
+    Bug(
+        "the pages of an answer are shared",
+        SEQUENCE,
+        "min(self.max_stored_tokens, self.num_prompt)",
+        "self.max_stored_tokens",
+    ),
+    Bug(
+        "queries of the first window come out of the cache",
+        SELECTION,
+        "self.first_point(num_prompt) - self.window",
+        "self.first_point(num_prompt)",
+    ),
+    Bug(
+        "no pages are set aside for those that the prompt shares",
+        SELECTION,
+        "num_first_pages + min(num_prompt // page_size, num_store_pages)",
+        "num_first_pages",
+    ),
+    Bug(
+        "a sequence that comes back counts its dropped keys",
+        TABLE,
+        "        sequence.num_dropped = 0\n",
+        "",
     ),
 ]
 

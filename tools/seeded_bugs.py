@@ -19,6 +19,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 from tools.bugs import (
+    COMPACTION_BUGS,
     FAULT_BUGS,
     OVERLAP_BUGS,
     PROGRESS_BUGS,
@@ -53,6 +54,7 @@ SUITES = {
     "scheduler": Suite("tests/scheduler/test_machine.py", SCHEDULER_BUGS),
     "overlap": Suite("tests/scheduler/test_overlap.py", OVERLAP_BUGS),
     "windows": Suite("tests/scheduler/test_windows.py", WINDOW_BUGS),
+    "compaction": Suite("tests/scheduler/test_compaction.py", COMPACTION_BUGS),
     "progress": Suite("tests/scheduler/test_progress.py", PROGRESS_BUGS),
     "speculation": Suite("tests/scheduler/test_speculation.py", SPECULATION_BUGS),
     "faults": Suite("tests/scheduler/test_faults.py", FAULT_BUGS),

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from model.architectures.arch import Activation, ArchSpec, DecoderShape, LayerSpec, NormPlace
 from model.architectures.rope import cos_sin_rows, cos_sin_table, late_frequencies
-from model.attention.interface import AttentionBackend, AttentionSpec, RowViews
+from model.attention.interface import AttentionBackend, AttentionSpec, QueryCopy, RowViews
 from model.kv.format import KVFormat
 from model.ops import Ops
 from model.weights.linear import Format, Linear
@@ -46,8 +46,12 @@ class ViewedDecoder(Decoder, Protocol):
         positions: Tensor,
         attention: AttentionBackend,
         views: RowViews | None = None,
+        copy: QueryCopy | None = None,
     ) -> Tensor:
-        """See `Decoder`. Under `views`, positions may exceed the held ones."""
+        """See `Decoder`. Under `views`, positions may exceed the held ones.
+
+        `copy`: gets the queries of some tokens.
+        """
 
 
 class ServedDecoder(Decoder, Protocol):
@@ -221,6 +225,7 @@ class Transformer:
         positions: Tensor,
         attention: AttentionBackend,
         views: RowViews | None = None,
+        copy: QueryCopy | None = None,
     ) -> Tensor:
         """See `Decoder` and `ViewedDecoder`."""
         cos_sin, rows = (self.cos_sin, positions) if views is None else self.angles(positions)
@@ -234,6 +239,8 @@ class Transformer:
                 at = views.sink_positions.clamp(min=0)
                 self.rotate(sink_q, sink_q[:, :0], at, self.cos_sin)
             self.rotate(q, k, rows, cos_sin)
+            if copy is not None:
+                copy.add(index, q)
             return self.output(layer, attention.attend(index, q, k, v, sink_q))
 
         return self.run_layers(token_ids, self._ops, attend)

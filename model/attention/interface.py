@@ -131,6 +131,27 @@ class RowViews:
         return int(self.sinks[row]) + int(self.windows[row])
 
 
+class QueryCopy:
+    """The rotated queries of some tokens of a step, in all layers."""
+
+    def __init__(self, spec: AttentionSpec, tokens: Tensor, num_tokens: int) -> None:
+        """`tokens`: int64, indices into the flat batch of `num_tokens`."""
+        self._tokens = tokens
+        #: int64 `[num_tokens]`: each token's index in `tokens`, -1 for the others.
+        self._rows = torch.full((num_tokens,), -1)
+        self._rows[tokens] = torch.arange(len(tokens))
+        #: float32 `[layers, len(tokens), heads, head_dim]`.
+        self.queries = torch.empty(spec.num_layers, len(tokens), spec.num_heads, spec.head_dim)
+
+    def add(self, layer: int, q: Tensor) -> None:
+        """Copy from the queries of all tokens of the step, `[tokens, heads, head_dim]`."""
+        self.queries[layer] = q[self._tokens].view(self.queries.shape[1:])
+
+    def pointers(self) -> tuple[int, int, int]:
+        """Return the addresses of `rows` and `queries` for compiled code, and the rows of these."""
+        return self._rows.data_ptr(), self.queries.data_ptr(), len(self._tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """The rows of one step: tokens whose keys are stored, then attend to the stored keys.

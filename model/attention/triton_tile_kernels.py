@@ -73,10 +73,12 @@ def tiles(
     begin = _first_tile(first_key, split, TILE, NUM_SPLITS)
     sink_begin, first_sink, end_sink = 0, 0, 0
     if HAS_VIEWS:
-        # Sinks are as far from a query in view as from the position `bound - 1`.
-        first_sink = tl.maximum(bound - window, 0)
+        # Sinks are as far from a query in view as from the position `bound - 1`. Elsewhere that is
+        # the largest integer, beyond which a tile would begin.
+        is_in_view = end > bound
+        first_sink = tl.where(is_in_view, tl.maximum(bound - window, 0), 0)
         sink_begin = _first_tile(first_sink, split, TILE, NUM_SPLITS)
-        end_sink = tl.where(end > bound, sinks, 0)
+        end_sink = tl.where(is_in_view, sinks, 0)
     return begin, first_key, sink_begin, first_sink, end_sink
 
 

@@ -22,7 +22,7 @@ from model.architectures.transformer import (
 )
 from model.attention.cpu import CpuAttention
 from model.attention.groups import GroupedAttention, part_of
-from model.attention.interface import AttentionBackend, RowViews
+from model.attention.interface import AttentionBackend, QueryCopy, RowViews
 from model.cpu.library import CpuLibrary
 from model.weights.linear import Linear
 from model.weights.tiled_linear import TiledLinear
@@ -65,6 +65,7 @@ class CpuDecoder:
         positions: Tensor,
         attention: AttentionBackend,
         views: RowViews | None = None,
+        copy: QueryCopy | None = None,
     ) -> Tensor:
         """See `ViewedDecoder`. Attention is the one that `why_not` accepted."""
         one = attention.full if isinstance(attention, GroupedAttention) else attention
@@ -82,6 +83,7 @@ class CpuDecoder:
             residual.data_ptr(),
             None if cos_sin is None else cos_sin.data_ptr(),
             None if sink_positions is None else sink_positions.data_ptr(),
+            *((None, None, 0) if copy is None else copy.pointers()),
         )
         return residual
 

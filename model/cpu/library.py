@@ -87,7 +87,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     ),
     "octavo_decoder_new": (_POINTER, (*(_POINTER,) * 2, _FLOAT, _POINTER, _LONG, _POINTER)),
     "octavo_decoder_free": (None, (_POINTER,)),
-    "octavo_decoder_forward": (None, (_POINTER,) * 6),
+    "octavo_decoder_forward": (None, (*(_POINTER,) * 8, _LONG)),
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.architectures.transformer import DecoderLayer, Transformer
 from model.attention.groups import part_of
-from model.attention.interface import AttentionBackend, PagedAttention, RowViews
+from model.attention.interface import AttentionBackend, PagedAttention, QueryCopy, RowViews
 from model.cuda.ops import GpuOps, SinkQueries
 
 
@@ -43,8 +43,10 @@ class GpuDecoder:
         positions: Tensor,
         attention: AttentionBackend,
         views: RowViews | None = None,
+        copy: QueryCopy | None = None,
     ) -> Tensor:
         """See `ViewedDecoder`."""
+        assert copy is None, "see `model.key_selection.why_not`"
         rotation = self._rotation(positions, views)
         return self._transformer.run_layers(
             token_ids,

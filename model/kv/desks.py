@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.kv.format import KVLayout
+
 
 class OpenPages(NamedTuple):
     """Keys and values of a sequence from the beginning of a page on."""
@@ -62,3 +64,15 @@ def desk_tokens(page_size: int, max_draft_tokens: int) -> int:
     These are a draft that may be rejected, and the tokens before it in the page of its first one.
     """
     return page_size - 1 + max_draft_tokens
+
+
+def desk_bytes(layout: KVLayout, max_draft_tokens: int) -> int:
+    """Return the size of a slot's desks in float32, in all layers; 0 where no page needs them."""
+    num_layers = sum(
+        len(layers)
+        for kv_format, layers in layout.layers_by_format().items()
+        if not kv_format.can_share_heads
+    )
+    elements = 2 * num_layers * layout.num_kv_heads * layout.head_dim
+    num_tokens = desk_tokens(layout.page_size, max_draft_tokens)
+    return num_tokens * elements * torch.float32.itemsize

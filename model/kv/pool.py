@@ -73,6 +73,17 @@ class KVPool:
             return keys, keys[..., :latent_dim]
         return kv_format.decode(*planes[0::2]), kv_format.decode(*planes[1::2])
 
+    def keep(self, layer: int, kv_slots: Tensor, kept: Tensor, to_slots: Tensor) -> None:
+        """Move some tokens' keys and values, of each KV head others: as they are, codes too.
+
+        `kept`: int64 `[tokens, kv_heads]`, which of `kv_slots` a head takes to `to_slots`, int64
+        `[tokens]`. All are read before any is written, so that both may be in the same pages.
+        """
+        for plane in map(_indexable, self._layer_planes[layer]):
+            flat = plane.flatten(0, 1)
+            index = kept.view(*kept.shape, *(1,) * (flat.dim() - 2)).expand(-1, -1, *flat.shape[2:])
+            flat.index_copy_(0, to_slots, flat.index_select(0, kv_slots).gather(0, index))
+
     def store_pages(self, layer: int, page_ids: Tensor, k: Tensor, v: Tensor) -> None:
         """Encode whole pages from the first of `[tokens, kv_heads, dim]`, by `page_coding`."""
         coding, page_size = self.layout.format_of(layer).page_coding, self.layout.page_size

@@ -22,6 +22,7 @@ from server.answer_types import CacheReport, CompletionTokensDetails, Octavo, Us
 from server.generation.cache_report import cache_report
 from server.generation.caching import Caching, pin_warnings
 from server.generation.generation_spec import TextPrompts
+from server.generation.kv_keys import dropped_tokens, report_of
 from server.generation.output import OutputChunk, OutputOptions, OutputText
 from server.generation.prompt_places import Render, path_at
 from server.generation.reasoning import ReasoningCounter
@@ -81,15 +82,12 @@ async def generate(
         key, request = record.namespace, job.requests[index]
         namespace = namespace_of(key, request.namespace)
         request = replace(request, namespace=namespace, owner=record.owner)
-        max_keys = request.view.max_keys
         async with aclosing(service.client.generate(request)) as deltas:
             async for delta in deltas:
                 _require_sound(delta)
                 chunk = output.push(delta)
                 _note(service, job, record, chunk)
-                if max_keys is not None:
-                    num_tokens = len(request.prompt_token_ids) + record.output_tokens
-                    record.dropped_tokens = max(0, num_tokens - max_keys)
+                record.dropped_tokens = dropped_tokens(request, record.output_tokens)
                 if reasoning is not None:
                     record.reasoning_tokens = reasoning.count(
                         chunk.delta.token_ids, is_last=chunk.finish_reason is not None
@@ -173,16 +171,9 @@ def octavo(service: Service, job: Job, record: RequestRecord, now_s: float) -> O
             "offered": record.draft_tokens,
             "accepted": record.accepted_draft_tokens,
         }
-    view = job.requests[0].view
-    if view.window is not None:
-        prompt_tokens = sum(len(request.prompt_token_ids) for request in job.requests)
-        report["kv"] = {
-            "policy": "sinks" if view.sinks else "window",
-            "window": view.window,
-            "sinks": view.sinks,
-            "held_tokens": prompt_tokens + record.output_tokens - record.dropped_tokens,
-            "dropped_tokens": record.dropped_tokens,
-        }
+    keys = report_of(job.requests, record.output_tokens, record.dropped_tokens)
+    if keys is not None:
+        report["kv"] = keys
     return report
 
 

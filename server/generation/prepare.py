@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from model.splitmix64 import splitmix64
-from scheduler.client import FULL_VIEW, GenerateRequest, SamplingParams, View
+from scheduler.client import GenerateRequest, SamplingParams
 from server.generation.caching import caching_of
 from server.generation.chat_prompt import ChatPrompt, chat_tokens
 from server.generation.generate import Job
 from server.generation.generation_spec import Conversation, TextPrompts, ToolSpec
+from server.generation.kv_keys import selection_of, view_of
 from server.generation.output import OutputOptions
 from server.generation.params import Warned, ignored, warning
 from server.generation.prompt_logprobs import require_few
@@ -157,25 +158,6 @@ def _max_tokens(
     return room
 
 
-def view_of(service: Service, spec: GenerationSpec) -> View:
-    """Return the keys that the queries of a request read. Raises `ApiError`."""
-    policy = spec.kv_policy or service.config.cache.policy
-    if policy.type == "full":
-        return FULL_VIEW
-    info = service.client.info
-    if info.why_no_views:
-        raise invalid(f"kv_policy: {policy} is not served: {info.why_no_views}", "kv_policy")
-    num_keys = policy.sinks + policy.window
-    if num_keys > info.max_model_len:
-        path = "kv_policy.window"
-        raise invalid(
-            f"{path}: {policy} reads {num_keys} tokens, more than the {info.max_model_len} that"
-            " the model's context has",
-            path,
-        )
-    return View(policy.sinks, policy.window).within(info.view)
-
-
 def _job(
     service: Service,
     spec: GenerationSpec,
@@ -191,7 +173,7 @@ def _job(
         ends.update(service.client.info.eos_token_ids)
     if first.prompt_logprobs is not None:
         require_few(spec, prompts, first.prompt_logprobs)
-    view = view_of(service, spec)
+    view, selection = view_of(service, spec), selection_of(service, spec)
     has_usage_chunk = service.config.server.force_include_usage or spec.has_usage_chunk
     return Job(
         spec=replace(spec, warnings=tuple(warnings), has_usage_chunk=has_usage_chunk),
@@ -206,6 +188,7 @@ def _job(
                 spec.fields.cache_salt or "",
                 may_speculate=spec.fields.speculation is not False,
                 view=view,
+                selection=selection,
             )
             for prompt, own in zip(map(tuple, prompts), params, strict=True)
             for index in range(spec.num_tries)

@@ -21,7 +21,7 @@ from pydantic import (
     field_validator,
 )
 
-from configs.kv_policy import DEFAULT_SINK_TOKENS, KVPolicy, PolicyType, why_not_served
+from configs.kv_policy import DEFAULT_SINK_TOKENS, Fusion, KVPolicy, PolicyType
 from scheduler.client import SamplingParams
 from server.generation.generation_spec import Conversation, OutputConstraint, TextPrompts
 from server.generation.params import STREAM_OPTIONS, Warned, judge
@@ -176,29 +176,34 @@ class StreamOptions(Request):
     )
 
 
-def _served_type(value: object) -> object:
-    if isinstance(value, str) and (reason := why_not_served(value)):
-        raise ValueError(reason)
-    return value
-
-
 class KVPolicyFields(Request):
-    """The keys that a query reads: all, the newest, or the newest and the first (sinks)."""
+    """The keys that a query reads: all, the newest, these and the first (sinks) or the best."""
 
-    type: Annotated[PolicyType, BeforeValidator(_served_type)]
-    window: int | None = optional("tokens, itself included; at least 64")
+    type: PolicyType
+    window: int | None = optional(
+        "tokens, itself included; at least 64; with morph and h2o 16 to 256"
+    )
     sinks: int | None = optional("first tokens that are always read; default 4")
+    capacity: int | None = optional(
+        "of morph and h2o: keys that are kept, those of the window included"
+    )
+    fusion: Fusion | None = optional("of morph: sum or max of the window's scores; default sum")
 
     def policy(self) -> KVPolicy:
         """Return the policy. Raises `ApiError` that names the field."""
         if self.window is None and self.type != "full":
             path = "kv_policy.window"
             raise invalid(f"{path} is required with type {self.type}", path)
+        if self.capacity is None and self.type in {"morph", "h2o"}:
+            path = "kv_policy.capacity"
+            raise invalid(f"{path} is required with type {self.type}", path)
         sinks = self.sinks
         if sinks is None:
             sinks = DEFAULT_SINK_TOKENS if self.type == "sinks" else 0
         try:
-            return KVPolicy(self.type, self.window or 0, sinks)
+            return KVPolicy(
+                self.type, self.window or 0, sinks, self.capacity or 0, self.fusion or "sum"
+            )
         except ValueError as error:
             name = str(error).partition(" ")[0]
             raise invalid(f"kv_policy.{error}", f"kv_policy.{name}") from error

@@ -80,7 +80,7 @@ def test_a_long_sequence_holds_its_window_and_a_chunk_in_the_windowed_group() ->
     assert len(allocation.page_ids) == len(allocation.shortest_page_ids) == 30
 
 
-@pytest.mark.parametrize("sizes", [(30, MOST_PAGES - 2), (29, 64)])
+@pytest.mark.parametrize("sizes", [(40, MOST_PAGES - 2), (29, 64)])
 def test_a_sequence_is_taken_in_by_both_groups_or_by_none(sizes: tuple[int, int]) -> None:
     cache = grouped(*sizes)
     serve(cache, [9] * 4)

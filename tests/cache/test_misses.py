@@ -177,6 +177,14 @@ def test_pages_of_codes_are_reused_as_a_whole() -> None:
     assert cache.explain(prompt) == Misses(4, ((MissReason.PAGE, 2), (Diverged, 2)), 6)
 
 
+def test_a_page_that_is_cached_again_is_no_ghost() -> None:
+    cache = KVCache(8, 4, can_share_heads=False)
+    served(cache, PROMPT)
+    cache.reset()
+    served(cache, PROMPT)
+    assert cache.explain(PROMPT) == Misses(8, ((MissReason.PAGE, 3),))
+
+
 def test_pages_behind_an_evicted_one_are_lost_with_it() -> None:
     cache = KVCache(4, 4, view=View(window=12), chunk_tokens=4)
     allocation = admitted(cache, PROMPT)

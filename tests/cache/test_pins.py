@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from cache.kv_cache import KVCache
-from cache.node import Node
+from cache.node import NO_PAGE, Node
 from cache.pins import LIFETIMES_S, Pin, PinEnd
+from cache.view import View
 
 
 def served(cache: KVCache, tokens: list[int]) -> None:
@@ -285,3 +286,16 @@ def test_check_sees(damage: Callable[[KVCache], None]) -> None:
     damage(cache)
     with pytest.raises((AssertionError, KeyError)):
         cache.check()
+
+
+def test_a_pin_ends_at_a_page_and_not_at_a_husk() -> None:
+    cache = KVCache(2, 1, view=View(0, 1))
+    held = cache.admit([3, 3])
+    assert held is not None
+    cache.commit(held, [3, 3], 2)
+    cache.drop(held, range(1))
+    while cache.stats().evicted_pages_total == 0:
+        assert cache.admit([4])
+    path = cache.covering([3])
+    assert [node.page_id for node in path] == [NO_PAGE]
+    assert cache.pins.add(path, "", "5m") == (None, 0)

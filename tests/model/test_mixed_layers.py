@@ -18,6 +18,7 @@ from scheduler.drafters.choice import BestDrafter
 from scheduler.engine import Engine
 from scheduler.messages import GenerateRequest, Submit
 from scheduler.scheduler import Scheduler
+from server.kv_sizes import full_length_requests, kv_bytes, page_bytes
 
 _CHUNK, _PAGE_SIZE, _NUM_SEQS, _NUM_OUTPUT = 8, 4, 2, 40
 _PROMPT = tuple(i * i % 89 for i in range(150))
@@ -119,7 +120,7 @@ def test_backends_agree_and_many_share_a_small_pool(make: Make) -> None:
 def test_codes_are_in_both_groups(make: Make, kv_format: str) -> None:
     formats = {"kv_cache_dtype": kv_format}
     [small, large] = (make("torch", memory, **formats) for memory in (_SMALL // 2, _LARGE))
-    assert small.info.kv_bytes <= _SMALL // 2
+    assert kv_bytes(small.info) <= _SMALL // 2
     [expected], _ = serve(large, [request_of(_PROMPT[:90])])
     [tokens], most = serve(small, [request_of(_PROMPT[:90])])
     assert tokens == expected
@@ -181,7 +182,7 @@ def test_a_draft_model_has_pages_of_the_layers_without_a_window(make: Make) -> N
     assert runner.info.windowed is not None
     # Its keys are in 16 bits: three layers take as much as one and a half.
     assert runner.info.kv_bytes_per_token == 4.5 * LAYER_BYTES
-    assert runner.info.page_bytes == 2.5 * LAYER_BYTES * _PAGE_SIZE
+    assert page_bytes(runner.info) == 2.5 * LAYER_BYTES * _PAGE_SIZE
     section = SchedulerSection(
         max_num_seqs=_NUM_SEQS,
         max_num_batched_tokens=16,
@@ -211,7 +212,7 @@ def test_a_draft_model_has_pages_of_the_layers_without_a_window(make: Make) -> N
 def test_one_group_is_enough_where_no_sequence_is_longer_than_the_window(make: Make) -> None:
     short = make("torch", _LARGE, config={"max_position_embeddings": WINDOW})
     assert short.info.windowed is None
-    assert short.info.kv_bytes <= _LARGE
+    assert kv_bytes(short.info) <= _LARGE
     every = ["sliding_attention"] * 3
     windowed = make("torch", _LARGE, config={"layer_types": every})
     assert (windowed.info.windowed, windowed.info.view) == (None, View(window=WINDOW))
@@ -220,11 +221,11 @@ def test_one_group_is_enough_where_no_sequence_is_longer_than_the_window(make: M
 def test_the_sizes_of_both_groups_are_reported(make: Make) -> None:
     info = make("cpu", _SMALL).info
     assert info.windowed is not None
-    assert info.kv_bytes == _SMALL
+    assert kv_bytes(info) == _SMALL
     assert info.kv_bytes_per_token == 3 * LAYER_BYTES
-    assert info.page_bytes == _PAGE_SIZE * LAYER_BYTES
+    assert page_bytes(info) == _PAGE_SIZE * LAYER_BYTES
     assert info.max_model_len == _FULL_PAGES * _PAGE_SIZE
-    assert info.full_length_requests == 1
+    assert full_length_requests(info) == 1
     assert info.windowed.view == View(window=WINDOW)
     [note] = [one for one in info.notes if "pages of their own" in one]
     assert note.startswith(f"1 layers read all keys and have {_FULL_PAGES} pages; 2 layers read 16")

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import served_pages
+from served_pages import Served
 from steps import step_of
 
-from cache.kv_cache import KVCache
 from cache.view import FULL_VIEW, View
 from configs.schema import CacheSection, ModelSection, OctavoConfig, SchedulerSection
 from model import build
 from model.cpu.decoder import CpuDecoder
 from model.interface import RowSpan, SampleSpan, SamplingParams, SlotStart, TokenLogprobs
 from model.runner import TorchRunner
-from scheduler.messages import GenerateRequest, Submit
-from scheduler.scheduler import Scheduler
+from scheduler.messages import GenerateRequest
 
 _PAGE_SIZE, _CHUNK = 4, 16
 _CONFIG = {
@@ -72,36 +71,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return make
 
 
-def serve(
-    runner: TorchRunner, requests: list[GenerateRequest], budget: int = _CHUNK
-) -> tuple[list[list[int]], list[list[TokenLogprobs]], int]:
-    """Return tokens and logprobs of requests, and the most pages that were held at a time.
-
-    All pages that are free after a step are filled with NaN.
-    """
-    info = runner.info
-    cache = KVCache(info.num_pages, info.page_size, view=info.view, chunk_tokens=budget)
-    section = SchedulerSection(max_num_seqs=2, max_num_batched_tokens=budget)
-    scheduler = Scheduler(cache, section, info)
-    tokens: list[list[int]] = [[] for _ in requests]
-    logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
-    most = 0
-    for number, request in enumerate(requests):
-        assert scheduler.submit(Submit(number, request)) == []
-    while plan := scheduler.plan():
-        outcome = scheduler.apply(plan, runner.launch(plan.step).wait())
-        for at, token_id in zip(outcome.request_ids, outcome.token_ids, strict=True):
-            tokens[at].append(token_id)
-        for at, one in zip(outcome.request_ids, outcome.logprobs, strict=True):
-            logprobs[at] += [one] if one else []
-        stats = cache.stats()
-        most = max(most, stats.pages_private + stats.pages_leased)
-        free = torch.tensor(cache._pool.free_ids, dtype=torch.int64)
-        for layer in range(2):
-            for plane in runner._pool.pages(layer)[:2]:
-                plane[free] = torch.nan
-        scheduler.check()
-    return tokens, logprobs, most
+def serve(runner: TorchRunner, requests: list[GenerateRequest], budget: int = _CHUNK) -> Served:
+    return served_pages.serve(runner, [*requests], budget)
 
 
 def request_of(view: View, prompt: tuple[int, ...] = _PROMPT, num: int = 40) -> GenerateRequest:

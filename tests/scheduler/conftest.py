@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cache.misses import MissReason
+from cache.selection import Selection
 from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FakeRunner, fake_output
@@ -64,6 +65,7 @@ class Drive:
         namespace: str = "",
         may_speculate: bool = True,
         own_view: View = FULL_VIEW,
+        selection: Selection | None = None,
         **submit: Any,
     ) -> Rejected | None:
         params = submit.pop("params", None) or SamplingParams(
@@ -81,6 +83,7 @@ class Drive:
                     namespace,
                     may_speculate=may_speculate,
                     view=own_view,
+                    selection=selection,
                 ),
                 **submit,
             )

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from scripted_drafter import ScriptedDrafter
 
 from cache.groups import GroupedCache
+from cache.selection import Selection
 from cache.view import FULL_VIEW, View
 from configs.schema import SchedulerSection
 from model.fake import FAKE_EOS_TOKEN_ID, FakeRunner, fake_logprobs, fake_next_token
@@ -28,6 +29,7 @@ from model.interface import (
     WindowedPages,
 )
 from scheduler.caches import build_cache
+from scheduler.compaction import has_room, why_no_room
 from scheduler.messages import FinishReason, GenerateRequest, Submit
 from scheduler.plan import StepPlan
 from scheduler.scheduler import Scheduler
@@ -36,6 +38,7 @@ from scheduler.suspects import PROBE_ID
 
 _VOCAB = 3
 MAX_LEN = 16
+SELECTIONS = [None, None, Selection(1, 2, interval=2), Selection(2, 4, "max", 3)]
 
 
 class Hesitant(FakeRunner):
@@ -162,6 +165,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         grammar=st.sampled_from([None, None, "any"]),
         may_speculate=st.sampled_from([True, True, False]),
         own_view=st.sampled_from([FULL_VIEW, FULL_VIEW, View(0, 4), View(2, 3)]),
+        selection=st.sampled_from(SELECTIONS),
     )
     def submit(
         self,
@@ -177,7 +181,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         grammar: str | None,
         may_speculate: bool,
         own_view: View,
+        selection: Selection | None,
     ) -> None:
+        selection = None if self.view != FULL_VIEW or self.runner.windowed else selection
         params = SamplingParams(
             max_tokens=max_tokens,
             ignore_eos=ignore_eos,
@@ -192,14 +198,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 priority,
                 namespace,
                 may_speculate=may_speculate,
-                view=own_view,
+                view=own_view if selection is None else FULL_VIEW,
+                selection=selection,
             ),
         )
         self.num_submits += 1
         resumed = self.expected(submit)[:num_resumed]
         if len(resumed) == num_resumed < max_tokens and FAKE_EOS_TOKEN_ID not in resumed:
-            if num_resumed:
-                num_scored = len(prompt)
+            num_scored = len(prompt) if num_resumed else num_scored
             if prompt_logprobs is None or not prompt:
                 num_scored = 0
             submit = Submit(
@@ -209,7 +215,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 num_scored=min(num_scored, max(0, len(prompt) - 1)),
             )
         fits = bool(prompt) and len(prompt) + len(submit.output_token_ids) < self.max_len(submit)
-        waiting = list(self.scheduler._waiting)
+        fits &= not why_no_room(submit, self.max_len(submit), self.cache.bounds)
+        waiting = [*self.scheduler._waiting]
         refusals = self.scheduler.submit(submit, constraint=grammar)
         is_taken = fits and [one.request_id for one in refusals] != [submit.request_id]
         assert fits or refusals, "taken in, though it never fits"
@@ -236,6 +243,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         return submit.request.view.within(self.view)
 
     def max_len(self, submit: Submit) -> int:
+        if has_room(submit, self.cache.bounds):
+            return MAX_LEN
         view = self.view_of(submit)
         most = MAX_LEN if view == self.view else MAX_BOUNDED_LEN
         own = [(one.bounds, one.search.own_view(view)) for one in self.cache.groups]
@@ -247,7 +256,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         may_end = not submit.request.params.ignore_eos
         while tokens and len(tokens) < end:
             view = self.view_of(submit)
-            tokens.append(fake_next_token(tokens, _VOCAB, may_end=may_end, view=view))
+            token_id = fake_next_token(
+                tokens,
+                _VOCAB,
+                may_end=may_end,
+                view=view,
+                selection=submit.request.selection,
+                num_prompt=len(submit.request.prompt_token_ids),
+            )
+            tokens.append(token_id)
             if tokens[-1] == FAKE_EOS_TOKEN_ID and may_end:
                 break
         return tokens[len(submit.request.prompt_token_ids) :]
@@ -270,7 +287,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def plan(self) -> StepPlan | None:
         running = list(self.scheduler._table.running)
         plan = self.scheduler.plan()
-        preempted = [sequence.state is State.WAITING for sequence in running]
+        preempted = [one.state is State.WAITING for one in running if one.selection is None]
         assert preempted == sorted(preempted), "preempted one that had precedence"
         if plan is not None:
             assert plan.num_tokens <= self.scheduler._config.max_num_batched_tokens

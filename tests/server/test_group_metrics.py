@@ -12,6 +12,7 @@ from model.fake import FakeRunner
 from model.interface import WindowedPages
 from scheduler.stats import EngineStats, SchedulerStats
 from server.exposition import Page, gauges
+from server.kv_sizes import full_length_requests, kv_bytes
 
 
 def test_bytes_are_those_of_both_groups() -> None:
@@ -30,5 +31,5 @@ def test_bytes_are_those_of_both_groups() -> None:
     assert found["octavo_kv_cache_pages", "private"] == 13
     assert found["octavo_kv_cache_usage_perc", None] == pytest.approx(max(4 / 10, 13 / 30))
     assert found["octavo_kv_tokens_capacity", None] == 30 * 4
-    assert info.kv_bytes == 30 * 4 * 1 + 10 * 4 * 3
-    assert info.full_length_requests == 0
+    assert kv_bytes(info) == 30 * 4 * 1 + 10 * 4 * 3
+    assert full_length_requests(info) == 0

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from model.fake import fake_output
-from scheduler.client import FULL_VIEW, FinishReason, TokenOutput, View
+from scheduler.client import FULL_VIEW, FinishReason, Selection, TokenOutput, View
 
 SINKS = {"type": "sinks", "window": 64, "sinks": 4}
+MORPH = {"type": "morph", "window": 16, "capacity": 64}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 #: Each with a prompt of more than the 256 tokens of the model's context.
 LONG: dict[str, dict[str, Any]] = {
@@ -81,6 +82,47 @@ def test_a_short_text_drops_nothing_and_choices_are_summed_up(shared: Any) -> No
     assert shared.metric("octavo_kv_dropped_tokens_total") - before == 2 * 2
 
 
+@pytest.mark.parametrize("route", LONG)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_answer_by_score_reports_the_keys_that_it_kept(
+    shared: Any, route: str, is_stream: bool
+) -> None:
+    body = body_of(route, kv_policy=MORPH | {"fusion": "max"}, stream=is_stream)
+    name = "max_output_tokens" if route == "/v1/responses" else "max_tokens"
+    refused = shared.post(route, **json.loads(json.dumps(body).replace("y" * 400, "y" * 130)))
+    assert "tokens of the prompt, and the 128 that are kept behind it, need" in refused.text
+    text = json.loads(json.dumps(body).replace("y" * 400, "y" * 50)) | {name: 110}
+    answer = shared.post(route, **text)
+    assert answer.status_code == 200, answer.text
+    octavo = octavo_of(answer.text) if is_stream else answer.json()["octavo"]
+    assert octavo["warnings"] == []
+    kv = octavo["kv"]
+    # The fake model may end an answer early.
+    assert kv.pop("held_tokens") + kv.pop("dropped_tokens") > 50
+    assert kv == {"policy": "morph", "window": 16, "capacity": 64, "fusion": "max"}
+
+
+def test_tokens_are_those_of_the_selection_and_dropped_ones_are_counted(shared: Any) -> None:
+    prompt = [1 + i * i % 61 for i in range(120)]
+    fields: dict[str, Any] = {"prompt": prompt, "max_tokens": 130, "return_token_ids": True}
+    before = shared.metric("octavo_kv_dropped_tokens_total")
+    answer = shared.post(TEXT, **fields, ignore_eos=True, kv_policy=MORPH)
+    assert answer.status_code == 200, answer.text
+    expected = fake_output(prompt, 130, 300, selection=Selection(16, 64))
+    assert answer.json()["choices"][0]["token_ids"] == expected
+    kv = answer.json()["octavo"]["kv"]
+    # With 128 tokens 64 were dropped, and 64 tokens later as many again.
+    assert (kv["held_tokens"], kv["dropped_tokens"]) == (122, 128)
+    assert shared.metric("octavo_kv_dropped_tokens_total") - before == 128
+    answer = shared.post(TEXT, **fields, ignore_eos=True, kv_policy=MORPH | {"type": "h2o"})
+    kv = answer.json()["octavo"]["kv"]
+    assert kv.pop("held_tokens") == 122
+    assert kv == {"policy": "h2o", "window": 16, "capacity": 64, "dropped_tokens": 128}
+    answer = shared.post(TEXT, **fields, n=2, ignore_eos=True, kv_policy=MORPH)
+    kv = answer.json()["octavo"]["kv"]
+    assert (kv["held_tokens"], kv["dropped_tokens"]) == (244, 256), "n answers are n sequences"
+
+
 @pytest.mark.parametrize("policy", [None, {"type": "full"}])
 def test_a_full_view_is_not_reported(shared: Any, policy: dict[str, Any] | None) -> None:
     assert "kv" not in shared.chat(kv_policy=policy, max_tokens=2).json()["octavo"]
@@ -98,9 +140,18 @@ def test_a_full_view_is_not_reported(shared: Any, policy: dict[str, Any] | None)
         ({"type": "full", "window": 64}, "kv_policy.window", "must be left out with type full"),
         ({"type": "sinks", "window": 253}, "kv_policy.window", "reads 257 tokens, more than"),
         ({"type": "window", "window": "64"}, "kv_policy.window", "integer"),
-        ({"type": "morph"}, "kv_policy.type", "morph is not served: MorphKV"),
-        ({"type": "h2o", "window": 64}, "kv_policy.type", "h2o is not served: H2O"),
-        ({"type": "ring"}, "kv_policy.type", "'full', 'window' or 'sinks'"),
+        ({"type": "morph", "capacity": 64}, "kv_policy.window", "is required with type morph"),
+        ({"type": "morph", "window": 16}, "kv_policy.capacity", "is required with type morph"),
+        (MORPH | {"window": 15}, "kv_policy.window", "must be from 16 to 256"),
+        (MORPH | {"capacity": 63}, "kv_policy.capacity", "at least 64 and above the window of 16"),
+        (MORPH | {"capacity": 257}, "kv_policy.capacity", "reads 257 tokens, more than"),
+        (MORPH | {"sinks": 4}, "kv_policy.sinks", "must be left out with type morph"),
+        (MORPH | {"fusion": "mean"}, "kv_policy.fusion", "'sum' or 'max'"),
+        (SINKS | {"capacity": 90}, "kv_policy.capacity", "must be left out with type sinks"),
+        (SINKS | {"fusion": "max"}, "kv_policy.fusion", "must be left out with type sinks"),
+        ({"type": "h2o", "window": 64}, "kv_policy.capacity", "is required with type h2o"),
+        (MORPH | {"type": "h2o", "fusion": "max"}, "kv_policy.fusion", "must be left out"),
+        ({"type": "ring"}, "kv_policy.type", "'full', 'window', 'sinks', 'morph' or 'h2o'"),
         ({"window": 64}, "kv_policy.type", "required"),
         ("sinks", "kv_policy", "Input should be"),
     ],
@@ -118,8 +169,8 @@ def test_a_wrong_policy_is_named(
 
 
 def test_unknown_parts_of_a_policy_are_warned_of(shared: Any) -> None:
-    answer = shared.chat(kv_policy=SINKS | {"capacity": 9}, max_tokens=2).json()
-    assert [one["param"] for one in answer["octavo"]["warnings"]] == ["kv_policy.capacity"]
+    answer = shared.chat(kv_policy=SINKS | {"budget": 9}, max_tokens=2).json()
+    assert [one["param"] for one in answer["octavo"]["warnings"]] == ["kv_policy.budget"]
 
 
 def test_the_server_has_a_default_that_a_request_replaces(start_server: Any) -> None:
@@ -136,11 +187,19 @@ def test_a_model_without_views_says_why(
     start_server: Any, scripted_client: Callable[..., Any]
 ) -> None:
     client = scripted_client(None)
-    client.info = replace(client.info, why_no_views="attention backend flash reads all keys")
+    client.info = replace(
+        client.info,
+        why_no_views="attention backend flash reads all keys",
+        why_no_selections="layers of the model have windows",
+    )
     answer = start_server(client).chat(kv_policy=SINKS)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "kv_policy"
     assert "sinks:4+64 is not served: attention backend flash" in answer.json()["error"]["message"]
+    client.info = replace(client.info, why_no_views="")
+    answer = start_server(client).chat(kv_policy=MORPH)
+    assert answer.json()["error"]["param"] == "kv_policy"
+    assert "morph:16/64 is not served: layers of the" in answer.json()["error"]["message"]
 
 
 def test_a_narrower_window_of_the_model_is_what_counts(

@@ -251,7 +251,10 @@ class Reference:
         path = tuple(self.path(namespace, tokens, found // self.page_size))
         source = self.source(namespace, goes_on)
         has_head = found == len(tokens) and found % self.page_size and source is not None
-        return (*path, source) if has_head and source is not None else path
+        covered = (*path, source) if has_head and source is not None else path
+        while covered and not self.cached[covered[-1]].has_page:
+            covered = covered[:-1]
+        return covered
 
     def rank(self, key: Key) -> int:
         return max((pin.rank for pin in self.pins if key in pin.keys), default=0)

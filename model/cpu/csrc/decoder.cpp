@@ -54,6 +54,15 @@ struct Angles {
   const int64_t* sink_positions;
 };
 
+// Where rotated queries are copied to, beside their use.
+struct QueryCopy {
+  // [tokens]: the token's row in `queries`, negative for tokens that are not copied; may be null.
+  const int64_t* rows;
+  // [layers, num_rows, heads * head_dim].
+  float* queries;
+  int64_t num_rows;
+};
+
 // The input rows of a product, in the kernels' panel dtype, padded with zeros. The padding is never
 // written to.
 class Panel {
@@ -107,7 +116,7 @@ class Decoder {
         cos_sin_(cos_sin) {}
 
   // Runs the layers over the planned step; updates `residual` [tokens, hidden] in place.
-  void forward(Session& session, const Angles& angles, float* residual) {
+  void forward(Session& session, const Angles& angles, const QueryCopy& copy, float* residual) {
     const int64_t tokens = session.num_tokens;
     const int64_t element_bytes = kernels_.panel_dtype() == kFloat32 ? 4 : 2;
     normed_.fit(tokens, shape_.hidden, element_bytes);
@@ -126,7 +135,7 @@ class Decoder {
                     omp_get_thread_num() * scratch;
       kernels_.configure_tiles();
       for (size_t i = 0; i < layers_.size(); ++i)
-        layer(layers_[i], int32_t(i), session, angles, residual, mine);
+        layer(layers_[i], int32_t(i), session, angles, copy, residual, mine);
       kernels_.release_tiles();
     }
   }
@@ -139,14 +148,14 @@ class Decoder {
 
   // Every operation ends with a barrier, since the next one reads results of other threads.
   void layer(const Layer& layer, int32_t index, Session& session, const Angles& angles,
-             float* residual, float* scratch) {
+             const QueryCopy& copy, float* residual, float* scratch) {
     const int64_t tokens = session.num_tokens;
     norm(layer.input_norm, residual, tokens, layer.qkv);
     multiply(normed_, tokens, layer.qkv, qkv_width(), qkv_.data(), scratch);
     const Place place = place_of(session, index);
     Session& own = *place.session;
     const Attention attention = attention_to(place.layer, own);
-    rope_and_store(layer, place.layer, own, angles, attention);
+    rope_and_store(layer, index, place.layer, own, angles, copy, attention);
     attend(own, attention, scratch_of(own, omp_get_thread_num()));
 #pragma omp barrier
     add_product(attended_, tokens, layer.o, residual, scratch);
@@ -222,8 +231,9 @@ class Decoder {
     });
   }
 
-  void rope_and_store(const Layer& layer, int32_t index, Session& session, const Angles& angles,
-                      const Attention& attention) {
+  // `index`: of the layer; `stored`: of its pages in the session.
+  void rope_and_store(const Layer& layer, int32_t index, int32_t stored, Session& session,
+                      const Angles& angles, const QueryCopy& copy, const Attention& attention) {
     const int64_t width = qkv_width(), dim = shape_.head_dim;
     float* k = qkv_.data() + shape_.num_heads * dim;
     const float* cos_sin = angles.cos_sin ? angles.cos_sin : cos_sin_;
@@ -231,8 +241,8 @@ class Decoder {
                           int32_t(shape_.num_heads), int32_t(shape_.rotary_dim)};
     const Rope keys = {{k, width, dim, kFloat32}, angles.rows, cos_sin,
                        int32_t(shape_.num_kv_heads), int32_t(shape_.rotary_dim)};
-    const Write key_pages = key_write(session, index, attention.own.keys);
-    const Write value_pages = value_write(session, index, attention.own.values);
+    const Write key_pages = key_write(session, stored, attention.own.keys);
+    const Write value_pages = value_write(session, stored, attention.own.values);
     const bool has_desks = is_by_page(attention.kv_dtype);
     share(session.num_tokens, [&](int64_t begin, int64_t end) {
       if (layer.q_norm)
@@ -243,6 +253,7 @@ class Decoder {
       if (angles.sink_positions) rotate_to_sinks(angles.sink_positions, begin, end);
       kernels_.rope(queries, begin, end);
       kernels_.rope(keys, begin, end);
+      if (copy.rows) copy_queries(copy, index, begin, end);
       if (has_desks) return;
       kernels_.write(key_pages, begin, end);
       kernels_.write(value_pages, begin, end);
@@ -264,6 +275,15 @@ class Decoder {
                   width * sizeof(float));
       kernels_.rope(rope, token, token + 1);
     }
+  }
+
+  void copy_queries(const QueryCopy& copy, int32_t index, int64_t begin, int64_t end) {
+    const int64_t width = attention_width();
+    float* layer = copy.queries + index * copy.num_rows * width;
+    for (int64_t token = begin; token < end; ++token)
+      if (copy.rows[token] >= 0)
+        std::memcpy(layer + copy.rows[token] * width, qkv_.data() + token * qkv_width(),
+                    width * sizeof(float));
   }
 
   void norm_heads(const float* weight, float* heads, int64_t count) {
@@ -316,10 +336,12 @@ Decoder* octavo_decoder_new(const Kernels* kernels, const int64_t* shape, float 
 
 void octavo_decoder_free(Decoder* decoder) { delete decoder; }
 
-// The last two may be null: see `Angles`.
+// Pointers behind `residual` may be null: see `Angles` and `QueryCopy`.
 void octavo_decoder_forward(Decoder* decoder, Session* session, const int64_t* positions,
-                            float* residual, const float* cos_sin, const int64_t* sink_positions) {
-  decoder->forward(*session, {positions, cos_sin, sink_positions}, residual);
+                            float* residual, const float* cos_sin, const int64_t* sink_positions,
+                            const int64_t* query_rows, float* queries, int64_t num_query_rows) {
+  decoder->forward(*session, {positions, cos_sin, sink_positions},
+                   {query_rows, queries, num_query_rows}, residual);
 }
 
 // Float32 `x` [rows, inputs] times packed weights, to `out` [rows, num_outputs].
