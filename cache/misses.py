@@ -137,10 +137,9 @@ def _lost(
     chain = known[-1].chain if known else first_chain(namespace)
     for index in range(len(known), num_whole_pages):
         chain = next_chain(chain, tree.key(tokens, index))
-        if is_in_flight and index == first:
-            continue
         ghost = tree.ghosts.get(chain)
-        if ghost is None:
+        # A page that is being computed may never have been cached before.
+        if ghost is None and not (is_in_flight and index == first):
             return index, eviction
         eviction = eviction or ghost
     return max(len(known), num_whole_pages), eviction

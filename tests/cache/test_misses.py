@@ -202,6 +202,19 @@ def test_pages_behind_an_evicted_one_are_lost_with_it() -> None:
     assert cache.explain([*PROMPT[:6], 9, 9]) == Misses(0, parts, 6, eviction)
 
 
+def test_the_eviction_is_that_of_the_first_page_though_it_is_being_computed() -> None:
+    cache = KVCache(3, 4)
+    served(cache, PROMPT[:8])
+    cache.set_time(1.0)
+    served(cache, [7] * 8)
+    cache.set_time(2.0)
+    served(cache, [8] * 4)
+    admitted(cache, PROMPT[:5])
+    misses = cache.explain(PROMPT[:9])
+    assert misses.parts == ((MissReason.IN_FLIGHT, 4), (Evicted, 4))
+    assert misses.eviction == Eviction(Cause.ROOM, 2.0)
+
+
 def test_a_lookup_changes_nothing() -> None:
     cache = KVCache(3, 4)
     served(cache, PROMPT[:4])
