@@ -43,7 +43,7 @@ _ENGINE_COUNTERS = (
     ("kv_disk_corrupt_pages", "disk_corrupt_pages_total", "damaged on the disk, and computed"),
     ("kv_disk_dropped_pages", "disk_dropped_pages_total", "not stored: evicted, or a failed write"),
     ("kv_disk_late_loads", "disk_late_loads_total", "loads given up at their deadline"),
-    ("kv_disk_load_us", "disk_load_us_total", "microseconds that requests waited for the disk"),
+    ("kv_disk_load_seconds", "disk_load_us_total", "that requests waited for the disk"),
     ("late_rows", "late_rows_total", "rows computed again: their grammar was not ready in time"),
     ("faulty_rows", "faulty_rows_total", "rows taken back: their step failed, or was not finite"),
     ("steps", "steps_total", "steps of the engine"),
@@ -254,7 +254,9 @@ class Metrics(Collector):
 
     def _counters(self, page: Page, engine_counts: dict[str, int]) -> Iterator[Metric]:
         for name, field, text in _ENGINE_COUNTERS:
-            yield from page.counter(name, text, {(): engine_counts[field]})
+            count: float = engine_counts[field]
+            value = count / 1e6 if field.endswith("_us_total") else count
+            yield from page.counter(name, text, {(): value})
         for name, text, read in self._own_counters:
             yield from page.counter(name, text, {(): read()})
         yield from page.counter("prompt_tokens", "of admitted requests", {(): self._prompt_tokens})

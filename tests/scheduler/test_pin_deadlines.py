@@ -67,7 +67,7 @@ class Drive:
         [started] = [one for result in self.steps() for one in result.started]
         return started.cached_tokens
 
-    def wait(self, seconds: float) -> None:
+    def pass_time(self, seconds: float) -> None:
         """Let time pass, until the engine does something again."""
         self.now_s += seconds
         self.engine.step()
@@ -107,9 +107,9 @@ def test_a_prompt_is_pinned_once_it_is_computed() -> None:
 def test_a_pin_ends_after_its_lifetime_and_its_pages_stay(lifetime: str) -> None:
     drive = Drive()
     drive.serve(*PROMPT, pins=pin(12, lifetime))
-    drive.wait(LIFETIMES_S[lifetime] - 1)
+    drive.pass_time(LIFETIMES_S[lifetime] - 1)
     assert drive.pages == {lifetime: 3}
-    drive.wait(1)
+    drive.pass_time(1)
     assert drive.pages == {}
     assert drive.ended == {"expired": 1}
     assert drive.read(*PROMPT, 50) == 12, "an expired pin frees nothing"
@@ -118,14 +118,14 @@ def test_a_pin_ends_after_its_lifetime_and_its_pages_stay(lifetime: str) -> None
 def test_a_use_renews_and_another_prompt_does_not() -> None:
     drive = Drive()
     drive.serve(*PROMPT, pins=pin(12))
-    drive.wait(200)
+    drive.pass_time(200)
     assert drive.read(*PROMPT, 50) == 12
-    drive.wait(200)
+    drive.pass_time(200)
     drive.read(*range(100, 110))
     assert drive.pages == {"5m": 3}
-    drive.wait(99)
+    drive.pass_time(99)
     assert drive.pages == {"5m": 3}
-    drive.wait(1)
+    drive.pass_time(1)
     assert drive.pages == {}
 
 
@@ -134,7 +134,7 @@ def test_the_same_request_again_renews_its_pins() -> None:
     drive.serve(*PROMPT, pins=pin(12))
     drive.now_s = 299
     drive.serve(*PROMPT, pins=pin(12))
-    drive.wait(299)
+    drive.pass_time(299)
     assert drive.pages == {"5m": 3}
     assert drive.ended == {}
 
@@ -143,7 +143,7 @@ def test_each_breakpoint_has_its_own_lifetime() -> None:
     drive = Drive()
     drive.serve(*PROMPT, pins=(PrefixPin(4, "1h"), PrefixPin(12, "5m")))
     assert drive.pages == {"1h": 1, "5m": 2}
-    drive.wait(300)
+    drive.pass_time(300)
     assert drive.pages == {"1h": 1}
 
 
@@ -282,5 +282,5 @@ def test_a_used_pin_that_has_ended_stays_ended() -> None:
     [held] = drive.engine.cache.pins
     drive.engine.cache.pins.end(held, PinEnd.REMOVED)
     drive.steps()
-    drive.wait(1_000)
+    drive.pass_time(1_000)
     assert drive.ended == {"removed": 1}

@@ -84,13 +84,14 @@ def test_every_field_can_be_typed_and_loaded() -> None:
     fields = config_fields()
     # In place of two others: tests/configs/test_speculation.py.
     del fields["speculative_config"]
+    named = {"cors_origins": "*", "kv_policy": "window:64", "cache_pin_share": "0.5"}
     for known in fields.values():
         value = (
             known.choices[-1]
             if known.choices
             else {"size": "1MiB", "number": "2.5"}.get(known.kind, "7")
         )
-        value = {"cors_origins": "*", "kv_policy": "window:64"}.get(known.name, value)
+        value = named.get(known.name, value)
         flag = [] if known.name == "model" else [known.flag]
         argv += flag if known.kind == "bool" else [*flag, value]
     flags = parse(argv).flags

@@ -56,7 +56,7 @@ def test_what_is_not_text_is_refused_in_one_sentence(
         (
             [{"type": "text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}}],
             "[assistant:a]",
-            ["messages.0.content.0.prompt_cache_breakpoint"],
+            [],
         ),
         (
             [{"type": "text", "text": "a", "x": 1}, {"type": "text", "text": "b", "x": 1}],

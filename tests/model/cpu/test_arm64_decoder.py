@@ -302,7 +302,7 @@ def test_the_decoder_is_exact_and_no_cut_changes_a_bit(
             plan(arm, session, scene, [start], [end])
             residual = arm.put(x[start:end])
             positions = torch.arange(start, end)
-            arm.call("octavo_decoder_forward", decoder, session, positions, residual, 0, 0)
+            arm.call("octavo_decoder_forward", decoder, session, positions, residual, 0, 0, 0, 0, 0)
             pieces.append(arm.get(residual, end - start, HIDDEN))
         found.append(torch.cat(pieces))
     assert torch.equal(found[1], found[0])
