@@ -56,7 +56,7 @@ def test_an_answer_whole_and_streamed(known_as: dict[str, Any]) -> None:
         **known_as, messages=QUESTION, stream=True, stream_options={"include_usage": True}
     )
     chunks = list(stream)
-    assert len(chunks) > 4
+    assert len(chunks) > 2
     rebuilt = litellm.stream_chunk_builder(chunks, messages=QUESTION)
     assert rebuilt.choices[0].message.content == whole.choices[0].message.content
     assert rebuilt.usage.completion_tokens == whole.usage.completion_tokens

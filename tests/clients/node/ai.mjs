@@ -26,7 +26,8 @@ for (const [name, model] of Object.entries(providers)) {
     const stream = streamText({ ...greedy, model, messages: question });
     const pieces = [];
     for await (const piece of stream.textStream) pieces.push(piece);
-    assert.ok(pieces.length > 3);
+    // The first token comes alone; drafts may bring all others at a time.
+    assert.ok(pieces.length > 1);
     assert.equal(pieces.join(""), whole.text);
     const usage = await stream.usage;
     assert.equal(usage.outputTokens, whole.usage.outputTokens);
